@@ -1,0 +1,372 @@
+"""CLIP (Radford et al. 2103.00020): the text encoder that steers the UNet, and the judge of pictures.
+
+Same computation and the same names of weights as transformers' CLIP classes. Published Stable Diffusion
+folders prefix the text encoder's names with `text_model.`; transformers 5 dropped that prefix. Both are
+read, the published one is written.
+"""
+
+from dataclasses import asdict, dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanoip2p.attention import attention
+from nanoip2p.config import read_config
+
+# What transformers assumes for a key that a config.json leaves out; it leaves out what equals these.
+_LIBRARY_SIZES = {
+    "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8, "hidden_size": 512,
+    "projection_dim": 512, "vocab_size": 49408, "max_position_embeddings": 77, "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5, "eos_token_id": 49407,
+}  # fmt: skip
+_LIBRARY_VISION_SIZES = {
+    "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "hidden_size": 768,
+    "projection_dim": 512, "image_size": 224, "patch_size": 32, "num_channels": 3, "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}  # fmt: skip
+FIXED = {"attention_dropout": 0.0, "dropout": 0.0, "pruned_heads": {}}
+# transformers wrote the whole of its generation settings into every config before 2023
+BOOKKEEPING = frozenset(
+    "architectures model_type torch_dtype dtype transformers_version initializer_range initializer_factor "
+    "bos_token_id pad_token_id id2label label2id return_dict chunk_size_feed_forward tie_word_embeddings "
+    "diversity_penalty encoder_no_repeat_ngram_size length_penalty max_length min_length temperature top_k top_p "
+    "no_repeat_ngram_size num_beam_groups num_beams num_return_sequences repetition_penalty typical_p".split()
+)
+ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
+IGNORED_SUFFIX = ".position_ids"  # 0, 1, 2, ...: transformers 4 saved them among the weights
+
+
+def _check(config) -> None:
+    name = type(config).__name__
+    if config.hidden_act not in ACTIVATIONS:
+        raise ValueError(f"{name}: hidden_act = {config.hidden_act!r} is not one of {sorted(ACTIVATIONS)}")
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"{name}: hidden_size = {config.hidden_size} is not divisible into {config.num_attention_heads} heads"
+        )
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    """Shape of the text encoder; the names are those of transformers' config.json, the defaults SD 1.5's."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 77
+    projection_dim: int = 768
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 2  # as published; 2 is wrong but known, see TextTransformer.pool
+
+    def __post_init__(self):
+        _check(self)
+
+    @classmethod
+    def tiny(cls) -> "CLIPTextConfig":
+        """Two narrow layers and 1,000 tokens, for tests."""
+        return cls(1000, 32, 64, 2, 4, projection_dim=16)
+
+    def to_json(self) -> dict:
+        """The config.json from which transformers builds the same text encoder."""
+        return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class CLIPVisionConfig:
+    """Shape of the vision encoder; names as in transformers' config.json, defaults those of ViT-L/14."""
+
+    image_size: int = 224
+    patch_size: int = 14
+    num_channels: int = 3
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    projection_dim: int = 768
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        _check(self)
+
+    @classmethod
+    def tiny(cls) -> "CLIPVisionConfig":
+        """Two narrow layers over 4x4 patches of a 32x32 picture, for tests."""
+        return cls(32, 8, 3, 32, 64, 2, 4, projection_dim=16)
+
+    def to_json(self) -> dict:
+        """The config.json from which transformers builds the same vision encoder."""
+        return {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """Both encoders and the width of the space they share."""
+
+    text_config: CLIPTextConfig = field(default_factory=CLIPTextConfig)
+    vision_config: CLIPVisionConfig = field(default_factory=CLIPVisionConfig)
+    projection_dim: int = 768
+    logit_scale_init_value: float = 2.6592  # log(1 / 0.07)
+
+    @classmethod
+    def tiny(cls) -> "CLIPConfig":
+        """The two tiny encoders together, for tests."""
+        return cls(CLIPTextConfig.tiny(), CLIPVisionConfig.tiny(), projection_dim=16)
+
+    def to_json(self) -> dict:
+        """The config.json from which transformers builds the same pair."""
+        nested = {"text_config": self.text_config.to_json(), "vision_config": self.vision_config.to_json()}
+        return {"architectures": ["CLIPModel"], "model_type": "clip", **asdict(self), **nested}
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, causal: bool) -> Tensor:
+        return self.out_proj(attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, causal))
+
+
+class MLP(nn.Module):
+    """Two linear layers with CLIP's activation between them. (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, width: int, hidden: int, activation: str):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Layer(nn.Module):
+    """A pre-norm transformer layer. (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.self_attn = Attention(width, config.num_attention_heads)
+        self.layer_norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.mlp = MLP(width, config.intermediate_size, config.hidden_act)
+        self.layer_norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+
+    def forward(self, x: Tensor, causal: bool) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), causal)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Transformer(nn.Module):
+    """The stack of layers that text and vision have in common."""
+
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, x: Tensor, causal: bool) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, causal)
+        return x
+
+
+class TextEmbeddings(nn.Module):
+    """Token plus position. ids (B, T) -> (B, T, D)."""
+
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)  # as OpenAI began; torch's std of 1 learns slowly
+        nn.init.normal_(self.position_embedding.weight, std=0.02)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        positions = self.position_embedding.weight
+        assert ids.shape[1] <= len(positions), f"{ids.shape[1]} tokens, but only {len(positions)} positions"
+        return self.token_embedding(ids) + positions[: ids.shape[1]]
+
+
+class VisionEmbeddings(nn.Module):
+    """Patches with a class token before them, plus position. (B, 3, S, S) -> (B, 1 + (S/patch)^2, D)."""
+
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        width, patch = config.hidden_size, config.patch_size
+        self.image_size = config.image_size
+        self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.patch_embedding = nn.Conv2d(config.num_channels, width, patch, stride=patch, bias=False)
+        self.position_embedding = nn.Embedding((config.image_size // patch) ** 2 + 1, width)
+        nn.init.normal_(self.position_embedding.weight, std=0.02)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        size = (self.image_size, self.image_size)
+        assert pixels.shape[2:] == size, f"pictures of {tuple(pixels.shape[2:])}, but this CLIP sees {size}"
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)            # (B, patches, D)
+        x = torch.cat([self.class_embedding.expand(len(pixels), 1, -1), patches], 1)  # (B, 1 + patches, D)
+        return x + self.position_embedding.weight
+
+
+class TextTransformer(nn.Module):
+    """The text tower without projection: transformers' CLIPTextModel."""
+
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        self.eos_token_id = config.eos_token_id
+        self.embeddings = TextEmbeddings(config)
+        self.encoder = Transformer(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.final_layer_norm(self.encoder(self.embeddings(ids), causal=True))
+
+    def pool(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """The state at the first end-of-text token: hidden (B, T, D), ids (B, T) -> (B, D).
+
+        Configs from before mid-2023 name eos_token_id 2, which is no end of text. There, as in OpenAI's code,
+        the end is the largest id of the row.
+        """
+        end = ids.argmax(1) if self.eos_token_id == 2 else (ids == self.eos_token_id).int().argmax(1)
+        return hidden[torch.arange(len(ids), device=ids.device), end]
+
+
+class VisionTransformer(nn.Module):
+    """The vision tower without projection: transformers' CLIPVisionModel."""
+
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.embeddings = VisionEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(width, eps=config.layer_norm_eps)  # the typo is in every published file
+        self.encoder = Transformer(config)
+        self.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.encoder(self.pre_layrnorm(self.embeddings(pixels)), causal=False)
+
+    def pool(self, hidden: Tensor) -> Tensor:
+        """The normalised class token: hidden (B, 1 + patches, D) -> (B, D)."""
+        return self.post_layernorm(hidden[:, 0])
+
+
+def _published_names(state_dict: dict, prefix: str) -> dict:
+    """The same tensors with `prefix` before every name, and without saved position indices."""
+    return {
+        name if name.startswith(prefix) else prefix + name: tensor
+        for name, tensor in state_dict.items()
+        if not name.endswith(IGNORED_SUFFIX)
+    }
+
+
+class TextEncoder(nn.Module):
+    """What Stable Diffusion reads instructions with. Weights are named `text_model.…` as published."""
+
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        self.config = config
+        self.text_model = TextTransformer(config)
+
+    @classmethod
+    def from_config(cls, config: dict) -> "TextEncoder":
+        """Build from the content of text_encoder/config.json. ValueError names what is not supported."""
+        return cls(read_config(CLIPTextConfig, _LIBRARY_SIZES | config, FIXED, BOOKKEEPING))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids (B, T) int64 -> states (B, T, D) after the final layer norm."""
+        return self.text_model(ids)
+
+    @staticmethod
+    def published_names(state_dict: dict) -> dict:
+        """The same tensors under the names used here, whether or not `text_model.` stood before them."""
+        return _published_names(state_dict, "text_model.")
+
+    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
+        """As torch's, and both spellings are understood (see published_names)."""
+        return super().load_state_dict(self.published_names(state_dict), strict, assign)
+
+
+class VisionEncoder(nn.Module):
+    """CLIP's vision tower alone. Weights are named `vision_model.…` as published."""
+
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        self.config = config
+        self.vision_model = VisionTransformer(config)
+
+    @classmethod
+    def from_config(cls, config: dict) -> "VisionEncoder":
+        """Build from the config.json of a CLIPVisionModel. ValueError names what is not supported."""
+        return cls(read_config(CLIPVisionConfig, _LIBRARY_VISION_SIZES | config, FIXED, BOOKKEEPING))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Normalised pictures (B, 3, S, S) -> states (B, 1 + patches, D); `vision_model.pool` makes (B, D)."""
+        return self.vision_model(pixels)
+
+    @staticmethod
+    def published_names(state_dict: dict) -> dict:
+        """The same tensors under the names used here, whether or not `vision_model.` stood before them."""
+        return _published_names(state_dict, "vision_model.")
+
+    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
+        """As torch's, and both spellings are understood (see published_names)."""
+        return super().load_state_dict(self.published_names(state_dict), strict, assign)
+
+
+class CLIP(nn.Module):
+    """Both towers projected into one space, where the cosine says how well a text fits a picture."""
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.config = config
+        self.text_model = TextTransformer(config.text_config)
+        self.vision_model = VisionTransformer(config.vision_config)
+        self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+
+    @classmethod
+    def from_config(cls, config: dict) -> "CLIP":
+        """Build from a CLIPModel's config.json. ValueError names what is not supported.
+
+        Where the older `text_config_dict` is present it replaces `text_config`, as in transformers.
+        """
+        text = config.get("text_config_dict") or config.get("text_config") or {}
+        vision = config.get("vision_config_dict") or config.get("vision_config") or {}
+        nested = {
+            "text_config": read_config(CLIPTextConfig, _LIBRARY_SIZES | text, FIXED, BOOKKEEPING),
+            "vision_config": read_config(CLIPVisionConfig, _LIBRARY_VISION_SIZES | vision, FIXED, BOOKKEEPING),
+        }
+        bookkeeping = BOOKKEEPING | {"text_config_dict", "vision_config_dict"}
+        return cls(read_config(CLIPConfig, {"projection_dim": 512} | config | nested, {}, bookkeeping))
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """Token ids (B, T) int64 -> unit vectors (B, P)."""
+        pooled = self.text_model.pool(self.text_model(ids), ids)
+        return F.normalize(self.text_projection(pooled), dim=-1)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Normalised pictures (B, 3, S, S) -> unit vectors (B, P)."""
+        pooled = self.vision_model.pool(self.vision_model(pixels))
+        return F.normalize(self.visual_projection(pooled), dim=-1)
+
+    def forward(self, ids: Tensor, pixels: Tensor) -> Tensor:
+        """Scaled cosines (pictures, texts): the logits of CLIP's contrastive loss."""
+        return self.logit_scale.exp() * self.encode_image(pixels) @ self.encode_text(ids).T
+
+    @staticmethod
+    def published_names(state_dict: dict) -> dict:
+        """The same tensors without the position indices that transformers 4 saved."""
+        return {name: tensor for name, tensor in state_dict.items() if not name.endswith(IGNORED_SUFFIX)}
+
+    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
+        """As torch's; saved position indices are passed over (see published_names)."""
+        return super().load_state_dict(self.published_names(state_dict), strict, assign)

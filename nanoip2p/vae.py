@@ -1,0 +1,246 @@
+"""The variational autoencoder of latent diffusion (Rombach et al. 2112.10752): pixels <-> latents.
+
+Same computation and the same names of weights as diffusers' AutoencoderKL. Two details decide whether
+published weights work: every GroupNorm uses eps 1e-6, and the encoder's strided convolutions pad only
+to the right and below.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanoip2p.attention import attention
+from nanoip2p.config import read_config
+
+EPS = 1e-6  # of every GroupNorm here; torch's default of 1e-5 is visible in the picture
+LOGVAR_RANGE = (-30.0, 20.0)
+FIXED = {
+    "act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True,
+    "latents_mean": None, "latents_std": None, "shift_factor": None,
+}  # fmt: skip
+BOOKKEEPING = frozenset({"sample_size", "force_upcast"})  # a hint for tiling; when to leave half precision
+OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Shape of the autoencoder; the names are those of diffusers' config.json, the defaults SD 1.5's."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # one level each; every step between halves H, W
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215
+
+    def __post_init__(self):
+        uneven = [c for c in self.block_out_channels if c % self.norm_num_groups]
+        if uneven or not self.block_out_channels:
+            raise ValueError(
+                f"VAEConfig: block_out_channels = {self.block_out_channels} must be non-empty multiples "
+                f"of norm_num_groups = {self.norm_num_groups}"
+            )
+
+    @classmethod
+    def tiny(cls) -> "VAEConfig":
+        """Three levels (4x down-sampling) and few channels, for tests."""
+        return cls(block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4)
+
+    def to_json(self) -> dict:
+        """The config.json from which diffusers builds the same network."""
+        return {
+            "_class_name": "AutoencoderKL", **asdict(self), **_block_types(len(self.block_out_channels)), **FIXED,
+        }  # fmt: skip
+
+
+def _block_types(levels: int) -> dict:
+    return {
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+    }
+
+
+class ResnetBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut. (B, C_in, H, W) -> (B, C_out, H, W)."""
+
+    def __init__(self, c_in: int, c_out: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=EPS)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=EPS)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + self.conv_shortcut(x)
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all positions with one head as wide as the channels. (B, C, H, W) -> same."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps=EPS)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.group_norm(x).flatten(2).transpose(1, 2)               # (B, H*W, C)
+        h = self.to_out[0](attention(self.to_q(h), self.to_k(h), self.to_v(h), heads=1))
+        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])          # (B, C, H, W)
+
+
+class MidBlock(nn.Module):
+    """The bottom of both halves: residual, attention, residual."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.attentions = nn.ModuleList([AttentionBlock(channels, groups)])
+        self.resnets = nn.ModuleList([ResnetBlock(channels, channels, groups) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Downsample(nn.Module):
+    """Halve height and width. The zeros go right and below only, as the published weights were trained."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double height and width by nearest neighbour, then smooth."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, then a change of resolution unless it is the last level."""
+
+    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, resample: str | None):
+        super().__init__()
+        widths = [c_in] + [c_out] * layers
+        self.resnets = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:]))
+        self.downsamplers = nn.ModuleList([Downsample(c_out)] if resample == "down" else [])
+        self.upsamplers = nn.ModuleList([Upsample(c_out)] if resample == "up" else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in (*self.resnets, *self.downsamplers, *self.upsamplers):
+            x = block(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """(B, C_in, H, W) -> mean and log variance side by side (B, 2 * latent, H/f, W/f)."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            Level(a, b, config.layers_per_block, groups, "down" if i < len(widths) - 1 else None)
+            for i, (a, b) in enumerate(zip((widths[0], *widths), widths))
+        )
+        self.mid_block = MidBlock(widths[-1], groups)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        x = self.mid_block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """(B, latent, h, w) -> (B, C_out, f*h, f*w); one residual block more per level than the encoder."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0], groups)
+        self.up_blocks = nn.ModuleList(
+            Level(a, b, config.layers_per_block + 1, groups, "up" if i < len(widths) - 1 else None)
+            for i, (a, b) in enumerate(zip((widths[0], *widths), widths))
+        )
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
+        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class VAE(nn.Module):
+    """Autoencoder with a Gaussian posterior. `f` below is 2 ** (levels - 1): 8 for SD 1.5."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        latent = config.latent_channels
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
+        self.post_quant_conv = nn.Conv2d(latent, latent, 1)
+
+    @classmethod
+    def from_config(cls, config: dict) -> "VAE":
+        """Build from the content of diffusers' vae/config.json. ValueError names what is not supported."""
+        levels = len(config.get("block_out_channels", VAEConfig.block_out_channels))
+        return cls(read_config(VAEConfig, config, {**FIXED, **_block_types(levels)}, BOOKKEEPING))
+
+    @property
+    def scaling_factor(self) -> float:
+        """Latents times this have about unit variance: what the diffusion model sees (0.18215 in SD 1.5)."""
+        return self.config.scaling_factor
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels along one side of a latent position (f)."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Image (B, 3, H, W) in [-1, 1] -> mean and log variance, each (B, latent, H/f, W/f), unscaled."""
+        mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
+        return mean, logvar.clamp(*LOGVAR_RANGE)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Unscaled latents (B, latent, h, w) -> image (B, 3, f*h, f*w), about [-1, 1] but not clipped."""
+        return self.decoder(self.post_quant_conv(latents))
+
+    @staticmethod
+    def published_names(state_dict: dict) -> dict:
+        """The same tensors under the names used here: folders saved before 2023 call to_q `query` and so on."""
+        renamed = {}
+        for name, tensor in state_dict.items():
+            stem, _, leaf = name.rpartition(".")
+            parent, _, layer = stem.rpartition(".")
+            if "attentions." in parent and layer in OLD_ATTENTION_NAMES:
+                name = f"{parent}.{OLD_ATTENTION_NAMES[layer]}.{leaf}"
+            renamed[name] = tensor
+        return renamed
+
+    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
+        """As torch's, and old attention names are understood (see published_names)."""
+        return super().load_state_dict(self.published_names(state_dict), strict, assign)
