@@ -1,32 +1,70 @@
-"""The noise schedule: how much noise a timestep means, and how noise is added for training.
+"""The noise schedule: how noise is added for training, and which noise levels a sampler visits.
 
-Stable Diffusion noises a clean latent z_0 as z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps (Ho et al. 2020, equation 4),
-a_t = prod_{s<=t} (1 - beta_s). Samplers see the same thing divided by sqrt(a_t): x = z_0 + sigma eps with
-sigma = sqrt((1 - a_t) / a_t) (Karras et al. 2022, "variance exploding" form).
+Stable Diffusion noises a clean latent z_0 as z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps (Ho et al. 2020, equation 4)
+with a_t = prod_{s<=t} (1 - beta_s). Samplers see the same thing divided by sqrt(a_t): x = z_0 + sigma eps with
+sigma = sqrt((1 - a_t) / a_t) (Karras et al. 2022). Everything here agrees with the diffusers schedulers.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .config import read_config
 
+# What scheduler_config.json may say besides the fields below. Other values compute something we do not.
+FIXED = {
+    "prediction_type": "epsilon", "trained_betas": None, "rescale_betas_zero_snr": False,
+    "clip_sample": False, "thresholding": False, "variance_type": None, "timestep_type": "discrete",
+    "interpolation_type": "linear", "sigma_min": None, "sigma_max": None,
+    "algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint",
+    "lower_order_final": True, "euler_at_final": False, "lambda_min_clipped": -float("inf"),
+}
+# Settings of switched-off features, and of PNDM, whose file every Stable Diffusion 1.x folder carries.
+BOOKKEEPING = frozenset({"clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "skip_prk_steps",
+                         "flow_shift", "time_shift_type"})
+CHOICES = {
+    "beta_schedule": ("scaled_linear", "linear"),
+    "timestep_spacing": (None, "linspace", "leading", "trailing"),
+    "final_sigmas_type": ("zero", "sigma_min"),
+}
+
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """Field names are the keys of diffusers' scheduler_config.json; defaults are Stable Diffusion 1.5's."""
+    """Field names are the keys of diffusers' scheduler_config.json; the betas are Stable Diffusion 1.5's."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
     beta_schedule: str = "scaled_linear"
+    timestep_spacing: str | None = None  # None: as diffusers does by default, leading for ddim, else linspace
+    steps_offset: int = 0                # added to the timesteps, "leading" only
+    set_alpha_to_one: bool = True        # ddim ends at no noise; False: at the noise of timestep 0
+    use_karras_sigmas: bool = False      # euler and dpmpp_2m only, as in diffusers
+    final_sigmas_type: str = "zero"      # the same choice as set_alpha_to_one, for euler and dpmpp_2m
+
+    def __post_init__(self):
+        for key, choices in CHOICES.items():
+            if getattr(self, key) not in choices:
+                raise ValueError(f"NoiseSchedule: {key} = {getattr(self, key)!r} is not supported, only {choices}")
 
     @classmethod
     def from_config(cls, config: dict) -> "NoiseSchedule":
-        """Read a scheduler_config.json dict."""
-        return read_config(cls, config, {}, frozenset(config) - {"num_train_timesteps", "beta_start", "beta_end",
-                                                                  "beta_schedule"})
+        """Read a scheduler_config.json dict, of whichever scheduler.
+
+        Raises ValueError, naming the setting, for anything our samplers would not reproduce.
+        """
+        diffusers_betas = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}  # if the file has none
+        return read_config(cls, diffusers_betas | config, FIXED, BOOKKEEPING)
+
+    def to_config(self) -> dict:
+        """The scheduler_config.json with which diffusers computes the same, whichever of its samplers reads it."""
+        config = {key: value for key, value in asdict(self).items() if value is not None}
+        return {"_class_name": "EulerAncestralDiscreteScheduler", "prediction_type": "epsilon",
+                "clip_sample": False} | config  # diffusers' DDIM clips unless told not to
 
     def alphas_cumprod(self) -> Tensor:
         """The share of signal power a_t at every training timestep: (num_train_timesteps,) float32, falling."""
@@ -44,3 +82,68 @@ def add_noise(latents: Tensor, noise: Tensor, timestep: Tensor, alphas_cumprod: 
     """
     a = alphas_cumprod[timestep].to(latents.dtype)[:, None, None, None]  # (B, 1, 1, 1)
     return a.sqrt() * latents + (1 - a).sqrt() * noise
+
+
+class Plan(NamedTuple):
+    """The steps that a sampler takes."""
+
+    timesteps: list[float]  # n, falling: what the UNet is told at each step
+    sigmas: Tensor          # (n, 2) float32: each step goes from the noise level sigmas[i, 0] to sigmas[i, 1]
+    start_scale: float      # standard deviation of the start: x = start_scale * unit noise
+
+
+def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
+    """Noise levels for `steps` steps of "euler_ancestral", "euler", "ddim" or "dpmpp_2m".
+
+    Equal to what the diffusers scheduler of that name does with the same settings, differing conventions and all.
+    One of them: DDIM aims at timestep t - 1000 // steps, which the next step, placed by linspace or trailing,
+    need not start from. That is why a row of `sigmas` need not begin where the one before ended.
+    Raises ValueError when the schedule has no room for that many steps.
+    """
+    n_train = schedule.num_train_timesteps
+    if not 1 <= steps <= n_train:
+        raise ValueError(f"cannot take {steps} steps: the model was trained with {n_train} timesteps, choose 1 to {n_train}")
+    a = schedule.alphas_cumprod().numpy()
+    table = np.sqrt((1 - a) / a)                                                # (n_train,) rising
+    timesteps = _spaced(schedule, sampler, steps)                               # (n,) falling
+    sigmas = np.interp(timesteps, np.arange(n_train), table)                    # (n,)
+    if schedule.use_karras_sigmas and sampler in ("euler", "dpmpp_2m"):
+        ends = sigmas[[0, -1]] if sampler == "euler" else table[[-1, 0]]
+        sigmas = _karras(*ends, steps)
+        timesteps = np.interp(np.log(sigmas), np.log(table), np.arange(n_train))
+        timesteps = timesteps.round() if sampler == "dpmpp_2m" else timesteps
+    elif timesteps[0] > n_train - 1 or len(set(timesteps)) < steps:
+        raise ValueError(f"{sampler} has no room for {steps} steps with timestep_spacing = "
+                         f"{schedule.timestep_spacing!r}, steps_offset = {schedule.steps_offset}; take fewer steps")
+    if sampler == "ddim":
+        target = timesteps.astype(int) - n_train // steps
+        last = 0.0 if schedule.set_alpha_to_one else table[0]
+        following = np.where(target >= 0, table[target], last)
+    else:
+        ends_clean = sampler == "euler_ancestral" or schedule.final_sigmas_type == "zero"
+        following = np.append(sigmas[1:], 0.0 if ends_clean else table[0])
+    # Noise of unit variance at the first level, or, for Euler, just the noise without the data's own variance.
+    spacing = schedule.timestep_spacing or "linspace"
+    only_noise = sampler in ("euler", "euler_ancestral") and spacing != "leading"
+    start_scale = float(sigmas[0]) if only_noise else float(np.sqrt(sigmas[0] ** 2 + 1))
+    rows = torch.from_numpy(np.stack([sigmas, following], axis=1)).float()      # (n, 2)
+    return Plan(timesteps.astype(np.float32).tolist(), rows, start_scale)
+
+
+def _spaced(schedule: NoiseSchedule, sampler: str, steps: int) -> np.ndarray:
+    """Timesteps (n,) float64, falling: Table 2 of Lin et al. 2023 (arXiv 2305.08891)."""
+    n_train = schedule.num_train_timesteps
+    spacing = schedule.timestep_spacing or ("leading" if sampler == "ddim" else "linspace")
+    points = steps + 1 if sampler == "dpmpp_2m" else steps  # DPM-Solver counts the end, without noise, as a point
+    if spacing == "trailing":
+        return np.arange(n_train, 0, -n_train / steps)[:steps].round() - 1
+    if spacing == "leading":
+        return (np.arange(points)[::-1][:steps] * (n_train // points) + schedule.steps_offset).astype(float)
+    timesteps = np.linspace(0, n_train - 1, points)[::-1][:steps]
+    return timesteps.astype(np.float32).astype(float) if sampler.startswith("euler") else timesteps.round()
+
+
+def _karras(sigma_max: float, sigma_min: float, steps: int, rho: float = 7.0) -> np.ndarray:
+    """Noise levels (n,) of Karras et al. 2022, equation 5: evenly spaced in sigma ** (1 / rho)."""
+    ramp = np.linspace(0, 1, steps)
+    return (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho

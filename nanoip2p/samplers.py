@@ -1,0 +1,95 @@
+"""Samplers: from noise to a picture's latents, each a plain function over denoise(x, sigma).
+
+    sampler(denoise, x, sigmas, generator) -> latents (B, C, h, w) float32
+
+`x` (B, C, h, w) is the noised latent as Karras et al. 2022 write it, x = z_0 + sigma eps, starting at unit noise
+times `start_scale`; `denoise(x, sigma: float)` returns the estimate of z_0; `sigmas` (n, 2) holds one row
+(from, to) a step. Both come from `diffusion.plan`. The state stays float32 whatever the networks compute in.
+`generator` is a CPU torch.Generator, or a list with one for each picture, so that a picture does not depend on
+the others in its batch. Noise is drawn on the CPU: one seed, one picture, on any device.
+"""
+
+import math
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+Denoise = Callable[[Tensor, float], Tensor]
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+def draw_noise(shape: tuple[int, ...], generator: Generators) -> Tensor:
+    """Unit noise of `shape` (B, C, h, w), float32 on the CPU; a list of B generators draws picture by picture."""
+    if isinstance(generator, list):
+        assert len(generator) == shape[0], f"{len(generator)} generators for {shape[0]} pictures"
+        return torch.cat([torch.randn((1, *shape[1:]), generator=g) for g in generator])
+    return torch.randn(shape, generator=generator)
+
+
+def euler(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = None) -> Tensor:
+    """Euler's method on the probability flow ODE: Karras et al. 2022, algorithm 1 without the correction."""
+    x = x.float()
+    for sigma, sigma_next in sigmas.tolist():
+        d = (x - denoise(x, sigma)) / sigma  # dx/dsigma
+        x = x + d * (sigma_next - sigma)
+    return x
+
+
+def euler_ancestral(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = None) -> Tensor:
+    """Euler down to sigma_down, then fresh noise up to sigma_next; the sampler of InstructPix2Pix's own code.
+
+    The split sigma_next^2 = sigma_down^2 + sigma_up^2 is that of ancestral sampling: Ho et al. 2020's posterior
+    variance (beta tilde, equation 7) written in sigma; k-diffusion's `get_ancestral_step`.
+    """
+    x = x.float()
+    for sigma, sigma_next in sigmas.tolist():
+        sigma_up = math.sqrt(sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2)
+        sigma_down = math.sqrt(sigma_next**2 - sigma_up**2)
+        d = (x - denoise(x, sigma)) / sigma
+        x = x + d * (sigma_down - sigma)
+        if sigma_up > 0:
+            x = x + sigma_up * draw_noise(x.shape, generator).to(x.device)
+    return x
+
+
+def ddim(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = None, eta: float = 0.0) -> Tensor:
+    """Song et al. 2020, equation 12. eta = 0 is deterministic; eta = 1 is the ancestral sampler of DDPM.
+
+    The paper's state is z = sqrt(a) x with a = 1 / (1 + sigma^2), and so it is here. If the last row ends above
+    sigma = 0 the returned latents are z, not z / sqrt(a), as in diffusers.
+    """
+    sigma = float(sigmas[0, 0])
+    z = x.float() / math.sqrt(1 + sigma**2)
+    for sigma, sigma_next in sigmas.tolist():
+        a, a_next = 1 / (1 + sigma**2), 1 / (1 + sigma_next**2)
+        x = z / math.sqrt(a)
+        denoised = denoise(x, sigma)
+        eps = (x - denoised) / sigma
+        noise_scale = eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))  # equation 16
+        z = math.sqrt(a_next) * denoised + math.sqrt(1 - a_next - noise_scale**2) * eps
+        if noise_scale > 0:
+            z = z + noise_scale * draw_noise(z.shape, generator).to(z.device)
+    return z
+
+
+def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = None) -> Tensor:
+    """DPM-Solver++(2M), Lu et al. 2022 (2211.01095), algorithm 2, with lambda = -log sigma.
+
+    The first step is of first order, having no history; so is the last when it goes to sigma = 0, where lambda is
+    infinite, or when there are fewer than 15 steps (the authors' advice). Returns latents as `ddim` does.
+    """
+    x = x.float()
+    rows = sigmas.tolist()
+    before = h_before = None
+    for i, (sigma, sigma_next) in enumerate(rows):
+        denoised = denoise(x, sigma)
+        h = math.log(sigma / sigma_next) if sigma_next > 0 else math.inf
+        first_order = i == 0 or sigma_next == 0 or (i == len(rows) - 1 and len(rows) < 15)
+        ahead = denoised if first_order else denoised + h / (2 * h_before) * (denoised - before)
+        x = sigma_next / sigma * x - math.expm1(-h) * ahead
+        before, h_before = denoised, h
+    return x / math.sqrt(1 + sigma_next**2)
+
+
+SAMPLERS = {"euler_ancestral": euler_ancestral, "euler": euler, "ddim": ddim, "dpmpp_2m": dpmpp_2m}

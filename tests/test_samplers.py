@@ -1,0 +1,131 @@
+"""Every sampler against its diffusers scheduler, step by step."""
+
+import diffusers
+import pytest
+import torch
+
+from nanoip2p.diffusion import NoiseSchedule, plan
+from nanoip2p.samplers import SAMPLERS, ddim, draw_noise, euler_ancestral
+
+SCHEDULERS = {
+    "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+    "ddim": diffusers.DDIMScheduler,
+    "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
+}
+SHAPE = (2, 4, 6, 10)
+SPACINGS = [{}, {"timestep_spacing": "linspace"}, {"timestep_spacing": "leading", "steps_offset": 1},
+            {"timestep_spacing": "leading"}, {"timestep_spacing": "trailing"}]
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def fake_unet(x, t):
+    """A noise estimate that depends on x (mixing pixels) and on t, bounded as a real one is."""
+    return torch.tanh(0.8 * x + 0.3 * x.roll(1, -1) - 0.4 * x.flip(1)) + 0.5 * torch.sin(0.01 * t + x)
+
+
+def generators(seeds=(5, 6)):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def peer(sampler, steps, config, eta=0.0):
+    """What diffusers feeds its UNet at every step, with the timesteps, and the latents it ends with."""
+    scheduler = SCHEDULERS[sampler](**BETAS, **config, **({"clip_sample": False} if sampler == "ddim" else {}))
+    scheduler.set_timesteps(steps)
+    g = generators()
+    x = draw_noise(SHAPE, g) * scheduler.init_noise_sigma
+    inputs = []
+    for t in scheduler.timesteps:
+        inputs.append(scheduler.scale_model_input(x, t))
+        extra = {"eta": eta} if sampler == "ddim" else {}
+        if sampler != "dpmpp_2m":
+            extra["generator"] = g
+        x = scheduler.step(fake_unet(inputs[-1], t), t, x, **extra, return_dict=False)[0]
+    return scheduler.timesteps, inputs, x
+
+
+def ours(sampler, steps, config, **extra):
+    timesteps, sigmas, start_scale = plan(NoiseSchedule.from_config(BETAS | config), sampler, steps)
+    told = dict(zip(sigmas[:, 0].tolist(), timesteps))
+    inputs = []
+
+    def denoise(x, sigma):
+        inputs.append(x / (sigma**2 + 1) ** 0.5)
+        return x - sigma * fake_unet(inputs[-1], told[sigma])
+
+    g = generators()
+    x = draw_noise(SHAPE, g) * start_scale
+    return timesteps, inputs, SAMPLERS[sampler](denoise, x, sigmas, g, **extra)
+
+
+def compare(sampler, steps, config, eta=0.0):
+    timesteps, inputs, latents = ours(sampler, steps, config, **({"eta": eta} if sampler == "ddim" else {}))
+    peer_timesteps, peer_inputs, peer_latents = peer(sampler, steps, config, eta)
+    torch.testing.assert_close(torch.tensor(timesteps), peer_timesteps.float(), rtol=0, atol=1e-3)
+    assert len(inputs) == len(peer_inputs) == steps
+    for a, b in zip([*inputs, latents], [*peer_inputs, peer_latents]):
+        assert (a - b).norm() <= 1e-5 * b.norm(), f"{sampler} {steps} {config}: {(a - b).norm() / b.norm()}"
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20, 100])
+@pytest.mark.parametrize("config", SPACINGS, ids=str)
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_equals_diffusers_at_every_step(sampler, config, steps):
+    compare(sampler, steps, config)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20, 100])
+@pytest.mark.parametrize("config", SPACINGS, ids=str)
+@pytest.mark.parametrize("end", [{}, {"set_alpha_to_one": False}], ids=str)
+def test_ddim_with_noise(config, steps, end):
+    compare("ddim", steps, config | end, eta=1.0)
+    compare("ddim", steps, config | end, eta=0.3)
+
+
+@pytest.mark.parametrize("config", [
+    {"use_karras_sigmas": True}, {"final_sigmas_type": "sigma_min"},
+    {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min", "timestep_spacing": "trailing"},
+    {"use_karras_sigmas": True, "timestep_spacing": "leading", "steps_offset": 1}], ids=str)
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
+def test_karras_sigmas_and_ends(sampler, config):
+    for steps in (1, 2, 14, 15, 20, 100):
+        compare(sampler, steps, config)
+
+
+def test_ddim_ends_at_the_first_timestep():
+    for steps in (1, 2, 20, 100):
+        compare("ddim", steps, {"set_alpha_to_one": False, "steps_offset": 1})
+
+
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_a_picture_does_not_depend_on_its_batch_and_state_is_float32(sampler):
+    timesteps, sigmas, start_scale = plan(NoiseSchedule(), sampler, 4)
+
+    def denoise(x, sigma):
+        assert x.dtype == torch.float32
+        return (0.5 * x / (1 + sigma)).tanh().to(torch.float32)
+
+    def run(seeds):
+        g = generators(seeds)
+        return SAMPLERS[sampler](denoise, draw_noise((len(seeds), 4, 5, 7), g) * start_scale, sigmas, g)
+
+    both = run((5, 6))
+    assert torch.equal(both[:1], run((5,))) and torch.equal(both[1:], run((6,)))
+    assert not torch.allclose(both[0], both[1])
+
+
+def test_one_generator_may_serve_the_whole_batch():
+    sigmas = plan(NoiseSchedule(), "euler_ancestral", 3).sigmas
+    g = torch.Generator().manual_seed(0)
+    first = euler_ancestral(lambda x, sigma: 0.5 * x, torch.ones(SHAPE), sigmas, g)
+    again = euler_ancestral(lambda x, sigma: 0.5 * x, torch.ones(SHAPE), sigmas, g.manual_seed(0))
+    assert torch.equal(first, again) and not torch.allclose(first[0], first[1])
+
+
+def test_noise_is_drawn_only_where_it_is_used():
+    """eta = 0 leaves the generator alone; Euler ancestral's last step, which lands on sigma = 0, draws nothing."""
+    drawn = torch.Generator().manual_seed(3)
+    ddim(lambda x, sigma: 0.5 * x, torch.ones(SHAPE), plan(NoiseSchedule(), "ddim", 3).sigmas, drawn)
+    assert torch.equal(drawn.get_state(), torch.Generator().manual_seed(3).get_state())
+    euler_ancestral(lambda x, sigma: 0.5 * x, torch.ones(SHAPE), plan(NoiseSchedule(), "euler_ancestral", 1).sigmas, drawn)
+    assert torch.equal(drawn.get_state(), torch.Generator().manual_seed(3).get_state())
