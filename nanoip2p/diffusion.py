@@ -1,8 +1,9 @@
 """The noise schedule: how noise is added for training, and which noise levels a sampler visits.
 
-Stable Diffusion noises a clean latent z_0 as z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps (Ho et al. 2020, equation 4)
-with a_t = prod_{s<=t} (1 - beta_s). Samplers see the same thing divided by sqrt(a_t): x = z_0 + sigma eps with
-sigma = sqrt((1 - a_t) / a_t) (Karras et al. 2022). Everything here agrees with the diffusers schedulers.
+Stable Diffusion noises a clean latent z_0 as z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps (Ho et al. 2020,
+equation 4) with a_t = prod_{s<=t} (1 - beta_s). Samplers see the same thing divided by sqrt(a_t):
+x = z_0 + sigma eps with sigma = sqrt((1 - a_t) / a_t) (Karras et al. 2022). Everything here agrees with the
+diffusers schedulers.
 """
 
 from dataclasses import asdict, dataclass
@@ -23,8 +24,8 @@ FIXED = {
     "lower_order_final": True, "euler_at_final": False, "lambda_min_clipped": -float("inf"),
 }
 # Settings of switched-off features, and of PNDM, whose file every Stable Diffusion 1.x folder carries.
-BOOKKEEPING = frozenset({"clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "skip_prk_steps",
-                         "flow_shift", "time_shift_type"})
+BOOKKEEPING = frozenset({"clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value",
+                         "skip_prk_steps", "flow_shift", "time_shift_type"})
 CHOICES = {
     "beta_schedule": ("scaled_linear", "linear"),
     "timestep_spacing": (None, "linspace", "leading", "trailing"),
@@ -48,8 +49,9 @@ class NoiseSchedule:
 
     def __post_init__(self):
         for key, choices in CHOICES.items():
-            if getattr(self, key) not in choices:
-                raise ValueError(f"NoiseSchedule: {key} = {getattr(self, key)!r} is not supported, only {choices}")
+            value = getattr(self, key)
+            if value not in choices:
+                raise ValueError(f"NoiseSchedule: {key} = {value!r} is not supported, only {choices}")
 
     @classmethod
     def from_config(cls, config: dict) -> "NoiseSchedule":
@@ -57,11 +59,11 @@ class NoiseSchedule:
 
         Raises ValueError, naming the setting, for anything our samplers would not reproduce.
         """
-        diffusers_betas = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}  # if the file has none
-        return read_config(cls, diffusers_betas | config, FIXED, BOOKKEEPING)
+        if_unsaid = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}  # diffusers' defaults
+        return read_config(cls, if_unsaid | config, FIXED, BOOKKEEPING)
 
     def to_config(self) -> dict:
-        """The scheduler_config.json with which diffusers computes the same, whichever of its samplers reads it."""
+        """The scheduler_config.json with which diffusers computes the same, whichever scheduler reads it."""
         config = {key: value for key, value in asdict(self).items() if value is not None}
         return {"_class_name": "EulerAncestralDiscreteScheduler", "prediction_type": "epsilon",
                 "clip_sample": False} | config  # diffusers' DDIM clips unless told not to
@@ -95,14 +97,14 @@ class Plan(NamedTuple):
 def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
     """Noise levels for `steps` steps of "euler_ancestral", "euler", "ddim" or "dpmpp_2m".
 
-    Equal to what the diffusers scheduler of that name does with the same settings, differing conventions and all.
-    One of them: DDIM aims at timestep t - 1000 // steps, which the next step, placed by linspace or trailing,
-    need not start from. That is why a row of `sigmas` need not begin where the one before ended.
+    Equal to what the diffusers scheduler of that name does with the same settings, its conventions included.
+    One of them: DDIM aims at timestep t - 1000 // steps, which the next step, placed by linspace or
+    trailing, need not start from. That is why a row of `sigmas` need not begin where the one before ended.
     Raises ValueError when the schedule has no room for that many steps.
     """
     n_train = schedule.num_train_timesteps
     if not 1 <= steps <= n_train:
-        raise ValueError(f"cannot take {steps} steps: the model was trained with {n_train} timesteps, choose 1 to {n_train}")
+        raise ValueError(f"cannot take {steps} steps: the model knows {n_train} timesteps, so take 1 to {n_train}")
     a = schedule.alphas_cumprod().numpy()
     table = np.sqrt((1 - a) / a)                                                # (n_train,) rising
     timesteps = _spaced(schedule, sampler, steps)                               # (n,) falling
