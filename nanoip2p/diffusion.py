@@ -69,7 +69,7 @@ class NoiseSchedule:
                 "clip_sample": False} | config  # diffusers' DDIM clips unless told not to
 
     def alphas_cumprod(self) -> Tensor:
-        """The share of signal power a_t at every training timestep: (num_train_timesteps,) float32, falling."""
+        """The share of signal power a_t at each training timestep: (num_train_timesteps,) float32, falling."""
         if self.beta_schedule == "scaled_linear":  # linear in sqrt(beta): Rombach et al.'s choice
             betas = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.num_train_timesteps) ** 2
         else:
@@ -104,7 +104,7 @@ def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
     """
     n_train = schedule.num_train_timesteps
     if not 1 <= steps <= n_train:
-        raise ValueError(f"cannot take {steps} steps: the model knows {n_train} timesteps, so take 1 to {n_train}")
+        raise ValueError(f"cannot take {steps} steps: choose 1 to {n_train}, the timesteps of training")
     a = schedule.alphas_cumprod().numpy()
     table = np.sqrt((1 - a) / a)                                                # (n_train,) rising
     timesteps = _spaced(schedule, sampler, steps)                               # (n,) falling
@@ -115,8 +115,8 @@ def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
         timesteps = np.interp(np.log(sigmas), np.log(table), np.arange(n_train))
         timesteps = timesteps.round() if sampler == "dpmpp_2m" else timesteps
     elif timesteps[0] > n_train - 1 or len(set(timesteps)) < steps:
-        raise ValueError(f"{sampler} has no room for {steps} steps with timestep_spacing = "
-                         f"{schedule.timestep_spacing!r}, steps_offset = {schedule.steps_offset}; take fewer steps")
+        raise ValueError(f"no room for {steps} steps of {sampler} with timestep_spacing = "
+                         f"{schedule.timestep_spacing!r}, steps_offset = {schedule.steps_offset}: take fewer")
     if sampler == "ddim":
         target = timesteps.astype(int) - n_train // steps
         last = 0.0 if schedule.set_alpha_to_one else table[0]
@@ -124,7 +124,7 @@ def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
     else:
         ends_clean = sampler == "euler_ancestral" or schedule.final_sigmas_type == "zero"
         following = np.append(sigmas[1:], 0.0 if ends_clean else table[0])
-    # Noise of unit variance at the first level, or, for Euler, just the noise without the data's own variance.
+    # Euler starts from noise alone; the others, and Euler with leading, count the data's variance of 1 in.
     spacing = schedule.timestep_spacing or "linspace"
     only_noise = sampler in ("euler", "euler_ancestral") and spacing != "leading"
     start_scale = float(sigmas[0]) if only_noise else float(np.sqrt(sigmas[0] ** 2 + 1))
@@ -136,7 +136,7 @@ def _spaced(schedule: NoiseSchedule, sampler: str, steps: int) -> np.ndarray:
     """Timesteps (n,) float64, falling: Table 2 of Lin et al. 2023 (arXiv 2305.08891)."""
     n_train = schedule.num_train_timesteps
     spacing = schedule.timestep_spacing or ("leading" if sampler == "ddim" else "linspace")
-    points = steps + 1 if sampler == "dpmpp_2m" else steps  # DPM-Solver counts the end, without noise, as a point
+    points = steps + 1 if sampler == "dpmpp_2m" else steps  # DPM-Solver counts the clean end as a point
     if spacing == "trailing":
         return np.arange(n_train, 0, -n_train / steps)[:steps].round() - 1
     if spacing == "leading":

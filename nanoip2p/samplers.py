@@ -3,10 +3,10 @@
     sampler(denoise, x, sigmas, generator) -> latents (B, C, h, w) float32
 
 `x` (B, C, h, w) is the noised latent as Karras et al. 2022 write it, x = z_0 + sigma eps; it starts as unit
-noise times `start_scale`. `denoise(x, sigma: float)` returns the estimate of z_0. `sigmas` (n, 2) holds one row
-(from, to) a step; it and `start_scale` come from `diffusion.plan`. The state stays float32 whatever the networks
-compute in. `generator` is a CPU torch.Generator, or a list with one for each picture, so that a picture does not
-depend on the others in its batch. Noise is drawn on the CPU: one seed, one picture, on any device.
+noise times `start_scale`. `denoise(x, sigma: float)` returns the estimate of z_0. `sigmas` (n, 2) holds one
+row (from, to) a step; it and `start_scale` come from `diffusion.plan`. The state stays float32 whatever the
+networks compute in. `generator` is a CPU torch.Generator, or a list with one for each picture, so that a
+picture does not depend on its batch. Noise is drawn on the CPU: one seed, one picture, on any device.
 """
 
 import math
@@ -39,8 +39,8 @@ def euler(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = N
 def euler_ancestral(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = None) -> Tensor:
     """Euler down to sigma_down, then fresh noise up to sigma_next; the sampler of InstructPix2Pix's own code.
 
-    The split sigma_next^2 = sigma_down^2 + sigma_up^2 is that of ancestral sampling: the posterior variance of
-    Ho et al. 2020 (equation 7) written in sigma; k-diffusion's `get_ancestral_step`.
+    The split sigma_next^2 = sigma_down^2 + sigma_up^2 is that of ancestral sampling: the posterior variance
+    of Ho et al. 2020 (equation 7) written in sigma; k-diffusion's `get_ancestral_step`.
     """
     x = x.float()
     for sigma, sigma_next in sigmas.tolist():
@@ -56,8 +56,8 @@ def euler_ancestral(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Gene
 def ddim(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = None, eta: float = 0) -> Tensor:
     """Song et al. 2020, equation 12. eta = 0 is deterministic; eta = 1 is the ancestral sampler of DDPM.
 
-    The paper's state is z = sqrt(a) x with a = 1 / (1 + sigma^2), and so it is here. If the last row ends above
-    sigma = 0 the returned latents are z, not z / sqrt(a), as in diffusers.
+    The paper's state is z = sqrt(a) x with a = 1 / (1 + sigma^2), and so it is here. If the last row ends
+    above sigma = 0 the returned latents are z, not z / sqrt(a), as in diffusers.
     """
     sigma = float(sigmas[0, 0])
     z = x.float() / math.sqrt(1 + sigma**2)
@@ -76,8 +76,8 @@ def ddim(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = No
 def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = None) -> Tensor:
     """DPM-Solver++(2M), Lu et al. 2022 (2211.01095), algorithm 2, with lambda = -log sigma.
 
-    The first step is of first order, having no history; so is the last when it goes to sigma = 0, where lambda
-    is infinite, or when there are fewer than 15 steps (the authors' advice). Returns latents as `ddim` does.
+    The first step is of first order, having no history; so is the last when it goes to sigma = 0, where
+    lambda is infinite, or of fewer than 15 (the authors' advice). Returns latents as `ddim` does.
     """
     x = x.float()
     rows = sigmas.tolist()

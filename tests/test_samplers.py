@@ -124,7 +124,7 @@ def test_one_generator_may_serve_the_whole_batch():
 
 
 def test_noise_is_drawn_only_where_it_is_used():
-    """eta = 0 leaves the generator alone; Euler ancestral's last step, which lands on sigma = 0, draws nothing."""
+    """eta = 0 leaves the generator alone, and so does Euler ancestral's step to sigma = 0."""
     drawn = torch.Generator().manual_seed(3)
     untouched = drawn.get_state()
     for sampler, steps in ((ddim, 3), (euler_ancestral, 1)):
