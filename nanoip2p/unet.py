@@ -1,0 +1,313 @@
+"""The denoising U-Net of Stable Diffusion 1.x (Rombach et al. 2112.10752, section 3.3).
+
+Same computation and the same names of weights as diffusers' UNet2DConditionModel. InstructPix2Pix
+(2211.09800, section 3.2) changes one thing: 8 input channels, the last four being the input picture's latent.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanoip2p.attention import attention
+from nanoip2p.config import read_config
+
+TRANSFORMER_EPS = 1e-6  # of the GroupNorm in front of a transformer; the residual blocks use config.norm_eps
+DOWN_TYPES = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # name in config.json -> has attention
+UP_TYPES = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
+FIXED = {
+    "act_fn": "silu", "center_input_sample": False, "downsample_padding": 1, "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn", "dropout": 0.0, "transformer_layers_per_block": 1,
+    "num_attention_heads": None, "use_linear_projection": False, "only_cross_attention": False,
+    "dual_cross_attention": False, "upcast_attention": False, "attention_type": "default",
+    "resnet_time_scale_shift": "default", "resnet_skip_time_act": False, "resnet_out_scale_factor": 1.0,
+    "time_embedding_type": "positional", "conv_in_kernel": 3, "conv_out_kernel": 3,
+}  # fmt: skip
+BOOKKEEPING = frozenset({"sample_size", "addition_embed_type_num_heads"})  # a default size; heads of an absent part
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Shape of the U-Net; the names are those of diffusers' config.json, the defaults SD 1.5's."""
+
+    in_channels: int = 4  # 8 for an editor: noised latent | input picture's latent
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # one level each; every step between halves h, w
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    layers_per_block: int = 2  # residual blocks a level going down; one more going up
+    attention_head_dim: int | tuple[int, ...] = 8  # diffusers' misnomer: the NUMBER of heads (or one per level)
+    cross_attention_dim: int = 768  # width of the text's tokens
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    flip_sin_to_cos: bool = True  # cosines first in the timestep embedding
+    freq_shift: int = 0
+
+    def __post_init__(self):
+        levels = len(self.block_out_channels)
+        for key, known in (("down_block_types", DOWN_TYPES), ("up_block_types", UP_TYPES)):
+            types = getattr(self, key)
+            if len(types) != levels or not set(types) <= set(known):
+                raise ValueError(f"UNetConfig: {key} = {types} must be {levels} names out of {sorted(known)}")
+        if len(self.heads) != levels or any(c % h for c, h in zip(self.block_out_channels, self.heads)):
+            raise ValueError(
+                f"UNetConfig: attention_head_dim = {self.attention_head_dim} must be one number of heads, or one "
+                f"per level, that divides block_out_channels = {self.block_out_channels}"
+            )
+        if any(c % self.norm_num_groups for c in self.block_out_channels) or self.block_out_channels[0] % 2:
+            raise ValueError(
+                f"UNetConfig: block_out_channels = {self.block_out_channels} must be multiples of "
+                f"norm_num_groups = {self.norm_num_groups}, and the first one even"
+            )
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Number of attention heads of each level."""
+        heads = self.attention_head_dim
+        return (heads,) * len(self.block_out_channels) if isinstance(heads, int) else heads
+
+    @classmethod
+    def tiny(cls, in_channels: int = 4) -> "UNetConfig":
+        """Two levels and few channels, for tests."""
+        return cls(
+            in_channels=in_channels, block_out_channels=(8, 16), layers_per_block=1, attention_head_dim=2,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=12, norm_num_groups=4,
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        )  # fmt: skip
+
+    def to_json(self) -> dict:
+        """The config.json from which diffusers builds the same network."""
+        return {"_class_name": "UNet2DConditionModel", **asdict(self), **FIXED}
+
+
+def timestep_embedding(timestep: Tensor, width: int, flip_sin_to_cos: bool, freq_shift: int) -> Tensor:
+    """Sines and cosines of the timesteps (B,), wavelengths 2 pi to 20000 pi -> (B, width), always float32."""
+    half = width // 2
+    steps = torch.arange(half, dtype=torch.float32, device=timestep.device)
+    frequencies = torch.exp(-math.log(10000) * steps / (half - freq_shift))
+    angles = timestep.float()[:, None] * frequencies
+    parts = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
+    return torch.cat(parts, dim=1)
+
+
+class TimeEmbedding(nn.Module):
+    """(B, width of the first level) -> (B, four times that)."""
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(c_in, c_out)
+        self.linear_2 = nn.Linear(c_out, c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class ResnetBlock(nn.Module):
+    """Two 3x3 convolutions, the time added between them, beside a shortcut. (B, C_in, h, w) -> (B, C_out, h, w)."""
+
+    def __init__(self, c_in: int, c_out: int, config: UNetConfig):
+        super().__init__()
+        groups, eps = config.norm_num_groups, config.norm_eps
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=eps)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(4 * config.block_out_channels[0], c_out)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=eps)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x))) + self.time_emb_proj(time)[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.conv_shortcut(x) + h
+
+
+class Attention(nn.Module):
+    """Tokens x (B, T, C) attend to a context (B, L, C_context). No biases but the last, as in SD."""
+
+    def __init__(self, channels: int, c_context: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(c_context, channels, bias=False)
+        self.to_v = nn.Linear(c_context, channels, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return self.to_out[0](attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+
+
+class GEGLU(nn.Module):
+    """Linear, one half gated by the GELU of the other (Shazeer 2002.05202). (B, T, C) -> (B, T, C_out)."""
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        self.proj = nn.Linear(c_in, 2 * c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """Four times wider and back. The Identity stands where diffusers counts a dropout. (B, T, C) -> same."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Pixels look at each other (attn1), then at the text (attn2), then think. (B, T, C) -> same."""
+
+    def __init__(self, channels: int, c_context: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(channels, channels, heads)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = Attention(channels, c_context, heads)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        h = self.norm1(x)
+        x = x + self.attn1(h, h)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over all positions of a feature map. (B, C, h, w) -> same."""
+
+    def __init__(self, channels: int, heads: int, config: UNetConfig):
+        super().__init__()
+        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=TRANSFORMER_EPS)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, config.cross_attention_dim, heads)])
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)       # (B, h*w, C)
+        h = self.transformer_blocks[0](h, context)
+        return x + self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))  # (B, C, h, w)
+
+
+class Downsample(nn.Module):
+    """Halve height and width, rounding up."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Grow to `size` by nearest neighbour, then smooth. The size is the skip's, so odd ones come back."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks at one resolution, on the way down, up, or (the mid block) at the bottom.
+
+    `widths_in[i]` are the channels that residual block i receives, `transformers` how many of the blocks are
+    followed by attention; `resample` is "down", "up" or None.
+    """
+
+    def __init__(self, widths_in: list[int], c_out: int, transformers: int, heads: int, resample: str | None,
+                 config: UNetConfig):  # fmt: skip
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(c_in, c_out, config) for c_in in widths_in)
+        self.attentions = nn.ModuleList(SpatialTransformer(c_out, heads, config) for _ in range(transformers))
+        self.downsamplers = nn.ModuleList([Downsample(c_out)] if resample == "down" else [])
+        self.upsamplers = nn.ModuleList([Upsample(c_out)] if resample == "up" else [])
+
+    def layer(self, i: int, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        """Residual block i and, where there is one, the transformer after it."""
+        x = self.resnets[i](x, time)
+        return self.attentions[i](x, context) if i < len(self.attentions) else x
+
+
+class UNet(nn.Module):
+    """Predicts the noise in latents, given the timestep and the text."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        widths, layers = config.block_out_channels, config.layers_per_block
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimeEmbedding(widths[0], 4 * widths[0])
+
+        c, skips = widths[0], [widths[0]]  # channels of every feature map that the way up will meet again
+        self.down_blocks = nn.ModuleList()
+        for i, (c_out, name) in enumerate(zip(widths, config.down_block_types)):
+            last = i == len(widths) - 1
+            widths_in = [c] + [c_out] * (layers - 1)
+            transformers = layers if DOWN_TYPES[name] else 0
+            self.down_blocks.append(
+                Level(widths_in, c_out, transformers, config.heads[i], None if last else "down", config)
+            )
+            c, skips = c_out, skips + [c_out] * (layers if last else layers + 1)
+
+        self.mid_block = Level([c, c], c, 1, config.heads[-1], None, config)
+
+        self.up_blocks = nn.ModuleList()
+        for i, (c_out, name) in enumerate(zip(widths[::-1], config.up_block_types)):
+            last = i == len(widths) - 1
+            widths_in = [before + skips.pop() for before in [c] + [c_out] * layers]
+            transformers = layers + 1 if UP_TYPES[name] else 0
+            self.up_blocks.append(
+                Level(widths_in, c_out, transformers, config.heads[::-1][i], None if last else "up", config)
+            )
+            c = c_out
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, c, eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(c, config.out_channels, 3, padding=1)
+
+    @classmethod
+    def from_config(cls, config: dict) -> "UNet":
+        """Build from the content of diffusers' unet/config.json. ValueError names what is not supported."""
+        return cls(read_config(UNetConfig, config, FIXED, BOOKKEEPING))
+
+    def forward(self, latents: Tensor, timestep: Tensor | float, context: Tensor) -> Tensor:
+        """Latents (B, C_in, h, w), timestep, text (B, L, D) -> predicted noise (B, C_out, h, w).
+
+        The timestep is a number, or a tensor of one for all or one for each of the B; it may lie between
+        integers (Karras sigmas). Any h and w work; each level halves them, rounding up.
+        """
+        batch, config = latents.shape[0], self.config
+        assert latents.shape[1] == config.in_channels, (tuple(latents.shape), config.in_channels)
+        assert context.shape[0] == batch and context.shape[2] == config.cross_attention_dim, tuple(context.shape)
+        timestep = torch.as_tensor(timestep, device=latents.device).reshape(-1).expand(batch)
+        time = timestep_embedding(timestep, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift)
+        time = F.silu(self.time_embedding(time.to(latents.dtype)))      # (B, 4 * C_0); every block wants the SiLU
+
+        x = self.conv_in(latents)
+        skips = [x]
+        for level in self.down_blocks:
+            for i in range(len(level.resnets)):
+                x = level.layer(i, x, time, context)
+                skips.append(x)
+            for downsample in level.downsamplers:
+                x = downsample(x)                                       # (B, C, h/2, w/2)
+                skips.append(x)
+
+        x = self.mid_block.layer(0, x, time, context)
+        x = self.mid_block.layer(1, x, time, context)
+
+        for level in self.up_blocks:
+            for i in range(len(level.resnets)):
+                x = level.layer(i, torch.cat([x, skips.pop()], dim=1), time, context)
+            for upsample in level.upsamplers:
+                x = upsample(x, skips[-1].shape[2:])                    # (B, C, 2h, 2w)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
