@@ -1,0 +1,10 @@
+"""Lets tests say `from helpers import ...` and `import nanoip2p` wherever pytest is started from."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+torch.set_num_threads(min(torch.get_num_threads(), 2))  # the tests are small; more threads only wait on each other

@@ -1,0 +1,43 @@
+"""What several tests share: weights that make every layer matter, and one measure of agreement."""
+
+import torch
+from torch import Tensor, nn
+
+NORMS = (nn.GroupNorm, nn.LayerNorm)
+
+
+@torch.no_grad()
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Redraw all weights in place, from `seed`, and return the module in eval mode.
+
+    Weights have a standard deviation of 1/sqrt(fan_in), so that signals keep their size through deep
+    networks; norms scale by 1 + 0.1 randn and biases are 0.1 randn, so that forgetting either one shows.
+    Embeddings get a deviation of 1, other bare parameters (a class token, a temperature) keep their size.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(parameter: Tensor, scale: float, offset: float = 0.0) -> None:
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.copy_(offset + scale * noise)
+
+    for layer in module.modules():
+        for name, parameter in layer.named_parameters(recurse=False):
+            if name.endswith("bias"):
+                draw(parameter, 0.1)
+            elif isinstance(layer, NORMS):
+                draw(parameter, 0.1, offset=1.0)
+            elif isinstance(layer, nn.Embedding):
+                draw(parameter, 1.0)
+            elif parameter.ndim >= 2:
+                draw(parameter, parameter[0].numel() ** -0.5)
+            elif parameter.ndim == 1:
+                draw(parameter, 1.0)
+    return module.eval()
+
+
+def relative_error(ours: Tensor, reference: Tensor) -> float:
+    """||ours - reference|| / ||reference||. Shapes must agree, and neither side may hold a NaN."""
+    assert ours.shape == reference.shape, (ours.shape, reference.shape)
+    ours, reference = ours.detach().double(), reference.detach().double()
+    assert torch.isfinite(ours).all() and torch.isfinite(reference).all(), "not finite"
+    return ((ours - reference).norm() / reference.norm()).item()
