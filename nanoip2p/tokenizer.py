@@ -1,0 +1,188 @@
+"""CLIP's byte-level BPE tokenizer: texts -> token ids, the same ids as transformers' CLIPTokenizer.
+
+The byte-pair merging itself is done by the `tokenizers` library; this file states CLIP's settings of it.
+"""
+
+import json
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from torch import Tensor
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+ROLES = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+LENGTH = 77  # tokens of a text, where tokenizer_config.json does not say otherwise
+WORD_END = "</w>"
+# Letters, single digits and runs of signs are words of their own, as in OpenAI's simple_tokenizer.py
+WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class Tokenizer:
+    """Callable: texts -> ids. Made by load_tokenizer."""
+
+    def __init__(self, backend: Backend, start: int, end: int, pad: int, length: int):
+        assert length >= 2, f"no room for start and end in {length} tokens"
+        self.backend, self.length = backend, length
+        self.start, self.end, self.pad = start, end, pad
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        """Texts -> (B, length) int64: start, tokens, end, padding.
+
+        A text that is too long is cut, its end token kept, and a warning quotes what was dropped.
+        Raises ValueError for a text that is not valid Unicode (bytes of another encoding on a command line).
+        """
+        assert not isinstance(texts, str), "a list of texts, not one text"
+        return torch.tensor([self._row(text) for text in texts], dtype=torch.int64).reshape(-1, self.length)
+
+    def _row(self, text: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the text {text!r} is not valid Unicode ({error.reason}); retype it") from None
+        encoded = self.backend.encode(text, add_special_tokens=False)
+        ids, room = encoded.ids, self.length - 2
+        if len(ids) > room:
+            dropped = text[encoded.offsets[room][0] :].strip()
+            warnings.warn(f"{len(ids) - room} of {len(ids)} tokens do not fit, dropped: {dropped!r}", stacklevel=4)
+        row = [self.start, *ids[:room], self.end]
+        return row + [self.pad] * (self.length - len(row))
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """Read vocab.json + merges.txt or tokenizer.json, and the settings files beside them where they exist.
+
+    Padding is the end-of-text token unless tokenizer_config.json or special_tokens_map.json names another.
+    Raises ValueError, naming the folder or file, when something is missing or broken.
+    """
+    folder = Path(folder)
+    config, fast = _read_json(folder / "tokenizer_config.json"), _read_json(folder / "tokenizer.json")
+    vocab, merges = _vocabulary(folder, fast)
+    roles, special = _special_tokens(folder, config, fast)
+    for role in ("bos_token", "eos_token"):
+        if roles[role] not in vocab:
+            raise ValueError(f"{folder}: the vocabulary lacks the {role} {roles[role]!r}, so it is not CLIP's")
+    backend = _backend(vocab, merges, roles["unk_token"])
+    backend.add_tokens(special)
+    length = config.get("model_max_length") or LENGTH
+    ids = (backend.token_to_id(roles[role]) for role in ("bos_token", "eos_token", "pad_token"))
+    return Tokenizer(backend, *ids, length if length < 10**6 else LENGTH)  # transformers writes 1e30 for unset
+
+
+def train_tokenizer(texts: Iterable[str], size: int, folder: str | Path) -> None:
+    """Learn a vocabulary of at most `size` tokens from `texts`; write vocab.json, merges.txt, tokenizer_config.json.
+
+    Laid out as CLIP's: bytes, bytes that end a word, merges in order, start, end. The end of text has the largest
+    id, on which CLIP's pooling relies. Any text can be encoded, since every byte is a token.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = alphabet + [letter + WORD_END for letter in alphabet]
+    assert size >= len(tokens) + 2, f"{len(tokens)} bytes and two special tokens do not fit in {size}"
+    backend = _backend({}, [], None)
+    # The trainer counts the plain bytes among its vocabulary, and of the word-ending ones those it met
+    trainer = BpeTrainer(
+        vocab_size=size, initial_alphabet=alphabet, end_of_word_suffix=WORD_END, show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    merges = [_pair(merge) for merge in json.loads(backend.to_str())["model"]["merges"]]
+    merges = merges[: size - len(tokens) - 2]
+    tokens += [first + second for first, second in merges] + [START, END]
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab = {token: index for index, token in enumerate(tokens)}
+    config = {**ROLES, "model_max_length": LENGTH, "tokenizer_class": "CLIPTokenizer"}
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _backend(vocab: dict[str, int], merges: list[tuple[str, str]], unknown: str | None) -> Backend:
+    """CLIP's pipeline: compose, squeeze white space, lower case; split into words; bytes; merge."""
+    settings = {} if unknown is None else {"unk_token": unknown}
+    backend = Backend(BPE(vocab=vocab, merges=merges, end_of_word_suffix=WORD_END, **settings))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    return backend
+
+
+def _vocabulary(folder: Path, fast: dict) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Tokens with their ids, and merges in order of precedence. tokenizer.json goes first, as in transformers."""
+    if fast:
+        model = fast.get("model", {})
+        if not {"vocab", "merges"} <= model.keys():
+            raise ValueError(f"{folder / 'tokenizer.json'} has no BPE vocabulary, so it is not CLIP's")
+        return model["vocab"], [_pair(merge) for merge in model["merges"]]
+    vocab_file, merges_file = folder / "vocab.json", folder / "merges.txt"
+    for file in (vocab_file, merges_file):
+        if not file.is_file():
+            raise ValueError(f"{file} is missing: a tokenizer is vocab.json with merges.txt, or tokenizer.json")
+    try:
+        return BPE.read_file(str(vocab_file), str(merges_file))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{vocab_file} or {merges_file.name} is broken: {error}") from None
+
+
+def _special_tokens(folder: Path, config: dict, fast: dict) -> tuple[dict[str, str], list[AddedToken]]:
+    """Which token has which role, and every token that is to be found in a text before it is split.
+
+    The files grew over the years: `added_tokens_decoder` in tokenizer_config.json supersedes
+    special_tokens_map.json, added_tokens.json and the list in tokenizer.json.
+    """
+    named = {**ROLES, **_token_fields(config)}
+    if "added_tokens_decoder" in config:
+        listed = [token for _, token in sorted(config["added_tokens_decoder"].items(), key=lambda item: int(item[0]))]
+    else:
+        named.update(_token_fields(_read_json(folder / "special_tokens_map.json")))
+        extra = sorted(_read_json(folder / "added_tokens.json").items(), key=lambda item: item[1])
+        listed = [{"content": text, "normalized": text not in map(_text, named.values())} for text, _ in extra]
+        listed += sorted(fast.get("added_tokens", []), key=lambda token: token["id"])
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        listed += config.get(key) or []
+    found = {_text(token): token for token in listed}
+    # a token listed once and named again keeps its flags; of several roles the last decides, as in transformers
+    found |= {_text(token): token for token in named.values() if _text(token) not in found}
+    return {role: _text(token) for role, token in named.items()}, [_added_token(token) for token in found.values()]
+
+
+def _token_fields(config: dict) -> dict:
+    return {key: value for key, value in config.items() if key.endswith("_token") and isinstance(value, (str, dict))}
+
+
+def _added_token(token: str | dict) -> AddedToken:
+    flags = token if isinstance(token, dict) else {}
+    flags = {key: flags[key] for key in ("single_word", "lstrip", "rstrip", "normalized") if key in flags}
+    return AddedToken(_text(token), special=True, **flags)
+
+
+def _text(token: str | dict) -> str:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _pair(merge: str | list[str]) -> tuple[str, str]:
+    """Files before 2024 write a merge as "a b", later ones as ["a", "b"]."""
+    first, second = merge.split(" ") if isinstance(merge, str) else merge
+    return first, second
+
+
+def _read_json(file: Path) -> dict:
+    """The content of a file that may be absent (then {})."""
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
