@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import read_config
+from nanoip2p.config import read_config
 
 # What scheduler_config.json may say besides the fields below. Other values compute something we do not.
 FIXED = {
@@ -62,14 +62,14 @@ class NoiseSchedule:
         if_unsaid = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}  # diffusers' defaults
         return read_config(cls, if_unsaid | config, FIXED, BOOKKEEPING)
 
-    def to_config(self) -> dict:
+    def to_json(self) -> dict:
         """The scheduler_config.json with which diffusers computes the same, whichever scheduler reads it."""
         config = {key: value for key, value in asdict(self).items() if value is not None}
         return {"_class_name": "EulerAncestralDiscreteScheduler", "prediction_type": "epsilon",
                 "clip_sample": False} | config  # diffusers' DDIM clips unless told not to
 
     def alphas_cumprod(self) -> Tensor:
-        """The share of signal power a_t at each training timestep: (num_train_timesteps,) float32, falling."""
+        """The share of signal a_t at each training timestep: (num_train_timesteps,), float32, falling."""
         if self.beta_schedule == "scaled_linear":  # linear in sqrt(beta): Rombach et al.'s choice
             betas = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.num_train_timesteps) ** 2
         else:
@@ -92,6 +92,10 @@ class Plan(NamedTuple):
     timesteps: list[float]  # n, falling: what the UNet is told at each step
     sigmas: Tensor          # (n, 2) float32: each step goes from the noise level sigmas[i, 0] to sigmas[i, 1]
     start_scale: float      # standard deviation of the start: x = start_scale * unit noise
+
+    def timestep_of(self) -> dict[float, float]:
+        """The timestep that belongs to each noise level at which a sampler calls `denoise`."""
+        return dict(zip(self.sigmas[:, 0].tolist(), self.timesteps))
 
 
 def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:

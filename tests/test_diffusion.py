@@ -38,7 +38,7 @@ def test_the_defaults_are_stable_diffusions():
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_timesteps_and_start_for_many_numbers_of_steps(sampler, spacing):
     schedule = NoiseSchedule(timestep_spacing=spacing)
-    config = {key: value for key, value in schedule.to_config().items() if not key.startswith("_")}
+    config = {key: value for key, value in schedule.to_json().items() if not key.startswith("_")}
     scheduler = SCHEDULERS[sampler].from_config(config)
     for steps in [*range(1, 151), 333, 500, 666, 999]:
         scheduler.set_timesteps(steps)

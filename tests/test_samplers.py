@@ -46,8 +46,8 @@ def peer(sampler, steps, config, eta=0.0):
 
 
 def ours(sampler, steps, config, **extra):
-    timesteps, sigmas, start_scale = plan(NoiseSchedule.from_config(BETAS | config), sampler, steps)
-    told = dict(zip(sigmas[:, 0].tolist(), timesteps))
+    planned = plan(NoiseSchedule.from_config(BETAS | config), sampler, steps)
+    told = planned.timestep_of()
     inputs = []
 
     def denoise(x, sigma):
@@ -55,8 +55,8 @@ def ours(sampler, steps, config, **extra):
         return x - sigma * fake_unet(inputs[-1], told[sigma])
 
     g = generators()
-    x = draw_noise(SHAPE, g) * start_scale
-    return timesteps, inputs, SAMPLERS[sampler](denoise, x, sigmas, g, **extra)
+    x = draw_noise(SHAPE, g) * planned.start_scale
+    return planned.timesteps, inputs, SAMPLERS[sampler](denoise, x, planned.sigmas, g, **extra)
 
 
 def compare(sampler, steps, config, eta=0.0):

@@ -1,0 +1,77 @@
+"""Equation 3, the branches it needs, and how often the UNet runs."""
+
+import pytest
+import torch
+
+from nanoip2p.guidance import guided_denoiser
+
+B, C, T, D = 2, 4, 7, 5
+SIGMA = 2.5
+
+
+class FakeUNet(torch.nn.Module):
+    """Reacts to every input, and remembers them."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, latents, timestep, context):
+        self.calls.append((latents, timestep, context))
+        noised, image = latents.chunk(2, dim=1)
+        text = context.mean(dim=(1, 2))[:, None, None, None]
+        return torch.tanh(noised + 0.7 * image * noised.roll(1, 1) + text) + 0.001 * timestep
+
+
+@pytest.fixture
+def inputs():
+    g = torch.Generator().manual_seed(0)
+    x, z_image = torch.randn(2, B, C, 6, 10, generator=g)
+    context, null = torch.randn(2, B, T, D, generator=g)
+    return x, z_image, context, null
+
+
+def run(inputs, cfg_text, cfg_image, low_memory=False):
+    x, z_image, context, null = inputs
+    unet = FakeUNet()
+    denoise = guided_denoiser(unet, {SIGMA: 321.5}, z_image, context, null, cfg_text, cfg_image, low_memory)
+    return denoise(x, SIGMA), unet.calls
+
+
+def equation_3(inputs, s_T, s_I):
+    x, z_image, context, null = inputs
+    scaled = x / (SIGMA**2 + 1) ** 0.5
+    full = FakeUNet()(torch.cat([scaled, z_image], 1), 321.5, context)
+    image = FakeUNet()(torch.cat([scaled, z_image], 1), 321.5, null)
+    none = FakeUNet()(torch.cat([scaled, torch.zeros_like(z_image)], 1), 321.5, null)
+    assert min((full - image).abs().max(), (image - none).abs().max()) > 0.1  # the fake reacts to its inputs
+    return x - SIGMA * (none + s_I * (image - none) + s_T * (full - image))
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize("cfg_text, cfg_image, branches", [
+    (7.5, 1.5, 3), (7.5, 1.0, 2), (1.5, 1.5, 2), (1.0, 1.0, 1), (0.0, 1.5, 2), (0.0, 1.0, 1), (0.0, 0.0, 1),
+    (0.5, 0.0, 3)])
+def test_equation_3_with_no_branch_too_many(inputs, cfg_text, cfg_image, branches, low_memory):
+    denoised, calls = run(inputs, cfg_text, cfg_image, low_memory)
+    torch.testing.assert_close(denoised, equation_3(inputs, cfg_text, cfg_image), rtol=1e-5, atol=1e-5)
+    assert [len(latents) for latents, _, _ in calls] == ([B] * branches if low_memory else [B * branches])
+
+
+def test_order_of_branches_and_what_each_is_shown(inputs):
+    x, z_image, context, null = inputs
+    _, [(latents, timestep, contexts)] = run(inputs, 7.5, 1.5)
+    assert timestep == 321.5
+    noised, images = latents.chunk(2, dim=1)
+    torch.testing.assert_close(noised, (x / (SIGMA**2 + 1) ** 0.5).repeat(3, 1, 1, 1))
+    assert torch.equal(images, torch.cat([z_image, z_image, torch.zeros_like(z_image)]))  # never scaled
+    assert torch.equal(contexts, torch.cat([context, null, null]))
+
+
+def test_half_precision_networks_keep_a_float32_state(inputs):
+    x, z_image, context, null = inputs
+    unet = FakeUNet()
+    half = [t.bfloat16() for t in (z_image, context, null)]
+    denoised = guided_denoiser(unet, {SIGMA: 321.5}, *half, 7.5, 1.5)(x, SIGMA)
+    assert unet.calls[0][0].dtype == torch.bfloat16 and denoised.dtype == torch.float32
+    assert (denoised - equation_3(inputs, 7.5, 1.5)).norm() < 0.1 * denoised.norm()
