@@ -35,7 +35,7 @@ def guided_denoiser(
     branches = [branch for branch in branches if branch[0] != 0]
     weights, images, contexts = zip(*branches)
     if not low_memory:
-        images, contexts = [torch.cat(images)], [torch.cat(contexts)]              # (n B, C, h, w), (n B, T, D)
+        images, contexts = [torch.cat(images)], [torch.cat(contexts)]            # (n B, C, h, w), (n B, T, D)
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         z = (x / math.sqrt(sigma**2 + 1)).to(z_image.dtype)  # c_in: unit variance; the image is not scaled

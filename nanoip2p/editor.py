@@ -1,0 +1,146 @@
+"""Picture + instruction -> picture: all of inference on one page.
+
+    from nanoip2p.editor import Editor
+    editor = Editor.load("weights/nano-ip2p")
+    edited = editor.edit([image], ["make it night"])[0]
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from nanoip2p.checkpoint import load_editor_parts
+from nanoip2p.clip import TextEncoder
+from nanoip2p.diffusion import NoiseSchedule, plan
+from nanoip2p.guidance import guided_denoiser
+from nanoip2p.images import fit, fit_size, to_pil, to_tensor
+from nanoip2p.samplers import SAMPLERS, Denoise, draw_noise
+from nanoip2p.tokenizer import Tokenizer
+from nanoip2p.unet import UNet
+from nanoip2p.vae import VAE
+
+
+class Editor:
+    """The four networks of InstructPix2Pix and the settings they were made for; `edit` does the work."""
+
+    def __init__(self, unet: UNet, vae: VAE, text_encoder: TextEncoder, tokenizer: Tokenizer,
+                 schedule: NoiseSchedule, defaults: dict):
+        """All networks on one device and in one dtype. defaults: the keys of checkpoint.PAPER_DEFAULTS."""
+        self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
+        self.schedule, self.defaults = schedule, defaults
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str | torch.device | None = None,
+             dtype: torch.dtype = torch.float32) -> "Editor":
+        """Read a weights folder. device None: see pick_device. ValueError, in one line, for a bad folder."""
+        device = pick_device(device)
+        parts = load_editor_parts(folder, dtype)
+        networks = (network.to(device) for network in (parts.unet, parts.vae, parts.text_encoder))
+        return cls(*networks, parts.tokenizer, parts.schedule, parts.defaults)
+
+    @property
+    def multiple(self) -> int:
+        """Both sides of a picture are multiples of this: 64 in SD 1.5, VAE and UNet each down-sampling by 8."""
+        return self.vae.downsampling * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    @torch.inference_mode()
+    def edit(
+        self, images: list[Image.Image], instructions: list[str], steps: int | None = None,
+        cfg_text: float | None = None, cfg_image: float | None = None, seed: int | list[int] = 0,
+        sampler: str | None = None, resolution: int | None = None, negative: str = "",
+        low_memory: bool = False, progress: bool = False, batch: int = 8,
+    ) -> list[Image.Image]:  # fmt: skip
+        """Edit images[i] as instructions[i] says; returns one RGB picture for each, in order.
+
+        None takes the default of the weights. cfg_text, cfg_image: s_T and s_I of the paper's equation 3.
+        seed: one for each picture, or one number, and picture i has seed + i. One seed makes one picture, on
+        any device and whatever else is in the call. resolution: of the longer side, about; the picture comes
+        back in the size it was edited at (images.fit_size). negative: what to steer away from, in place of
+        no text. Pictures of one size share a forward, up to `batch` of them; low_memory runs the three
+        branches of guidance one after another. ValueError for settings or pictures that cannot be used.
+        """
+        settings = {"steps": steps, "cfg_text": cfg_text, "cfg_image": cfg_image, "sampler": sampler,
+                    "resolution": resolution}
+        settings = {key: self.defaults[key] if value is None else value for key, value in settings.items()}
+        seeds = [seed + i for i in range(len(images))] if isinstance(seed, int) else seed
+        if not len(images) == len(instructions) == len(seeds):
+            raise ValueError(f"{len(images)} images, {len(instructions)} instructions, {len(seeds)} seeds: "
+                             "give one instruction (and seed) for each image")
+        if settings["sampler"] not in SAMPLERS:
+            raise ValueError(f"no sampler {settings['sampler']!r}; there are {', '.join(SAMPLERS)}")
+
+        pixels = [self._to_pixels(image, settings["resolution"]) for image in images]  # (3, H, W) each
+        text_states = self._encode_texts([negative, *instructions])
+        groups = list(_same_size(pixels, batch))
+        edited = {}
+        with tqdm(total=settings["steps"] * len(groups), disable=not progress, unit="step") as bar:
+            for group in groups:
+                results = self._edit_same_size(
+                    torch.stack([pixels[i] for i in group]),
+                    torch.stack([text_states[instructions[i]] for i in group]), text_states[negative],
+                    [torch.Generator().manual_seed(seeds[i]) for i in group], settings, low_memory, bar)
+                edited.update(zip(group, results))
+        return [edited[i] for i in range(len(images))]
+
+    def _edit_same_size(self, pixels: Tensor, context: Tensor, null_text: Tensor,
+                        generators: list[torch.Generator], settings: dict, low_memory: bool,
+                        bar: tqdm) -> list[Image.Image]:
+        """pixels (B, 3, H, W) in [-1, 1], context (B, T, D), null_text (T, D), one generator per picture."""
+        weights = self.unet.conv_in.weight
+        z_image, _ = self.vae.encode(pixels.to(weights.device, weights.dtype))  # mode, not scaled (B, C, h, w)
+        steps = plan(self.schedule, settings["sampler"], settings["steps"])
+        denoise = guided_denoiser(
+            self.unet, steps.timestep_of(), z_image, context, null_text.expand_as(context),
+            settings["cfg_text"], settings["cfg_image"], low_memory)
+        start = steps.start_scale * draw_noise(z_image.shape, generators).to(weights.device)
+        z = SAMPLERS[settings["sampler"]](_counted(denoise, bar), start, steps.sigmas, generators)
+        edited = self.vae.decode((z / self.vae.scaling_factor).to(weights.dtype))      # (B, 3, H, W)
+        return [to_pil(picture) for picture in edited]
+
+    def _encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
+        """Text states (T, D) of each distinct text, all in one forward."""
+        distinct = list(dict.fromkeys(texts))
+        ids = self.tokenizer(distinct).to(self.unet.conv_in.weight.device)
+        return dict(zip(distinct, self.text_encoder(ids)))
+
+    def _to_pixels(self, image: Image.Image, resolution: int) -> Tensor:
+        """(3, H, W) in [-1, 1], at the size to edit."""
+        if image.mode != "RGB":
+            raise ValueError(f"a picture in mode {image.mode} is not RGB; open it with images.open_image")
+        return to_tensor(fit(image, fit_size(*image.size, resolution, self.multiple)))
+
+
+def pick_device(name: str | torch.device | None = None) -> torch.device:
+    """The device called `name`, or without one the first of CUDA, MPS and CPU that works here.
+
+    Raises ValueError for a name that torch does not know or this machine does not have.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} does not work here ({reason}); leave it out to pick one") from None
+
+
+def _same_size(pixels: list[Tensor], batch: int) -> Iterator[list[int]]:
+    """Indices of pictures that can share a forward: equal shape, at most `batch` together."""
+    by_shape = {}
+    for i, picture in enumerate(pixels):
+        by_shape.setdefault(picture.shape, []).append(i)
+    for indices in by_shape.values():
+        yield from (indices[k:k + batch] for k in range(0, len(indices), batch))
+
+
+def _counted(denoise: Denoise, bar: tqdm) -> Denoise:
+    """The same denoiser, moving a progress bar on at each call."""
+    def counted(x: Tensor, sigma: float) -> Tensor:
+        denoised = denoise(x, sigma)
+        bar.update()
+        return denoised
+    return counted
