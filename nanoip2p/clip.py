@@ -6,6 +6,7 @@ read, the published one is written.
 """
 
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,37 +15,26 @@ from torch import Tensor, nn
 from nanoip2p.attention import attention
 from nanoip2p.config import read_config
 
-# What transformers assumes for a key that a config.json leaves out; it leaves out what equals these.
-_LIBRARY_SIZES = {
-    "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8, "hidden_size": 512,
-    "projection_dim": 512, "vocab_size": 49408, "max_position_embeddings": 77, "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5, "eos_token_id": 49407,
-}  # fmt: skip
-_LIBRARY_VISION_SIZES = {
-    "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "hidden_size": 768,
-    "projection_dim": 512, "image_size": 224, "patch_size": 32, "num_channels": 3, "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-}  # fmt: skip
 FIXED = {"attention_dropout": 0.0, "dropout": 0.0, "pruned_heads": {}}
 # transformers wrote the whole of its generation settings into every config before 2023
 BOOKKEEPING = frozenset(
-    "architectures model_type torch_dtype dtype transformers_version initializer_range initializer_factor "
-    "bos_token_id pad_token_id id2label label2id return_dict chunk_size_feed_forward tie_word_embeddings "
-    "diversity_penalty encoder_no_repeat_ngram_size length_penalty max_length min_length temperature top_k top_p "
-    "no_repeat_ngram_size num_beam_groups num_beams num_return_sequences repetition_penalty typical_p".split()
+    "architectures model_type torch_dtype dtype transformers_version initializer_range "
+    "initializer_factor bos_token_id pad_token_id text_config_dict vision_config_dict id2label "
+    "label2id return_dict chunk_size_feed_forward tie_word_embeddings diversity_penalty "
+    "encoder_no_repeat_ngram_size length_penalty max_length min_length temperature top_k top_p "
+    "typical_p no_repeat_ngram_size num_beam_groups num_beams num_return_sequences "
+    "repetition_penalty".split()
 )
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
-IGNORED_SUFFIX = ".position_ids"  # 0, 1, 2, ...: transformers 4 saved them among the weights
+IGNORED_SUFFIX = ".position_ids"  # 0, 1, 2, …: transformers 4 saved them among the weights
 
 
 def _check(config) -> None:
-    name = type(config).__name__
+    name, width, heads = type(config).__name__, config.hidden_size, config.num_attention_heads
     if config.hidden_act not in ACTIVATIONS:
         raise ValueError(f"{name}: hidden_act = {config.hidden_act!r} is not one of {sorted(ACTIVATIONS)}")
-    if config.hidden_size % config.num_attention_heads:
-        raise ValueError(
-            f"{name}: hidden_size = {config.hidden_size} is not divisible into {config.num_attention_heads} heads"
-        )
+    if width % heads:
+        raise ValueError(f"{name}: hidden_size = {width} does not divide into {heads} heads")
 
 
 @dataclass(frozen=True)
@@ -62,8 +52,7 @@ class CLIPTextConfig:
     layer_norm_eps: float = 1e-5
     eos_token_id: int = 2  # as published; 2 is wrong but known, see TextTransformer.pool
 
-    def __post_init__(self):
-        _check(self)
+    __post_init__ = _check
 
     @classmethod
     def tiny(cls) -> "CLIPTextConfig":
@@ -90,13 +79,7 @@ class CLIPVisionConfig:
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
 
-    def __post_init__(self):
-        _check(self)
-
-    @classmethod
-    def tiny(cls) -> "CLIPVisionConfig":
-        """Two narrow layers over 4x4 patches of a 32x32 picture, for tests."""
-        return cls(32, 8, 3, 32, 64, 2, 4, projection_dim=16)
+    __post_init__ = _check
 
     def to_json(self) -> dict:
         """The config.json from which transformers builds the same vision encoder."""
@@ -114,13 +97,27 @@ class CLIPConfig:
 
     @classmethod
     def tiny(cls) -> "CLIPConfig":
-        """The two tiny encoders together, for tests."""
-        return cls(CLIPTextConfig.tiny(), CLIPVisionConfig.tiny(), projection_dim=16)
+        """The tiny text encoder beside as tiny a vision encoder of 32x32 pixels, for tests."""
+        return cls(CLIPTextConfig.tiny(), CLIPVisionConfig(32, 8, 3, 32, 64, 2, 4, 16), projection_dim=16)
 
     def to_json(self) -> dict:
         """The config.json from which transformers builds the same pair."""
         nested = {"text_config": self.text_config.to_json(), "vision_config": self.vision_config.to_json()}
         return {"architectures": ["CLIPModel"], "model_type": "clip", **asdict(self), **nested}
+
+
+# What transformers assumes for a key that a config.json leaves out; it leaves out what equals these
+LIBRARY_DEFAULTS = {
+    CLIPTextConfig: dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8, projection_dim=512,
+                         eos_token_id=49407),
+    CLIPVisionConfig: dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, projection_dim=512,
+                           num_attention_heads=12, patch_size=32),
+    CLIPConfig: dict(projection_dim=512),
+}  # fmt: skip
+
+
+def _read(cls: type, config: dict):
+    return read_config(cls, LIBRARY_DEFAULTS[cls] | config, FIXED, BOOKKEEPING)
 
 
 class Attention(nn.Module):
@@ -167,7 +164,7 @@ class Layer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class Transformer(nn.Module):
+class Encoder(nn.Module):
     """The stack of layers that text and vision have in common."""
 
     def __init__(self, config: CLIPTextConfig | CLIPVisionConfig):
@@ -187,7 +184,7 @@ class TextEmbeddings(nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        nn.init.normal_(self.token_embedding.weight, std=0.02)  # as OpenAI began; torch's std of 1 learns slowly
+        nn.init.normal_(self.token_embedding.weight, std=0.02)  # as OpenAI; torch's std of 1 learns slowly
         nn.init.normal_(self.position_embedding.weight, std=0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -202,15 +199,14 @@ class VisionEmbeddings(nn.Module):
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
         width, patch = config.hidden_size, config.patch_size
-        self.image_size = config.image_size
+        self.size = (config.image_size, config.image_size)
         self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
         self.patch_embedding = nn.Conv2d(config.num_channels, width, patch, stride=patch, bias=False)
         self.position_embedding = nn.Embedding((config.image_size // patch) ** 2 + 1, width)
         nn.init.normal_(self.position_embedding.weight, std=0.02)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        size = (self.image_size, self.image_size)
-        assert pixels.shape[2:] == size, f"pictures of {tuple(pixels.shape[2:])}, but this CLIP sees {size}"
+        assert pixels.shape[2:] == self.size, f"{tuple(pixels.shape[2:])} pixels, CLIP sees {self.size}"
         patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)            # (B, patches, D)
         x = torch.cat([self.class_embedding.expand(len(pixels), 1, -1), patches], 1)  # (B, 1 + patches, D)
         return x + self.position_embedding.weight
@@ -223,7 +219,7 @@ class TextTransformer(nn.Module):
         super().__init__()
         self.eos_token_id = config.eos_token_id
         self.embeddings = TextEmbeddings(config)
-        self.encoder = Transformer(config)
+        self.encoder = Encoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -246,8 +242,8 @@ class VisionTransformer(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.embeddings = VisionEmbeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(width, eps=config.layer_norm_eps)  # the typo is in every published file
-        self.encoder = Transformer(config)
+        self.pre_layrnorm = nn.LayerNorm(width, eps=config.layer_norm_eps)  # sic, in every published file
+        self.encoder = Encoder(config)
         self.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -258,8 +254,8 @@ class VisionTransformer(nn.Module):
         return self.post_layernorm(hidden[:, 0])
 
 
-def _published_names(state_dict: dict, prefix: str) -> dict:
-    """The same tensors with `prefix` before every name, and without saved position indices."""
+def published_names(state_dict: dict, prefix: str) -> dict:
+    """The same tensors, `prefix` put before names that lack it, and without saved position indices."""
     return {
         name if name.startswith(prefix) else prefix + name: tensor
         for name, tensor in state_dict.items()
@@ -278,16 +274,13 @@ class TextEncoder(nn.Module):
     @classmethod
     def from_config(cls, config: dict) -> "TextEncoder":
         """Build from the content of text_encoder/config.json. ValueError names what is not supported."""
-        return cls(read_config(CLIPTextConfig, _LIBRARY_SIZES | config, FIXED, BOOKKEEPING))
+        return cls(_read(CLIPTextConfig, config))
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) int64 -> states (B, T, D) after the final layer norm."""
         return self.text_model(ids)
 
-    @staticmethod
-    def published_names(state_dict: dict) -> dict:
-        """The same tensors under the names used here, whether or not `text_model.` stood before them."""
-        return _published_names(state_dict, "text_model.")
+    published_names = staticmethod(partial(published_names, prefix="text_model."))
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
         """As torch's, and both spellings are understood (see published_names)."""
@@ -305,16 +298,13 @@ class VisionEncoder(nn.Module):
     @classmethod
     def from_config(cls, config: dict) -> "VisionEncoder":
         """Build from the config.json of a CLIPVisionModel. ValueError names what is not supported."""
-        return cls(read_config(CLIPVisionConfig, _LIBRARY_VISION_SIZES | config, FIXED, BOOKKEEPING))
+        return cls(_read(CLIPVisionConfig, config))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Normalised pictures (B, 3, S, S) -> states (B, 1 + patches, D); `vision_model.pool` makes (B, D)."""
+        """Normalised pictures (B, 3, S, S) -> states (B, 1 + patches, D), the class token first."""
         return self.vision_model(pixels)
 
-    @staticmethod
-    def published_names(state_dict: dict) -> dict:
-        """The same tensors under the names used here, whether or not `vision_model.` stood before them."""
-        return _published_names(state_dict, "vision_model.")
+    published_names = staticmethod(partial(published_names, prefix="vision_model."))
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
         """As torch's, and both spellings are understood (see published_names)."""
@@ -329,24 +319,19 @@ class CLIP(nn.Module):
         self.config = config
         self.text_model = TextTransformer(config.text_config)
         self.vision_model = VisionTransformer(config.vision_config)
-        self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
-        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
+        shared = config.projection_dim
+        self.visual_projection = nn.Linear(config.vision_config.hidden_size, shared, bias=False)
+        self.text_projection = nn.Linear(config.text_config.hidden_size, shared, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
 
     @classmethod
     def from_config(cls, config: dict) -> "CLIP":
-        """Build from a CLIPModel's config.json. ValueError names what is not supported.
-
-        Where the older `text_config_dict` is present it replaces `text_config`, as in transformers.
-        """
-        text = config.get("text_config_dict") or config.get("text_config") or {}
-        vision = config.get("vision_config_dict") or config.get("vision_config") or {}
-        nested = {
-            "text_config": read_config(CLIPTextConfig, _LIBRARY_SIZES | text, FIXED, BOOKKEEPING),
-            "vision_config": read_config(CLIPVisionConfig, _LIBRARY_VISION_SIZES | vision, FIXED, BOOKKEEPING),
-        }
-        bookkeeping = BOOKKEEPING | {"text_config_dict", "vision_config_dict"}
-        return cls(read_config(CLIPConfig, {"projection_dim": 512} | config | nested, {}, bookkeeping))
+        """Build from a CLIPModel's config.json. ValueError names what is not supported."""
+        towers = {}
+        for key, tower in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
+            # Files of 2022 hold `text_config_dict` as well, which transformers lets win
+            towers[key] = _read(tower, config.get(f"{key}_dict") or config.get(key) or {})
+        return cls(_read(CLIPConfig, config | towers))
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) int64 -> unit vectors (B, P)."""
@@ -362,11 +347,4 @@ class CLIP(nn.Module):
         """Scaled cosines (pictures, texts): the logits of CLIP's contrastive loss."""
         return self.logit_scale.exp() * self.encode_image(pixels) @ self.encode_text(ids).T
 
-    @staticmethod
-    def published_names(state_dict: dict) -> dict:
-        """The same tensors without the position indices that transformers 4 saved."""
-        return {name: tensor for name, tensor in state_dict.items() if not name.endswith(IGNORED_SUFFIX)}
-
-    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
-        """As torch's; saved position indices are passed over (see published_names)."""
-        return super().load_state_dict(self.published_names(state_dict), strict, assign)
+    published_names = staticmethod(partial(published_names, prefix=""))

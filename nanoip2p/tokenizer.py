@@ -49,7 +49,8 @@ class Tokenizer:
         ids, room = encoded.ids, self.length - 2
         if len(ids) > room:
             dropped = text[encoded.offsets[room][0] :].strip()
-            warnings.warn(f"{len(ids) - room} of {len(ids)} tokens do not fit, dropped: {dropped!r}", stacklevel=4)
+            message = f"{len(ids) - room} of the text's {len(ids)} tokens do not fit, dropped: {dropped!r}"
+            warnings.warn(message, stacklevel=4)
         row = [self.start, *ids[:room], self.end]
         return row + [self.pad] * (self.length - len(row))
 
@@ -66,19 +67,20 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     roles, special = _special_tokens(folder, config, fast)
     for role in ("bos_token", "eos_token"):
         if roles[role] not in vocab:
-            raise ValueError(f"{folder}: the vocabulary lacks the {role} {roles[role]!r}, so it is not CLIP's")
+            raise ValueError(f"{folder}: the vocabulary lacks {roles[role]!r}, so it is not CLIP's")
     backend = _backend(vocab, merges, roles["unk_token"])
     backend.add_tokens(special)
     length = config.get("model_max_length") or LENGTH
-    ids = (backend.token_to_id(roles[role]) for role in ("bos_token", "eos_token", "pad_token"))
-    return Tokenizer(backend, *ids, length if length < 10**6 else LENGTH)  # transformers writes 1e30 for unset
+    length = length if length < 10**6 else LENGTH  # transformers writes 1e30 for "not set"
+    start, end, pad = (backend.token_to_id(roles[role]) for role in ("bos_token", "eos_token", "pad_token"))
+    return Tokenizer(backend, start, end, pad, int(length))
 
 
 def train_tokenizer(texts: Iterable[str], size: int, folder: str | Path) -> None:
-    """Learn a vocabulary of at most `size` tokens from `texts`; write vocab.json, merges.txt, tokenizer_config.json.
+    """Learn a vocabulary of at most `size` tokens; write vocab.json, merges.txt, tokenizer_config.json.
 
-    Laid out as CLIP's: bytes, bytes that end a word, merges in order, start, end. The end of text has the largest
-    id, on which CLIP's pooling relies. Any text can be encoded, since every byte is a token.
+    Laid out as CLIP's: bytes, bytes that end a word, merges in order, start, end. The end of text has the
+    largest id, on which CLIP's pooling relies. Any text can be encoded, since every byte is a token.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = alphabet + [letter + WORD_END for letter in alphabet]
@@ -120,7 +122,7 @@ def _backend(vocab: dict[str, int], merges: list[tuple[str, str]], unknown: str 
 
 
 def _vocabulary(folder: Path, fast: dict) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Tokens with their ids, and merges in order of precedence. tokenizer.json goes first, as in transformers."""
+    """Tokens with their ids, and merges by precedence. tokenizer.json goes first, as in transformers."""
     if fast:
         model = fast.get("model", {})
         if not {"vocab", "merges"} <= model.keys():
@@ -129,7 +131,7 @@ def _vocabulary(folder: Path, fast: dict) -> tuple[dict[str, int], list[tuple[st
     vocab_file, merges_file = folder / "vocab.json", folder / "merges.txt"
     for file in (vocab_file, merges_file):
         if not file.is_file():
-            raise ValueError(f"{file} is missing: a tokenizer is vocab.json with merges.txt, or tokenizer.json")
+            raise ValueError(f"{file} is missing; needed are vocab.json and merges.txt, or tokenizer.json")
     try:
         return BPE.read_file(str(vocab_file), str(merges_file))
     except Exception as error:  # the library raises nothing narrower
@@ -142,30 +144,34 @@ def _special_tokens(folder: Path, config: dict, fast: dict) -> tuple[dict[str, s
     The files grew over the years: `added_tokens_decoder` in tokenizer_config.json supersedes
     special_tokens_map.json, added_tokens.json and the list in tokenizer.json.
     """
-    named = {**ROLES, **_token_fields(config)}
+    named = ROLES | _token_fields(config)
     if "added_tokens_decoder" in config:
-        listed = [token for _, token in sorted(config["added_tokens_decoder"].items(), key=lambda item: int(item[0]))]
+        by_id = sorted(config["added_tokens_decoder"].items(), key=lambda item: int(item[0]))
+        listed = [token for _, token in by_id]
     else:
-        named.update(_token_fields(_read_json(folder / "special_tokens_map.json")))
-        extra = sorted(_read_json(folder / "added_tokens.json").items(), key=lambda item: item[1])
-        listed = [{"content": text, "normalized": text not in map(_text, named.values())} for text, _ in extra]
+        named |= _token_fields(_read_json(folder / "special_tokens_map.json"))
+        roles = {_text(token) for token in named.values()}
+        by_id = sorted(_read_json(folder / "added_tokens.json").items(), key=lambda item: item[1])
+        listed = [{"content": text, "normalized": text not in roles} for text, _ in by_id]
         listed += sorted(fast.get("added_tokens", []), key=lambda token: token["id"])
     for key in ("additional_special_tokens", "extra_special_tokens"):
         listed += config.get(key) or []
+    # The list decides a token's flags; of the roles that share an unlisted token, the last (as transformers)
     found = {_text(token): token for token in listed}
-    # a token listed once and named again keeps its flags; of several roles the last decides, as in transformers
     found |= {_text(token): token for token in named.values() if _text(token) not in found}
-    return {role: _text(token) for role, token in named.items()}, [_added_token(token) for token in found.values()]
-
-
-def _token_fields(config: dict) -> dict:
-    return {key: value for key, value in config.items() if key.endswith("_token") and isinstance(value, (str, dict))}
+    return {role: _text(token) for role, token in named.items()}, list(map(_added_token, found.values()))
 
 
 def _added_token(token: str | dict) -> AddedToken:
+    """A token that is cut out of a text before normalising and splitting (after, if `normalized`)."""
     flags = token if isinstance(token, dict) else {}
     flags = {key: flags[key] for key in ("single_word", "lstrip", "rstrip", "normalized") if key in flags}
     return AddedToken(_text(token), special=True, **flags)
+
+
+def _token_fields(config: dict) -> dict:
+    tokens = {key: value for key, value in config.items() if key.endswith("_token")}
+    return {key: value for key, value in tokens.items() if isinstance(value, (str, dict))}
 
 
 def _text(token: str | dict) -> str:

@@ -7,7 +7,6 @@ to the right and below.
 
 from dataclasses import asdict, dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,7 +30,7 @@ class VAEConfig:
     in_channels: int = 3
     out_channels: int = 3
     latent_channels: int = 4
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # one level each; every step between halves H, W
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # one per level, each at half the size
     layers_per_block: int = 2
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215
@@ -51,9 +50,8 @@ class VAEConfig:
 
     def to_json(self) -> dict:
         """The config.json from which diffusers builds the same network."""
-        return {
-            "_class_name": "AutoencoderKL", **asdict(self), **_block_types(len(self.block_out_channels)), **FIXED,
-        }  # fmt: skip
+        types = _block_types(len(self.block_out_channels))
+        return {"_class_name": "AutoencoderKL", **asdict(self), **types, **FIXED}
 
 
 def _block_types(levels: int) -> dict:
@@ -231,7 +229,7 @@ class VAE(nn.Module):
 
     @staticmethod
     def published_names(state_dict: dict) -> dict:
-        """The same tensors under the names used here: folders saved before 2023 call to_q `query` and so on."""
+        """The same tensors under the names used here: until 2023 diffusers called to_q `query` and so on."""
         renamed = {}
         for name, tensor in state_dict.items():
             stem, _, leaf = name.rpartition(".")
