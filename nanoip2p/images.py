@@ -1,0 +1,174 @@
+"""Pictures in and out: any file a person may have -> RGB -> tensors in [-1, 1], and back to PNG with a recipe."""
+
+import json
+import textwrap
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from torch import Tensor
+
+from nanoip2p.files import replacing
+
+MAX_MEGAPIXELS = 100  # beyond it a file is a mistake or a decompression bomb: 100 need 300 MB as RGB
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+RECIPE_KEY = "nanoip2p"  # of the PNG text chunk
+LABEL_WIDTH = 192  # pixels: a grid enlarges smaller pictures to this width, or nobody could read the labels
+LABEL_SIZE = 14
+LABEL_LETTERS = 200
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Open a picture as people see it: RGB, upright (EXIF), transparency over white, 16 bits scaled to 8.
+
+    Raises ValueError, in one line, for a file that is missing, truncated, too large or no picture.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns where we refuse, and of harmless oddities in EXIF
+            with Image.open(path) as image:
+                _check_size(image)  # before a single pixel is decoded
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise ValueError(f"there is no picture {path}") from None
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"{path} is not a picture that Pillow can read") from None
+    except Image.DecompressionBombError:
+        raise ValueError(f"{path} has too many pixels; at most {MAX_MEGAPIXELS} megapixels are read") from None
+    except (PermissionError, IsADirectoryError) as error:
+        raise ValueError(f"{path} cannot be opened: {error.strerror}") from None
+    except Exception as error:  # decoders of damaged files raise anything: OSError, SyntaxError, struct.error, ...
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} cannot be used: {reason}") from None
+
+
+def _check_size(image: Image.Image) -> None:
+    if image.width * image.height > MAX_MEGAPIXELS * 10**6:
+        raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_MEGAPIXELS} megapixels; shrink it")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16-bit grey: PNG gives "I;16" or, in older Pillow, "I"
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError("32-bit pixels have no agreed range; save it with 8 or 16 bits")
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB") if image.mode != "RGB" else image.copy()
+
+
+def fit_size(width: int, height: int, resolution: int, multiple: int) -> tuple[int, int]:
+    """The size to edit a picture at: aspect kept, both sides multiples of `multiple`, long side about `resolution`.
+
+    As edit_cli.py of the paper's code means it: the short side is rounded up, the long one down. Its floating-point
+    arithmetic loses 64 pixels for 7% of sizes (953x711 -> 512x320); integers do not (-> 512x384).
+    Raises ValueError where the long side would be more than twice the resolution: the picture is too thin.
+    """
+    if resolution < multiple:
+        raise ValueError(f"a resolution of {resolution} is too small; these weights need at least {multiple}")
+    short, long = sorted((width, height))
+    assert short > 0, (width, height)
+    new_short = -(-short * resolution // (long * multiple)) * multiple
+    new_long = long * new_short // (short * multiple) * multiple
+    if new_long > 2 * resolution:
+        raise ValueError(
+            f"{width}x{height} is too thin a picture for a resolution of {resolution}; crop it to at most "
+            f"{2 * resolution // multiple}:1, or raise the resolution"
+        )
+    return (new_long, new_short) if width >= height else (new_short, new_long)
+
+
+def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Scale with Lanczos and cut evenly from the edges what exceeds `size` (width, height)."""
+    return image if image.size == size else ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB picture -> (3, H, W) float32 in [-1, 1]."""
+    assert image.mode == "RGB", f"a picture in mode {image.mode}; open it with open_image"
+    pixels = torch.from_numpy(np.asarray(image).copy())           # (H, W, 3) uint8
+    return pixels.permute(2, 0, 1).float() / 255 * 2 - 1          # (3, H, W)
+
+
+def to_pil(tensor: Tensor) -> Image.Image:
+    """(3, H, W), [-1, 1] or beyond -> RGB picture, rounded to the nearest of 256 levels.
+
+    Raises ValueError for NaN, which half precision can bring about.
+    """
+    if not tensor.isfinite().all():
+        raise ValueError("the picture came out as NaN or infinity; try --dtype bf16 or fp32")
+    pixels = (tensor.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def grid(rows: list[list[Image.Image]], labels: list[list[str]]) -> Image.Image:
+    """One picture of all, in rows, each with its label below it, wrapped to its width.
+
+    Rows may differ in length and pictures in size. Small pictures are enlarged so that labels can be read.
+    """
+    assert [len(row) for row in rows] == [len(row) for row in labels], "one label for each picture"
+    font = ImageFont.load_default(LABEL_SIZE)
+    gap, line_height = 8, LABEL_SIZE + 4
+    rows = [[_enlarge(image) for image in row] for row in rows]
+    widths = [max(row[i].width for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
+    wrapped = [[_wrap(label, width, font) for label, width in zip(row, widths)] for row in labels]
+    heights = [max(image.height for image in row) for row in rows]
+    text_heights = [max(len(lines) for lines in row) * line_height for row in wrapped]
+    size = (sum(widths) + gap * (len(widths) + 1), sum(heights) + sum(text_heights) + gap * (len(rows) + 1))
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    y = gap
+    for row, texts, height, text_height in zip(rows, wrapped, heights, text_heights):
+        x = gap
+        for image, lines, width in zip(row, texts, widths):
+            canvas.paste(image, (x + (width - image.width) // 2, y))
+            for i, line in enumerate(lines):
+                left = x + (width - draw.textlength(line, font=font)) / 2
+                draw.text((left, y + height + i * line_height), line, fill="black", font=font)
+            x += width + gap
+        y += height + text_height + gap
+    return canvas
+
+
+def _enlarge(image: Image.Image) -> Image.Image:
+    scale = -(-LABEL_WIDTH // image.width)
+    size = (image.width * scale, image.height * scale)
+    return image if scale == 1 else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
+    """Break a label into lines that fit `width` pixels, and cut one that would fill a page."""
+    text = text if len(text) <= LABEL_LETTERS else text[: LABEL_LETTERS - 1] + "…"
+    for columns in range(max(len(text), 1), 0, -1):
+        lines = textwrap.wrap(text, columns) or [""]
+        if all(font.getlength(line) <= width for line in lines):
+            return lines
+    return [text]  # not even one letter fits
+
+
+def save_png(image: Image.Image, path: str | Path, recipe: dict) -> None:
+    """Write a PNG that carries `recipe` as JSON text; the file appears whole or not at all."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text(RECIPE_KEY, json.dumps(recipe))
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=text)
+
+
+def read_recipe(path: str | Path) -> dict:
+    """The recipe that save_png wrote. ValueError when the file is no PNG or carries none."""
+    open_image(path)  # says in one line what may be wrong with the file
+    with Image.open(path) as image:
+        text = getattr(image, "text", {}).get(RECIPE_KEY)
+    try:
+        recipe = json.loads(text)
+    except (TypeError, ValueError):
+        recipe = None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} carries no recipe; only PNG files that sample.py wrote do")
+    return recipe
