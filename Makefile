@@ -1,0 +1,29 @@
+# make demo   edit a dozen pictures with the shipped weights -> out/demo.png
+# make test   the whole test suite
+# make lint   ruff
+# The first of them builds .venv, a later one rebuilds it after a change of pyproject.toml or constraints.txt.
+
+PYTHON ?= python3
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint
+
+demo: .venv/runtime
+	.venv/bin/python -m nanoip2p.demo --out out/demo.png
+
+test: .venv/test
+	.venv/bin/python -m pytest
+
+lint: .venv/test
+	.venv/bin/ruff check
+
+# Two stamps, because a demo needs neither diffusers nor transformers
+.venv/runtime: pyproject.toml constraints.txt
+	@echo "Setting up .venv (some minutes, mostly for torch)"
+	$(PYTHON) -m venv .venv
+	$(PIP) --editable .
+	@touch $@
+
+.venv/test: .venv/runtime
+	$(PIP) --editable '.[test,plots]'
+	@touch $@
