@@ -36,7 +36,9 @@ TOKENIZER_FILES = (
     "added_tokens.json",
 )  # fmt: skip
 # Appendix of the paper and edit_cli.py of its code; a weights folder overrides them in defaults.json
-PAPER_DEFAULTS = {"resolution": 512, "steps": 100, "cfg_text": 7.5, "cfg_image": 1.5, "sampler": "euler_ancestral"}
+PAPER_DEFAULTS = {
+    "resolution": 512, "steps": 100, "cfg_text": 7.5, "cfg_image": 1.5, "sampler": "euler_ancestral",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,10 @@ def check_weights(weights: dict[str, Tensor], expected: dict[str, Tensor], path:
         if tensor.shape != expected[name].shape
     ]
     _refuse(path, "does not fit its config.json:", shapes)
-    _refuse(path, "has no floating-point numbers in", [n for n, t in weights.items() if not t.is_floating_point()])
-    _refuse(path, "has NaN or infinity in", [n for n, t in weights.items() if not t.isfinite().all()])
+    integers = [name for name, tensor in weights.items() if not tensor.is_floating_point()]
+    _refuse(path, "needs floating-point numbers in", integers)
+    infinite = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    _refuse(path, "has NaN or infinity in", infinite)
 
 
 def _refuse(path: Path, problem: str, found: list[str]) -> None:
@@ -135,16 +139,19 @@ def _remedy(folder: Path) -> str:
 
 
 def save_network(model: nn.Module, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write config.json and the weights, as diffusers or transformers would, each file whole or not at all."""
+    """Write config.json and the weights as diffusers or transformers would, each file whole or not at all."""
     weights_file = LAYOUT[type(model)][1]
-    weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     with replacing(Path(folder) / weights_file) as temporary:
-        save_file(weights, temporary, metadata={"format": "pt"})  # transformers refuses a file without the mark
-    write_json(model.config.to_json(), Path(folder) / "config.json")
+        save_file(weights, temporary, metadata={"format": "pt"})  # which transformers insists on
+    config = model.config.to_json()
+    if "architectures" in config:  # transformers 5 computes in the dtype of the file, diffusers in float32:
+        config["torch_dtype"] = "float32"  # together they fail, or give another picture, unless both are told
+    write_json(config, Path(folder) / "config.json")
 
 
 def load_editor_parts(folder: str | Path, dtype: torch.dtype = torch.float32) -> EditorParts:
-    """Read a weights folder. Raises ValueError, in one line, for whatever is missing, broken or mismatched."""
+    """Read a weights folder. Raises ValueError, in one line, for what is missing, broken or mismatched."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"there is no weights folder {folder}")
@@ -165,8 +172,8 @@ def check_fit(parts: EditorParts, folder: Path) -> None:
     unet, latent = parts.unet.config, parts.vae.config.latent_channels
     if unet.in_channels != 2 * latent:
         raise ValueError(
-            f"{folder}: the UNet takes {unet.in_channels} channels, an editor needs {2 * latent} (noisy latents "
-            "and picture); these are the weights of a text-to-picture model"
+            f"{folder}: the UNet takes {unet.in_channels} channels, an editor needs {2 * latent}, noised "
+            "latents and picture; are these the weights of a text-to-picture model?"
         )
     text = parts.text_encoder.config
     if unet.cross_attention_dim != text.hidden_size:

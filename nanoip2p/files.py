@@ -17,10 +17,30 @@ def replacing(path: str | Path) -> Iterator[Path]:
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a file that can be replaced; name another output")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Same folder, because a rename is atomic only within one file system. Hidden, so that *.png skips it.
-    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise ValueError now, and not after an hour's work, when `replacing(path)` could not write there."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _beside(path).touch()
+        _beside(path).unlink()
+        os.stat(path)  # fails for a name that is too long
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}") from None
+    if not path.is_file() or not os.access(path, os.W_OK):
+        raise ValueError(f"{path} is not a file that can be replaced; name another output")
+
+
+def _beside(path: Path) -> Path:
+    # Same folder, because a rename is atomic only within one file system. Hidden, so that *.png skips it.
+    return path.with_name(f".{path.name[:60]}.{os.getpid()}.tmp")

@@ -1,6 +1,8 @@
-"""Pictures in and out: any file a person may have -> RGB -> tensors in [-1, 1], and back to PNG with a recipe."""
+"""Pictures in and out: any file a person may have -> RGB -> tensor in [-1, 1] -> PNG with its recipe."""
 
+import glob
 import json
+import os
 import textwrap
 import warnings
 from pathlib import Path
@@ -20,6 +22,24 @@ LABEL_SIZE = 14
 LABEL_LETTERS = 200
 
 
+def find_images(patterns: list[str]) -> list[str]:
+    """Files, globs and folders -> paths, each once, those of a folder sorted.
+
+    Raises ValueError for what matches nothing. Only open_image says whether a file is a picture.
+    """
+    found = []
+    for pattern in patterns:
+        if os.path.isdir(pattern):
+            paths = sorted(str(path) for path in Path(pattern).iterdir() if path.suffix.lower() in SUFFIXES)
+        else:
+            paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        if not paths:
+            where = "in the folder" if os.path.isdir(pattern) else "at"
+            raise ValueError(f"there is no picture {where} {pattern}")
+        found += paths
+    return list(dict.fromkeys(found))
+
+
 def open_image(path: str | Path) -> Image.Image:
     """Open a picture as people see it: RGB, upright (EXIF), transparency over white, 16 bits scaled to 8.
 
@@ -36,17 +56,17 @@ def open_image(path: str | Path) -> Image.Image:
     except Image.UnidentifiedImageError:
         raise ValueError(f"{path} is not a picture that Pillow can read") from None
     except Image.DecompressionBombError:
-        raise ValueError(f"{path} has too many pixels; at most {MAX_MEGAPIXELS} megapixels are read") from None
+        raise ValueError(f"{path} has more than {MAX_MEGAPIXELS} megapixels; shrink it") from None
     except (PermissionError, IsADirectoryError) as error:
         raise ValueError(f"{path} cannot be opened: {error.strerror}") from None
-    except Exception as error:  # decoders of damaged files raise anything: OSError, SyntaxError, struct.error, ...
+    except Exception as error:  # decoders of damaged files raise anything: SyntaxError, struct.error, ...
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} cannot be used: {reason}") from None
 
 
 def _check_size(image: Image.Image) -> None:
     if image.width * image.height > MAX_MEGAPIXELS * 10**6:
-        raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_MEGAPIXELS} megapixels; shrink it")
+        raise ValueError(f"{image.width}x{image.height} is more than {MAX_MEGAPIXELS} megapixels; shrink it")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -64,14 +84,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def fit_size(width: int, height: int, resolution: int, multiple: int) -> tuple[int, int]:
-    """The size to edit a picture at: aspect kept, both sides multiples of `multiple`, long side about `resolution`.
+    """Size to edit at: aspect kept, both sides multiples of `multiple`, the long one about `resolution`.
 
-    As edit_cli.py of the paper's code means it: the short side is rounded up, the long one down. Its floating-point
-    arithmetic loses 64 pixels for 7% of sizes (953x711 -> 512x320); integers do not (-> 512x384).
+    As edit_cli.py of the paper's code means it: the short side is rounded up, the long one down. Its floats
+    lose 64 pixels for 7% of sizes (953x711 -> 512x320); integers do not (-> 512x384).
     Raises ValueError where the long side would be more than twice the resolution: the picture is too thin.
     """
     if resolution < multiple:
         raise ValueError(f"a resolution of {resolution} is too small; these weights need at least {multiple}")
+    resolution -= resolution % multiple  # so that a size that came out of here fits already
     short, long = sorted((width, height))
     assert short > 0, (width, height)
     new_short = -(-short * resolution // (long * multiple)) * multiple

@@ -1,0 +1,348 @@
+"""Edit pictures by instruction.
+
+    python sample.py --input house.png --edit "make it night" --output night.png
+    python sample.py --input photos --edit "make it snow" --output snowy/
+    python sample.py --input house.png --edit "make it night" "add a tree" --n 3 --grid --output grid.png
+    python sample.py --recipe night.png --output again.png
+"""
+
+import argparse
+import math
+import os
+import random
+import re
+import sys
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+import nanoip2p
+from nanoip2p.editor import Editor, pick_device
+from nanoip2p.files import check_writable
+from nanoip2p.images import find_images, fit, fit_size, grid, open_image, read_recipe, save_png
+from nanoip2p.samplers import SAMPLERS
+
+HERE = Path(__file__).resolve().parent
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# What a recipe holds: the flags that make one file again. What is not given is None until `complete`.
+RECIPE_FLAGS = (
+    "input", "edit", "turns", "n", "seed", "steps", "cfg_text", "cfg_image", "sampler", "resolution",
+    "negative", "weights", "dtype", "device", "keep_size", "grid", "batch", "place", "low_memory",
+)  # fmt: skip
+DEFAULTS = {
+    "n": 1, "negative": "", "weights": "weights/nano-ip2p", "dtype": "fp32", "batch": 8, "turns": False,
+    "keep_size": False, "grid": False, "low_memory": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture to make."""
+
+    input: str
+    edits: tuple[str, ...]  # one instruction, or several with --turns
+    seed: int
+    output: str
+
+
+def at_least(lowest: int):
+    """An argparse type: a whole number from `lowest` up."""
+    def number(text: str) -> int:
+        if not text.isascii() or not text.removeprefix("-").isdigit() or not lowest <= int(text) < 2**63:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {lowest} up")
+        return int(text)
+    return number
+
+
+def finite(text: str) -> float:
+    """An argparse type: a number that is neither NaN nor infinite."""
+    try:
+        if math.isfinite(float(text)):
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+
+
+def place(text: str) -> tuple[int, int]:
+    """An argparse type: "6/8", place 6 (counted from 0) in a batch of 8."""
+    match = re.fullmatch(r"([0-9]{1,3})/([0-9]{1,3})", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no place in a batch")
+    return int(match[1]), int(match[2])
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All flags. None has a default here, so that a recipe and the weights folder can fill the gaps."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+    def fail(message: str):
+        raise ValueError(f"{message} (see --help)")
+
+    parser.error = fail  # one line; argparse itself would print the usage first
+
+    group = parser.add_argument_group("what to edit, and how")
+    group.add_argument("--input", nargs="+", action="extend", help="pictures, globs or folders")
+    group.add_argument("--edit", nargs="+", action="extend", help='instruction(s), as "make it night"')
+    group.add_argument("--turns", action="store_true", default=None,
+                       help="apply the instructions one after another, not each to the input")
+    group.add_argument("--n", type=at_least(1), help="samples of each edit, with seeds s, s + 1, ... (1)")
+    group.add_argument("--negative", help="what to steer away from (nothing)")
+
+    # Defaults of these come from the weights folder, and in its absence from the paper
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--steps", type=at_least(1), help="denoising steps")
+    group.add_argument("--resolution", type=at_least(1), help="of the longer side, about")
+    group.add_argument("--cfg-text", type=finite, help="how much the instruction counts (s_T)")
+    group.add_argument("--cfg-image", type=finite, help="how much the input picture counts (s_I)")
+    group.add_argument("--sampler", choices=sorted(SAMPLERS))
+    group.add_argument("--seed", type=at_least(0), help="one seed makes one picture (random)")
+
+    group = parser.add_argument_group("what to write")
+    group.add_argument("--output", help="a PNG file; for several inputs a folder")
+    group.add_argument("--keep-size", action="store_true", default=None, help="in the size of the input")
+    group.add_argument("--grid", action="store_true", default=None,
+                       help="one labelled picture: input | edits")
+    group.add_argument("--recipe", help="a PNG that sample.py wrote, to make again; other flags override it")
+
+    group = parser.add_argument_group("with what")
+    group.add_argument("--weights", help=f"a weights folder ({DEFAULTS['weights']})")
+    group.add_argument("--device", help="cuda, cuda:1, mps, cpu (the best there is)")
+    group.add_argument("--dtype", choices=sorted(DTYPES), help="the halves are quicker on a GPU (fp32)")
+    group.add_argument("--batch", type=at_least(1), help="pictures of one size that share a forward (8)")
+    group.add_argument("--low-memory", action="store_true", default=None,
+                       help="run the three branches of guidance one after another")
+    group.add_argument("--place", type=place, help=argparse.SUPPRESS)  # only recipes need it, see `run`
+    return parser
+
+
+def complete(argv: list[str]) -> argparse.Namespace:
+    """Flags as given, else from the recipe, else DEFAULTS. ValueError when what is left cannot work."""
+    parser = make_parser()
+    flags = vars(parser.parse_args(argv)) | {"crc32": None}
+    if flags["recipe"] is not None:
+        recipe = read_recipe(flags["recipe"])
+        stored = vars(parser.parse_args(as_flags(recipe)))
+        stored["device"] = usable(stored["device"])
+        stored["crc32"] = recipe.get("crc32") if flags["input"] is None else None
+        flags = {key: stored[key] if value is None else value for key, value in flags.items()}
+    flags |= {key: default for key, default in DEFAULTS.items() if flags[key] is None}
+    if flags["seed"] is None:
+        flags["seed"] = random.randrange(1_000_000)
+    missing = [f"--{key}" for key in ("input", "edit", "output") if flags[key] is None]
+    if missing:
+        raise ValueError(f"needed, but not given: {', '.join(missing)} (see --help)")
+    if not all(edit.strip() for edit in flags["edit"]):
+        raise ValueError('an instruction is empty; say what to change, as --edit "make it night"')
+    return argparse.Namespace(**flags)
+
+
+def as_flags(recipe: dict) -> list[str]:
+    """A recipe as a command line, so that its values pass the same checks as typed ones."""
+    argv = []
+    for key in RECIPE_FLAGS:
+        value, flag = recipe.get(key), "--" + key.replace("_", "-")
+        if isinstance(value, list):
+            argv += [f"{flag}={item}" for item in value]
+        elif value is True:
+            argv.append(flag)
+        elif value is not None and value is not False:
+            argv.append(f"{flag}={value}")
+    return argv
+
+
+def usable(device: str | None) -> str | None:
+    """A recipe's device, or None where this machine has none such: then the best there is must do."""
+    try:
+        return device and str(pick_device(device))
+    except ValueError:
+        return None
+
+
+def plan_pictures(args: argparse.Namespace, inputs: list[str]) -> list[Picture]:
+    """Every picture to make, in the order input, edit, sample. ValueError when --output does not suit."""
+    edits = [tuple(args.edit)] if args.turns else [(edit,) for edit in args.edit]
+    variants = [(edit, args.seed + i) for edit in edits for i in range(args.n)]
+    output = Path(args.output)
+    to_folder = output.is_dir() or args.output.endswith(("/", os.sep)) or not output.suffix
+    if not to_folder and output.suffix.lower() != ".png":
+        raise ValueError(f"{args.output} should end in .png (or in / for a folder); only PNG is written")
+    if args.grid and to_folder:
+        raise ValueError(f"--grid writes one picture, so --output {args.output} must end in .png")
+    if not args.grid and not to_folder and len(inputs) > 1:
+        raise ValueError(f"{len(inputs)} inputs need a folder as --output, not {args.output}")
+    suffix = ".png" if to_folder else output.suffix
+    bases = [output.with_suffix("")] * len(inputs)
+    if to_folder:
+        bases = [output / stem for stem in unique_stems(inputs)]
+    digits = len(str(len(variants)))
+    numbers = [f"_{k:0{digits}d}" for k in range(1, len(variants) + 1)]
+    if len(variants) == 1 or args.grid:
+        numbers = [""] * len(variants)
+    return [
+        Picture(path, edit, seed, f"{base}{number}{suffix}")
+        for path, base in zip(inputs, bases)
+        for (edit, seed), number in zip(variants, numbers)
+    ]
+
+
+def unique_stems(paths: list[str]) -> list[str]:
+    """Names for outputs: a/house.png and b/house.jpg -> house and house-2, on any file system."""
+    stems = []
+    for path in paths:
+        stem, k = Path(path).stem, 2
+        while stem.lower() in [known.lower() for known in stems]:
+            stem, k = f"{Path(path).stem}-{k}", k + 1
+        stems.append(stem)
+    return stems
+
+
+def inspect(inputs: list[str]) -> dict[str, tuple[tuple[int, int], int]]:
+    """Decode every input once, before the long work: path -> ((width, height), checksum of the pixels)."""
+    found = {}
+    for path in inputs:
+        image = open_image(path)
+        found[path] = image.size, zlib.crc32(image.tobytes())
+    return found
+
+
+def make_batches(
+    pictures: list[Picture], sizes: dict[str, tuple[int, int]], limit: int
+) -> list[list[Picture]]:
+    """Pictures that can share a forward: of one size, at most `limit` together."""
+    by_size = {}
+    for picture in pictures:
+        by_size.setdefault(sizes[picture.input], []).append(picture)
+    return [group[i : i + limit] for group in by_size.values() for i in range(0, len(group), limit)]
+
+
+def edit_batch(editor: Editor, batch: list[Picture], size: tuple[int, int], settings: dict,
+               keep_size: bool) -> list[list[Image.Image]]:
+    """Pictures of a batch -> for each, [input, after the first instruction, after the second, ...].
+
+    Inputs of other proportions than `size` are cut at the edges; to get their own size back, with keep_size,
+    they are squeezed instead, so that nothing is lost and the edit lies exactly over the input.
+    """
+    originals = {path: open_image(path) for path in {picture.input for picture in batch}}
+    squeezed = {
+        path: image.resize(size, Image.Resampling.LANCZOS) if keep_size else fit(image, size)
+        for path, image in originals.items()
+    }
+    stages = [[squeezed[picture.input] for picture in batch]]
+    for turn in range(len(batch[0].edits)):
+        instructions = [picture.edits[turn] for picture in batch]
+        seeds = [picture.seed for picture in batch]
+        stages.append(editor.edit(stages[-1], instructions, seed=seeds, batch=len(batch), **settings))
+    made = [list(of_one) for of_one in zip(*stages)]
+    if keep_size:
+        made = [[image.resize(originals[picture.input].size, Image.Resampling.LANCZOS) for image in images]
+                for picture, images in zip(batch, made)]
+    return made
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check everything that can be checked, then edit, writing each batch as soon as it is done."""
+    inputs = find_images(args.input)
+    pictures = plan_pictures(args, inputs)
+    check_outputs(pictures, inputs)
+    seen = inspect(inputs)
+    if args.crc32 is not None and args.crc32 != [seen[path][1] for path in inputs]:
+        warnings.warn("the input has changed since the recipe: the picture will differ", stacklevel=1)
+
+    editor = Editor.load(find_weights(args.weights), args.device, DTYPES[args.dtype])
+    chosen = {key: getattr(args, key) for key in editor.defaults}
+    chosen = {key: editor.defaults[key] if value is None else value for key, value in chosen.items()}
+    settings = chosen | {"negative": args.negative, "low_memory": args.low_memory, "progress": True}
+    sizes = {path: fitted(path, seen[path][0], chosen["resolution"], editor.multiple) for path in inputs}
+    recipe = {key: getattr(args, key) for key in RECIPE_FLAGS} | chosen
+    recipe |= {"device": str(editor.unet.conv_in.weight.device), "place": None}
+    recipe |= {"version": nanoip2p.__version__, "torch": torch.__version__}
+
+    batches, kept = make_batches(pictures, sizes, args.batch), None
+    if args.place is not None and len(pictures) == 1:
+        # The last bits of a sum depend on the size of the batch, so a picture is made again at its old place
+        kept, count = args.place
+        batches = [pictures * count]
+    made = {}
+    for batch in batches:
+        results = edit_batch(editor, batch, sizes[batch[0].input], settings, args.keep_size)
+        for i, (picture, stages) in enumerate(zip(batch, results)):
+            if args.grid:
+                made[picture] = stages
+            elif kept in (None, i):
+                own = {"input": [picture.input], "edit": list(picture.edits), "n": 1, "seed": picture.seed,
+                       "crc32": [seen[picture.input][1]], "place": f"{i}/{len(batch)}"}
+                save_png(stages[-1], picture.output, recipe | own)
+                print(f"{picture.output}  {', then '.join(picture.edits)}  (seed {picture.seed})")
+    if args.grid:
+        own = {"input": inputs, "crc32": [seen[path][1] for path in inputs]}
+        save_png(draw_grid(pictures, made, inputs), args.output, recipe | own)
+        print(f"{args.output}  {len(pictures)} pictures  (seed {args.seed})")
+
+
+def check_outputs(pictures: list[Picture], inputs: list[str]) -> None:
+    """ValueError when an output cannot be written or is one of the inputs."""
+    sources = {os.path.realpath(path) for path in inputs}
+    for path in dict.fromkeys(picture.output for picture in pictures):
+        if os.path.realpath(path) in sources:
+            raise ValueError(f"--output {path} would overwrite an input; name another")
+        check_writable(path)
+
+
+def find_weights(name: str) -> Path:
+    """The folder as named from here, else from where sample.py lies."""
+    return HERE / name if not os.path.exists(name) and (HERE / name).exists() else Path(name)
+
+
+def fitted(path: str, size: tuple[int, int], resolution: int, multiple: int) -> tuple[int, int]:
+    """images.fit_size, whose complaints begin with the path."""
+    try:
+        return fit_size(*size, resolution, multiple)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def draw_grid(
+    pictures: list[Picture], made: dict[Picture, list[Image.Image]], inputs: list[str]
+) -> Image.Image:
+    """One row for each input: the input, then every edit of it (with turns, every turn)."""
+    several = len({picture.seed for picture in pictures}) > 1
+    rows, labels = [], []
+    for path in inputs:
+        of_input = [picture for picture in pictures if picture.input == path]
+        rows.append([made[of_input[0]][0]])
+        labels.append(["input"])
+        for picture in of_input:
+            rows[-1] += made[picture][1:]
+            labels[-1] += [f"{edit} (seed {picture.seed})" if several else edit for edit in picture.edits]
+    return grid(rows, labels)
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code: 0; 2 for what a person can put right, told in one line; 130 for Ctrl-C."""
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+            run(complete(argv))
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted; pictures already named are whole", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        message = " ".join(str(error).split())
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in message):
+            message = "out of memory; try --low-memory, --batch 1 or a smaller --resolution"
+        elif isinstance(error, RuntimeError):
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
