@@ -25,8 +25,8 @@ def read_config(cls: type, config: dict, fixed: dict, bookkeeping: frozenset = f
         elif key.startswith("_") or key in bookkeeping:
             continue
         elif key in fixed:
-            if value != fixed[key] and value != (list(fixed[key]) if isinstance(fixed[key], tuple) else fixed[key]):
+            if value != fixed[key]:
                 raise ValueError(f"{cls.__name__}: {key} = {value!r} is not supported, only {fixed[key]!r}")
         elif value is not None and value is not False:
-            raise ValueError(f"{cls.__name__}: unknown setting {key} = {value!r}; this is not a Stable Diffusion 1.x config")
+            raise ValueError(f"{cls.__name__}: unknown setting {key} = {value!r}; not Stable Diffusion 1.x")
     return cls(**known)

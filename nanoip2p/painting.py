@@ -13,14 +13,16 @@ COLOURS = {
     "blue": (44, 98, 216), "purple": (134, 62, 178), "pink": (246, 136, 186), "white": (244, 244, 240),
 }  # fmt: skip
 
-TINT = {"day": (1.0, 1.0, 1.0), "sunset": (1.0, 0.80, 0.70), "night": (0.62, 0.64, 0.86)}  # light on all things
+TINT = {"day": (1.0, 1.0, 1.0), "sunset": (1.0, 0.80, 0.70), "night": (0.62, 0.64, 0.86)}  # of the light
 SKY = {  # top, horizon
     "day": ((70, 148, 232), (196, 228, 250)),
     "sunset": ((92, 62, 138), (255, 164, 84)),
     "night": ((10, 14, 44), (46, 56, 110)),
 }
 GREY_SKY = {"day": (166, 176, 188), "sunset": (156, 122, 122), "night": (42, 46, 62)}
-GROUND_COLOUR = {"grass": (98, 178, 74), "sand": (236, 206, 138), "snow": (238, 244, 252), "dirt": (138, 98, 66)}
+GROUND_COLOUR = {
+    "grass": (98, 178, 74), "sand": (236, 206, 138), "snow": (238, 244, 252), "dirt": (138, 98, 66),
+}
 FOG = {"day": (226, 230, 234), "sunset": (232, 196, 172), "night": (104, 110, 132)}
 HORIZON = 0.62
 BASE = 0.86  # where things stand
@@ -104,14 +106,15 @@ def paint_sky(pen: Pen, scene) -> None:
     if scene.weather in ("cloudy", "rainy"):
         cloud = (246, 248, 252) if scene.weather == "cloudy" else (136, 142, 154)
         for u, v, s in ((0.22, 0.80, 0.9), (0.60, 0.90, 1.1), (0.93, 0.76, 0.8)):
-            for du, dv, r in ((-0.09, 0.0, 0.05), (-0.03, 0.03, 0.065), (0.05, 0.02, 0.055), (0.10, -0.005, 0.045)):
+            for du, dv, r in ((-0.09, 0.0, 0.05), (-0.03, 0.03, 0.065), (0.05, 0.02, 0.055),
+                              (0.10, -0.005, 0.045)):
                 pen.disc(cloud, u + du * s, v + dv * s, r * s)
     phase = scene.landscape * 0.0137
     for height, swing, step, share in ((0.075, 0.05, 5.0, 0.62), (0.02, 0.04, 7.5, 0.35)):
         colour = mix((92, 128, 128), (196, 214, 230), share)
         phase = phase * 1.7 + 1.1
-        top_line = [(i / 32, 1 - HORIZON + height + swing * math.sin(phase + i * step / 32)) for i in range(33)]
-        pen.polygon(colour, (0.0, 0.25), *top_line, (1.0, 0.25))
+        ridge = [(i / 32, 1 - HORIZON + height + swing * math.sin(phase + i * step / 32)) for i in range(33)]
+        pen.polygon(colour, (0.0, 0.25), *ridge, (1.0, 0.25))
 
 
 def paint_ground(pen: Pen, scene) -> None:
@@ -139,7 +142,8 @@ def paint_weather(pen: Pen, scene) -> Image.Image:
         pen.at(0.0, 1.0, 1.0)
         for i in range(44):
             u, v = (i * 0.618034 + 0.03) % 1.0, (i * 0.754878) % 1.0
-            pen.polygon((206, 222, 244), (u, v), (u + 0.008, v), (u - 0.014, v - 0.085), (u - 0.022, v - 0.085))
+            streak = ((u, v), (u + 0.008, v), (u - 0.014, v - 0.085), (u - 0.022, v - 0.085))
+            pen.polygon((206, 222, 244), *streak)
     if scene.weather == "foggy":
         return Image.blend(pen.image, Image.new("RGB", pen.image.size, FOG[scene.time]), 0.38)
     return pen.image
@@ -198,9 +202,8 @@ def _mushroom(pen, colour, dark, light, window):
     pen.polygon(OUTLINE, (-0.19, 0.0), (-0.14, 0.5), (0.14, 0.5), (0.19, 0.0))
     pen.polygon((246, 236, 214), (-0.15, 0.02), (-0.11, 0.5), (0.11, 0.5), (0.15, 0.02))
     for part, grow in ((OUTLINE, 0.03), (colour, 0.0)):
-        arc = [(math.cos(i * math.pi / 16) * (0.46 + grow), 0.40 - grow + math.sin(i * math.pi / 16) * (0.44 + 2 * grow))
-               for i in range(17)]  # fmt: skip
-        pen.polygon(part, *arc)
+        wide, high, angles = 0.46 + grow, 0.44 + 2 * grow, [i * math.pi / 16 for i in range(17)]
+        pen.polygon(part, *((wide * math.cos(a), 0.40 - grow + high * math.sin(a)) for a in angles))
     spot = (250, 246, 236) if light[2] < 236 or light[0] < 236 else (206, 90, 90)
     for u, v, r in ((-0.22, 0.54, 0.07), (0.03, 0.68, 0.08), (0.24, 0.52, 0.06)):
         pen.disc(spot, u, v, r)
@@ -219,8 +222,9 @@ def _flower(pen, colour, dark, light, window):
 
 def _rocket(pen, colour, dark, light, window):
     pen.polygon((255, 170, 50), (-0.10, 0.16), (0.0, -0.06), (0.10, 0.16), glow=True)
-    pen.polygon(OUTLINE, (-0.36, 0.06), (-0.14, 0.50), (0.14, 0.50), (0.36, 0.06), (0.12, 0.16), (-0.12, 0.16))
-    pen.polygon(dark, (-0.31, 0.10), (-0.13, 0.46), (0.13, 0.46), (0.31, 0.10), (0.12, 0.19), (-0.12, 0.19))
+    for part, u, v in ((OUTLINE, 0.36, 0.06), (dark, 0.31, 0.10)):
+        top = v + 0.40
+        pen.polygon(part, (-u, v), (-0.14, top), (0.14, top), (u, v), (0.12, v + 0.10), (-0.12, v + 0.10))
     pen.polygon(OUTLINE, (-0.19, 0.13), (-0.19, 0.70), (0.0, 1.04), (0.19, 0.70), (0.19, 0.13))
     pen.polygon(colour, (-0.155, 0.16), (-0.155, 0.69), (0.0, 0.97), (0.155, 0.69), (0.155, 0.16))
     pen.disc(OUTLINE, 0.0, 0.58, 0.11)

@@ -133,7 +133,7 @@ class Scene:
         return found
 
     def render(self, size: int = 64) -> Image.Image:
-        """Draw the scene as a square RGB picture of `size` pixels, at four times the size and averaged down."""
+        """Draw the scene as a square RGB picture of `size` pixels: four times as large, then averaged."""
         return paint(self, 4 * size).reduce(4)
 
 

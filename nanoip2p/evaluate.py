@@ -1,0 +1,167 @@
+"""Score an editor where the right answer is known.
+
+    python -m nanoip2p.evaluate scenes --weights weights/nano-ip2p --n 500
+
+The scenes and, unless --phrasings seen, the wordings are ones that training never used. An edit succeeds
+when, among the renders of all single edits of the scene and of the scene itself, the true one is nearest to
+the editor's picture in mean absolute distance. What should not change is measured as PSNR over the pixels
+that the two renders have in common, next to what the autoencoder alone makes of the true one: the ceiling.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from nanoip2p.editor import Editor
+from nanoip2p.files import replacing
+from nanoip2p.images import grid, to_pil, to_tensor
+from nanoip2p.scenes import EDIT_KINDS, Edit, Scene, random_scene
+
+LEAST_UNCHANGED = 0.05  # a smaller share of common pixels says nothing about preservation
+
+
+@dataclass(frozen=True)
+class Question:
+    """A scene, one edit of it, and the wording the editor is given."""
+
+    scene: Scene
+    edit: Edit
+    instruction: str
+
+
+def questions(n: int, phrasings: str = "held-out", split: str = "test") -> list[Question]:
+    """`n` questions, the kinds of edit in turn, each about a scene of its own. The same on every machine.
+
+    phrasings: "held-out" (the wording that training never sees) or "seen" (the first one).
+    """
+    generator, asked = torch.Generator().manual_seed(0), []
+    for index in range(n):
+        scene, kind = random_scene(split, index), EDIT_KINDS[index % len(EDIT_KINDS)]
+        fitting = [edit for edit in scene.edits() if edit.kind == kind]
+        if not fitting:  # three things leave no room to add one
+            scene = Scene(scene.time, scene.weather, scene.ground, scene.things[:-1], scene.landscape)
+            fitting = [edit for edit in scene.edits() if edit.kind == kind]
+        edit = fitting[int(torch.randint(len(fitting), (), generator=generator))]
+        asked.append(Question(scene, edit, edit.instructions[-1 if phrasings == "held-out" else 0]))
+    return asked
+
+
+def nearest_edit(picture: Image.Image, scene: Scene) -> Scene:
+    """Of the scene and all its single edits, the one whose render is nearest in mean absolute distance."""
+    candidates = [scene, *(edit.scene for edit in scene.edits())]
+    renders = np.stack([np.asarray(candidate.render(picture.width), np.int16) for candidate in candidates])
+    distances = np.abs(renders - np.asarray(picture, np.int16)).mean((1, 2, 3))
+    return candidates[int(distances.argmin())]
+
+
+def unchanged_psnr(picture: Image.Image, before: Image.Image, after: Image.Image) -> float | None:
+    """PSNR in dB (peak 255) of `picture` against `after`, over the pixels where `before` and `after` agree.
+
+    None where those are less than 5% of the picture.
+    """
+    picture, before, after = (np.asarray(image, np.float64) for image in (picture, before, after))
+    same = (before == after).all(-1)
+    if same.mean() < LEAST_UNCHANGED:
+        return None
+    return float(10 * np.log10(255**2 / max(((picture - after)[same] ** 2).mean(), 1e-3)))
+
+
+@torch.inference_mode()
+def round_trip(editor: Editor, image: Image.Image) -> Image.Image:
+    """What the autoencoder alone makes of a picture."""
+    weight = editor.unet.conv_in.weight
+    mean, _ = editor.vae.encode(to_tensor(image)[None].to(weight.device, weight.dtype))
+    return to_pil(editor.vae.decode(mean)[0])
+
+
+def score_scenes(editor: Editor, asked: list[Question], settings: dict, batch: int = 35) -> list[dict]:
+    """Let the editor answer every question, with `settings` for `Editor.edit` (None: the weights' defaults).
+
+    Returns rows of kind, instruction, success, psnr, ceiling, and pictures: (before, edited, true answer).
+    """
+    size = editor.defaults["resolution"]
+    rows = []
+    for i in tqdm(range(0, len(asked), batch), desc="editing", unit_scale=batch, unit="edit"):
+        part = asked[i : i + batch]
+        inputs = [question.scene.render(size) for question in part]
+        seeds = list(range(i, i + len(part)))
+        texts = [question.instruction for question in part]
+        pictures = editor.edit(inputs, texts, seed=seeds, batch=batch, **settings)
+        for question, before, picture in zip(part, inputs, pictures):
+            after = question.edit.scene.render(size)
+            rows.append({
+                "kind": question.edit.kind, "instruction": question.instruction,
+                "success": nearest_edit(picture, question.scene) == question.edit.scene,
+                "psnr": unchanged_psnr(picture, before, after),
+                "ceiling": unchanged_psnr(round_trip(editor, after), before, after),
+                "pictures": (before, picture, after),
+            })  # fmt: skip
+    return rows
+
+
+def table(rows: list[dict]) -> tuple[str, dict]:
+    """Success rate with its standard error, and preservation, by kind and overall: as text and as numbers."""
+    lines = [f"{'edit':<10} {'n':>5} {'success':>15} {'unchanged PSNR':>16} {'VAE ceiling':>12}"]
+    numbers = {}
+    for kind in (*EDIT_KINDS, "all"):
+        chosen = [row for row in rows if kind in (row["kind"], "all")]
+        if not chosen:
+            continue
+        rate = sum(row["success"] for row in chosen) / len(chosen)
+        error = (rate * (1 - rate) / len(chosen)) ** 0.5
+        measured = [row for row in chosen if row["psnr"] is not None]
+        psnr, ceiling = (np.mean([row[key] for row in measured]) if measured else float("nan")
+                         for key in ("psnr", "ceiling"))  # fmt: skip
+        success = f"{rate:>8.1%} ± {error:<4.1%}"
+        lines.append(f"{kind:<10} {len(chosen):>5} {success} {psnr:>13.1f} dB {ceiling:>9.1f} dB")
+        numbers[kind] = {"n": len(chosen), "success": rate, "psnr": float(psnr), "ceiling": float(ceiling)}
+    return "\n".join(lines), numbers
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Flags of `python -m nanoip2p.evaluate`."""
+    parser = argparse.ArgumentParser(prog="python -m nanoip2p.evaluate", description=__doc__.splitlines()[0])
+    what = parser.add_subparsers(dest="what", required=True)
+    scenes = what.add_parser("scenes", help="edit success and preservation on rendered scenes")
+    scenes.add_argument("--weights", type=Path, default=Path("weights/nano-ip2p"))
+    scenes.add_argument("--n", type=int, default=500, help="number of edits")
+    scenes.add_argument("--phrasings", choices=("held-out", "seen"), default="held-out")
+    scenes.add_argument("--split", default="test", help="which stream of scenes; training uses 'train'")
+    scenes.add_argument("--out", type=Path, help="folder for scores.json and failed.png, some failures")
+    scenes.add_argument("--device")
+    for name, kind in (("steps", int), ("cfg-text", float), ("cfg-image", float), ("sampler", str)):
+        scenes.add_argument(f"--{name}", type=kind, help="as in sample.py; by default what the weights name")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        editor = Editor.load(args.weights, args.device)
+        asked = questions(args.n, args.phrasings, args.split)
+        settings = {key: getattr(args, key) for key in ("steps", "cfg_text", "cfg_image", "sampler")}
+        rows = score_scenes(editor, asked, settings)
+        text, numbers = table(rows)
+        print(text)
+        if args.out:
+            with replacing(args.out / "scores.json") as temporary:
+                temporary.write_text(json.dumps(numbers, indent=2) + "\n")
+            failed = [row for row in rows if not row["success"]][:16]
+            if failed:
+                labels = [["input", row["instruction"], "true answer"] for row in failed]
+                grid([list(row["pictures"]) for row in failed], labels).save(args.out / "failed.png")
+    except ValueError as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""Train an editor from pairs of pictures (section 3.2 of the paper): teach a UNet with 8 input channels to
+predict the noise in the edited picture's latents, given the input picture's latents and the instruction.
+
+    python train.py --weights runs/nano/start --data scenes --out runs/editor
+    python train.py --resume runs/editor                # goes on as if never stopped
+
+Writes to --out: state.pt (to resume), weights/ (the averaged editor, which sample.py opens), loss.jsonl,
+loss.png and samples-*.png. Every random draw is a function of --seed and the step, so a resumed run and an
+uninterrupted one end in the same weights.
+"""
+
+import argparse
+import copy
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nanoip2p.checkpoint import load_editor_parts, save_editor
+from nanoip2p.data import batch_rows, encoded_pairs, folder_pairs, load_picture, scene_pairs
+from nanoip2p.diffusion import add_noise
+from nanoip2p.editor import Editor, pick_device
+from nanoip2p.files import replacing
+from nanoip2p.images import grid
+from nanoip2p.scenes import EDIT_KINDS
+
+
+def draw_batch(data: dict, scale: float, alphas: Tensor, seed: int, step: int, batch: int) -> dict:
+    """All that is random about one step, drawn on the CPU. alphas: `NoiseSchedule.alphas_cumprod()`.
+
+    Returns noised latents z_t (B, 4, h, w), z_image (B, 4, h, w) with some rows zeroed, context (B, 77, D)
+    with some rows the empty text's, noise (B, 4, h, w) and timestep (B,).
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    before, after, text = data["rows"][batch_rows(seed, step, batch, len(data["rows"]))].T
+    mean, logvar = data["moments"][after].float().chunk(2, dim=1)                  # (B, 4, h, w) each
+    target = scale * (mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator))
+    z_image = data["moments"][before].float().chunk(2, dim=1)[0]                   # the mode, not scaled
+    noise = torch.randn(target.shape, generator=generator)
+    timestep = torch.randint(len(alphas), (batch,), generator=generator)
+    # One number decides what is dropped: the text below 10%, the image from 5% to 15% (section 3.2.1)
+    drop = torch.rand(batch, generator=generator)
+    text = torch.where(drop < 0.10, 0, text)
+    keep_image = 1 - ((drop >= 0.05) & (drop < 0.15)).float()
+    return {
+        "z_t": add_noise(target, noise, timestep, alphas),
+        "z_image": z_image * keep_image[:, None, None, None],
+        "context": data["texts"][text].float(), "noise": noise, "timestep": timestep,
+    }  # fmt: skip
+
+
+def loss_weight(timestep: Tensor, alphas: Tensor, gamma: float | None) -> Tensor:
+    """Min-SNR weighting (Hang et al. 2023, section 3.4): min(SNR, gamma) / SNR, or 1 without gamma."""
+    snr = alphas[timestep] / (1 - alphas[timestep])
+    return torch.ones_like(snr) if gamma is None else snr.clamp(max=gamma) / snr
+
+
+def learning_rate(step: int, args) -> float:
+    """Linear warm-up, constant as in the paper, and down to zero over the last `--cooldown` of the run."""
+    warm = min(1.0, (step + 1) / max(1, args.warmup))
+    cool = min(1.0, (args.steps - step) / (args.cooldown * args.steps)) if args.cooldown else 1.0
+    return args.lr * warm * cool
+
+
+@torch.no_grad()
+def update_average(average: torch.nn.Module, model: torch.nn.Module, step: int, decay: float) -> None:
+    """Moving average, once per optimizer step n, of decay min(decay, (1+n)/(10+n)) as in the original."""
+    share = 1 - min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), share)
+
+
+def save_state(folder: Path, unet, average, optimizer, step: int, args) -> None:
+    """Write state.pt, from which --resume goes on."""
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    state = {"unet": unet.state_dict(), "ema": average.state_dict(), "optimizer": optimizer.state_dict(),
+             "step": step, "settings": settings}  # fmt: skip
+    with replacing(folder / "state.pt") as temporary:
+        torch.save(state, temporary)
+
+
+def plot_loss(folder: Path) -> None:
+    """loss.jsonl -> loss.png, raw and smoothed. Without matplotlib the numbers stay in the JSONL file."""
+    rows = [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"losses are in {folder / 'loss.jsonl'}; pip install matplotlib to have them drawn")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1)
+    axes.set(xlabel="optimizer step", ylabel="loss (mean of 50 steps)", yscale="log", title=str(folder))
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(folder / "loss.png", dpi=120)
+    pyplot.close(figure)
+
+
+def sample_grid(editor: Editor, pairs: list, resolution: int):
+    """Validation pairs as one picture, a column each: the input, the editor's answer, the true answer."""
+    inputs = [load_picture(pair.before, resolution) for pair in pairs]
+    edits = editor.edit(inputs, [pair.edit for pair in pairs], seed=0, resolution=resolution)
+    targets = [load_picture(pair.after, resolution) for pair in pairs]
+    labels = [["input"] * len(pairs), [pair.edit for pair in pairs], ["true answer"] * len(pairs)]
+    return grid([inputs, edits, targets], labels)
+
+
+def train(args, parts, data: dict, validation: list, device: torch.device) -> None:
+    """The loop. `parts`: the networks of the starting weights; `data`: from `data.encoded_pairs`."""
+    unet, schedule = parts.unet.to(device).train(), parts.schedule
+    average = copy.deepcopy(unet).requires_grad_(False).eval()
+    optimizer = torch.optim.AdamW(unet.parameters(), args.lr, betas=(0.9, 0.999), weight_decay=0.01)
+    alphas, scale, first = schedule.alphas_cumprod(), parts.vae.scaling_factor, 0
+    if args.resume:
+        state = torch.load(args.out / "state.pt", weights_only=True, map_location=device)
+        unet.load_state_dict(state["unet"])
+        average.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    log = args.out / "loss.jsonl"
+    logged = log.read_text().splitlines() if first and log.exists() else []
+    log.write_text("".join(line + "\n" for line in logged if json.loads(line)["step"] <= first))
+
+    def save(step: int) -> None:
+        save_state(args.out, unet, average, optimizer, step, args)
+        save_editor(args.out / "weights", average, parts.vae, parts.text_encoder,
+                    Path(args.weights) / "tokenizer", schedule.to_config(), parts.defaults)  # fmt: skip
+
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="train", mininterval=5)
+    recent, began, done = [], time.perf_counter(), first
+    try:
+        for step in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args)
+            drawn = draw_batch(data, scale, alphas, args.seed, step, args.batch_size)
+            weight = loss_weight(drawn["timestep"], alphas, args.snr_gamma).to(device)
+            batch = {name: tensor.to(device) for name, tensor in drawn.items()}
+            z_in = torch.cat([batch["z_t"], batch["z_image"]], dim=1)              # (B, 8, h, w)
+            prediction = unet(z_in, batch["timestep"], batch["context"])           # (B, 4, h, w)
+            loss = ((prediction - batch["noise"]).square().mean((1, 2, 3)) * weight).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(unet.parameters(), args.clip)
+            optimizer.step()
+            update_average(average, unet, step, args.ema_decay)
+            recent.append(loss.detach())
+            done = step + 1
+            if done % 50 == 0 or done == args.steps:
+                mean, recent = torch.stack(recent).mean().item(), []
+                rate = (done - first) * args.batch_size / (time.perf_counter() - began)
+                bar.set_postfix_str(f"loss {mean:.4f}, {rate:.0f} samples/s", refresh=False)
+                row = {"step": done, "loss": round(mean, 5), "lr": learning_rate(step, args),
+                       "samples_per_second": round(rate, 1)}  # fmt: skip
+                with log.open("a") as file:
+                    print(json.dumps(row), file=file)
+            if done % args.save_every == 0:
+                save(done)
+            if validation and args.sample_every and done % args.sample_every == 0:
+                encoders = (parts.vae, parts.text_encoder, parts.tokenizer)
+                editor = Editor(average, *encoders, schedule, parts.defaults)
+                sample_grid(editor, validation, args.resolution).save(args.out / f"samples-{done:06d}.png")
+    finally:  # Ctrl-C comes through here too
+        if done > first:
+            save(done)
+    plot_loss(args.out)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Flags; with --resume, the settings of that run are the defaults of all the others."""
+    parser = argparse.ArgumentParser(description="Train an InstructPix2Pix editor from pairs of pictures.")
+    where = parser.add_argument_group("what to train on, and where to write")
+    where.add_argument("--weights", type=Path, help="folder to start from, of an editor")
+    where.add_argument("--data", help="a folder in the original's layout, or 'scenes' for rendered pairs")
+    where.add_argument("--pairs", type=int, default=20_000, help="pairs to render for --data scenes")
+    where.add_argument("--kind-weights", type=float, nargs=len(EDIT_KINDS), default=[1.0] * len(EDIT_KINDS),
+                       metavar="ODDS", help=f"for --data scenes, of {', '.join(EDIT_KINDS)}")  # fmt: skip
+    where.add_argument("--out", type=Path, help="folder of this run")
+    where.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--steps", type=int, default=10_000, help="optimizer steps in all")
+    recipe.add_argument("--batch-size", type=int, default=64)
+    recipe.add_argument("--lr", type=float, default=1e-4)
+    recipe.add_argument("--warmup", type=int, default=0, help="steps over which the learning rate rises")
+    recipe.add_argument("--cooldown", type=float, default=0.0, help="last share of the steps, where it falls")
+    recipe.add_argument("--snr-gamma", type=float, help="min-SNR loss weighting (off; 5 in its paper)")
+    recipe.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    recipe.add_argument("--ema-decay", type=float, default=0.9999)
+    recipe.add_argument("--resolution", type=int, default=256)
+    recipe.add_argument("--seed", type=int, default=0)
+    running = parser.add_argument_group("running")
+    running.add_argument("--save-every", type=int, default=500)
+    running.add_argument("--sample-every", type=int, default=2000, help="0: never")
+    running.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
+    args = parser.parse_args(argv)
+    if args.resume:
+        file = args.resume / "state.pt"
+        if not file.exists():
+            raise ValueError(f"{file}: not found; --resume wants the --out folder of an earlier run")
+        state = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+        parser.set_defaults(**state["settings"])
+        args = parser.parse_args(argv)
+        args.weights, args.out = Path(args.weights), args.resume
+    for name in ("weights", "data", "out"):
+        if getattr(args, name) is None:
+            parser.error(f"--{name} is needed (or --resume RUN)")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args = parse(argv)
+        device = pick_device(args.device)
+        if not args.resume and (args.out / "state.pt").exists():
+            raise ValueError(f"{args.out} holds a run already; go on with --resume, or choose another --out")
+        parts = load_editor_parts(args.weights)
+        if args.data == "scenes":
+            pairs = scene_pairs(args.pairs, weights=tuple(args.kind_weights))
+            validation = scene_pairs(8, "validation")
+        else:
+            pairs, validation = folder_pairs(args.data), folder_pairs(args.data, "validation")[:8]
+        args.out.mkdir(parents=True, exist_ok=True)
+        encoders = (parts.vae.to(device).eval(), parts.text_encoder.to(device).eval(), parts.tokenizer)
+        data = encoded_pairs(pairs, args.out / "encoded", *encoders, args.resolution)
+        visits = args.steps * args.batch_size / len(pairs)
+        print(f"{len(pairs)} pairs, {args.steps} steps of {args.batch_size}: {visits:.1f} visits of each")
+        train(args, parts, data, validation, device)
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"stopped; go on with: python train.py --resume {args.out}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,272 @@
+"""The recipe of the shipped weights: from nothing to weights/nano-clip and weights/nano-ip2p in one command.
+
+    python weights/make_nano.py                  # all stages; goes on where an earlier run stopped
+    python weights/make_nano.py --stages editor --editor-steps 40000     # train the editor further
+
+Stages: tokenizer (byte-pair encoding learned from the world's own sentences), vae, clip, pairs, editor
+(through train.py), export. Each stage reads what the one before wrote under --out, and a stage whose result
+is there is skipped. Everything is a function of the seed and the step, so a resumed run equals an
+uninterrupted one.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train
+from nanoip2p.checkpoint import load_editor_parts, load_network, save_editor, save_network, write_json
+from nanoip2p.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, TextEncoder
+from nanoip2p.diffusion import NoiseSchedule
+from nanoip2p.editor import pick_device
+from nanoip2p.scenes import Scene, Thing, random_scene
+from nanoip2p.tokenizer import load_tokenizer, train_tokenizer
+from nanoip2p.unet import UNet, UNetConfig
+from nanoip2p.vae import VAE, VAEConfig
+
+HERE = Path(__file__).resolve().parent
+SIZE = 64
+UNET = dict(
+    in_channels=8, block_out_channels=(64, 128, 128), layers_per_block=1, cross_attention_dim=128,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    attention_head_dim=4, norm_num_groups=16, sample_size=16,
+)  # fmt: skip
+# Short run, small network: ten times the paper's learning rate, a faster average, and min-SNR weighting
+RECIPE = ["--data", "scenes", "--resolution", 64, "--batch-size", 32, "--lr", 1e-3, "--warmup", 200,
+          "--cooldown", 0.2, "--snr-gamma", 1, "--ema-decay", 0.999,
+          "--kind-weights", 1.2, 2, 2, 1, 0.8, 1, 0.8]  # fmt: skip
+DEFAULTS = {"resolution": 64, "steps": 20, "cfg_text": 3.0, "cfg_image": 1.2, "sampler": "euler_ancestral"}
+EXAMPLES = {
+    "house": Scene("day", "clear", "grass", (Thing("house", "red", "large", 1),), 11),
+    "car": Scene("sunset", "clear", "sand", (Thing("car", "blue", "large", 0),
+                                             Thing("tree", "green", "large", 2)), 5),
+    "balloon": Scene("day", "cloudy", "snow", (Thing("balloon", "orange", "large", 1),), 42),
+    "rocket": Scene("night", "clear", "dirt", (Thing("tent", "yellow", "medium", 0),
+                                               Thing("rocket", "white", "large", 1)), 77),
+}  # fmt: skip
+
+
+def picture(scene) -> torch.Tensor:
+    """A scene as (3, 64, 64) in [-1, 1]."""
+    image = scene.render(SIZE)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(SIZE, SIZE, 3)
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def pick(options, generator):
+    return options[int(torch.randint(len(options), (), generator=generator))]
+
+
+def draw_edit(scene, generator):
+    """One edit, all kinds equally likely (there are 30 times more ways to add than to remove)."""
+    edits = scene.edits()
+    kind = pick(sorted({edit.kind for edit in edits}), generator)
+    return pick([edit for edit in edits if edit.kind == kind], generator)
+
+
+def draw_scene(generator):
+    """A training scene, half of the time with one edit applied, so that edited scenes are seen as well."""
+    scene = random_scene("train", int(torch.randint(2**31, (), generator=generator)))
+    return draw_edit(scene, generator).scene if torch.rand((), generator=generator) < 0.5 else scene
+
+
+def fit(name: str, model: torch.nn.Module, loss_of_step, steps: int, lr: float, folder: Path) -> None:
+    """Train with AdamW: 100 steps of warm-up, constant, the last 30% linearly to zero; resumes."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
+    state_file, first = folder / f"{name}-state.pt", 0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    bar = tqdm(range(first, steps), desc=name, initial=first, total=steps, mininterval=10)
+    for step in bar:
+        share = min((step + 1) / 100, 1.0, (steps - step) / (0.3 * steps))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * share
+        loss, note = loss_of_step(torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        bar.set_postfix_str(note, refresh=False)
+        if (step + 1) % 250 == 0 or step + 1 == steps:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            torch.save(state, state_file.with_suffix(".tmp"))
+            state_file.with_suffix(".tmp").rename(state_file)
+
+
+def make_vae(folder: Path, device: str, steps: int, batch: int = 8) -> VAE:
+    """64 x 64 pixels -> 16 x 16 x 4 latents: L1, and a small KL term that keeps the latents smooth."""
+    torch.manual_seed(0)
+    config = VAEConfig(block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8)
+    vae = VAE(config).to(device)
+
+    def loss_of_step(generator):
+        x = torch.stack([picture(draw_scene(generator)) for _ in range(batch)]).to(device)
+        mean, logvar = vae.encode(x)
+        noise = torch.randn(mean.shape, generator=generator).to(device)
+        restored = vae.decode(mean + noise * (0.5 * logvar).exp())
+        l1 = (restored - x).abs().mean()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        psnr = -10 * torch.log10(F.mse_loss(restored, x) / 4)
+        return l1 + 3e-4 * kl, f"l1 {l1:.4f} kl {kl:.2f} psnr {psnr:.1f}"
+
+    fit("vae", vae, loss_of_step, steps, 1.5e-3, folder)
+    return vae
+
+
+def train_phrase(edit, generator) -> str:
+    """One of the phrasings that training may see: all but the last."""
+    return pick(edit.instructions[:-1], generator)
+
+
+def make_tokenizer(folder: Path) -> None:
+    """Byte pairs learned from the nano world's sentences; any other text falls back to shorter pieces."""
+    generator, sentences = torch.Generator().manual_seed(0), []
+    for index in range(2000):
+        scene = random_scene("train", index)
+        sentences += [scene.caption(), *draw_edit(scene, generator).instructions[:-1]]
+    train_tokenizer(sentences, 1000, folder)
+
+
+def make_clip(folder: Path, tokenizer_folder: Path, device: str, steps: int, batch: int = 32) -> CLIP:
+    """Two contrastive tasks: picture and caption, and instruction and *change* of picture.
+
+    The second teaches the text encoder the words of instructions, which no caption contains. Each
+    batch holds scenes beside one edited version of each, so captions one word apart must be told apart.
+    """
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    eos = json.loads((tokenizer_folder / "vocab.json").read_text())["<|endoftext|>"]
+    text = CLIPTextConfig(eos + 1, 128, 512, 3, 4, 77, projection_dim=128, eos_token_id=eos)
+    vision = CLIPVisionConfig(SIZE, 8, 3, 128, 512, 3, 4, projection_dim=128)
+    clip = CLIP(CLIPConfig(text, vision, projection_dim=128)).to(device)
+
+    def ids_of(texts):
+        ids = tokenizer(texts)
+        # Attention is causal and the pooled state is the first end mark: what stands behind it cannot matter.
+        return ids[:, : int((ids == eos).int().argmax(1).max()) + 1].to(device)
+
+    def agree(a, b):
+        """Symmetric cross-entropy: row i of a belongs to row i of b (Radford et al. 2021, figure 3)."""
+        logits = clip.logit_scale.exp().clamp(max=100) * a @ b.T
+        own = torch.arange(len(a), device=device)
+        loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        return loss, (logits.argmax(1) == own).float().mean()
+
+    def loss_of_step(generator):
+        numbers = torch.randint(2**31, (batch,), generator=generator).tolist()
+        scenes = [random_scene("train", number) for number in numbers]
+        edits = [draw_edit(scene, generator) for scene in scenes]
+        after = [edit.scene for edit in edits]
+        pixels = torch.stack([picture(scene) for scene in scenes + after]).to(device)
+        images = clip.encode_image(pixels)
+        captions = clip.encode_text(ids_of([scene.caption() for scene in scenes + after]))
+        instructions = clip.encode_text(ids_of([train_phrase(edit, generator) for edit in edits]))
+        change = F.normalize(images[batch:] - images[:batch], dim=-1)
+        loss_caption, hit_caption = agree(images, captions)
+        loss_edit, hit_edit = agree(change, instructions)
+        note = f"caption {loss_caption:.2f} {hit_caption:.0%} edit {loss_edit:.2f} {hit_edit:.0%}"
+        return loss_caption + loss_edit, note
+
+    fit("clip", clip, loss_of_step, steps, 1e-3, folder)
+    return clip
+
+
+def vae_folder(out: Path, device: str, steps: int) -> Path:
+    """Train the autoencoder and write it with the scale that gives its latents unit variance."""
+    folder = out / "vae"
+    if not (folder / "config.json").exists():
+        vae = make_vae(out, device, steps).eval()
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            x = torch.stack([picture(draw_scene(generator)) for _ in range(512)]).to(device)
+            scale = 1 / torch.cat([vae.encode(part)[0] for part in x.split(64)]).std().item()
+        vae.config = replace(vae.config, scaling_factor=round(scale, 5))
+        save_network(vae, folder)
+    return folder
+
+
+def clip_folder(out: Path, device: str, steps: int) -> Path:
+    """Train CLIP; the folder also holds the tokenizer and says how pictures are normalised: to [-1, 1]."""
+    folder = out / "clip"
+    if not (folder / "config.json").exists():
+        save_network(make_clip(out, out / "tokenizer", device, steps), folder)
+        for file in (out / "tokenizer").iterdir():
+            shutil.copyfile(file, folder / file.name)
+        half = [0.5, 0.5, 0.5]
+        write_json({"image_processor_type": "CLIPImageProcessor", "image_mean": half, "image_std": half,
+                    "size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}},
+                   folder / "preprocessor_config.json")  # fmt: skip
+    return folder
+
+
+def start_folder(out: Path, vae: Path, clip: Path) -> Path:
+    """An untrained editor, from which train.py begins; as in Stable Diffusion, its last layer is zero."""
+    folder = out / "start"
+    if not (folder / "model_index.json").exists():
+        torch.manual_seed(0)
+        joint = load_network(CLIP, clip)
+        text_encoder = TextEncoder(joint.config.text_config)
+        text_encoder.text_model.load_state_dict(joint.text_model.state_dict())
+        unet = UNet(UNetConfig(**UNET))
+        torch.nn.init.zeros_(unet.conv_out.weight)
+        save_editor(folder, unet, load_network(VAE, vae), text_encoder, out / "tokenizer",
+                    NoiseSchedule().to_config(), DEFAULTS)  # fmt: skip
+    return folder
+
+
+def export(out: Path, clip: Path) -> None:
+    """Write the shipped folders, in half precision, with a few scenes to try the editor on."""
+    parts = load_editor_parts(out / "editor" / "weights")
+    save_editor(HERE / "nano-ip2p", parts.unet, parts.vae, parts.text_encoder, out / "tokenizer",
+                parts.schedule.to_config(), DEFAULTS, torch.float16)  # fmt: skip
+    save_network(load_network(CLIP, clip), HERE / "nano-clip", torch.float16)
+    for file in clip.iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            shutil.copyfile(file, HERE / "nano-clip" / file.name)
+    examples = HERE / "nano-ip2p" / "examples"
+    examples.mkdir(exist_ok=True)
+    for name, scene in EXAMPLES.items():
+        scene.render(SIZE).save(examples / f"{name}.png")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Train the shipped nano weights from nothing.")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "runs/nano", help="folder of all stages")
+    parser.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
+    parser.add_argument("--vae-steps", type=int, default=3200, help="batches of 8 pictures")
+    parser.add_argument("--clip-steps", type=int, default=800, help="batches of 32 scenes, each with an edit")
+    parser.add_argument("--editor-steps", type=int, default=20_000, help="batches of 32 pairs")
+    parser.add_argument("--pairs", type=int, default=40_000, help="rendered training pairs")
+    parser.add_argument("--stop-before", choices=("editor", "export"), help="leave out the last stages")
+    args = parser.parse_args(argv)
+    device = str(pick_device(args.device))
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not (args.out / "tokenizer" / "vocab.json").exists():
+        make_tokenizer(args.out / "tokenizer")
+    clip = clip_folder(args.out, device, args.clip_steps)
+    start = start_folder(args.out, vae_folder(args.out, device, args.vae_steps), clip)
+    if args.stop_before == "editor":
+        return
+    editor = args.out / "editor"
+    where = ["--resume", editor] if (editor / "state.pt").exists() else ["--weights", start, "--out", editor]
+    recipe = [*where, "--steps", args.editor_steps, "--pairs", args.pairs, "--device", device, *RECIPE]
+    if train.main([str(word) for word in recipe]):
+        sys.exit("make_nano.py: the editor's training did not finish; the same command goes on with it")
+    if args.stop_before != "export":
+        export(args.out, clip)
+
+
+if __name__ == "__main__":
+    main()
