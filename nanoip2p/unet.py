@@ -25,7 +25,7 @@ FIXED = {
     "resnet_time_scale_shift": "default", "resnet_skip_time_act": False, "resnet_out_scale_factor": 1.0,
     "time_embedding_type": "positional", "conv_in_kernel": 3, "conv_out_kernel": 3,
 }  # fmt: skip
-BOOKKEEPING = frozenset({"sample_size", "addition_embed_type_num_heads"})  # a default size; heads of an absent part
+BOOKKEEPING = frozenset({"sample_size", "addition_embed_type_num_heads"})  # default size; heads of no part
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class UNetConfig:
 
     in_channels: int = 4  # 8 for an editor: noised latent | input picture's latent
     out_channels: int = 4
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # one level each; every step between halves h, w
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # one level each; h, w halve between
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     layers_per_block: int = 2  # residual blocks a level going down; one more going up
-    attention_head_dim: int | tuple[int, ...] = 8  # diffusers' misnomer: the NUMBER of heads (or one per level)
+    attention_head_dim: int | tuple[int, ...] = 8  # a misnomer: the NUMBER of heads (of each level)
     cross_attention_dim: int = 768  # width of the text's tokens
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
@@ -46,35 +46,40 @@ class UNetConfig:
     freq_shift: int = 0
 
     def __post_init__(self):
-        levels = len(self.block_out_channels)
+        for key in "in_channels out_channels layers_per_block cross_attention_dim norm_num_groups".split():
+            value = getattr(self, key)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"UNetConfig: {key} = {value!r} must be one whole number for all levels")
+        widths = self.block_out_channels
         for key, known in (("down_block_types", DOWN_TYPES), ("up_block_types", UP_TYPES)):
-            types = getattr(self, key)
-            if len(types) != levels or not set(types) <= set(known):
-                raise ValueError(f"UNetConfig: {key} = {types} must be {levels} names out of {sorted(known)}")
-        if len(self.heads) != levels or any(c % h for c, h in zip(self.block_out_channels, self.heads)):
+            names = getattr(self, key)
+            if len(names) != len(widths) or not set(names) <= set(known):
+                raise ValueError(f"UNetConfig: {key} = {names} must be {len(widths)} out of {sorted(known)}")
+        if any(c % self.norm_num_groups for c in widths) or widths[0] % 2:
             raise ValueError(
-                f"UNetConfig: attention_head_dim = {self.attention_head_dim} must be one number of heads, or one "
-                f"per level, that divides block_out_channels = {self.block_out_channels}"
+                f"UNetConfig: block_out_channels = {widths} must be multiples of norm_num_groups = "
+                f"{self.norm_num_groups}, and the first one even"
             )
-        if any(c % self.norm_num_groups for c in self.block_out_channels) or self.block_out_channels[0] % 2:
+        heads = self.heads
+        if len(heads) != len(widths) or any(not isinstance(h, int) or c % h for c, h in zip(widths, heads)):
             raise ValueError(
-                f"UNetConfig: block_out_channels = {self.block_out_channels} must be multiples of "
-                f"norm_num_groups = {self.norm_num_groups}, and the first one even"
+                f"UNetConfig: attention_head_dim = {self.attention_head_dim} must be a number of heads, or "
+                f"one per level, that divides block_out_channels = {widths}"
             )
 
     @property
     def heads(self) -> tuple[int, ...]:
         """Number of attention heads of each level."""
         heads = self.attention_head_dim
-        return (heads,) * len(self.block_out_channels) if isinstance(heads, int) else heads
+        return heads if isinstance(heads, tuple) else (heads,) * len(self.block_out_channels)
 
     @classmethod
     def tiny(cls, in_channels: int = 4) -> "UNetConfig":
         """Two levels and few channels, for tests."""
         return cls(
-            in_channels=in_channels, block_out_channels=(8, 16), layers_per_block=1, attention_head_dim=2,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=12, norm_num_groups=4,
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            in_channels=in_channels, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=2,
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=12,
         )  # fmt: skip
 
     def to_json(self) -> dict:
@@ -105,7 +110,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions, the time added between them, beside a shortcut. (B, C_in, h, w) -> (B, C_out, h, w)."""
+    """Two 3x3 convolutions with the time added in between. (B, C_in, h, w) -> (B, C_out, h, w)."""
 
     def __init__(self, c_in: int, c_out: int, config: UNetConfig):
         super().__init__()
@@ -155,7 +160,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+        wide = 4 * channels
+        self.net = nn.Sequential(GEGLU(channels, wide), nn.Identity(), nn.Linear(wide, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -187,7 +193,8 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=TRANSFORMER_EPS)
         self.proj_in = nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, config.cross_attention_dim, heads)])
+        block = TransformerBlock(channels, config.cross_attention_dim, heads)
+        self.transformer_blocks = nn.ModuleList([block])
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -285,12 +292,13 @@ class UNet(nn.Module):
         The timestep is a number, or a tensor of one for all or one for each of the B; it may lie between
         integers (Karras sigmas). Any h and w work; each level halves them, rounding up.
         """
-        batch, config = latents.shape[0], self.config
-        assert latents.shape[1] == config.in_channels, (tuple(latents.shape), config.in_channels)
-        assert context.shape[0] == batch and context.shape[2] == config.cross_attention_dim, tuple(context.shape)
-        timestep = torch.as_tensor(timestep, device=latents.device).reshape(-1).expand(batch)
-        time = timestep_embedding(timestep, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift)
-        time = F.silu(self.time_embedding(time.to(latents.dtype)))      # (B, 4 * C_0); every block wants the SiLU
+        config, given = self.config, (tuple(latents.shape), tuple(context.shape))
+        assert given[0][1] == config.in_channels and given[1][2] == config.cross_attention_dim, given
+        assert given[0][0] == given[1][0], given
+        timestep = torch.as_tensor(timestep, device=latents.device).reshape(-1).expand(len(latents))
+        width = config.block_out_channels[0]
+        time = timestep_embedding(timestep, width, config.flip_sin_to_cos, config.freq_shift)
+        time = F.silu(self.time_embedding(time.to(latents.dtype)))      # (B, 4 * C_0); blocks want its SiLU
 
         x = self.conv_in(latents)
         skips = [x]
