@@ -86,10 +86,11 @@ def train_tokenizer(texts: Iterable[str], size: int, folder: str | Path) -> None
     tokens = alphabet + [letter + WORD_END for letter in alphabet]
     assert size >= len(tokens) + 2, f"{len(tokens)} bytes and two special tokens do not fit in {size}"
     backend = _backend({}, [], None)
-    # The trainer counts the plain bytes among its vocabulary, and of the word-ending ones those it met
+    # `vocab_size` of the trainer is another count (it makes word-ending bytes as it meets them); cut below
     trainer = BpeTrainer(
-        vocab_size=size, initial_alphabet=alphabet, end_of_word_suffix=WORD_END, show_progress=False
-    )
+        vocab_size=size, min_frequency=2, initial_alphabet=alphabet, end_of_word_suffix=WORD_END,
+        show_progress=False,
+    )  # fmt: skip
     backend.train_from_iterator(texts, trainer)
     merges = [_pair(merge) for merge in json.loads(backend.to_str())["model"]["merges"]]
     merges = merges[: size - len(tokens) - 2]
