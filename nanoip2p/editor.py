@@ -44,7 +44,7 @@ class Editor:
 
     @property
     def multiple(self) -> int:
-        """Both sides of a picture are multiples of this: 64 in SD 1.5, VAE and UNet each down-sampling by 8."""
+        """Both sides of a picture are multiples of this: 64 in SD 1.5, 8 for the VAE times 8 for the UNet."""
         return self.vae.downsampling * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @torch.inference_mode()
@@ -91,7 +91,7 @@ class Editor:
                         bar: tqdm) -> list[Image.Image]:
         """pixels (B, 3, H, W) in [-1, 1], context (B, T, D), null_text (T, D), one generator per picture."""
         weights = self.unet.conv_in.weight
-        z_image, _ = self.vae.encode(pixels.to(weights.device, weights.dtype))  # mode, not scaled (B, C, h, w)
+        z_image, _ = self.vae.encode(pixels.to(weights.device, weights.dtype))  # mode, unscaled (B, C, h, w)
         steps = plan(self.schedule, settings["sampler"], settings["steps"])
         denoise = guided_denoiser(
             self.unet, steps.timestep_of(), z_image, context, null_text.expand_as(context),
@@ -102,10 +102,13 @@ class Editor:
         return [to_pil(picture) for picture in edited]
 
     def _encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
-        """Text states (T, D) of each distinct text, all in one forward."""
-        distinct = list(dict.fromkeys(texts))
-        ids = self.tokenizer(distinct).to(self.unet.conv_in.weight.device)
-        return dict(zip(distinct, self.text_encoder(ids)))
+        """Text states (T, D) of each distinct text.
+
+        One forward for each, because the last bits of a sum depend on how many texts share it: the states of
+        a text must not depend on its company.
+        """
+        device, distinct = self.unet.conv_in.weight.device, dict.fromkeys(texts)
+        return {text: self.text_encoder(self.tokenizer([text]).to(device))[0] for text in distinct}
 
     def _to_pixels(self, image: Image.Image, resolution: int) -> Tensor:
         """(3, H, W) in [-1, 1], at the size to edit."""

@@ -1,0 +1,33 @@
+"""A weights folder with small random networks, which both nanoip2p and diffusers load."""
+
+from pathlib import Path
+
+import torch
+from helpers import randomise
+
+from nanoip2p.checkpoint import save_editor
+from nanoip2p.clip import CLIPTextConfig, TextEncoder
+from nanoip2p.diffusion import NoiseSchedule
+from nanoip2p.tokenizer import train_tokenizer
+from nanoip2p.unet import UNet, UNetConfig
+from nanoip2p.vae import VAE, VAEConfig
+
+DEFAULTS = {"resolution": 48, "steps": 6, "cfg_text": 3.0, "cfg_image": 1.2, "sampler": "euler_ancestral"}
+VOCABULARY = 600
+
+
+@torch.no_grad()
+def write_tiny_editor(folder: Path, scheduler_config: dict | None = None, seed: int = 0) -> Path:
+    """Pictures in multiples of 8 pixels: 4x down-sampling in the VAE, 2x in the UNet. Returns the folder."""
+    unet = randomise(UNet(UNetConfig(
+        in_channels=8, block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=32, norm_num_groups=8,
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))), seed)
+    vae = randomise(VAE(VAEConfig.tiny()), seed + 1)
+    vae.decoder.conv_out.weight.mul_(0.4)  # few pixels beyond [-1, 1], where clipping hides errors
+    text_encoder = randomise(TextEncoder(CLIPTextConfig(VOCABULARY, 32, 64, 2, 4)), seed + 2)
+    texts = ["make it night", "turn the red house into a blue boat"]
+    train_tokenizer(texts * 3, VOCABULARY, folder / "tokenizer")
+    scheduler_config = scheduler_config or NoiseSchedule().to_json()
+    save_editor(folder, unet, vae, text_encoder, folder / "tokenizer", scheduler_config, DEFAULTS)
+    return folder
