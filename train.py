@@ -130,7 +130,7 @@ def train(args, parts, data: dict, validation: list, device: torch.device) -> No
     def save(step: int) -> None:
         save_state(args.out, unet, average, optimizer, step, args)
         save_editor(args.out / "weights", average, parts.vae, parts.text_encoder,
-                    Path(args.weights) / "tokenizer", schedule.to_config(), parts.defaults)  # fmt: skip
+                    Path(args.weights) / "tokenizer", schedule.to_json(), parts.defaults)  # fmt: skip
 
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="train", mininterval=5)
     recent, began, done = [], time.perf_counter(), first

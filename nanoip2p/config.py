@@ -20,8 +20,9 @@ def read_config(cls: type, config: dict, fixed: dict, bookkeeping: frozenset = f
     fields = {field.name for field in dataclasses.fields(cls)}
     known = {}
     for key, value in config.items():
+        value = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
         if key in fields:
-            known[key] = tuple(value) if isinstance(value, list) else value
+            known[key] = value
         elif key.startswith("_") or key in bookkeeping:
             continue
         elif key in fixed:

@@ -38,7 +38,7 @@ UNET = dict(
     in_channels=8, block_out_channels=(64, 128, 128), layers_per_block=1, cross_attention_dim=128,
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    attention_head_dim=4, norm_num_groups=16, sample_size=16,
+    attention_head_dim=4, norm_num_groups=16,
 )  # fmt: skip
 # Short run, small network: ten times the paper's learning rate, a faster average, and min-SNR weighting
 RECIPE = ["--data", "scenes", "--resolution", 64, "--batch-size", 32, "--lr", 1e-3, "--warmup", 200,
@@ -222,7 +222,7 @@ def start_folder(out: Path, vae: Path, clip: Path) -> Path:
         unet = UNet(UNetConfig(**UNET))
         torch.nn.init.zeros_(unet.conv_out.weight)
         save_editor(folder, unet, load_network(VAE, vae), text_encoder, out / "tokenizer",
-                    NoiseSchedule().to_config(), DEFAULTS)  # fmt: skip
+                    NoiseSchedule().to_json(), DEFAULTS)  # fmt: skip
     return folder
 
 
@@ -230,7 +230,7 @@ def export(out: Path, clip: Path) -> None:
     """Write the shipped folders, in half precision, with a few scenes to try the editor on."""
     parts = load_editor_parts(out / "editor" / "weights")
     save_editor(HERE / "nano-ip2p", parts.unet, parts.vae, parts.text_encoder, out / "tokenizer",
-                parts.schedule.to_config(), DEFAULTS, torch.float16)  # fmt: skip
+                parts.schedule.to_json(), DEFAULTS, torch.float16)  # fmt: skip
     save_network(load_network(CLIP, clip), HERE / "nano-clip", torch.float16)
     for file in clip.iterdir():
         if file.name not in ("config.json", "model.safetensors"):
