@@ -17,6 +17,11 @@ CONFIGS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 def twins(config: VAEConfig) -> tuple[VAE, AutoencoderKL]:
     """Our network and diffusers' with the same random weights."""
     theirs = randomise(AutoencoderKL.from_config(config.to_json()))
