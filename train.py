@@ -12,8 +12,11 @@ uninterrupted one end in the same weights.
 import argparse
 import copy
 import json
+import math
+import signal
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,6 +30,8 @@ from nanoip2p.editor import Editor, pick_device
 from nanoip2p.files import replacing
 from nanoip2p.images import grid
 from nanoip2p.scenes import EDIT_KINDS
+
+LOG_EVERY = 50  # steps; the loss is fetched from the device no oftener
 
 
 def draw_batch(data: dict, scale: float, alphas: Tensor, seed: int, step: int, batch: int) -> dict:
@@ -50,13 +55,21 @@ def draw_batch(data: dict, scale: float, alphas: Tensor, seed: int, step: int, b
         "z_t": add_noise(target, noise, timestep, alphas),
         "z_image": z_image * keep_image[:, None, None, None],
         "context": data["texts"][text].float(), "noise": noise, "timestep": timestep,
-    }  # fmt: skip
+    }
 
 
 def loss_weight(timestep: Tensor, alphas: Tensor, gamma: float | None) -> Tensor:
     """Min-SNR weighting (Hang et al. 2023, section 3.4): min(SNR, gamma) / SNR, or 1 without gamma."""
     snr = alphas[timestep] / (1 - alphas[timestep])
     return torch.ones_like(snr) if gamma is None else snr.clamp(max=gamma) / snr
+
+
+def noise_loss(unet: torch.nn.Module, batch: dict, weight: Tensor, device: torch.device) -> Tensor:
+    """The paper's equation 1: mean squared error of the predicted noise, with a weight (B,) an example."""
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    z_in = torch.cat([batch["z_t"], batch["z_image"]], dim=1)                      # (B, 8, h, w)
+    prediction = unet(z_in, batch["timestep"], batch["context"])                   # (B, 4, h, w)
+    return ((prediction - batch["noise"]).square().mean((1, 2, 3)) * weight.to(device)).mean()
 
 
 def learning_rate(step: int, args) -> float:
@@ -73,11 +86,27 @@ def update_average(average: torch.nn.Module, model: torch.nn.Module, step: int, 
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), share)
 
 
+@contextmanager
+def stop_between_steps():
+    """Yield a function that says whether Ctrl-C (or a SIGTERM) has come.
+
+    In the middle of a step, weights, optimizer and average do not belong together; between two they do.
+    """
+    pressed = []
+    previous = {number: signal.signal(number, lambda *_: pressed.append(1))
+                for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def save_state(folder: Path, unet, average, optimizer, step: int, args) -> None:
     """Write state.pt, from which --resume goes on."""
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     state = {"unet": unet.state_dict(), "ema": average.state_dict(), "optimizer": optimizer.state_dict(),
-             "step": step, "settings": settings}  # fmt: skip
+             "step": step, "settings": settings}
     with replacing(folder / "state.pt") as temporary:
         torch.save(state, temporary)
 
@@ -88,14 +117,14 @@ def plot_loss(folder: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        print(f"losses are in {folder / 'loss.jsonl'}; pip install matplotlib to have them drawn")
+        print(f"losses are in {folder / 'loss.jsonl'}; pip install matplotlib to see them drawn")
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4))
     axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1)
-    axes.set(xlabel="optimizer step", ylabel="loss (mean of 50 steps)", yscale="log", title=str(folder))
+    axes.set(xlabel="optimizer step", ylabel=f"loss (mean of {LOG_EVERY} steps)", yscale="log")
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(folder / "loss.png", dpi=120)
@@ -130,20 +159,16 @@ def train(args, parts, data: dict, validation: list, device: torch.device) -> No
     def save(step: int) -> None:
         save_state(args.out, unet, average, optimizer, step, args)
         save_editor(args.out / "weights", average, parts.vae, parts.text_encoder,
-                    Path(args.weights) / "tokenizer", schedule.to_json(), parts.defaults)  # fmt: skip
+                    Path(args.weights) / "tokenizer", schedule.to_json(), parts.defaults)
 
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="train", mininterval=5)
     recent, began, done = [], time.perf_counter(), first
-    try:
+    with stop_between_steps() as stop:
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args)
-            drawn = draw_batch(data, scale, alphas, args.seed, step, args.batch_size)
-            weight = loss_weight(drawn["timestep"], alphas, args.snr_gamma).to(device)
-            batch = {name: tensor.to(device) for name, tensor in drawn.items()}
-            z_in = torch.cat([batch["z_t"], batch["z_image"]], dim=1)              # (B, 8, h, w)
-            prediction = unet(z_in, batch["timestep"], batch["context"])           # (B, 4, h, w)
-            loss = ((prediction - batch["noise"]).square().mean((1, 2, 3)) * weight).mean()
+            batch = draw_batch(data, scale, alphas, args.seed, step, args.batch_size)
+            loss = noise_loss(unet, batch, loss_weight(batch["timestep"], alphas, args.snr_gamma), device)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(unet.parameters(), args.clip)
@@ -151,23 +176,24 @@ def train(args, parts, data: dict, validation: list, device: torch.device) -> No
             update_average(average, unet, step, args.ema_decay)
             recent.append(loss.detach())
             done = step + 1
-            if done % 50 == 0 or done == args.steps:
+            if done % LOG_EVERY == 0 or done == args.steps:
                 mean, recent = torch.stack(recent).mean().item(), []
+                if not math.isfinite(mean):
+                    raise ValueError(f"the loss is {mean} at step {done}; --resume with a smaller --lr")
                 rate = (done - first) * args.batch_size / (time.perf_counter() - began)
                 bar.set_postfix_str(f"loss {mean:.4f}, {rate:.0f} samples/s", refresh=False)
                 row = {"step": done, "loss": round(mean, 5), "lr": learning_rate(step, args),
-                       "samples_per_second": round(rate, 1)}  # fmt: skip
+                       "samples_per_second": round(rate, 1)}
                 with log.open("a") as file:
                     print(json.dumps(row), file=file)
-            if done % args.save_every == 0:
+            if done % args.save_every == 0 or done == args.steps or stop():
                 save(done)
-            if validation and args.sample_every and done % args.sample_every == 0:
+            if stop():
+                raise KeyboardInterrupt
+            if args.sample_every and done % args.sample_every == 0:
                 encoders = (parts.vae, parts.text_encoder, parts.tokenizer)
                 editor = Editor(average, *encoders, schedule, parts.defaults)
                 sample_grid(editor, validation, args.resolution).save(args.out / f"samples-{done:06d}.png")
-    finally:  # Ctrl-C comes through here too
-        if done > first:
-            save(done)
     plot_loss(args.out)
 
 
@@ -179,7 +205,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     where.add_argument("--data", help="a folder in the original's layout, or 'scenes' for rendered pairs")
     where.add_argument("--pairs", type=int, default=20_000, help="pairs to render for --data scenes")
     where.add_argument("--kind-weights", type=float, nargs=len(EDIT_KINDS), default=[1.0] * len(EDIT_KINDS),
-                       metavar="ODDS", help=f"for --data scenes, of {', '.join(EDIT_KINDS)}")  # fmt: skip
+                       metavar="ODDS", help=f"for --data scenes, of {', '.join(EDIT_KINDS)}")
     where.add_argument("--out", type=Path, help="folder of this run")
     where.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
     recipe = parser.add_argument_group("recipe")

@@ -105,7 +105,7 @@ def encode_pairs(
     device = vae.quant_conv.weight.device
     pictures, sentences = {}, {"": 0}
     rows = [(pictures.setdefault(pair.before, len(pictures)), pictures.setdefault(pair.after, len(pictures)),
-             sentences.setdefault(pair.edit, len(sentences))) for pair in pairs]  # fmt: skip
+             sentences.setdefault(pair.edit, len(sentences))) for pair in pairs]
     pictures, sentences = list(pictures), list(sentences)
     moments, texts = [], []
     for i in tqdm(range(0, len(pictures), batch), desc="encoding pictures", unit_scale=batch, unit="picture"):

@@ -102,7 +102,7 @@ def score_scenes(editor: Editor, asked: list[Question], settings: dict, batch: i
                 "psnr": unchanged_psnr(picture, before, after),
                 "ceiling": unchanged_psnr(round_trip(editor, after), before, after),
                 "pictures": (before, picture, after),
-            })  # fmt: skip
+            })
     return rows
 
 
@@ -118,7 +118,7 @@ def table(rows: list[dict]) -> tuple[str, dict]:
         error = (rate * (1 - rate) / len(chosen)) ** 0.5
         measured = [row for row in chosen if row["psnr"] is not None]
         psnr, ceiling = (np.mean([row[key] for row in measured]) if measured else float("nan")
-                         for key in ("psnr", "ceiling"))  # fmt: skip
+                         for key in ("psnr", "ceiling"))
         success = f"{rate:>8.1%} ± {error:<4.1%}"
         lines.append(f"{kind:<10} {len(chosen):>5} {success} {psnr:>13.1f} dB {ceiling:>9.1f} dB")
         numbers[kind] = {"n": len(chosen), "success": rate, "psnr": float(psnr), "ceiling": float(ceiling)}

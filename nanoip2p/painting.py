@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 COLOURS = {
     "red": (214, 46, 48), "orange": (242, 134, 32), "yellow": (250, 212, 50), "green": (46, 158, 74),
     "blue": (44, 98, 216), "purple": (134, 62, 178), "pink": (246, 136, 186), "white": (244, 244, 240),
-}  # fmt: skip
+}
 
 TINT = {"day": (1.0, 1.0, 1.0), "sunset": (1.0, 0.80, 0.70), "night": (0.62, 0.64, 0.86)}  # of the light
 SKY = {  # top, horizon
@@ -160,7 +160,7 @@ def paint_thing(pen: Pen, thing) -> None:
     dark, light = mix(colour, OUTLINE, 0.45), mix(colour, (255, 255, 255), 0.45)
     window = (255, 226, 120) if pen.time == "night" else (206, 232, 246)
     {"house": _house, "tree": _tree, "car": _car, "tent": _tent, "mushroom": _mushroom, "flower": _flower,
-     "rocket": _rocket, "balloon": _balloon}[thing.kind](pen, colour, dark, light, window)  # fmt: skip
+     "rocket": _rocket, "balloon": _balloon}[thing.kind](pen, colour, dark, light, window)
 
 
 def _house(pen, colour, dark, light, window):

@@ -45,7 +45,7 @@ PHRASINGS = {
                 "set the weather to {new}"),
     "ground": ("turn the ground into {new}", "replace the {old} with {new}", "cover the ground with {new}",
                "make the ground {new}", "change the ground to {new}"),
-}  # fmt: skip
+}
 EDIT_KINDS = tuple(PHRASINGS)
 
 

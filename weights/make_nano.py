@@ -39,11 +39,11 @@ UNET = dict(
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     attention_head_dim=4, norm_num_groups=16,
-)  # fmt: skip
+)
 # Short run, small network: ten times the paper's learning rate, a faster average, and min-SNR weighting
 RECIPE = ["--data", "scenes", "--resolution", 64, "--batch-size", 32, "--lr", 1e-3, "--warmup", 200,
           "--cooldown", 0.2, "--snr-gamma", 1, "--ema-decay", 0.999,
-          "--kind-weights", 1.2, 2, 2, 1, 0.8, 1, 0.8]  # fmt: skip
+          "--kind-weights", 1.2, 2, 2, 1, 0.8, 1, 0.8]
 DEFAULTS = {"resolution": 64, "steps": 20, "cfg_text": 3.0, "cfg_image": 1.2, "sampler": "euler_ancestral"}
 EXAMPLES = {
     "house": Scene("day", "clear", "grass", (Thing("house", "red", "large", 1),), 11),
@@ -52,7 +52,7 @@ EXAMPLES = {
     "balloon": Scene("day", "cloudy", "snow", (Thing("balloon", "orange", "large", 1),), 42),
     "rocket": Scene("night", "clear", "dirt", (Thing("tent", "yellow", "medium", 0),
                                                Thing("rocket", "white", "large", 1)), 77),
-}  # fmt: skip
+}
 
 
 def picture(scene) -> torch.Tensor:
@@ -207,7 +207,7 @@ def clip_folder(out: Path, device: str, steps: int) -> Path:
         half = [0.5, 0.5, 0.5]
         write_json({"image_processor_type": "CLIPImageProcessor", "image_mean": half, "image_std": half,
                     "size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}},
-                   folder / "preprocessor_config.json")  # fmt: skip
+                   folder / "preprocessor_config.json")
     return folder
 
 
@@ -222,7 +222,7 @@ def start_folder(out: Path, vae: Path, clip: Path) -> Path:
         unet = UNet(UNetConfig(**UNET))
         torch.nn.init.zeros_(unet.conv_out.weight)
         save_editor(folder, unet, load_network(VAE, vae), text_encoder, out / "tokenizer",
-                    NoiseSchedule().to_json(), DEFAULTS)  # fmt: skip
+                    NoiseSchedule().to_json(), DEFAULTS)
     return folder
 
 
@@ -230,7 +230,7 @@ def export(out: Path, clip: Path) -> None:
     """Write the shipped folders, in half precision, with a few scenes to try the editor on."""
     parts = load_editor_parts(out / "editor" / "weights")
     save_editor(HERE / "nano-ip2p", parts.unet, parts.vae, parts.text_encoder, out / "tokenizer",
-                parts.schedule.to_json(), DEFAULTS, torch.float16)  # fmt: skip
+                parts.schedule.to_json(), DEFAULTS, torch.float16)
     save_network(load_network(CLIP, clip), HERE / "nano-clip", torch.float16)
     for file in clip.iterdir():
         if file.name not in ("config.json", "model.safetensors"):

@@ -1,0 +1,43 @@
+"""A dozen edits by the shipped nano editor, as one labelled picture: what `make demo` shows."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from nanoip2p.editor import Editor
+from nanoip2p.files import replacing
+from nanoip2p.images import grid, open_image
+
+WEIGHTS = Path(__file__).resolve().parent.parent / "weights" / "nano-ip2p"
+EDITS = {
+    "house": ("make it night", "turn the house blue", "replace the house with a tree"),
+    "car": ("paint the car yellow", "add a pink balloon in the middle", "make it rainy"),
+    "balloon": ("make it sunset", "turn the ground into grass", "add a red car on the left"),
+    "rocket": ("remove the tent", "turn the rocket into a mushroom", "make it day"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m nanoip2p.demo", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("out/demo.png"))
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="the nano editor")
+    parser.add_argument("--device")
+    args = parser.parse_args(argv)
+    try:
+        editor = Editor.load(args.weights, args.device)
+        inputs = {name: open_image(args.weights / "examples" / f"{name}.png") for name in EDITS}
+        asked = [(inputs[name], edit) for name, edits in EDITS.items() for edit in edits]
+        edited = iter(editor.edit(*map(list, zip(*asked)), progress=True, batch=len(asked)))
+        rows = [[inputs[name], *(next(edited) for _ in edits)] for name, edits in EDITS.items()]
+        picture = grid(rows, [["input", *edits] for edits in EDITS.values()])
+        with replacing(args.out) as temporary:
+            picture.save(temporary, format="PNG")
+    except (ValueError, OSError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {args.out}: on the left the inputs, right of them what the editor made of the instructions")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
