@@ -88,7 +88,7 @@ def score_scenes(editor: Editor, asked: list[Question], settings: dict, batch: i
     """
     size = editor.defaults["resolution"]
     rows = []
-    for i in tqdm(range(0, len(asked), batch), desc="editing", unit_scale=batch, unit="edit"):
+    for i in tqdm(range(0, len(asked), batch), desc=f"editing, {batch} at a time"):
         part = asked[i : i + batch]
         inputs = [question.scene.render(size) for question in part]
         seeds = list(range(i, i + len(part)))

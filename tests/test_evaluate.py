@@ -1,0 +1,85 @@
+"""The measure itself: a perfect editor scores 100%, one that does nothing 0%, and PSNR is its formula."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_editor import write_tiny_editor
+
+from nanoip2p import evaluate
+from nanoip2p.evaluate import nearest_edit, questions, score_scenes, table, unchanged_psnr
+from nanoip2p.scenes import EDIT_KINDS, random_scene
+
+ASKED = questions(21)
+
+
+def editor_that(answers, monkeypatch):
+    """An editor without networks: `answers(question)` is its picture."""
+    pending = iter(ASKED)
+    monkeypatch.setattr(evaluate, "round_trip", lambda editor, image: image)
+
+    def edit(images, texts, seed, batch):
+        return [answers(question) for _, question in zip(images, pending)]
+
+    return SimpleNamespace(defaults={"resolution": 64}, edit=edit)
+
+
+def test_questions_are_fixed_held_out_and_of_every_kind():
+    assert questions(21) == ASKED
+    assert [question.edit.kind for question in ASKED] == list(EDIT_KINDS) * 3
+    for question, easier in zip(ASKED, questions(21, "seen")):
+        assert question.edit in question.scene.edits() and question.edit == easier.edit
+        assert question.instruction == question.edit.instructions[-1]
+        assert easier.instruction == easier.edit.instructions[0]
+
+
+def test_perfect_editor_scores_everything(monkeypatch):
+    editor = editor_that(lambda question: question.edit.scene.render(64), monkeypatch)
+    rows = score_scenes(editor, ASKED, {}, batch=8)
+    text, numbers = table(rows)
+    assert numbers["all"]["success"] == 1 and numbers["all"]["n"] == 21 and "100.0%" in text
+    assert all(numbers[kind]["n"] == 3 for kind in EDIT_KINDS)
+    assert numbers["all"]["psnr"] == numbers["all"]["ceiling"] > 70
+
+
+def test_editor_that_does_nothing_scores_nothing(monkeypatch):
+    rows = score_scenes(editor_that(lambda question: question.scene.render(64), monkeypatch), ASKED, {})
+    assert table(rows)[1]["all"]["success"] == 0
+
+
+def test_nearest_edit_stands_noise_and_names_the_neighbour():
+    scene = random_scene("test", 3)
+    noise = np.random.default_rng(0).normal(0, 12, (64, 64, 3))
+    for edit in scene.edits()[::7]:
+        noisy = np.asarray(edit.scene.render(64)) + noise
+        assert nearest_edit(Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), scene) == edit.scene
+    assert nearest_edit(scene.render(64), scene) == scene
+
+
+def test_unchanged_psnr_looks_at_common_pixels_only():
+    before, after, picture = (np.full((10, 10, 3), 100, np.uint8) for _ in range(3))
+    after[:5] = 200                      # the edit; half of the picture is common
+    picture[:5], picture[5:] = 0, 110    # wrong where it changes, off by 10 where it should not
+    psnr = unchanged_psnr(*map(Image.fromarray, (picture, before, after)))
+    assert psnr == pytest.approx(20 * math.log10(255 / 10))
+    after[:] = 200
+    assert unchanged_psnr(*map(Image.fromarray, (picture, before, after))) is None
+
+
+def test_command_prints_a_table_and_keeps_scores_and_failures(tmp_path, capsys):
+    weights = write_tiny_editor(tmp_path / "tiny")
+    words = ["scenes", "--weights", str(weights), "--n", "7", "--steps", "1", "--out", str(tmp_path / "out"),
+             "--device", "cpu"]
+    assert evaluate.main(words) == 0
+    printed = capsys.readouterr().out
+    assert all(kind in printed for kind in EDIT_KINDS)
+    assert json.loads((tmp_path / "out" / "scores.json").read_text())["all"]["n"] == 7
+    assert Image.open(tmp_path / "out" / "failed.png").width > 64  # random weights do fail
+
+
+def test_missing_weights_are_one_line(tmp_path, capsys):
+    assert evaluate.main(["scenes", "--weights", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
