@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from nanoip2p.checkpoint import load_editor_parts
 from nanoip2p.clip import TextEncoder
-from nanoip2p.diffusion import NoiseSchedule, plan
+from nanoip2p.diffusion import NoiseSchedule, Plan, plan
 from nanoip2p.guidance import guided_denoiser
 from nanoip2p.images import fit, fit_size, to_pil, to_tensor
 from nanoip2p.samplers import SAMPLERS, Denoise, draw_noise
@@ -73,6 +73,7 @@ class Editor:
         if settings["sampler"] not in SAMPLERS:
             raise ValueError(f"no sampler {settings['sampler']!r}; there are {', '.join(SAMPLERS)}")
 
+        noise_levels = plan(self.schedule, settings["sampler"], settings["steps"])
         pixels = [self._to_pixels(image, settings["resolution"]) for image in images]  # (3, H, W) each
         text_states = self._encode_texts([negative, *instructions])
         groups = list(_same_size(pixels, batch))
@@ -82,22 +83,22 @@ class Editor:
                 results = self._edit_same_size(
                     torch.stack([pixels[i] for i in group]),
                     torch.stack([text_states[instructions[i]] for i in group]), text_states[negative],
-                    [torch.Generator().manual_seed(seeds[i]) for i in group], settings, low_memory, bar)
+                    [torch.Generator().manual_seed(seeds[i]) for i in group], noise_levels, settings,
+                    low_memory, bar)
                 edited.update(zip(group, results))
         return [edited[i] for i in range(len(images))]
 
     def _edit_same_size(self, pixels: Tensor, context: Tensor, null_text: Tensor,
-                        generators: list[torch.Generator], settings: dict, low_memory: bool,
-                        bar: tqdm) -> list[Image.Image]:
+                        generators: list[torch.Generator], noise_levels: Plan, settings: dict,
+                        low_memory: bool, bar: tqdm) -> list[Image.Image]:
         """pixels (B, 3, H, W) in [-1, 1], context (B, T, D), null_text (T, D), one generator per picture."""
         weights = self.unet.conv_in.weight
         z_image, _ = self.vae.encode(pixels.to(weights.device, weights.dtype))  # mode, unscaled (B, C, h, w)
-        steps = plan(self.schedule, settings["sampler"], settings["steps"])
         denoise = guided_denoiser(
-            self.unet, steps.timestep_of(), z_image, context, null_text.expand_as(context),
+            self.unet, noise_levels.timestep_of(), z_image, context, null_text.expand_as(context),
             settings["cfg_text"], settings["cfg_image"], low_memory)
-        start = steps.start_scale * draw_noise(z_image.shape, generators).to(weights.device)
-        z = SAMPLERS[settings["sampler"]](_counted(denoise, bar), start, steps.sigmas, generators)
+        start = noise_levels.start_scale * draw_noise(z_image.shape, generators).to(weights.device)
+        z = SAMPLERS[settings["sampler"]](_counted(denoise, bar), start, noise_levels.sigmas, generators)
         edited = self.vae.decode((z / self.vae.scaling_factor).to(weights.dtype))      # (B, 3, H, W)
         return [to_pil(picture) for picture in edited]
 
