@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL
 from helpers import randomise, relative_error
 
-from nanoip2p.vae import OLD_ATTENTION_NAMES, VAE, VAEConfig
+from nanoip2p.vae import VAE, VAEConfig
 
 CONFIGS = {
     "tiny": VAEConfig.tiny(),
@@ -85,7 +85,7 @@ def test_log_variance_is_clamped():
 @torch.no_grad()
 def test_loads_the_attention_names_of_2022():
     ours, _ = twins(VAEConfig.tiny())
-    names = {f".{new}.": f".{old}." for old, new in OLD_ATTENTION_NAMES.items()}
+    names = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
     old = {}
     for name, tensor in ours.state_dict().items():
         for new_part, old_part in names.items():
