@@ -295,7 +295,8 @@ class UNet(nn.Module):
         config, given = self.config, (tuple(latents.shape), tuple(context.shape))
         assert given[0][1] == config.in_channels and given[1][2] == config.cross_attention_dim, given
         assert given[0][0] == given[1][0], given
-        timestep = torch.as_tensor(timestep, device=latents.device).reshape(-1).expand(len(latents))
+        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=latents.device)
+        timestep = timestep.reshape(-1).expand(len(latents))            # (B,); MPS knows no float64
         width = config.block_out_channels[0]
         time = timestep_embedding(timestep, width, config.flip_sin_to_cos, config.freq_shift)
         time = F.silu(self.time_embedding(time.to(latents.dtype)))      # (B, 4 * C_0); blocks want its SiLU

@@ -211,7 +211,9 @@ def test_what_we_do_not_compute_is_refused_by_name(key, value):
 @pytest.fixture(scope="module")
 def sd15_weights() -> dict:
     """Random weights of Stable Diffusion 1.5's size, 3.4 GB, that every model below shares."""
-    return randomise(UNet(UNetConfig()), seed=0).state_dict()
+    with torch.device("meta"):  # torch's own first weights would take as long as the test
+        model = UNet(UNetConfig())
+    return randomise(model.to_empty(device="cpu"), seed=0).state_dict()
 
 
 @pytest.mark.parametrize("in_channels", [4, 8])
@@ -226,5 +228,6 @@ def test_equals_diffusers_at_the_size_of_stable_diffusion(sd15_weights, in_chann
     latents, context = inputs(config, 16, 8, tokens=77)
     ours, theirs = outputs(models, latents, torch.tensor([999.0, 20.5]), context)
     assert relative_error(ours, theirs) < 1e-5
-    reaction = models[1](latents, torch.tensor([999.0, 20.5]), -context).sample
-    assert relative_error(reaction, theirs) > 1e-3
+    with torch.no_grad():
+        reaction = models[1](latents[:1], 999.0, -context[:1]).sample
+    assert relative_error(reaction, theirs[:1]) > 1e-3
