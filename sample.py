@@ -2,7 +2,7 @@
 
     python sample.py --input house.png --edit "make it night" --output night.png
     python sample.py --input photos --edit "make it snow" --output snowy/
-    python sample.py --input house.png --edit "make it night" "add a tree" --n 3 --grid --output grid.png
+    python sample.py --input house.png --edit "make it night" --edit "add a tree" --grid --output grid.png
     python sample.py --recipe night.png --output again.png
 """
 
@@ -70,7 +70,7 @@ def finite(text: str) -> float:
 
 def place(text: str) -> tuple[int, int]:
     """An argparse type: "6/8", place 6 (counted from 0) in a batch of 8."""
-    match = re.fullmatch(r"([0-9]{1,3})/([0-9]{1,3})", text)
+    match = re.fullmatch(r"([0-9]{1,5})/([0-9]{1,5})", text)
     if not match or int(match[1]) >= int(match[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is no place in a batch")
     return int(match[1]), int(match[2])
@@ -89,7 +89,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("what to edit, and how")
     group.add_argument("--input", nargs="+", action="extend", help="pictures, globs or folders")
-    group.add_argument("--edit", nargs="+", action="extend", help='instruction(s), as "make it night"')
+    group.add_argument("--edit", action="append", help='an instruction, as "make it night"; repeat for more')
     group.add_argument("--turns", action="store_true", default=None,
                        help="apply the instructions one after another, not each to the input")
     group.add_argument("--n", type=at_least(1), help="samples of each edit, with seeds s, s + 1, ... (1)")

@@ -21,6 +21,7 @@ from nanoip2p.images import open_image, read_recipe, save_png
 from nanoip2p.unet import UNet
 
 SCRIPT = Path(sample.__file__)
+TWO_EDITS = ["--edit", "make it night", "--edit", "red"]
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -103,7 +104,7 @@ def test_low_memory_makes_the_same_picture(run, monkeypatch):
 
 
 def test_numbered_outputs(run):
-    assert run("--input", "house.png", "--edit", "make it night", "red", "--n", "2", "--seed", "7",
+    assert run("--input", "house.png", *TWO_EDITS, "--n", "2", "--seed", "7",
                "--output", "out.png") == 0
     made = [name for name in files() if name.startswith("out")]
     assert made == ["out_1.png", "out_2.png", "out_3.png", "out_4.png"]
@@ -137,7 +138,7 @@ def test_pictures_of_one_size_share_a_forward(run, monkeypatch):
 
 
 def test_turns_follow_each_other(run):
-    assert run("--input", "house.png", "--edit", "make it night", "red", "--turns", "--seed", "7",
+    assert run("--input", "house.png", *TWO_EDITS, "--turns", "--seed", "7",
                "--output", "turns.png") == 0
     assert run(*one("--seed", "7", output="first.png")) == 0
     assert run("--input", "first.png", "--edit", "red", "--seed", "7", "--output", "second.png") == 0
@@ -156,7 +157,7 @@ def test_keep_size(run):
 def test_grid(run, monkeypatch):
     seen = []
     monkeypatch.setattr(sample, "grid", lambda rows, labels: (seen.append((rows, labels)), rows[0][0])[1])
-    assert run("--input", "house.png", "wide.jpg", "--edit", "make it night", "red", "--seed", "5", "--grid",
+    assert run("--input", "house.png", "wide.jpg", *TWO_EDITS, "--seed", "5", "--grid",
                "--output", "grid.png") == 0
     [(rows, labels)] = seen
     assert labels == [["input", "make it night", "red"]] * 2
@@ -164,7 +165,7 @@ def test_grid(run, monkeypatch):
     assert rows[0][0] == open_image("house.png")
     assert run("--input", "house.png", "--edit", "red", "--seed", "5", "--output", "red.png") == 0
     assert np.abs(np.asarray(rows[0][2]).astype(int) - pixels("red.png")).max() <= 1
-    assert run("--input", "house.png", "--edit", "make it night", "red", "--turns", "--n", "2", "--seed", "5",
+    assert run("--input", "house.png", *TWO_EDITS, "--turns", "--n", "2", "--seed", "5",
                "--grid", "--output", "grid.png") == 0
     turns = [f"{edit} (seed {seed})" for seed in (5, 6) for edit in ("make it night", "red")]
     assert seen[1][1] == [["input", *turns]]
@@ -179,7 +180,7 @@ def test_a_drawn_grid_is_one_labelled_picture(run):
 def test_a_recipe_repeats_a_picture_bit_for_bit(run, monkeypatch):
     rows, forward = [], UNet.forward
     monkeypatch.setattr(UNet, "forward", lambda *args: (rows.append(len(args[1])), forward(*args))[1])
-    assert run("--input", "house.png", "wide.jpg", "boat.png", "--edit", "make it night", "red", "--n", "2",
+    assert run("--input", "house.png", "wide.jpg", "boat.png", *TWO_EDITS, "--n", "2",
                "--sampler", "dpmpp_2m", "--negative", "blurry", "--output", "done") == 0
     batches = set(rows)
     for name in ("house_1.png", "boat_4.png", "wide_2.png"):
@@ -192,7 +193,7 @@ def test_a_recipe_repeats_a_picture_bit_for_bit(run, monkeypatch):
 
 @pytest.mark.parametrize("flags", [["--turns", "--keep-size"], ["--grid", "--n", "2"], ["--low-memory"]])
 def test_other_recipes(flags, run):
-    assert run("--input", "wide.jpg", "--edit", "make it night", "red", "--output", "out.png", *flags) == 0
+    assert run("--input", "wide.jpg", *TWO_EDITS, "--output", "out.png", *flags) == 0
     for path in [path for path in files() if path.startswith("out")]:
         assert sample.main(["--recipe", path, "--output", "again.png"]) == 0
         assert Path("again.png").read_bytes() == Path(path).read_bytes()
@@ -246,14 +247,15 @@ WRONG = {
     "absent": (one(name="absent.png"), "there is no picture at absent.png"),
     "no glob": (one(name="*.bmp"), r"\*.bmp"),
     "empty folder": (one(name="void"), "there is no picture in the folder void"),
-    "empty edit": (["--input", "house.png", "--edit", "x", " ", "--output", "o.png"], "instruction is empty"),
+    "empty edit": (one("--edit", " "), "instruction is empty"),
+    "no quotes": (["--edit", "make", "it", "night", "--input", "house.png"], "arguments: it night"),
     "bytes": (["--input", "house.png", "--edit", "\udcff", "--output", "o.png"], "not valid Unicode"),
     "jpg": (one(output="out.jpg"), "should end in .png"),
     "many to one": (["--input", "house.png", "boat.png", "--edit", "x", "--output", "o.png"], "2 inputs"),
     "grid to folder": (one("--grid", output="grids/"), "must end in .png"),
     "onto input": (one(output="./house.png"), "would overwrite an input"),
     "file as folder": (one(output="house.png/out.png"), "cannot be written"),
-    "folder as file": (["--input", "house.png", "--edit", "x", "y", "--output", "taken.png"], "taken_1.png"),
+    "folder as file": (one("--edit", "red", output="taken.png"), "taken_1.png"),
     "long name": (one(output="x" * 300 + ".png"), "too long"),
     "sampler": (one("--sampler", "magic"), "invalid choice: 'magic'"),
     "steps": (one("--steps", "0"), "'0' is not a whole number from 1 up"),
