@@ -10,10 +10,8 @@ import argparse
 import math
 import os
 import random
-import re
 import sys
 import warnings
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +19,7 @@ import torch
 from PIL import Image
 
 import nanoip2p
-from nanoip2p.editor import Editor, pick_device
+from nanoip2p.editor import Editor
 from nanoip2p.files import check_writable
 from nanoip2p.images import find_images, fit, fit_size, grid, open_image, read_recipe, save_png
 from nanoip2p.samplers import SAMPLERS
@@ -31,7 +29,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What a recipe holds: the flags that make one file again. What is not given is None until `complete`.
 RECIPE_FLAGS = (
     "input", "edit", "turns", "n", "seed", "steps", "cfg_text", "cfg_image", "sampler", "resolution",
-    "negative", "weights", "dtype", "device", "keep_size", "grid", "batch", "place", "low_memory",
+    "negative", "weights", "dtype", "keep_size", "grid", "batch", "low_memory",
 )  # fmt: skip
 DEFAULTS = {
     "n": 1, "negative": "", "weights": "weights/nano-ip2p", "dtype": "fp32", "batch": 8, "turns": False,
@@ -66,14 +64,6 @@ def finite(text: str) -> float:
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"{text!r} is not a number")
-
-
-def place(text: str) -> tuple[int, int]:
-    """An argparse type: "6/8", place 6 (counted from 0) in a batch of 8."""
-    match = re.fullmatch(r"([0-9]{1,5})/([0-9]{1,5})", text)
-    if not match or int(match[1]) >= int(match[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no place in a batch")
-    return int(match[1]), int(match[2])
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -118,19 +108,15 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--batch", type=at_least(1), help="pictures of one size that share a forward (8)")
     group.add_argument("--low-memory", action="store_true", default=None,
                        help="run the three branches of guidance one after another")
-    group.add_argument("--place", type=place, help=argparse.SUPPRESS)  # only recipes need it, see `run`
     return parser
 
 
 def complete(argv: list[str]) -> argparse.Namespace:
     """Flags as given, else from the recipe, else DEFAULTS. ValueError when what is left cannot work."""
     parser = make_parser()
-    flags = vars(parser.parse_args(argv)) | {"crc32": None}
+    flags = vars(parser.parse_args(argv))
     if flags["recipe"] is not None:
-        recipe = read_recipe(flags["recipe"])
-        stored = vars(parser.parse_args(as_flags(recipe)))
-        stored["device"] = usable(stored["device"])
-        stored["crc32"] = recipe.get("crc32") if flags["input"] is None else None
+        stored = vars(parser.parse_args(as_flags(read_recipe(flags["recipe"]))))
         flags = {key: stored[key] if value is None else value for key, value in flags.items()}
     flags |= {key: default for key, default in DEFAULTS.items() if flags[key] is None}
     if flags["seed"] is None:
@@ -155,14 +141,6 @@ def as_flags(recipe: dict) -> list[str]:
         elif value is not None and value is not False:
             argv.append(f"{flag}={value}")
     return argv
-
-
-def usable(device: str | None) -> str | None:
-    """A recipe's device, or None where this machine has none such: then the best there is must do."""
-    try:
-        return device and str(pick_device(device))
-    except ValueError:
-        return None
 
 
 def plan_pictures(args: argparse.Namespace, inputs: list[str]) -> list[Picture]:
@@ -201,15 +179,6 @@ def unique_stems(paths: list[str]) -> list[str]:
             stem, k = f"{Path(path).stem}-{k}", k + 1
         stems.append(stem)
     return stems
-
-
-def inspect(inputs: list[str]) -> dict[str, tuple[tuple[int, int], int]]:
-    """Decode every input once, before the long work: path -> ((width, height), checksum of the pixels)."""
-    found = {}
-    for path in inputs:
-        image = open_image(path)
-        found[path] = image.size, zlib.crc32(image.tobytes())
-    return found
 
 
 def make_batches(
@@ -251,38 +220,29 @@ def run(args: argparse.Namespace) -> None:
     inputs = find_images(args.input)
     pictures = plan_pictures(args, inputs)
     check_outputs(pictures, inputs)
-    seen = inspect(inputs)
-    if args.crc32 is not None and args.crc32 != [seen[path][1] for path in inputs]:
-        warnings.warn("the input has changed since the recipe: the picture will differ", stacklevel=1)
+    original_sizes = {path: open_image(path).size for path in inputs}  # a bad one shows before the long work
 
     editor = Editor.load(find_weights(args.weights), args.device, DTYPES[args.dtype])
     chosen = {key: getattr(args, key) for key in editor.defaults}
     chosen = {key: editor.defaults[key] if value is None else value for key, value in chosen.items()}
     settings = chosen | {"negative": args.negative, "low_memory": args.low_memory, "progress": True}
-    sizes = {path: fitted(path, seen[path][0], chosen["resolution"], editor.multiple) for path in inputs}
+    sizes = {path: fitted(path, size, chosen["resolution"], editor.multiple)
+             for path, size in original_sizes.items()}
     recipe = {key: getattr(args, key) for key in RECIPE_FLAGS} | chosen
-    recipe |= {"device": str(editor.unet.conv_in.weight.device), "place": None}
     recipe |= {"version": nanoip2p.__version__, "torch": torch.__version__}
 
-    batches, kept = make_batches(pictures, sizes, args.batch), None
-    if args.place is not None and len(pictures) == 1:
-        # The last bits of a sum depend on the size of the batch, so a picture is made again at its old place
-        kept, count = args.place
-        batches = [pictures * count]
     made = {}
-    for batch in batches:
+    for batch in make_batches(pictures, sizes, args.batch):
         results = edit_batch(editor, batch, sizes[batch[0].input], settings, args.keep_size)
-        for i, (picture, stages) in enumerate(zip(batch, results)):
+        for picture, stages in zip(batch, results):
             if args.grid:
                 made[picture] = stages
-            elif kept in (None, i):
-                own = {"input": [picture.input], "edit": list(picture.edits), "n": 1, "seed": picture.seed,
-                       "crc32": [seen[picture.input][1]], "place": f"{i}/{len(batch)}"}
+            else:
+                own = {"input": [picture.input], "edit": list(picture.edits), "n": 1, "seed": picture.seed}
                 save_png(stages[-1], picture.output, recipe | own)
                 print(f"{picture.output}  {', then '.join(picture.edits)}  (seed {picture.seed})")
     if args.grid:
-        own = {"input": inputs, "crc32": [seen[path][1] for path in inputs]}
-        save_png(draw_grid(pictures, made, inputs), args.output, recipe | own)
+        save_png(draw_grid(pictures, made, inputs), args.output, recipe | {"input": inputs})
         print(f"{args.output}  {len(pictures)} pictures  (seed {args.seed})")
 
 

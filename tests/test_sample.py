@@ -76,11 +76,11 @@ def test_the_recipe_names_everything(run, weights):
     expected = {
         "input": ["house.png"], "edit": ["make it night"], "turns": False, "n": 1, "seed": 3, "steps": 2,
         "cfg_text": DEFAULTS["cfg_text"], "cfg_image": 1.7, "sampler": "ddim", "negative": "blurry",
-        "resolution": DEFAULTS["resolution"], "weights": str(weights), "dtype": "fp32", "device": "cpu",
-        "keep_size": False, "grid": False, "batch": 8, "place": "0/1", "low_memory": False,
+        "resolution": DEFAULTS["resolution"], "weights": str(weights), "dtype": "fp32",
+        "keep_size": False, "grid": False, "batch": 8, "low_memory": False,
         "version": nanoip2p.__version__, "torch": torch.__version__,
     }  # fmt: skip
-    assert recipe | expected == recipe and set(recipe) - set(expected) == {"crc32"}
+    assert recipe == expected
 
 
 @pytest.mark.parametrize("flags", [
@@ -177,49 +177,33 @@ def test_a_drawn_grid_is_one_labelled_picture(run):
     assert pixels("grid.png").shape[1] > 2 * 192 and read_recipe("grid.png")["grid"] is True
 
 
-def test_a_recipe_repeats_a_picture_bit_for_bit(run, monkeypatch):
-    rows, forward = [], UNet.forward
-    monkeypatch.setattr(UNet, "forward", lambda *args: (rows.append(len(args[1])), forward(*args))[1])
+def test_a_recipe_repeats_one_picture_of_many(run):
     assert run("--input", "house.png", "wide.jpg", "boat.png", *TWO_EDITS, "--n", "2",
                "--sampler", "dpmpp_2m", "--negative", "blurry", "--output", "done") == 0
-    batches = set(rows)
     for name in ("house_1.png", "boat_4.png", "wide_2.png"):
-        rows.clear()
-        # Of the flags that `run` adds, only those are given that the recipe holds too
-        assert sample.main(["--recipe", f"done/{name}", "--output", "again.png"]) == 0
-        assert Path("again.png").read_bytes() == Path("done", name).read_bytes(), name
-        assert set(rows) <= batches, "another size of batch would change the last bits"
+        # Of the flags that `run` adds, only the device is no part of a recipe
+        words = ["--recipe", f"done/{name}", "--output", "again.png", "--device", "cpu"]
+        assert sample.main(words) == 0
+        assert read_recipe("again.png") == read_recipe(f"done/{name}")
+        # In a batch of another size sums are rounded differently
+        assert np.abs(pixels("again.png") - pixels(f"done/{name}")).max() <= 1
 
 
 @pytest.mark.parametrize("flags", [["--turns", "--keep-size"], ["--grid", "--n", "2"], ["--low-memory"]])
 def test_other_recipes(flags, run):
     assert run("--input", "wide.jpg", *TWO_EDITS, "--output", "out.png", *flags) == 0
     for path in [path for path in files() if path.startswith("out")]:
-        assert sample.main(["--recipe", path, "--output", "again.png"]) == 0
-        assert Path("again.png").read_bytes() == Path(path).read_bytes()
+        assert sample.main(["--recipe", path, "--output", "again.png", "--device", "cpu"]) == 0
+        assert read_recipe("again.png") == read_recipe(path)
+        assert np.abs(pixels("again.png") - pixels(path)).max() <= 1
 
 
-def test_flags_override_a_recipe(run, capsys):
+def test_flags_override_a_recipe(run):
     assert run(*one("--seed", "3", "--cfg-text", "5")) == 0
-    others = ["--input", "boat.png", "--seed", "4"]
+    others = ["--input", "boat.png", "--seed", "4", "--device", "cpu"]
     assert sample.main(["--recipe", "out.png", "--output", "b.png", *others]) == 0
     assert run(*one("--seed", "4", "--cfg-text", "5", name="boat.png", output="c.png")) == 0
     assert np.array_equal(pixels("b.png"), pixels("c.png"))
-    assert "changed" not in capsys.readouterr().err
-
-
-def test_a_changed_input_is_noted(run, capsys):
-    assert run(*one()) == 0
-    shutil.copy("boat.png", "house.png")
-    assert sample.main(["--recipe", "out.png", "--output", "again.png"]) == 0
-    assert "note: the input has changed since the recipe" in capsys.readouterr().err
-
-
-def test_a_recipe_from_another_machine(run):
-    assert run(*one("--seed", "3")) == 0
-    save_png(open_image("out.png"), "far.png", read_recipe("out.png") | {"device": "cuda:7"})
-    assert sample.main(["--recipe", "far.png", "--output", "again.png"]) == 0
-    assert np.abs(pixels("again.png") - pixels("out.png")).max() <= 1
 
 
 def test_the_random_seed_is_told(run, capsys):
@@ -288,7 +272,6 @@ RECIPES = {
     "nonsense": ({"steps": "many"}, "'many' is not a whole number"),
     "no input": ({"edit": ["red"]}, "not given: --input"),
     "types": ({"input": {"a": 1}, "edit": [3]}, "no picture at {'a': 1}"),
-    "place": ({"place": "9/3"}, "'9/3' is no place"),
     "flags": ({"input": ["house.png"], "edit": [""], "unknown": "--help"}, "instruction is empty"),
 }
 
