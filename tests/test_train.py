@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 
 import pytest
 import torch
@@ -70,10 +71,21 @@ def test_ctrl_c_loses_nothing(start, uninterrupted, tmp_path, monkeypatch, capsy
 def test_run_leaves_log_plot_samples_and_an_editor_that_opens(uninterrupted):
     rows = [json.loads(line) for line in (uninterrupted / "loss.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [6] and rows[0]["loss"] > 0
-    assert (uninterrupted / "samples-000006.png").exists() and (uninterrupted / "loss.png").exists()
+    assert (uninterrupted / "samples-000006.png").exists()
     before = random_scene("test", 0).render(32)
     editor = Editor.load(uninterrupted / "weights", "cpu")
     assert editor.edit([before], ["make it night"], steps=1)[0].size == (48, 48)
+
+
+def test_losses_are_drawn_where_matplotlib_is(uninterrupted, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    (uninterrupted / "loss.png").unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    train.plot_loss(uninterrupted)
+    assert not (uninterrupted / "loss.png").exists() and "pip install matplotlib" in capsys.readouterr().out
+    monkeypatch.undo()
+    train.plot_loss(uninterrupted)
+    assert (uninterrupted / "loss.png").exists()
 
 
 def test_training_learns(start, tmp_path):

@@ -1,12 +1,11 @@
 """The recipe of the shipped weights: from nothing to weights/nano-clip and weights/nano-ip2p in one command.
 
     python weights/make_nano.py                  # all stages; goes on where an earlier run stopped
-    python weights/make_nano.py --stages editor --editor-steps 40000     # train the editor further
+    python weights/make_nano.py --editor-steps 40000           # train the editor further, then export it
 
-Stages: tokenizer (byte-pair encoding learned from the world's own sentences), vae, clip, pairs, editor
-(through train.py), export. Each stage reads what the one before wrote under --out, and a stage whose result
-is there is skipped. Everything is a function of the seed and the step, so a resumed run equals an
-uninterrupted one.
+Stages: tokenizer (byte pairs of the world's own sentences), CLIP, autoencoder, editor (through train.py),
+export. Each reads what the ones before wrote under --out, and a stage whose result is there is skipped.
+Everything is a function of the seed and the step, so a resumed run equals an uninterrupted one.
 """
 
 import argparse
@@ -27,6 +26,8 @@ from nanoip2p.checkpoint import load_editor_parts, load_network, save_editor, sa
 from nanoip2p.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, TextEncoder
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.editor import pick_device
+from nanoip2p.files import replacing
+from nanoip2p.images import to_tensor
 from nanoip2p.scenes import Scene, Thing, random_scene
 from nanoip2p.tokenizer import load_tokenizer, train_tokenizer
 from nanoip2p.unet import UNet, UNetConfig
@@ -42,7 +43,7 @@ UNET = dict(
 )
 # Short run, small network: ten times the paper's learning rate, a faster average, and min-SNR weighting
 RECIPE = ["--data", "scenes", "--resolution", 64, "--batch-size", 32, "--lr", 1e-3, "--warmup", 200,
-          "--cooldown", 0.2, "--snr-gamma", 1, "--ema-decay", 0.999,
+          "--cooldown", 0.4, "--snr-gamma", 1, "--ema-decay", 0.999,
           "--kind-weights", 1.2, 2, 2, 1, 0.8, 1, 0.8]
 DEFAULTS = {"resolution": 64, "steps": 20, "cfg_text": 3.0, "cfg_image": 1.2, "sampler": "euler_ancestral"}
 EXAMPLES = {
@@ -57,9 +58,7 @@ EXAMPLES = {
 
 def picture(scene) -> torch.Tensor:
     """A scene as (3, 64, 64) in [-1, 1]."""
-    image = scene.render(SIZE)
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(SIZE, SIZE, 3)
-    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+    return to_tensor(scene.render(SIZE))
 
 
 def pick(options, generator):
@@ -101,8 +100,8 @@ def fit(name: str, model: torch.nn.Module, loss_of_step, steps: int, lr: float, 
         bar.set_postfix_str(note, refresh=False)
         if (step + 1) % 250 == 0 or step + 1 == steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            torch.save(state, state_file.with_suffix(".tmp"))
-            state_file.with_suffix(".tmp").rename(state_file)
+            with replacing(state_file) as temporary:
+                torch.save(state, temporary)
 
 
 def make_vae(folder: Path, device: str, steps: int, batch: int = 8) -> VAE:
@@ -247,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
     parser.add_argument("--vae-steps", type=int, default=3200, help="batches of 8 pictures")
     parser.add_argument("--clip-steps", type=int, default=800, help="batches of 32 scenes, each with an edit")
-    parser.add_argument("--editor-steps", type=int, default=20_000, help="batches of 32 pairs")
+    parser.add_argument("--editor-steps", type=int, default=3700, help="batches of 32 pairs")
     parser.add_argument("--pairs", type=int, default=40_000, help="rendered training pairs")
     parser.add_argument("--stop-before", choices=("editor", "export"), help="leave out the last stages")
     args = parser.parse_args(argv)
