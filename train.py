@@ -81,7 +81,7 @@ def learning_rate(step: int, args) -> float:
 
 @torch.no_grad()
 def update_average(average: torch.nn.Module, model: torch.nn.Module, step: int, decay: float) -> None:
-    """Moving average, once per optimizer step n, of decay min(decay, (1+n)/(10+n)) as in the original."""
+    """Moving average, once per optimizer step n = 1, 2, ..., of decay min(decay, (1+n)/(10+n))."""
     share = 1 - min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), share)
 
@@ -173,9 +173,9 @@ def train(args, parts, data: dict, validation: list, device: torch.device) -> No
             loss.backward()
             torch.nn.utils.clip_grad_norm_(unet.parameters(), args.clip)
             optimizer.step()
-            update_average(average, unet, step, args.ema_decay)
-            recent.append(loss.detach())
             done = step + 1
+            update_average(average, unet, done, args.ema_decay)
+            recent.append(loss.detach())
             if done % LOG_EVERY == 0 or done == args.steps:
                 mean, recent = torch.stack(recent).mean().item(), []
                 if not math.isfinite(mean):
@@ -186,9 +186,10 @@ def train(args, parts, data: dict, validation: list, device: torch.device) -> No
                        "samples_per_second": round(rate, 1)}
                 with log.open("a") as file:
                     print(json.dumps(row), file=file)
-            if done % args.save_every == 0 or done == args.steps or stop():
+            stopping = stop()
+            if stopping or done % args.save_every == 0 or done == args.steps:
                 save(done)
-            if stop():
+            if stopping:
                 raise KeyboardInterrupt
             if args.sample_every and done % args.sample_every == 0:
                 encoders = (parts.vae, parts.text_encoder, parts.tokenizer)
@@ -200,6 +201,11 @@ def train(args, parts, data: dict, validation: list, device: torch.device) -> No
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Flags; with --resume, the settings of that run are the defaults of all the others."""
     parser = argparse.ArgumentParser(description="Train an InstructPix2Pix editor from pairs of pictures.")
+
+    def fail(message: str):
+        raise ValueError(f"{message} (see --help)")
+
+    parser.error = fail  # one line, as for all other mistakes
     where = parser.add_argument_group("what to train on, and where to write")
     where.add_argument("--weights", type=Path, help="folder to start from, of an editor")
     where.add_argument("--data", help="a folder in the original's layout, or 'scenes' for rendered pairs")
@@ -235,6 +241,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("weights", "data", "out"):
         if getattr(args, name) is None:
             parser.error(f"--{name} is needed (or --resume RUN)")
+    for name in ("pairs", "steps", "batch_size", "resolution", "save_every"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if min(args.kind_weights) < 0 or max(args.kind_weights) == 0:
+        parser.error("--kind-weights must not be negative, nor all zero")
     return args
 
 
@@ -249,7 +260,8 @@ def main(argv: list[str] | None = None) -> int:
             pairs = scene_pairs(args.pairs, weights=tuple(args.kind_weights))
             validation = scene_pairs(8, "validation")
         else:
-            pairs, validation = folder_pairs(args.data), folder_pairs(args.data, "validation")[:8]
+            pairs = folder_pairs(args.data)
+            validation = folder_pairs(args.data, "validation", may_be_empty=True)[:8] or pairs[:8]
         args.out.mkdir(parents=True, exist_ok=True)
         encoders = (parts.vae.to(device).eval(), parts.text_encoder.to(device).eval(), parts.tokenizer)
         data = encoded_pairs(pairs, args.out / "encoded", *encoders, args.resolution)
@@ -260,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"stopped; go on with: python train.py --resume {args.out}", file=sys.stderr)
+        print("stopped; if it had begun to train, go on with --resume and the --out folder", file=sys.stderr)
         return 130
     return 0
 

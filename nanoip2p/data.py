@@ -60,7 +60,7 @@ def scene_pairs(count: int, split: str = "train", weights: tuple[float, ...] = E
     return pairs[:count]
 
 
-def folder_pairs(root: Path, split: str = "train") -> list[Pair]:
+def folder_pairs(root: Path, split: str = "train", may_be_empty: bool = False) -> list[Pair]:
     """Read the original's layout: seeds.json, and a folder for each prompt with prompt.json and pictures.
 
     A prompt without surviving pictures has no seeds and is skipped. Raises ValueError naming the missing or
@@ -79,7 +79,7 @@ def folder_pairs(root: Path, split: str = "train") -> list[Pair]:
         raise ValueError(f"{error.filename}: not found; the original's layout has it") from None
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{root}: seeds.json or a prompt.json is broken ({error!r})") from None
-    if not pairs:
+    if not pairs and not may_be_empty:
         raise ValueError(f"{root}: no pairs in its {split} split ({len(prompts)} prompts in all)")
     return pairs
 
@@ -120,8 +120,15 @@ def encode_pairs(
 def encoded_pairs(
     pairs: list[Pair], cache: Path, vae: VAE, text_encoder: TextEncoder, tokenizer: Tokenizer, resolution: int
 ) -> dict:
-    """`encode_pairs`, kept in the file `cache`, which is used again only for the same pairs and encoders."""
-    digest = hashlib.sha256(repr((pairs, resolution)).encode())
+    """`encode_pairs`, kept in <cache>-<digest>.safetensors and used again for the same pairs and encoders.
+
+    Files count as the same while their size and time of change are, scenes while the first looks the same.
+    """
+    files = {path for pair in pairs for path in (pair.before, pair.after) if isinstance(path, Path)}
+    stamps = [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files)]
+    digest = hashlib.sha256(repr((pairs, resolution, stamps)).encode())
+    digest.update(load_picture(pairs[0].before, resolution).tobytes())
+    digest.update(tokenizer([pair.edit for pair in pairs[:64]]).numpy().tobytes())
     for network in (vae, text_encoder):
         for tensor in network.state_dict().values():
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -25,7 +25,7 @@ from nanoip2p.vae import VAE
 
 
 class Editor:
-    """The four networks of InstructPix2Pix and the settings they were made for; `edit` does the work."""
+    """Networks, tokenizer and the settings they were made for; `edit` does the work."""
 
     def __init__(self, unet: UNet, vae: VAE, text_encoder: TextEncoder, tokenizer: Tokenizer,
                  schedule: NoiseSchedule, defaults: dict):

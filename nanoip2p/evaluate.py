@@ -6,6 +6,7 @@ The scenes and, unless --phrasings seen, the wordings are ones that training nev
 when, among the renders of all single edits of the scene and of the scene itself, the true one is nearest to
 the editor's picture in mean absolute distance. What should not change is measured as PSNR over the pixels
 that the two renders have in common, next to what the autoencoder alone makes of the true one: the ceiling.
+A change of the time of day leaves too few such pixels.
 """
 
 import argparse
@@ -117,11 +118,11 @@ def table(rows: list[dict]) -> tuple[str, dict]:
         rate = sum(row["success"] for row in chosen) / len(chosen)
         error = (rate * (1 - rate) / len(chosen)) ** 0.5
         measured = [row for row in chosen if row["psnr"] is not None]
-        psnr, ceiling = (np.mean([row[key] for row in measured]) if measured else float("nan")
-                         for key in ("psnr", "ceiling"))
-        success = f"{rate:>8.1%} ± {error:<4.1%}"
-        lines.append(f"{kind:<10} {len(chosen):>5} {success} {psnr:>13.1f} dB {ceiling:>9.1f} dB")
-        numbers[kind] = {"n": len(chosen), "success": rate, "psnr": float(psnr), "ceiling": float(ceiling)}
+        means = {key: float(np.mean([row[key] for row in measured])) if measured else None
+                 for key in ("psnr", "ceiling")}
+        psnr, ceiling = (f"{mean:.1f} dB" if measured else "-" for mean in means.values())
+        lines.append(f"{kind:<10} {len(chosen):>5} {rate:>8.1%} ± {error:<4.1%} {psnr:>16} {ceiling:>12}")
+        numbers[kind] = {"n": len(chosen), "success": rate, **means}
     return "\n".join(lines), numbers
 
 
@@ -157,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
             if failed:
                 labels = [["input", row["instruction"], "true answer"] for row in failed]
                 grid([list(row["pictures"]) for row in failed], labels).save(args.out / "failed.png")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2
     return 0

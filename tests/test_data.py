@@ -68,6 +68,13 @@ def test_folder_is_split_contiguously_and_skips_prompts_without_pictures(tmp_pat
     assert train[0] == Pair(root / "0000000" / "11_0.jpg", "edit 0", root / "0000000" / "11_1.jpg")
 
 
+def test_a_handful_of_prompts_can_be_trained_on_without_validation(tmp_path):
+    root = write_folder(tmp_path, prompts=5)
+    assert len(folder_pairs(root)) == 2 * 3 and folder_pairs(root, "validation", may_be_empty=True) == []
+    with pytest.raises(ValueError, match="validation"):
+        folder_pairs(root, "validation")
+
+
 @pytest.mark.parametrize("breakage, named", [
     (lambda root: (root / "seeds.json").unlink(), "seeds.json"),
     (lambda root: (root / "seeds.json").write_text("{"), "seeds.json"),
@@ -118,10 +125,14 @@ def test_stored_encodings_are_used_again_for_the_same_pairs_and_networks_only(pa
     assert not calls and all(torch.equal(first[key], again[key]) for key in first)
     encoded_pairs(scene_pairs(3), *arguments, 32)
     encoded_pairs(scene_pairs(4), *arguments, 16)
+    pictured = [Pair(tmp_path / "a.png", "x", tmp_path / "a.png")]
+    for colour in ("red", "blue"):  # the same file, changed
+        Image.new("RGB", (32, 32 if colour == "red" else 40), colour).save(tmp_path / "a.png")
+        encoded_pairs(pictured, *arguments, 32)
     with torch.no_grad():
         parts.vae.quant_conv.bias += 1
     encoded_pairs(scene_pairs(4), *arguments, 32)
-    assert len(calls) == 3
+    assert len(calls) == 5
 
 
 def test_every_epoch_visits_every_pair_once_in_its_own_order():

@@ -100,3 +100,15 @@ def test_too_many_or_too_few_steps_are_a_value_error(sampler, steps, settings):
 def test_a_thousand_steps_where_there_is_room():
     for sampler in ("euler", "euler_ancestral", "ddim"):
         assert plan(NoiseSchedule(), sampler, 1000).timesteps == list(range(999, -1, -1))
+
+
+@pytest.mark.parametrize("steps", [10, 20, 50, 100])
+def test_sigmas_are_close_to_k_diffusions(steps):
+    """k-diffusion, which the original uses, interpolates log sigma where we, like diffusers, take sigma."""
+    alphas = NoiseSchedule().alphas_cumprod().double()
+    logs = ((1 - alphas) / alphas).sqrt().log()
+    timesteps = torch.linspace(999, 0, steps, dtype=torch.float64)
+    low = timesteps.floor().long().clamp(max=998)
+    theirs = torch.lerp(logs[low], logs[low + 1], timesteps - low).exp()
+    ours = plan(NoiseSchedule(timestep_spacing="linspace"), "euler_ancestral", steps).sigmas[:, 0].double()
+    assert 0 < ((ours - theirs) / theirs).abs().max() <= 8.7e-5

@@ -99,7 +99,6 @@ def test_equals_diffusers_with_a_negative_prompt(tiny, cfg_image):
     compare(tiny, "euler_ancestral", picture(32, 48, 0), cfg_image=cfg_image, negative="a red boat")
 
 
-@pytest.mark.skipif(not NANO.exists(), reason="the nano weights are not shipped yet")
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_equals_diffusers_on_the_shipped_nano_weights(sampler):
     defaults = read_defaults(NANO)

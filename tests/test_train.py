@@ -154,10 +154,11 @@ def test_average_follows_the_originals_decay():
     model, average = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(1.0)
     average.weight.data.fill_(0.0)
-    train.update_average(average, model, 0, 0.9999)
-    assert average.weight.item() == pytest.approx(0.9)      # decay 1/10
+    train.update_average(average, model, 1, 0.9999)
+    assert average.weight.item() == pytest.approx(9 / 11)   # decay 2/11
+    average.weight.data.fill_(0.0)
     train.update_average(average, model, 10**9, 0.75)
-    assert average.weight.item() == pytest.approx(0.925)
+    assert average.weight.item() == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("words, named", [
@@ -165,6 +166,9 @@ def test_average_follows_the_originals_decay():
     (["--weights", "nowhere"], "nowhere"),
     (["--device", "abacus"], "abacus"),
     (["--resume", "nowhere"], "state.pt"),
+    (["--batch-size", 0], "--batch-size"),
+    (["--kind-weights", *[0] * 7], "--kind-weights"),
+    (["--lr", "fast"], "fast"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(start, tmp_path, capsys, words, named):
     assert run(start, tmp_path / "run", *words) == 2

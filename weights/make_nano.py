@@ -5,7 +5,9 @@
 
 Stages: tokenizer (byte pairs of the world's own sentences), CLIP, autoencoder, editor (through train.py),
 export. Each reads what the ones before wrote under --out, and a stage whose result is there is skipped.
-Everything is a function of the seed and the step, so a resumed run equals an uninterrupted one.
+Everything is a function of the seed and the step, so with the same flags a resumed run equals an
+uninterrupted one. Runs are not part of the repository: in a fresh clone, `python train.py --weights
+weights/nano-ip2p --data scenes ...` trains the shipped editor on, with the flags of RECIPE below.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
+from nanoip2p import demo
 from nanoip2p.checkpoint import load_editor_parts, load_network, save_editor, save_network, write_json
 from nanoip2p.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, TextEncoder
 from nanoip2p.diffusion import NoiseSchedule
@@ -45,7 +48,7 @@ UNET = dict(
 RECIPE = ["--data", "scenes", "--resolution", 64, "--batch-size", 32, "--lr", 1e-3, "--warmup", 200,
           "--cooldown", 0.4, "--snr-gamma", 1, "--ema-decay", 0.999,
           "--kind-weights", 1.2, 2, 2, 1, 0.8, 1, 0.8]
-DEFAULTS = {"resolution": 64, "steps": 20, "cfg_text": 3.0, "cfg_image": 1.2, "sampler": "euler_ancestral"}
+DEFAULTS = {"resolution": 64, "steps": 20, "cfg_text": 2.0, "cfg_image": 1.0, "sampler": "euler_ancestral"}
 EXAMPLES = {
     "house": Scene("day", "clear", "grass", (Thing("house", "red", "large", 1),), 11),
     "car": Scene("sunset", "clear", "sand", (Thing("car", "blue", "large", 0),
@@ -83,7 +86,7 @@ def fit(name: str, model: torch.nn.Module, loss_of_step, steps: int, lr: float, 
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
     state_file, first = folder / f"{name}-state.pt", 0
     if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
+        state = torch.load(state_file, weights_only=True, map_location="cpu")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
@@ -199,7 +202,7 @@ def vae_folder(out: Path, device: str, steps: int) -> Path:
 def clip_folder(out: Path, device: str, steps: int) -> Path:
     """Train CLIP; the folder also holds the tokenizer and says how pictures are normalised: to [-1, 1]."""
     folder = out / "clip"
-    if not (folder / "config.json").exists():
+    if not (folder / "preprocessor_config.json").exists():
         save_network(make_clip(out, out / "tokenizer", device, steps), folder)
         for file in (out / "tokenizer").iterdir():
             shutil.copyfile(file, folder / file.name)
@@ -211,7 +214,7 @@ def clip_folder(out: Path, device: str, steps: int) -> Path:
 
 
 def start_folder(out: Path, vae: Path, clip: Path) -> Path:
-    """An untrained editor, from which train.py begins; as in Stable Diffusion, its last layer is zero."""
+    """An untrained editor, from which train.py begins. Its last convolution is zero."""
     folder = out / "start"
     if not (folder / "model_index.json").exists():
         torch.manual_seed(0)
@@ -225,46 +228,44 @@ def start_folder(out: Path, vae: Path, clip: Path) -> Path:
     return folder
 
 
-def export(out: Path, clip: Path) -> None:
-    """Write the shipped folders, in half precision, with a few scenes to try the editor on."""
+def export(out: Path, clip: Path, ship: Path) -> None:
+    """Write the folders to ship, in half precision, with a few scenes to try the editor on."""
     parts = load_editor_parts(out / "editor" / "weights")
-    save_editor(HERE / "nano-ip2p", parts.unet, parts.vae, parts.text_encoder, out / "tokenizer",
+    save_editor(ship / "nano-ip2p", parts.unet, parts.vae, parts.text_encoder, out / "tokenizer",
                 parts.schedule.to_json(), DEFAULTS, torch.float16)
-    save_network(load_network(CLIP, clip), HERE / "nano-clip", torch.float16)
+    save_network(load_network(CLIP, clip), ship / "nano-clip", torch.float16)
     for file in clip.iterdir():
         if file.name not in ("config.json", "model.safetensors"):
-            shutil.copyfile(file, HERE / "nano-clip" / file.name)
-    examples = HERE / "nano-ip2p" / "examples"
+            shutil.copyfile(file, ship / "nano-clip" / file.name)
+    examples = ship / "nano-ip2p" / "examples"
     examples.mkdir(exist_ok=True)
     for name, scene in EXAMPLES.items():
         scene.render(SIZE).save(examples / f"{name}.png")
+    demo.main(["--weights", str(ship / "nano-ip2p"), "--out", str(ship / "nano-ip2p" / "demo.png")])
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train the shipped nano weights from nothing.")
     parser.add_argument("--out", type=Path, default=HERE.parent / "runs/nano", help="folder of all stages")
+    parser.add_argument("--ship", type=Path, default=HERE, help="folder that nano-ip2p and nano-clip go to")
     parser.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
     parser.add_argument("--vae-steps", type=int, default=3200, help="batches of 8 pictures")
     parser.add_argument("--clip-steps", type=int, default=800, help="batches of 32 scenes, each with an edit")
     parser.add_argument("--editor-steps", type=int, default=3700, help="batches of 32 pairs")
     parser.add_argument("--pairs", type=int, default=40_000, help="rendered training pairs")
-    parser.add_argument("--stop-before", choices=("editor", "export"), help="leave out the last stages")
     args = parser.parse_args(argv)
     device = str(pick_device(args.device))
     args.out.mkdir(parents=True, exist_ok=True)
-    if not (args.out / "tokenizer" / "vocab.json").exists():
+    if not (args.out / "tokenizer" / "tokenizer_config.json").exists():
         make_tokenizer(args.out / "tokenizer")
     clip = clip_folder(args.out, device, args.clip_steps)
     start = start_folder(args.out, vae_folder(args.out, device, args.vae_steps), clip)
-    if args.stop_before == "editor":
-        return
     editor = args.out / "editor"
     where = ["--resume", editor] if (editor / "state.pt").exists() else ["--weights", start, "--out", editor]
     recipe = [*where, "--steps", args.editor_steps, "--pairs", args.pairs, "--device", device, *RECIPE]
     if train.main([str(word) for word in recipe]):
         sys.exit("make_nano.py: the editor's training did not finish; the same command goes on with it")
-    if args.stop_before != "export":
-        export(args.out, clip)
+    export(args.out, clip, args.ship)
 
 
 if __name__ == "__main__":
