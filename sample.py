@@ -7,11 +7,9 @@
 """
 
 import argparse
-import math
 import os
 import random
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +17,8 @@ import torch
 from PIL import Image
 
 import nanoip2p
+from nanoip2p import cli
+from nanoip2p.cli import at_least, finite
 from nanoip2p.editor import Editor
 from nanoip2p.files import check_writable
 from nanoip2p.images import find_images, fit, fit_size, grid, open_image, read_recipe, save_png
@@ -30,11 +30,11 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 RECIPE_FLAGS = (
     "input", "edit", "turns", "n", "seed", "steps", "cfg_text", "cfg_image", "sampler", "resolution",
     "negative", "weights", "dtype", "keep_size", "grid", "batch", "low_memory",
-)  # fmt: skip
+)
 DEFAULTS = {
     "n": 1, "negative": "", "weights": "weights/nano-ip2p", "dtype": "fp32", "batch": 8, "turns": False,
     "keep_size": False, "grid": False, "low_memory": False,
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -47,36 +47,9 @@ class Picture:
     output: str
 
 
-def at_least(lowest: int):
-    """An argparse type: a whole number from `lowest` up."""
-    def number(text: str) -> int:
-        if not text.isascii() or not text.removeprefix("-").isdigit() or not lowest <= int(text) < 2**63:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {lowest} up")
-        return int(text)
-    return number
-
-
-def finite(text: str) -> float:
-    """An argparse type: a number that is neither NaN nor infinite."""
-    try:
-        if math.isfinite(float(text)):
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number")
-
-
 def make_parser() -> argparse.ArgumentParser:
     """All flags. None has a default here, so that a recipe and the weights folder can fill the gaps."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-
-    def fail(message: str):
-        raise ValueError(f"{message} (see --help)")
-
-    parser.error = fail  # one line; argparse itself would print the usage first
-
+    parser = cli.make_parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("what to edit, and how")
     group.add_argument("--input", nargs="+", action="extend", help="pictures, globs or folders")
     group.add_argument("--edit", action="append", help='an instruction, as "make it night"; repeat for more')
@@ -285,23 +258,9 @@ def draw_grid(
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit code: 0; 2 for what a person can put right, told in one line; 130 for Ctrl-C."""
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
-            run(complete(argv))
-        return 0
-    except KeyboardInterrupt:
-        print("interrupted; pictures already named are whole", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        message = " ".join(str(error).split())
-        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in message):
-            message = "out of memory; try --low-memory, --batch 1 or a smaller --resolution"
-        elif isinstance(error, RuntimeError):
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        return 2
+    """Returns the exit code, see cli.run."""
+    return cli.run(lambda: run(complete(argv)), "interrupted; pictures already named are whole",
+                   "try --low-memory, --batch 1 or a smaller --resolution")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from nanoip2p import cli
 from nanoip2p.checkpoint import load_editor_parts, save_editor
+from nanoip2p.cli import at_least, finite
 from nanoip2p.data import batch_rows, encoded_pairs, folder_pairs, load_picture, scene_pairs
 from nanoip2p.diffusion import add_noise
 from nanoip2p.editor import Editor, pick_device
@@ -200,34 +202,29 @@ def train(args, parts, data: dict, validation: list, device: torch.device) -> No
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Flags; with --resume, the settings of that run are the defaults of all the others."""
-    parser = argparse.ArgumentParser(description="Train an InstructPix2Pix editor from pairs of pictures.")
-
-    def fail(message: str):
-        raise ValueError(f"{message} (see --help)")
-
-    parser.error = fail  # one line, as for all other mistakes
+    parser = cli.make_parser(description="Train an InstructPix2Pix editor from pairs of pictures.")
     where = parser.add_argument_group("what to train on, and where to write")
     where.add_argument("--weights", type=Path, help="folder to start from, of an editor")
     where.add_argument("--data", help="a folder in the original's layout, or 'scenes' for rendered pairs")
-    where.add_argument("--pairs", type=int, default=20_000, help="pairs to render for --data scenes")
-    where.add_argument("--kind-weights", type=float, nargs=len(EDIT_KINDS), default=[1.0] * len(EDIT_KINDS),
+    where.add_argument("--pairs", type=at_least(1), default=20_000, help="pairs to render for --data scenes")
+    where.add_argument("--kind-weights", type=finite, nargs=len(EDIT_KINDS), default=[1.0] * len(EDIT_KINDS),
                        metavar="ODDS", help=f"for --data scenes, of {', '.join(EDIT_KINDS)}")
     where.add_argument("--out", type=Path, help="folder of this run")
     where.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
     recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--steps", type=int, default=10_000, help="optimizer steps in all")
-    recipe.add_argument("--batch-size", type=int, default=64)
-    recipe.add_argument("--lr", type=float, default=1e-4)
-    recipe.add_argument("--warmup", type=int, default=0, help="steps over which the learning rate rises")
-    recipe.add_argument("--cooldown", type=float, default=0.0, help="last share of the steps, where it falls")
-    recipe.add_argument("--snr-gamma", type=float, help="min-SNR loss weighting (off; 5 in its paper)")
-    recipe.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    recipe.add_argument("--ema-decay", type=float, default=0.9999)
-    recipe.add_argument("--resolution", type=int, default=256)
-    recipe.add_argument("--seed", type=int, default=0)
+    recipe.add_argument("--steps", type=at_least(1), default=10_000, help="optimizer steps in all")
+    recipe.add_argument("--batch-size", type=at_least(1), default=64)
+    recipe.add_argument("--lr", type=finite, default=1e-4)
+    recipe.add_argument("--warmup", type=at_least(0), default=0, help="steps of rising learning rate")
+    recipe.add_argument("--cooldown", type=finite, default=0.0, help="last share of steps, where it falls")
+    recipe.add_argument("--snr-gamma", type=finite, help="min-SNR loss weighting (off; 5 in its paper)")
+    recipe.add_argument("--clip", type=finite, default=1.0, help="largest norm of the gradient")
+    recipe.add_argument("--ema-decay", type=finite, default=0.9999)
+    recipe.add_argument("--resolution", type=at_least(1), default=256)
+    recipe.add_argument("--seed", type=at_least(0), default=0)
     running = parser.add_argument_group("running")
-    running.add_argument("--save-every", type=int, default=500)
-    running.add_argument("--sample-every", type=int, default=2000, help="0: never")
+    running.add_argument("--save-every", type=at_least(1), default=500)
+    running.add_argument("--sample-every", type=at_least(0), default=2000, help="0: never")
     running.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
     args = parser.parse_args(argv)
     if args.resume:
@@ -241,40 +238,36 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("weights", "data", "out"):
         if getattr(args, name) is None:
             parser.error(f"--{name} is needed (or --resume RUN)")
-    for name in ("pairs", "steps", "batch_size", "resolution", "save_every"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if min(args.kind_weights) < 0 or max(args.kind_weights) == 0:
         parser.error("--kind-weights must not be negative, nor all zero")
     return args
 
 
+def prepare_and_train(args: argparse.Namespace) -> None:
+    """Open weights and data, encode what was not encoded yet, train."""
+    device = pick_device(args.device)
+    if not args.resume and (args.out / "state.pt").exists():
+        raise ValueError(f"{args.out} holds a run already; go on with --resume, or choose another --out")
+    parts = load_editor_parts(args.weights)
+    if args.data == "scenes":
+        pairs = scene_pairs(args.pairs, weights=tuple(args.kind_weights))
+        validation = scene_pairs(8, "validation")
+    else:
+        pairs = folder_pairs(args.data)
+        validation = folder_pairs(args.data, "validation", may_be_empty=True)[:8] or pairs[:8]
+    args.out.mkdir(parents=True, exist_ok=True)
+    encoders = (parts.vae.to(device).eval(), parts.text_encoder.to(device).eval(), parts.tokenizer)
+    data = encoded_pairs(pairs, args.out / "encoded", *encoders, args.resolution)
+    visits = args.steps * args.batch_size / len(pairs)
+    print(f"{len(pairs)} pairs, {args.steps} steps of {args.batch_size}: {visits:.1f} visits of each")
+    train(args, parts, data, validation, device)
+
+
 def main(argv: list[str] | None = None) -> int:
-    try:
-        args = parse(argv)
-        device = pick_device(args.device)
-        if not args.resume and (args.out / "state.pt").exists():
-            raise ValueError(f"{args.out} holds a run already; go on with --resume, or choose another --out")
-        parts = load_editor_parts(args.weights)
-        if args.data == "scenes":
-            pairs = scene_pairs(args.pairs, weights=tuple(args.kind_weights))
-            validation = scene_pairs(8, "validation")
-        else:
-            pairs = folder_pairs(args.data)
-            validation = folder_pairs(args.data, "validation", may_be_empty=True)[:8] or pairs[:8]
-        args.out.mkdir(parents=True, exist_ok=True)
-        encoders = (parts.vae.to(device).eval(), parts.text_encoder.to(device).eval(), parts.tokenizer)
-        data = encoded_pairs(pairs, args.out / "encoded", *encoders, args.resolution)
-        visits = args.steps * args.batch_size / len(pairs)
-        print(f"{len(pairs)} pairs, {args.steps} steps of {args.batch_size}: {visits:.1f} visits of each")
-        train(args, parts, data, validation, device)
-    except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; if it had begun to train, go on with --resume and the --out folder", file=sys.stderr)
-        return 130
-    return 0
+    """Returns the exit code, see cli.run."""
+    return cli.run(lambda: prepare_and_train(parse(argv)),
+                   "stopped; if it had begun to train, go on with --resume and the --out folder",
+                   "try a smaller --batch-size or --resolution")
 
 
 if __name__ == "__main__":

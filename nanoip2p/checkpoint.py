@@ -5,7 +5,6 @@
     defaults.json                                   ours: the settings these weights were made for
 """
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from nanoip2p.clip import CLIP, TextEncoder, VisionEncoder
 from nanoip2p.diffusion import NoiseSchedule
-from nanoip2p.files import replacing
+from nanoip2p.files import read_json, remedy, replacing, write_json
 from nanoip2p.tokenizer import Tokenizer, load_tokenizer
 from nanoip2p.unet import UNet
 from nanoip2p.vae import VAE
@@ -34,11 +33,11 @@ PIPELINE = "StableDiffusionInstructPix2PixPipeline"
 TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json",
-)  # fmt: skip
+)
 # Appendix of the paper and edit_cli.py of its code; a weights folder overrides them in defaults.json
 PAPER_DEFAULTS = {
     "resolution": 512, "steps": 100, "cfg_text": 7.5, "cfg_image": 1.5, "sampler": "euler_ancestral",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -51,25 +50,6 @@ class EditorParts:
     tokenizer: Tokenizer
     schedule: NoiseSchedule
     defaults: dict
-
-
-def read_json(path: Path) -> dict:
-    """The JSON object in a file. ValueError with the path when it is missing or broken."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; {_remedy(path.parent)}") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a JSON {type(content).__name__}, not an object")
-    return content
-
-
-def write_json(content: dict, path: Path) -> None:
-    """Write a JSON object, or leave the file as it was."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_network(cls: type, folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -101,7 +81,7 @@ def load_network(cls: type, folder: str | Path, dtype: torch.dtype = torch.float
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. ValueError when it is missing, truncated or something else."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing; {_remedy(path.parent)}")
+        raise ValueError(f"{path} is missing; {remedy(path.parent)}")
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
@@ -128,14 +108,6 @@ def _refuse(path: Path, problem: str, found: list[str]) -> None:
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise ValueError(f"{path} {problem} {', '.join(found[:3])}{more}")
-
-
-def _remedy(folder: Path) -> str:
-    """What to do about a file that is not in `folder`."""
-    if not folder.is_dir():
-        return f"there is no folder {folder}"
-    found = sorted(entry.name for entry in folder.iterdir())
-    return f"{folder} holds {', '.join(found[:6]) or 'nothing'}{' …' if len(found) > 6 else ''}"
 
 
 def save_network(model: nn.Module, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
@@ -191,7 +163,7 @@ def check_fit(parts: EditorParts, folder: Path) -> None:
 def read_defaults(folder: str | Path) -> dict:
     """PAPER_DEFAULTS, overridden by <folder>/defaults.json where it exists. ValueError for a wrong entry."""
     path = Path(folder) / "defaults.json"
-    chosen = read_json(path) if path.exists() else {}
+    chosen = read_json(path, missing={})
     for key, value in chosen.items():
         if key not in PAPER_DEFAULTS:
             raise ValueError(f"{path}: unknown setting {key}; known are {', '.join(PAPER_DEFAULTS)}")
@@ -204,7 +176,7 @@ def read_defaults(folder: str | Path) -> dict:
 def save_editor(
     folder: str | Path, unet: UNet, vae: VAE, text_encoder: TextEncoder, tokenizer_folder: str | Path,
     scheduler_config: dict, defaults: dict, dtype: torch.dtype = torch.float32,
-) -> None:  # fmt: skip
+) -> None:
     """Write a weights folder that diffusers' StableDiffusionInstructPix2PixPipeline loads as well.
 
     tokenizer_folder: copied from there. scheduler_config: the content of scheduler_config.json, its

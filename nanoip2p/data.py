@@ -19,7 +19,7 @@ from tqdm import tqdm
 from nanoip2p.clip import TextEncoder
 from nanoip2p.files import replacing
 from nanoip2p.images import fit, open_image, to_tensor
-from nanoip2p.scenes import EDIT_KINDS, Scene, random_scene
+from nanoip2p.scenes import EDIT_KINDS, Scene, pick, random_scene
 from nanoip2p.tokenizer import Tokenizer
 from nanoip2p.vae import VAE
 
@@ -45,18 +45,13 @@ def scene_pairs(count: int, split: str = "train", weights: tuple[float, ...] = E
     """
     seed = int.from_bytes(hashlib.sha256(split.encode()).digest()[:6], "big")
     generator, pairs = torch.Generator().manual_seed(seed), []
-
-    def pick(options):
-        return options[int(torch.randint(len(options), (), generator=generator))]
-
     for index in range(-(-count // EDITS_PER_SCENE)):
         scene = random_scene(split, index)
-        edits = scene.edits()
-        possible = {edit.kind for edit in edits}
+        possible = {edit.kind for edit in scene.edits()}
         odds = torch.tensor([weight * (kind in possible) for kind, weight in zip(EDIT_KINDS, weights)])
         for kind in torch.multinomial(odds, EDITS_PER_SCENE, replacement=True, generator=generator).tolist():
-            edit = pick([edit for edit in edits if edit.kind == EDIT_KINDS[kind]])
-            pairs.append(Pair(scene, pick(edit.instructions[:-1]), edit.scene))
+            edit = pick(scene.edits(EDIT_KINDS[kind]), generator)
+            pairs.append(Pair(scene, pick(edit.instructions[:-1], generator), edit.scene))
     return pairs[:count]
 
 

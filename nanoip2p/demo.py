@@ -1,9 +1,9 @@
 """A dozen edits by the shipped nano editor, as one labelled picture: what `make demo` shows."""
 
-import argparse
 import sys
 from pathlib import Path
 
+from nanoip2p import cli
 from nanoip2p.editor import Editor
 from nanoip2p.files import replacing
 from nanoip2p.images import grid, open_image
@@ -17,26 +17,31 @@ EDITS = {
 }
 
 
+def run(weights: Path, out: Path, device: str | None = None) -> None:
+    """Edit the pictures in <weights>/examples and write them, labelled, to `out`."""
+    editor = Editor.load(weights, device)
+    inputs = {name: open_image(weights / "examples" / f"{name}.png") for name in EDITS}
+    asked = [(inputs[name], edit) for name, edits in EDITS.items() for edit in edits]
+    edited = iter(editor.edit(*map(list, zip(*asked)), progress=True, batch=len(asked)))
+    rows = [[inputs[name], *(next(edited) for _ in edits)] for name, edits in EDITS.items()]
+    picture = grid(rows, [["input", *edits] for edits in EDITS.values()])
+    with replacing(out) as temporary:
+        picture.save(temporary, format="PNG")
+    print(f"wrote {out}: on the left the inputs, right of them what the editor made of the instructions")
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m nanoip2p.demo", description=__doc__)
+    """Returns the exit code, see cli.run."""
+    parser = cli.make_parser(prog="python -m nanoip2p.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/demo.png"))
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="the nano editor")
-    parser.add_argument("--device")
-    args = parser.parse_args(argv)
-    try:
-        editor = Editor.load(args.weights, args.device)
-        inputs = {name: open_image(args.weights / "examples" / f"{name}.png") for name in EDITS}
-        asked = [(inputs[name], edit) for name, edits in EDITS.items() for edit in edits]
-        edited = iter(editor.edit(*map(list, zip(*asked)), progress=True, batch=len(asked)))
-        rows = [[inputs[name], *(next(edited) for _ in edits)] for name, edits in EDITS.items()]
-        picture = grid(rows, [["input", *edits] for edits in EDITS.values()])
-        with replacing(args.out) as temporary:
-            picture.save(temporary, format="PNG")
-    except (ValueError, OSError) as error:
-        print(f"demo: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {args.out}: on the left the inputs, right of them what the editor made of the instructions")
-    return 0
+    parser.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
+
+    def work() -> None:
+        args = parser.parse_args(argv)
+        run(args.weights, args.out, args.device)
+
+    return cli.run(work, "interrupted; nothing was written", "try --device cpu")
 
 
 if __name__ == "__main__":

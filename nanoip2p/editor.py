@@ -53,7 +53,7 @@ class Editor:
         cfg_text: float | None = None, cfg_image: float | None = None, seed: int | list[int] = 0,
         sampler: str | None = None, resolution: int | None = None, negative: str = "",
         low_memory: bool = False, progress: bool = False, batch: int = 8,
-    ) -> list[Image.Image]:  # fmt: skip
+    ) -> list[Image.Image]:
         """Edit images[i] as instructions[i] says; returns one RGB picture for each, in order.
 
         None takes the default of the weights. cfg_text, cfg_image: s_T and s_I of the paper's equation 3.

@@ -10,7 +10,6 @@ A change of the time of day leaves too few such pixels.
 """
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from nanoip2p import cli
+from nanoip2p.cli import at_least, finite
 from nanoip2p.editor import Editor
-from nanoip2p.files import replacing
+from nanoip2p.files import write_json
 from nanoip2p.images import grid, to_pil, to_tensor
-from nanoip2p.scenes import EDIT_KINDS, Edit, Scene, random_scene
+from nanoip2p.scenes import EDIT_KINDS, Edit, Scene, pick, random_scene
 
 LEAST_UNCHANGED = 0.05  # a smaller share of common pixels says nothing about preservation
 
@@ -45,11 +46,11 @@ def questions(n: int, phrasings: str = "held-out", split: str = "test") -> list[
     generator, asked = torch.Generator().manual_seed(0), []
     for index in range(n):
         scene, kind = random_scene(split, index), EDIT_KINDS[index % len(EDIT_KINDS)]
-        fitting = [edit for edit in scene.edits() if edit.kind == kind]
+        fitting = scene.edits(kind)
         if not fitting:  # three things leave no room to add one
             scene = Scene(scene.time, scene.weather, scene.ground, scene.things[:-1], scene.landscape)
-            fitting = [edit for edit in scene.edits() if edit.kind == kind]
-        edit = fitting[int(torch.randint(len(fitting), (), generator=generator))]
+            fitting = scene.edits(kind)
+        edit = pick(fitting, generator)
         asked.append(Question(scene, edit, edit.instructions[-1 if phrasings == "held-out" else 0]))
     return asked
 
@@ -128,40 +129,39 @@ def table(rows: list[dict]) -> tuple[str, dict]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Flags of `python -m nanoip2p.evaluate`."""
-    parser = argparse.ArgumentParser(prog="python -m nanoip2p.evaluate", description=__doc__.splitlines()[0])
-    what = parser.add_subparsers(dest="what", required=True)
+    parser = cli.make_parser(prog="python -m nanoip2p.evaluate", description=__doc__.splitlines()[0])
+    what = parser.add_subparsers(dest="what", required=True, parser_class=cli.make_parser)
     scenes = what.add_parser("scenes", help="edit success and preservation on rendered scenes")
     scenes.add_argument("--weights", type=Path, default=Path("weights/nano-ip2p"))
-    scenes.add_argument("--n", type=int, default=500, help="number of edits")
+    scenes.add_argument("--n", type=at_least(1), default=500, help="number of edits")
     scenes.add_argument("--phrasings", choices=("held-out", "seen"), default="held-out")
     scenes.add_argument("--split", default="test", help="which stream of scenes; training uses 'train'")
     scenes.add_argument("--out", type=Path, help="folder for scores.json and failed.png, some failures")
     scenes.add_argument("--device")
-    for name, kind in (("steps", int), ("cfg-text", float), ("cfg-image", float), ("sampler", str)):
+    for name, kind in (("steps", at_least(1)), ("cfg-text", finite), ("cfg-image", finite), ("sampler", str)):
         scenes.add_argument(f"--{name}", type=kind, help="as in sample.py; by default what the weights name")
     return parser.parse_args(argv)
 
 
+def run(args: argparse.Namespace) -> None:
+    """Ask, score, print the table; with --out keep the numbers and some failures."""
+    editor = Editor.load(args.weights, args.device)
+    asked = questions(args.n, args.phrasings, args.split)
+    settings = {key: getattr(args, key) for key in ("steps", "cfg_text", "cfg_image", "sampler")}
+    rows = score_scenes(editor, asked, settings)
+    text, numbers = table(rows)
+    print(text)
+    if args.out:
+        write_json(numbers, args.out / "scores.json")
+        failed = [row for row in rows if not row["success"]][:16]
+        if failed:
+            labels = [["input", row["instruction"], "true answer"] for row in failed]
+            grid([list(row["pictures"]) for row in failed], labels).save(args.out / "failed.png")
+
+
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    try:
-        editor = Editor.load(args.weights, args.device)
-        asked = questions(args.n, args.phrasings, args.split)
-        settings = {key: getattr(args, key) for key in ("steps", "cfg_text", "cfg_image", "sampler")}
-        rows = score_scenes(editor, asked, settings)
-        text, numbers = table(rows)
-        print(text)
-        if args.out:
-            with replacing(args.out / "scores.json") as temporary:
-                temporary.write_text(json.dumps(numbers, indent=2) + "\n")
-            failed = [row for row in rows if not row["success"]][:16]
-            if failed:
-                labels = [["input", row["instruction"], "true answer"] for row in failed]
-                grid([list(row["pictures"]) for row in failed], labels).save(args.out / "failed.png")
-    except (ValueError, OSError) as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Returns the exit code, see cli.run."""
+    return cli.run(lambda: run(parse(argv)), "interrupted; nothing was written", "try a smaller --n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Writing files so that a reader never sees half of one."""
+"""Files: what is read may be missing or broken, and what is written is never seen half done."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,3 +45,32 @@ def check_writable(path: str | Path) -> None:
 def _beside(path: Path) -> Path:
     # Same folder, because a rename is atomic only within one file system. Hidden, so that *.png skips it.
     return path.with_name(f".{path.name[:60]}.{os.getpid()}.tmp")
+
+
+def read_json(path: Path, missing: dict | None = None) -> dict:
+    """The JSON object in a file, or `missing`. ValueError with the path if there is none or it is broken."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if missing is not None:
+            return missing
+        raise ValueError(f"{path} is missing; {remedy(path.parent)}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a JSON {type(content).__name__}, not an object")
+    return content
+
+
+def write_json(content: dict, path: Path) -> None:
+    """Write a JSON object, or leave the file as it was."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def remedy(folder: Path) -> str:
+    """What to do about a file that is not in `folder`."""
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    found = sorted(entry.name for entry in folder.iterdir())
+    return f"{folder} holds {', '.join(found[:6]) or 'nothing'}{' …' if len(found) > 6 else ''}"

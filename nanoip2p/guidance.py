@@ -19,7 +19,7 @@ from nanoip2p.samplers import Denoise
 def guided_denoiser(
     unet: nn.Module, timestep_of: dict[float, float], z_image: Tensor, context: Tensor, null_context: Tensor,
     cfg_text: float, cfg_image: float, low_memory: bool = False,
-) -> Denoise:  # fmt: skip
+) -> Denoise:
     """Make the denoise(x, sigma) -> estimate of z_0 that a sampler calls.
 
     timestep_of: from `Plan.timestep_of()`. z_image (B, C, h, w): mode of the VAE's posterior, not scaled.

@@ -16,6 +16,7 @@ of day, 4 weathers, 4 grounds and 10^4 landscapes; the jitter of every thing com
 import random
 from dataclasses import dataclass, replace
 
+import torch
 from PIL import Image
 
 from nanoip2p.painting import COLOURS, paint
@@ -96,8 +97,8 @@ class Scene:
         listed = " and ".join(things) if things else "an empty place"
         return f"{listed}, on {self.ground}, {self.weather} {self.time}"
 
-    def edits(self) -> list[Edit]:
-        """Every single edit of this scene, each with its own result. The order is fixed."""
+    def edits(self, only: str | None = None) -> list[Edit]:
+        """Every single edit of this scene (of one of EDIT_KINDS only), each with its own result, in order."""
         found = []
 
         def say(kind: str, scene: Scene, **words: str) -> None:
@@ -130,11 +131,16 @@ class Scene:
         for ground in GROUNDS:
             if ground != self.ground:
                 say("ground", replace(self, ground=ground), old=self.ground, new=ground)
-        return found
+        return [edit for edit in found if only in (None, edit.kind)]
 
     def render(self, size: int = 64) -> Image.Image:
         """Draw the scene as a square RGB picture of `size` pixels: four times as large, then averaged."""
         return paint(self, 4 * size).reduce(4)
+
+
+def pick(options: list, generator: torch.Generator):
+    """One of the options, all equally likely."""
+    return options[int(torch.randint(len(options), (), generator=generator))]
 
 
 def random_scene(split: str, index: int) -> Scene:
@@ -145,15 +151,15 @@ def random_scene(split: str, index: int) -> Scene:
     """
     rng = random.Random(f"nanoip2p {split} {index}")
 
-    def pick(options):
+    def choose(options):
         return options[int(rng.random() * len(options))]
 
     slots, kinds = list(range(len(SLOTS))), list(KINDS)
     things = []
-    for _ in range(pick((1, 2, 2, 3))):
-        slot, kind = pick(slots), pick(kinds)
+    for _ in range(choose((1, 2, 2, 3))):
+        slot, kind = choose(slots), choose(kinds)
         slots.remove(slot)
         kinds.remove(kind)
         dx, dy = (rng.random() - 0.5) * 0.06, (rng.random() - 0.5) * 0.06
-        things.append(Thing(kind, pick(tuple(COLOURS)), pick(SIZES), slot, round(dx, 3), round(dy, 3)))
-    return Scene(pick(TIMES), pick(WEATHERS), pick(GROUNDS), tuple(things), int(rng.random() * 10_000))
+        things.append(Thing(kind, choose(tuple(COLOURS)), choose(SIZES), slot, round(dx, 3), round(dy, 3)))
+    return Scene(choose(TIMES), choose(WEATHERS), choose(GROUNDS), tuple(things), int(rng.random() * 10_000))

@@ -15,6 +15,8 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 
+from nanoip2p.files import read_json, replacing, write_json
+
 START, END = "<|startoftext|>", "<|endoftext|>"
 ROLES = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
 LENGTH = 77  # tokens of a text, where tokenizer_config.json does not say otherwise
@@ -62,7 +64,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     Raises ValueError, naming the folder or file, when something is missing or broken.
     """
     folder = Path(folder)
-    config, fast = _read_json(folder / "tokenizer_config.json"), _read_json(folder / "tokenizer.json")
+    config = read_json(folder / "tokenizer_config.json", missing={})
+    fast = read_json(folder / "tokenizer.json", missing={})
     vocab, merges = _vocabulary(folder, fast)
     roles, special = _special_tokens(folder, config, fast)
     for role in ("bos_token", "eos_token"):
@@ -90,20 +93,19 @@ def train_tokenizer(texts: Iterable[str], size: int, folder: str | Path) -> None
     trainer = BpeTrainer(
         vocab_size=size, min_frequency=2, initial_alphabet=alphabet, end_of_word_suffix=WORD_END,
         show_progress=False,
-    )  # fmt: skip
+    )
     backend.train_from_iterator(texts, trainer)
     merges = [_pair(merge) for merge in json.loads(backend.to_str())["model"]["merges"]]
     merges = merges[: size - len(tokens) - 2]
     tokens += [first + second for first, second in merges] + [START, END]
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    vocab = {token: index for index, token in enumerate(tokens)}
+    write_json({token: index for index, token in enumerate(tokens)}, folder / "vocab.json")
+    with replacing(folder / "merges.txt") as temporary:
+        lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     config = {**ROLES, "model_max_length": LENGTH, "tokenizer_class": "CLIPTokenizer"}
-    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
-    lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(config, folder / "tokenizer_config.json")
 
 
 def _backend(vocab: dict[str, int], merges: list[tuple[str, str]], unknown: str | None) -> Backend:
@@ -150,9 +152,9 @@ def _special_tokens(folder: Path, config: dict, fast: dict) -> tuple[dict[str, s
         by_id = sorted(config["added_tokens_decoder"].items(), key=lambda item: int(item[0]))
         listed = [token for _, token in by_id]
     else:
-        named |= _token_fields(_read_json(folder / "special_tokens_map.json"))
+        named |= _token_fields(read_json(folder / "special_tokens_map.json", missing={}))
         roles = {_text(token) for token in named.values()}
-        by_id = sorted(_read_json(folder / "added_tokens.json").items(), key=lambda item: item[1])
+        by_id = sorted(read_json(folder / "added_tokens.json", missing={}).items(), key=lambda item: item[1])
         listed = [{"content": text, "normalized": text not in roles} for text, _ in by_id]
         listed += sorted(fast.get("added_tokens", []), key=lambda token: token["id"])
     for key in ("additional_special_tokens", "extra_special_tokens"):
@@ -183,13 +185,3 @@ def _pair(merge: str | list[str]) -> tuple[str, str]:
     """Files before 2024 write a merge as "a b", later ones as ["a", "b"]."""
     first, second = merge.split(" ") if isinstance(merge, str) else merge
     return first, second
-
-
-def _read_json(file: Path) -> dict:
-    """The content of a file that may be absent (then {})."""
-    if not file.is_file():
-        return {}
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None

@@ -24,7 +24,7 @@ FIXED = {
     "dual_cross_attention": False, "upcast_attention": False, "attention_type": "default",
     "resnet_time_scale_shift": "default", "resnet_skip_time_act": False, "resnet_out_scale_factor": 1.0,
     "time_embedding_type": "positional", "conv_in_kernel": 3, "conv_out_kernel": 3,
-}  # fmt: skip
+}
 BOOKKEEPING = frozenset({"sample_size", "addition_embed_type_num_heads"})  # default size; heads of no part
 
 
@@ -80,7 +80,7 @@ class UNetConfig:
             in_channels=in_channels, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=2,
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=12,
-        )  # fmt: skip
+        )
 
     def to_json(self) -> dict:
         """The config.json from which diffusers builds the same network."""
@@ -233,7 +233,7 @@ class Level(nn.Module):
     """
 
     def __init__(self, widths_in: list[int], c_out: int, transformers: int, heads: int, resample: str | None,
-                 config: UNetConfig):  # fmt: skip
+                 config: UNetConfig):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(c_in, c_out, config) for c_in in widths_in)
         self.attentions = nn.ModuleList(SpatialTransformer(c_out, heads, config) for _ in range(transformers))

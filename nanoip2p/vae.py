@@ -18,7 +18,7 @@ LOGVAR_RANGE = (-30.0, 20.0)
 FIXED = {
     "act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True,
     "latents_mean": None, "latents_std": None, "shift_factor": None,
-}  # fmt: skip
+}
 BOOKKEEPING = frozenset({"sample_size", "force_upcast"})  # a hint for tiling; when to leave half precision
 OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 

@@ -18,7 +18,7 @@ from nanoip2p.checkpoint import (
     read_defaults,
     save_editor,
     save_network,
-)  # fmt: skip
+)
 from nanoip2p.clip import CLIP, CLIPConfig, CLIPTextConfig, TextEncoder, VisionEncoder
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.unet import UNet, UNetConfig
@@ -47,7 +47,7 @@ RUN = {  # ours and theirs, on the same input
     "vision": (lambda m: m(noise(2, 3, 32, 32)), lambda m: m(noise(2, 3, 32, 32)).last_hidden_state),
     "clip": (lambda m: m(IDS, noise(2, 3, 32, 32)),
              lambda m: m(input_ids=IDS, pixel_values=noise(2, 3, 32, 32)).logits_per_image),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -221,7 +221,7 @@ def test_faults_are_one_line(fault, folder):
     UNET_FILE, "unet/config.json", "vae/diffusion_pytorch_model.safetensors",
     "text_encoder/model.safetensors", "scheduler/scheduler_config.json", "tokenizer/vocab.json",
     "tokenizer/merges.txt", "vae",
-])  # fmt: skip
+])
 def test_a_missing_file_is_named(name, folder):
     path = folder / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -21,7 +21,7 @@ from nanoip2p.images import (
     save_png,
     to_pil,
     to_tensor,
-)  # fmt: skip
+)
 
 
 def gradient(width=6, height=4, channels=3):
@@ -96,7 +96,7 @@ def test_exif_rotation_is_applied(orientation, tmp_path):
         2: [Image.Transpose.FLIP_LEFT_RIGHT], 3: [Image.Transpose.ROTATE_180],
         4: [Image.Transpose.FLIP_TOP_BOTTOM], 5: [Image.Transpose.TRANSPOSE],
         6: [Image.Transpose.ROTATE_90], 7: [Image.Transpose.TRANSVERSE], 8: [Image.Transpose.ROTATE_270],
-    }  # fmt: skip
+    }
     stored = upright
     for operation in undo.get(orientation, []):
         stored = stored.transpose(operation)

@@ -79,14 +79,14 @@ def test_the_recipe_names_everything(run, weights):
         "resolution": DEFAULTS["resolution"], "weights": str(weights), "dtype": "fp32",
         "keep_size": False, "grid": False, "batch": 8, "low_memory": False,
         "version": nanoip2p.__version__, "torch": torch.__version__,
-    }  # fmt: skip
+    }
     assert recipe == expected
 
 
 @pytest.mark.parametrize("flags", [
     ["--steps", "3"], ["--seed", "4"], ["--cfg-text", "5"], ["--cfg-image", "2"], ["--sampler", "dpmpp_2m"],
     ["--negative", "boat"], ["--resolution", "32"], ["--edit", "red"], ["--dtype", "bf16"],
-])  # fmt: skip
+])
 def test_every_flag_counts(flags, run):
     assert run(*one("--seed", "3")) == 0
     assert run(*one("--seed", "3", output="other.png"), *flags) == 0
@@ -254,7 +254,7 @@ WRONG = {
     "weights": (one("--weights", "nowhere"), "no weights folder nowhere"),
     "no recipe": (["--recipe", "house.png", "--output", "o.png"], "carries no recipe"),
     "absent recipe": (["--recipe", "absent.png", "--output", "o.png"], "absent.png"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -335,7 +335,7 @@ def test_bad_weights_are_one_line(run, capsys, weights, tmp_path):
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\n  Details"), 2, "--low-memory"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "--low-memory"),
     (MemoryError(), 2, "--low-memory"),
-])  # fmt: skip
+])
 @pytest.mark.parametrize("during", ["work", "writing"])
 def test_an_interruption_leaves_no_half_file(error, code, message, during, run, capsys, monkeypatch):
     assert run(*one("--seed", "1")) == 0
@@ -362,11 +362,13 @@ def test_an_error_of_ours_is_not_hidden(run, monkeypatch):
         run(*one())
 
 
-def command(weights, *argv, **settings):
+def command(weights, *argv):
+    """Started as from a terminal: under nohup it would inherit that SIGINT is ignored."""
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), "--weights", str(weights), "--device", "cpu", *argv],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings,
-    )  # fmt: skip
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def test_as_a_command(run, weights):

@@ -168,7 +168,7 @@ def test_bytes_that_are_no_unicode_are_refused(nano):
         ("vocab.json", None, "vocab.json is missing"),
         ("vocab.json", "{", "vocab.json .* broken"),
         ("vocab.json", '{"a": 0}', "vocab.json .* broken|lacks"),
-        ("tokenizer_config.json", "{", "tokenizer_config.json is not valid JSON"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json cannot be read as JSON"),
         ("tokenizer.json", '{"model": {"vocab": []}}', "tokenizer.json has no BPE vocabulary"),
         ("tokenizer_config.json", '{"eos_token": "</s>"}', "lacks '</s>'"),
     ],

@@ -59,13 +59,13 @@ def test_ctrl_c_loses_nothing(start, uninterrupted, tmp_path, monkeypatch, capsy
         calls.append(1)
         return plain(unet, batch, weight, device)
 
-    calls = []
+    calls, usual = [], signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(train, "noise_loss", interrupted)
     assert run(start, tmp_path / "run", "--steps", 6) == 130
     assert len(calls) == 3 and "--resume" in capsys.readouterr().err
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
     assert len(calls) == 6 and same(result(tmp_path / "run"), result(uninterrupted))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is usual
 
 
 def test_run_leaves_log_plot_samples_and_an_editor_that_opens(uninterrupted):

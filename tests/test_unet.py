@@ -36,7 +36,7 @@ CONFIGS = {
     "one level": UNetConfig(
         block_out_channels=(8,), down_block_types=(CD,), up_block_types=(CU,), attention_head_dim=2, **SMALL,
     ),
-}  # fmt: skip
+}
 
 
 @cache
@@ -173,7 +173,7 @@ PUBLISHED = {
     "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4, "layers_per_block": 2,
     "mid_block_scale_factor": 1, "norm_eps": 1e-05, "norm_num_groups": 32, "out_channels": 4,
     "sample_size": 64, "up_block_types": [U, CU, CU, CU],
-}  # fmt: skip
+}
 
 
 def test_the_defaults_are_stable_diffusion_1_5():
@@ -202,7 +202,7 @@ def test_reads_what_diffusers_writes(name):
         ("down_block_types", [D, "SimpleCrossAttnDownBlock2D"]), ("up_block_types", [U]),
         ("a_setting_of_tomorrow", 1),
     ],
-)  # fmt: skip
+)
 def test_what_we_do_not_compute_is_refused_by_name(key, value):
     with pytest.raises(ValueError, match=key):
         UNet.from_config({**UNetConfig.tiny().to_json(), key: value})

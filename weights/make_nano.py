@@ -31,7 +31,7 @@ from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.editor import pick_device
 from nanoip2p.files import replacing
 from nanoip2p.images import to_tensor
-from nanoip2p.scenes import Scene, Thing, random_scene
+from nanoip2p.scenes import Scene, Thing, pick, random_scene
 from nanoip2p.tokenizer import load_tokenizer, train_tokenizer
 from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAE, VAEConfig
@@ -64,15 +64,10 @@ def picture(scene) -> torch.Tensor:
     return to_tensor(scene.render(SIZE))
 
 
-def pick(options, generator):
-    return options[int(torch.randint(len(options), (), generator=generator))]
-
-
 def draw_edit(scene, generator):
     """One edit, all kinds equally likely (there are 30 times more ways to add than to remove)."""
-    edits = scene.edits()
-    kind = pick(sorted({edit.kind for edit in edits}), generator)
-    return pick([edit for edit in edits if edit.kind == kind], generator)
+    kind = pick(sorted({edit.kind for edit in scene.edits()}), generator)
+    return pick(scene.edits(kind), generator)
 
 
 def draw_scene(generator):
@@ -241,7 +236,7 @@ def export(out: Path, clip: Path, ship: Path) -> None:
     examples.mkdir(exist_ok=True)
     for name, scene in EXAMPLES.items():
         scene.render(SIZE).save(examples / f"{name}.png")
-    demo.main(["--weights", str(ship / "nano-ip2p"), "--out", str(ship / "nano-ip2p" / "demo.png")])
+    demo.run(ship / "nano-ip2p", ship / "nano-ip2p" / "demo.png")
 
 
 def main(argv: list[str] | None = None) -> None:

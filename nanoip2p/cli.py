@@ -1,0 +1,60 @@
+"""What all commands share: flags that check themselves, and mistakes told in one line."""
+
+import argparse
+import math
+import sys
+import warnings
+from collections.abc import Callable
+
+
+def make_parser(**settings) -> argparse.ArgumentParser:
+    """An ArgumentParser whose complaints are ValueErrors of one line; argparse prints the usage first."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, **settings)
+
+    def fail(message: str):
+        raise ValueError(f"{message} (see --help)")
+
+    parser.error = fail
+    return parser
+
+
+def at_least(lowest: int) -> Callable[[str], int]:
+    """An argparse type: a whole number from `lowest` up."""
+    def number(text: str) -> int:
+        if not text.isascii() or not text.removeprefix("-").isdigit() or not lowest <= int(text) < 2**63:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {lowest} up")
+        return int(text)
+    return number
+
+
+def finite(text: str) -> float:
+    """An argparse type: a number that is neither NaN nor infinite."""
+    try:
+        if math.isfinite(float(text)):
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+
+
+def run(work: Callable[[], None], interrupted: str, memory: str) -> int:
+    """Do the work and return the exit code: 0; 2 for what a person can put right, told in one line; 130.
+
+    interrupted: what Ctrl-C leaves behind. memory: what to try when memory runs out.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+            work()
+        return 0
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        message = " ".join(str(error).split())
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in message):
+            message = f"out of memory; {memory}"
+        elif isinstance(error, RuntimeError):
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return 2
