@@ -1,7 +1,7 @@
 """The recipe of the shipped weights: from nothing to weights/nano-clip and weights/nano-ip2p in one command.
 
     python weights/make_nano.py                  # all stages; goes on where an earlier run stopped
-    python weights/make_nano.py --editor-steps 40000           # train the editor further, then export it
+    python weights/make_nano.py --editor-steps 3700 40000        # train the editor longer, then export it
 
 Stages: tokenizer (byte pairs of the world's own sentences), CLIP, autoencoder, editor (through train.py),
 export. Each reads what the ones before wrote under --out, and a stage whose result is there is skipped.
@@ -44,10 +44,12 @@ UNET = dict(
     up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     attention_head_dim=4, norm_num_groups=16,
 )
-# Short run, small network: ten times the paper's learning rate, a faster average, and min-SNR weighting
-RECIPE = ["--data", "scenes", "--resolution", 64, "--batch-size", 32, "--lr", 1e-3, "--warmup", 200,
-          "--cooldown", 0.4, "--snr-gamma", 1, "--ema-decay", 0.999,
-          "--kind-weights", 1.2, 2, 2, 1, 0.8, 1, 0.8]
+# Short runs, small network: ten times the paper's learning rate, a faster average, and min-SNR weighting
+RECIPE = ["--data", "scenes", "--resolution", 64, "--batch-size", 32, "--warmup", 200, "--cooldown", 0.4,
+          "--snr-gamma", 1, "--ema-decay", 0.999]
+# The second run starts from the first one's weights, and practises more of what that still confused
+RUNS = (["--lr", 1e-3, "--kind-weights", 1.2, 2, 2, 1, 0.8, 1, 0.8],
+        ["--lr", 8e-4, "--kind-weights", 1.6, 2, 2, 1.6, 0.5, 0.7, 0.6])
 DEFAULTS = {"resolution": 64, "steps": 20, "cfg_text": 2.0, "cfg_image": 1.0, "sampler": "euler_ancestral"}
 EXAMPLES = {
     "house": Scene("day", "clear", "grass", (Thing("house", "red", "large", 1),), 11),
@@ -223,10 +225,10 @@ def start_folder(out: Path, vae: Path, clip: Path) -> Path:
     return folder
 
 
-def export(out: Path, clip: Path, ship: Path) -> None:
+def export(tokenizer: Path, weights: Path, clip: Path, ship: Path) -> None:
     """Write the folders to ship, in half precision, with a few scenes to try the editor on."""
-    parts = load_editor_parts(out / "editor" / "weights")
-    save_editor(ship / "nano-ip2p", parts.unet, parts.vae, parts.text_encoder, out / "tokenizer",
+    parts = load_editor_parts(weights)
+    save_editor(ship / "nano-ip2p", parts.unet, parts.vae, parts.text_encoder, tokenizer,
                 parts.schedule.to_json(), DEFAULTS, torch.float16)
     save_network(load_network(CLIP, clip), ship / "nano-clip", torch.float16)
     for file in clip.iterdir():
@@ -246,7 +248,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
     parser.add_argument("--vae-steps", type=int, default=3200, help="batches of 8 pictures")
     parser.add_argument("--clip-steps", type=int, default=800, help="batches of 32 scenes, each with an edit")
-    parser.add_argument("--editor-steps", type=int, default=3700, help="batches of 32 pairs")
+    parser.add_argument("--editor-steps", type=int, nargs=len(RUNS), default=(3700, 7400), metavar="STEPS",
+                        help="batches of 32 pairs, of the editor's two runs")
     parser.add_argument("--pairs", type=int, default=40_000, help="rendered training pairs")
     args = parser.parse_args(argv)
     device = str(pick_device(args.device))
@@ -254,13 +257,15 @@ def main(argv: list[str] | None = None) -> None:
     if not (args.out / "tokenizer" / "tokenizer_config.json").exists():
         make_tokenizer(args.out / "tokenizer")
     clip = clip_folder(args.out, device, args.clip_steps)
-    start = start_folder(args.out, vae_folder(args.out, device, args.vae_steps), clip)
-    editor = args.out / "editor"
-    where = ["--resume", editor] if (editor / "state.pt").exists() else ["--weights", start, "--out", editor]
-    recipe = [*where, "--steps", args.editor_steps, "--pairs", args.pairs, "--device", device, *RECIPE]
-    if train.main([str(word) for word in recipe]):
-        sys.exit("make_nano.py: the editor's training did not finish; the same command goes on with it")
-    export(args.out, clip, args.ship)
+    weights = start_folder(args.out, vae_folder(args.out, device, args.vae_steps), clip)
+    for number, (steps, flags) in enumerate(zip(args.editor_steps, RUNS), start=1):
+        run = args.out / f"editor-{number}"
+        where = ["--resume", run] if (run / "state.pt").exists() else ["--weights", weights, "--out", run]
+        recipe = [*where, "--steps", steps, "--pairs", args.pairs, "--device", device, *RECIPE, *flags]
+        if train.main([str(word) for word in recipe]):
+            sys.exit("make_nano.py: the editor's training did not finish; the same command goes on with it")
+        weights = run / "weights"
+    export(args.out / "tokenizer", weights, clip, args.ship)
 
 
 if __name__ == "__main__":

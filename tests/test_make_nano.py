@@ -1,0 +1,68 @@
+"""The recipe of the shipped weights runs from nothing, and goes on where it was stopped."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nanoip2p.editor import Editor
+from nanoip2p.evaluate import round_trip
+from nanoip2p.images import open_image
+
+SCRIPT = Path(__file__).resolve().parent.parent / "weights" / "make_nano.py"
+
+
+@pytest.fixture(scope="module")
+def make_nano():
+    spec = importlib.util.spec_from_file_location("make_nano", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_from_nothing_to_a_folder_that_edits(make_nano, tmp_path):
+    folder = tmp_path / "ship" / "nano-ip2p"
+
+    def make(*editor_steps):
+        make_nano.main([str(word) for word in (
+            "--out", tmp_path / "runs", "--ship", folder.parent, "--vae-steps", 3, "--clip-steps", 2,
+            "--editor-steps", *editor_steps, "--pairs", 8, "--device", "cpu")])
+        return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+    def written():
+        stages = ("vae/diffusion_pytorch_model.safetensors", "clip/model.safetensors", "tokenizer/vocab.json")
+        return [(tmp_path / "runs" / stage).stat().st_mtime_ns for stage in stages]
+
+    first, before = make(2, 1), written()
+    again = make(2, 2)
+    assert written() == before and any((again[name] != first[name]).any() for name in first)
+
+    editor = Editor.load(folder, "cpu")
+    image = open_image(folder / "examples" / "house.png")
+    assert editor.edit([image], ["make it night"], steps=1)[0].size == round_trip(editor, image).size
+    assert (folder / "demo.png").exists()
+    vocabularies = [folder / "tokenizer" / "vocab.json", folder.parent / "nano-clip" / "vocab.json"]
+    assert vocabularies[0].read_text() == vocabularies[1].read_text()
+
+
+def test_a_stage_stopped_half_way_ends_in_the_same_weights(make_nano, tmp_path):
+    def fit(folder, steps, stop=None):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+
+        def loss_of_step(generator):
+            if stop is not None and generator.initial_seed() == stop:
+                raise KeyboardInterrupt
+            return model(torch.randn(4, 3, generator=generator)).square().mean(), ""
+
+        make_nano.fit("probe", model, loss_of_step, steps, 1e-2, folder)
+        return model.state_dict()
+
+    (tmp_path / "whole").mkdir(), (tmp_path / "halves").mkdir()
+    whole = fit(tmp_path / "whole", 500)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "halves", 500, stop=300)
+    halves = fit(tmp_path / "halves", 500)
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
