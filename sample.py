@@ -18,22 +18,24 @@ from PIL import Image
 
 import nanoip2p
 from nanoip2p import cli
+from nanoip2p.checkpoint import add_flags, open_checkpoint
 from nanoip2p.cli import at_least, finite
 from nanoip2p.editor import Editor
 from nanoip2p.files import check_writable
 from nanoip2p.images import find_images, fit, fit_size, grid, open_image, read_recipe, save_png
 from nanoip2p.samplers import SAMPLERS
+from nanoip2p.tensors import DTYPES
 
 HERE = Path(__file__).resolve().parent
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What a recipe holds: the flags that make one file again. What is not given is None until `complete`.
 RECIPE_FLAGS = (
     "input", "edit", "turns", "n", "seed", "steps", "cfg_text", "cfg_image", "sampler", "resolution",
-    "negative", "weights", "dtype", "keep_size", "grid", "batch", "low_memory",
+    "negative", "weights", "vae", "tokenizer", "raw_weights", "dtype", "keep_size", "grid", "batch",
+    "low_memory",
 )
 DEFAULTS = {
     "n": 1, "negative": "", "weights": "weights/nano-ip2p", "dtype": "fp32", "batch": 8, "turns": False,
-    "keep_size": False, "grid": False, "low_memory": False,
+    "keep_size": False, "grid": False, "low_memory": False, "raw_weights": False,
 }
 
 
@@ -75,7 +77,9 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--recipe", help="a PNG that sample.py wrote, to make again; other flags override it")
 
     group = parser.add_argument_group("with what")
-    group.add_argument("--weights", help=f"a weights folder ({DEFAULTS['weights']})")
+    group.add_argument("--weights", help="a diffusers folder, a .safetensors or .ckpt file, or a name on the "
+                                         f"Hub ({DEFAULTS['weights']})")
+    add_flags(group)
     group.add_argument("--device", help="cuda, cuda:1, mps, cpu (the best there is)")
     group.add_argument("--dtype", choices=sorted(DTYPES), help="the halves are quicker on a GPU (fp32)")
     group.add_argument("--batch", type=at_least(1), help="pictures of one size that share a forward (8)")
@@ -195,7 +199,9 @@ def run(args: argparse.Namespace) -> None:
     check_outputs(pictures, inputs)
     original_sizes = {path: open_image(path).size for path in inputs}  # a bad one shows before the long work
 
-    editor = Editor.load(find_weights(args.weights), args.device, DTYPES[args.dtype])
+    checkpoint = open_checkpoint(find_weights(args.weights), args.vae, args.tokenizer, args.raw_weights)
+    print(f"opened {args.weights}: {checkpoint.found}", file=sys.stderr)
+    editor = Editor.load(checkpoint, args.device, DTYPES[args.dtype])
     chosen = {key: getattr(args, key) for key in editor.defaults}
     chosen = {key: editor.defaults[key] if value is None else value for key, value in chosen.items()}
     settings = chosen | {"negative": args.negative, "low_memory": args.low_memory, "progress": True}
@@ -228,9 +234,9 @@ def check_outputs(pictures: list[Picture], inputs: list[str]) -> None:
         check_writable(path)
 
 
-def find_weights(name: str) -> Path:
-    """The folder as named from here, else from where sample.py lies."""
-    return HERE / name if not os.path.exists(name) and (HERE / name).exists() else Path(name)
+def find_weights(name: str) -> str:
+    """The weights as named from here, else from where sample.py lies."""
+    return str(HERE / name) if not os.path.exists(name) and (HERE / name).exists() else name
 
 
 def fitted(path: str, size: tuple[int, int], resolution: int, multiple: int) -> tuple[int, int]:

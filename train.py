@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanoip2p import cli
-from nanoip2p.checkpoint import load_editor_parts, save_editor
+from nanoip2p.checkpoint import add_flags, load_editor_parts, open_checkpoint, save_editor, widen
 from nanoip2p.cli import at_least, finite
 from nanoip2p.data import batch_rows, encoded_pairs, folder_pairs, load_picture, scene_pairs
 from nanoip2p.diffusion import add_noise
@@ -161,7 +161,7 @@ def train(args, parts, data: dict, validation: list, device: torch.device) -> No
     def save(step: int) -> None:
         save_state(args.out, unet, average, optimizer, step, args)
         save_editor(args.out / "weights", average, parts.vae, parts.text_encoder,
-                    Path(args.weights) / "tokenizer", schedule.to_json(), parts.defaults)
+                    parts.tokenizer_folder, schedule.to_json(), parts.defaults)
 
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="train", mininterval=5)
     recent, began, done = [], time.perf_counter(), first
@@ -204,7 +204,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Flags; with --resume, the settings of that run are the defaults of all the others."""
     parser = cli.make_parser(description="Train an InstructPix2Pix editor from pairs of pictures.")
     where = parser.add_argument_group("what to train on, and where to write")
-    where.add_argument("--weights", type=Path, help="folder to start from, of an editor")
+    where.add_argument("--weights", help="editor or text-to-picture model to start from: a diffusers folder, "
+                                         "a .safetensors or .ckpt file, or a name on the Hub")
+    add_flags(where)
     where.add_argument("--data", help="a folder in the original's layout, or 'scenes' for rendered pairs")
     where.add_argument("--pairs", type=at_least(1), default=20_000, help="pairs to render for --data scenes")
     where.add_argument("--kind-weights", type=finite, nargs=len(EDIT_KINDS), default=[1.0] * len(EDIT_KINDS),
@@ -234,7 +236,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         state = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
         parser.set_defaults(**state["settings"])
         args = parser.parse_args(argv)
-        args.weights, args.out = Path(args.weights), args.resume
+        args.out = args.resume
     for name in ("weights", "data", "out"):
         if getattr(args, name) is None:
             parser.error(f"--{name} is needed (or --resume RUN)")
@@ -248,7 +250,9 @@ def prepare_and_train(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     if not args.resume and (args.out / "state.pt").exists():
         raise ValueError(f"{args.out} holds a run already; go on with --resume, or choose another --out")
-    parts = load_editor_parts(args.weights)
+    checkpoint = open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
+    print(f"opened {args.weights}: {checkpoint.found}", file=sys.stderr)
+    parts = load_editor_parts(widen(checkpoint))
     if args.data == "scenes":
         pairs = scene_pairs(args.pairs, weights=tuple(args.kind_weights))
         validation = scene_pairs(8, "validation")

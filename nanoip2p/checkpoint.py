@@ -1,43 +1,88 @@
-"""Read and write weights in diffusers' folder layout.
+"""Open and write checkpoints of Stable Diffusion 1.x and its editors, in every layout people have them in.
 
-    model_index.json  unet/  vae/  text_encoder/    config.json and one safetensors file each
-    tokenizer/  scheduler/                          as diffusers writes them
-    defaults.json                                   ours: the settings these weights were made for
+    python -m nanoip2p.checkpoint instruct-pix2pix-00-22000.ckpt           # what is in it
+    python -m nanoip2p.checkpoint in.ckpt out-folder/                      # original -> diffusers layout
+    python -m nanoip2p.checkpoint out-folder/ single.safetensors --dtype fp16
+
+A diffusers folder:                                     A single file of 2022 (see original.py):
+    model_index.json  unet/  vae/  text_encoder/            model.diffusion_model.*  first_stage_model.*
+    tokenizer/  scheduler/                                  cond_stage_model.*  model_ema.*
+    defaults.json  (ours: settings it was made for)         metadata "nanoip2p"  (ours: all of the JSON files)
 """
 
+import argparse
+import json
 import shutil
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from nanoip2p import cli
 from nanoip2p.clip import CLIP, TextEncoder, VisionEncoder
 from nanoip2p.diffusion import NoiseSchedule
-from nanoip2p.files import read_json, remedy, replacing, write_json
+from nanoip2p.files import read_json, replacing, write_json
+from nanoip2p.hub import fetch_weights, find_tokenizer
+from nanoip2p.original import find_networks, find_vae, to_original
+from nanoip2p.tensors import DTYPES, check_tensors, find_weights, read_metadata, read_tensors, write_tensors
 from nanoip2p.tokenizer import Tokenizer, load_tokenizer
 from nanoip2p.unet import UNet
 from nanoip2p.vae import VAE
 
 # Our class -> the class that reads the same folder in diffusers or transformers, and its file of weights
 LAYOUT = {
-    UNet: ("UNet2DConditionModel", "diffusion_pytorch_model.safetensors"),
-    VAE: ("AutoencoderKL", "diffusion_pytorch_model.safetensors"),
-    TextEncoder: ("CLIPTextModel", "model.safetensors"),
-    VisionEncoder: ("CLIPVisionModel", "model.safetensors"),
-    CLIP: ("CLIPModel", "model.safetensors"),
+    UNet: ("UNet2DConditionModel", "diffusion_pytorch_model"),
+    VAE: ("AutoencoderKL", "diffusion_pytorch_model"),
+    TextEncoder: ("CLIPTextModel", "model"),
+    VisionEncoder: ("CLIPVisionModel", "model"),
+    CLIP: ("CLIPModel", "model"),
 }
-PIPELINE = "StableDiffusionInstructPix2PixPipeline"
-TOKENIZER_FILES = (
-    "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json",
-)
+PARTS = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
+                   "special_tokens_map.json", "added_tokens.json")
 # Appendix of the paper and edit_cli.py of its code; a weights folder overrides them in defaults.json
-PAPER_DEFAULTS = {
-    "resolution": 512, "steps": 100, "cfg_text": 7.5, "cfg_image": 1.5, "sampler": "euler_ancestral",
-}
+PAPER_DEFAULTS = {"resolution": 512, "steps": 100, "cfg_text": 7.5, "cfg_image": 1.5,
+                  "sampler": "euler_ancestral"}
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network without memory (on torch's meta device), and its tensors, which are still on disk."""
+
+    model: nn.Module
+    tensors: dict[str, Tensor]
+    path: Path  # of the file, for messages
+
+    def check(self) -> None:
+        """ValueError, in one line, when names, shapes or numbers are not those of the model."""
+        check_tensors(self.tensors, self.model.state_dict(), self.path)
+
+    def load(self, dtype: torch.dtype) -> nn.Module:
+        """The model with its weights in `dtype`, in eval mode on the CPU. ValueError as `check`."""
+        self.check()
+        weights = {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
+        self.model.load_state_dict(weights, assign=True)
+        return self.model.eval()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a name led to. `networks` has the keys of PARTS, `defaults` those of PAPER_DEFAULTS."""
+
+    source: Path
+    found: str  # in words
+    networks: dict[str, Network]
+    tokenizer: str | None  # as the user named it
+    schedule: dict  # the content of scheduler_config.json
+    defaults: dict
+
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer lies, fetched if need be. ValueError says what to fetch by hand."""
+        if self.tokenizer is None and self.source.is_dir():
+            return self.source / "tokenizer"
+        return find_tokenizer(self.source, self.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -50,114 +95,133 @@ class EditorParts:
     tokenizer: Tokenizer
     schedule: NoiseSchedule
     defaults: dict
+    found: str = ""  # what was opened, in words
+    tokenizer_folder: Path | None = None
 
 
-def load_network(cls: type, folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Build a network from <folder>/config.json and its weights, in eval mode on the CPU.
-
-    Half-precision files are widened to `dtype`. Raises ValueError, in one line, for a missing file, another
-    network's folder, names of weights that are missing or unknown, a wrong shape, and NaN or infinity.
-    """
+def open_network(cls: type, folder: str | Path) -> Network:
+    """Read a network's folder: config.json and weights. ValueError, in one line, for what is amiss."""
     folder = Path(folder)
-    class_name, weights_file = LAYOUT[cls]
+    class_name, stem = LAYOUT[cls]
     config = read_json(folder / "config.json")
     written_by = config.get("_class_name") or (config.get("architectures") or [class_name])[0]
     if written_by != class_name:
         raise ValueError(f"{folder} holds a {written_by}, not the {class_name} needed here")
+    model = empty(cls, config, folder / "config.json")
+    path, tensors = find_weights(folder, stem)
+    return Network(model, cls.published_names(tensors) if hasattr(cls, "published_names") else tensors, path)
+
+
+def empty(cls: type, config: dict, path: Path) -> nn.Module:
+    """A model of a config.json without memory or random numbers for weights about to be replaced."""
     try:
-        with torch.device("meta"):  # no memory and no random numbers for weights about to be replaced
-            model = cls.from_config(config)
+        with torch.device("meta"):
+            return cls.from_config(config)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from None
-    path = folder / weights_file
-    weights = read_weights(path)
-    if hasattr(cls, "published_names"):
-        weights = cls.published_names(weights)
-    check_weights(weights, model.state_dict(), path)
-    model.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
-    return model.eval()
+        raise ValueError(f"{path}: {error}") from None
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. ValueError when it is missing, truncated or something else."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; {remedy(path.parent)}")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or no safetensors file ({error}); fetch it again") from None
+def load_network(cls: type, folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Build a network from its folder, in eval mode on the CPU. Half-precision files are widened to `dtype`.
+
+    Raises ValueError, in one line, for a missing file, another network's folder, names of weights that are
+    missing or unknown, a wrong shape, and NaN or infinity.
+    """
+    return open_network(cls, folder).load(dtype)
 
 
-def check_weights(weights: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
-    """ValueError, naming the first few, when weights do not fit a network or are not finite."""
-    _refuse(path, "lacks", [name for name in expected if name not in weights])
-    _refuse(path, "has unknown", [name for name in weights if name not in expected])
-    shapes = [
-        f"{name} of {tuple(tensor.shape)} for {tuple(expected[name].shape)}"
-        for name, tensor in weights.items()
-        if tensor.shape != expected[name].shape
-    ]
-    _refuse(path, "does not fit its config.json:", shapes)
-    integers = [name for name, tensor in weights.items() if not tensor.is_floating_point()]
-    _refuse(path, "needs floating-point numbers in", integers)
-    infinite = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
-    _refuse(path, "has NaN or infinity in", infinite)
+def open_checkpoint(name: str | Path, vae: str | Path | None = None, tokenizer: str | None = None,
+                    raw_weights: bool = False) -> Checkpoint:
+    """Find out what `name` is: a diffusers folder, a single file (.safetensors, .ckpt), a name on the Hub.
 
-
-def _refuse(path: Path, problem: str, found: list[str]) -> None:
-    if found:
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        raise ValueError(f"{path} {problem} {', '.join(found[:3])}{more}")
-
-
-def save_network(model: nn.Module, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write config.json and the weights as diffusers or transformers would, each file whole or not at all."""
-    weights_file = LAYOUT[type(model)][1]
-    weights = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
-    with replacing(Path(folder) / weights_file) as temporary:
-        save_file(weights, temporary, metadata={"format": "pt"})  # which transformers insists on
-    config = model.config.to_json()
-    if "architectures" in config:  # transformers 5 computes in the dtype of the file, diffusers in float32:
-        config["torch_dtype"] = "float32"  # together they fail, or give another picture, unless both are told
-    write_json(config, Path(folder) / "config.json")
-
-
-def load_editor_parts(folder: str | Path, dtype: torch.dtype = torch.float32) -> EditorParts:
-    """Read a weights folder. Raises ValueError, in one line, for what is missing, broken or mismatched."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"there is no weights folder {folder}")
-    parts = EditorParts(
-        unet=load_network(UNet, folder / "unet", dtype),
-        vae=load_network(VAE, folder / "vae", dtype),
-        text_encoder=load_network(TextEncoder, folder / "text_encoder", dtype),
-        tokenizer=load_tokenizer(folder / "tokenizer"),
-        schedule=NoiseSchedule.from_config(read_json(folder / "scheduler" / "scheduler_config.json")),
-        defaults=read_defaults(folder),
-    )
-    check_fit(parts, folder)
-    return parts
-
-
-def check_fit(parts: EditorParts, folder: Path) -> None:
-    """ValueError when the networks of a folder do not belong together."""
-    unet, latent = parts.unet.config, parts.vae.config.latent_channels
-    if unet.in_channels != 2 * latent:
-        raise ValueError(
-            f"{folder}: the UNet takes {unet.in_channels} channels, an editor needs {2 * latent}, noised "
-            "latents and picture; are these the weights of a text-to-picture model?"
-        )
-    text = parts.text_encoder.config
+    vae: a file or folder whose autoencoder replaces the checkpoint's own. tokenizer: its folder or name on
+    the Hub. raw_weights: not the averaged (EMA) weights of a file that holds both. Raises ValueError, in one
+    line, for anything that is not a Stable Diffusion 1.x checkpoint, saying what it is instead.
+    """
+    source = Path(name) if Path(name).exists() else fetch_weights(str(name))
+    checkpoint = (_open_folder if source.is_dir() else _open_single)(source, tokenizer, raw_weights)
+    if vae is not None:
+        checkpoint = replace(checkpoint, networks=checkpoint.networks | {"vae": open_vae(Path(vae))},
+                             found=f"{checkpoint.found}, with the autoencoder of {vae}")
+    unet, text = (checkpoint.networks[part].model.config for part in ("unet", "text_encoder"))
     if unet.cross_attention_dim != text.hidden_size:
-        raise ValueError(
-            f"{folder}: the UNet reads text states of width {unet.cross_attention_dim}, "
-            f"the text encoder writes {text.hidden_size}"
-        )
-    if parts.tokenizer.length > text.max_position_embeddings:
-        raise ValueError(
-            f"{folder}: the tokenizer makes {parts.tokenizer.length} tokens, "
-            f"the text encoder has {text.max_position_embeddings} positions"
-        )
+        raise ValueError(f"{source}: the UNet reads text states of width {unet.cross_attention_dim}, "
+                         f"the text encoder writes {text.hidden_size}")
+    return checkpoint
+
+
+def _open_folder(folder: Path, tokenizer: str | None, raw_weights: bool) -> Checkpoint:
+    networks = {part: open_network(cls, folder / part) for part, cls in PARTS.items()}
+    schedule = read_json(folder / "scheduler" / "scheduler_config.json")
+    channels = networks["unet"].model.config.in_channels
+    found = f"a diffusers folder, {channels} input channels, {_dtypes(networks)}"
+    return Checkpoint(folder, found, networks, tokenizer, schedule, read_defaults(folder))
+
+
+def _open_single(path: Path, tokenizer: str | None, raw_weights: bool) -> Checkpoint:
+    tensors = read_tensors(path)
+    ours = json.loads(read_metadata(path).get("nanoip2p", "{}"))
+    configs = {part: empty(cls, ours[part], path).config for part, cls in PARTS.items() if part in ours}
+    found, parts = find_networks(tensors, path, raw_weights, configs)
+    networks = {}
+    for part, (config, weights) in parts.items():
+        with torch.device("meta"):
+            networks[part] = Network(PARTS[part](config), weights, path)
+    schedule, defaults = ours.get("schedule", NoiseSchedule().to_json()), ours.get("defaults", {})
+    return Checkpoint(path, f"{found}, {_dtypes(networks)}", networks, tokenizer, schedule,
+                      PAPER_DEFAULTS | defaults)
+
+
+def open_vae(path: Path) -> Network:
+    """An autoencoder of its own: its folder, a whole checkpoint's folder, or a single file."""
+    if path.is_dir():
+        return open_network(VAE, path / "vae" if (path / "vae").is_dir() else path)
+    config, tensors = find_vae(read_tensors(path), path)
+    with torch.device("meta"):
+        return Network(VAE(config), tensors, path)
+
+
+def _dtypes(networks: dict[str, Network]) -> str:
+    kinds = {tensor.dtype for network in networks.values() for tensor in network.tensors.values()}
+    return " and ".join(sorted(name for name, dtype in DTYPES.items() if dtype in kinds))
+
+
+def widen(checkpoint: Checkpoint) -> Checkpoint:
+    """A text-to-picture checkpoint as the editor that training starts from (section 3.2 of the paper).
+
+    The first convolution gets as many more input channels, all zero, so that the picture changes nothing
+    before training; an editor is returned as it is.
+    """
+    unet = checkpoint.networks["unet"]
+    latent = checkpoint.networks["vae"].model.config.latent_channels
+    if unet.model.config.in_channels != latent:
+        return checkpoint
+    weight = unet.tensors["conv_in.weight"]                                     # (C, 4, 3, 3)
+    wider = torch.cat([weight, torch.zeros_like(weight)], dim=1)                # (C, 8, 3, 3)
+    with torch.device("meta"):
+        model = UNet(replace(unet.model.config, in_channels=2 * latent))
+    network = Network(model, unet.tensors | {"conv_in.weight": wider}, unet.path)
+    return replace(checkpoint, networks=checkpoint.networks | {"unet": network})
+
+
+def load_editor_parts(checkpoint: str | Path | Checkpoint, dtype: torch.dtype = torch.float32) -> EditorParts:
+    """Load an editor's networks. ValueError, in one line, for what is missing, broken or mismatched."""
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = open_checkpoint(checkpoint)
+    source, networks = checkpoint.source, checkpoint.networks
+    unet, vae, text = (networks[part].model.config for part in PARTS)
+    if unet.in_channels != 2 * vae.latent_channels:
+        raise ValueError(f"{source}: the UNet takes {unet.in_channels} channels, an editor needs "
+                         f"{2 * vae.latent_channels}, noised latents and picture; this is a text-to-picture "
+                         "model, the base that train.py starts from")
+    folder, positions = checkpoint.tokenizer_folder(), text.max_position_embeddings
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.length > positions:
+        raise ValueError(f"{source}: the tokenizer makes {tokenizer.length} tokens, "
+                         f"the text encoder has {positions} positions")
+    schedule = NoiseSchedule.from_config(checkpoint.schedule)
+    loaded = (networks[part].load(dtype) for part in PARTS)
+    return EditorParts(*loaded, tokenizer, schedule, checkpoint.defaults, checkpoint.found, folder)
 
 
 def read_defaults(folder: str | Path) -> dict:
@@ -173,19 +237,34 @@ def read_defaults(folder: str | Path) -> dict:
     return PAPER_DEFAULTS | chosen
 
 
+def save_network(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = torch.float32,
+                 tensors: dict[str, Tensor] | None = None) -> None:
+    """Write config.json and the weights as diffusers or transformers would, each file whole or not at all.
+
+    tensors: instead of the model's own. dtype: of the file; None leaves it as it is.
+    """
+    path = Path(folder) / f"{LAYOUT[type(model)][1]}.safetensors"
+    write_tensors(model.state_dict() if tensors is None else tensors, path, dtype)
+    config = model.config.to_json()
+    if "architectures" in config:  # transformers 5 computes in the dtype of the file, diffusers in float32:
+        config["torch_dtype"] = "float32"  # together they fail, or give another picture, unless both are told
+    write_json(config, Path(folder) / "config.json")
+
+
 def save_editor(
     folder: str | Path, unet: UNet, vae: VAE, text_encoder: TextEncoder, tokenizer_folder: str | Path,
-    scheduler_config: dict, defaults: dict, dtype: torch.dtype = torch.float32,
+    scheduler_config: dict, defaults: dict, dtype: torch.dtype | None = torch.float32,
+    tensors: dict[str, dict[str, Tensor]] | None = None,
 ) -> None:
-    """Write a weights folder that diffusers' StableDiffusionInstructPix2PixPipeline loads as well.
+    """Write a weights folder that diffusers' pipeline for such a UNet loads as well.
 
     tokenizer_folder: copied from there. scheduler_config: the content of scheduler_config.json, its
-    `_class_name` included. defaults: as PAPER_DEFAULTS. dtype: of the files; float16 halves them.
+    `_class_name` included. defaults: as PAPER_DEFAULTS. dtype: of the files; float16 halves them, None leaves
+    them. tensors: of each of PARTS, instead of the networks' own.
     """
     folder = Path(folder)
-    save_network(unet, folder / "unet", dtype)
-    save_network(vae, folder / "vae", dtype)
-    save_network(text_encoder, folder / "text_encoder", dtype)
+    for part, model in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder)):
+        save_network(model, folder / part, dtype, tensors and tensors[part])
     write_json(scheduler_config, folder / "scheduler" / "scheduler_config.json")
     for name in TOKENIZER_FILES:
         source = Path(tokenizer_folder) / name
@@ -193,11 +272,12 @@ def save_editor(
             with replacing(folder / "tokenizer" / name) as temporary:
                 shutil.copyfile(source, temporary)
     write_json(defaults, folder / "defaults.json")
+    edits = unet.config.in_channels > unet.config.out_channels
     index = {
-        "_class_name": PIPELINE,
-        "unet": ["diffusers", LAYOUT[UNet][0]],
-        "vae": ["diffusers", LAYOUT[VAE][0]],
-        "text_encoder": ["transformers", LAYOUT[TextEncoder][0]],
+        "_class_name": "StableDiffusionInstructPix2PixPipeline" if edits else "StableDiffusionPipeline",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "scheduler": ["diffusers", scheduler_config["_class_name"]],
         "safety_checker": [None, None],
@@ -206,3 +286,81 @@ def save_editor(
         "requires_safety_checker": False,
     }
     write_json(index, folder / "model_index.json")
+
+
+    """Write a checkpoint: a single file if `target` ends in .safetensors, else a diffusers folder.
+    """Write a checkpoint: as a single file if `target` ends in .safetensors, else as a diffusers folder.
+
+    dtype: None keeps that of each tensor. ema: store the UNet a second time, as averaged weights, which
+    programs of 2022 read. All is checked before anything is written, and tensors go from file to file one at
+    a time. ValueError for a bad checkpoint or target.
+    """
+    for network in checkpoint.networks.values():
+        network.check()
+    models = {part: network.model for part, network in checkpoint.networks.items()}
+    tensors = {part: network.tensors for part, network in checkpoint.networks.items()}
+    if target.suffix == ".safetensors":
+        names = {}
+        for part, model in models.items():
+            names |= to_original(model.config, tensors[part])
+        if ema:
+            names |= to_original(models["unet"].config, tensors["unet"], ema=True)
+        ours = {part: model.config.to_json() for part, model in models.items()}
+        ours |= {"schedule": checkpoint.schedule, "defaults": checkpoint.defaults}
+        write_tensors(names, target, dtype, {"nanoip2p": json.dumps(ours)})
+        return
+    if target.suffix in (".ckpt", ".pt", ".bin") or target.exists() and (
+            not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target}: written are new folders and .safetensors files; name one of those")
+    unfinished = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        save_editor(unfinished, *models.values(), checkpoint.tokenizer_folder(), checkpoint.schedule,
+                    checkpoint.defaults, dtype, tensors)
+        unfinished.replace(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def describe(checkpoint: Checkpoint) -> str:
+    """What is in it, as text: a line on the whole, and one for each network."""
+    lines = [f"{checkpoint.source}: {checkpoint.found}"]
+    for part, network in checkpoint.networks.items():
+        config, count = network.model.config, sum(tensor.numel() for tensor in network.tensors.values())
+        widths = getattr(config, "block_out_channels", None) or (config.hidden_size,)
+        lines.append(f"  {part:<13}{count / 1e6:>8.1f} M parameters   {', '.join(map(str, widths))} channels")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code, see cli.run."""
+    parser = cli.make_parser(prog="python -m nanoip2p.checkpoint", description=__doc__,
+                             formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="a folder, a single file, or a name on the Hub")
+    parser.add_argument("target", type=Path, nargs="?",
+                        help="a new folder, or a .safetensors file; without it, only look")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the numbers written (as they are)")
+    parser.add_argument("--ema-copy", action="store_true", help="also under the names of averaged weights")
+    add_flags(parser)
+
+    def work() -> None:
+        args = parser.parse_args(argv)
+        checkpoint = open_checkpoint(args.source, args.vae, args.tokenizer, args.raw_weights)
+        print(describe(checkpoint))
+        if args.target:
+            convert(checkpoint, args.target, DTYPES.get(args.dtype), args.ema_copy)
+            print(f"wrote {args.target}")
+
+    return cli.run(work, "interrupted; nothing was written", "close other programs")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of open_checkpoint, for every script that opens one."""
+    parser.add_argument("--vae", help="autoencoder to use instead of the checkpoint's: a file or folder")
+    parser.add_argument("--tokenizer", help="its folder or name on the Hub, where a single file stands alone")
+    parser.add_argument("--raw-weights", action="store_true", default=None,
+                        help="of a file with averaged (EMA) weights, take the others")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

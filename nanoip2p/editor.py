@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from nanoip2p.checkpoint import load_editor_parts
+from nanoip2p.checkpoint import Checkpoint, load_editor_parts
 from nanoip2p.clip import TextEncoder
 from nanoip2p.diffusion import NoiseSchedule, Plan, plan
 from nanoip2p.guidance import guided_denoiser
@@ -34,11 +34,11 @@ class Editor:
         self.schedule, self.defaults = schedule, defaults
 
     @classmethod
-    def load(cls, folder: str | Path, device: str | torch.device | None = None,
+    def load(cls, weights: str | Path | Checkpoint, device: str | torch.device | None = None,
              dtype: torch.dtype = torch.float32) -> "Editor":
-        """Read a weights folder. device None: see pick_device. ValueError, in one line, for a bad folder."""
+        """weights: see checkpoint.open_checkpoint. device None: see pick_device. ValueError if bad."""
         device = pick_device(device)
-        parts = load_editor_parts(folder, dtype)
+        parts = load_editor_parts(weights, dtype)
         networks = (network.to(device) for network in (parts.unet, parts.vae, parts.text_encoder))
         return cls(*networks, parts.tokenizer, parts.schedule, parts.defaults)
 

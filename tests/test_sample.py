@@ -57,7 +57,7 @@ def refusal(capsys, code):
     """The one line that a refused command prints."""
     printed = capsys.readouterr()
     assert code == 2 and printed.out == "", (code, printed)
-    [line] = printed.err.splitlines()
+    [line] = [line for line in printed.err.splitlines() if not line.startswith("opened ")]
     assert line.startswith("error: ") and "Traceback" not in line
     return line
 
@@ -77,7 +77,8 @@ def test_the_recipe_names_everything(run, weights):
         "input": ["house.png"], "edit": ["make it night"], "turns": False, "n": 1, "seed": 3, "steps": 2,
         "cfg_text": DEFAULTS["cfg_text"], "cfg_image": 1.7, "sampler": "ddim", "negative": "blurry",
         "resolution": DEFAULTS["resolution"], "weights": str(weights), "dtype": "fp32",
-        "keep_size": False, "grid": False, "batch": 8, "low_memory": False,
+        "keep_size": False, "grid": False, "batch": 8, "low_memory": False, "raw_weights": False,
+        "vae": None, "tokenizer": None,
         "version": nanoip2p.__version__, "torch": torch.__version__,
     }
     assert recipe == expected
@@ -251,7 +252,7 @@ WRONG = {
     "flag": (one("--cgf-text", "3"), "unrecognized arguments: --cgf-text 3"),
     "device": (one("--device", "warp"), "device 'warp' does not work here"),
     "dtype": (one("--dtype", "fp8"), "invalid choice: 'fp8'"),
-    "weights": (one("--weights", "nowhere"), "no weights folder nowhere"),
+    "weights": (one("--weights", "nowhere"), "no file or folder nowhere"),
     "no recipe": (["--recipe", "house.png", "--output", "o.png"], "carries no recipe"),
     "absent recipe": (["--recipe", "absent.png", "--output", "o.png"], "absent.png"),
 }

@@ -1,0 +1,115 @@
+"""Models on the Hugging Face Hub, "owner/name" or "owner/name@revision" -> folders on this machine.
+
+Only files that are read here are fetched. Progress bars, resuming, the cache and offline mode come from
+huggingface_hub, which is imported late: it takes its time, and reads the environment as it goes.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+CLIP = "openai/clip-vit-large-patch14"  # whose tokenizer all SD 1.x models share
+NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(.+))?", re.ASCII)
+# defaults.json is ours, see checkpoint.py
+SMALL = r"(defaults|scheduler/[^/]+|(unet|vae|text_encoder)/config)\.json|tokenizer/[^/]+\.(json|txt)"
+STEM = r"(diffusion_pytorch_|pytorch_)?model"
+WEIGHTS = (  # of each network the first set that there is, in the order of tensors.find_weights
+    rf"{STEM}\.safetensors", rf"{STEM}(-\d+-of-\d+\.safetensors|\.safetensors\.index\.json)",
+    rf"{STEM}\.fp16\.safetensors", rf"{STEM}\.bin",
+)
+REASONS = {  # by the library's names of errors; each follows "there is no file or folder owner/name, and"
+    "GatedRepoError": "the Hub asks you to accept its terms there, then to `hf auth login` or set HF_TOKEN",
+    "RepositoryNotFoundError": "the Hub has none, or a private one: then `hf auth login` or set HF_TOKEN",
+    "RevisionNotFoundError": "the Hub has no such revision of it",
+    "OfflineModeIsEnabled": "the Hub's cache lacks some or all of it: unset HF_HUB_OFFLINE to fetch it",
+}
+
+
+def fetch_weights(name: str) -> Path:
+    """A diffusers folder on the Hub -> its copy in the cache, fetched or completed as need be.
+
+    Without a connection, what the cache holds is used. Raises ValueError, in one line, when the Hub knows no
+    such model or will not give it away, when it has another layout, and when it cannot be fetched.
+    """
+    return _snapshot(name, needed_files, "diffusers model (model_index.json; weights of all three networks)")
+
+
+def needed_files(names: list[str]) -> list[str]:
+    """From the paths of all files of a repository, those an SD 1.x model is read from; [] if it is none."""
+    needed = ["model_index.json", *(name for name in names if re.fullmatch(SMALL, name))]
+    for network in ("unet", "vae", "text_encoder"):
+        sets = ([name for name in names if re.fullmatch(f"{network}/({kind})", name)] for kind in WEIGHTS)
+        weights = next(filter(None, sets), [])
+        if not weights or needed[0] not in names:
+            return []
+        needed += weights
+    return needed
+
+
+def find_tokenizer(checkpoint: Path, given: str | None) -> Path:
+    """The folder of the tokenizer for a single file of weights, which comes without one.
+
+    It is `given` (a folder, or a name on the Hub); else beside `checkpoint`, or in tokenizer/ there; else
+    CLIP's from the Hub or its cache. Raises ValueError, in one line that says what to fetch, for want of one.
+    """
+    needs = "tokenizer (vocab.json and merges.txt, or tokenizer.json)"
+    near = checkpoint.parent if given is None else Path(given)
+    if found := _folder_of(tokenizer_files, near):
+        return found
+    if given is not None and near.exists():
+        raise ValueError(f"{near} holds no {needs}")
+    try:
+        return _snapshot(given or CLIP, tokenizer_files, needs)
+    except ValueError as error:
+        if given is not None:
+            raise
+        raise ValueError(
+            f"{checkpoint.name} comes without a tokenizer: put vocab.json and merges.txt of {CLIP} "
+            f"beside it, or name their folder with --tokenizer ({error})") from None
+
+
+def tokenizer_files(names: list[str]) -> list[str]:
+    """From the paths of all files of a folder, those of its tokenizer; [] if there is none."""
+    settings = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    for folder in ("", "tokenizer/"):
+        for words in (("vocab.json", "merges.txt"), ("tokenizer.json",)):
+            if all(folder + name in names for name in words):
+                return [folder + name for name in (*words, *settings) if folder + name in names]
+    return []
+
+
+def _folder_of(choose: Callable[[list[str]], list[str]], root: Path) -> Path | None:
+    """Where the first of the files lies that `choose` picks below `root`."""
+    paths = (*root.glob("*"), *root.glob("*/*"))
+    files = choose([path.relative_to(root).as_posix() for path in paths])
+    return (root / files[0]).parent if files else None
+
+
+def _snapshot(name: str, choose: Callable[[list[str]], list[str]], needs: str) -> Path:
+    """_folder_of a repository on the Hub, in the cache."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    match = NAME.fullmatch(name)
+    if not match:
+        raise ValueError(f"there is no file or folder {name}, and a name on the Hub would be owner/name")
+    repo, revision = match.groups()
+    listed = problem = None
+    try:  # the library itself would wait for ever
+        listed = HfApi().model_info(repo, revision=revision, timeout=10).siblings
+    except Exception as error:  # of several HTTP clients, or of a hotel's login page that comes as the answer
+        problem = error
+    files = choose([file.rfilename for file in listed or []])
+    if listed is not None and not files:
+        raise ValueError(f"{name} on the Hub holds no {needs}")
+    try:  # from the cache alone, the folder comes with as many files as were ever fetched
+        root = snapshot_download(
+            repo, revision=revision, allow_patterns=files, local_files_only=listed is None)
+        if found := _folder_of(choose, Path(root)):
+            return found
+    except Exception as error:
+        problem = problem or error
+    kind, first_line = type(problem).__name__, str(problem).partition("\n")[0]
+    if kind == "HfHubHTTPError" and problem.response.status_code in (401, 403):  # what mirrors answer
+        kind = "RepositoryNotFoundError"
+    unknown = f"it is neither in the Hub's cache nor can it be fetched ({kind}: {first_line})"
+    raise ValueError(f"there is no file or folder {name}, and {REASONS.get(kind, unknown)}")

@@ -1,0 +1,245 @@
+"""The names of 2022: how the original code lays out Stable Diffusion and InstructPix2Pix in a single file.
+
+The original counts the UNet's blocks through (`input_blocks.0` to `.11`) where diffusers counts levels and
+blocks in each, and it has other words for the layers inside. `theirs` turns our names into the original's; to
+read a file, it is applied to all names of our networks, and the table that results is used backwards.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanoip2p.clip import CLIPTextConfig, TextEncoder
+from nanoip2p.unet import UNet, UNetConfig
+from nanoip2p.vae import VAE, VAEConfig
+
+CLASSES = {UNetConfig: UNet, VAEConfig: VAE, CLIPTextConfig: TextEncoder}
+PREFIXES = {UNetConfig: "model.diffusion_model.", VAEConfig: "first_stage_model.",
+            CLIPTextConfig: "cond_stage_model.transformer."}
+# Layers inside a block: ours -> theirs
+UNET_WORDS = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+              "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+VAE_WORDS = {"conv_shortcut": "nin_shortcut", "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v",
+             "to_out.0": "proj_out"}
+# Tables that follow from the schedule, counters, indices 0, 1, 2, …, and parts that only training used
+IGNORED = re.compile(
+    r"betas|(log_one_minus_|sqrt_one_minus_|sqrt_recip_|sqrt_recipm1_|sqrt_)?alphas_cumprod(_prev)?"
+    r"|posterior_\w+|logvar|lvlb_weights|scale_factor|model_ema\.(decay|num_updates)"
+    r"|first_stage_model\.(loss|model_ema)\..+"
+    r"|cond_stage_model\.(logit_scale|.+\.position_ids|.+projection.*)"
+)
+# Files of other families, told by a name that only they have, and files that hold a part
+FAMILIES = {
+    "an SDXL checkpoint": r"conditioner\.|model\.diffusion_model\.label_emb\.",
+    "a Stable Diffusion 2.x checkpoint": r"cond_stage_model\.model\.",
+    "a Stable Diffusion 3 checkpoint": r"(model\.diffusion_model\.)?joint_blocks\.",
+    "a Flux checkpoint": r"(model\.diffusion_model\.)?double_blocks\.",
+    "a ControlNet": r"control_model\.|controlnet_",
+    "a LoRA": r"(.*\.)?lora_|.*\.lora\.",
+    "a textual inversion": r"emb_params$|string_to_param|<",
+}
+FRAGMENTS = {
+    "one network of a diffusers folder (name the folder)": r"down_blocks|text_model|decoder\.conv_norm",
+    "an autoencoder alone (name it with --vae)": r"(first_stage_model\.)?(encoder|decoder)\.",
+}
+
+
+def unet_places(config: UNetConfig) -> dict[str, str]:
+    """Our name of each of the UNet's blocks -> theirs. A level takes `per` numbers in a row."""
+    places = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+              "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
+    per = config.layers_per_block + 1  # down: residual blocks and down-sampling; up: one more residual block
+    for i, up in enumerate(config.up_block_types):
+        for j in range(per):
+            places[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{1 + i * per + j}.0"
+            places[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{1 + i * per + j}.1"
+            places[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{i * per + j}.0"
+            places[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{i * per + j}.1"
+        places[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{(i + 1) * per}.0.op"
+        after = 2 if up == "CrossAttnUpBlock2D" else 1  # shares the number of the last block
+        places[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{i * per + per - 1}.{after}.conv"
+    return places | {"mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
+                     "mid_block.resnets.1": "middle_block.2"}
+
+
+def vae_places(config: VAEConfig) -> dict[str, str]:
+    """Our name of each of the autoencoder's blocks -> theirs, which count up-sampling levels from the end."""
+    places, levels = {}, len(config.block_out_channels)
+    for half in ("encoder", "decoder"):
+        middle = f"{half}.mid_block"
+        places |= {f"{half}.conv_norm_out": f"{half}.norm_out",
+                   f"{middle}.attentions.0": f"{half}.mid.attn_1",
+                   f"{middle}.resnets.0": f"{half}.mid.block_1",
+                   f"{middle}.resnets.1": f"{half}.mid.block_2"}
+    for i in range(levels):
+        up = f"decoder.up.{levels - 1 - i}"
+        for j in range(config.layers_per_block + 1):
+            places[f"encoder.down_blocks.{i}.resnets.{j}"] = f"encoder.down.{i}.block.{j}"
+            places[f"decoder.up_blocks.{i}.resnets.{j}"] = f"{up}.block.{j}"
+        places[f"encoder.down_blocks.{i}.downsamplers.0"] = f"encoder.down.{i}.downsample"
+        places[f"decoder.up_blocks.{i}.upsamplers.0"] = f"{up}.upsample"
+    return places
+
+
+def theirs(config) -> dict[str, str]:
+    """Every weight of the network with this config: our name -> theirs, with their prefix."""
+    with torch.device("meta"):
+        names = CLASSES[type(config)](config).state_dict()
+    places, words = {}, {}
+    if isinstance(config, UNetConfig):
+        places, words = unet_places(config), UNET_WORDS
+    elif isinstance(config, VAEConfig):
+        places, words = vae_places(config), VAE_WORDS
+    table = {}
+    for name in names:
+        place = next((place for place in places if name.startswith(place + ".")), None)
+        if place is None:  # named alike: all of CLIP, the first and last convolutions of the autoencoder
+            table[name] = PREFIXES[type(config)] + name
+        else:
+            layer, _, leaf = name[len(place) + 1:].rpartition(".")
+            inner = [words.get(layer, layer)] if layer else []
+            table[name] = PREFIXES[type(config)] + ".".join([places[place], *inner, leaf])
+    return table
+
+
+def ema_name(name: str) -> str:
+    """model.diffusion_model.out.0.bias -> model_ema.diffusion_modelout0bias"""
+    return "model_ema." + name.removeprefix("model.").replace(".", "")
+
+
+def is_projection(name: str) -> bool:
+    """Whether their name is a weight of the autoencoder's attention: a 1x1 convolution there, linear here."""
+    return ".mid.attn_1." in name and name.endswith("weight") and not name.endswith("norm.weight")
+
+
+def to_original(config, tensors: dict[str, Tensor], ema: bool = False) -> dict[str, Tensor]:
+    """A network's tensors under the original's names (ema: of the averaged weights). Nothing is copied."""
+    table = theirs(config)
+    return {ema_name(table[name]) if ema else table[name]:
+            tensor[:, :, None, None] if is_projection(table[name]) else tensor
+            for name, tensor in tensors.items()}
+
+
+def to_ours(config, tensors: dict[str, Tensor], ema: bool = False) -> dict[str, Tensor]:
+    """The inverse of to_original: those of the tensors that belong to the network, under our names."""
+    table = {ema_name(name) if ema else name: ours for ours, name in theirs(config).items()}
+    return {table[name]: tensor[:, :, 0, 0] if is_projection(name) and tensor.ndim == 4 else tensor
+            for name, tensor in tensors.items() if name in table}
+
+
+def find_networks(tensors: dict[str, Tensor], path: Path, raw_weights: bool = False,
+                  configs: dict | None = None) -> tuple[str, dict]:
+    """What a single file holds, in words, and for each of "unet", "vae", "text_encoder" (config, tensors).
+
+    Configs are read off the shapes, except those given in `configs`. Averaged (EMA) weights are taken where
+    the file has them, unless `raw_weights`. Raises ValueError, in one line, for another family's file and for
+    tensors that have no place here.
+    """
+    tensors = {name.removeprefix("state_dict."): tensor for name, tensor in tensors.items()}
+    refuse_others(tensors, path)
+    bare = PREFIXES[CLIPTextConfig]  # some programs leave out `text_model.`
+    tensors = {re.sub(rf"^{re.escape(bare)}(?=embeddings|encoder|final)", f"{bare}text_model.", name): tensor
+               for name, tensor in tensors.items() if not IGNORED.fullmatch(name)}
+    infer = {"unet": unet_config, "vae": vae_config, "text_encoder": text_config}
+    try:
+        configs = {part: (configs or {}).get(part) or infer[part](tensors) for part in infer}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    has_ema = any(name.startswith("model_ema.") for name in tensors)
+    ema = has_ema and not raw_weights
+    parts = {part: (config, to_ours(config, tensors, ema and part == "unet"))
+             for part, config in configs.items()}
+    known = {name for config in configs.values() for name in theirs(config).values()}
+    known |= {ema_name(name) for name in known}
+    unknown = [name for name in tensors if name not in known]
+    if unknown:
+        raise ValueError(f"{path} has unknown {', '.join(unknown[:3])}{', …' * (len(unknown) > 3)}; nanoip2p "
+                         "reads Stable Diffusion 1.x")
+    edits = configs["unet"].in_channels > configs["vae"].latent_channels
+    kind = "an InstructPix2Pix checkpoint" if edits else "a Stable Diffusion 1.x checkpoint"
+    which = "EMA weights" if ema else "raw weights" if has_ema else "no EMA copy"
+    return f"{kind} of 2022, {configs['unet'].in_channels} input channels, {which}", parts
+
+
+def find_vae(tensors: dict[str, Tensor], path: Path) -> tuple[VAEConfig, dict[str, Tensor]]:
+    """The autoencoder of a file of its own or of a whole checkpoint: config and tensors in our names."""
+    prefix = PREFIXES[VAEConfig]
+    tensors = {prefix + name.removeprefix("state_dict.").removeprefix(prefix): tensor
+               for name, tensor in tensors.items()}
+    try:
+        config = vae_config(tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return config, to_ours(config, tensors)
+
+
+def refuse_others(names: dict, path: Path) -> None:
+    """ValueError that says what a file is when it is no Stable Diffusion 1.x checkpoint."""
+    whole = any(name.startswith(PREFIXES[UNetConfig]) for name in names)
+    for kind, pattern in (FAMILIES if whole else FAMILIES | FRAGMENTS).items():
+        if any(re.match(pattern, name) for name in names):
+            raise ValueError(f"{path}: this is {kind}; nanoip2p reads Stable Diffusion 1.x")
+    if not whole:
+        raise ValueError(f"{path} is no Stable Diffusion checkpoint; it holds {', '.join(list(names)[:3])} …")
+
+
+def shape(tensors: dict[str, Tensor], name: str) -> torch.Size:
+    """ValueError that names the tensor when it is not there."""
+    if name not in tensors:
+        raise ValueError(f"no complete Stable Diffusion 1.x checkpoint, it lacks {name}")
+    return tensors[name].shape
+
+
+def count(names, pattern: str) -> int:
+    """One more than the largest number that stands where `pattern` has its group, in any name."""
+    found = [re.match(pattern, name) for name in names]
+    return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+
+def unet_config(tensors: dict[str, Tensor]) -> UNetConfig:
+    """Read the UNet's config off names and shapes; the number of heads, 8, cannot be seen."""
+    unet = {name.removeprefix(PREFIXES[UNetConfig]): tensor for name, tensor in tensors.items()}
+    first, last = (shape(unet, name) for name in ("input_blocks.0.0.weight", "out.2.weight"))
+    text = shape(unet, "middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1]
+    blocks = count(unet, r"input_blocks\.(\d+)\.")
+    downs = [i for i in range(blocks) if f"input_blocks.{i}.0.op.weight" in unet]
+    per = downs[0] if downs else blocks
+    if first[1] == 9 or text == 1024:
+        what = "an inpainting model" if first[1] == 9 else "a Stable Diffusion 2.x checkpoint"
+        raise ValueError(f"this is {what}; nanoip2p reads Stable Diffusion 1.x")
+    places = [i * per for i in range(-(-blocks // per))]
+    return UNetConfig(
+        in_channels=first[1], out_channels=last[0], layers_per_block=per - 1, cross_attention_dim=text,
+        block_out_channels=tuple(shape(unet, f"input_blocks.{i + 1}.0.out_layers.3.weight")[0]
+                                 for i in places),
+        down_block_types=tuple("CrossAttnDownBlock2D" if f"input_blocks.{i + 1}.1.proj_in.weight" in unet
+                               else "DownBlock2D" for i in places),
+        up_block_types=tuple("CrossAttnUpBlock2D" if f"output_blocks.{i}.1.proj_in.weight" in unet
+                             else "UpBlock2D" for i in places))
+
+
+def vae_config(tensors: dict[str, Tensor]) -> VAEConfig:
+    """Read the autoencoder's config off names and shapes; its scaling factor, 0.18215, cannot be seen."""
+    vae = {name.removeprefix(PREFIXES[VAEConfig]): tensor for name, tensor in tensors.items()}
+    levels = count(vae, r"encoder\.down\.(\d+)\.")
+    return VAEConfig(
+        in_channels=shape(vae, "encoder.conv_in.weight")[1],
+        out_channels=shape(vae, "decoder.conv_out.weight")[0],
+        latent_channels=shape(vae, "decoder.conv_in.weight")[1],
+        layers_per_block=count(vae, r"encoder\.down\.0\.block\.(\d+)\."),
+        block_out_channels=tuple(shape(vae, f"encoder.down.{i}.block.0.conv2.weight")[0]
+                                 for i in range(levels)))
+
+
+def text_config(tensors: dict[str, Tensor]) -> CLIPTextConfig:
+    """Read the text encoder's config off names and shapes; heads are 64 wide, as in every CLIP."""
+    prefix = PREFIXES[CLIPTextConfig] + "text_model."
+    text = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    vocabulary, width = shape(text, "embeddings.token_embedding.weight")
+    return CLIPTextConfig(
+        vocab_size=vocabulary, hidden_size=width, projection_dim=width, num_attention_heads=width // 64 or 1,
+        intermediate_size=shape(text, "encoder.layers.0.mlp.fc1.weight")[0],
+        num_hidden_layers=count(text, r"encoder\.layers\.(\d+)\."),
+        max_position_embeddings=shape(text, "embeddings.position_embedding.weight")[0])

@@ -1,0 +1,112 @@
+"""Files of named tensors: read lazily, checked, and written one tensor at a time.
+
+What is read stays on disk until it is used (memory-mapped), and what is written needs memory for its largest
+tensor only, so a 4 GB checkpoint can be converted on a laptop.
+"""
+
+import json
+import struct
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nanoip2p.files import read_json, remedy, replacing
+from nanoip2p.pickles import read_pickle
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+         torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a pickle (see pickles.py), by name and still on disk.
+
+    Raises ValueError, in one line, when the file is missing, truncated or something else.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; {remedy(path.parent)}")
+    if path.suffix != ".safetensors":
+        return read_pickle(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error}); fetch it again") from None
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The strings that a safetensors file holds beside its tensors; {} for other files."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
+def find_weights(folder: Path, stem: str) -> tuple[Path, dict[str, Tensor]]:
+    """The weights in a network's folder: <stem>.safetensors, whole or in shards, plain or fp16, or .bin.
+
+    Returns the file (of shards, their index) and the tensors. Raises ValueError as read_tensors.
+    """
+    for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json",
+                 f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json",
+                 f"{stem}.bin", "pytorch_model.bin", f"{stem}.fp16.bin"):
+        path = folder / name
+        if path.is_file() and path.suffix == ".json":
+            shards = sorted(set(read_json(path).get("weight_map", {}).values()))
+            tensors = {}
+            for shard in shards:
+                tensors |= read_tensors(folder / Path(shard).name)
+            return path, tensors
+        if path.is_file():
+            return path, read_tensors(path)
+    raise ValueError(f"{folder / stem}.safetensors is missing; {remedy(folder)}")
+
+
+def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
+    """ValueError, naming the first few, when tensors do not fit a network or are not finite."""
+    _refuse(path, "lacks", [name for name in expected if name not in tensors])
+    _refuse(path, "has unknown", [name for name in tensors if name not in expected])
+    shapes = [
+        f"{name} of {tuple(tensor.shape)} for {tuple(expected[name].shape)}"
+        for name, tensor in tensors.items()
+        if tensor.shape != expected[name].shape
+    ]
+    _refuse(path, "does not fit its configuration:", shapes)
+    integers = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    _refuse(path, "needs floating-point numbers in", integers)
+    infinite = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    _refuse(path, "has NaN or infinity in", infinite)
+
+
+def _refuse(path: Path, problem: str, found: list[str]) -> None:
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise ValueError(f"{path} {problem} {', '.join(found[:3])}{more}")
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype | None = None,
+                  metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all. dtype: of all floating-point tensors, None for as it is.
+
+    The library's own writer wants all bytes in memory at once; the format is an 8-byte length, a JSON header
+    of that length, and the tensors one after another.
+    """
+    def kept(tensor: Tensor) -> torch.dtype:
+        return dtype if dtype and tensor.is_floating_point() else tensor.dtype
+
+    # Widest first, so that each tensor begins where its dtype may
+    tensors = dict(sorted(tensors.items(), key=lambda item: -kept(item[1]).itemsize))
+    header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0  # transformers insists on "pt"
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * kept(tensor).itemsize
+        header[name] = {"dtype": NAMES[kept(tensor)], "shape": list(tensor.shape),
+                        "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            whole = tensor.detach().to("cpu", kept(tensor)).contiguous()
+            file.write(whole.reshape(-1).view(torch.uint8).numpy())

@@ -1,0 +1,136 @@
+"""How long opening and converting a full-size checkpoint takes, and how much memory, beside diffusers.
+
+    python tests/benchmarks/load.py             # random Stable Diffusion 1.5 editor; 13 GB of disk, minutes
+
+Every run is a process of its own, and ours and theirs take turns. Memory is what the process gained over its
+start: "anonymous" is memory proper, "resident" counts the pages of mapped files too, which the system drops
+when it needs them. A conversion's anonymous memory is compared with the largest tensor.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from nanoip2p.checkpoint import PARTS, convert, load_editor_parts, open_checkpoint, save_editor
+from nanoip2p.clip import CLIPTextConfig
+from nanoip2p.diffusion import NoiseSchedule
+from nanoip2p.tokenizer import train_tokenizer
+from nanoip2p.unet import UNetConfig
+from nanoip2p.vae import VAEConfig
+
+
+def make_editor(folder: Path) -> None:
+    """A full-size editor with random weights: folders in fp32 and fp16, a single file in fp16."""
+    networks = [cls(config) for cls, config in zip(
+        PARTS.values(), (UNetConfig(in_channels=8), VAEConfig(), CLIPTextConfig()))]
+    train_tokenizer(["make it night"] * 3, 600, folder / "tokenizer")
+    save_editor(folder / "fp32", *networks, folder / "tokenizer", NoiseSchedule().to_json(), {})
+    shutil.copytree(folder / "tokenizer", folder / "single" / "tokenizer")
+    checkpoint = open_checkpoint(folder / "fp32")
+    convert(checkpoint, folder / "fp16", torch.float16)
+    convert(checkpoint, folder / "single" / "model.safetensors", torch.float16)
+
+
+def memory(*keys: str) -> int:
+    """The sum of some lines of /proc/self/status, in bytes."""
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return sum(1024 * int(lines[key].split()[0]) for key in keys)
+
+
+def measure(work) -> dict:
+    """Seconds, and the highest memory gained, sampled every 2 ms."""
+    peak = {"anonymous": 0, "resident": 0}
+    before = {"anonymous": memory("RssAnon"), "resident": memory("RssAnon", "RssFile")}
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            for name, keys in (("anonymous", ["RssAnon"]), ("resident", ["RssAnon", "RssFile"])):
+                peak[name] = max(peak[name], memory(*keys) - before[name])
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.perf_counter()
+    kept = work()
+    seconds = time.perf_counter() - began
+    done.set()
+    watcher.join()
+    del kept
+    return {"seconds": seconds, **peak}
+
+
+def ours(path: Path):
+    return load_editor_parts(path)
+
+
+def theirs(path: Path):
+    import diffusers
+    return diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(path, torch_dtype=torch.float32)
+
+
+def to_single(path: Path):
+    convert(open_checkpoint(path), path.parent / "converted.safetensors", torch.float16)
+
+
+def rewrite(path: Path):
+    convert(open_checkpoint(path), path.parent / "rewritten.safetensors")
+
+
+CASES = {
+    "load fp32 folder, ours": (ours, "fp32"), "load fp32 folder, diffusers": (theirs, "fp32"),
+    "load fp16 folder as fp32, ours": (ours, "fp16"), "load fp16 folder as fp32, diffusers": (theirs, "fp16"),
+    "load fp16 single file as fp32, ours": (ours, "single/model.safetensors"),
+    "convert fp32 folder to fp16 file": (to_single, "fp32"),
+    "convert fp16 file to fp16 file": (rewrite, "single/model.safetensors"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="of the random editor, made if not there (temporary)")
+    parser.add_argument("--case", nargs=2, help="(one run, in a process of its own)")
+    args = parser.parse_args()
+    if args.case:
+        work, path = CASES[args.case[0]]
+        if work is theirs:
+            import diffusers
+            assert diffusers.StableDiffusionInstructPix2PixPipeline  # imported before the clock starts
+        print(json.dumps(measure(lambda: work(Path(args.case[1]) / path))))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        if not (folder / "single" / "model.safetensors").exists():
+            make_editor(folder)
+        weights = open_checkpoint(folder / "fp32").networks.values()
+        tensors = [tensor for network in weights for tensor in network.tensors.values()]
+        size, largest = 4 * sum(t.numel() for t in tensors), 4 * max(t.numel() for t in tensors)
+        print(f"weights {size / 1e9:.2f} GB in fp32, largest tensor {largest / 1e6:.0f} MB")
+        runs = {name: [] for name in CASES}
+        for _ in range(args.repeat):
+            for name in CASES:
+                command = [sys.executable, __file__, "--case", name, str(folder)]
+                runs[name].append(json.loads(subprocess.check_output(command).splitlines()[-1]))
+        print(f"{'':<38}{'seconds (min-max)':>22}{'anonymous':>12}{'resident':>12}")
+        for name, rows in runs.items():
+            seconds = sorted(row["seconds"] for row in rows)
+            unit, word = (size, "x weights") if name.startswith("load") else (largest, "x largest")
+            peaks = [f"{statistics.median(row[key] for row in rows) / unit:8.2f}" for key in
+                     ("anonymous", "resident")]
+            spread = f"{statistics.median(seconds):.1f} ({seconds[0]:.1f}-{seconds[-1]:.1f})"
+            print(f"{name:<38}{spread:>22}{peaks[0]:>12}{peaks[1]:>12} {word}")
+
+
+if __name__ == "__main__":
+    main()

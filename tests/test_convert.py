@@ -1,0 +1,232 @@
+"""Any layout to any other: nothing is lost on the way, and others open what we write."""
+
+import json
+import re
+import shutil
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from helpers import randomise, relative_error
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_editor import write_tiny_editor
+
+from nanoip2p import checkpoint as checkpoints
+from nanoip2p.checkpoint import PARTS, convert, load_editor_parts, open_checkpoint, save_network, widen
+from nanoip2p.editor import Editor
+from nanoip2p.unet import UNet, UNetConfig
+
+UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny editor in diffusers' layout."""
+    return write_tiny_editor(tmp_path_factory.mktemp("weights") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def single(folder, tmp_path_factory):
+    """The same in a single file, its tokenizer beside it."""
+    target = tmp_path_factory.mktemp("single") / "tiny.safetensors"
+    convert(open_checkpoint(folder), target)
+    shutil.copytree(folder / "tokenizer", target.parent / "tokenizer")
+    return target
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def assert_same_checkpoint(a, b):
+    a, b = (load_editor_parts(path) for path in (a, b))
+    assert (a.defaults, a.schedule) == (b.defaults, b.schedule)
+    for part in PARTS:
+        ours, theirs = getattr(a, part), getattr(b, part)
+        assert ours.config == theirs.config and same(ours.state_dict(), theirs.state_dict()), part
+
+
+def test_folder_to_file_to_folder_is_bit_exact(folder, single, tmp_path):
+    convert(open_checkpoint(single), tmp_path / "again")
+    assert_same_checkpoint(single, folder)
+    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 8
+    for file in files:
+        assert (tmp_path / "again" / file).read_bytes() == (folder / file).read_bytes(), file
+    shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    convert(open_checkpoint(tmp_path / "again"), tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == single.read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_conversion_rounds_once(dtype, folder, tmp_path):
+    convert(open_checkpoint(folder), tmp_path / "half.safetensors", dtype)
+    shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    convert(open_checkpoint(tmp_path / "half.safetensors"), tmp_path / "half")  # as it is: still half
+    whole, half = load_editor_parts(folder), load_editor_parts(tmp_path / "half")
+    for part in PARTS:
+        weights = getattr(whole, part).state_dict()
+        assert same(getattr(half, part).state_dict(),
+                    {name: tensor.to(dtype).float() for name, tensor in weights.items()})
+    assert load_file(tmp_path / "half" / UNET_FILE)["conv_in.weight"].dtype == dtype
+
+
+def test_the_same_picture_from_every_layout(folder, single):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8))
+    pictures = [Editor.load(path, "cpu").edit([image], ["make it night"], resolution=48)[0]
+                for path in (folder, single)]
+    assert all(np.array_equal(pictures[0], picture) for picture in pictures)
+    assert np.asarray(pictures[0]).std() > 1
+
+
+def test_a_pickle_opens_like_the_safetensors(single, tmp_path):
+    tensors = load_file(single)
+    torch.save({"state_dict": tensors, "global_step": 22000}, tmp_path / "model.ckpt")
+    configs = {part: network.model.config for part, network in open_checkpoint(single).networks.items()}
+    found, parts = checkpoints.find_networks(
+        checkpoints.read_tensors(tmp_path / "model.ckpt"), tmp_path, configs=configs)
+    for part, network in open_checkpoint(single).networks.items():
+        assert same(parts[part][1], network.tensors)
+    assert found.startswith("an InstructPix2Pix checkpoint")
+
+
+def with_ema(single, tmp_path):
+    """A file whose averaged weights are twice its raw ones, and which counts its updates."""
+    convert(open_checkpoint(single), tmp_path / "ema.safetensors", ema=True)
+    metadata = checkpoints.read_metadata(tmp_path / "ema.safetensors")
+    tensors = {name: 2 * tensor if name.startswith("model_ema.") else tensor
+               for name, tensor in load_file(tmp_path / "ema.safetensors").items()}
+    tensors |= {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(3),
+                "betas": torch.ones(1000)}
+    save_file(tensors, tmp_path / "ema.safetensors", metadata=metadata)
+    return tmp_path / "ema.safetensors"
+
+
+def test_averaged_weights_are_used_and_said(single, tmp_path):
+    path = with_ema(single, tmp_path)
+    raw = open_checkpoint(single).networks["unet"].tensors
+    averaged, plain = open_checkpoint(path), open_checkpoint(path, raw_weights=True)
+    assert same(averaged.networks["unet"].tensors, {name: 2 * tensor for name, tensor in raw.items()})
+    assert same(plain.networks["unet"].tensors, raw)
+    assert "EMA weights" in averaged.found and "raw weights" in plain.found
+    assert same(averaged.networks["vae"].tensors, plain.networks["vae"].tensors)
+
+
+def test_another_autoencoder(folder, tmp_path):
+    other = write_tiny_editor(tmp_path / "other", seed=7)
+    expected = open_checkpoint(other).networks["vae"].tensors
+    for source in (other, other / "vae"):
+        checkpoint = open_checkpoint(folder, vae=source)
+        assert same(checkpoint.networks["vae"].tensors, expected) and str(source) in checkpoint.found
+        assert same(checkpoint.networks["unet"].tensors, open_checkpoint(folder).networks["unet"].tensors)
+
+
+@torch.no_grad()
+def test_diffusers_opens_our_folder_and_our_single_file(folder, single, tmp_path, capsys):
+    convert(open_checkpoint(single), tmp_path / "folder")
+    ours = load_editor_parts(single)
+    cls = diffusers.StableDiffusionInstructPix2PixPipeline
+    ids = ours.tokenizer(["make it night"])
+    z, context = torch.randn(1, 8, 12, 12), torch.randn(1, 77, 32)
+    capsys.readouterr()
+    for pipeline in (cls.from_pretrained(tmp_path / "folder"),
+                     cls.from_single_file(str(single), config=str(folder), local_files_only=True)):
+        assert relative_error(ours.unet(z, 7, context), pipeline.unet(z, 7, context).sample) <= 1e-5
+        assert relative_error(ours.vae.decode(z[:, :4]), pipeline.vae.decode(z[:, :4]).sample) <= 1e-5
+        assert relative_error(ours.text_encoder(ids), pipeline.text_encoder(ids).last_hidden_state) <= 1e-5
+    complaints = capsys.readouterr().err
+    assert "not used" not in complaints and "newly initialized" not in complaints, complaints
+
+
+def test_we_open_what_diffusers_saves(folder, tmp_path):
+    pipeline = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(folder)
+    pipeline.save_pretrained(tmp_path / "plain")
+    pipeline.save_pretrained(tmp_path / "variant", variant="fp16")
+    pipeline.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    pipeline.unet.save_pretrained(tmp_path / "shards" / "unet", max_shard_size="100KB")
+    ours = load_editor_parts(folder)
+    for name in ("plain", "variant", "pickled"):
+        theirs = load_editor_parts(tmp_path / name)
+        for part in PARTS:
+            assert same(getattr(ours, part).state_dict(), getattr(theirs, part).state_dict()), (name, part)
+    shards = tmp_path / "shards" / "unet"
+    assert len(list(shards.glob("*.safetensors"))) > 2
+    assert same(checkpoints.load_network(UNet, shards).state_dict(), ours.unet.state_dict())
+
+
+@torch.no_grad()
+def test_widened_network_is_the_old_one_whatever_the_picture(folder, tmp_path):
+    base = shutil.copytree(folder, tmp_path / "base")
+    config = UNetConfig(**{**vars(load_editor_parts(folder).unet.config), "in_channels": 4})
+    old = randomise(UNet(config))
+    save_network(old, base / "unet")
+    with pytest.raises(ValueError, match="takes 4 channels.* train.py"):
+        load_editor_parts(base)
+    new = load_editor_parts(widen(open_checkpoint(base))).unet
+    z, context = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 32)
+    for image in (torch.zeros(2, 4, 8, 8), torch.randn(2, 4, 8, 8)):
+        assert relative_error(new(torch.cat([z, image], 1), 9, context), old(z, 9, context)) <= 1e-6
+    assert new.config.in_channels == 8 and relative_error(old(z, 9, context), old(-z, 9, context)) > 0.1
+    editor = open_checkpoint(folder)
+    assert widen(editor) is editor
+    convert(open_checkpoint(base), tmp_path / "base.safetensors")
+    assert "a Stable Diffusion 1.x checkpoint" in open_checkpoint(tmp_path / "base.safetensors").found
+    convert(open_checkpoint(base), tmp_path / "again")
+    index = json.loads((tmp_path / "again" / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline"
+
+
+def edit(change, source, target):
+    tensors = load_file(source)
+    save_file(change(tensors), target, metadata=checkpoints.read_metadata(source))
+
+
+UNET = "model.diffusion_model."
+BIAS = UNET + "out.2.bias"
+FAULTS = {
+    "missing": (lambda t: {k: v for k, v in t.items() if k != BIAS}, "lacks conv_out.bias"),
+    "shape": (lambda t: t | {BIAS: torch.zeros(3)}, r"conv_out.bias of \(3,\) for \(4,\)"),
+    "NaN": (lambda t: t | {BIAS: torch.full((4,), torch.nan)}, "NaN or infinity in conv_out.bias"),
+    "unknown": (lambda t: t | {UNET + "wings": torch.ones(1)}, f"unknown {UNET}wings"),
+    "no vae": (lambda t: {k: v for k, v in t.items() if "first" not in k}, "lacks encoder.conv_in.weight"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_file_is_one_line_and_leaves_nothing(fault, single, tmp_path, capsys):
+    change, message = FAULTS[fault]
+    path = tmp_path / "bad.safetensors"
+    edit(change, single, path)
+    shutil.copytree(single.parent / "tokenizer", tmp_path / "tokenizer")
+    before = sorted(tmp_path.rglob("*"))
+    for target in ("new", "new.safetensors"):
+        assert checkpoints.main([str(path), str(tmp_path / target)]) == 2
+        error = capsys.readouterr().err.strip()
+        assert "\n" not in error and str(path) in error
+        assert re.search(message, error), error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_looking_and_converting_on_the_command_line(folder, tmp_path, capsys):
+    assert checkpoints.main([str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "a diffusers folder, 8 input channels, fp32" in printed and printed.count("\n") == 4
+    target = tmp_path / "half.safetensors"
+    assert checkpoints.main([str(folder), str(target), "--dtype", "fp16", "--ema-copy"]) == 0
+    assert "EMA weights, fp16" in open_checkpoint(target).found
+    for wrong in (str(folder), str(tmp_path / "x.ckpt"), str(target.parent)):
+        assert checkpoints.main([str(folder), wrong]) == 2
+        assert "name one of those" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["half.safetensors"]
+
+
+def test_a_conversion_that_fails_half_way_leaves_nothing(folder, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints.shutil, "copyfile", full)
+    with pytest.raises(OSError, match="No space"):
+        convert(open_checkpoint(folder), tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []

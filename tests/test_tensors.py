@@ -1,0 +1,144 @@
+"""Files of named tensors: what others wrote is read, what is broken is said in one line, writing streams."""
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from nanoip2p.tensors import check_tensors, find_weights, read_metadata, read_tensors, write_tensors
+
+TENSORS = {
+    "bytes": torch.arange(3, dtype=torch.uint8), "yes": torch.tensor([True, False, True]),
+    "half": torch.arange(5).half(), "brain": torch.arange(5).bfloat16(), "number": torch.tensor(7.5),
+    "whole": torch.arange(3), "wide": torch.randn(2, 3, dtype=torch.float64), "none": torch.zeros(0, 4),
+    "turned": torch.arange(6.0).view(2, 3).T,
+}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(
+        a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
+
+
+def test_the_library_reads_what_we_write(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_tensors(TENSORS, path, metadata={"who": "we"})
+    assert same(load_file(path), TENSORS) and same(read_tensors(path), TENSORS)
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt", "who": "we"} == read_metadata(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_only_floating_point_is_converted(dtype, tmp_path):
+    write_tensors(TENSORS, tmp_path / "x.safetensors", dtype)
+    expected = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+                for name, tensor in TENSORS.items()}
+    assert same(load_file(tmp_path / "x.safetensors"), expected)
+
+
+def test_what_is_read_can_be_written_over(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_tensors({"a": torch.ones(1000)}, path)
+    tensors = read_tensors(path)
+    write_tensors({"a": 2 * tensors["a"]}, path)
+    assert tensors["a"].sum() == 1000 and read_tensors(path)["a"].sum() == 2000
+    tensors["a"].zero_()  # a copy of our own, not the file
+    assert read_tensors(path)["a"].sum() == 2000
+
+
+@pytest.mark.parametrize("names", [
+    ["model.safetensors"], ["model.fp16.safetensors"], ["model.bin"], ["pytorch_model.bin"],
+    ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"],
+    ["model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors",
+     "model.safetensors.index.fp16.json"],
+])
+def test_weights_are_found_in_every_form(names, tmp_path):
+    tensors = {"a": torch.randn(3), "b": torch.randn(2, 2)}
+    if names[-1].endswith(".json"):
+        for file, key in zip(names, tensors):
+            save_file({key: tensors[key]}, tmp_path / file)
+        index = {"metadata": {}, "weight_map": dict(zip(tensors, names))}
+        (tmp_path / names[-1]).write_text(json.dumps(index))
+    elif names[0].endswith(".bin"):
+        torch.save(tensors, tmp_path / names[0])
+    else:
+        save_file(tensors, tmp_path / names[0])
+    path, found = find_weights(tmp_path, "model")
+    assert same(found, tensors) and path.name == names[-1]
+
+
+def test_full_precision_goes_before_half(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.fp16.safetensors")
+    assert find_weights(tmp_path, "model")[1]["a"] == 1
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    with pytest.raises(ValueError, match="model-1.safetensors is missing"):
+        find_weights(tmp_path, "model")
+
+
+ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+TWO = {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}
+DOUBLED = b'{"a": %s, "a": %s}' % (json.dumps(ONE).encode(), json.dumps(TWO).encode())
+BROKEN = {
+    "overlapping offsets": ({"a": ONE, "b": ONE}, 16),
+    "a hole": ({"a": ONE, "b": TWO | {"data_offsets": [12, 20]}}, 20),
+    "beyond the end": ({"a": ONE, "b": TWO}, 12),
+    "bytes left over": ({"a": ONE, "b": TWO}, 20),
+    "no such dtype": ({"a": ONE | {"dtype": "FLOAT"}}, 8),
+    "shape and size differ": ({"a": ONE | {"shape": [3]}}, 8),
+    "doubled key": (DOUBLED, 16),
+    "no JSON": (b"{'a': 1}", 0),
+    "a list": (b"[]", 0),
+}
+
+
+def raw(header, size, length=None):
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(header) if length is None else length) + header + bytes(size)
+
+
+@pytest.mark.parametrize("content", [
+    *(raw(*broken) for broken in BROKEN.values()), raw({"a": ONE}, 8, length=10**6), raw({"a": ONE}, 8)[:30],
+    raw(b"{}", 0, length=2**63), b"", b"abc", b"Once upon a time there was a text file.\n" * 100,
+], ids=[*BROKEN, "length beyond the file", "cut header", "giant header", "empty", "three bytes", "text"])
+def test_broken_files_are_one_line(content, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged or no safetensors file") as caught:
+        read_tensors(path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_what_does_not_fit_a_network_is_named(tmp_path):
+    expected = {f"layer.{i}": torch.zeros(2) for i in range(5)}
+    good = {name: torch.ones(2) for name in expected}
+    check_tensors(good, expected, tmp_path)
+    for change, message in [
+        ({}, "lacks layer.0, layer.1, layer.2 and 2 more"), (good | {"new": torch.ones(1)}, "unknown new"),
+        (good | {"layer.1": torch.ones(3)}, r"layer.1 of \(3,\) for \(2,\)"),
+        (good | {"layer.1": torch.tensor([1.0, float("nan")])}, "NaN or infinity in layer.1"),
+        (good | {"layer.1": torch.ones(2).int()}, "floating-point numbers in layer.1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            check_tensors(change, expected, tmp_path)
+
+
+def test_disk_full_leaves_nothing(tmp_path, monkeypatch):
+    class Full(dict):
+        def values(self):
+            yield next(iter(super().values()))
+            raise OSError(28, "No space left on device")
+
+    write_tensors({"a": torch.ones(2)}, tmp_path / "x.safetensors")
+    monkeypatch.setattr("nanoip2p.tensors.dict", Full, raising=False)
+    with pytest.raises(OSError, match="No space"):
+        write_tensors({"a": torch.zeros(2), "b": torch.zeros(2)}, tmp_path / "x.safetensors")
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+    assert read_tensors(tmp_path / "x.safetensors")["a"].sum() == 2
