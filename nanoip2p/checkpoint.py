@@ -288,8 +288,9 @@ def save_editor(
     write_json(index, folder / "model_index.json")
 
 
+def convert(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None = None,
+            ema: bool = False) -> None:
     """Write a checkpoint: a single file if `target` ends in .safetensors, else a diffusers folder.
-    """Write a checkpoint: as a single file if `target` ends in .safetensors, else as a diffusers folder.
 
     dtype: None keeps that of each tensor. ema: store the UNet a second time, as averaged weights, which
     programs of 2022 read. All is checked before anything is written, and tensors go from file to file one at
