@@ -14,9 +14,20 @@ from safetensors.torch import load_file, save_file
 from tiny_editor import write_tiny_editor
 
 from nanoip2p import checkpoint as checkpoints
-from nanoip2p.checkpoint import PARTS, convert, load_editor_parts, open_checkpoint, save_network, widen
+from nanoip2p.checkpoint import (
+    PARTS,
+    convert,
+    load_editor_parts,
+    open_checkpoint,
+    save_editor,
+    save_network,
+    widen,
+)
+from nanoip2p.clip import CLIPTextConfig
+from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.editor import Editor
 from nanoip2p.unet import UNet, UNetConfig
+from nanoip2p.vae import VAEConfig
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 
@@ -230,3 +241,29 @@ def test_a_conversion_that_fails_half_way_leaves_nothing(folder, tmp_path, monke
     with pytest.raises(OSError, match="No space"):
         convert(open_checkpoint(folder), tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_full_size_there_and_back_is_bit_exact(folder, tmp_path):
+    """An editor of 4.3 GB through both layouts on disk. Every tensor is a piece of one buffer."""
+    if shutil.disk_usage(tmp_path).free < 12e9:
+        pytest.skip("needs 9 GB of disk")
+    buffer = torch.randn(2**26, generator=torch.Generator().manual_seed(0))
+    configs = {"unet": UNetConfig(in_channels=8), "vae": VAEConfig(), "text_encoder": CLIPTextConfig()}
+    with torch.device("meta"):
+        models = {part: PARTS[part](config) for part, config in configs.items()}
+    tensors, place = {part: {} for part in PARTS}, 0
+    for part, model in models.items():
+        for name, tensor in model.state_dict().items():
+            place = (place + 7919) % (len(buffer) - tensor.numel())
+            tensors[part][name] = buffer[place:place + tensor.numel()].view(tensor.shape)
+    try:
+        save_editor(tmp_path / "folder", *models.values(), folder / "tokenizer", NoiseSchedule().to_json(),
+                    {}, None, tensors)
+        convert(open_checkpoint(tmp_path / "folder"), tmp_path / "single.safetensors")
+        checkpoint = open_checkpoint(tmp_path / "single.safetensors")
+        for part, network in checkpoint.networks.items():
+            assert network.model.config == configs[part] and same(network.tensors, tensors[part])
+        inferred = checkpoints.find_networks(load_file(tmp_path / "single.safetensors"), tmp_path)[1]
+        assert {part: config for part, (config, _) in inferred.items()} == configs
+    finally:
+        shutil.rmtree(tmp_path)  # pytest would keep it

@@ -1,4 +1,4 @@
-"""The names of 2022: both published lists, diffusers' own conversion, other families, the README's picture."""
+"""The names of 2022: the published lists, diffusers' conversion, other families, and the README's picture."""
 
 import re
 from pathlib import Path
