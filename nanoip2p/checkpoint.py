@@ -95,8 +95,7 @@ class EditorParts:
     tokenizer: Tokenizer
     schedule: NoiseSchedule
     defaults: dict
-    found: str = ""  # what was opened, in words
-    tokenizer_folder: Path | None = None
+    tokenizer_folder: Path
 
 
 def open_network(cls: type, folder: str | Path) -> Network:
@@ -117,7 +116,7 @@ def empty(cls: type, config: dict, path: Path) -> nn.Module:
     try:
         with torch.device("meta"):
             return cls.from_config(config)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -155,21 +154,27 @@ def _open_folder(folder: Path, tokenizer: str | None, raw_weights: bool) -> Chec
     schedule = read_json(folder / "scheduler" / "scheduler_config.json")
     channels = networks["unet"].model.config.in_channels
     found = f"a diffusers folder, {channels} input channels, {_dtypes(networks)}"
-    return Checkpoint(folder, found, networks, tokenizer, schedule, read_defaults(folder))
+    path = folder / "defaults.json"
+    return Checkpoint(folder, found, networks, tokenizer, schedule,
+                      with_defaults(read_json(path, missing={}), path))
 
 
 def _open_single(path: Path, tokenizer: str | None, raw_weights: bool) -> Checkpoint:
     tensors = read_tensors(path)
-    ours = json.loads(read_metadata(path).get("nanoip2p", "{}"))
+    try:
+        ours = dict(json.loads(read_metadata(path).get("nanoip2p", "{}")))
+        defaults = dict(ours.get("defaults", {}))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: its metadata is broken ({error})") from None
+    defaults = with_defaults(defaults, path)
     configs = {part: empty(cls, ours[part], path).config for part, cls in PARTS.items() if part in ours}
     found, parts = find_networks(tensors, path, raw_weights, configs)
     networks = {}
     for part, (config, weights) in parts.items():
         with torch.device("meta"):
             networks[part] = Network(PARTS[part](config), weights, path)
-    schedule, defaults = ours.get("schedule", NoiseSchedule().to_json()), ours.get("defaults", {})
-    return Checkpoint(path, f"{found}, {_dtypes(networks)}", networks, tokenizer, schedule,
-                      PAPER_DEFAULTS | defaults)
+    schedule = ours.get("schedule", NoiseSchedule().to_json())
+    return Checkpoint(path, f"{found}, {_dtypes(networks)}", networks, tokenizer, schedule, defaults)
 
 
 def open_vae(path: Path) -> Network:
@@ -221,13 +226,11 @@ def load_editor_parts(checkpoint: str | Path | Checkpoint, dtype: torch.dtype = 
                          f"the text encoder has {positions} positions")
     schedule = NoiseSchedule.from_config(checkpoint.schedule)
     loaded = (networks[part].load(dtype) for part in PARTS)
-    return EditorParts(*loaded, tokenizer, schedule, checkpoint.defaults, checkpoint.found, folder)
+    return EditorParts(*loaded, tokenizer, schedule, checkpoint.defaults, folder)
 
 
-def read_defaults(folder: str | Path) -> dict:
-    """PAPER_DEFAULTS, overridden by <folder>/defaults.json where it exists. ValueError for a wrong entry."""
-    path = Path(folder) / "defaults.json"
-    chosen = read_json(path, missing={})
+def with_defaults(chosen: dict, path: Path) -> dict:
+    """PAPER_DEFAULTS, overridden by what a checkpoint says. ValueError, naming `path`, for a wrong entry."""
     for key, value in chosen.items():
         if key not in PAPER_DEFAULTS:
             raise ValueError(f"{path}: unknown setting {key}; known are {', '.join(PAPER_DEFAULTS)}")

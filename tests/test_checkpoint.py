@@ -15,9 +15,9 @@ from nanoip2p.checkpoint import (
     PAPER_DEFAULTS,
     load_editor_parts,
     load_network,
-    read_defaults,
     save_editor,
     save_network,
+    with_defaults,
 )
 from nanoip2p.clip import CLIP, CLIPConfig, CLIPTextConfig, TextEncoder, VisionEncoder
 from nanoip2p.diffusion import NoiseSchedule
@@ -254,6 +254,6 @@ def test_no_folder(tmp_path):
 
 
 def test_defaults_fall_back_to_the_paper(tmp_path):
-    assert read_defaults(tmp_path) == PAPER_DEFAULTS
-    (tmp_path / "defaults.json").write_text('{"steps": 20, "cfg_text": 3}')
-    assert read_defaults(tmp_path) == PAPER_DEFAULTS | {"steps": 20, "cfg_text": 3}
+    assert with_defaults({}, tmp_path) == PAPER_DEFAULTS
+    chosen = {"steps": 20, "cfg_text": 3}
+    assert with_defaults(chosen, tmp_path) == PAPER_DEFAULTS | chosen

@@ -220,6 +220,18 @@ def test_a_bad_file_is_one_line_and_leaves_nothing(fault, single, tmp_path, caps
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("metadata, message", [
+    ("{", "metadata is broken"), ("[1]", "metadata is broken"), ('{"unet": 3}', "int"),
+    ('{"defaults": 3}', "metadata is broken"), ('{"defaults": {"stepps": 1}}', "unknown setting stepps"),
+    ('{"unet": {"act_fn": "gelu"}}', "act_fn"),
+])
+def test_what_a_file_says_of_itself_is_not_trusted(metadata, message, single, tmp_path):
+    save_file(load_file(single), tmp_path / "x.safetensors", metadata={"nanoip2p": metadata})
+    with pytest.raises(ValueError, match=f"x.safetensors.*{message}") as caught:
+        open_checkpoint(tmp_path / "x.safetensors")
+    assert "\n" not in str(caught.value)
+
+
 def test_looking_and_converting_on_the_command_line(folder, tmp_path, capsys):
     assert checkpoints.main([str(folder)]) == 0
     printed = capsys.readouterr().out
