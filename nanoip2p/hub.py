@@ -10,6 +10,7 @@ from pathlib import Path
 
 CLIP = "openai/clip-vit-large-patch14"  # whose tokenizer all SD 1.x models share
 NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(.+))?", re.ASCII)
+TIMEOUT = 10  # seconds for the list of files, where the library would wait for ever
 # defaults.json is ours, see checkpoint.py
 SMALL = r"(defaults|scheduler/[^/]+|(unet|vae|text_encoder)/config)\.json|tokenizer/[^/]+\.(json|txt)"
 STEM = r"(diffusion_pytorch_|pytorch_)?model"
@@ -94,8 +95,8 @@ def _snapshot(name: str, choose: Callable[[list[str]], list[str]], needs: str) -
         raise ValueError(f"there is no file or folder {name}, and a name on the Hub would be owner/name")
     repo, revision = match.groups()
     listed = problem = None
-    try:  # the library itself would wait for ever
-        listed = HfApi().model_info(repo, revision=revision, timeout=10).siblings
+    try:
+        listed = HfApi().model_info(repo, revision=revision, timeout=TIMEOUT).siblings
     except Exception as error:  # of several HTTP clients, or of a hotel's login page that comes as the answer
         problem = error
     files = choose([file.rfilename for file in listed or []])
