@@ -43,8 +43,7 @@ PARTS = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
                    "special_tokens_map.json", "added_tokens.json")
 # Appendix of the paper and edit_cli.py of its code; a weights folder overrides them in defaults.json
-PAPER_DEFAULTS = {"resolution": 512, "steps": 100, "cfg_text": 7.5, "cfg_image": 1.5,
-                  "sampler": "euler_ancestral"}
+PAPER_DEFAULTS = dict(resolution=512, steps=100, cfg_text=7.5, cfg_image=1.5, sampler="euler_ancestral")
 
 
 @dataclass(frozen=True)
@@ -216,9 +215,8 @@ def load_editor_parts(checkpoint: str | Path | Checkpoint, dtype: torch.dtype = 
     source, networks = checkpoint.source, checkpoint.networks
     unet, vae, text = (networks[part].model.config for part in PARTS)
     if unet.in_channels != 2 * vae.latent_channels:
-        raise ValueError(f"{source}: the UNet takes {unet.in_channels} channels, an editor needs "
-                         f"{2 * vae.latent_channels}, noised latents and picture; this is a text-to-picture "
-                         "model, the base that train.py starts from")
+        raise ValueError(f"{source}: the UNet takes {unet.in_channels} channels, an editor "
+                         f"{2 * vae.latent_channels}; this is a text-to-picture model, the base for train.py")
     folder, positions = checkpoint.tokenizer_folder(), text.max_position_embeddings
     tokenizer = load_tokenizer(folder)
     if tokenizer.length > positions:
@@ -276,19 +274,13 @@ def save_editor(
                 shutil.copyfile(source, temporary)
     write_json(defaults, folder / "defaults.json")
     edits = unet.config.in_channels > unet.config.out_channels
-    index = {
+    write_json({
         "_class_name": "StableDiffusionInstructPix2PixPipeline" if edits else "StableDiffusionPipeline",
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "scheduler": ["diffusers", scheduler_config["_class_name"]],
-        "safety_checker": [None, None],
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-    }
-    write_json(index, folder / "model_index.json")
+        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", scheduler_config["_class_name"]], "requires_safety_checker": False,
+        "safety_checker": [None, None], "feature_extractor": [None, None], "image_encoder": [None, None],
+    }, folder / "model_index.json")
 
 
 def convert(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None = None,
@@ -299,41 +291,27 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None = No
     programs of 2022 read. All is checked before anything is written, and tensors go from file to file one at
     a time. ValueError for a bad checkpoint or target.
     """
-    for network in checkpoint.networks.values():
+    networks, named = checkpoint.networks, {}
+    for part, network in networks.items():
         network.check()
-    models = {part: network.model for part, network in checkpoint.networks.items()}
-    tensors = {part: network.tensors for part, network in checkpoint.networks.items()}
+        for averaged in (False, True) if ema and part == "unet" else (False,):
+            named |= to_original(network.model.config, network.tensors, averaged)
     if target.suffix == ".safetensors":
-        names = {}
-        for part, model in models.items():
-            names |= to_original(model.config, tensors[part])
-        if ema:
-            names |= to_original(models["unet"].config, tensors["unet"], ema=True)
-        ours = {part: model.config.to_json() for part, model in models.items()}
+        ours = {part: network.model.config.to_json() for part, network in networks.items()}
         ours |= {"schedule": checkpoint.schedule, "defaults": checkpoint.defaults}
-        write_tensors(names, target, dtype, {"nanoip2p": json.dumps(ours)})
-        return
+        return write_tensors(named, target, dtype, {"nanoip2p": json.dumps(ours)})
     if target.suffix in (".ckpt", ".pt", ".bin") or target.exists() and (
             not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target}: written are new folders and .safetensors files; name one of those")
     unfinished = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        save_editor(unfinished, *models.values(), checkpoint.tokenizer_folder(), checkpoint.schedule,
-                    checkpoint.defaults, dtype, tensors)
+        save_editor(unfinished, *(networks[part].model for part in PARTS), checkpoint.tokenizer_folder(),
+                    checkpoint.schedule, checkpoint.defaults, dtype,
+                    {part: network.tensors for part, network in networks.items()})
         unfinished.replace(target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def describe(checkpoint: Checkpoint) -> str:
-    """What is in it, as text: a line on the whole, and one for each network."""
-    lines = [f"{checkpoint.source}: {checkpoint.found}"]
-    for part, network in checkpoint.networks.items():
-        config, count = network.model.config, sum(tensor.numel() for tensor in network.tensors.values())
-        widths = getattr(config, "block_out_channels", None) or (config.hidden_size,)
-        lines.append(f"  {part:<13}{count / 1e6:>8.1f} M parameters   {', '.join(map(str, widths))} channels")
-    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -350,7 +328,9 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> None:
         args = parser.parse_args(argv)
         checkpoint = open_checkpoint(args.source, args.vae, args.tokenizer, args.raw_weights)
-        print(describe(checkpoint))
+        print(f"{args.source}: {checkpoint.found}")
+        for part, network in checkpoint.networks.items():
+            print(f"  {part:<13}{sum(t.numel() for t in network.tensors.values()) / 1e6:>8.1f} M parameters")
         if args.target:
             convert(checkpoint, args.target, DTYPES.get(args.dtype), args.ema_copy)
             print(f"wrote {args.target}")

@@ -200,7 +200,7 @@ FAULTS = {
     "unsupported": ("unet/config.json", put("use_linear_projection", True), "use_linear_projection"),
     "wrong type": ("unet/config.json", put("block_out_channels", "many"), "unet/config.json"),
     "other network": ("unet/config.json", put("_class_name", "FluxModel"), "holds a FluxModel, not"),
-    "4 channels": ("unet/config.json", put("in_channels", 4), "4 channels, an editor needs 8"),
+    "4 channels": ("unet/config.json", put("in_channels", 4), "4 channels, an editor 8"),
     "no object": ("vae/config.json", lambda _: [], "list, not an object"),
     "default name": ("defaults.json", put("stepps", 3), "unknown setting stepps"),
     "default type": ("defaults.json", put("steps", 2.5), "steps = 2.5 should be a int"),

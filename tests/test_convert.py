@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import sys
+import types
 
 import diffusers
 import numpy as np
@@ -26,6 +28,8 @@ from nanoip2p.checkpoint import (
 from nanoip2p.clip import CLIPTextConfig
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.editor import Editor
+from nanoip2p.original import to_original
+from nanoip2p.tokenizer import train_tokenizer
 from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAEConfig
 
@@ -82,6 +86,40 @@ def test_conversion_rounds_once(dtype, folder, tmp_path):
         assert same(getattr(half, part).state_dict(),
                     {name: tensor.to(dtype).float() for name, tensor in weights.items()})
     assert load_file(tmp_path / "half" / UNET_FILE)["conv_in.weight"].dtype == dtype
+
+
+def test_a_lightning_file_of_2022(tmp_path):
+    """Averaged weights, tables, counters and callbacks of a class that is not installed, pickled together."""
+    class ModelCheckpoint:
+        best = 3
+
+    configs = {
+        "unet": UNetConfig(8, 4, (32, 64), ("DownBlock2D", "CrossAttnDownBlock2D"),
+                           ("CrossAttnUpBlock2D", "UpBlock2D"), 1, 8, 64),
+        "vae": VAEConfig(block_out_channels=(32, 32, 32), layers_per_block=1),
+        "text_encoder": CLIPTextConfig(600, 64, 64, 2, 1, projection_dim=64)}
+    models = {part: randomise(PARTS[part](config)) for part, config in configs.items()}
+    names = to_original(configs["unet"], models["unet"].state_dict(), ema=True)
+    for part, model in models.items():
+        weights = {name: -tensor if part == "unet" else tensor for name, tensor in model.state_dict().items()}
+        names |= to_original(configs[part], weights)
+    names |= {"betas": torch.ones(1000), "model_ema.decay": torch.tensor(0.9),
+              "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}
+    ModelCheckpoint.__module__, ModelCheckpoint.__qualname__ = "lightning_of_2022", "ModelCheckpoint"
+    sys.modules["lightning_of_2022"] = types.SimpleNamespace(ModelCheckpoint=ModelCheckpoint)
+    try:
+        torch.save({"epoch": 7, "state_dict": names, "callbacks": {"best": ModelCheckpoint()}},
+                   tmp_path / "model.ckpt")
+    finally:
+        del sys.modules["lightning_of_2022"]
+    train_tokenizer(["make it night"] * 3, 600, tmp_path)
+    save_editor(tmp_path / "folder", *models.values(), tmp_path, NoiseSchedule().to_json(), {})
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
+    averaged, folder, raw = (
+        Editor.load(open_checkpoint(tmp_path / name, raw_weights=raw), "cpu").edit(
+            [image], ["night"], steps=3, resolution=32)[0]
+        for name, raw in (("model.ckpt", False), ("folder", False), ("model.ckpt", True)))
+    assert np.array_equal(averaged, folder) and not np.array_equal(averaged, raw)
 
 
 def test_the_same_picture_from_every_layout(folder, single):
@@ -173,7 +211,7 @@ def test_widened_network_is_the_old_one_whatever_the_picture(folder, tmp_path):
     config = UNetConfig(**{**vars(load_editor_parts(folder).unet.config), "in_channels": 4})
     old = randomise(UNet(config))
     save_network(old, base / "unet")
-    with pytest.raises(ValueError, match="takes 4 channels.* train.py"):
+    with pytest.raises(ValueError, match="takes 4 channels, an editor 8.* train.py"):
         load_editor_parts(base)
     new = load_editor_parts(widen(open_checkpoint(base))).unet
     z, context = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 32)
