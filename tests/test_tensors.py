@@ -117,12 +117,13 @@ def test_broken_files_are_one_line(content, tmp_path):
 
 def test_what_does_not_fit_a_network_is_named(tmp_path):
     expected = {f"layer.{i}": torch.zeros(2) for i in range(5)}
-    good = {name: torch.ones(2) for name in expected}
+    good = {name: torch.ones(2) for name in expected} | {"layer.3": torch.tensor([3e38, 3e38])}
     check_tensors(good, expected, tmp_path)
     for change, message in [
         ({}, "lacks layer.0, layer.1, layer.2 and 2 more"), (good | {"new": torch.ones(1)}, "unknown new"),
         (good | {"layer.1": torch.ones(3)}, r"layer.1 of \(3,\) for \(2,\)"),
         (good | {"layer.1": torch.tensor([1.0, float("nan")])}, "NaN or infinity in layer.1"),
+        (good | {"layer.1": torch.tensor([-float("inf"), float("inf")])}, "NaN or infinity in layer.1"),
         (good | {"layer.1": torch.ones(2).int()}, "floating-point numbers in layer.1"),
     ]:
         with pytest.raises(ValueError, match=message):
