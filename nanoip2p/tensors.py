@@ -76,10 +76,13 @@ def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], path:
     _refuse(path, "does not fit its configuration:", shapes)
     integers = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
     _refuse(path, "needs floating-point numbers in", integers)
-    # A finite sum is the quicker proof; half precision would need a wider copy for it
-    infinite = [name for name, tensor in tensors.items()
-                if not (tensor.dtype == torch.float32 and tensor.sum().isfinite() or tensor.isfinite().all())]
-    _refuse(path, "has NaN or infinity in", infinite)
+    _refuse(path, "has NaN or infinity in", [name for name in tensors if not _is_finite(tensors[name])])
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """In pieces, because isfinite copies, and by their sums, which take a tenth of its time."""
+    pieces = tensor.flatten().split(2**20)
+    return all(piece.sum().isfinite() or piece.isfinite().all() for piece in pieces)
 
 
 def _refuse(path: Path, problem: str, found: list[str]) -> None:
