@@ -222,7 +222,8 @@ def run(args: argparse.Namespace) -> None:
                 print(f"{picture.output}  {', then '.join(picture.edits)}  (seed {picture.seed})")
     if args.grid:
         save_png(draw_grid(pictures, made, inputs), args.output, recipe | {"input": inputs})
-        print(f"{args.output}  {len(pictures)} pictures  (seed {args.seed})")
+        edits = sum(len(picture.edits) for picture in pictures)
+        print(f"{args.output}  {edits} edit{'s' * (edits > 1)}  (seed {args.seed})")
 
 
 def check_outputs(pictures: list[Picture], inputs: list[str]) -> None:

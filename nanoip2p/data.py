@@ -47,10 +47,11 @@ def scene_pairs(count: int, split: str = "train", weights: tuple[float, ...] = E
     generator, pairs = torch.Generator().manual_seed(seed), []
     for index in range(-(-count // EDITS_PER_SCENE)):
         scene = random_scene(split, index)
-        possible = {edit.kind for edit in scene.edits()}
+        edits = scene.edits()
+        possible = {edit.kind for edit in edits}
         odds = torch.tensor([weight * (kind in possible) for kind, weight in zip(EDIT_KINDS, weights)])
         for kind in torch.multinomial(odds, EDITS_PER_SCENE, replacement=True, generator=generator).tolist():
-            edit = pick(scene.edits(EDIT_KINDS[kind]), generator)
+            edit = pick([edit for edit in edits if edit.kind == EDIT_KINDS[kind]], generator)
             pairs.append(Pair(scene, pick(edit.instructions[:-1], generator), edit.scene))
     return pairs[:count]
 

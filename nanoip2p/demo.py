@@ -5,7 +5,7 @@ from pathlib import Path
 
 from nanoip2p import cli
 from nanoip2p.editor import Editor
-from nanoip2p.files import replacing
+from nanoip2p.files import check_writable, replacing
 from nanoip2p.images import grid, open_image
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights" / "nano-ip2p"
@@ -19,6 +19,7 @@ EDITS = {
 
 def run(weights: Path, out: Path, device: str | None = None) -> None:
     """Edit the pictures in <weights>/examples and write them, labelled, to `out`."""
+    check_writable(out)
     editor = Editor.load(weights, device)
     inputs = {name: open_image(weights / "examples" / f"{name}.png") for name in EDITS}
     asked = [(inputs[name], edit) for name, edits in EDITS.items() for edit in edits]

@@ -22,8 +22,9 @@ from tqdm import tqdm
 from nanoip2p import cli
 from nanoip2p.cli import at_least, finite
 from nanoip2p.editor import Editor
-from nanoip2p.files import write_json
+from nanoip2p.files import check_writable, write_json
 from nanoip2p.images import grid, to_pil, to_tensor
+from nanoip2p.samplers import SAMPLERS
 from nanoip2p.scenes import EDIT_KINDS, Edit, Scene, pick, random_scene
 
 LEAST_UNCHANGED = 0.05  # a smaller share of common pixels says nothing about preservation
@@ -117,7 +118,8 @@ def table(rows: list[dict]) -> tuple[str, dict]:
         if not chosen:
             continue
         rate = sum(row["success"] for row in chosen) / len(chosen)
-        error = (rate * (1 - rate) / len(chosen)) ** 0.5
+        likely = (rate * len(chosen) + 1) / (len(chosen) + 2)  # Laplace: 71 of 71 is no certainty
+        error = (likely * (1 - likely) / len(chosen)) ** 0.5
         measured = [row for row in chosen if row["psnr"] is not None]
         means = {key: float(np.mean([row[key] for row in measured])) if measured else None
                  for key in ("psnr", "ceiling")}
@@ -138,13 +140,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     scenes.add_argument("--split", default="test", help="which stream of scenes; training uses 'train'")
     scenes.add_argument("--out", type=Path, help="folder for scores.json and failed.png, some failures")
     scenes.add_argument("--device")
-    for name, kind in (("steps", at_least(1)), ("cfg-text", finite), ("cfg-image", finite), ("sampler", str)):
+    for name, kind in (("steps", at_least(1)), ("cfg-text", finite), ("cfg-image", finite), ):
         scenes.add_argument(f"--{name}", type=kind, help="as in sample.py; by default what the weights name")
+    scenes.add_argument("--sampler", choices=sorted(SAMPLERS), help="the same")
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:
     """Ask, score, print the table; with --out keep the numbers and some failures."""
+    if args.out:
+        check_writable(args.out / "scores.json")
     editor = Editor.load(args.weights, args.device)
     asked = questions(args.n, args.phrasings, args.split)
     settings = {key: getattr(args, key) for key in ("steps", "cfg_text", "cfg_image", "sampler")}

@@ -33,12 +33,10 @@ def check_writable(path: str | Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _beside(path).touch()
         _beside(path).unlink()
-        os.stat(path)  # fails for a name that is too long
-    except FileNotFoundError:
-        return
+        there = path.exists()  # fails for a name that is too long
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror}") from None
-    if not path.is_file() or not os.access(path, os.W_OK):
+    if there and not (path.is_file() and os.access(path, os.W_OK)):
         raise ValueError(f"{path} is not a file that can be replaced; name another output")
 
 

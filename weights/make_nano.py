@@ -1,13 +1,14 @@
-"""The recipe of the shipped weights: from nothing to weights/nano-clip and weights/nano-ip2p in one command.
+"""The recipe of the shipped weights: from nothing to nano-clip and nano-ip2p in one command.
 
     python weights/make_nano.py                  # all stages; goes on where an earlier run stopped
+    python weights/make_nano.py --ship weights   # and replaces the shipped weights by its own
     python weights/make_nano.py --editor-steps 3700 40000        # train the editor longer, then export it
 
 Stages: tokenizer (byte pairs of the world's own sentences), CLIP, autoencoder, editor (through train.py),
 export. Each reads what the ones before wrote under --out, and a stage whose result is there is skipped.
 Everything is a function of the seed and the step, so with the same flags a resumed run equals an
 uninterrupted one. Runs are not part of the repository: in a fresh clone, `python train.py --weights
-weights/nano-ip2p --data scenes ...` trains the shipped editor on, with the flags of RECIPE below.
+weights/nano-ip2p --data scenes ...` trains the shipped editor on (the README has the command).
 """
 
 import argparse
@@ -24,12 +25,13 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
-from nanoip2p import demo
-from nanoip2p.checkpoint import load_editor_parts, load_network, save_editor, save_network, write_json
+from nanoip2p import cli, demo
+from nanoip2p.checkpoint import load_editor_parts, load_network, save_editor, save_network
+from nanoip2p.cli import at_least
 from nanoip2p.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, TextEncoder
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.editor import pick_device
-from nanoip2p.files import replacing
+from nanoip2p.files import check_writable, replacing, write_json
 from nanoip2p.images import to_tensor
 from nanoip2p.scenes import Scene, Thing, pick, random_scene
 from nanoip2p.tokenizer import load_tokenizer, train_tokenizer
@@ -88,20 +90,23 @@ def fit(name: str, model: torch.nn.Module, loss_of_step, steps: int, lr: float, 
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
     bar = tqdm(range(first, steps), desc=name, initial=first, total=steps, mininterval=10)
-    for step in bar:
-        share = min((step + 1) / 100, 1.0, (steps - step) / (0.3 * steps))
-        for group in optimizer.param_groups:
-            group["lr"] = lr * share
-        loss, note = loss_of_step(torch.Generator().manual_seed(step))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        bar.set_postfix_str(note, refresh=False)
-        if (step + 1) % 250 == 0 or step + 1 == steps:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            with replacing(state_file) as temporary:
-                torch.save(state, temporary)
+    with train.stop_between_steps() as stop:
+        for step in bar:
+            share = min((step + 1) / 100, 1.0, (steps - step) / (0.3 * steps))
+            for group in optimizer.param_groups:
+                group["lr"] = lr * share
+            loss, note = loss_of_step(torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            bar.set_postfix_str(note, refresh=False)
+            if stop() or (step + 1) % 250 == 0 or step + 1 == steps:
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+                with replacing(state_file) as temporary:
+                    torch.save(state, temporary)
+            if stop():
+                raise KeyboardInterrupt
 
 
 def make_vae(folder: Path, device: str, steps: int, batch: int = 8) -> VAE:
@@ -241,19 +246,10 @@ def export(tokenizer: Path, weights: Path, clip: Path, ship: Path) -> None:
     demo.run(ship / "nano-ip2p", ship / "nano-ip2p" / "demo.png")
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Train the shipped nano weights from nothing.")
-    parser.add_argument("--out", type=Path, default=HERE.parent / "runs/nano", help="folder of all stages")
-    parser.add_argument("--ship", type=Path, default=HERE, help="folder that nano-ip2p and nano-clip go to")
-    parser.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
-    parser.add_argument("--vae-steps", type=int, default=3200, help="batches of 8 pictures")
-    parser.add_argument("--clip-steps", type=int, default=800, help="batches of 32 scenes, each with an edit")
-    parser.add_argument("--editor-steps", type=int, nargs=len(RUNS), default=(3700, 7400), metavar="STEPS",
-                        help="batches of 32 pairs, of the editor's two runs")
-    parser.add_argument("--pairs", type=int, default=40_000, help="rendered training pairs")
-    args = parser.parse_args(argv)
+def make(args: argparse.Namespace) -> None:
+    """All stages, each of which goes on from what it finds."""
     device = str(pick_device(args.device))
-    args.out.mkdir(parents=True, exist_ok=True)
+    check_writable(args.out / "tokenizer" / "vocab.json")
     if not (args.out / "tokenizer" / "tokenizer_config.json").exists():
         make_tokenizer(args.out / "tokenizer")
     clip = clip_folder(args.out, device, args.clip_steps)
@@ -262,11 +258,26 @@ def main(argv: list[str] | None = None) -> None:
         run = args.out / f"editor-{number}"
         where = ["--resume", run] if (run / "state.pt").exists() else ["--weights", weights, "--out", run]
         recipe = [*where, "--steps", steps, "--pairs", args.pairs, "--device", device, *RECIPE, *flags]
-        if train.main([str(word) for word in recipe]):
-            sys.exit("make_nano.py: the editor's training did not finish; the same command goes on with it")
+        train.prepare_and_train(train.parse([str(word) for word in recipe]))
         weights = run / "weights"
-    export(args.out / "tokenizer", weights, clip, args.ship)
+    export(args.out / "tokenizer", weights, clip, args.ship or args.out / "ship")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code, see cli.run."""
+    parser = cli.make_parser(description="Train the shipped nano weights from nothing.")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "runs/nano", help="folder of all stages")
+    parser.add_argument("--ship", type=Path, help="folder that nano-ip2p and nano-clip go to (<out>/ship); "
+                                                  "weights replaces the shipped ones")
+    parser.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
+    parser.add_argument("--vae-steps", type=at_least(1), default=3200, help="batches of 8 pictures")
+    parser.add_argument("--clip-steps", type=at_least(1), default=800, help="batches of 32 edited scenes")
+    parser.add_argument("--editor-steps", type=at_least(1), nargs=len(RUNS), default=(3700, 7400),
+                        metavar="STEPS", help="batches of 32 pairs, of the editor's two runs")
+    parser.add_argument("--pairs", type=at_least(1), default=40_000, help="rendered training pairs")
+    return cli.run(lambda: make(parser.parse_args(argv)), "stopped; the same command goes on from here",
+                   "try a smaller --pairs")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
