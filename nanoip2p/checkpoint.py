@@ -14,56 +14,31 @@ import argparse
 import json
 import shutil
 import sys
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanoip2p import cli
-from nanoip2p.clip import CLIP, TextEncoder, VisionEncoder
+from nanoip2p.clip import TextEncoder
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.files import read_json, replacing, write_json
 from nanoip2p.hub import fetch_weights, find_tokenizer
+from nanoip2p.network import Network, empty, open_network, save_network
 from nanoip2p.original import find_networks, find_vae, to_original
-from nanoip2p.tensors import DTYPES, check_tensors, find_weights, read_metadata, read_tensors, write_tensors
+from nanoip2p.tensors import DTYPES, read_metadata, read_tensors, write_tensors
 from nanoip2p.tokenizer import Tokenizer, load_tokenizer
 from nanoip2p.unet import UNet
 from nanoip2p.vae import VAE
 
-# Our class -> the class that reads the same folder in diffusers or transformers, and its file of weights
-LAYOUT = {
-    UNet: ("UNet2DConditionModel", "diffusion_pytorch_model"),
-    VAE: ("AutoencoderKL", "diffusion_pytorch_model"),
-    TextEncoder: ("CLIPTextModel", "model"),
-    VisionEncoder: ("CLIPVisionModel", "model"),
-    CLIP: ("CLIPModel", "model"),
-}
+VAE_PREFIX = "first_stage_model."
 PARTS = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
                    "special_tokens_map.json", "added_tokens.json")
 # Appendix of the paper and edit_cli.py of its code; a weights folder overrides them in defaults.json
 PAPER_DEFAULTS = dict(resolution=512, steps=100, cfg_text=7.5, cfg_image=1.5, sampler="euler_ancestral")
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network without memory (on torch's meta device), and its tensors, which are still on disk."""
-
-    model: nn.Module
-    tensors: dict[str, Tensor]
-    path: Path  # of the file, for messages
-
-    def check(self) -> None:
-        """ValueError, in one line, when names, shapes or numbers are not those of the model."""
-        check_tensors(self.tensors, self.model.state_dict(), self.path)
-
-    def load(self, dtype: torch.dtype) -> nn.Module:
-        """The model with its weights in `dtype`, in eval mode on the CPU. ValueError as `check`."""
-        self.check()
-        weights = {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
-        self.model.load_state_dict(weights, assign=True)
-        return self.model.eval()
 
 
 @dataclass(frozen=True)
@@ -77,11 +52,20 @@ class Checkpoint:
     schedule: dict  # the content of scheduler_config.json
     defaults: dict
 
-    def tokenizer_folder(self) -> Path:
-        """Where the tokenizer lies, fetched if need be. ValueError says what to fetch by hand."""
-        if self.tokenizer is None and self.source.is_dir():
-            return self.source / "tokenizer"
-        return find_tokenizer(self.source, self.tokenizer)
+    def open_tokenizer(self) -> tuple[Path, Tokenizer]:
+        """The tokenizer and its folder, fetched if need be. ValueError says what to fetch or to mend."""
+        folder = self.source / "tokenizer"
+        if self.tokenizer is not None or not self.source.is_dir():
+            folder = find_tokenizer(self.source, self.tokenizer)
+        tokenizer, text = load_tokenizer(folder), self.networks["text_encoder"].model.config
+        if tokenizer.length > text.max_position_embeddings:
+            raise ValueError(f"{folder}: the tokenizer makes {tokenizer.length} tokens, "
+                             f"the text encoder has {text.max_position_embeddings} positions")
+        known = tokenizer.backend.get_vocab_size()
+        if known > text.vocab_size:
+            raise ValueError(f"{folder}: the tokenizer knows {known} tokens, the text encoder "
+                             f"{text.vocab_size}; give the one it was trained with as --tokenizer")
+        return folder, tokenizer
 
 
 @dataclass(frozen=True)
@@ -97,37 +81,6 @@ class EditorParts:
     tokenizer_folder: Path
 
 
-def open_network(cls: type, folder: str | Path) -> Network:
-    """Read a network's folder: config.json and weights. ValueError, in one line, for what is amiss."""
-    folder = Path(folder)
-    class_name, stem = LAYOUT[cls]
-    config = read_json(folder / "config.json")
-    written_by = config.get("_class_name") or (config.get("architectures") or [class_name])[0]
-    if written_by != class_name:
-        raise ValueError(f"{folder} holds a {written_by}, not the {class_name} needed here")
-    model = empty(cls, config, folder / "config.json")
-    path, tensors = find_weights(folder, stem)
-    return Network(model, cls.published_names(tensors) if hasattr(cls, "published_names") else tensors, path)
-
-
-def empty(cls: type, config: dict, path: Path) -> nn.Module:
-    """A model of a config.json without memory or random numbers for weights about to be replaced."""
-    try:
-        with torch.device("meta"):
-            return cls.from_config(config)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def load_network(cls: type, folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Build a network from its folder, in eval mode on the CPU. Half-precision files are widened to `dtype`.
-
-    Raises ValueError, in one line, for a missing file, another network's folder, names of weights that are
-    missing or unknown, a wrong shape, and NaN or infinity.
-    """
-    return open_network(cls, folder).load(dtype)
-
-
 def open_checkpoint(name: str | Path, vae: str | Path | None = None, tokenizer: str | None = None,
                     raw_weights: bool = False) -> Checkpoint:
     """Find out what `name` is: a diffusers folder, a single file (.safetensors, .ckpt), a name on the Hub.
@@ -137,19 +90,30 @@ def open_checkpoint(name: str | Path, vae: str | Path | None = None, tokenizer: 
     line, for anything that is not a Stable Diffusion 1.x checkpoint, saying what it is instead.
     """
     source = Path(name) if Path(name).exists() else fetch_weights(str(name))
-    checkpoint = (_open_folder if source.is_dir() else _open_single)(source, tokenizer, raw_weights)
-    if vae is not None:
-        checkpoint = replace(checkpoint, networks=checkpoint.networks | {"vae": open_vae(Path(vae))},
-                             found=f"{checkpoint.found}, with the autoencoder of {vae}")
-    unet, text = (checkpoint.networks[part].model.config for part in ("unet", "text_encoder"))
+    other = None if vae is None else open_vae(Path(vae))
+    checkpoint = (_open_folder if source.is_dir() else _open_single)(source, tokenizer, raw_weights, other)
+    unet, autoencoder, text = (checkpoint.networks[part].model.config for part in PARTS)
+    latent = autoencoder.latent_channels
     if unet.cross_attention_dim != text.hidden_size:
         raise ValueError(f"{source}: the UNet reads text states of width {unet.cross_attention_dim}, "
                          f"the text encoder writes {text.hidden_size}")
-    return checkpoint
+    if unet.in_channels not in (latent, 2 * latent) or unet.out_channels != latent:
+        raise ValueError(f"{source}: the UNet takes {unet.in_channels} and makes {unet.out_channels} channels, "
+                         f"an editor takes {2 * latent} and its base {latent} (an inpainting model 9)")
+    try:
+        NoiseSchedule.from_config(checkpoint.schedule).alphas_cumprod()
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{source}: its noise schedule cannot be used ({error})") from None
+    found = checkpoint.found if vae is None else f"{checkpoint.found}, autoencoder of {vae}"
+    return replace(checkpoint, found=found)
 
 
-def _open_folder(folder: Path, tokenizer: str | None, raw_weights: bool) -> Checkpoint:
-    networks = {part: open_network(cls, folder / part) for part, cls in PARTS.items()}
+def _open_folder(folder: Path, tokenizer: str | None, raw_weights: bool,
+                 vae: Network | None) -> Checkpoint:
+    if raw_weights:
+        raise ValueError(f"{folder} is a folder, which holds one set of weights; leave out --raw-weights")
+    networks = {part: vae if vae and part == "vae" else open_network(cls, folder / part)
+                for part, cls in PARTS.items()}
     schedule = read_json(folder / "scheduler" / "scheduler_config.json")
     channels = networks["unet"].model.config.in_channels
     found = f"a diffusers folder, {channels} input channels, {_dtypes(networks)}"
@@ -158,8 +122,11 @@ def _open_folder(folder: Path, tokenizer: str | None, raw_weights: bool) -> Chec
                       with_defaults(read_json(path, missing={}), path))
 
 
-def _open_single(path: Path, tokenizer: str | None, raw_weights: bool) -> Checkpoint:
+def _open_single(path: Path, tokenizer: str | None, raw_weights: bool, vae: Network | None) -> Checkpoint:
     tensors = read_tensors(path)
+    if vae:  # in place of the file's own, if it has one
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(VAE_PREFIX)}
+        tensors |= to_original(vae.model.config, vae.tensors)
     try:
         ours = dict(json.loads(read_metadata(path).get("nanoip2p", "{}")))
         defaults = dict(ours.get("defaults", {}))
@@ -167,6 +134,7 @@ def _open_single(path: Path, tokenizer: str | None, raw_weights: bool) -> Checkp
         raise ValueError(f"{path}: its metadata is broken ({error})") from None
     defaults = with_defaults(defaults, path)
     configs = {part: empty(cls, ours[part], path).config for part, cls in PARTS.items() if part in ours}
+    configs |= {"vae": vae.model.config} if vae else {}
     found, parts = find_networks(tensors, path, raw_weights, configs)
     networks = {}
     for part, (config, weights) in parts.items():
@@ -213,15 +181,11 @@ def load_editor_parts(checkpoint: str | Path | Checkpoint, dtype: torch.dtype = 
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint)
     source, networks = checkpoint.source, checkpoint.networks
-    unet, vae, text = (networks[part].model.config for part in PARTS)
-    if unet.in_channels != 2 * vae.latent_channels:
-        raise ValueError(f"{source}: the UNet takes {unet.in_channels} channels, an editor "
-                         f"{2 * vae.latent_channels}; this is a text-to-picture model, the base for train.py")
-    folder, positions = checkpoint.tokenizer_folder(), text.max_position_embeddings
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.length > positions:
-        raise ValueError(f"{source}: the tokenizer makes {tokenizer.length} tokens, "
-                         f"the text encoder has {positions} positions")
+    channels, latent = networks["unet"].model.config.in_channels, networks["vae"].model.config.latent_channels
+    if channels == latent:
+        raise ValueError(f"{source}: the UNet takes {channels} channels, an editor {2 * latent}; this is a "
+                         "text-to-picture model, the base for train.py")
+    folder, tokenizer = checkpoint.open_tokenizer()
     schedule = NoiseSchedule.from_config(checkpoint.schedule)
     loaded = (networks[part].load(dtype) for part in PARTS)
     return EditorParts(*loaded, tokenizer, schedule, checkpoint.defaults, folder)
@@ -236,20 +200,6 @@ def with_defaults(chosen: dict, path: Path) -> dict:
         if type(value) is not wanted and not (wanted is float and type(value) is int):
             raise ValueError(f"{path}: {key} = {value!r} should be a {wanted.__name__}")
     return PAPER_DEFAULTS | chosen
-
-
-def save_network(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = torch.float32,
-                 tensors: dict[str, Tensor] | None = None) -> None:
-    """Write config.json and the weights as diffusers or transformers would, each file whole or not at all.
-
-    tensors: instead of the model's own. dtype: of the file; None leaves it as it is.
-    """
-    path = Path(folder) / f"{LAYOUT[type(model)][1]}.safetensors"
-    write_tensors(model.state_dict() if tensors is None else tensors, path, dtype)
-    config = model.config.to_json()
-    if "architectures" in config:  # transformers 5 computes in the dtype of the file, diffusers in float32:
-        config["torch_dtype"] = "float32"  # together they fail, or give another picture, unless both are told
-    write_json(config, Path(folder) / "config.json")
 
 
 def save_editor(
@@ -278,7 +228,8 @@ def save_editor(
         "_class_name": "StableDiffusionInstructPix2PixPipeline" if edits else "StableDiffusionPipeline",
         "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-        "scheduler": ["diffusers", scheduler_config["_class_name"]], "requires_safety_checker": False,
+        "scheduler": ["diffusers", scheduler_config.get("_class_name", "EulerAncestralDiscreteScheduler")],
+        "requires_safety_checker": False,
         "safety_checker": [None, None], "feature_extractor": [None, None], "image_encoder": [None, None],
     }, folder / "model_index.json")
 
@@ -291,27 +242,29 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None = No
     programs of 2022 read. All is checked before anything is written, and tensors go from file to file one at
     a time. ValueError for a bad checkpoint or target.
     """
-    networks, named = checkpoint.networks, {}
-    for part, network in networks.items():
+    single, target, networks = target.suffix == ".safetensors", target.resolve(), checkpoint.networks
+    if target.suffix in (".ckpt", ".pt", ".bin") or target.exists() and (
+            single and not target.is_file() or not single and (not target.is_dir() or any(target.iterdir()))):
+        raise ValueError(f"{target}: written are new folders and .safetensors files; name one of those")
+    if ema and not single:
+        raise ValueError("--ema-copy is for single files; a folder holds one set of weights")
+    for network in networks.values():
         network.check()
-        for averaged in (False, True) if ema and part == "unet" else (False,):
-            named |= to_original(network.model.config, network.tensors, averaged)
-    if target.suffix == ".safetensors":
+    if single:
+        named = {name: tensor for network in networks.values()
+                 for name, tensor in to_original(network.model.config, network.tensors).items()}
+        if ema:
+            named |= to_original(networks["unet"].model.config, networks["unet"].tensors, ema=True)
         ours = {part: network.model.config.to_json() for part, network in networks.items()}
         ours |= {"schedule": checkpoint.schedule, "defaults": checkpoint.defaults}
         return write_tensors(named, target, dtype, {"nanoip2p": json.dumps(ours)})
-    if target.suffix in (".ckpt", ".pt", ".bin") or target.exists() and (
-            not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target}: written are new folders and .safetensors files; name one of those")
-    unfinished = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        save_editor(unfinished, *(networks[part].model for part in PARTS), checkpoint.tokenizer_folder(),
+    tokenizer_folder, _ = checkpoint.open_tokenizer()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as unfinished:
+        save_editor(f"{unfinished}/new", *(networks[part].model for part in PARTS), tokenizer_folder,
                     checkpoint.schedule, checkpoint.defaults, dtype,
                     {part: network.tensors for part, network in networks.items()})
-        unfinished.replace(target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        Path(unfinished, "new").replace(target)
 
 
 def main(argv: list[str] | None = None) -> int:

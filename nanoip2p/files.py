@@ -53,7 +53,7 @@ def read_json(path: Path, missing: dict | None = None) -> dict:
         if missing is not None:
             return missing
         raise ValueError(f"{path} is missing; {remedy(path.parent)}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}, not an object")

@@ -17,6 +17,7 @@ from nanoip2p.files import read_json, remedy, replacing
 from nanoip2p.pickles import read_pickle
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FLOATS = (*DTYPES.values(), torch.float64)
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
          torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
 
@@ -28,7 +29,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing; {remedy(path.parent)}")
-    if path.suffix != ".safetensors":
+    with path.open("rb") as file:
+        pickled = file.read(4).startswith((b"PK\3\4", b"\x80"))
+    if pickled and path.suffix.lower() != ".safetensors":
         return read_pickle(path)
     try:
         return load_file(path)
@@ -38,10 +41,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The strings that a safetensors file holds beside its tensors; {} for other files."""
-    if path.suffix != ".safetensors":
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except SafetensorError:  # a pickle
         return {}
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}
 
 
 def find_weights(folder: Path, stem: str) -> tuple[Path, dict[str, Tensor]]:
@@ -54,7 +58,10 @@ def find_weights(folder: Path, stem: str) -> tuple[Path, dict[str, Tensor]]:
                  f"{stem}.bin", "pytorch_model.bin", f"{stem}.fp16.bin"):
         path = folder / name
         if path.is_file() and path.suffix == ".json":
-            shards = sorted(set(read_json(path).get("weight_map", {}).values()))
+            names = read_json(path).get("weight_map")
+            if not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()):
+                raise ValueError(f"{path} has no weight_map that names files; fetch it again")
+            shards = sorted(set(names.values()))
             tensors = {}
             for shard in shards:
                 tensors |= read_tensors(folder / Path(shard).name)
@@ -74,8 +81,8 @@ def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], path:
         if tensor.shape != expected[name].shape
     ]
     _refuse(path, "does not fit its configuration:", shapes)
-    integers = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
-    _refuse(path, "needs floating-point numbers in", integers)
+    others = [name for name, tensor in tensors.items() if tensor.dtype not in FLOATS]
+    _refuse(path, "needs floating-point numbers of 16, 32 or 64 bits in", others)
     _refuse(path, "has NaN or infinity in", [name for name in tensors if not _is_finite(tensors[name])])
 
 
@@ -89,6 +96,14 @@ def _refuse(path: Path, problem: str, found: list[str]) -> None:
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise ValueError(f"{path} {problem} {', '.join(found[:3])}{more}")
+
+
+def narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The tensor in `dtype`. ValueError when numbers become infinite: float16 ends at 65504."""
+    narrow = tensor.to(dtype)
+    if dtype == torch.float16 != tensor.dtype and not _is_finite(narrow):
+        raise ValueError(f"{name} holds numbers beyond the range of fp16; use bf16 or fp32")
+    return narrow
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype | None = None,
@@ -112,6 +127,6 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype | N
     text += b" " * (-len(text) % 8)
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors.values():
-            whole = tensor.detach().to("cpu", kept(tensor)).contiguous()
+        for name, tensor in tensors.items():
+            whole = narrowed(tensor.detach().cpu(), kept(tensor), name).contiguous()
             file.write(whole.reshape(-1).view(torch.uint8).numpy())

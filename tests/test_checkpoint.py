@@ -14,13 +14,12 @@ from tiny_editor import DEFAULTS, write_tiny_editor
 from nanoip2p.checkpoint import (
     PAPER_DEFAULTS,
     load_editor_parts,
-    load_network,
     save_editor,
-    save_network,
     with_defaults,
 )
 from nanoip2p.clip import CLIP, CLIPConfig, CLIPTextConfig, TextEncoder, VisionEncoder
 from nanoip2p.diffusion import NoiseSchedule
+from nanoip2p.network import load_network, save_network
 from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAE, VAEConfig
 

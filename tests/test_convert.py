@@ -22,12 +22,12 @@ from nanoip2p.checkpoint import (
     load_editor_parts,
     open_checkpoint,
     save_editor,
-    save_network,
     widen,
 )
 from nanoip2p.clip import CLIPTextConfig
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.editor import Editor
+from nanoip2p.network import load_network, save_network
 from nanoip2p.original import to_original
 from nanoip2p.tokenizer import train_tokenizer
 from nanoip2p.unet import UNet, UNetConfig
@@ -202,7 +202,7 @@ def test_we_open_what_diffusers_saves(folder, tmp_path):
             assert same(getattr(ours, part).state_dict(), getattr(theirs, part).state_dict()), (name, part)
     shards = tmp_path / "shards" / "unet"
     assert len(list(shards.glob("*.safetensors"))) > 2
-    assert same(checkpoints.load_network(UNet, shards).state_dict(), ours.unet.state_dict())
+    assert same(load_network(UNet, shards).state_dict(), ours.unet.state_dict())
 
 
 @torch.no_grad()
@@ -317,3 +317,73 @@ def test_full_size_there_and_back_is_bit_exact(folder, tmp_path):
         assert {part: config for part, (config, _) in inferred.items()} == configs
     finally:
         shutil.rmtree(tmp_path)  # pytest would keep it
+
+
+def rewrite(path, **changes):
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+
+
+def shorter_vocabulary(base):
+    rewrite(base / "text_encoder" / "config.json", vocab_size=300)
+    path = base / "text_encoder" / "model.safetensors"
+    name = "text_model.embeddings.token_embedding.weight"
+    tensors = load_file(path)
+    save_file(tensors | {name: tensors[name][:300].clone()}, path, metadata={"format": "pt"})
+
+
+MISFITS = {
+    "no tokenizer": (lambda base: shutil.rmtree(base / "tokenizer"), "vocab.json"),
+    "another tokenizer": (shorter_vocabulary, "tokens, the text encoder 300"),
+    "schedule of words": (lambda base: rewrite(base / "scheduler/scheduler_config.json", beta_start="x"),
+                          "noise schedule"),
+    "inpainting": (lambda base: rewrite(base / "unet/config.json", in_channels=9), "9 and makes 4 channels"),
+    "architectures": (lambda base: rewrite(base / "text_encoder/config.json", architectures=5), "holds a 5"),
+    "no heads": (lambda base: rewrite(base / "text_encoder/config.json", num_attention_heads=0), "json"),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_what_does_not_belong_together_is_told_before_anything_is_written(misfit, folder, tmp_path, capsys):
+    base = shutil.copytree(folder, tmp_path / "base")
+    change, message = MISFITS[misfit]
+    change(base)
+    assert checkpoints.main([str(base), str(tmp_path / "new")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert re.search(message, error) and "\n" not in error
+    with pytest.raises(ValueError, match=message):
+        load_editor_parts(base)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_flags_without_effect_are_refused(folder, tmp_path, capsys):
+    for words, named in ((["--raw-weights"], "--raw-weights"),
+                         ([str(tmp_path / "new"), "--ema-copy"], "--ema-copy")):
+        assert checkpoints.main([str(folder), *words]) == 2 and named in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_autoencoder_for_weights_that_have_none(folder, single, tmp_path):
+    expected = open_checkpoint(folder).networks["vae"].tensors
+    base = shutil.copytree(folder, tmp_path / "base")
+    shutil.rmtree(base / "vae")
+    edit(lambda t: {k: v for k, v in t.items() if not k.startswith("first_stage")}, single,
+         tmp_path / "x.safetensors")
+    for source in (base, tmp_path / "x.safetensors"):
+        with pytest.raises(ValueError, match="vae|encoder.conv_in"):
+            open_checkpoint(source).networks["vae"].check()
+        assert same(open_checkpoint(source, vae=folder).networks["vae"].tensors, expected)
+
+
+def test_conversion_touches_nothing_else(folder, tmp_path):
+    (tmp_path / ".new.tmp").mkdir()
+    (tmp_path / ".new.tmp" / "mine").write_text("precious")
+    base = shutil.copytree(folder, tmp_path / "base")
+    rewrite(base / "scheduler" / "scheduler_config.json", _class_name=...)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    convert(open_checkpoint(base), tmp_path / "new")
+    convert(open_checkpoint(base), tmp_path / "link")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".new.tmp", "base", "empty", "link", "new"]
+    assert (tmp_path / ".new.tmp" / "mine").exists() and (tmp_path / "empty" / "unet").is_dir()
+    assert_same_checkpoint(tmp_path / "new", folder)

@@ -124,22 +124,41 @@ def test_what_does_not_fit_a_network_is_named(tmp_path):
         (good | {"layer.1": torch.ones(3)}, r"layer.1 of \(3,\) for \(2,\)"),
         (good | {"layer.1": torch.tensor([1.0, float("nan")])}, "NaN or infinity in layer.1"),
         (good | {"layer.1": torch.tensor([-float("inf"), float("inf")])}, "NaN or infinity in layer.1"),
-        (good | {"layer.1": torch.ones(2).int()}, "floating-point numbers in layer.1"),
+        (good | {"layer.1": torch.ones(2).int()}, "floating-point numbers .* in layer.1"),
     ]:
         with pytest.raises(ValueError, match=message):
             check_tensors(change, expected, tmp_path)
 
 
 def test_disk_full_leaves_nothing(tmp_path, monkeypatch):
-    class Full(dict):
-        def values(self):
-            yield next(iter(super().values()))
-            raise OSError(28, "No space left on device")
+    def full(*_):
+        raise OSError(28, "No space left on device")
 
     write_tensors({"a": torch.ones(2)}, tmp_path / "x.safetensors")
-    monkeypatch.setattr("nanoip2p.tensors.dict", Full, raising=False)
+    monkeypatch.setattr("nanoip2p.tensors.narrowed", full)
     with pytest.raises(OSError, match="No space"):
         write_tensors({"a": torch.zeros(2), "b": torch.zeros(2)}, tmp_path / "x.safetensors")
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
     assert read_tensors(tmp_path / "x.safetensors")["a"].sum() == 2
+
+
+def test_numbers_too_large_for_half_precision_are_refused(tmp_path):
+    for value in (65504.0, -7e4):
+        tensors = {"a": torch.ones(3), "b": torch.tensor([value])}
+        if abs(value) < 65505:
+            write_tensors(tensors, tmp_path / "fits.safetensors", torch.float16)
+        else:
+            with pytest.raises(ValueError, match="b holds numbers beyond the range of fp16"):
+                write_tensors(tensors, tmp_path / "not.safetensors", torch.float16)
+            write_tensors(tensors, tmp_path / "brain.safetensors", torch.bfloat16)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["brain.safetensors", "fits.safetensors"]
+
+
+def test_a_safetensors_file_by_another_name_and_a_broken_index(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "model.ckpt")
+    assert read_tensors(tmp_path / "model.ckpt")["a"] == 1
+    for content in ("[]", "{}", '{"weight_map": 5}', '{"weight_map": {"a": ["x"]}}'):
+        (tmp_path / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(ValueError, match="index.json"):
+            find_weights(tmp_path, "model")

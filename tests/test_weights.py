@@ -8,11 +8,11 @@ from helpers import relative_error
 from PIL import Image
 
 from nanoip2p import demo
-from nanoip2p.checkpoint import load_network
 from nanoip2p.clip import CLIP, TextEncoder
 from nanoip2p.editor import Editor
 from nanoip2p.evaluate import questions, score_scenes, table
 from nanoip2p.images import to_tensor
+from nanoip2p.network import load_network
 from nanoip2p.scenes import random_scene
 from nanoip2p.tokenizer import load_tokenizer
 

@@ -26,13 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
 from nanoip2p import cli, demo
-from nanoip2p.checkpoint import load_editor_parts, load_network, save_editor, save_network
+from nanoip2p.checkpoint import load_editor_parts, save_editor
 from nanoip2p.cli import at_least
 from nanoip2p.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, TextEncoder
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.editor import pick_device
 from nanoip2p.files import check_writable, replacing, write_json
 from nanoip2p.images import to_tensor
+from nanoip2p.network import load_network, save_network
 from nanoip2p.scenes import Scene, Thing, pick, random_scene
 from nanoip2p.tokenizer import load_tokenizer, train_tokenizer
 from nanoip2p.unet import UNet, UNetConfig

@@ -1,0 +1,87 @@
+"""One network and its folder: config.json beside its weights, as diffusers and transformers have it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nanoip2p.clip import CLIP, TextEncoder, VisionEncoder
+from nanoip2p.files import read_json, write_json
+from nanoip2p.tensors import check_tensors, find_weights, narrowed, write_tensors
+from nanoip2p.unet import UNet
+from nanoip2p.vae import VAE
+
+# Our class -> the class that reads the same folder in diffusers or transformers, and its file of weights
+LAYOUT = {
+    UNet: ("UNet2DConditionModel", "diffusion_pytorch_model"),
+    VAE: ("AutoencoderKL", "diffusion_pytorch_model"),
+    TextEncoder: ("CLIPTextModel", "model"),
+    VisionEncoder: ("CLIPVisionModel", "model"),
+    CLIP: ("CLIPModel", "model"),
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network without memory (on torch's meta device), and its tensors, which are still on disk."""
+
+    model: nn.Module
+    tensors: dict[str, Tensor]
+    path: Path  # of the file, for messages
+
+    def check(self) -> None:
+        """ValueError, in one line, when names, shapes or numbers are not those of the model."""
+        check_tensors(self.tensors, self.model.state_dict(), self.path)
+
+    def load(self, dtype: torch.dtype) -> nn.Module:
+        """The model with its weights in `dtype`, in eval mode on the CPU. ValueError as `check`."""
+        self.check()
+        weights = {name: narrowed(tensor, dtype, name) for name, tensor in self.tensors.items()}
+        self.model.load_state_dict(weights, assign=True)
+        return self.model.eval()
+
+
+def open_network(cls: type, folder: str | Path) -> Network:
+    """Read a network's folder: config.json and weights. ValueError, in one line, for what is amiss."""
+    folder = Path(folder)
+    class_name, stem = LAYOUT[cls]
+    config = read_json(folder / "config.json")
+    written_by = config.get("_class_name") or config.get("architectures") or class_name
+    if written_by not in (class_name, [class_name]):
+        raise ValueError(f"{folder} holds a {written_by}, not the {class_name} needed here")
+    model = empty(cls, config, folder / "config.json")
+    path, tensors = find_weights(folder, stem)
+    return Network(model, cls.published_names(tensors) if hasattr(cls, "published_names") else tensors, path)
+
+
+def empty(cls: type, config: dict, path: Path) -> nn.Module:
+    """A model of a config.json without memory or random numbers for weights about to be replaced."""
+    try:
+        with torch.device("meta"):
+            return cls.from_config(config)
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def load_network(cls: type, folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Build a network from its folder, in eval mode on the CPU. Half-precision files are widened to `dtype`.
+
+    Raises ValueError, in one line, for a missing file, another network's folder, names of weights that are
+    missing or unknown, a wrong shape, and NaN or infinity.
+    """
+    return open_network(cls, folder).load(dtype)
+
+
+def save_network(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = torch.float32,
+                 tensors: dict[str, Tensor] | None = None) -> None:
+    """Write config.json and the weights as diffusers or transformers would, each file whole or not at all.
+
+    tensors: instead of the model's own. dtype: of the file; None leaves it as it is.
+    """
+    path = Path(folder) / f"{LAYOUT[type(model)][1]}.safetensors"
+    write_tensors(model.state_dict() if tensors is None else tensors, path, dtype)
+    config = model.config.to_json()
+    if "architectures" in config:  # transformers 5 computes in the dtype of the file, diffusers in float32:
+        config["torch_dtype"] = "float32"  # together they fail, or give another picture, unless both are told
+    write_json(config, Path(folder) / "config.json")
