@@ -98,7 +98,7 @@ def open_checkpoint(name: str | Path, vae: str | Path | None = None, tokenizer: 
         raise ValueError(f"{source}: the UNet reads text states of width {unet.cross_attention_dim}, "
                          f"the text encoder writes {text.hidden_size}")
     if unet.in_channels not in (latent, 2 * latent) or unet.out_channels != latent:
-        raise ValueError(f"{source}: the UNet takes {unet.in_channels} and makes {unet.out_channels} channels, "
+        raise ValueError(f"{source}: the UNet takes {unet.in_channels}, makes {unet.out_channels} channels; "
                          f"an editor takes {2 * latent} and its base {latent} (an inpainting model 9)")
     try:
         NoiseSchedule.from_config(checkpoint.schedule).alphas_cumprod()
