@@ -6,6 +6,7 @@ read a file, it is applied to all names of our networks, and the table that resu
 """
 
 import re
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -23,26 +24,28 @@ UNET_WORDS = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "
               "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
 VAE_WORDS = {"conv_shortcut": "nin_shortcut", "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v",
              "to_out.0": "proj_out"}
-# Tables that follow from the schedule, counters, indices 0, 1, 2, …, and parts that only training used
+# Tables that follow from the schedule, counters, indices 0, 1, 2, …, and parts that only training used.
+# Other scalars go as well: no network here has any.
 IGNORED = re.compile(
     r"betas|(log_one_minus_|sqrt_one_minus_|sqrt_recip_|sqrt_recipm1_|sqrt_)?alphas_cumprod(_prev)?"
     r"|posterior_\w+|logvar|lvlb_weights|scale_factor|model_ema\.(decay|num_updates)"
     r"|first_stage_model\.(loss|model_ema)\..+"
     r"|cond_stage_model\.(logit_scale|.+\.position_ids|.+projection.*)"
 )
-# Files of other families, told by a name that only they have, and files that hold a part
+# What else comes in such files, told by a line "name (shape)" that only it has; and what is but a part
 FAMILIES = {
-    "an SDXL checkpoint": r"conditioner\.|model\.diffusion_model\.label_emb\.",
-    "a Stable Diffusion 2.x checkpoint": r"cond_stage_model\.model\.",
-    "a Stable Diffusion 3 checkpoint": r"(model\.diffusion_model\.)?joint_blocks\.",
-    "a Flux checkpoint": r"(model\.diffusion_model\.)?double_blocks\.",
-    "a ControlNet": r"control_model\.|controlnet_",
-    "a LoRA": r"(.*\.)?lora_|.*\.lora\.",
-    "a textual inversion": r"emb_params$|string_to_param|<",
+    "a LoRA": r"lora",
+    "a ControlNet": r"^(control_model\.|controlnet_|input_hint_block\.)",
+    "a textual inversion": r"^(emb_params |string_to_param|<)",
+    "an inpainting model": r"^model\.diffusion_model\.input_blocks\.0\.0\.weight \(\d+, 9,",
+    "a Stable Diffusion 2.x checkpoint": r"^cond_stage_model\.model\.|\.attn2\.to_k\.weight \(\d+, 1024\)",
+    "an SDXL checkpoint": r"^(conditioner\.|model\.diffusion_model\.label_emb\.)",
+    "a Stable Diffusion 3 checkpoint": r"^(model\.diffusion_model\.)?joint_blocks\.",
+    "a Flux checkpoint": r"^(model\.diffusion_model\.)?double_blocks\.",
 }
 FRAGMENTS = {
-    "one network of a diffusers folder (name the folder)": r"down_blocks|text_model|decoder\.conv_norm",
-    "an autoencoder alone (name it with --vae)": r"(first_stage_model\.)?(encoder|decoder)\.",
+    "one network of a diffusers folder (name the folder)": r"^(down_blocks|text_model|decoder\.conv_norm)",
+    "an autoencoder alone (name it with --vae)": r"^(first_stage_model\.)?(encoder|decoder)\.",
 }
 
 
@@ -87,11 +90,9 @@ def theirs(config) -> dict[str, str]:
     """Every weight of the network with this config: our name -> theirs, with their prefix."""
     with torch.device("meta"):
         names = CLASSES[type(config)](config).state_dict()
-    places, words = {}, {}
-    if isinstance(config, UNetConfig):
-        places, words = unet_places(config), UNET_WORDS
-    elif isinstance(config, VAEConfig):
-        places, words = vae_places(config), VAE_WORDS
+    places, words = {UNetConfig: (unet_places, UNET_WORDS), VAEConfig: (vae_places, VAE_WORDS),
+                     CLIPTextConfig: (lambda config: {}, {})}[type(config)]
+    places = places(config)
     table = {}
     for name in names:
         place = next((place for place in places if name.startswith(place + ".")), None)
@@ -125,7 +126,7 @@ def to_original(config, tensors: dict[str, Tensor], ema: bool = False) -> dict[s
 def to_ours(config, tensors: dict[str, Tensor], ema: bool = False) -> dict[str, Tensor]:
     """The inverse of to_original: those of the tensors that belong to the network, under our names."""
     table = {ema_name(name) if ema else name: ours for ours, name in theirs(config).items()}
-    return {table[name]: tensor[:, :, 0, 0] if is_projection(name) and tensor.ndim == 4 else tensor
+    return {table[name]: tensor.flatten(1) if is_projection(name) else tensor
             for name, tensor in tensors.items() if name in table}
 
 
@@ -137,11 +138,12 @@ def find_networks(tensors: dict[str, Tensor], path: Path, raw_weights: bool = Fa
     the file has them, unless `raw_weights`. Raises ValueError, in one line, for another family's file and for
     tensors that have no place here.
     """
-    tensors = {name.removeprefix("state_dict."): tensor for name, tensor in tensors.items()}
-    refuse_others(tensors, path)
-    bare = PREFIXES[CLIPTextConfig]  # some programs leave out `text_model.`
-    tensors = {re.sub(rf"^{re.escape(bare)}(?=embeddings|encoder|final)", f"{bare}text_model.", name): tensor
-               for name, tensor in tensors.items() if not IGNORED.fullmatch(name)}
+    tensors = weights(tensors)
+    if any(name.startswith(PREFIXES[UNetConfig]) for name in tensors):
+        refuse_others(tensors, FAMILIES, path)
+    else:
+        refuse_others(tensors, FAMILIES | FRAGMENTS, path)
+        raise ValueError(f"{path} is no Stable Diffusion checkpoint; it holds {', '.join([*tensors][:3])} …")
     infer = {"unet": unet_config, "vae": vae_config, "text_encoder": text_config}
     try:
         configs = {part: (configs or {}).get(part) or infer[part](tensors) for part in infer}
@@ -152,11 +154,7 @@ def find_networks(tensors: dict[str, Tensor], path: Path, raw_weights: bool = Fa
     parts = {part: (config, to_ours(config, tensors, ema and part == "unet"))
              for part, config in configs.items()}
     known = {name for config in configs.values() for name in theirs(config).values()}
-    known |= {ema_name(name) for name in known}
-    unknown = [name for name in tensors if name not in known]
-    if unknown:
-        raise ValueError(f"{path} has unknown {', '.join(unknown[:3])}{', …' * (len(unknown) > 3)}; nanoip2p "
-                         "reads Stable Diffusion 1.x")
+    refuse_unknown(tensors, known | {ema_name(name) for name in known}, path)
     edits = configs["unet"].in_channels > configs["vae"].latent_channels
     kind = "an InstructPix2Pix checkpoint" if edits else "a Stable Diffusion 1.x checkpoint"
     which = "EMA weights" if ema else "raw weights" if has_ema else "no EMA copy"
@@ -164,38 +162,57 @@ def find_networks(tensors: dict[str, Tensor], path: Path, raw_weights: bool = Fa
 
 
 def find_vae(tensors: dict[str, Tensor], path: Path) -> tuple[VAEConfig, dict[str, Tensor]]:
-    """The autoencoder of a file of its own or of a whole checkpoint: config and tensors in our names."""
-    prefix = PREFIXES[VAEConfig]
-    tensors = {prefix + name.removeprefix("state_dict.").removeprefix(prefix): tensor
-               for name, tensor in tensors.items()}
+    """The autoencoder of a file of its own, in the original's names or diffusers', or of a whole checkpoint.
+
+    Config and tensors in our names, as find_networks, and the same errors.
+    """
+    prefix, tensors = PREFIXES[VAEConfig], weights(tensors)
+    refuse_others(tensors, FAMILIES, path)
+    inside = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    tensors = VAE.published_names(weights(inside or {prefix + name: tensors[name] for name in tensors}))
     try:
         config = vae_config(tensors)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    if prefix + "encoder.conv_norm_out.weight" in tensors:  # diffusers' names, and so ours
+        return config, {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    refuse_unknown(tensors, theirs(config).values(), path)
     return config, to_ours(config, tensors)
 
 
-def refuse_others(names: dict, path: Path) -> None:
+def weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what is IGNORED; some programs put `state_dict.` before names, or leave out `text_model.`"""
+    bare = re.compile(rf"^({PREFIXES[CLIPTextConfig]})(embeddings|encoder|final)")
+    named = ((name.removeprefix("state_dict."), tensor) for name, tensor in tensors.items() if tensor.ndim)
+    return {bare.sub(r"\1text_model.\2", name): tensor
+            for name, tensor in named if not IGNORED.fullmatch(name)}
+
+
+def refuse_others(tensors: dict[str, Tensor], families: dict[str, str], path: Path) -> None:
     """ValueError that says what a file is when it is no Stable Diffusion 1.x checkpoint."""
-    whole = any(name.startswith(PREFIXES[UNetConfig]) for name in names)
-    for kind, pattern in (FAMILIES if whole else FAMILIES | FRAGMENTS).items():
-        if any(re.match(pattern, name) for name in names):
+    content = "\n".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+    for kind, pattern in families.items():
+        if re.search(pattern, content, re.MULTILINE):
             raise ValueError(f"{path}: this is {kind}; nanoip2p reads Stable Diffusion 1.x")
-    if not whole:
-        raise ValueError(f"{path} is no Stable Diffusion checkpoint; it holds {', '.join(list(names)[:3])} …")
+
+
+def refuse_unknown(names: Iterable[str], known: Collection[str], path: Path) -> None:
+    """ValueError that names the first few that have no place in our networks."""
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"{path} has unknown {', '.join(unknown[:3])}{', …' * (len(unknown) > 3)}; nanoip2p "
+                         "reads Stable Diffusion 1.x")
 
 
 def shape(tensors: dict[str, Tensor], name: str) -> torch.Size:
-    """ValueError that names the tensor when it is not there."""
-    if name not in tensors:
-        raise ValueError(f"no complete Stable Diffusion 1.x checkpoint, it lacks {name}")
+    """ValueError that names the tensor when there is none, or a vector, or nothing in it."""
+    if name not in tensors or tensors[name].ndim < 2 or 0 in tensors[name].shape:
+        raise ValueError(f"no complete Stable Diffusion 1.x checkpoint, it lacks {name} or its shape is odd")
     return tensors[name].shape
 
 
-def count(names, pattern: str) -> int:
-    """One more than the largest number that stands where `pattern` has its group, in any name."""
-    found = [re.match(pattern, name) for name in names]
-    return 1 + max((int(match[1]) for match in found if match), default=-1)
+def count(names: Iterable[str], pattern: str) -> int:
+    """How many different numbers stand where `pattern` has its group. (The largest could be anything.)"""
+    return len({match[1] for match in (re.match(pattern, name) for name in names) if match})
 
 
 def unet_config(tensors: dict[str, Tensor]) -> UNetConfig:
@@ -204,11 +221,8 @@ def unet_config(tensors: dict[str, Tensor]) -> UNetConfig:
     first, last = (shape(unet, name) for name in ("input_blocks.0.0.weight", "out.2.weight"))
     text = shape(unet, "middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1]
     blocks = count(unet, r"input_blocks\.(\d+)\.")
-    downs = [i for i in range(blocks) if f"input_blocks.{i}.0.op.weight" in unet]
+    downs = [i for i in range(1, blocks) if f"input_blocks.{i}.0.op.weight" in unet]
     per = downs[0] if downs else blocks
-    if first[1] == 9 or text == 1024:
-        what = "an inpainting model" if first[1] == 9 else "a Stable Diffusion 2.x checkpoint"
-        raise ValueError(f"this is {what}; nanoip2p reads Stable Diffusion 1.x")
     places = [i * per for i in range(-(-blocks // per))]
     return UNetConfig(
         in_channels=first[1], out_channels=last[0], layers_per_block=per - 1, cross_attention_dim=text,
@@ -221,23 +235,24 @@ def unet_config(tensors: dict[str, Tensor]) -> UNetConfig:
 
 
 def vae_config(tensors: dict[str, Tensor]) -> VAEConfig:
-    """Read the autoencoder's config off names and shapes; its scaling factor, 0.18215, cannot be seen."""
+    """Read the autoencoder's config off names (here also diffusers') and shapes; its scale cannot be seen."""
     vae = {name.removeprefix(PREFIXES[VAEConfig]): tensor for name, tensor in tensors.items()}
-    levels = count(vae, r"encoder\.down\.(\d+)\.")
+    spellings = "encoder.down.{}.block.{}.conv2.weight", "encoder.down_blocks.{}.resnets.{}.conv2.weight"
+    block = next((block for block in spellings if block.format(0, 0) in vae), spellings[0])
+    levels = range(count(vae, block.format(r"(\d+)", 0)))
     return VAEConfig(
         in_channels=shape(vae, "encoder.conv_in.weight")[1],
         out_channels=shape(vae, "decoder.conv_out.weight")[0],
         latent_channels=shape(vae, "decoder.conv_in.weight")[1],
-        layers_per_block=count(vae, r"encoder\.down\.0\.block\.(\d+)\."),
-        block_out_channels=tuple(shape(vae, f"encoder.down.{i}.block.0.conv2.weight")[0]
-                                 for i in range(levels)))
+        layers_per_block=count(vae, block.format(0, r"(\d+)")),
+        block_out_channels=tuple(shape(vae, block.format(i, 0))[0] for i in levels))
 
 
 def text_config(tensors: dict[str, Tensor]) -> CLIPTextConfig:
     """Read the text encoder's config off names and shapes; heads are 64 wide, as in every CLIP."""
     prefix = PREFIXES[CLIPTextConfig] + "text_model."
     text = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    vocabulary, width = shape(text, "embeddings.token_embedding.weight")
+    vocabulary, width = shape(text, "embeddings.token_embedding.weight")[:2]
     return CLIPTextConfig(
         vocab_size=vocabulary, hidden_size=width, projection_dim=width, num_attention_heads=width // 64 or 1,
         intermediate_size=shape(text, "encoder.layers.0.mlp.fc1.weight")[0],

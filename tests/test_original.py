@@ -47,6 +47,14 @@ def empty(config):
         return CLASSES[type(config)](config)
 
 
+def single(*configs):
+    """A file of 2022 with these networks, as shapes without memory."""
+    tensors = {}
+    for config in configs:
+        tensors |= to_original(config, empty(config).state_dict())
+    return tensors
+
+
 @pytest.mark.parametrize("name, channels, ema", [
     ("stable-diffusion-v1", 4, False), ("instruct-pix2pix", 8, True)])
 def test_published_lists_fit_with_nothing_missing_and_nothing_left_over(name, channels, ema):
@@ -80,43 +88,136 @@ def test_there_and_back_is_bit_exact(config):
         assert len(there) == len(ours) and not set(there) & set(ours)
         back = to_ours(config, there, ema)
         assert list(back) == list(ours) and all(torch.equal(back[name], ours[name]) for name in ours)
+        assert all(back[name].data_ptr() == ours[name].data_ptr() for name in ours), "copied"
 
 
-def test_configs_are_read_off_the_shapes():
-    unet = UNetConfig(8, 4, (32, 64, 64), ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-                      ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), 1, 8, 48)
-    vae = VAEConfig(block_out_channels=(32, 64), layers_per_block=1)
-    text = CLIPTextConfig(500, 128, 96, 3, 2, 20, projection_dim=128)
-    tensors = {}
-    for config in (unet, vae, text):
-        tensors |= to_original(config, empty(config).state_dict())
-    assert {config for config, _ in find_networks(tensors, Path("x"))[1].values()} == {unet, vae, text}
+SMALL = (
+    UNetConfig(8, 4, (32, 64, 64), ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+               ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), 1, 8, 48),
+    VAEConfig(2, 5, 3, (32, 64), 1), CLIPTextConfig(500, 128, 96, 3, 2, 20, projection_dim=128))
+
+
+@pytest.mark.parametrize("unet", [
+    SMALL[0], UNetConfig(3, 2, (32,), ("CrossAttnDownBlock2D",), ("CrossAttnUpBlock2D",), 3, 8, 16),
+    UNetConfig(4, 4, (64, 32), ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "UpBlock2D"), 2)])
+def test_configs_are_read_off_the_shapes(unet):
+    found, parts = find_networks(single(unet, *SMALL[1:]), Path("x"))
+    assert [config for config, _ in parts.values()] == [unet, *SMALL[1:]]
+    assert f"{unet.in_channels} input channels" in found
+    assert ("InstructPix2Pix" in found) == (unet.in_channels > 3)
+
+
+def test_spellings_of_others_are_understood():
+    tensors = single(*SMALL)
     nested = {f"state_dict.{name}": tensor for name, tensor in tensors.items()}
     shorter = {name.replace("text_model.", ""): tensor for name, tensor in tensors.items()}
-    for spelling in (nested, shorter):
-        assert find_networks(spelling, Path("x"))[1].keys() == {"unet", "vae", "text_encoder"}
-    alone = {name.removeprefix("first_stage_model."): tensor for name, tensor in tensors.items()
-             if name.startswith("first_stage")}
-    assert find_vae(alone, Path("x"))[0] == find_vae(tensors, Path("x"))[0] == vae
-    assert find_vae(alone, Path("x"))[1].keys() == empty(vae).state_dict().keys()
+    scalars = tensors | {name: torch.zeros(()) for name in ("null_token", "cond_stage_model.x.logit_scale")}
+    parts = find_networks(tensors, Path("x"))[1]
+    tables = tensors | {name: torch.zeros(1000) for name in ("lvlb_weights", "logvar", "posterior_x")}
+    for spelling in (nested, shorter, scalars, tables):
+        again = find_networks(spelling, Path("x"))[1]
+        assert all(shapes(again[part][1]) == shapes(tensors) for part, (_, tensors) in parts.items())
+
+
+@pytest.mark.parametrize("raw_weights, offset, said", [
+    (False, 1000, "EMA weights"), (True, 0, "raw weights")])
+def test_averaged_weights_go_before_raw_ones(raw_weights, offset, said):
+    config, ours = SMALL[0], marked(SMALL[0])
+    averaged = {name: tensor + 1000 for name, tensor in ours.items()}
+    file = single(*SMALL) | to_original(config, ours) | to_original(config, averaged, ema=True)
+    found, parts = find_networks(file, Path("x"), raw_weights)
+    assert said in found and parts["unet"][1].keys() == ours.keys()
+    assert all(torch.equal(tensor, ours[name] + offset) for name, tensor in parts["unet"][1].items())
+
+
+@pytest.mark.parametrize("spelling", [
+    "prefixed", "bare", "trained", "whole", "nested", "diffusers", "diffusers of 2022"])
+def test_an_autoencoder_alone_in_every_spelling(spelling):
+    config, ours = SMALL[1], marked(SMALL[1])
+    prefixed = to_original(config, ours)
+    bare = {name.removeprefix("first_stage_model."): tensor for name, tensor in prefixed.items()}
+    file = {
+        "prefixed": prefixed, "bare": bare, "whole": single(*SMALL) | prefixed, "diffusers": ours,
+        "trained": bare | {"loss.logvar": torch.zeros(()), "loss.net.weight": torch.zeros(2, 2),
+                           "model_ema.decay": torch.zeros(())},
+        "nested": {f"state_dict.{name}": tensor for name, tensor in bare.items()},
+        "diffusers of 2022": {name.replace("to_q", "query"): tensor for name, tensor in ours.items()},
+    }[spelling]
+    found, tensors = find_vae(file, Path("x"))
+    assert found == config and tensors.keys() == ours.keys()
+    assert all(torch.equal(tensors[name], ours[name]) for name in ours)
+
+
+@pytest.mark.parametrize("extra, message", [
+    ({"wings.weight": torch.zeros(2)}, "x has unknown .*wings.weight"),
+    ({"conditioner.embedders.0.bias": torch.zeros(2)}, "x: this is an SDXL checkpoint")])
+def test_what_is_no_autoencoder_of_ours_is_refused(extra, message):
+    bare = {name.removeprefix("first_stage_model."): tensor for name, tensor in single(SMALL[1]).items()}
+    with pytest.raises(ValueError, match=message):
+        find_vae(bare | extra, Path("x"))
+    with pytest.raises(ValueError, match="x: .* lacks encoder.conv_in.weight"):
+        find_vae({"fc1.weight": torch.zeros(2)}, Path("x"))
+
+
+READ = ["model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.out.2.weight",
+        "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight",
+        "model.diffusion_model.input_blocks.3.0.out_layers.3.weight",
+        "first_stage_model.encoder.conv_in.weight", "first_stage_model.decoder.conv_in.weight",
+        "first_stage_model.decoder.conv_out.weight",
+        "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight",
+        "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight",
+        "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight"]
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_a_config_is_read_from_may_be_missing_or_misshapen(name):
+    tensors = single(*SMALL)
+    for wrong in (torch.zeros(()), torch.zeros(3), torch.zeros(0, 3, 3, 3), None):
+        file = {key: tensor for key, tensor in (tensors | {name: wrong}).items() if tensor is not None}
+        with pytest.raises(ValueError) as caught:
+            find_networks(file, Path("x"))
+        said = re.fullmatch(r"x: .* it lacks (\S+) or its shape is odd", str(caught.value))
+        assert said and name.endswith(f".{said[1]}"), caught.value
+
+
+@pytest.mark.parametrize("name", ["model.diffusion_model.input_blocks.{}.0.op.weight",
+                                  "model.diffusion_model.input_blocks.0.0.op.weight",
+                                  "first_stage_model.encoder.down.{}.block.0.conv2.weight",
+                                  "first_stage_model.encoder.down.0.block.{}.conv2.weight",
+                                  "cond_stage_model.transformer.text_model.encoder.layers.{}.mlp.fc1.weight"])
+def test_wild_numbers_in_names_cost_nothing(name):
+    """A network as deep as the largest number says would not fit into any memory."""
+    with pytest.raises(ValueError, match="^x") as caught:
+        find_networks(single(*SMALL) | {name.format(10**12): torch.zeros(2, 2)}, Path("x"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wide_kernel_is_no_matrix():
+    config, name = SMALL[1], "encoder.mid_block.attentions.0.to_q.weight"
+    tensors = to_original(config, empty(config).state_dict())
+    tensors = {key: torch.zeros(64, 64, 3, 3) if ".attn_1.q.weight" in key else tensor
+               for key, tensor in tensors.items()}
+    assert to_ours(config, tensors)[name].shape == (64, 576)  # which checking against the network refuses
 
 
 def marked(config):
-    """Our tensors, each filled with its own number."""
-    return {name: torch.full_like(tensor, i, device="cpu") for i, (name, tensor)
-            in enumerate(CLASSES[type(config)](config).state_dict().items())}
+    """Our tensors, each filled with its own number, which is in memory only once."""
+    return {name: torch.tensor(float(i)).expand(tensor.shape)
+            for i, (name, tensor) in enumerate(empty(config).state_dict().items())}
 
 
-@pytest.mark.parametrize("config", CONFIGS[:5])
+@pytest.mark.parametrize("config", [*CONFIGS, *FULL.values(), UNetConfig(8)])
 def test_diffusers_translates_the_same_way(config):
     ours = marked(config)
     if isinstance(config, UNetConfig):
         converted = single_file_utils.convert_ldm_unet_checkpoint(
             to_original(config, ours), {**config.to_json(), "class_embed_type": None})
-    else:
+    elif isinstance(config, VAEConfig):
         converted = single_file_utils.convert_ldm_vae_checkpoint(to_original(config, ours), config.to_json())
-    assert converted.keys() == ours.keys()
-    assert all(torch.equal(converted[name], ours[name]) for name in ours)
+    else:
+        converted = single_file_utils.convert_ldm_clip_checkpoint(to_original(config, ours))
+    assert shapes(converted) == shapes(ours)
+    assert all(converted[name][(0,) * ours[name].ndim] == i for i, name in enumerate(ours))
 
 
 def test_diffusers_takes_the_averaged_weights_from_where_we_put_them():
@@ -132,6 +233,7 @@ def test_diffusers_takes_the_averaged_weights_from_where_we_put_them():
 UNET = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3)}
 OTHERS = {
     "SDXL": UNET | {"conditioner.embedders.0.transformer.text_model.final_layer_norm.bias": torch.zeros(1)},
+    "an SDXL checkpoint": UNET | {"model.diffusion_model.label_emb.0.0.bias": torch.zeros(1)},
     "Stable Diffusion 2.x": UNET | {"cond_stage_model.model.ln_final.bias": torch.zeros(1)},
     "Stable Diffusion 3": {"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": torch.zeros(1)},
     "Flux": {"double_blocks.0.img_attn.norm.key_norm.scale": torch.zeros(1)},
@@ -140,6 +242,11 @@ OTHERS = {
     "ControlNet": {"control_model.input_blocks.0.0.weight": torch.zeros(1)},
     "a ControlNet": {"controlnet_cond_embedding.conv_in.weight": torch.zeros(1)},
     "textual inversion": {"emb_params": torch.zeros(1)},
+    "a textual inversion": {"<cat-toy>": torch.zeros(768)},
+    "this is a LoRA": {"unet.mid_block.attn1.processor.to_q_lora.up.weight": torch.zeros(1)},
+    "this is a ControlNet": {"input_hint_block.0.weight": torch.zeros(1)},
+    "this is a Stable Diffusion 2.x": UNET | {"model.diffusion_model.label_emb.0.0.bias": torch.zeros(1),
+                                              "cond_stage_model.model.ln_final.bias": torch.zeros(1)},
     "diffusers folder": {"down_blocks.0.resnets.0.conv1.weight": torch.zeros(1)},
     "autoencoder alone": {"first_stage_model.encoder.conv_in.weight": torch.zeros(1)},
     "no Stable Diffusion checkpoint": {"fc1.weight": torch.zeros(1)},
@@ -156,11 +263,8 @@ def test_other_families_are_said_by_name(family):
 @pytest.mark.parametrize("config, family", [
     (UNetConfig(9), "an inpainting model"), (UNetConfig(cross_attention_dim=1024), "a Stable Diffusion 2.x")])
 def test_other_widths_are_said_by_name(config, family):
-    tensors = {}
-    for part in (config, VAEConfig(), CLIPTextConfig()):
-        tensors |= to_original(part, empty(part).state_dict())
     with pytest.raises(ValueError, match=f"x: this is {family}"):
-        find_networks(tensors, Path("x"))
+        find_networks(single(config, *SMALL[1:]), Path("x"))
 
 
 def test_the_readmes_picture_is_true():
