@@ -219,6 +219,7 @@ def test_the_bait_is_live(name, baits):
 
 
 EVENTS, LISTENERS = set(), []
+"x".encode("cp437")  # imported here, or zipfile would when it first reads a name
 
 
 @sys.addaudithook
@@ -358,9 +359,3 @@ def test_a_file_packed_again_with_compression(tmp_path):
             packed.writestr(part.filename, stored.read(part))
     read = read_pickle(tmp_path / "packed.pt")
     assert read.keys() == TENSORS.keys() and all(torch.equal(read[name], TENSORS[name]) for name in read)
-
-
-def test_a_tensor_larger_than_what_is_stored(tmp_path):
-    torch.save({"a": torch.ones(1).expand(2**20)}, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match="1048576 numbers in a storage of 1"):
-        read_pickle(tmp_path / "x.pt")
