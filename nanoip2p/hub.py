@@ -16,7 +16,9 @@ SMALL = r"(defaults|scheduler/[^/]+|(unet|vae|text_encoder)/config)\.json|tokeni
 STEM = r"(diffusion_pytorch_|pytorch_)?model"
 WEIGHTS = (  # of each network the first set that there is, in the order of tensors.find_weights
     rf"{STEM}\.safetensors", rf"{STEM}(-\d+-of-\d+\.safetensors|\.safetensors\.index\.json)",
-    rf"{STEM}\.fp16\.safetensors", rf"{STEM}\.bin",
+    rf"{STEM}\.fp16\.safetensors",
+    rf"{STEM}(\.fp16-\d+-of-\d+\.safetensors|-\d+-of-\d+\.fp16\.safetensors|\.safetensors\.index\.fp16\.json)",
+    rf"{STEM}\.bin", rf"{STEM}\.fp16\.bin",
 )
 REASONS = {  # by the library's names of errors; each follows "there is no file or folder owner/name, and"
     "GatedRepoError": "the Hub asks you to accept its terms there, then to `hf auth login` or set HF_TOKEN",
