@@ -158,7 +158,7 @@ def find_networks(tensors: dict[str, Tensor], path: Path, raw_weights: bool = Fa
     edits = configs["unet"].in_channels > configs["vae"].latent_channels
     kind = "an InstructPix2Pix checkpoint" if edits else "a Stable Diffusion 1.x checkpoint"
     which = "EMA weights" if ema else "raw weights" if has_ema else "no EMA copy"
-    return f"{kind} of 2022, {configs['unet'].in_channels} input channels, {which}", parts
+    return f"{kind} in the layout of 2022, {configs['unet'].in_channels} input channels, {which}", parts
 
 
 def find_vae(tensors: dict[str, Tensor], path: Path) -> tuple[VAEConfig, dict[str, Tensor]]:
