@@ -357,6 +357,17 @@ def test_an_interruption_leaves_no_half_file(error, code, message, during, run, 
     assert files() == before and Path("out.png").read_bytes() == old
 
 
+def test_another_autoencoder_and_a_tokenizer_by_name(run, weights, tmp_path_factory):
+    other = write_tiny_editor(tmp_path_factory.mktemp("other"), seed=5)
+    assert run(*one("--seed", "3")) == 0
+    assert run(*one("--seed", "3", "--tokenizer", str(weights / "tokenizer"), output="same.png")) == 0
+    assert run(*one("--seed", "3", "--vae", str(other / "vae"), output="other.png")) == 0
+    assert np.array_equal(pixels("out.png"), pixels("same.png"))
+    assert not np.array_equal(pixels("out.png"), pixels("other.png"))
+    assert sample.main(["--recipe", "other.png", "--output", "again.png", "--device", "cpu"]) == 0
+    assert np.array_equal(pixels("other.png"), pixels("again.png"))
+
+
 def test_an_error_of_ours_is_not_hidden(run, monkeypatch):
     monkeypatch.setattr(UNet, "forward", lambda *_: torch.zeros(2) + torch.zeros(3))
     with pytest.raises(RuntimeError, match="size of tensor"):

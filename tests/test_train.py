@@ -1,18 +1,22 @@
 """The recipe of section 3.2, and that stopping and going on changes nothing."""
 
 import json
+import shutil
 import signal
 import sys
 
 import pytest
 import torch
+from helpers import randomise
 from safetensors.torch import load_file
 from tiny_editor import write_tiny_editor
 
 import train
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.editor import Editor
+from nanoip2p.network import load_network, save_network
 from nanoip2p.scenes import random_scene
+from nanoip2p.unet import UNet, UNetConfig
 
 ALPHAS = NoiseSchedule().alphas_cumprod()
 
@@ -179,3 +183,15 @@ def test_bad_input_is_one_line_and_exit_code_2(start, tmp_path, capsys, words, n
 def test_a_finished_run_is_not_overwritten(start, uninterrupted, capsys):
     assert run(start, uninterrupted) == 2
     assert "--resume" in capsys.readouterr().err
+
+
+def test_a_text_to_picture_model_becomes_an_editor(start, tmp_path):
+    base = shutil.copytree(start, tmp_path / "base")
+    config = UNetConfig(**{**vars(load_network(UNet, start / "unet").config), "in_channels": 4})
+    save_network(randomise(UNet(config)), base / "unet")
+    with pytest.raises(ValueError, match="text-to-picture"):
+        Editor.load(base, "cpu")
+    assert run(base, tmp_path / "run", "--steps", 2) == 0
+    weights = result(tmp_path / "run")["conv_in.weight"]
+    assert weights.shape[1] == 8 and (weights[:, 4:] != 0).any()  # the picture has begun to count
+    Editor.load(tmp_path / "run" / "weights", "cpu")
