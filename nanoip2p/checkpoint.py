@@ -19,21 +19,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from nanoip2p import cli
 from nanoip2p.clip import TextEncoder
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.files import read_json, replacing, write_json
 from nanoip2p.hub import fetch_weights, find_tokenizer
-from nanoip2p.network import Network, empty, open_network, save_network
-from nanoip2p.original import find_networks, find_vae, to_original
+from nanoip2p.network import Network, empty, on_meta, open_network, save_network
+from nanoip2p.original import PREFIXES, find_networks, find_vae, to_original
 from nanoip2p.tensors import DTYPES, read_metadata, read_tensors, write_tensors
 from nanoip2p.tokenizer import Tokenizer, load_tokenizer
 from nanoip2p.unet import UNet
-from nanoip2p.vae import VAE
+from nanoip2p.vae import VAE, VAEConfig
 
-VAE_PREFIX = "first_stage_model."
 PARTS = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
                    "special_tokens_map.json", "added_tokens.json")
@@ -125,7 +123,8 @@ def _open_folder(folder: Path, tokenizer: str | None, raw_weights: bool,
 def _open_single(path: Path, tokenizer: str | None, raw_weights: bool, vae: Network | None) -> Checkpoint:
     tensors = read_tensors(path)
     if vae:  # in place of the file's own, if it has one
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(VAE_PREFIX)}
+        prefix = PREFIXES[VAEConfig]
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
         tensors |= to_original(vae.model.config, vae.tensors)
     try:
         ours = dict(json.loads(read_metadata(path).get("nanoip2p", "{}")))
@@ -136,10 +135,7 @@ def _open_single(path: Path, tokenizer: str | None, raw_weights: bool, vae: Netw
     configs = {part: empty(cls, ours[part], path).config for part, cls in PARTS.items() if part in ours}
     configs |= {"vae": vae.model.config} if vae else {}
     found, parts = find_networks(tensors, path, raw_weights, configs)
-    networks = {}
-    for part, (config, weights) in parts.items():
-        with torch.device("meta"):
-            networks[part] = Network(PARTS[part](config), weights, path)
+    networks = {part: Network(on_meta(config), weights, path) for part, (config, weights) in parts.items()}
     schedule = ours.get("schedule", NoiseSchedule().to_json())
     return Checkpoint(path, f"{found}, {_dtypes(networks)}", networks, tokenizer, schedule, defaults)
 
@@ -149,8 +145,7 @@ def open_vae(path: Path) -> Network:
     if path.is_dir():
         return open_network(VAE, path / "vae" if (path / "vae").is_dir() else path)
     config, tensors = find_vae(read_tensors(path), path)
-    with torch.device("meta"):
-        return Network(VAE(config), tensors, path)
+    return Network(on_meta(config), tensors, path)
 
 
 def _dtypes(networks: dict[str, Network]) -> str:
@@ -170,8 +165,7 @@ def widen(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     weight = unet.tensors["conv_in.weight"]                                     # (C, 4, 3, 3)
     wider = torch.cat([weight, torch.zeros_like(weight)], dim=1)                # (C, 8, 3, 3)
-    with torch.device("meta"):
-        model = UNet(replace(unet.model.config, in_channels=2 * latent))
+    model = on_meta(replace(unet.model.config, in_channels=2 * latent))
     network = Network(model, unet.tensors | {"conv_in.weight": wider}, unet.path)
     return replace(checkpoint, networks=checkpoint.networks | {"unet": network})
 
@@ -205,17 +199,16 @@ def with_defaults(chosen: dict, path: Path) -> dict:
 def save_editor(
     folder: str | Path, unet: UNet, vae: VAE, text_encoder: TextEncoder, tokenizer_folder: str | Path,
     scheduler_config: dict, defaults: dict, dtype: torch.dtype | None = torch.float32,
-    tensors: dict[str, dict[str, Tensor]] | None = None,
 ) -> None:
     """Write a weights folder that diffusers' pipeline for such a UNet loads as well.
 
     tokenizer_folder: copied from there. scheduler_config: the content of scheduler_config.json, its
     `_class_name` included. defaults: as PAPER_DEFAULTS. dtype: of the files; float16 halves them, None leaves
-    them. tensors: of each of PARTS, instead of the networks' own.
+    that of each weight.
     """
     folder = Path(folder)
     for part, model in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder)):
-        save_network(model, folder / part, dtype, tensors and tensors[part])
+        save_network(model, folder / part, dtype)
     write_json(scheduler_config, folder / "scheduler" / "scheduler_config.json")
     for name in TOKENIZER_FILES:
         source = Path(tokenizer_folder) / name
@@ -248,8 +241,7 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None = No
         raise ValueError(f"{target}: written are new folders and .safetensors files; name one of those")
     if ema and not single:
         raise ValueError("--ema-copy is for single files; a folder holds one set of weights")
-    for network in networks.values():
-        network.check()
+    models = [networks[part].load(None) for part in PARTS]
     if single:
         named = {name: tensor for network in networks.values()
                  for name, tensor in to_original(network.model.config, network.tensors).items()}
@@ -261,9 +253,8 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None = No
     tokenizer_folder, _ = checkpoint.open_tokenizer()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as unfinished:
-        save_editor(f"{unfinished}/new", *(networks[part].model for part in PARTS), tokenizer_folder,
-                    checkpoint.schedule, checkpoint.defaults, dtype,
-                    {part: network.tensors for part, network in networks.items()})
+        save_editor(f"{unfinished}/new", *models, tokenizer_folder, checkpoint.schedule, checkpoint.defaults,
+                    dtype)
         Path(unfinished, "new").replace(target)
 
 

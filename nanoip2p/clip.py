@@ -112,8 +112,7 @@ LIBRARY_DEFAULTS = {
                          eos_token_id=49407),
     CLIPVisionConfig: dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, projection_dim=512,
                            num_attention_heads=12, patch_size=32),
-    CLIPConfig: dict(projection_dim=512),
-}
+    CLIPConfig: dict(projection_dim=512)}
 
 
 def _read(cls: type, config: dict):

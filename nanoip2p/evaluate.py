@@ -140,7 +140,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     scenes.add_argument("--split", default="test", help="which stream of scenes; training uses 'train'")
     scenes.add_argument("--out", type=Path, help="folder for scores.json and failed.png, some failures")
     scenes.add_argument("--device")
-    for name, kind in (("steps", at_least(1)), ("cfg-text", finite), ("cfg-image", finite), ):
+    for name, kind in (("steps", at_least(1)), ("cfg-text", finite), ("cfg-image", finite)):
         scenes.add_argument(f"--{name}", type=kind, help="as in sample.py; by default what the weights name")
     scenes.add_argument("--sampler", choices=sorted(SAMPLERS), help="the same")
     return parser.parse_args(argv)

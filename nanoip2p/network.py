@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nanoip2p.clip import CLIP, TextEncoder, VisionEncoder
+from nanoip2p.clip import CLIP, CLIPTextConfig, TextEncoder, VisionEncoder
 from nanoip2p.files import read_json, write_json
 from nanoip2p.tensors import check_tensors, find_weights, narrowed, write_tensors
-from nanoip2p.unet import UNet
-from nanoip2p.vae import VAE
+from nanoip2p.unet import UNet, UNetConfig
+from nanoip2p.vae import VAE, VAEConfig
 
 # Our class -> the class that reads the same folder in diffusers or transformers, and its file of weights
 LAYOUT = {
@@ -20,6 +20,13 @@ LAYOUT = {
     VisionEncoder: ("CLIPVisionModel", "model"),
     CLIP: ("CLIPModel", "model"),
 }
+CLASSES = {UNetConfig: UNet, VAEConfig: VAE, CLIPTextConfig: TextEncoder}
+
+
+def on_meta(config: UNetConfig | VAEConfig | CLIPTextConfig) -> nn.Module:
+    """The network of a config without memory, or random numbers for weights about to be replaced."""
+    with torch.device("meta"):
+        return CLASSES[type(config)](config)
 
 
 @dataclass(frozen=True)
@@ -34,10 +41,14 @@ class Network:
         """ValueError, in one line, when names, shapes or numbers are not those of the model."""
         check_tensors(self.tensors, self.model.state_dict(), self.path)
 
-    def load(self, dtype: torch.dtype) -> nn.Module:
-        """The model with its weights in `dtype`, in eval mode on the CPU. ValueError as `check`."""
+    def load(self, dtype: torch.dtype | None) -> nn.Module:
+        """The model with its weights in `dtype` (None: as they are, still on disk), in eval mode on the CPU.
+
+        ValueError as `check`.
+        """
         self.check()
-        weights = {name: narrowed(tensor, dtype, name) for name, tensor in self.tensors.items()}
+        weights = {name: narrowed(tensor, dtype or tensor.dtype, name)
+                   for name, tensor in self.tensors.items()}
         self.model.load_state_dict(weights, assign=True)
         return self.model.eval()
 
@@ -56,7 +67,7 @@ def open_network(cls: type, folder: str | Path) -> Network:
 
 
 def empty(cls: type, config: dict, path: Path) -> nn.Module:
-    """A model of a config.json without memory or random numbers for weights about to be replaced."""
+    """The network of a config.json without memory. ValueError names what in `path` is not supported."""
     try:
         with torch.device("meta"):
             return cls.from_config(config)
@@ -73,14 +84,12 @@ def load_network(cls: type, folder: str | Path, dtype: torch.dtype = torch.float
     return open_network(cls, folder).load(dtype)
 
 
-def save_network(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = torch.float32,
-                 tensors: dict[str, Tensor] | None = None) -> None:
+def save_network(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = torch.float32) -> None:
     """Write config.json and the weights as diffusers or transformers would, each file whole or not at all.
 
-    tensors: instead of the model's own. dtype: of the file; None leaves it as it is.
+    dtype: of the file; None leaves that of each weight.
     """
-    path = Path(folder) / f"{LAYOUT[type(model)][1]}.safetensors"
-    write_tensors(model.state_dict() if tensors is None else tensors, path, dtype)
+    write_tensors(model.state_dict(), Path(folder) / f"{LAYOUT[type(model)][1]}.safetensors", dtype)
     config = model.config.to_json()
     if "architectures" in config:  # transformers 5 computes in the dtype of the file, diffusers in float32:
         config["torch_dtype"] = "float32"  # together they fail, or give another picture, unless both are told

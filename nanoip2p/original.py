@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanoip2p.clip import CLIPTextConfig, TextEncoder
-from nanoip2p.unet import UNet, UNetConfig
+from nanoip2p.clip import CLIPTextConfig
+from nanoip2p.network import on_meta
+from nanoip2p.unet import UNetConfig
 from nanoip2p.vae import VAE, VAEConfig
 
-CLASSES = {UNetConfig: UNet, VAEConfig: VAE, CLIPTextConfig: TextEncoder}
 PREFIXES = {UNetConfig: "model.diffusion_model.", VAEConfig: "first_stage_model.",
             CLIPTextConfig: "cond_stage_model.transformer."}
 # Layers inside a block: ours -> theirs
@@ -88,8 +88,7 @@ def vae_places(config: VAEConfig) -> dict[str, str]:
 
 def theirs(config) -> dict[str, str]:
     """Every weight of the network with this config: our name -> theirs, with their prefix."""
-    with torch.device("meta"):
-        names = CLASSES[type(config)](config).state_dict()
+    names = on_meta(config).state_dict()
     places, words = {UNetConfig: (unet_places, UNET_WORDS), VAEConfig: (vae_places, VAE_WORDS),
                      CLIPTextConfig: (lambda config: {}, {})}[type(config)]
     places = places(config)

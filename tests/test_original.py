@@ -9,8 +9,8 @@ from diffusers.loaders import single_file_utils
 from helpers import randomise
 
 from nanoip2p.clip import CLIPTextConfig
+from nanoip2p.network import CLASSES
 from nanoip2p.original import (
-    CLASSES,
     IGNORED,
     UNET_WORDS,
     find_networks,
