@@ -31,7 +31,7 @@ from nanoip2p.network import load_network, save_network
 from nanoip2p.original import to_original
 from nanoip2p.tokenizer import train_tokenizer
 from nanoip2p.unet import UNet, UNetConfig
-from nanoip2p.vae import VAEConfig
+from nanoip2p.vae import VAE, VAEConfig
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 
@@ -375,6 +375,14 @@ def test_an_autoencoder_for_weights_that_have_none(folder, single, tmp_path):
         with pytest.raises(ValueError, match="vae|encoder.conv_in"):
             open_checkpoint(source).networks["vae"].check()
         assert same(open_checkpoint(source, vae=folder).networks["vae"].tensors, expected)
+
+
+def test_an_autoencoder_of_another_depth(single, tmp_path):
+    config = VAEConfig(block_out_channels=(8, 16, 16), layers_per_block=2, norm_num_groups=4)
+    other = randomise(VAE(config))
+    save_network(other, tmp_path / "vae")
+    parts = load_editor_parts(open_checkpoint(single, vae=tmp_path / "vae"))
+    assert parts.vae.config == config and same(parts.vae.state_dict(), other.state_dict())
 
 
 def test_conversion_touches_nothing_else(folder, tmp_path):

@@ -41,6 +41,7 @@ def test_perfect_editor_scores_everything(monkeypatch):
     rows = score_scenes(editor, ASKED, {}, batch=8)
     text, numbers = table(rows)
     assert numbers["all"]["success"] == 1 and numbers["all"]["n"] == 21 and "100.0%" in text
+    assert "± 0.0%" not in text  # 21 of 21 leave room for doubt
     assert all(numbers[kind]["n"] == 3 for kind in EDIT_KINDS)
     assert numbers["all"]["psnr"] == numbers["all"]["ceiling"] > 70
 

@@ -27,6 +27,11 @@ def test_the_library_reads_what_we_write(tmp_path):
     path = tmp_path / "x.safetensors"
     write_tensors(TENSORS, path, metadata={"who": "we"})
     assert same(load_file(path), TENSORS) and same(read_tensors(path), TENSORS)
+    content = path.read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    for name, entry in json.loads(content[8:8 + length]).items():
+        if name != "__metadata__":  # others map the file and need each number where its size divides
+            assert (8 + length + entry["data_offsets"][0]) % TENSORS[name].itemsize == 0
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt", "who": "we"} == read_metadata(path)
 
@@ -141,6 +146,16 @@ def test_disk_full_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
     assert read_tensors(tmp_path / "x.safetensors")["a"].sum() == 2
+
+
+def test_one_bad_number_in_a_large_tensor_is_seen(tmp_path):
+    expected, tensor = {"a": torch.zeros(2**21 + 5)}, torch.zeros(2**21 + 5)
+    check_tensors({"a": tensor}, expected, tmp_path)
+    for place in (0, 2**20 + 1, -1):
+        bad = tensor.clone()
+        bad[place] = torch.nan
+        with pytest.raises(ValueError, match="NaN or infinity in a"):
+            check_tensors({"a": bad}, expected, tmp_path)
 
 
 def test_numbers_too_large_for_half_precision_are_refused(tmp_path):

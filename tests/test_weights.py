@@ -55,6 +55,11 @@ def test_demo_draws_its_picture(tmp_path):
         assert picture.width > 4 * 192 and picture.height > 4 * 192
 
 
+def test_demo_that_cannot_write_says_so_before_the_work(tmp_path, capsys):
+    assert demo.main(["--out", str(tmp_path), "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1  # no progress bar
+
+
 def test_demo_without_weights_is_one_line(tmp_path, capsys):
     assert demo.main(["--weights", str(tmp_path / "none"), "--out", str(tmp_path / "demo.png")]) == 2
     assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "demo.png").exists()
