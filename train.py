@@ -2,6 +2,7 @@
 predict the noise in the edited picture's latents, given the input picture's latents and the instruction.
 
     python train.py --weights runs/nano/start --data scenes --out runs/editor
+    python train.py --text-to-image ...                 # without a picture: a caption becomes one
     python train.py --resume runs/editor                # goes on as if never stopped
 
 Writes to --out: state.pt (to resume), weights/ (the averaged editor, which sample.py opens), loss.jsonl,
@@ -24,14 +25,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanoip2p import cli
-from nanoip2p.checkpoint import add_flags, load_editor_parts, open_checkpoint, save_editor, widen
+from nanoip2p.checkpoint import add_flags, load_parts, open_checkpoint, save_parts, widen
 from nanoip2p.cli import at_least, finite
-from nanoip2p.data import batch_rows, encoded_pairs, folder_pairs, load_picture, scene_pairs
+from nanoip2p.data import (
+    batch_rows,
+    captioned_scenes,
+    encoded_pairs,
+    folder_pairs,
+    load_picture,
+    scene_pairs,
+)
 from nanoip2p.diffusion import add_noise
 from nanoip2p.editor import Editor, pick_device
 from nanoip2p.files import replacing
 from nanoip2p.images import grid
 from nanoip2p.scenes import EDIT_KINDS
+from nanoip2p.tensors import DTYPES
+from nanoip2p.text_to_image import TextToImage
 
 LOG_EVERY = 50  # steps; the loss is fetched from the device no oftener
 
@@ -66,11 +76,16 @@ def loss_weight(timestep: Tensor, alphas: Tensor, gamma: float | None) -> Tensor
     return torch.ones_like(snr) if gamma is None else snr.clamp(max=gamma) / snr
 
 
-def noise_loss(unet: torch.nn.Module, batch: dict, weight: Tensor, device: torch.device) -> Tensor:
-    """The paper's equation 1: mean squared error of the predicted noise, with a weight (B,) an example."""
+def noise_loss(unet: torch.nn.Module, batch: dict, weight: Tensor, device: torch.device,
+               dtype: torch.dtype = torch.float32) -> Tensor:
+    """The paper's equation 1: mean squared error of the predicted noise, with a weight (B,) an example.
+
+    A text-to-picture model has no input for z_image. dtype bfloat16: of matrix products and convolutions.
+    """
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    z_in = torch.cat([batch["z_t"], batch["z_image"]], dim=1)                      # (B, 8, h, w)
-    prediction = unet(z_in, batch["timestep"], batch["context"])                   # (B, 4, h, w)
+    z_in = torch.cat([batch["z_t"], batch["z_image"]], dim=1)[:, : unet.config.in_channels]
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        prediction = unet(z_in, batch["timestep"], batch["context"]).float()       # (B, 4, h, w)
     return ((prediction - batch["noise"]).square().mean((1, 2, 3)) * weight.to(device)).mean()
 
 
@@ -133,12 +148,17 @@ def plot_loss(folder: Path) -> None:
     pyplot.close(figure)
 
 
-def sample_grid(editor: Editor, pairs: list, resolution: int):
-    """Validation pairs as one picture, a column each: the input, the editor's answer, the true answer."""
-    inputs = [load_picture(pair.before, resolution) for pair in pairs]
-    edits = editor.edit(inputs, [pair.edit for pair in pairs], seed=0, resolution=resolution)
+def sample_grid(parts, unet: torch.nn.Module, pairs: list, resolution: int):
+    """Validation pairs as one picture, a column each: the input, the model's answer, the true answer."""
+    networks = (unet, parts.vae, parts.text_encoder, parts.tokenizer, parts.schedule, parts.defaults)
     targets = [load_picture(pair.after, resolution) for pair in pairs]
-    labels = [["input"] * len(pairs), [pair.edit for pair in pairs], ["true answer"] * len(pairs)]
+    texts = [pair.edit for pair in pairs]
+    if unet.config.in_channels == unet.config.out_channels:
+        painted = TextToImage(*networks).generate(texts, seed=0, resolution=resolution)
+        return grid([painted, targets], [texts, ["a true picture"] * len(pairs)])
+    inputs = [load_picture(pair.before, resolution) for pair in pairs]
+    edits = Editor(*networks).edit(inputs, texts, seed=0, resolution=resolution)
+    labels = [["input"] * len(pairs), texts, ["true answer"] * len(pairs)]
     return grid([inputs, edits, targets], labels)
 
 
@@ -160,7 +180,7 @@ def train(args, parts, data: dict, validation: list, device: torch.device) -> No
 
     def save(step: int) -> None:
         save_state(args.out, unet, average, optimizer, step, args)
-        save_editor(args.out / "weights", average, parts.vae, parts.text_encoder,
+        save_parts(args.out / "weights", average, parts.vae, parts.text_encoder,
                     parts.tokenizer_folder, schedule.to_json(), parts.defaults)
 
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="train", mininterval=5)
@@ -170,7 +190,8 @@ def train(args, parts, data: dict, validation: list, device: torch.device) -> No
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args)
             batch = draw_batch(data, scale, alphas, args.seed, step, args.batch_size)
-            loss = noise_loss(unet, batch, loss_weight(batch["timestep"], alphas, args.snr_gamma), device)
+            weight = loss_weight(batch["timestep"], alphas, args.snr_gamma)
+            loss = noise_loss(unet, batch, weight, device, DTYPES[args.dtype])
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(unet.parameters(), args.clip)
@@ -194,9 +215,8 @@ def train(args, parts, data: dict, validation: list, device: torch.device) -> No
             if stopping:
                 raise KeyboardInterrupt
             if args.sample_every and done % args.sample_every == 0:
-                encoders = (parts.vae, parts.text_encoder, parts.tokenizer)
-                editor = Editor(average, *encoders, schedule, parts.defaults)
-                sample_grid(editor, validation, args.resolution).save(args.out / f"samples-{done:06d}.png")
+                picture = sample_grid(parts, average, validation, args.resolution)
+                picture.save(args.out / f"samples-{done:06d}.png")
     plot_loss(args.out)
 
 
@@ -211,6 +231,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     where.add_argument("--pairs", type=at_least(1), default=20_000, help="pairs to render for --data scenes")
     where.add_argument("--kind-weights", type=finite, nargs=len(EDIT_KINDS), default=[1.0] * len(EDIT_KINDS),
                        metavar="ODDS", help=f"for --data scenes, of {', '.join(EDIT_KINDS)}")
+    where.add_argument("--text-to-image", action="store_true",
+                       help="train a text-to-picture model on captions, of --data scenes")
     where.add_argument("--out", type=Path, help="folder of this run")
     where.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
     recipe = parser.add_argument_group("recipe")
@@ -227,6 +249,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     running = parser.add_argument_group("running")
     running.add_argument("--save-every", type=at_least(1), default=500)
     running.add_argument("--sample-every", type=at_least(0), default=2000, help="0: never")
+    running.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32",
+                         help="bf16: of products and convolutions; weights and sums stay fp32")
     running.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
     args = parser.parse_args(argv)
     if args.resume:
@@ -242,6 +266,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} is needed (or --resume RUN)")
     if min(args.kind_weights) < 0 or max(args.kind_weights) == 0:
         parser.error("--kind-weights must not be negative, nor all zero")
+    if args.text_to_image and args.data != "scenes":
+        parser.error("--text-to-image knows captions of --data scenes only")
     return args
 
 
@@ -252,8 +278,10 @@ def prepare_and_train(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.out} holds a run already; go on with --resume, or choose another --out")
     checkpoint = open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
     print(f"opened {args.weights}: {checkpoint.found}", file=sys.stderr)
-    parts = load_editor_parts(widen(checkpoint))
-    if args.data == "scenes":
+    parts = load_parts(checkpoint, edits=False) if args.text_to_image else load_parts(widen(checkpoint))
+    if args.text_to_image:
+        pairs, validation = captioned_scenes(args.pairs), captioned_scenes(8, "validation")
+    elif args.data == "scenes":
         pairs = scene_pairs(args.pairs, weights=tuple(args.kind_weights))
         validation = scene_pairs(8, "validation")
     else:

@@ -67,8 +67,8 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class EditorParts:
-    """Everything an editor is made of. `defaults` has the keys of PAPER_DEFAULTS, all present."""
+class Parts:
+    """Everything a model is made of. `defaults` has the keys of PAPER_DEFAULTS, all present."""
 
     unet: UNet
     vae: VAE
@@ -170,19 +170,26 @@ def widen(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, networks=checkpoint.networks | {"unet": network})
 
 
-def load_editor_parts(checkpoint: str | Path | Checkpoint, dtype: torch.dtype = torch.float32) -> EditorParts:
-    """Load an editor's networks. ValueError, in one line, for what is missing, broken or mismatched."""
+def load_parts(checkpoint: str | Path | Checkpoint, dtype: torch.dtype = torch.float32,
+               edits: bool = True) -> Parts:
+    """Load the networks of an editor, or with edits=False those of a text-to-picture model.
+
+    ValueError, in one line, for what is missing, broken or mismatched, or the other of the two.
+    """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint)
     source, networks = checkpoint.source, checkpoint.networks
     channels, latent = networks["unet"].model.config.in_channels, networks["vae"].model.config.latent_channels
-    if channels == latent:
+    if edits and channels == latent:
         raise ValueError(f"{source}: the UNet takes {channels} channels, an editor {2 * latent}; this is a "
                          "text-to-picture model, the base for train.py")
+    if not edits and channels != latent:
+        raise ValueError(f"{source}: the UNet takes {channels} channels, a text-to-picture model {latent}; "
+                         "this is an editor, for sample.py")
     folder, tokenizer = checkpoint.open_tokenizer()
     schedule = NoiseSchedule.from_config(checkpoint.schedule)
     loaded = (networks[part].load(dtype) for part in PARTS)
-    return EditorParts(*loaded, tokenizer, schedule, checkpoint.defaults, folder)
+    return Parts(*loaded, tokenizer, schedule, checkpoint.defaults, folder)
 
 
 def with_defaults(chosen: dict, path: Path) -> dict:
@@ -196,7 +203,7 @@ def with_defaults(chosen: dict, path: Path) -> dict:
     return PAPER_DEFAULTS | chosen
 
 
-def save_editor(
+def save_parts(
     folder: str | Path, unet: UNet, vae: VAE, text_encoder: TextEncoder, tokenizer_folder: str | Path,
     scheduler_config: dict, defaults: dict, dtype: torch.dtype | None = torch.float32,
 ) -> None:
@@ -253,7 +260,7 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None = No
     tokenizer_folder, _ = checkpoint.open_tokenizer()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as unfinished:
-        save_editor(f"{unfinished}/new", *models, tokenizer_folder, checkpoint.schedule, checkpoint.defaults,
+        save_parts(f"{unfinished}/new", *models, tokenizer_folder, checkpoint.schedule, checkpoint.defaults,
                     dtype)
         Path(unfinished, "new").replace(target)
 

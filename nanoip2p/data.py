@@ -56,6 +56,19 @@ def scene_pairs(count: int, split: str = "train", weights: tuple[float, ...] = E
     return pairs[:count]
 
 
+def captioned_scenes(count: int, split: str = "train") -> list[Pair]:
+    """`count` rendered pictures and their captions, for a text-to-picture model: the input is not looked at.
+
+    Every second one is an edited scene, so that all is seen that edits can lead to, an empty place as well.
+    """
+    scenes = []
+    for index in range(count):
+        scene, generator = random_scene(split, index), torch.Generator().manual_seed(index)
+        kind = pick(sorted({edit.kind for edit in scene.edits()}), generator)
+        scenes.append(pick(scene.edits(kind), generator).scene if index % 2 else scene)
+    return [Pair(scene, scene.caption(), scene) for scene in scenes]
+
+
 def folder_pairs(root: Path, split: str = "train", may_be_empty: bool = False) -> list[Pair]:
     """Read the original's layout: seeds.json, and a folder for each prompt with prompt.json and pictures.
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from nanoip2p.checkpoint import Checkpoint, load_editor_parts
+from nanoip2p.checkpoint import Checkpoint, load_parts
 from nanoip2p.clip import TextEncoder
 from nanoip2p.diffusion import NoiseSchedule, Plan, plan
 from nanoip2p.guidance import guided_denoiser
@@ -38,7 +38,7 @@ class Editor:
              dtype: torch.dtype = torch.float32) -> "Editor":
         """weights: see checkpoint.open_checkpoint. device None: see pick_device. ValueError if bad."""
         device = pick_device(device)
-        parts = load_editor_parts(weights, dtype)
+        parts = load_parts(weights, dtype)
         networks = (network.to(device) for network in (parts.unet, parts.vae, parts.text_encoder))
         return cls(*networks, parts.tokenizer, parts.schedule, parts.defaults)
 
@@ -75,7 +75,7 @@ class Editor:
 
         noise_levels = plan(self.schedule, settings["sampler"], settings["steps"])
         pixels = [self._to_pixels(image, settings["resolution"]) for image in images]  # (3, H, W) each
-        text_states = self._encode_texts([negative, *instructions])
+        text_states = encode_texts(self.text_encoder, self.tokenizer, [negative, *instructions])
         groups = list(_same_size(pixels, batch))
         edited = {}
         with tqdm(total=settings["steps"] * len(groups), disable=not progress, unit="step") as bar:
@@ -98,18 +98,9 @@ class Editor:
             self.unet, noise_levels.timestep_of(), z_image, context, null_text.expand_as(context),
             settings["cfg_text"], settings["cfg_image"], low_memory)
         start = noise_levels.start_scale * draw_noise(z_image.shape, generators).to(weights.device)
-        z = SAMPLERS[settings["sampler"]](_counted(denoise, bar), start, noise_levels.sigmas, generators)
+        z = SAMPLERS[settings["sampler"]](counted(denoise, bar), start, noise_levels.sigmas, generators)
         edited = self.vae.decode((z / self.vae.scaling_factor).to(weights.dtype))      # (B, 3, H, W)
         return [to_pil(picture) for picture in edited]
-
-    def _encode_texts(self, texts: list[str]) -> dict[str, Tensor]:
-        """Text states (T, D) of each distinct text.
-
-        One forward for each, because the last bits of a sum depend on how many texts share it: the states of
-        a text must not depend on its company.
-        """
-        device, distinct = self.unet.conv_in.weight.device, dict.fromkeys(texts)
-        return {text: self.text_encoder(self.tokenizer([text]).to(device))[0] for text in distinct}
 
     def _to_pixels(self, image: Image.Image, resolution: int) -> Tensor:
         """(3, H, W) in [-1, 1], at the size to edit."""
@@ -132,6 +123,16 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
         raise ValueError(f"device {name!r} does not work here ({reason}); leave it out to pick one") from None
 
 
+def encode_texts(text_encoder: TextEncoder, tokenizer: Tokenizer, texts: list[str]) -> dict[str, Tensor]:
+    """Text states (T, D) of each distinct text.
+
+    One forward for each, because the last bits of a sum depend on how many texts share it: the states of a
+    text must not depend on its company.
+    """
+    device = text_encoder.text_model.final_layer_norm.weight.device
+    return {text: text_encoder(tokenizer([text]).to(device))[0] for text in dict.fromkeys(texts)}
+
+
 def _same_size(pixels: list[Tensor], batch: int) -> Iterator[list[int]]:
     """Indices of pictures that can share a forward: equal shape, at most `batch` together."""
     by_shape = {}
@@ -141,7 +142,7 @@ def _same_size(pixels: list[Tensor], batch: int) -> Iterator[list[int]]:
         yield from (indices[k:k + batch] for k in range(0, len(indices), batch))
 
 
-def _counted(denoise: Denoise, bar: tqdm) -> Denoise:
+def counted(denoise: Denoise, bar: tqdm) -> Denoise:
     """The same denoiser, moving a progress bar on at each call."""
     def counted(x: Tensor, sigma: float) -> Tensor:
         denoised = denoise(x, sigma)

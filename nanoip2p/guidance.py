@@ -46,3 +46,22 @@ def guided_denoiser(
         return x - sigma * sum(weight * e for weight, e in zip(weights, eps))
 
     return denoise
+
+
+def text_guided_denoiser(unet: nn.Module, timestep_of: dict[float, float], context: Tensor,
+                         null_context: Tensor, cfg_text: float) -> Denoise:
+    """The same for a text-to-picture model, which knows one condition: Ho & Salimans 2022, equation 6.
+
+    e~ = e(z, 0) + s_T (e(z, c_T) - e(z, 0)). context, null_context (B, T, D), float32 or half.
+    """
+    branches = [(weight, text) for weight, text in ((cfg_text, context), (1.0 - cfg_text, null_context))
+                if weight != 0]
+    weights, texts = zip(*branches)
+    contexts = torch.cat(texts)                                                  # (n B, T, D)
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        z = (x / math.sqrt(sigma**2 + 1)).to(contexts.dtype)
+        eps = unet(z.repeat(len(texts), 1, 1, 1), timestep_of[sigma], contexts).float().split(len(z))
+        return x - sigma * sum(weight * e for weight, e in zip(weights, eps))
+
+    return denoise

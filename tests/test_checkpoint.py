@@ -13,8 +13,8 @@ from tiny_editor import DEFAULTS, write_tiny_editor
 
 from nanoip2p.checkpoint import (
     PAPER_DEFAULTS,
-    load_editor_parts,
-    save_editor,
+    load_parts,
+    save_parts,
     with_defaults,
 )
 from nanoip2p.clip import CLIP, CLIPConfig, CLIPTextConfig, TextEncoder, VisionEncoder
@@ -137,7 +137,7 @@ def folder(intact, tmp_path):
 
 
 def test_editor_parts(intact):
-    parts = load_editor_parts(intact)
+    parts = load_parts(intact)
     assert parts.defaults == DEFAULTS
     assert parts.schedule == NoiseSchedule()
     assert parts.unet.config.in_channels == 8 and parts.tokenizer(["night"]).shape == (1, 77)
@@ -145,8 +145,8 @@ def test_editor_parts(intact):
 
 @torch.no_grad()
 def test_diffusers_loads_the_folder_without_being_told_anything(intact, tmp_path):
-    parts = load_editor_parts(intact)
-    save_editor(tmp_path / "half", parts.unet, parts.vae, parts.text_encoder, intact / "tokenizer",
+    parts = load_parts(intact)
+    save_parts(tmp_path / "half", parts.unet, parts.vae, parts.text_encoder, intact / "tokenizer",
                 NoiseSchedule().to_json(), {}, torch.float16)
     sizes = [(folder / UNET_FILE).stat().st_size for folder in (intact, tmp_path / "half")]
     assert sizes[1] < 0.6 * sizes[0]
@@ -158,14 +158,14 @@ def test_diffusers_loads_the_folder_without_being_told_anything(intact, tmp_path
     text = "make it night"
     ids = pipeline.tokenizer(text, padding="max_length", return_tensors="pt").input_ids
     assert torch.equal(ids, parts.tokenizer([text]))
-    half = load_editor_parts(tmp_path / "half")
+    half = load_parts(tmp_path / "half")
     assert half.defaults == PAPER_DEFAULTS
     assert relative_error(half.text_encoder(ids), pipeline.text_encoder(ids).last_hidden_state) <= 1e-5
 
 
 def test_an_editor_can_be_saved_over_itself(folder, intact):
-    parts = load_editor_parts(folder)
-    save_editor(folder, parts.unet, parts.vae, parts.text_encoder, folder / "tokenizer",
+    parts = load_parts(folder)
+    save_parts(folder, parts.unet, parts.vae, parts.text_encoder, folder / "tokenizer",
                 NoiseSchedule().to_json(), parts.defaults)
     for path in intact.rglob("*"):
         assert path.is_dir() or (folder / path.relative_to(intact)).read_bytes() == path.read_bytes(), path
@@ -212,7 +212,7 @@ def test_faults_are_one_line(fault, folder):
     name, change, message = FAULTS[fault]
     rewrite(folder / name, change)
     with pytest.raises(ValueError, match=message) as caught:
-        load_editor_parts(folder)
+        load_parts(folder)
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
 
 
@@ -225,7 +225,7 @@ def test_a_missing_file_is_named(name, folder):
     path = folder / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     with pytest.raises(ValueError, match=name.partition("/")[2].partition(".")[0] or name) as caught:
-        load_editor_parts(folder)
+        load_parts(folder)
     assert "\n" not in str(caught.value) and str(path.parent) in str(caught.value)
 
 
@@ -237,19 +237,19 @@ def test_a_damaged_file_is_named(name, damage, folder):
     content = path.read_bytes()
     path.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "bytes": bytes(range(256))}[damage])
     with pytest.raises(ValueError, match=str(path)) as caught:
-        load_editor_parts(folder)
+        load_parts(folder)
     assert "\n" not in str(caught.value)
 
 
 def test_networks_that_do_not_belong_together(folder):
     save_network(randomise(UNet(UNetConfig.tiny(8))), folder / "unet")
     with pytest.raises(ValueError, match="width 12, the text encoder writes 32"):
-        load_editor_parts(folder)
+        load_parts(folder)
 
 
 def test_no_folder(tmp_path):
     with pytest.raises(ValueError, match="there is no file or folder"):
-        load_editor_parts(tmp_path / "absent")
+        load_parts(tmp_path / "absent")
 
 
 def test_defaults_fall_back_to_the_paper(tmp_path):

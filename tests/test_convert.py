@@ -19,9 +19,9 @@ from nanoip2p import checkpoint as checkpoints
 from nanoip2p.checkpoint import (
     PARTS,
     convert,
-    load_editor_parts,
+    load_parts,
     open_checkpoint,
-    save_editor,
+    save_parts,
     widen,
 )
 from nanoip2p.clip import CLIPTextConfig
@@ -56,7 +56,7 @@ def same(a, b):
 
 
 def assert_same_checkpoint(a, b):
-    a, b = (load_editor_parts(path) for path in (a, b))
+    a, b = (load_parts(path) for path in (a, b))
     assert (a.defaults, a.schedule) == (b.defaults, b.schedule)
     for part in PARTS:
         ours, theirs = getattr(a, part), getattr(b, part)
@@ -80,7 +80,7 @@ def test_conversion_rounds_once(dtype, folder, tmp_path):
     convert(open_checkpoint(folder), tmp_path / "half.safetensors", dtype)
     shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
     convert(open_checkpoint(tmp_path / "half.safetensors"), tmp_path / "half")  # as it is: still half
-    whole, half = load_editor_parts(folder), load_editor_parts(tmp_path / "half")
+    whole, half = load_parts(folder), load_parts(tmp_path / "half")
     for part in PARTS:
         weights = getattr(whole, part).state_dict()
         assert same(getattr(half, part).state_dict(),
@@ -113,7 +113,7 @@ def test_a_lightning_file_of_2022(tmp_path):
     finally:
         del sys.modules["lightning_of_2022"]
     train_tokenizer(["make it night"] * 3, 600, tmp_path)
-    save_editor(tmp_path / "folder", *models.values(), tmp_path, NoiseSchedule().to_json(), {})
+    save_parts(tmp_path / "folder", *models.values(), tmp_path, NoiseSchedule().to_json(), {})
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
     averaged, folder, raw = (
         Editor.load(open_checkpoint(tmp_path / name, raw_weights=raw), "cpu").edit(
@@ -175,7 +175,7 @@ def test_another_autoencoder(folder, tmp_path):
 @torch.no_grad()
 def test_diffusers_opens_our_folder_and_our_single_file(folder, single, tmp_path, capsys):
     convert(open_checkpoint(single), tmp_path / "folder")
-    ours = load_editor_parts(single)
+    ours = load_parts(single)
     cls = diffusers.StableDiffusionInstructPix2PixPipeline
     ids = ours.tokenizer(["make it night"])
     z, context = torch.randn(1, 8, 12, 12), torch.randn(1, 77, 32)
@@ -195,9 +195,9 @@ def test_we_open_what_diffusers_saves(folder, tmp_path):
     pipeline.save_pretrained(tmp_path / "variant", variant="fp16")
     pipeline.save_pretrained(tmp_path / "pickled", safe_serialization=False)
     pipeline.unet.save_pretrained(tmp_path / "shards" / "unet", max_shard_size="100KB")
-    ours = load_editor_parts(folder)
+    ours = load_parts(folder)
     for name in ("plain", "variant", "pickled"):
-        theirs = load_editor_parts(tmp_path / name)
+        theirs = load_parts(tmp_path / name)
         for part in PARTS:
             assert same(getattr(ours, part).state_dict(), getattr(theirs, part).state_dict()), (name, part)
     shards = tmp_path / "shards" / "unet"
@@ -208,12 +208,12 @@ def test_we_open_what_diffusers_saves(folder, tmp_path):
 @torch.no_grad()
 def test_widened_network_is_the_old_one_whatever_the_picture(folder, tmp_path):
     base = shutil.copytree(folder, tmp_path / "base")
-    config = UNetConfig(**{**vars(load_editor_parts(folder).unet.config), "in_channels": 4})
+    config = UNetConfig(**{**vars(load_parts(folder).unet.config), "in_channels": 4})
     old = randomise(UNet(config))
     save_network(old, base / "unet")
     with pytest.raises(ValueError, match="takes 4 channels, an editor 8.* train.py"):
-        load_editor_parts(base)
-    new = load_editor_parts(widen(open_checkpoint(base))).unet
+        load_parts(base)
+    new = load_parts(widen(open_checkpoint(base))).unet
     z, context = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 32)
     for image in (torch.zeros(2, 4, 8, 8), torch.randn(2, 4, 8, 8)):
         assert relative_error(new(torch.cat([z, image], 1), 9, context), old(z, 9, context)) <= 1e-6
@@ -310,7 +310,7 @@ def test_full_size_there_and_back_is_bit_exact(folder, tmp_path):
         for part, model in models.items():
             model.load_state_dict(tensors[part], assign=True)
         schedule = NoiseSchedule().to_json()
-        save_editor(tmp_path / "folder", *models.values(), folder / "tokenizer", schedule, {})
+        save_parts(tmp_path / "folder", *models.values(), folder / "tokenizer", schedule, {})
         convert(open_checkpoint(tmp_path / "folder"), tmp_path / "single.safetensors")
         checkpoint = open_checkpoint(tmp_path / "single.safetensors")
         for part, network in checkpoint.networks.items():
@@ -354,7 +354,7 @@ def test_what_does_not_belong_together_is_told_before_anything_is_written(misfit
     error = capsys.readouterr().err.strip()
     assert re.search(message, error) and "\n" not in error
     with pytest.raises(ValueError, match=message):
-        load_editor_parts(base)
+        load_parts(base)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
@@ -381,7 +381,7 @@ def test_an_autoencoder_of_another_depth(single, tmp_path):
     config = VAEConfig(block_out_channels=(8, 16, 16), layers_per_block=2, norm_num_groups=4)
     other = randomise(VAE(config))
     save_network(other, tmp_path / "vae")
-    parts = load_editor_parts(open_checkpoint(single, vae=tmp_path / "vae"))
+    parts = load_parts(open_checkpoint(single, vae=tmp_path / "vae"))
     assert parts.vae.config == config and same(parts.vae.state_dict(), other.state_dict())
 
 

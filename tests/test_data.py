@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from tiny_editor import write_tiny_editor
 
-from nanoip2p.checkpoint import load_editor_parts
+from nanoip2p.checkpoint import load_parts
 from nanoip2p.data import (
     Pair,
     batch_rows,
@@ -24,7 +24,7 @@ from nanoip2p.scenes import EDIT_KINDS, random_scene
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    return load_editor_parts(write_tiny_editor(tmp_path_factory.mktemp("tiny")))
+    return load_parts(write_tiny_editor(tmp_path_factory.mktemp("tiny")))
 
 
 def write_folder(root, prompts=20, seeds=("11", "22")):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from tiny_editor import DEFAULTS, write_tiny_editor
 
-from nanoip2p.checkpoint import load_editor_parts
+from nanoip2p.checkpoint import load_parts
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.editor import Editor, pick_device
 
@@ -101,7 +101,7 @@ def test_equals_diffusers_with_a_negative_prompt(tiny, cfg_image):
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_equals_diffusers_on_the_shipped_nano_weights(sampler):
-    defaults = load_editor_parts(NANO).defaults
+    defaults = load_parts(NANO).defaults
     example = Image.open(sorted((NANO / "examples").glob("*.png"))[0]).convert("RGB")
     assert max(example.size) == defaults["resolution"]
     compare(NANO, sampler, example, 20, defaults["cfg_text"], defaults["cfg_image"])

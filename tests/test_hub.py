@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tiny_editor import write_tiny_editor
 
-from nanoip2p.checkpoint import load_editor_parts
+from nanoip2p.checkpoint import load_parts
 from nanoip2p.hub import find_tokenizer, needed_files, tokenizer_files
 from nanoip2p.tokenizer import load_tokenizer
 
@@ -169,7 +169,7 @@ def test_fetches_what_is_needed_once_then_uses_the_cache(server, tmp_path):
     assert by_commit == tagged
     source = server.folders["tiny/editor"][COMMITS["main"]]
     assert all((source / name).read_bytes() == (Path(folder) / name).read_bytes() for name in TINY_FILES)
-    load_editor_parts(folder)
+    load_parts(folder)
 
     assert ask(None, tmp_path, *calls) == answers
     assert ask(server, tmp_path, *calls, HF_HUB_OFFLINE="1") == answers

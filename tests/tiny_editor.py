@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from helpers import randomise
 
-from nanoip2p.checkpoint import save_editor
+from nanoip2p.checkpoint import save_parts
 from nanoip2p.clip import CLIPTextConfig, TextEncoder
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.tokenizer import train_tokenizer
@@ -29,5 +29,5 @@ def write_tiny_editor(folder: Path, scheduler_config: dict | None = None, seed: 
     texts = ["make it night", "turn the red house into a blue boat"]
     train_tokenizer(texts * 3, VOCABULARY, folder / "tokenizer")
     scheduler_config = scheduler_config or NoiseSchedule().to_json()
-    save_editor(folder, unet, vae, text_encoder, folder / "tokenizer", scheduler_config, DEFAULTS)
+    save_parts(folder, unet, vae, text_encoder, folder / "tokenizer", scheduler_config, DEFAULTS)
     return folder

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
 from nanoip2p import cli, demo
-from nanoip2p.checkpoint import load_editor_parts, save_editor
+from nanoip2p.checkpoint import load_parts, save_parts
 from nanoip2p.cli import at_least
 from nanoip2p.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, TextEncoder
 from nanoip2p.diffusion import NoiseSchedule
@@ -226,15 +226,15 @@ def start_folder(out: Path, vae: Path, clip: Path) -> Path:
         text_encoder.text_model.load_state_dict(joint.text_model.state_dict())
         unet = UNet(UNetConfig(**UNET))
         torch.nn.init.zeros_(unet.conv_out.weight)
-        save_editor(folder, unet, load_network(VAE, vae), text_encoder, out / "tokenizer",
+        save_parts(folder, unet, load_network(VAE, vae), text_encoder, out / "tokenizer",
                     NoiseSchedule().to_json(), DEFAULTS)
     return folder
 
 
 def export(tokenizer: Path, weights: Path, clip: Path, ship: Path) -> None:
     """Write the folders to ship, in half precision, with a few scenes to try the editor on."""
-    parts = load_editor_parts(weights)
-    save_editor(ship / "nano-ip2p", parts.unet, parts.vae, parts.text_encoder, tokenizer,
+    parts = load_parts(weights)
+    save_parts(ship / "nano-ip2p", parts.unet, parts.vae, parts.text_encoder, tokenizer,
                 parts.schedule.to_json(), DEFAULTS, torch.float16)
     save_network(load_network(CLIP, clip), ship / "nano-clip", torch.float16)
     for file in clip.iterdir():

@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from nanoip2p.checkpoint import PARTS, convert, load_editor_parts, open_checkpoint, save_editor
+from nanoip2p.checkpoint import PARTS, convert, load_parts, open_checkpoint, save_parts
 from nanoip2p.clip import CLIPTextConfig
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.tokenizer import train_tokenizer
@@ -35,7 +35,7 @@ def make_editor(folder: Path) -> None:
     networks = [cls(config) for cls, config in zip(
         PARTS.values(), (UNetConfig(in_channels=8), VAEConfig(), CLIPTextConfig()))]
     train_tokenizer(["make it night"] * 3, 600, folder / "tokenizer")
-    save_editor(folder / "fp32", *networks, folder / "tokenizer", NoiseSchedule().to_json(), {})
+    save_parts(folder / "fp32", *networks, folder / "tokenizer", NoiseSchedule().to_json(), {})
     shutil.copytree(folder / "tokenizer", folder / "single" / "tokenizer")
     checkpoint = open_checkpoint(folder / "fp32")
     convert(checkpoint, folder / "fp16", torch.float16)
@@ -71,7 +71,7 @@ def measure(work) -> dict:
 
 
 def ours(path: Path):
-    return load_editor_parts(path)
+    return load_parts(path)
 
 
 def theirs(path: Path):

@@ -1,0 +1,102 @@
+"""Caption -> picture: Stable Diffusion (Rombach et al. 2112.10752) with ordinary guidance.
+
+    from nanoip2p.text_to_image import TextToImage
+    painter = TextToImage.load("weights/nano-sd")
+    picture = painter.generate(["a red house in the middle, on grass, clear day"])[0]
+
+This is what editors are trained from, and what the paper's training pictures are made with
+(prompt_to_prompt.py). At equal seed its pictures are those of diffusers' StableDiffusionPipeline.
+"""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from nanoip2p.checkpoint import Checkpoint, load_parts
+from nanoip2p.clip import TextEncoder
+from nanoip2p.diffusion import NoiseSchedule, plan
+from nanoip2p.editor import counted, encode_texts, pick_device
+from nanoip2p.guidance import text_guided_denoiser
+from nanoip2p.images import to_pil
+from nanoip2p.samplers import SAMPLERS, draw_noise
+from nanoip2p.tokenizer import Tokenizer
+from nanoip2p.unet import UNet
+from nanoip2p.vae import VAE
+
+
+class TextToImage:
+    """Networks, tokenizer and the settings they were made for; `generate` does the work."""
+
+    def __init__(self, unet: UNet, vae: VAE, text_encoder: TextEncoder, tokenizer: Tokenizer,
+                 schedule: NoiseSchedule, defaults: dict):
+        """All networks on one device and in one dtype. defaults: the keys of checkpoint.PAPER_DEFAULTS."""
+        self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
+        self.schedule, self.defaults = schedule, defaults
+
+    @classmethod
+    def load(cls, weights: str | Path | Checkpoint, device: str | torch.device | None = None,
+             dtype: torch.dtype = torch.float32) -> "TextToImage":
+        """weights: see checkpoint.open_checkpoint. device None: see pick_device. ValueError if bad."""
+        device = pick_device(device)
+        parts = load_parts(weights, dtype, edits=False)
+        networks = (network.to(device) for network in (parts.unet, parts.vae, parts.text_encoder))
+        return cls(*networks, parts.tokenizer, parts.schedule, parts.defaults)
+
+    def complete(self, settings: dict) -> dict:
+        """`settings` with those of the weights where a value is None. ValueError for what cannot be used."""
+        settings = {key: self.defaults[key] if value is None else value for key, value in settings.items()}
+        multiple = self.vae.downsampling * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        if settings["sampler"] not in SAMPLERS:
+            raise ValueError(f"no sampler {settings['sampler']!r}; there are {', '.join(SAMPLERS)}")
+        if settings["resolution"] < 1 or settings["resolution"] % multiple:
+            raise ValueError(f"a resolution of {settings['resolution']} does not suit these weights; take a "
+                             f"multiple of {multiple}")
+        return settings
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, h, w) of a square picture's latents."""
+        side = resolution // self.vae.downsampling
+        return self.unet.config.out_channels, side, side
+
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Scaled latents (B, C, h, w) -> B pictures."""
+        pixels = self.vae.decode((latents / self.vae.scaling_factor).to(self.unet.conv_in.weight.dtype))
+        return [to_pil(picture) for picture in pixels]
+
+    @torch.inference_mode()
+    def generate(
+        self, captions: list[str], steps: int | None = None, cfg_text: float | None = None,
+        seed: int | list[int] = 0, sampler: str | None = None, resolution: int | None = None,
+        negative: str = "", progress: bool = False, batch: int = 8,
+    ) -> list[Image.Image]:
+        """Paint each caption as a square RGB picture of `resolution` pixels.
+
+        None takes the default of the weights. cfg_text: s_T, 1 for no guidance. seed: one for each picture,
+        or one number, and picture i has seed + i. negative: what to steer away from, in place of no text.
+        Up to `batch` pictures share a forward. ValueError for settings that cannot be used.
+        """
+        settings = self.complete({"steps": steps, "cfg_text": cfg_text, "sampler": sampler,
+                                  "resolution": resolution})
+        seeds = [seed + i for i in range(len(captions))] if isinstance(seed, int) else seed
+        if len(captions) != len(seeds):
+            raise ValueError(f"{len(captions)} captions, {len(seeds)} seeds: give one seed for each caption")
+        noise_levels = plan(self.schedule, settings["sampler"], settings["steps"])
+        text_states = encode_texts(self.text_encoder, self.tokenizer, [negative, *captions])
+        parts = [range(len(captions))[i : i + batch] for i in range(0, len(captions), batch)]
+        pictures = []
+        with tqdm(total=settings["steps"] * len(parts), disable=not progress, unit="step") as bar:
+            for part in parts:
+                context = torch.stack([text_states[captions[i]] for i in part])        # (B, T, D)
+                generators = [torch.Generator().manual_seed(seeds[i]) for i in part]
+                denoise = text_guided_denoiser(
+                    self.unet, noise_levels.timestep_of(), context, text_states[negative].expand_as(context),
+                    settings["cfg_text"])
+                noise = draw_noise((len(part), *self.latent_shape(settings["resolution"])), generators)
+                z = SAMPLERS[settings["sampler"]](
+                    counted(denoise, bar), noise_levels.start_scale * noise.to(context.device),
+                    noise_levels.sigmas, generators)
+                pictures += self.decode(z)
+        return pictures
