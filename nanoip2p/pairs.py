@@ -60,7 +60,7 @@ class Prompt:
 
 
 def read_prompts(path: Path) -> tuple[list[Prompt], list[str]]:
-    """The good lines of a JSONL file, and what is wrong with each of the others ("line 3 ..."); both may be [].
+    """The good lines of a JSONL file, and what is wrong with each of the others ("line 3 ...").
 
     A line is an object of texts: `input` (or `caption`, as the paper's generator wrote), `edit` and `output`,
     and whatever else. Blank lines are none. ValueError when there is no such file.
@@ -96,9 +96,9 @@ def _prompt(number: int, record: dict) -> Prompt:
 def complete(flags: dict, weights: Path, painter_defaults: dict) -> dict:
     """Settings of a job: flags that are not None, else pairs.json in the weights folder, else the paper's.
 
-    flags: keys of PAPER_DEFAULTS, steps and resolution. painter_defaults: of the TextToImage model; it gives
-    steps, resolution and sampler. `clip` in pairs.json is a path from there, or a name on the Hub. ValueError
-    for what cannot be used.
+    Keys are those of PAPER_DEFAULTS, with steps, resolution and sampler, whose defaults are those of the
+    painter. `clip` in pairs.json is a path from there, or a name on the Hub. Others among the flags are left
+    out. ValueError for what cannot be used.
     """
     known = PAPER_DEFAULTS | {key: painter_defaults[key] for key in ("steps", "resolution", "sampler")}
     path = weights / "pairs.json"
@@ -110,7 +110,7 @@ def complete(flags: dict, weights: Path, painter_defaults: dict) -> dict:
             raise ValueError(f"{path}: {key} = {value!r} should be a {type(known[key]).__name__}")
     if "clip" in chosen and (weights / chosen["clip"]).exists():
         chosen = chosen | {"clip": str(weights / chosen["clip"])}
-    settings = known | chosen | {key: value for key, value in flags.items() if value is not None}
+    settings = known | chosen | {key: flags[key] for key in known if flags.get(key) is not None}
     for key in ("n_samples", "max_out_samples", "batch", "steps"):
         if settings[key] < 1:
             raise ValueError(f"{key} = {settings[key]}: at least 1 is needed")
@@ -206,8 +206,8 @@ def make_pairs(prompts: list[Prompt], out: Path, painter: TextToImage, judge: Ju
         finally:  # also after Ctrl-C, so that what is there can be used
             finish_job(out, prompts)
     except OSError as error:
-        raise ValueError(f"{out} cannot be written: {error.strerror or error}; finished prompts stay, and the "
-                         "same command goes on from there") from None
+        raise ValueError(f"{out} cannot be written: {error.strerror or error}; finished prompts stay, and "
+                         "the same command goes on from there") from None
 
 
 def job_of(prompts: list[Prompt], painter: TextToImage, judge: Judge, settings: dict) -> dict:
@@ -239,8 +239,8 @@ def begin_job(out: Path, job: dict, names: dict) -> None:
     begun = read_json(path).get("job", {})
     for key, value in job.items():
         if begun.get(key) != value:
-            raise ValueError(f"{out} was begun with other settings ({key} {begun.get(key)}, now {value}); "
-                             "go on with the same, or choose another --out")
+            other = f"{key} = {begun.get(key)}" if key in PAPER_DEFAULTS else f"other {key}"
+            raise ValueError(f"{out} was begun with {other}; go on with the same, or choose another --out")
 
 
 @contextmanager
@@ -294,9 +294,13 @@ def finish_job(out: Path, prompts: list[Prompt]) -> None:
             shutil.rmtree(out / UNFINISHED, ignore_errors=True)
 
 
+def prompt_folders(root: Path) -> list[Path]:
+    """The folders of finished prompts, in order."""
+    return [root / name for name in sorted(os.listdir(root)) if name.isdigit()]
+
+
 def list_seeds(root: Path) -> list[tuple[str, list[str]]]:
     """The content of seeds.json: prompts with surviving pairs, in order, and the seeds of these as texts."""
-    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name.isdigit())
-    seeds = [(name, sorted(path.name[:-len("_0.jpg")] for path in (root / name).glob("*_0.jpg")))
-             for name in names]
+    seeds = [(folder.name, sorted(path.name[:-len("_0.jpg")] for path in folder.glob("*_0.jpg")))
+             for folder in prompt_folders(root)]
     return [(name, of_prompt) for name, of_prompt in seeds if of_prompt]

@@ -1,4 +1,4 @@
-"""A weights folder with small random networks, which both nanoip2p and diffusers load."""
+"""Weights folders with small random networks, which nanoip2p, diffusers and transformers load."""
 
 from pathlib import Path
 
@@ -6,8 +6,10 @@ import torch
 from helpers import randomise
 
 from nanoip2p.checkpoint import save_parts
-from nanoip2p.clip import CLIPTextConfig, TextEncoder
+from nanoip2p.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, TextEncoder
 from nanoip2p.diffusion import NoiseSchedule
+from nanoip2p.files import write_json
+from nanoip2p.network import save_network
 from nanoip2p.tokenizer import train_tokenizer
 from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAE, VAEConfig
@@ -17,10 +19,11 @@ VOCABULARY = 600
 
 
 @torch.no_grad()
-def write_tiny_editor(folder: Path, scheduler_config: dict | None = None, seed: int = 0) -> Path:
+def write_tiny_editor(folder: Path, scheduler_config: dict | None = None, seed: int = 0,
+                      in_channels: int = 8) -> Path:
     """Pictures in multiples of 8 pixels: 4x down-sampling in the VAE, 2x in the UNet. Returns the folder."""
     unet = randomise(UNet(UNetConfig(
-        in_channels=8, block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=2,
+        in_channels=in_channels, block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=2,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=32, norm_num_groups=8,
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))), seed)
     vae = randomise(VAE(VAEConfig.tiny()), seed + 1)
@@ -30,4 +33,20 @@ def write_tiny_editor(folder: Path, scheduler_config: dict | None = None, seed: 
     train_tokenizer(texts * 3, VOCABULARY, folder / "tokenizer")
     scheduler_config = scheduler_config or NoiseSchedule().to_json()
     save_parts(folder, unet, vae, text_encoder, folder / "tokenizer", scheduler_config, DEFAULTS)
+    return folder
+
+
+def write_tiny_painter(folder: Path, seed: int = 0) -> Path:
+    """As write_tiny_editor, a text-to-picture model."""
+    return write_tiny_editor(folder, seed=seed, in_channels=4)
+
+
+def write_tiny_clip(folder: Path, seed: int = 0) -> Path:
+    """A CLIPModel of 32x32 pixels, its tokenizer and preprocessing, as transformers writes them."""
+    text = CLIPTextConfig(VOCABULARY, 32, 64, 2, 4, projection_dim=16)
+    vision = CLIPVisionConfig(32, 8, 3, 32, 64, 2, 4, 16)
+    save_network(randomise(CLIP(CLIPConfig(text, vision, 16)), seed), folder)
+    train_tokenizer(["a cat on a sofa", "a dog under the table"] * 3, VOCABULARY, folder)
+    colours = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
+    write_json({**colours, "size": {"shortest_edge": 32}}, folder / "preprocessor_config.json")
     return folder

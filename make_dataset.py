@@ -1,0 +1,131 @@
+"""Make the paper's dataset (section 3.1) with parts of our own.
+
+    python make_dataset.py pairs --prompts data/prompts.jsonl --out data/pairs --weights SD-1.5
+    torchrun --nproc-per-node 8 make_dataset.py pairs ...           # the same job over many GPUs
+    python make_dataset.py show data/pairs                          # a contact sheet and statistics
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from nanoip2p import cli
+from nanoip2p.checkpoint import add_flags, open_checkpoint
+from nanoip2p.cli import at_least, finite
+from nanoip2p.clip_filter import Judge
+from nanoip2p.editor import pick_device
+from nanoip2p.files import check_writable
+from nanoip2p.images import save_png
+from nanoip2p.pairs import complete, make_pairs, read_prompts
+from nanoip2p.prompt_to_prompt import MODES
+from nanoip2p.show import contact_sheet, read_pairs, statistics
+from nanoip2p.tensors import DTYPES
+from nanoip2p.text_to_image import TextToImage
+
+
+def add_pairs(subparsers) -> None:
+    """Section 3.1.2. Settings have no default here, so that the weights folder can fill the gaps."""
+    parser = subparsers.add_parser("pairs", help="caption pairs -> picture pairs that the CLIP filter passes")
+    group = parser.add_argument_group("from what, and where to")
+    group.add_argument("--prompts", type=Path, required=True, help="JSONL of input, edit and output")
+    group.add_argument("--out", type=Path, required=True, help="folder; a stopped job in it goes on")
+    group.add_argument("--weights", required=True, help="a text-to-picture model: a diffusers folder, a "
+                                                        ".safetensors or .ckpt file, or a name on the Hub")
+    add_flags(group)
+    group.add_argument("--clip", help="folder or name on the Hub (the one that pairs.json beside the weights "
+                                      "names, else openai/clip-vit-large-patch14)")
+    group.add_argument("--skip-bad", action="store_true", help="leave out lines that are no prompts")
+    # Names and defaults as in the paper's code; pairs.json in the weights folder has others
+    group = parser.add_argument_group("candidates of each prompt")
+    group.add_argument("--n-samples", type=at_least(1), help="how many (100)")
+    group.add_argument("--early-stop", type=at_least(0), metavar="N", help="stop when N pass (0: never)")
+    group.add_argument("--inject", choices=MODES, help="whose attention the edit takes over (self)")
+    group.add_argument("--min-p2p", type=finite, help="least share of steps with injection (0.1)")
+    group.add_argument("--max-p2p", type=finite, help="largest share (0.9)")
+    group.add_argument("--min-cfg", type=finite, help="least guidance by the text (7.5)")
+    group.add_argument("--max-cfg", type=finite, help="largest guidance (15)")
+    group.add_argument("--steps", type=at_least(1), help="denoising steps (100)")
+    group.add_argument("--resolution", type=at_least(1), help="of the square pictures (512)")
+    group.add_argument("--seed", type=at_least(0), help="one seed makes one dataset (0)")
+    group = parser.add_argument_group("the filter: least similarities, and how many to keep")
+    group.add_argument("--clip-threshold", type=finite, help="of each caption and its picture (0.2)")
+    group.add_argument("--clip-dir-threshold", type=finite, help="of the changes in both (0.2)")
+    group.add_argument("--clip-img-threshold", type=finite, help="of the two pictures (0.7)")
+    group.add_argument("--max-out-samples", type=at_least(1), help="pairs kept of a prompt (4)")
+    group = parser.add_argument_group("running")
+    group.add_argument("--batch", type=at_least(1), help="candidates that share a forward (8)")
+    group.add_argument("--device", help="cuda, cuda:1, mps, cpu (the best there is)")
+    group.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="of painting; CLIP is fp32")
+    parser.set_defaults(run=run_pairs)
+
+
+def run_pairs(args: argparse.Namespace) -> None:
+    """Check everything that can be checked, then paint. Under torchrun, one process for each GPU."""
+    prompts, bad = read_prompts(args.prompts)
+    if bad and not args.skip_bad:
+        more = f" (and {len(bad) - 1} more bad lines)" if len(bad) > 1 else ""
+        raise ValueError(f"{args.prompts}: {bad[0]}{more}; mend it, or leave out such lines with --skip-bad")
+    if not prompts:
+        raise ValueError(f"{args.prompts}: there is no prompt in it")
+    first = os.environ.get("RANK", "0") == "0"
+    device = args.device
+    if device in (None, "cuda") and torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = pick_device(device)
+    checkpoint = open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
+    settings = complete(vars(args), checkpoint.source, checkpoint.defaults)
+    if first:
+        skipped = f", {len(bad)} bad lines skipped" if bad else ""
+        print(f"opened {args.weights}: {checkpoint.found}", file=sys.stderr)
+        print(f"{len(prompts)} prompts{skipped}, {settings['n_samples']} candidates of each", file=sys.stderr)
+    judge = Judge.load(settings["clip"], device)
+    painter = TextToImage.load(checkpoint, device, DTYPES[args.dtype])
+    painter.complete({key: settings[key] for key in ("steps", "resolution", "sampler")})
+    names = {"weights": args.weights, "clip": settings["clip"]}
+    make_pairs(prompts, args.out, painter, judge, settings, names, progress=first)
+
+
+def add_show(subparsers) -> None:
+    """What came out."""
+    parser = subparsers.add_parser("show", help="a contact sheet and statistics of a folder of pairs")
+    parser.add_argument("folder", type=Path, help="the --out of pairs, or the paper's own dataset")
+    parser.add_argument("--sheet", type=Path, help="the PNG to write (contact-sheet.png in the folder)")
+    parser.add_argument("--rows", type=at_least(1), default=8, help="pairs of each sort on the sheet")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="another one draws other random pairs")
+    parser.set_defaults(run=run_show)
+
+
+def run_show(args: argparse.Namespace) -> None:
+    """Print the statistics, write the contact sheet."""
+    sheet = args.sheet or args.folder / "contact-sheet.png"
+    pairs = read_pairs(args.folder)
+    check_writable(sheet)
+    print(statistics(args.folder, pairs))
+    if pairs:
+        save_png(contact_sheet(pairs, args.rows, args.seed), sheet, {})
+        print(f"wrote {sheet}")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Flags of every command; `run` is the function that does it."""
+    parser = cli.make_parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=cli.make_parser)
+    add_pairs(subparsers)
+    add_show(subparsers)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code, see cli.run."""
+    def work() -> None:
+        args = parse(argv)
+        args.run(args)
+    return cli.run(work, "stopped; what is finished is kept, and the same command goes on from there",
+                   "try a smaller --batch or --resolution")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""What a folder of pairs holds, of pairs.py or the paper's own: a contact sheet and statistics."""
+
+import json
+import random
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from nanoip2p.clip_filter import SIMILARITIES, Thresholds
+from nanoip2p.files import read_json
+from nanoip2p.images import grid, open_image
+from nanoip2p.pairs import prompt_folders
+
+WORDS = dict(zip(SIMILARITIES, ("caption before", "caption after", "direction", "pictures")))
+BAR = 40  # letters of the longest bar of a histogram
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A pair that was kept: its prompt's folder, the line of its prompt, its row of metadata.jsonl."""
+
+    folder: Path
+    prompt: dict
+    row: dict
+
+    def picture(self, i: int) -> Image.Image:
+        """Before (0) or after (1)."""
+        return open_image(self.folder / f"{self.row['seed']}_{i}.jpg")
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The objects of a JSONL file; [] if there is none. ValueError, naming it, when it is broken."""
+    try:
+        return [dict(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as lines of JSON: {error}") from None
+
+
+def read_pairs(root: Path) -> list[Kept]:
+    """Every pair that was kept, by prompt, best first. ValueError for what is missing or broken."""
+    if not root.is_dir() or not prompt_folders(root):
+        raise ValueError(f"{root}: there is no such folder, or no finished prompt (0000000, ...) in it")
+    pairs = []
+    for folder in prompt_folders(root):
+        prompt = read_json(folder / "prompt.json")
+        for row in read_rows(folder / "metadata.jsonl"):
+            missing = [key for key in ("seed", "p2p_threshold", *SIMILARITIES) if key not in row]
+            if missing or "edit" not in prompt:
+                raise ValueError(f"{folder}: prompt.json or metadata.jsonl lacks {(missing or ['edit'])[0]}")
+            pairs.append(Kept(folder, prompt, row))
+    return pairs
+
+
+def statistics(root: Path, pairs: list[Kept]) -> str:
+    """How many survive and how good they are, as text; about others only if pairs.py wrote them."""
+    folders = prompt_folders(root)
+    survivors = Counter(pair.folder for pair in pairs)
+    by_count = sorted(Counter(survivors[folder] for folder in folders).items())
+    size = sum(path.stat().st_size for folder in folders for path in folder.iterdir())
+    lines = [
+        ("prompts", f"{len(folders)} finished, {len(survivors)} of them with survivors"),
+        ("surviving pairs", f"{len(pairs)}, {len(pairs) / len(folders):.2f} a prompt ("
+                            + ", ".join(f"{many}: {prompts}" for many, prompts in by_count) + " prompts)"),
+        *candidate_lines(root, folders, len(pairs))]
+    if pairs:
+        means = [sum(pair.row[name] for pair in pairs) / len(pairs) for name in SIMILARITIES]
+        lines.append(("mean similarity", ", ".join(
+            f"{word} {mean:.3f}" for word, mean in zip(WORDS.values(), means))))
+        shares = [pair.row["p2p_threshold"] for pair in pairs]
+        lines.append(("p of survivors", f"mean {sum(shares) / len(shares):.3f}"))
+        lines += [("", line) for line in histogram(shares)]
+    lines.append(("on disk", f"{size / 1e6:.1f} MB"))
+    return "\n".join(f"{name:<17}{text}" for name, text in lines)
+
+
+def candidate_lines(root: Path, folders: list[Path], kept: int) -> list[tuple[str, str]]:
+    """How many candidates passed and what was too small of the others; [] where only survivors are known."""
+    job = read_json(root / "job.json", missing={}).get("job", {})
+    least = [job.get(f"clip_{name}threshold") for name in ("img_", "dir_", "")]
+    if None in least:
+        return []
+    thresholds, tried, passed, reasons = Thresholds(*least), 0, 0, Counter()
+    for folder in tqdm(folders, desc="reading", leave=False):
+        for row in read_rows(folder / "candidates.jsonl"):
+            too_small = thresholds.reasons(row)
+            tried, passed = tried + 1, passed + (not too_small)
+            reasons.update(too_small)
+    if not tried:
+        return []
+    failed = ", ".join(f"{word} {reasons[name] / tried:.1%}" for name, word in WORDS.items())
+    return [("candidates", f"{tried}, {passed / tried:.1%} pass, {kept / tried:.1%} survive"),
+            ("too small", failed)]
+
+
+def histogram(values: list[float]) -> list[str]:
+    """Counts in tenths of [0, 1], as bars."""
+    counts = Counter(min(int(value * 10), 9) for value in values)
+    longest = max(counts.values())
+    return [f"{bin / 10:.1f} ... {(bin + 1) / 10:.1f} {'#' * round(BAR * counts[bin] / longest):<{BAR}} "
+            f"{counts[bin]}" for bin in range(10)]
+
+
+def contact_sheet(pairs: list[Kept], rows: int, seed: int) -> Image.Image:
+    """Rows of before | after twice: on the left the best pairs, one of a prompt, on the right random ones."""
+    first_of_prompt = {pair.folder: pair for pair in reversed(pairs)}.values()
+    best = sorted(first_of_prompt, key=lambda pair: -pair.row["clip_sim_dir"])[:rows]
+    drawn = random.Random(seed).sample(pairs, len(best))
+    pictures, labels = [], []
+    for line in zip(best, drawn):
+        pictures.append([pair.picture(i) for pair in line for i in (0, 1)])
+        labels.append([])
+        for sort, pair in zip(("best", "random"), line):
+            row, prompt = pair.row, pair.prompt
+            scores = ", ".join(f"{word} {row[name]:.2f}" for name, word in WORDS.items())
+            labels[-1] += [f"{sort}: {prompt.get('input', prompt.get('caption'))}",
+                           f"{prompt['edit']} ({scores}, p {row['p2p_threshold']:.2f})"]
+    return grid(pictures, labels)
