@@ -216,6 +216,15 @@ def test_ctrl_c_is_one_line_and_lists_what_is_there(
     assert len(calls) == 4 and content(out).keys() == content(finished).keys()
 
 
+def test_nothing_of_a_process_that_died_is_taken_over(tmp_path):
+    """Under another --batch it may have kept other pairs."""
+    left = tmp_path / ".unfinished" / "0000001"
+    left.mkdir(parents=True)
+    (left / "1_0.jpg").touch()
+    fake_job(tmp_path)
+    assert not (tmp_path / "0000001" / "1_0.jpg").exists() and (tmp_path / "0000001").exists()
+
+
 def test_candidates_are_drawn_from_their_own_seeds():
     prompt = pairs.Prompt(7, "a", "b", {})
     settings = SETTINGS | {"seed": 3}
