@@ -11,8 +11,8 @@ from pathlib import Path
 CLIP = "openai/clip-vit-large-patch14"  # whose tokenizer all SD 1.x models share
 NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(.+))?", re.ASCII)
 TIMEOUT = 10  # seconds for the list of files, where the library would wait for ever
-# defaults.json is ours, see checkpoint.py
-SMALL = r"(defaults|scheduler/[^/]+|(unet|vae|text_encoder)/config)\.json|tokenizer/[^/]+\.(json|txt)"
+# defaults.json and pairs.json are ours, see checkpoint.py and pairs.py
+SMALL = r"(defaults|pairs|scheduler/[^/]+|(unet|vae|text_encoder)/config)\.json|tokenizer/[^/]+\.(json|txt)"
 STEM = r"(diffusion_pytorch_|pytorch_)?model"
 WEIGHTS = (  # of each network the first set that there is, in the order of tensors.find_weights
     rf"{STEM}\.safetensors", rf"{STEM}(-\d+-of-\d+\.safetensors|\.safetensors\.index\.json)",
@@ -47,6 +47,19 @@ def needed_files(names: list[str]) -> list[str]:
             return []
         needed += weights
     return needed
+
+
+def fetch_clip(name: str) -> Path:
+    """As fetch_weights, a CLIPModel with its tokenizer and preprocessor_config.json."""
+    return _snapshot(name, clip_files, "CLIP (config.json, preprocessor_config.json, weights, tokenizer)")
+
+
+def clip_files(names: list[str]) -> list[str]:
+    """From the paths of all files of a repository, those a CLIPModel is read from; [] if it is none."""
+    settings = ["config.json", "preprocessor_config.json"]
+    sets = ([name for name in names if re.fullmatch(kind, name)] for kind in WEIGHTS)
+    weights, words = next(filter(None, sets), []), tokenizer_files(names)
+    return settings + weights + words if weights and words and set(settings) <= set(names) else []
 
 
 def find_tokenizer(checkpoint: Path, given: str | None) -> Path:
