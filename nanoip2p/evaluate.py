@@ -1,12 +1,16 @@
-"""Score an editor where the right answer is known.
+"""Score an editor, or a text-to-picture model, where the right answer is known.
 
     python -m nanoip2p.evaluate scenes --weights weights/nano-ip2p --n 500
+    python -m nanoip2p.evaluate captions --weights weights/nano-sd --n 320
 
-The scenes and, unless --phrasings seen, the wordings are ones that training never used. An edit succeeds
-when, among the renders of all single edits of the scene and of the scene itself, the true one is nearest to
-the editor's picture in mean absolute distance. What should not change is measured as PSNR over the pixels
-that the two renders have in common, next to what the autoencoder alone makes of the true one: the ceiling.
-A change of the time of day leaves too few such pixels.
+`captions` asks how often CLIP, shown a picture painted for a caption, ranks that caption first among 32, next
+to the same for true renders.
+
+Of `scenes`, the scenes and, unless --phrasings seen, the wordings are ones that training never used. An edit
+succeeds when, among the renders of all single edits of the scene and of the scene itself, the true one is
+nearest to the editor's picture in mean absolute distance. What should not change is measured as PSNR over the
+pixels that the two renders have in common, next to what the autoencoder alone makes of the true one: the
+ceiling. A change of the time of day leaves too few such pixels.
 """
 
 import argparse
@@ -21,12 +25,15 @@ from tqdm import tqdm
 
 from nanoip2p import cli
 from nanoip2p.cli import at_least, finite
+from nanoip2p.clip_filter import Judge
 from nanoip2p.editor import Editor
 from nanoip2p.files import check_writable, write_json
 from nanoip2p.images import grid, to_pil, to_tensor
 from nanoip2p.samplers import SAMPLERS
 from nanoip2p.scenes import EDIT_KINDS, Edit, Scene, pick, random_scene
+from nanoip2p.text_to_image import TextToImage
 
+CHOICES = 32  # captions among which CLIP has to find the right one
 LEAST_UNCHANGED = 0.05  # a smaller share of common pixels says nothing about preservation
 
 
@@ -117,16 +124,54 @@ def table(rows: list[dict]) -> tuple[str, dict]:
         chosen = [row for row in rows if kind in (row["kind"], "all")]
         if not chosen:
             continue
-        rate = sum(row["success"] for row in chosen) / len(chosen)
-        likely = (rate * len(chosen) + 1) / (len(chosen) + 2)  # Laplace: 71 of 71 is no certainty
-        error = (likely * (1 - likely) / len(chosen)) ** 0.5
+        share, error = rate([row["success"] for row in chosen])
         measured = [row for row in chosen if row["psnr"] is not None]
         means = {key: float(np.mean([row[key] for row in measured])) if measured else None
                  for key in ("psnr", "ceiling")}
         psnr, ceiling = (f"{mean:.1f} dB" if measured else "-" for mean in means.values())
-        lines.append(f"{kind:<10} {len(chosen):>5} {rate:>8.1%} ± {error:<4.1%} {psnr:>16} {ceiling:>12}")
-        numbers[kind] = {"n": len(chosen), "success": rate, **means}
+        lines.append(f"{kind:<10} {len(chosen):>5} {share:>8.1%} ± {error:<4.1%} {psnr:>16} {ceiling:>12}")
+        numbers[kind] = {"n": len(chosen), "success": share, **means}
     return "\n".join(lines), numbers
+
+
+def captioned(n: int, split: str = "test") -> list[Scene]:
+    """`n` scenes of a split whose captions all differ; `n` is rounded up to a multiple of CHOICES."""
+    scenes, index = {}, 0
+    while len(scenes) < -(-n // CHOICES) * CHOICES:
+        scene, index = random_scene(split, index), index + 1
+        scenes.setdefault(scene.caption(), scene)
+    return list(scenes.values())
+
+
+def ranked_first(judge: Judge, pictures: list[Image.Image], captions: list[str]) -> list[bool]:
+    """For each picture: is its own caption the nearest to it of the CHOICES captions of its group?
+
+    Groups are CHOICES pictures in a row. "Nearest" is the cosine of CLIP's features.
+    """
+    found = []
+    for i in range(0, len(pictures), CHOICES):
+        seen = judge.encode_pictures(pictures[i : i + CHOICES])                  # (32, P)
+        read = judge.encode_texts(captions[i : i + CHOICES])                     # (32, P)
+        nearest = (seen @ read.T).argmax(1).tolist()
+        found += [place == own for own, place in enumerate(nearest)]
+    return found
+
+
+def score_captions(painter: TextToImage, judge: Judge, scenes: list[Scene], settings: dict) -> list[dict]:
+    """Paint every scene's caption. Rows of caption, success, true_success, pictures: (painted, a render)."""
+    captions, painted = [scene.caption() for scene in scenes], []
+    for i in tqdm(range(0, len(scenes), CHOICES), desc=f"painting, {CHOICES} at a time"):
+        painted += painter.generate(captions[i : i + CHOICES], seed=i, batch=CHOICES, **settings)
+    renders = [scene.render(painter.defaults["resolution"]) for scene in scenes]
+    columns = (captions, ranked_first(judge, painted, captions), ranked_first(judge, renders, captions),
+               zip(painted, renders))
+    return [dict(zip(("caption", "success", "true_success", "pictures"), row)) for row in zip(*columns)]
+
+
+def rate(hits: list[bool]) -> tuple[float, float]:
+    """Share of hits, and its standard error (Laplace's, because 71 of 71 is no certainty)."""
+    likely = (sum(hits) + 1) / (len(hits) + 2)
+    return sum(hits) / len(hits), (likely * (1 - likely) / len(hits)) ** 0.5
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -137,31 +182,54 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     scenes.add_argument("--weights", type=Path, default=Path("weights/nano-ip2p"))
     scenes.add_argument("--n", type=at_least(1), default=500, help="number of edits")
     scenes.add_argument("--phrasings", choices=("held-out", "seen"), default="held-out")
-    scenes.add_argument("--split", default="test", help="which stream of scenes; training uses 'train'")
-    scenes.add_argument("--out", type=Path, help="folder for scores.json and failed.png, some failures")
-    scenes.add_argument("--device")
-    for name, kind in (("steps", at_least(1)), ("cfg-text", finite), ("cfg-image", finite)):
-        scenes.add_argument(f"--{name}", type=kind, help="as in sample.py; by default what the weights name")
-    scenes.add_argument("--sampler", choices=sorted(SAMPLERS), help="the same")
+    scenes.add_argument("--cfg-image", type=finite, help="as in sample.py; by default what the weights name")
+    captions = what.add_parser("captions", help="how often CLIP finds the caption of a painted picture")
+    captions.add_argument("--weights", type=Path, default=Path("weights/nano-sd"))
+    captions.add_argument("--clip", default="weights/nano-clip", help="the judge: folder or Hub name")
+    captions.add_argument("--n", type=at_least(1), default=320, help="captions, in multiples of 32")
+    for each in (scenes, captions):
+        each.add_argument("--split", default="test", help="which stream of scenes; training uses 'train'")
+        each.add_argument("--out", type=Path, help="folder for scores.json and failed.png, some failures")
+        each.add_argument("--device")
+        for name, kind in (("steps", at_least(1)), ("cfg-text", finite)):
+            each.add_argument(f"--{name}", type=kind, help="as in sample.py; by default of the weights")
+        each.add_argument("--sampler", choices=sorted(SAMPLERS), help="the same")
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Ask, score, print the table; with --out keep the numbers and some failures."""
+    """Ask, score, print; with --out keep the numbers and some failures."""
     if args.out:
         check_writable(args.out / "scores.json")
-    editor = Editor.load(args.weights, args.device)
-    asked = questions(args.n, args.phrasings, args.split)
-    settings = {key: getattr(args, key) for key in ("steps", "cfg_text", "cfg_image", "sampler")}
-    rows = score_scenes(editor, asked, settings)
-    text, numbers = table(rows)
+    rows, text, numbers, labels = (run_scenes if args.what == "scenes" else run_captions)(args)
     print(text)
     if args.out:
         write_json(numbers, args.out / "scores.json")
         failed = [row for row in rows if not row["success"]][:16]
         if failed:
-            labels = [["input", row["instruction"], "true answer"] for row in failed]
-            grid([list(row["pictures"]) for row in failed], labels).save(args.out / "failed.png")
+            grid([list(row["pictures"]) for row in failed], [labels(row) for row in failed]).save(
+                args.out / "failed.png")
+
+
+def run_captions(args: argparse.Namespace) -> tuple:
+    """Rows, text and numbers of `captions`, and how to label a row's pictures."""
+    painter, judge = TextToImage.load(args.weights, args.device), Judge.load(args.clip)
+    settings = {key: getattr(args, key) for key in ("steps", "cfg_text", "sampler")}
+    rows = score_captions(painter, judge, captioned(args.n, args.split), settings)
+    numbers, lines = {"n": len(rows)}, [f"the true caption comes first of {CHOICES}, of {len(rows)} pictures"]
+    for key, kind in (("success", "painted"), ("true_success", "true renders")):
+        numbers[kind], error = rate([row[key] for row in rows])
+        lines.append(f"  {kind:<14}{numbers[kind]:>6.1%} ± {error:.1%}")
+    return rows, "\n".join(lines), numbers, lambda row: [row["caption"], "a true picture"]
+
+
+def run_scenes(args: argparse.Namespace) -> tuple:
+    """The same of `scenes`."""
+    editor = Editor.load(args.weights, args.device)
+    asked = questions(args.n, args.phrasings, args.split)
+    settings = {key: getattr(args, key) for key in ("steps", "cfg_text", "cfg_image", "sampler")}
+    rows = score_scenes(editor, asked, settings)
+    return rows, *table(rows), lambda row: ["input", row["instruction"], "true answer"]
 
 
 def main(argv: list[str] | None = None) -> int:

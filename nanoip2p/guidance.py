@@ -49,13 +49,14 @@ def guided_denoiser(
 
 
 def text_guided_denoiser(unet: nn.Module, timestep_of: dict[float, float], context: Tensor,
-                         null_context: Tensor, cfg_text: float) -> Denoise:
+                         null_context: Tensor, cfg_text: Tensor) -> Denoise:
     """The same for a text-to-picture model, which knows one condition: Ho & Salimans 2022, equation 6.
 
-    e~ = e(z, 0) + s_T (e(z, c_T) - e(z, 0)). context, null_context (B, T, D), float32 or half.
+    e~ = e(z, 0) + s_T (e(z, c_T) - e(z, 0)). context, null_context (B, T, D); cfg_text (B,), of each picture.
     """
-    branches = [(weight, text) for weight, text in ((cfg_text, context), (1.0 - cfg_text, null_context))
-                if weight != 0]
+    cfg_text = cfg_text.to(context.device)[:, None, None, None]
+    branches = [(weight, text) for weight, text in ((cfg_text, context), (1 - cfg_text, null_context))
+                if weight.any()]
     weights, texts = zip(*branches)
     contexts = torch.cat(texts)                                                  # (n B, T, D)
 

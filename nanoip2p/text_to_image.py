@@ -68,21 +68,25 @@ class TextToImage:
 
     @torch.inference_mode()
     def generate(
-        self, captions: list[str], steps: int | None = None, cfg_text: float | None = None,
+        self, captions: list[str], steps: int | None = None, cfg_text: float | list[float] | None = None,
         seed: int | list[int] = 0, sampler: str | None = None, resolution: int | None = None,
         negative: str = "", progress: bool = False, batch: int = 8,
     ) -> list[Image.Image]:
         """Paint each caption as a square RGB picture of `resolution` pixels.
 
-        None takes the default of the weights. cfg_text: s_T, 1 for no guidance. seed: one for each picture,
-        or one number, and picture i has seed + i. negative: what to steer away from, in place of no text.
-        Up to `batch` pictures share a forward. ValueError for settings that cannot be used.
+        None takes the default of the weights. cfg_text: s_T, 1 for no guidance; one number, or one for each
+        picture. seed: one for each picture, or one number, and picture i has seed + i. negative: what to
+        steer away from, in place of no text. Up to `batch` pictures share a forward. ValueError for settings
+        that cannot be used.
         """
         settings = self.complete({"steps": steps, "cfg_text": cfg_text, "sampler": sampler,
                                   "resolution": resolution})
         seeds = [seed + i for i in range(len(captions))] if isinstance(seed, int) else seed
-        if len(captions) != len(seeds):
-            raise ValueError(f"{len(captions)} captions, {len(seeds)} seeds: give one seed for each caption")
+        cfgs = settings["cfg_text"]
+        cfgs = cfgs if isinstance(cfgs, list) else [cfgs] * len(captions)
+        if not len(captions) == len(seeds) == len(cfgs):
+            raise ValueError(f"{len(captions)} captions, {len(seeds)} seeds, {len(cfgs)} values of cfg_text: "
+                             "give one seed (and cfg_text) for each caption")
         noise_levels = plan(self.schedule, settings["sampler"], settings["steps"])
         text_states = encode_texts(self.text_encoder, self.tokenizer, [negative, *captions])
         parts = [range(len(captions))[i : i + batch] for i in range(0, len(captions), batch)]
@@ -93,7 +97,7 @@ class TextToImage:
                 generators = [torch.Generator().manual_seed(seeds[i]) for i in part]
                 denoise = text_guided_denoiser(
                     self.unet, noise_levels.timestep_of(), context, text_states[negative].expand_as(context),
-                    settings["cfg_text"])
+                    torch.tensor([cfgs[i] for i in part]))
                 noise = draw_noise((len(part), *self.latent_shape(settings["resolution"])), generators)
                 z = SAMPLERS[settings["sampler"]](
                     counted(denoise, bar), noise_levels.start_scale * noise.to(context.device),

@@ -128,6 +128,11 @@ class ResnetBlock(nn.Module):
         return self.conv_shortcut(x) + h
 
 
+def attend(layer: "Attention", x: Tensor, context: Tensor) -> Tensor:
+    """What an attention layer does unless told otherwise: every row attends to its own context."""
+    return attention(layer.to_q(x), layer.to_k(context), layer.to_v(context), layer.heads)
+
+
 class Attention(nn.Module):
     """Tokens x (B, T, C) attend to a context (B, L, C_context). No biases but the last, as in SD."""
 
@@ -139,8 +144,8 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(c_context, channels, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        return self.to_out[0](attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+    def forward(self, x: Tensor, context: Tensor, attend=attend) -> Tensor:
+        return self.to_out[0](attend(self, x, context))
 
 
 class GEGLU(nn.Module):
@@ -179,10 +184,10 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, inject=None) -> Tensor:
         h = self.norm1(x)
-        x = x + self.attn1(h, h)
-        x = x + self.attn2(self.norm2(x), context)
+        x = x + self.attn1(h, h, inject.to_picture if inject else attend)
+        x = x + self.attn2(self.norm2(x), context, inject.to_text if inject else attend)
         return x + self.ff(self.norm3(x))
 
 
@@ -197,9 +202,9 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([block])
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, inject=None) -> Tensor:
         h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)       # (B, h*w, C)
-        h = self.transformer_blocks[0](h, context)
+        h = self.transformer_blocks[0](h, context, inject)
         return x + self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))  # (B, C, h, w)
 
 
@@ -240,10 +245,10 @@ class Level(nn.Module):
         self.downsamplers = nn.ModuleList([Downsample(c_out)] if resample == "down" else [])
         self.upsamplers = nn.ModuleList([Upsample(c_out)] if resample == "up" else [])
 
-    def layer(self, i: int, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+    def layer(self, i: int, x: Tensor, time: Tensor, context: Tensor, inject=None) -> Tensor:
         """Residual block i and, where there is one, the transformer after it."""
         x = self.resnets[i](x, time)
-        return self.attentions[i](x, context) if i < len(self.attentions) else x
+        return self.attentions[i](x, context, inject) if i < len(self.attentions) else x
 
 
 class UNet(nn.Module):
@@ -286,11 +291,12 @@ class UNet(nn.Module):
         """Build from the content of diffusers' unet/config.json. ValueError names what is not supported."""
         return cls(read_config(UNetConfig, config, FIXED, BOOKKEEPING))
 
-    def forward(self, latents: Tensor, timestep: Tensor | float, context: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, timestep: Tensor | float, context: Tensor, inject=None) -> Tensor:
         """Latents (B, C_in, h, w), timestep, text (B, L, D) -> predicted noise (B, C_out, h, w).
 
         The timestep is a number, or a tensor of one for all or one for each of the B; it may lie between
-        integers (Karras sigmas). Any h and w work; each level halves them, rounding up.
+        integers (Karras sigmas). Any h and w work; each level halves them, rounding up. `inject` changes how
+        rows attend: a prompt_to_prompt.Injection.
         """
         config, given = self.config, (tuple(latents.shape), tuple(context.shape))
         assert given[0][1] == config.in_channels and given[1][2] == config.cross_attention_dim, given
@@ -305,18 +311,18 @@ class UNet(nn.Module):
         skips = [x]
         for level in self.down_blocks:
             for i in range(len(level.resnets)):
-                x = level.layer(i, x, time, context)
+                x = level.layer(i, x, time, context, inject)
                 skips.append(x)
             for downsample in level.downsamplers:
                 x = downsample(x)                                       # (B, C, h/2, w/2)
                 skips.append(x)
 
-        x = self.mid_block.layer(0, x, time, context)
-        x = self.mid_block.layer(1, x, time, context)
+        x = self.mid_block.layer(0, x, time, context, inject)
+        x = self.mid_block.layer(1, x, time, context, inject)
 
         for level in self.up_blocks:
             for i in range(len(level.resnets)):
-                x = level.layer(i, torch.cat([x, skips.pop()], dim=1), time, context)
+                x = level.layer(i, torch.cat([x, skips.pop()], dim=1), time, context, inject)
             for upsample in level.upsamplers:
                 x = upsample(x, skips[-1].shape[2:])                    # (B, C, 2h, 2w)
         return self.conv_out(F.silu(self.conv_norm_out(x)))

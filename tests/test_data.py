@@ -11,6 +11,7 @@ from nanoip2p.checkpoint import load_parts
 from nanoip2p.data import (
     Pair,
     batch_rows,
+    captioned_scenes,
     encode_pairs,
     encoded_pairs,
     folder_pairs,
@@ -57,6 +58,15 @@ def test_scene_pairs_follow_the_odds():
     odds = tuple(float(kind == "ground") for kind in EDIT_KINDS)
     for pair in scene_pairs(12, weights=odds):
         assert pair.before.ground != pair.after.ground
+
+
+def test_captioned_scenes_show_what_edits_lead_to_and_never_repeat_themselves():
+    pairs = captioned_scenes(200)
+    assert [pair.after for pair in pairs[::2]] == [random_scene("train", 2 * i) for i in range(100)]
+    assert all(pair.before == pair.after and pair.edit == pair.after.caption() for pair in pairs)
+    assert any(not pair.after.things for pair in pairs)  # an empty place, to which only removing leads
+    assert captioned_scenes(50) == pairs[:50] and len(set(pairs)) == 200
+    assert not {pair.after for pair in captioned_scenes(50, "validation")} & {pair.after for pair in pairs}
 
 
 def test_folder_is_split_contiguously_and_skips_prompts_without_pictures(tmp_path):

@@ -6,11 +6,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_editor import write_tiny_editor
 
 from nanoip2p import evaluate
-from nanoip2p.evaluate import nearest_edit, questions, score_scenes, table, unchanged_psnr
+from nanoip2p.evaluate import (
+    captioned,
+    nearest_edit,
+    questions,
+    ranked_first,
+    rate,
+    score_scenes,
+    table,
+    unchanged_psnr,
+)
 from nanoip2p.scenes import EDIT_KINDS, random_scene
 
 ASKED = questions(21)
@@ -84,3 +94,44 @@ def test_command_prints_a_table_and_keeps_scores_and_failures(tmp_path, capsys):
 def test_missing_weights_are_one_line(tmp_path, capsys):
     assert evaluate.main(["scenes", "--weights", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_captions_differ_and_are_held_out():
+    scenes = captioned(40)
+    captions = [scene.caption() for scene in scenes]
+    assert len(scenes) == 64 and len(set(captions)) == 64 and captioned(1) == scenes[:32]
+    assert not set(captions) & {scene.caption() for scene in captioned(40, "validation")}
+
+
+class OneHotJudge:
+    """Sees in a picture's grey level, and reads in a caption, a number from 0 to 31."""
+
+    def encode_pictures(self, pictures):
+        return torch.eye(32)[[picture.getpixel((0, 0))[0] for picture in pictures]]
+
+    def encode_texts(self, captions):
+        return torch.eye(32)[[int(caption) for caption in captions]]
+
+
+def test_a_caption_is_found_among_those_of_its_group():
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(0)).tolist()
+    seen = [*order, *order[:30], order[31], order[30]]  # in the second group the last two are mixed up
+    pictures = [Image.new("RGB", (8, 8), (number,) * 3) for number in seen]
+    hits = ranked_first(OneHotJudge(), pictures, [str(number) for number in order * 2])
+    assert hits == [True] * 62 + [False] * 2
+    assert rate(hits)[0] == 62 / 64 and 0.01 < rate(hits)[1] < 0.05
+
+
+def test_true_renders_score_next_to_painted_ones(monkeypatch, tmp_path, capsys):
+    class Painter:
+        defaults = {"resolution": 64}
+
+        def generate(self, captions, seed, batch, **settings):
+            return [Image.new("RGB", (64, 64), "grey")] * len(captions)
+
+    monkeypatch.setattr(evaluate.TextToImage, "load", lambda *_: Painter())
+    clip = str(evaluate.Path(evaluate.__file__).parent.parent / "weights" / "nano-clip")
+    assert evaluate.main(["captions", "--clip", clip, "--n", "32", "--out", str(tmp_path)]) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["painted"] == 1 / 32 and scores["true renders"] > 0.9 and scores["n"] == 32
+    assert "3.1%" in capsys.readouterr().out and (tmp_path / "failed.png").exists()

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from nanoip2p.editor import Editor
 from nanoip2p.evaluate import round_trip
 from nanoip2p.images import open_image
+from nanoip2p.text_to_image import TextToImage
 
 SCRIPT = Path(__file__).resolve().parent.parent / "weights" / "make_nano.py"
 
@@ -28,7 +29,8 @@ def test_from_nothing_to_a_folder_that_edits(make_nano, tmp_path):
     def make(*editor_steps):
         make_nano.main([str(word) for word in (
             "--out", tmp_path / "runs", "--ship", folder.parent, "--vae-steps", 3, "--clip-steps", 2,
-            "--editor-steps", *editor_steps, "--pairs", 8, "--device", "cpu")])
+            "--sd-steps", 1, "--captions", 4, "--editor-steps", *editor_steps, "--pairs", 8,
+            "--device", "cpu")])
         return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
 
     def written():
@@ -42,6 +44,8 @@ def test_from_nothing_to_a_folder_that_edits(make_nano, tmp_path):
     editor = Editor.load(folder, "cpu")
     image = open_image(folder / "examples" / "house.png")
     assert editor.edit([image], ["make it night"], steps=1)[0].size == round_trip(editor, image).size
+    painter = TextToImage.load(folder.parent / "nano-sd", "cpu")
+    assert painter.generate(["a red house in the middle, on sand, clear day"], steps=1)[0].size == (64, 64)
     assert (folder / "demo.png").exists()
     vocabularies = [folder / "tokenizer" / "vocab.json", folder.parent / "nano-clip" / "vocab.json"]
     assert vocabularies[0].read_text() == vocabularies[1].read_text()

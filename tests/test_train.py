@@ -16,6 +16,7 @@ from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.editor import Editor
 from nanoip2p.network import load_network, save_network
 from nanoip2p.scenes import random_scene
+from nanoip2p.text_to_image import TextToImage
 from nanoip2p.unet import UNet, UNetConfig
 
 ALPHAS = NoiseSchedule().alphas_cumprod()
@@ -185,13 +186,48 @@ def test_a_finished_run_is_not_overwritten(start, uninterrupted, capsys):
     assert "--resume" in capsys.readouterr().err
 
 
-def test_a_text_to_picture_model_becomes_an_editor(start, tmp_path):
-    base = shutil.copytree(start, tmp_path / "base")
+@pytest.fixture(scope="module")
+def base(start, tmp_path_factory):
+    """The tiny editor as a text-to-picture model."""
+    folder = shutil.copytree(start, tmp_path_factory.mktemp("base") / "weights")
     config = UNetConfig(**{**vars(load_network(UNet, start / "unet").config), "in_channels": 4})
-    save_network(randomise(UNet(config)), base / "unet")
+    save_network(randomise(UNet(config)), folder / "unet")
+    return folder
+
+
+def test_a_text_to_picture_model_becomes_an_editor(base, tmp_path):
     with pytest.raises(ValueError, match="text-to-picture"):
         Editor.load(base, "cpu")
     assert run(base, tmp_path / "run", "--steps", 2) == 0
     weights = result(tmp_path / "run")["conv_in.weight"]
     assert weights.shape[1] == 8 and (weights[:, 4:] != 0).any()  # the picture has begun to count
     Editor.load(tmp_path / "run" / "weights", "cpu")
+
+
+def test_a_text_to_picture_model_learns_captions(base, tmp_path):
+    def learn(out, *more):
+        assert run(base, tmp_path / out, "--text-to-image", *more) == 0
+        return result(tmp_path / out)
+
+    whole = learn("whole", "--steps", 4, "--sample-every", 4)
+    learn("halves", "--steps", 2)
+    assert train.main(["--resume", str(tmp_path / "halves"), "--steps", "4"]) == 0
+    assert same(result(tmp_path / "halves"), whole) and whole["conv_in.weight"].shape[1] == 4
+    assert (tmp_path / "whole" / "samples-000004.png").exists()
+    painter = TextToImage.load(tmp_path / "whole" / "weights", "cpu")
+    pictures = [painter.generate([caption])[0].tobytes() for caption in ("a red house", "a tree")]
+    assert pictures[0] != pictures[1]
+
+    def distance(a, b):
+        return sum((a[name] - b[name]).square().sum() for name in a) ** 0.5
+
+    before = load_network(UNet, base / "unet").state_dict()
+    moved = distance(whole, before)
+    assert 0 < distance(learn("half", "--steps", 4, "--dtype", "bf16"), whole) < 0.5 * moved
+
+
+def test_what_a_caption_model_is_not_trained_from_is_told(start, base, tmp_path, capsys):
+    assert run(start, tmp_path / "run", "--text-to-image") == 2
+    assert "this is an editor" in capsys.readouterr().err
+    assert run(base, tmp_path / "run", "--text-to-image", "--data", "somewhere") == 2
+    assert "captions of --data scenes" in capsys.readouterr().err and not (tmp_path / "run").exists()

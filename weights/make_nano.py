@@ -1,14 +1,15 @@
-"""The recipe of the shipped weights: from nothing to nano-clip and nano-ip2p in one command.
+"""The recipe of the shipped weights: from nothing to nano-clip, nano-sd and nano-ip2p in one command.
 
     python weights/make_nano.py                  # all stages; goes on where an earlier run stopped
     python weights/make_nano.py --ship weights   # and replaces the shipped weights by its own
     python weights/make_nano.py --editor-steps 3700 40000        # train the editor longer, then export it
 
-Stages: tokenizer (byte pairs of the world's own sentences), CLIP, autoencoder, editor (through train.py),
-export. Each reads what the ones before wrote under --out, and a stage whose result is there is skipped.
-Everything is a function of the seed and the step, so with the same flags a resumed run equals an
-uninterrupted one. Runs are not part of the repository: in a fresh clone, `python train.py --weights
-weights/nano-ip2p --data scenes ...` trains the shipped editor on (the README has the command).
+Stages: tokenizer (byte pairs of the world's own sentences), CLIP, autoencoder, the text-to-picture model and
+the editor (both through train.py), export. Each reads what the ones before wrote under --out, and a stage
+whose result is there is skipped. Everything is a function of the seed and the step, so with the same flags a
+resumed run equals an uninterrupted one. Runs are not part of the repository: in a fresh clone, `python
+train.py --weights weights/nano-ip2p --data scenes ...` trains the shipped editor on (the README has the
+command).
 """
 
 import argparse
@@ -47,13 +48,18 @@ UNET = dict(
     up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     attention_head_dim=4, norm_num_groups=16,
 )
+SD_UNET = UNET | dict(in_channels=4, block_out_channels=(64, 112, 112))
 # Short runs, small network: ten times the paper's learning rate, a faster average, and min-SNR weighting
 RECIPE = ["--data", "scenes", "--resolution", 64, "--batch-size", 32, "--warmup", 200, "--cooldown", 0.4,
           "--snr-gamma", 1, "--ema-decay", 0.999]
+SD_RUNS = (["--lr", 1e-3, "--text-to-image", "--dtype", "bf16"],)
 # The second run starts from the first one's weights, and practises more of what that still confused
 RUNS = (["--lr", 1e-3, "--kind-weights", 1.2, 2, 2, 1, 0.8, 1, 0.8],
         ["--lr", 8e-4, "--kind-weights", 1.6, 2, 2, 1.6, 0.5, 0.7, 0.6])
 DEFAULTS = {"resolution": 64, "steps": 20, "cfg_text": 2.0, "cfg_image": 1.0, "sampler": "euler_ancestral"}
+SD_DEFAULTS = DEFAULTS | {"cfg_text": 4.0}
+# What `make_dataset.py pairs` does with nano-sd where no flag says otherwise; nano CLIP has its own scales
+PAIRS = {"clip": "../nano-clip"}
 EXAMPLES = {
     "house": Scene("day", "clear", "grass", (Thing("house", "red", "large", 1),), 11),
     "car": Scene("sunset", "clear", "sand", (Thing("car", "blue", "large", 0),
@@ -216,26 +222,38 @@ def clip_folder(out: Path, device: str, steps: int) -> Path:
     return folder
 
 
-def start_folder(out: Path, vae: Path, clip: Path) -> Path:
-    """An untrained editor, from which train.py begins. Its last convolution is zero."""
-    folder = out / "start"
+def start_folder(folder: Path, unet_settings: dict, defaults: dict, out: Path, vae: Path, clip: Path) -> Path:
+    """An untrained model, from which train.py begins. Its last convolution is zero."""
     if not (folder / "model_index.json").exists():
         torch.manual_seed(0)
         joint = load_network(CLIP, clip)
         text_encoder = TextEncoder(joint.config.text_config)
         text_encoder.text_model.load_state_dict(joint.text_model.state_dict())
-        unet = UNet(UNetConfig(**UNET))
+        unet = UNet(UNetConfig(**unet_settings))
         torch.nn.init.zeros_(unet.conv_out.weight)
         save_parts(folder, unet, load_network(VAE, vae), text_encoder, out / "tokenizer",
-                    NoiseSchedule().to_json(), DEFAULTS)
+                    NoiseSchedule().to_json(), defaults)
     return folder
 
 
-def export(tokenizer: Path, weights: Path, clip: Path, ship: Path) -> None:
+def trained(run: Path, weights: Path, steps: list[int], recipes: tuple, pairs: int, device: str) -> Path:
+    """Train from `weights` in one run after another, through train.py; returns the last one's weights."""
+    for number, (count, flags) in enumerate(zip(steps, recipes), start=1):
+        out = run.with_name(f"{run.name}-{number}")
+        where = ["--resume", out] if (out / "state.pt").exists() else ["--weights", weights, "--out", out]
+        recipe = [*where, "--steps", count, "--pairs", pairs, "--device", device, *RECIPE, *flags]
+        train.prepare_and_train(train.parse([str(word) for word in recipe]))
+        weights = out / "weights"
+    return weights
+
+
+def export(tokenizer: Path, editor: Path, painter: Path, clip: Path, ship: Path) -> None:
     """Write the folders to ship, in half precision, with a few scenes to try the editor on."""
-    parts = load_parts(weights)
-    save_parts(ship / "nano-ip2p", parts.unet, parts.vae, parts.text_encoder, tokenizer,
-                parts.schedule.to_json(), DEFAULTS, torch.float16)
+    for name, weights, defaults in (("nano-ip2p", editor, DEFAULTS), ("nano-sd", painter, SD_DEFAULTS)):
+        parts = load_parts(weights, edits=weights == editor)
+        save_parts(ship / name, parts.unet, parts.vae, parts.text_encoder, tokenizer,
+                   parts.schedule.to_json(), defaults, torch.float16)
+    write_json(PAIRS, ship / "nano-sd" / "pairs.json")
     save_network(load_network(CLIP, clip), ship / "nano-clip", torch.float16)
     for file in clip.iterdir():
         if file.name not in ("config.json", "model.safetensors"):
@@ -254,25 +272,26 @@ def make(args: argparse.Namespace) -> None:
     if not (args.out / "tokenizer" / "tokenizer_config.json").exists():
         make_tokenizer(args.out / "tokenizer")
     clip = clip_folder(args.out, device, args.clip_steps)
-    weights = start_folder(args.out, vae_folder(args.out, device, args.vae_steps), clip)
-    for number, (steps, flags) in enumerate(zip(args.editor_steps, RUNS), start=1):
-        run = args.out / f"editor-{number}"
-        where = ["--resume", run] if (run / "state.pt").exists() else ["--weights", weights, "--out", run]
-        recipe = [*where, "--steps", steps, "--pairs", args.pairs, "--device", device, *RECIPE, *flags]
-        train.prepare_and_train(train.parse([str(word) for word in recipe]))
-        weights = run / "weights"
-    export(args.out / "tokenizer", weights, clip, args.ship or args.out / "ship")
+    stages = (args.out, vae_folder(args.out, device, args.vae_steps), clip)
+    painter = start_folder(args.out / "sd-start", SD_UNET, SD_DEFAULTS, *stages)
+    painter = trained(args.out / "sd", painter, args.sd_steps, SD_RUNS, args.captions, device)
+    editor = start_folder(args.out / "start", UNET, DEFAULTS, *stages)
+    editor = trained(args.out / "editor", editor, args.editor_steps, RUNS, args.pairs, device)
+    export(args.out / "tokenizer", editor, painter, clip, args.ship or args.out / "ship")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code, see cli.run."""
     parser = cli.make_parser(description="Train the shipped nano weights from nothing.")
     parser.add_argument("--out", type=Path, default=HERE.parent / "runs/nano", help="folder of all stages")
-    parser.add_argument("--ship", type=Path, help="folder that nano-ip2p and nano-clip go to (<out>/ship); "
-                                                  "weights replaces the shipped ones")
+    parser.add_argument("--ship", type=Path, help="folder that nano-ip2p, nano-sd and nano-clip go to "
+                                                  "(<out>/ship); weights replaces the shipped ones")
     parser.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
     parser.add_argument("--vae-steps", type=at_least(1), default=3200, help="batches of 8 pictures")
     parser.add_argument("--clip-steps", type=at_least(1), default=800, help="batches of 32 edited scenes")
+    parser.add_argument("--sd-steps", type=at_least(1), nargs=len(SD_RUNS), default=(9000,), metavar="STEPS",
+                        help="batches of 32 captioned pictures")
+    parser.add_argument("--captions", type=at_least(1), default=60_000, help="rendered, captioned pictures")
     parser.add_argument("--editor-steps", type=at_least(1), nargs=len(RUNS), default=(3700, 7400),
                         metavar="STEPS", help="batches of 32 pairs, of the editor's two runs")
     parser.add_argument("--pairs", type=at_least(1), default=40_000, help="rendered training pairs")

@@ -1,0 +1,344 @@
+"""Two captions -> two pictures that differ only by the edit: Prompt-to-Prompt, without attention maps.
+
+    python -m nanoip2p.prompt_to_prompt "a cat on a sofa" "a dog on a sofa" --weights <Stable Diffusion 1.x>
+
+Both captions are painted in one batch, from the same noise. In the first share p of the steps the edited
+picture does not attend by itself but takes over the source's attention maps A = softmax(q k^T / sqrt(d))
+(Hertz et al. 2208.01626, section 3.1). All they do to A can be done to q, k or v, on either side of the
+ordinary fused attention A(q, k) v, so that no map is ever formed:
+
+    self-attention (algorithm 1)    A_src v_edit = A(q_src, k_src) v_edit: the edit needs no q and no k
+    replace, word swap (3.2)        (A_src M) v_edit = A_src (M v_edit), with M (77, 77) from alignment.py
+    refine, added words (3.2)       a_j says whether token j takes over a map, and A* = A_src M diag(a) +
+                                    A_edit diag(1 - a); A* v = A_src (M diag(a) v) + A_edit (diag(1 - a) v)
+    reweight by c (3.2)             (A* diag(c)) v = A* (diag(c) v)
+    windows of time (3.2)           a is 0 for a word outside its window
+    local blend (3.2, "local")      how much a word w is attended to is A 1_w: one more column of values
+
+Modes: "self" takes over self-attention in every layer and in both halves of guidance, which is what
+InstructPix2Pix's own code does (section 3.1.2 of its paper, with p drawn anew for each picture); "cross"
+takes over text attention where there is a caption, and "both" is Hertz et al.'s whole method, which adds
+self-attention in layers of at most 16 x 16 positions (of 64 x 64 latents). "none": two plain runs.
+"""
+
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from nanoip2p import cli
+from nanoip2p.alignment import find_words, split_words, token_map
+from nanoip2p.attention import attention
+from nanoip2p.checkpoint import add_flags, open_checkpoint
+from nanoip2p.cli import at_least, finite
+from nanoip2p.diffusion import plan
+from nanoip2p.editor import encode_texts
+from nanoip2p.files import check_writable, replacing
+from nanoip2p.images import grid
+from nanoip2p.samplers import SAMPLERS, draw_noise
+from nanoip2p.text_to_image import TextToImage
+from nanoip2p.unet import DOWN_TYPES, UNetConfig
+
+MODES = ("self", "cross", "both", "none")
+BLEND_THRESHOLD, BLEND_FROM = 0.3, 0.2  # of the hottest spot; share of the steps: the authors' values
+
+
+@dataclass
+class Injection:
+    """How the rows of one UNet forward attend; UNet.forward's `inject`.
+
+    The batch is [edit rows | source rows]: row i of the first half belongs to row i of the second. The rows
+    that take something over are the first ones.
+    """
+
+    self_rows: int = 0                  # this many take over self-attention
+    self_tokens: float = math.inf       # in layers of at most so many positions
+    cross_rows: int = 0                 # this many, n, take over text attention
+    from_source: Tensor | None = None   # (n, T, T): M diag(a c)
+    own: Tensor | None = None           # (n, T): how much of its own map a token keeps; None for nothing
+    words: Tensor | None = None         # (rows, T, W): whose attention to note down, a column each
+    word_tokens: int = 0                # in layers of so many positions
+    heat: list[Tensor] = field(default_factory=list)  # written here: (rows, positions, W), a mean over heads
+
+    def to_picture(self, layer, x: Tensor, _: Tensor) -> Tensor:
+        """Self-attention of x (rows, positions, C)."""
+        n, half = self.self_rows if x.shape[1] <= self.self_tokens else 0, len(x) // 2
+        q, k, v = layer.to_q(x[n:]), layer.to_k(x[n:]), layer.to_v(x)
+        rest = attention(q, k, v[n:], layer.heads)
+        if n == 0:
+            return rest
+        of_source = slice(half - n, half)  # q and k lack the first n rows
+        return torch.cat([attention(q[of_source], k[of_source], v[:n], layer.heads), rest])
+
+    def to_text(self, layer, x: Tensor, context: Tensor) -> Tensor:
+        """Attention of x (rows, positions, C) to the text (rows, T, D)."""
+        k, v = layer.to_k(context), layer.to_v(context)
+        q = layer.to_q(x[self._without_q :])
+        if self.words is not None and x.shape[1] == self.word_tokens:
+            width, parts = v.shape[2] // layer.heads, []
+            for words in self.words.to(v.dtype).split(width, dim=2):    # as many columns as a head is wide
+                columns = F.pad(words, (0, width - words.shape[2])).repeat(1, 1, layer.heads)
+                heat = self._attend_to_text(q, k, columns, layer.heads).unflatten(2, (layer.heads, width))
+                parts.append(heat.float().mean(2)[..., : words.shape[2]])
+            self.heat.append(torch.cat(parts, dim=2))
+        return self._attend_to_text(q, k, v, layer.heads)
+
+    @property
+    def _without_q(self) -> int:
+        return self.cross_rows if self.own is None else 0
+
+    def _attend_to_text(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+        n, half, skip = self.cross_rows, len(v) // 2, self._without_q
+        if n == 0:
+            return attention(q, k, v, heads)
+        taken = attention(q[half - skip : half - skip + n], k[half : half + n],
+                          self.from_source.to(v.dtype) @ v[:n], heads)
+        if self.own is None:
+            return torch.cat([taken, attention(q, k[n:], v[n:], heads)])
+        h = attention(q, k, torch.cat([self.own.to(v.dtype)[..., None] * v[:n], v[n:]]), heads)
+        h[:n] += taken
+        return h
+
+
+class PairPainter:
+    """Paints pairs for one source caption and one edited caption."""
+
+    def __init__(
+        self, painter: TextToImage, source: str, edit: str, inject: str = "self", steps: int | None = None,
+        sampler: str | None = None, resolution: int | None = None, negative: str = "",
+        reweight: dict[str, float] | None = None, windows: dict[str, tuple[float, float]] | None = None,
+        blend: tuple[str, str] | None = None,
+    ):
+        """Encode the texts, once. inject: one of MODES. None takes the default of the weights.
+
+        For "cross" and "both", reweight {word of `edit`: factor} strengthens words, and windows {word of
+        `edit`: (from, to)}, in shares of the steps, say when a word takes over maps instead of until p.
+        blend (word of `source`, word of `edit`): change the picture only where these are seen. Raises
+        ValueError for words that do not occur and settings that cannot be used.
+        """
+        if inject not in MODES:
+            raise ValueError(f"no way to inject {inject!r}; there are {', '.join(MODES)}")
+        if (reweight or windows) and inject not in ("cross", "both"):
+            raise ValueError(f"weights and windows of words act on text attention, not on {inject!r}")
+        self.painter, self.inject = painter, inject
+        self.settings = painter.complete({"steps": steps, "sampler": sampler, "resolution": resolution})
+        self.plan = plan(painter.schedule, self.settings["sampler"], self.settings["steps"])
+        if blend and (inject == "none" or self.settings["sampler"] not in ("euler", "euler_ancestral")):
+            raise ValueError("a local blend needs injection, and the sampler euler or euler_ancestral")
+        with torch.inference_mode():
+            states = encode_texts(painter.text_encoder, painter.tokenizer, [source, edit, negative])
+        self.captions, self.negative = (source, edit), negative
+        self.source, self.edit, self.null = (states[text] for text in (source, edit, negative))  # (T, D)
+        rows = painter.tokenizer([source, edit]).tolist()
+        self.mapping, self.taken = token_map(*rows, painter.tokenizer.end)      # (T, T), (T,)
+        self.weights = torch.ones(len(self.taken))                              # (T,)
+        for word, factor in (reweight or {}).items():
+            self.weights[find_words(painter.tokenizer, edit, word)] = factor
+        self.windows = [(find_words(painter.tokenizer, edit, word), *window)
+                        for word, window in (windows or {}).items()]
+        self.blend = blend and self._columns([find_words(painter.tokenizer, text, word)]
+                                             for text, word in zip((source, edit), blend))
+        _, *size = painter.latent_shape(self.settings["resolution"])
+        factor = 2 ** coarse_level(painter.unet.config)
+        self.coarse = [-(-side // factor) for side in size]  # 16 x 16 for 64 x 64 latents in SD 1.x
+
+    def _columns(self, places) -> list[Tensor]:
+        """For source and edit, lists of token places -> a column of ones at each: (T, W) each."""
+        columns = []
+        for lists in places:
+            columns.append(torch.zeros(len(self.taken), len(lists)))
+            for column, tokens in enumerate(lists):
+                columns[-1][tokens, column] = 1
+        return columns
+
+    @torch.inference_mode()
+    def paint(self, seeds: list[int], shares: list[float], cfg_text: list[float],
+              bar: tqdm | None = None) -> list[tuple[Image.Image, Image.Image]]:
+        """A pair (source, edited) of pictures for each seed, all in one batch.
+
+        shares: p of each pair; injection lasts while step / (steps - 1) < p. bar moves on at each step.
+        """
+        if self.inject == "none":
+            source, edit = (self.painter.generate(
+                [caption] * len(seeds), cfg_text=cfg_text, seed=seeds, negative=self.negative,
+                batch=len(seeds), **self.settings) for caption in self.captions)
+            return list(zip(source, edit))
+        latents, _ = self.sample(seeds, shares, cfg_text, self.blend, bar)
+        edit, source = (self.painter.decode(half) for half in latents.chunk(2))
+        return list(zip(source, edit))
+
+    @torch.inference_mode()
+    def sample(self, seeds: list[int], shares: list[float], cfg_text: list[float],
+               words: list[Tensor] | None = None, bar: tqdm | None = None) -> tuple[Tensor, Tensor | None]:
+        """Latents (2 B, C, h, w) of B pairs, [edits | sources], and how much `words` were attended to.
+
+        words: columns (T, W) for the source and the edited caption; their heat (2 B, W, h', w') is a sum over
+        steps and over the layers of the coarse level. B = len(seeds), in the order of seeds.
+        """
+        device, pairs = self.null.device, len(seeds)
+        by_share = sorted(range(pairs), key=lambda j: -shares[j])  # those that inject longest come first
+        rows = ([(j, caption) for j in by_share for caption in (True, False)] if self.inject == "self" else
+                [(j, caption) for caption in (True, False) for j in by_share])
+        pair_of_row = torch.tensor([j for j, _ in rows])
+        z_rows = torch.cat([pair_of_row, pairs + pair_of_row]).to(device)        # (4 B,) into latents
+        context = torch.stack([text if caption else self.null for text in (self.edit, self.source)
+                               for _, caption in rows])                          # (4 B, T, D)
+        captioned, empty = (torch.tensor([half + rows.index((j, caption)) for half in (0, len(rows))
+                                          for j in range(pairs)], device=device)
+                            for caption in (True, False))                        # (2 B,) into rows
+        guidance = torch.tensor(cfg_text * 2, device=device)[:, None, None, None]
+        columns = words and torch.stack([words[1]] * len(rows) + [words[0]] * len(rows)).to(device)
+        timestep_of, heat = self.plan.timestep_of(), []
+        step_of = {sigma: step for step, sigma in enumerate(timestep_of)}
+
+        def denoise(x: Tensor, sigma: float) -> Tensor:
+            z = (x / math.sqrt(sigma**2 + 1)).to(context.dtype)
+            injection = self.injection(step_of[sigma], [shares[j] for j in by_share])
+            injection.words, injection.word_tokens = columns, math.prod(self.coarse)
+            eps = self.painter.unet(z[z_rows], timestep_of[sigma], context, injection).float()
+            if columns is not None:
+                heat.append(sum(injection.heat)[captioned])
+            if bar is not None:
+                bar.update()
+            return x - sigma * (eps[empty] + guidance * (eps[captioned] - eps[empty]))
+
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds * 2]  # both of a pair draw alike
+        shape = self.painter.latent_shape(self.settings["resolution"])
+        x = self.plan.start_scale * draw_noise((2 * pairs, *shape), generators).to(device)
+        sampler = SAMPLERS[self.settings["sampler"]]
+        for sigmas in self.plan.sigmas.split(1) if self.blend else [self.plan.sigmas]:
+            x = sampler(denoise, x, sigmas, generators)
+            if self.blend and len(heat) > BLEND_FROM * len(timestep_of):
+                x = blend_locally(x, self._as_maps(heat)[:, -1:])
+        return x, self._as_maps(heat) if heat else None
+
+    def _as_maps(self, heat: list[Tensor]) -> Tensor:
+        return sum(heat).transpose(1, 2).unflatten(2, self.coarse)               # (2 B, W, h', w')
+
+    def injection(self, step: int, shares: list[float]) -> Injection:
+        """What is injected at a step into pairs that do so for these shares of the steps, falling."""
+        progress = step / max(1, self.settings["steps"] - 1)
+        active = torch.tensor([share > progress for share in shares])
+        if self.inject == "self":
+            return Injection(self_rows=2 * int(active.sum()))
+        now = active.float()[:, None].repeat(1, len(self.taken))                 # (B, T): the words' windows
+        for tokens, begin, end in self.windows:
+            now[:, tokens] = float(begin <= progress < end)
+        n = int(now.any(1).sum())
+        now, device = now[:n], self.null.device
+        from_source = self.mapping * (now * self.taken * self.weights)[:, None]  # (n, T, T)
+        own = now * (1 - self.taken) * self.weights + 1 - now                    # (n, T)
+        return Injection(
+            self_rows=int(active.sum()) if self.inject == "both" else 0, self_tokens=math.prod(self.coarse),
+            cross_rows=n, from_source=from_source.to(device), own=own.to(device) if own.any() else None)
+
+
+def coarse_level(config: UNetConfig) -> int:
+    """The level whose text attention shows where words are: 16 x 16 of 64 x 64, the second from below."""
+    last = len(config.block_out_channels) - 1
+    return last - 1 if last and DOWN_TYPES[config.down_block_types[last - 1]] else last
+
+
+def blend_locally(x: Tensor, heat: Tensor) -> Tensor:
+    """Latents x (2 B, C, h, w), [edits | sources]: the edits as their sources but where either is hot.
+
+    heat (2 B, 1, h', w'): of the words that the edit is about. As the authors: spread by one position, and
+    cut at BLEND_THRESHOLD of the maximum.
+    """
+    heat = F.interpolate(F.max_pool2d(heat, 3, stride=1, padding=1), size=x.shape[2:])
+    hot_edit, hot_source = (heat > BLEND_THRESHOLD * heat.amax((2, 3), keepdim=True)).chunk(2)
+    edit, source = x.chunk(2)
+    return torch.cat([torch.where(hot_edit | hot_source, edit, source), source])
+
+
+def draw_heatmaps(model: PairPainter, seed: int, share: float, cfg_text: float) -> Image.Image:
+    """Both pictures of a pair, and each again for every word of its caption, lit where it was attended to."""
+    tokenizer = model.painter.tokenizer
+    words = [split_words(tokenizer, caption) for caption in model.captions]
+    count = max(map(len, words))
+    columns = model._columns([[tokens for _, tokens in row] + [[]] * (count - len(row)) for row in words])
+    if model.blend:
+        columns = [torch.cat(pair, dim=1) for pair in zip(columns, model.blend)]
+    latents, heat = model.sample([seed], [share], [cfg_text], columns)
+    rows, labels = [], []
+    for picture, maps, row, caption in zip(
+            reversed(model.painter.decode(latents)), heat.flip(0), words, model.captions):
+        rows.append([picture])
+        labels.append([caption])
+        for map_, (word, _) in zip(maps, row):
+            light = Image.fromarray((map_ / map_.max() * 255).byte().cpu().numpy())
+            light = light.resize(picture.size, Image.Resampling.BICUBIC)
+            rows[-1].append(Image.composite(picture, Image.new("RGB", picture.size), light))
+            labels[-1].append(word)
+    return grid(rows, labels)
+
+
+def parse(argv: list[str] | None):
+    """Flags of `python -m nanoip2p.prompt_to_prompt`."""
+    parser = cli.make_parser(prog="python -m nanoip2p.prompt_to_prompt",
+                             description="Paint two captions as two pictures that differ only by the edit.")
+    parser.add_argument("source", help="the caption of the first picture")
+    parser.add_argument("edit", help="the caption of the second")
+    parser.add_argument("--weights", default="weights/nano-sd", help="a text-to-picture model")
+    add_flags(parser)
+    parser.add_argument("--out", type=Path, default=Path("out/pair.png"))
+    parser.add_argument("--heatmaps", action="store_true", help="show what each word was attended to as well")
+    parser.add_argument("--inject", choices=MODES, default="self")
+    parser.add_argument("--p", type=finite, default=0.5, help="share of the steps that inject")
+    parser.add_argument("--blend", nargs=2, metavar=("WORD", "WORD"),
+                        help="change the picture only where the source's and the edit's word are seen")
+    parser.add_argument("--reweight", nargs=2, action="append", default=[], metavar=("WORD", "FACTOR"),
+                        help="with cross or both: how much a word of the edited caption counts")
+    parser.add_argument("--window", nargs=3, action="append", default=[], metavar=("WORD", "FROM", "TO"),
+                        help="with cross or both: a word's own time, in shares of the steps, instead of --p")
+    parser.add_argument("--cfg-text", type=finite, help="guidance (of the weights)")
+    for name in ("steps", "resolution"):
+        parser.add_argument(f"--{name}", type=at_least(1), help="(of the weights)")
+    parser.add_argument("--sampler", choices=sorted(SAMPLERS), help="(of the weights)")
+    parser.add_argument("--negative", default="", help="what to steer away from (nothing)")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
+    args = parser.parse_args(argv)
+    if args.heatmaps and args.inject == "none":
+        parser.error("--heatmaps shows a run with injection; with --p 0 nothing is injected")
+    try:
+        args.reweight = {word: finite(factor) for word, factor in args.reweight}
+        args.window = {word: (finite(begin), finite(end)) for word, begin, end in args.window}
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def run(args) -> None:
+    """Paint one pair and write it side by side."""
+    check_writable(args.out)
+    checkpoint = open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
+    print(f"opened {args.weights}: {checkpoint.found}", file=sys.stderr)
+    painter = TextToImage.load(checkpoint, args.device)
+    model = PairPainter(painter, args.source, args.edit, args.inject, args.steps, args.sampler,
+                        args.resolution, args.negative, args.reweight, args.window, args.blend)
+    cfg_text = painter.defaults["cfg_text"] if args.cfg_text is None else args.cfg_text
+    if args.heatmaps:
+        picture = draw_heatmaps(model, args.seed, args.p, cfg_text)
+    else:
+        with tqdm(total=model.settings["steps"], unit="step") as bar:
+            pair = model.paint([args.seed], [args.p], [cfg_text], bar)[0]
+        picture = grid([list(pair)], [[args.source, args.edit]])
+    with replacing(args.out) as temporary:
+        picture.save(temporary, format="PNG")
+    print(f"{args.out}  {args.source} -> {args.edit}  (seed {args.seed})")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code, see cli.run."""
+    return cli.run(lambda: run(parse(argv)), "interrupted; nothing was written", "try a smaller --resolution")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
