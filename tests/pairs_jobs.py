@@ -15,8 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-import conftest  # noqa: F401, I001 the path to nanoip2p
-import prompt_to_prompt_stand_in  # noqa: F401
+import conftest  # noqa: F401 the path to nanoip2p
 import torch
 from PIL import Image
 
@@ -73,15 +72,26 @@ def fake_job(out, count=3, log=None, **settings):
 
 
 def die_before(event: int) -> None:
-    """Kill this process right before its file operation number `event`."""
-    seen = []
+    """Kill this process right before its file operation number `event`, or in the middle of a file."""
+    count = iter(range(1, 10**9))
+    write, save = Path.write_text, Image.Image.save
 
-    def hook(name, _):
-        if name in FILE_EVENTS:
-            seen.append(name)
-            if len(seen) == event:
-                os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(hook)
+    def operation(name, _=None):
+        if name in FILE_EVENTS and next(count) == event:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def write_by_halves(path, text):
+        write(path, text[: len(text) // 2])
+        operation("open")
+        write(path, text)
+
+    def save_by_halves(image, path, **settings):
+        write(path, "half a picture")
+        operation("open")
+        save(image, path, **settings)
+
+    Path.write_text, Image.Image.save = write_by_halves, save_by_halves
+    sys.addaudithook(operation)
 
 
 def run(job: dict) -> int:

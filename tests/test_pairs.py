@@ -149,13 +149,12 @@ def test_killed_at_any_moment_and_started_again_it_is_the_same(finished, weights
 
 
 def test_killed_before_every_single_file_operation_it_is_the_same(start, tmp_path):
-    """Without networks, so that it can be tried at all moments."""
-    assert start({"fake": {"out": str(tmp_path / "whole")}}) == [0]
-    expected, event = content(tmp_path / "whole"), 0
-    code = None
+    """And in the middle of every file. Without networks, so that it can be tried at all moments."""
+    assert start({"fake": {"out": str(tmp_path / "whole"), "count": 2, "n_samples": 3}}) == [0]
+    expected, event, code = content(tmp_path / "whole"), 0, None
     while code != 0:
         event += 1
-        job = {"fake": {"out": str(tmp_path / str(event))}}
+        job = {"fake": {"out": str(tmp_path / str(event)), "count": 2, "n_samples": 3}}
         code = start(job | {"event": event})[0]
         assert code in (0, -9) and (code == 0 or start(job) == [0]), event
         assert content(tmp_path / str(event)) == expected, event
@@ -175,7 +174,7 @@ def test_processes_share_the_prompts_and_may_die(start, tmp_path):
     """While none dies, no prompt is made twice; the last one to end lists the work of all."""
     assert start({"fake": {"out": str(tmp_path / "whole"), "count": 9}}) == [0]
     expected, draw = content(tmp_path / "whole"), random.Random(0)
-    for n in range(25):
+    for n in range(18):
         out, log = tmp_path / str(n), tmp_path / f"{n}.log"
         job = {"fake": {"out": str(out), "count": 9, "log": str(log)}}
         if n >= 5:
