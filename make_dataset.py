@@ -6,6 +6,7 @@
 """
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -86,6 +87,10 @@ def run_pairs(args: argparse.Namespace) -> None:
     painter.complete({key: settings[key] for key in ("steps", "resolution", "sampler")})
     names = {"weights": args.weights, "clip": settings["clip"]}
     make_pairs(prompts, args.out, painter, judge, settings, names, progress=first)
+    if first:
+        kept = [seeds for _, seeds in json.loads((args.out / "seeds.json").read_text())]
+        print(f"{args.out}: {sum(map(len, kept))} pairs of {len(kept)} prompts so far; to see them, "
+              f"python make_dataset.py show {args.out}")
 
 
 def add_show(subparsers) -> None:

@@ -7,7 +7,8 @@ StyleGAN-NADA (Gal et al. 2108.00946, equation 4),
     cos(E_I(after) - E_I(before), E_T(caption after) - E_T(caption before))
 
 Names, thresholds and preprocessing are those of the paper's code (metrics/clip_similarity.py and
-dataset_creation/generate_img_dataset.py there), where the paper's text has 0.75 for pictures.
+dataset_creation/generate_img_dataset.py there), where the paper's text has 0.75 for pictures. Judged are
+pictures of 8 bits before they become JPEGs, where the code has floats; and in float32, not half precision.
 """
 
 from dataclasses import dataclass

@@ -23,7 +23,7 @@ import os
 import random
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -33,7 +33,7 @@ from tqdm import tqdm
 from nanoip2p import hub
 from nanoip2p.clip_filter import Judge, Thresholds, best
 from nanoip2p.files import read_json
-from nanoip2p.prompt_to_prompt import PairPainter
+from nanoip2p.prompt_to_prompt import MODES, PairPainter
 from nanoip2p.text_to_image import TextToImage
 
 # generate_img_dataset.py of the paper's code, section 3.1.2. A weights folder overrides them in pairs.json,
@@ -86,10 +86,8 @@ def _prompt(number: int, record: dict) -> Prompt:
     for key in (source, "edit", "output"):
         if not isinstance(record.get(key), str) or not record[key].strip():
             raise ValueError(f"lacks {'input' if key == 'caption' else key!r}, or it is no text")
-        with suppress(UnicodeEncodeError):
-            record[key].encode()
-            continue
-        raise ValueError(f"has half a character in {key!r}")
+        if any("\ud800" <= letter <= "\udfff" for letter in record[key]):
+            raise ValueError(f"has half a character in {key!r}")
     return Prompt(number, record[source], record["output"], record)
 
 
@@ -117,6 +115,8 @@ def complete(flags: dict, weights: Path, painter_defaults: dict) -> dict:
     for low, high in (("min_p2p", "max_p2p"), ("min_cfg", "max_cfg")):
         if settings[low] > settings[high]:
             raise ValueError(f"{low} = {settings[low]} is more than {high} = {settings[high]}")
+    if settings["inject"] not in MODES:
+        raise ValueError(f"no way to inject {settings['inject']!r}; there are {', '.join(MODES)}")
     if settings["min_p2p"] < 0 or settings["max_p2p"] > 1:
         raise ValueError("p is a share of the steps: min_p2p and max_p2p lie in 0 ... 1")
     return settings

@@ -95,7 +95,8 @@ def die_before(event: int) -> None:
 
 
 def run(job: dict) -> int:
-    """In the child."""
+    """In the child, whose standard output is not for the codes."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.environ.update(job.get("env", {}))
     if job.get("seconds"):
         signal.setitimer(signal.ITIMER_REAL, job["seconds"])  # whose signal ends a process at once
@@ -119,7 +120,6 @@ def main() -> None:
                 try:
                     code = run(job)
                 finally:
-                    sys.stdout.flush()
                     os._exit(code)
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         print(json.dumps(codes), flush=True)

@@ -300,7 +300,9 @@ def test_bad_lines_are_skipped_on_demand(weights, prompts, finished, tmp_path, c
     assert make_dataset.main(argv(weights, path, tmp_path / "out")) == 2
     assert "line 4" in capsys.readouterr().err
     assert make_dataset.main(argv(weights, path, tmp_path / "out", "--skip-bad")) == 0
-    assert "2 bad lines" in capsys.readouterr().err
+    out, error = capsys.readouterr()
+    kept = [seeds for _, seeds in json.loads((tmp_path / "out" / "seeds.json").read_text())]
+    assert "2 bad lines" in error and f"{sum(map(len, kept))} pairs of {len(kept)} prompts" in out
     assert content(tmp_path / "out").keys() == content(finished).keys()
 
 
@@ -354,6 +356,7 @@ def test_settings_come_from_flags_then_the_weights_folder_then_the_paper(tmp_pat
     ({"clips": "x"}, "clips"), ({"n_samples": "many"}, "n_samples"), ({"n_samples": 2.5}, "n_samples"),
     ({"n_samples": True}, "n_samples"), ({"n_samples": 0}, "at least 1"), ({"min_p2p": 0.95}, "max_p2p"),
     ({"min_cfg": 16}, "max_cfg"), ({"max_p2p": 1.5}, "share"), ({"min_p2p": -0.1}, "share"),
+    ({"inject": "all"}, "inject"),
 ])
 def test_settings_that_cannot_be_used_are_named(tmp_path, chosen, named):
     (tmp_path / "pairs.json").write_text(json.dumps(chosen))
