@@ -17,7 +17,7 @@ from PIL import Image
 from tiny_editor import write_tiny_clip, write_tiny_editor, write_tiny_painter
 
 import make_dataset
-from nanoip2p import pairs
+from nanoip2p import pairs, show
 from nanoip2p.clip_filter import SIMILARITIES, Judge
 from nanoip2p.data import Pair, folder_pairs
 from nanoip2p.pairs import candidate, complete, list_seeds, read_prompts
@@ -434,6 +434,19 @@ def test_show_prints_statistics_and_a_contact_sheet(finished, tmp_path, capsys):
         assert f"{name} {sum(row[SIMILARITIES[i]] for row in kept) / len(kept):.3f}" in text
     width, height = Image.open(sheet).size
     assert width == 4 * 192 + 5 * 8 and height > 2 * 192
+
+
+def test_contact_sheet_has_the_best_pair_of_the_best_prompts_first(finished, monkeypatch):
+    monkeypatch.setattr(show, "grid", lambda pictures, labels: (pictures, labels))
+    pictures, labels = show.contact_sheet(show.read_pairs(finished), 2, seed=0)
+    firsts = [(rows(path)[0], json.loads((path.parent / "prompt.json").read_text()), path.parent)
+              for path in finished.glob("*/metadata.jsonl")]
+    firsts.sort(key=lambda first: -first[0]["clip_sim_dir"])
+    for (row, prompt, folder), images, texts in zip(firsts[:2], pictures, labels, strict=True):
+        assert texts[0] == f"best: {prompt.get('input') or prompt['caption']}"
+        assert texts[1].startswith(prompt["edit"]) and f"direction {row['clip_sim_dir']:.2f}" in texts[1]
+        for i in (0, 1):
+            assert images[i].tobytes() == Image.open(folder / f"{row['seed']}_{i}.jpg").tobytes()
 
 
 def test_show_reads_the_papers_own_folder_and_names_what_is_broken(finished, tmp_path, capsys):
