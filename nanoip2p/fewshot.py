@@ -14,10 +14,10 @@ output: the caption of the picture after the edit. Keep every word of the first 
 true, and change only the rest.
 
 The change must be visible in the picture: not a smell, a sound, a thought, or a story about it. It must \
-suit this picture and yet not be the first that comes to mind. Vary the kind of edit: things, places, weather, \
-season, time of day, age, era, material, colour, mood, art medium and style, something added, something taken \
-away, something fantastic. If the caption is only a name or a title, take it for a picture of that. Nothing \
-hateful, sexual or cruel."""
+suit this picture and yet not be the first that comes to mind. Vary the kind of edit: things, places, \
+weather, season, time of day, age, era, material, colour, mood, art medium and style, something added, \
+something taken away, something fantastic. If the caption is only a name or a title, take it for a picture \
+of that. Nothing hateful, sexual or cruel."""
 
 TRIPLETS = (  # input caption, instruction, output caption
     # time of day, season, weather
@@ -39,7 +39,7 @@ TRIPLETS = (  # input caption, instruction, output caption
     ("Harbour of Bergen with colourful houses and sailing boats", "remove the boats",
      "Harbour of Bergen with colourful houses and empty water"),
     ("Man with a beard and round glasses", "shave off his beard", "Clean-shaven man with round glasses"),
-    # colour, material, size, number
+    # colour, material, number
     ("A vintage bicycle leaning on a brick wall", "paint the bicycle turquoise",
      "A turquoise vintage bicycle leaning on a brick wall"),
     ("Statue of a lion in front of the library", "carve the lion out of ice",
@@ -68,7 +68,7 @@ TRIPLETS = (  # input caption, instruction, output caption
     ("Bride in a garden", "dress her as a pirate captain", "Bride dressed as a pirate captain in a garden"),
     ("Interior of a small bakery", "light it with candles only", "Interior of a small bakery lit by candles"),
     # medium and style
-    ("Sunflowers in a field, photograph", "as a stained glass window",
+    ("Sunflowers in a field, photograph", "turn it into a stained glass window",
      "Sunflowers in a field, stained glass window"),
     ("A red fox in the snow", "draw it in charcoal", "A charcoal drawing of a red fox in the snow"),
     ("Skyline of Chicago", "in the manner of a Japanese woodblock print",

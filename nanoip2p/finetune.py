@@ -34,7 +34,7 @@ def prepare(human: Path, out: Path) -> int:
             chats.append({"messages": [{"role": "user", "content": before},
                                        {"role": "assistant", "content": answer}]})
     if len(chats) < FEWEST:
-        raise ValueError(f"{human} holds {len(chats)} triplets; tuning takes {FEWEST} or more (the paper 700)")
+        raise ValueError(f"{human} holds {len(chats)} triplets; tuning takes {FEWEST} at least")
     with replacing(out) as temporary:
         temporary.write_text("".join(json.dumps(chat) + "\n" for chat in chats), encoding="utf-8")
     return len(chats)

@@ -15,6 +15,8 @@ import torch
 from nanoip2p.files import replacing
 from nanoip2p.scenes import pick, random_scene
 
+BEGINNING = b'{"input": "'  # of every line that is written here
+
 
 def tidy(text: str) -> str:
     """On one line, and sayable in UTF-8: a lone surrogate becomes a question mark."""
@@ -43,11 +45,13 @@ def read_captions(path: Path, column: str | None = None) -> tuple[list[dict], in
         url = row.get("url") or row.get("URL")
         caption = {"input": tidy(text), **({"url": str(url)} if url else {})}
         marks = {fold(text), *([("url", str(url))] if url else [])}
-        if fold(text) and not seen & marks:
-            captions.append(caption)
-        elif fold(text):
+        if not fold(text):
+            continue
+        if seen & marks:
             repeats += 1
-        seen |= marks
+        else:
+            captions.append(caption)
+            seen |= marks
     return captions, repeats
 
 
@@ -61,9 +65,11 @@ def _rows(path: Path) -> Iterator[tuple[int, dict]]:
                 yield from ((reader.line_num, row) for row in reader)
                 return
             for number, line in enumerate(file, start=1):
-                row = json.loads(line) if kind == ".jsonl" and line.strip() else {"input": line}
+                if not line.strip():
+                    continue
+                row = json.loads(line) if kind == ".jsonl" else {"input": line}
                 if not isinstance(row, dict):
-                    raise ValueError("not a JSON object")
+                    raise ValueError(f"{path}, line {number} is not a JSON object")
                 yield number, row
     except (csv.Error, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
@@ -76,26 +82,28 @@ def finished(path: Path, keys: tuple[str, ...]) -> set[str]:
 
     Raises ValueError, and changes nothing, when a line is not an object of strings under `keys`.
     """
-    def record(line: bytes) -> dict | None:
-        try:
-            row = json.loads(line)
-            return row if all(isinstance(row[key], str) for key in keys) else None
-        except (ValueError, LookupError, TypeError, RecursionError):
-            return None
-
     *lines, rest = (path.read_bytes() if path.exists() else b"").split(b"\n")
-    rows = [record(line) for line in lines]
-    torn = record(rest) is None
-    if None in rows or (torn and not b'{"input": "'.startswith(rest[:11])):
-        number = rows.index(None) + 1 if None in rows else len(rows) + 1
-        raise ValueError(f"{path}, line {number} is not {{{', '.join(keys)}}}; name another --out")
-    if rest and torn:
-        os.truncate(path, path.stat().st_size - len(rest))
+    torn = rest
+    if rest and not (BEGINNING.startswith(rest[: len(BEGINNING)]) and _parse(rest) is None):
+        lines, torn = [*lines, rest], b""
+    rows = [_parse(line) for line in lines]
+    for number, row in enumerate(rows, start=1):
+        if not (isinstance(row, dict) and all(isinstance(row.get(key), str) for key in keys)):
+            raise ValueError(f"{path}, line {number} is not {{{', '.join(keys)}}}; name another --out")
+    if torn:
+        os.truncate(path, path.stat().st_size - len(torn))
     elif rest:
-        rows.append(record(rest))
         with path.open("ab") as file:
             file.write(b"\n")
     return {fold(row["input"]) for row in rows}
+
+
+def _parse(line: bytes):
+    """What a line of JSON holds, or None: no beginning of an object is JSON by itself."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def append(path: Path, row: dict) -> None:
