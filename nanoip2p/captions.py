@@ -268,7 +268,10 @@ def ask_all(captions: list[dict], settings: Settings, out: Path) -> str:
 def connect(kind: type):
     """An OpenAI or AsyncOpenAI client. Raises ValueError for want of a key or for an address that is none."""
     try:
-        return kind(max_retries=SERVER_RETRIES, timeout=TIMEOUT)
+        client = kind(max_retries=SERVER_RETRIES, timeout=TIMEOUT)
+        if not client.api_key.strip():
+            raise openai.OpenAIError("the key is empty")  # which some releases let pass
+        return client
     except openai.OpenAIError:
         raise ValueError("set OPENAI_API_KEY to your key (to any word for a server that wants none, whose "
                          "address is in OPENAI_BASE_URL)") from None
@@ -286,5 +289,5 @@ def explain(error: openai.APIError, client) -> str:
     elif isinstance(error, openai.NotFoundError):
         remedy = "; does this server have that model?"
     cause = f" ({error.__cause__})" if error.__cause__ else ""
-    said = f"{error.message[:300]}{cause}".replace(client.api_key.strip() or "no key", "***")
+    said = f"{error.message[:300]}{cause}".replace(client.api_key.strip(), "***")
     return f"{client.base_url} says: {said}{remedy}"
