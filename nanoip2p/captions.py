@@ -13,6 +13,7 @@ import asyncio
 import json
 import signal
 from collections import Counter, deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -254,10 +255,8 @@ def ask_all(captions: list[dict], settings: Settings, out: Path) -> str:
     client = connect(AsyncOpenAI)
     with tqdm(total=len(captions), initial=len(captions) - len(todo), desc="captions", unit="caption") as bar:
         job = Job(client, settings, todo, out, dropped, bar)
-        try:
+        with suppress(asyncio.CancelledError):  # which comes of Ctrl-C only
             asyncio.run(job.run())
-        except asyncio.CancelledError:
-            raise KeyboardInterrupt from None
     if job.problem:
         raise ValueError(explain(job.problem, client)) from None
     if job.interrupted:

@@ -1,175 +1,18 @@
-"""Captions through the real openai client, from a server here that answers well or as badly as servers do."""
+"""Captions through the real openai client, from the server in chat_server.py."""
 
 import json
 import os
-import random
-import resource
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
-import openai
 import pytest
+from chat_server import KEY, TEXTS, by_input, edit_of, expected, rows_of
 
 import make_dataset
-from nanoip2p import captions, prompts
+from nanoip2p import captions
 from nanoip2p.fewshot import PROMPT, TRIPLETS
-from nanoip2p.scenes import EDIT_KINDS, PHRASINGS
-
-KEY = "sk-secret-of-mine"
-TEXTS = [f"A picture of {number} boats." for number in range(12)]
-TOKENS = {"prompt_tokens": 1500, "completion_tokens": 40}
-
-
-def edit_of(text: str) -> tuple[str, str]:
-    """What the server makes of a caption."""
-    return f"paint all {len(text)} of them", f"{text} Seen by night, {hash_of(text)}."
-
-
-def hash_of(text: str) -> int:
-    return sum(map(ord, text))
-
-
-class Server(BaseHTTPRequestHandler):
-    """Speaks the chat, moderation, file and tuning API. server.plan: caption -> kinds of answers in turn."""
-
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        what, server = self.path.removeprefix("/v1"), self.server
-        key = self.headers["Authorization"].removeprefix("Bearer ")
-        if key != KEY:
-            return self.reply({"error": {"message": f"Incorrect API key: {key}"}}, 401)
-        if what == "/files":
-            server.uploads.append(body)
-            return self.reply({"id": "file-7", "object": "file", "purpose": "fine-tune"})
-        request = json.loads(body)
-        server.requests.append((what, request))
-        if what == "/fine_tuning/jobs":
-            return self.reply({"id": "ftjob-42", "object": "fine_tuning.job", "status": "queued"})
-        if what == "/moderations":
-            return self.reply({"results": [{"flagged": "forbidden" in text} for text in request["input"]]})
-        text = request["messages"][-1]["content"]
-        with server.lock:
-            server.asked.append(text)
-            kinds = server.plan.get(text, [])
-            kind = kinds.pop(0) if len(kinds) > 1 else (kinds or ["well"])[0]
-        server.before(text)
-        getattr(self, kind.replace(" ", "_"), self.well)(request, text, kind)
-
-    def well(self, request, text, kind):
-        """In the format of the question, or spoilt as `kind` says."""
-        edit, output = edit_of(text)
-        if kind == "flagged":
-            output += " forbidden"
-        if kind == "unchanged":
-            output = text.rstrip(".").upper() + "!"
-        content = json.dumps({"edit": edit, "output": output})
-        if "response_format" not in request:
-            content = f"{edit}\n%%\n{output}"
-        content = {"torn json": content[:-9], "wrong schema": '{"edit": "x"}',
-                   "wrong types": '{"edit": 1, "output": []}', "no object": "[]",
-                   "empty edit": '{"edit": " ", "output": "x"}', "no content": None,
-                   "surrogate": r'{"edit": "\ud83d on\n it", "output": "b"}'}.get(kind, content)
-        message = {"role": "assistant", "content": content}
-        if kind == "refusal":
-            message = {"role": "assistant", "content": None, "refusal": "I cannot help with boats."}
-        reason = "content_filter" if kind == "filtered" else "stop"
-        choice = {"index": 0, "message": message, "finish_reason": reason}
-        reply = {"id": "c", "object": "chat.completion", "created": 0, "model": request["model"],
-                 "choices": [] if kind == "no choice" else [choice], "usage": TOKENS}
-        if kind == "no usage":
-            del reply["usage"]
-        self.reply(reply)
-
-    def busy(self, *_):
-        self.reply({"error": {"message": "slow down"}}, 429, **{"Retry-After": "0.01"})
-
-    def broken(self, *_):
-        self.reply({"error": {"message": "oops"}}, 500)
-
-    def policy(self, *_):
-        self.reply({"error": {"message": "no", "code": "content_filter"}}, 400)
-
-    def unknown_model(self, *_):
-        self.reply({"error": {"message": "The model `m` does not exist"}}, 404)
-
-    def hang_up(self, *_):
-        self.close_connection = True
-        self.connection.close()
-
-    def cut_off(self, *_):
-        self.send_response(200)
-        self.send_header("Content-Length", "1000")
-        self.end_headers()
-        self.wfile.write(b'{"id": "c", "cho')
-        self.close_connection = True
-
-    def web_page(self, *_):
-        self.reply("<html>Welcome to the hotel", kind="text/html")
-
-    def silent(self, *_):
-        self.server.closing.wait(20)
-        self.close_connection = True
-
-    def reply(self, content, status: int = 200, kind: str = "application/json", **headers):
-        content = (content if isinstance(content, str) else json.dumps(content)).encode()
-        self.send_response(status)
-        for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_):
-        """Keep quiet."""
-
-
-@pytest.fixture
-def server(monkeypatch):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    server.handle_error = lambda *_: None  # clients that were killed
-    server.plan, server.asked, server.requests, server.uploads = {}, [], [], []
-    server.lock, server.closing, server.before = threading.Lock(), threading.Event(), lambda text: None
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.001)
-    yield server
-    server.closing.set()
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture
-def ask(tmp_path, capsys):
-    """Runs `make_dataset.py captions` over `texts` -> (exit code, rows, rows of what was dropped, output)."""
-    def run(texts, *flags, out=tmp_path / "prompts.jsonl"):
-        source = tmp_path / "captions.txt"
-        source.write_text("\n".join(texts), encoding="utf-8")
-        code = make_dataset.main(["captions", "--input", str(source), "--out", str(out), *map(str, flags)])
-        said = capsys.readouterr()
-        errors = [line for line in said.err.splitlines() if line.startswith(("error:", "stopped"))]
-        return code, rows_of(out), rows_of(out.with_suffix(".dropped.jsonl")), "\n".join([said.out, *errors])
-    return run
-
-
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
-
-
-def expected(texts) -> list[dict]:
-    return [dict(zip(("input", "edit", "output"), (text, *edit_of(text)))) for text in texts]
-
-
-def by_input(rows) -> list[dict]:
-    return sorted(rows, key=lambda row: row["input"])
 
 
 def test_every_caption_gets_its_edit(server, ask):
@@ -248,6 +91,12 @@ def test_a_server_that_fails_for_good_ends_the_run(server, ask):
     assert len(set(server.asked)) == 3 + captions.PATIENCE
 
 
+def test_a_server_that_often_fails_is_borne_with(server, ask):
+    server.plan.update({text: ["broken"] for text in TEXTS[1::2]})
+    code, rows, _, said = ask(TEXTS, "--concurrency", 1)
+    assert (code, rows) == (0, expected(TEXTS[::2])) and "6 captions had no answer" in said
+
+
 @pytest.mark.parametrize("trouble, hint", [
     ("wrong key", "OPENAI_API_KEY right"), ("no key", "set OPENAI_API_KEY"),
     ("empty key", "set OPENAI_API_KEY"), ("line break in key", "OPENAI"),
@@ -308,7 +157,9 @@ def test_one_at_a_time_keeps_the_order(server, ask):
 def test_silence_runs_into_the_time_limit(server, ask, monkeypatch):
     monkeypatch.setattr(captions, "TIMEOUT", 0.3)
     server.plan[TEXTS[0]] = ["silent", "well"]
+    began = time.monotonic()
     assert ask(TEXTS[:2])[1] == expected(TEXTS[:2])
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("flags", [
@@ -352,120 +203,6 @@ def test_odd_characters_become_sayable_lines(server, ask):
     assert ask(["  é \t漢字 "])[1] == [{"input": "é 漢字", "edit": "? on it", "output": "b"}]
 
 
-def test_captions_in_every_form(tmp_path):
-    rows = [("Two cats, \"asleep\"", "http://a/1"), ("Ein Café", "http://a/2")]
-    forms = {
-        "a.txt": "Two cats, \"asleep\"\n\n  Ein  Café \r\n",
-        "b.jsonl": "".join(json.dumps({"caption": text, "url": url}) + "\n" for text, url in rows),
-        "c.jsonl": "\n".join(json.dumps({"input": text, "x": 1, "url": url}) for text, url in rows) + "\n",
-        "d.csv": 'id,caption,url\n1,"Two cats, ""asleep""",http://a/1\n2,Ein Café,http://a/2\n3,,\n',
-        "e.csv": 'URL,TEXT\nhttp://a/1,"Two cats, ""asleep"""\nhttp://a/2,Ein Café\n',
-    }
-    for name, content in forms.items():
-        path = tmp_path / name
-        path.write_bytes(b"\xef\xbb\xbf" + content.encode())
-        found, repeats = prompts.read_captions(path, "TEXT" if name == "e.csv" else None)
-        urls = [{} if name == "a.txt" else {"url": url} for _, url in rows]
-        assert found == [{"input": text, **url} for (text, _), url in zip(rows, urls)] and repeats == 0, name
-
-
-def test_repeats_are_asked_once_and_urls_are_kept(server, ask, tmp_path):
-    lines = [("A cat", "u1"), (" a CAT. ", "u2"), ("A dog", "u1"), ("A dog", "u3"), ("A dog", None)]
-    kept = [{"url": "u1"}, {"url": "u3"}]
-    source = tmp_path / "in.jsonl"
-    source.write_text("".join(json.dumps({"input": text, "url": url}) + "\n" for text, url in lines))
-    out = tmp_path / "deep" / "er" / "out.jsonl"
-    words = ["captions", "--input", source, "--out", out, "--concurrency", 1]
-    assert make_dataset.main([str(word) for word in words]) == 0
-    assert rows_of(out) == [{**row, **url} for row, url in zip(expected(["A cat", "A dog"]), kept)]
-    assert server.asked == ["A cat", "A dog"]
-
-
-@pytest.mark.parametrize("name, content, flags, hint", [
-    ("a.jsonl", b'{"input": "x"}\n{"inp', [], "line 2 is not JSON"),
-    ("a.jsonl", b'{"input": "x"}\n[1]\n', [], "line 2"),
-    ("a.jsonl", b'\n{"text": "x"}\n', [], "line 2: no text under input or caption (--column); there is text"),
-    ("a.jsonl", b'{"input": 3}\n', [], "line 1"),
-    ("a.csv", b"id,TEXT\n1,x\n", [], "there is id, TEXT"),
-    ("a.csv", b"id,TEXT\n1,x\n", ["--column", "text"], "no text under text"),
-    ("a.txt", b"caf\xe9\n", [], "cannot be read"),
-    ("a.txt", b"x\n", ["--max-cost", "1"], "--max-cost needs --price-in and --price-out"),
-    ("a.txt", b"x\n", ["--price-in", "-1"], "must not be negative"),
-    ("a.txt", b"x\n", ["--column", "TEXT"], "no text under TEXT"),
-    ("missing.txt", None, [], "missing.txt"),
-])
-def test_bad_input_is_one_line(server, tmp_path, capsys, name, content, flags, hint):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    out = tmp_path / "out.jsonl"
-    assert make_dataset.main(["captions", "--input", str(tmp_path / name), "--out", str(out), *flags]) == 2
-    error = capsys.readouterr().err
-    assert hint in error and error.count("\n") == 1 and not out.exists() and not server.asked
-
-
-@pytest.mark.parametrize("content", [
-    b"a cat", b"a cat\na dog\n", b'{"caption": "x"}\n', b'{"input": "x", "edit": "y"}\n',
-    b'{"input": "x", "edit": "y", "output": "z"}\n\n', b'[{"input": "',
-    b'{"input": "x", "edit": 1, "output": ""}',
-])
-def test_files_that_are_not_ours_stay_as_they_are(server, ask, tmp_path, content):
-    out = tmp_path / "mine.jsonl"
-    out.write_bytes(content)
-    source = tmp_path / "captions.txt"
-    source.write_text("A cat")
-    assert make_dataset.main(["captions", "--input", str(source), "--out", str(out)]) == 2
-    assert out.read_bytes() == content and not server.asked
-
-
-def test_goes_on_from_any_byte_at_which_it_was_killed(server, ask, tmp_path):
-    """Cut both files anywhere: the next run ends with the same lines and asks only what is not in them."""
-    texts = [*TEXTS[:4], "A refused picture", 'Quotes " and Ünïcode']
-    server.plan["A refused picture"] = ["refusal"]
-    _, whole, dropped, _ = ask(texts, "--concurrency", 1)
-    files = [(path, path.read_bytes())
-             for path in (tmp_path / "prompts.jsonl", tmp_path / "prompts.dropped.jsonl")]
-    records = {json.dumps(row, ensure_ascii=False): row["input"] for row in [*whole, *dropped]}
-    rng, places = random.Random(0), [set(), set()]
-    for place, (_, content) in zip(places, files):
-        ends = [at for at, byte in enumerate(content, start=1) if byte == 10]
-        place |= {0, 1, len(content), *ends, *(end - 1 for end in ends), *(end + 1 for end in ends[:-1])}
-        place |= set(rng.sample(range(len(content)), 3))
-    whole_second = len(files[1][1])
-    for cuts in [(place, whole_second) for place in places[0]] + [(0, place) for place in places[1]]:
-        kept = set()
-        for (path, content), cut in zip(files, cuts):
-            path.write_bytes(content[:cut])
-            lines = content[:cut].decode(errors="replace").split("\n")
-            kept |= {records[line] for line in lines if line in records}
-        server.asked.clear()
-        code, rows, reasons, _ = ask(texts, "--concurrency", 2)
-        assert (code, by_input(rows), reasons) == (0, by_input(whole), dropped), cuts
-        assert set(server.asked) == set(texts) - kept and not kept & set(server.asked), cuts
-
-
-def run_apart(server, source: Path, out: Path, *flags) -> subprocess.Popen:
-    words = [sys.executable, "make_dataset.py", "captions", "--input", source, "--out", out, *flags]
-    return subprocess.Popen(list(map(str, words)), cwd=Path(make_dataset.__file__).parent,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def test_kill_minus_nine_loses_nothing_that_was_written(server, tmp_path):
-    """Killed while the sixth question was under way, and started again."""
-    source, out = tmp_path / "captions.txt", tmp_path / "prompts.jsonl"
-    source.write_text("\n".join(TEXTS))
-    twice = []
-    for fatal in (6, None):
-        process = run_apart(server, source, out, "--concurrency", 2)
-        server.before = lambda _, fatal=fatal, process=process: (
-            process.kill() if fatal and len(server.asked) >= fatal else None)
-        written = {row["input"] for row in rows_of(out)}
-        first = len(server.asked)
-        process.communicate(timeout=60)
-        twice += [text for text in server.asked[first:] if text in written]
-        assert process.returncode == (-signal.SIGKILL if fatal else 0)
-    assert by_input(rows_of(out)) == by_input(expected(TEXTS)) and not twice
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_writes_what_is_under_way_and_asks_no_more(server, ask, number):
     server.before = lambda text: len(server.asked) == 5 and os.kill(os.getpid(), number)
@@ -492,20 +229,6 @@ def test_ctrl_c_waits_for_a_while_and_a_second_one_does_not(server, ask, monkeyp
     began = time.monotonic()
     code, rows, *_ = ask(TEXTS, "--concurrency", 1)
     assert code == 130 and rows == expected(TEXTS[:3]) and time.monotonic() - began < 10
-
-
-def test_a_full_disk_leaves_whole_lines(tmp_path):
-    path = tmp_path / "x.jsonl"
-    prompts.append(path, {"input": "a"})
-    before = path.read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 7, hard))
-    try:
-        with pytest.raises(OSError):
-            prompts.append(path, {"input": "b" * 100})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert path.read_bytes() == before
 
 
 def test_the_papers_way(server, ask, tmp_path, capsys):
@@ -554,40 +277,7 @@ def test_tuning_that_cannot_start_is_one_line(server, tmp_path, capsys, monkeypa
         assert error.count("\n") == 1 and hint in error
 
 
-def draw(out: Path, *flags) -> int:
-    return make_dataset.main(["captions", "--backend", "scenes", "--out", str(out), *map(str, flags)])
-
-
-def test_scenes_need_no_server(tmp_path, monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    one, two, other = (tmp_path / name for name in ("1.jsonl", "2.jsonl", "3.jsonl"))
-    assert draw(one, "--n", 350) == draw(two, "--n", 350) == draw(other, "--n", 350, "--seed", 1) == 0
-    rows = rows_of(one)
-    assert one.read_bytes() == two.read_bytes() and len(rows) == 350
-    assert len({tuple(row.values()) for row in rows}) == 350
-    assert all(row["input"] != row["output"] for row in rows)
-    assert not {row["input"] for row in rows} & {row["input"] for row in rows_of(other)[:50]}
-    first = Counter(kind for row in rows for kind in EDIT_KINDS if fits(row["edit"], PHRASINGS[kind][0]))
-    assert set(first) == set(EDIT_KINDS)
-    assert not [row for row in rows for kind in ("add", "ground") if fits(row["edit"], PHRASINGS[kind][-1])]
-    added = sum(len(row["output"].split(" and ")) > len(row["input"].split(" and ")) for row in rows)
-    assert 20 < added < 90  # a seventh is 50; were all edits equally likely, most would add
-
-
-def fits(edit: str, phrase: str) -> bool:
-    """Whether an instruction could be this phrase with its gaps filled."""
-    fixed = [word for word in phrase.replace(",", "").split() if "{" not in word]
-    words = edit.replace(",", "").split()
-    if phrase.startswith("{"):  # "{where}, put {new}"
-        return "put" in words[1:]
-    return words[0] == fixed[0] and all(word in words for word in fixed)
-
-
-def test_scenes_grow_and_spare_what_is_not_theirs(tmp_path, capsys):
-    out, long = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
-    draw(out, "--n", 5)
-    draw(long, "--n", 9)
-    assert draw(out, "--n", 9) == 0 and out.read_bytes() == long.read_bytes()
-    capsys.readouterr()
-    assert draw(out, "--n", 5) == draw(out, "--n", 9, "--seed", 1) == 2
-    assert capsys.readouterr().err.count("\n") == 2 and out.read_bytes() == long.read_bytes()
+@pytest.mark.parametrize("words", [[], ["captions"], ["captions", "--backend", "oracle"], ["captions", "tune"]])
+def test_what_cannot_be_meant_is_one_line(words, capsys):
+    assert make_dataset.main(words) == 2
+    assert capsys.readouterr().err.count("\n") == 1
