@@ -14,7 +14,7 @@ from chat_server import TEXTS, by_input, expected, rows_of
 
 import make_dataset
 from nanoip2p import captions, prompts
-from nanoip2p.scenes import EDIT_KINDS, PHRASINGS
+from nanoip2p.scenes import EDIT_KINDS, PHRASINGS, random_scene
 
 
 def test_captions_in_every_form(tmp_path):
@@ -23,7 +23,7 @@ def test_captions_in_every_form(tmp_path):
         "a.txt": "Two cats, \"asleep\"\n\n  Ein  Café \r\n",
         "b.jsonl": "".join(json.dumps({"caption": text, "url": url}) + "\n" for text, url in rows),
         "c.jsonl": "\n".join(json.dumps({"input": text, "x": 1, "url": url}) for text, url in rows) + "\n",
-        "d.csv": 'id,caption,url\n1,"Two cats, ""asleep""",http://a/1\n2,Ein Café,http://a/2\n3,,\n',
+        "d.csv": 'id,caption,url\n1,"Two cats, ""asleep""",http://a/1\n2,Ein Café,http://a/2\n3,,\n4\n',
         "e.csv": 'URL,TEXT\nhttp://a/1,"Two cats, ""asleep"""\nhttp://a/2,Ein Café\n',
     }
     for name, content in forms.items():
@@ -176,6 +176,11 @@ def test_scenes_need_no_server(tmp_path, monkeypatch):
     assert not [row for row in rows for kind in ("add", "ground") if fits(row["edit"], PHRASINGS[kind][-1])]
     added = sum(len(row["output"].split(" and ")) > len(row["input"].split(" and ")) for row in rows)
     assert 20 < added < 90  # a seventh is 50; were all edits equally likely, most would add
+
+
+def test_scenes_never_repeat(monkeypatch):
+    monkeypatch.setattr(prompts, "random_scene", lambda split, index: random_scene(split, index % 2))
+    assert len({tuple(row.values()) for row in prompts.draw_scenes(150, seed=0)}) == 150
 
 
 def fits(edit: str, phrase: str) -> bool:
