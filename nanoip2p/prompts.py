@@ -123,8 +123,9 @@ def draw_scenes(n: int, seed: int) -> list[dict]:
     generator, rows = torch.Generator().manual_seed(seed), {}
     while len(rows) < n:
         scene = random_scene("train", int(torch.randint(2**31, (), generator=generator)))
-        kind = pick(sorted({edit.kind for edit in scene.edits()}), generator)  # there are most ways to add
-        edit = pick(scene.edits(kind), generator)
+        edits = scene.edits()
+        kind = pick(sorted({edit.kind for edit in edits}), generator)  # there are many more ways to add
+        edit = pick([edit for edit in edits if edit.kind == kind], generator)
         row = (scene.caption(), pick(edit.instructions[:-1], generator), edit.caption)
         rows.setdefault(row, dict(zip(("input", "edit", "output"), row)))
     return list(rows.values())
