@@ -109,7 +109,7 @@ def test_what_is_hopeless_is_one_line(server, ask, trouble, hint, monkeypatch):
     elif trouble == "no key":
         monkeypatch.delenv("OPENAI_API_KEY")
     elif trouble == "empty key":
-        monkeypatch.setenv("OPENAI_API_KEY", "")
+        monkeypatch.setenv("OPENAI_API_KEY", " ")
     elif trouble == "line break in key":
         monkeypatch.setenv("OPENAI_API_KEY", KEY + "\n")
     elif trouble == "no server":
@@ -151,6 +151,7 @@ def test_questions_are_put_at_the_same_time(server, ask):
 
 
 def test_one_at_a_time_keeps_the_order(server, ask):
+    assert ask(TEXTS, "--concurrency", 1, "--n", 5)[1] == expected(TEXTS[:5])
     assert ask(TEXTS, "--concurrency", 1)[1] == expected(TEXTS)
 
 
