@@ -8,3 +8,4 @@ import torch
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 torch.set_num_threads(min(torch.get_num_threads(), 2))  # more would only wait on each other
+pytest_plugins = ["chat_server"]  # fixtures: server, ask

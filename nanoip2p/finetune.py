@@ -1,0 +1,55 @@
+"""The paper's way to captions: tune a language model on hand-written triplets (section 3.1.1, 700 of them).
+
+The original tuned a completion model on input + "\\n##\\n" -> edit + "\\n%%\\n" + output + "\\nEND". In a
+chat the roles say where a text begins and ends, so only the middle mark is left of the three.
+"""
+
+import json
+from pathlib import Path
+
+import openai
+from openai import OpenAI
+
+from nanoip2p.captions import DELIMITER, connect, explain
+from nanoip2p.files import replacing
+from nanoip2p.prompts import tidy
+
+FEWEST = 10  # examples that OpenAI accepts
+
+
+def prepare(human: Path, out: Path) -> int:
+    """JSONL of "input" (or "caption"), "edit" and "output" -> training data of chats; returns how many.
+
+    Raises ValueError with the number of a line that is not such a triplet, or for fewer than ten of them.
+    """
+    chats = []
+    with human.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+                before, edit, output = tidy(row.get("input", row.get("caption"))), row["edit"], row["output"]
+                answer = tidy(edit) + DELIMITER + tidy(output)
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                raise ValueError(f"{human}, line {number} is not {{input, edit, output}}") from None
+            chats.append({"messages": [{"role": "user", "content": before},
+                                       {"role": "assistant", "content": answer}]})
+    if len(chats) < FEWEST:
+        raise ValueError(f"{human} holds {len(chats)} triplets; tuning takes {FEWEST} at least")
+    with replacing(out) as temporary:
+        temporary.write_text("".join(json.dumps(chat) + "\n" for chat in chats), encoding="utf-8")
+    return len(chats)
+
+
+def start(chats: Path, model: str, epochs: int) -> str:
+    """Upload what `prepare` wrote, start to tune `model` on it, and return the job's id.
+
+    Raises ValueError, in one line, when the server will not do it.
+    """
+    content = chats.read_bytes()
+    client = connect(OpenAI)
+    try:
+        file = client.files.create(file=(chats.name, content), purpose="fine-tune")
+        method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": epochs}}}
+        return client.fine_tuning.jobs.create(model=model, training_file=file.id, method=method).id
+    except openai.APIError as error:
+        raise ValueError(explain(error, client)) from None

@@ -1,0 +1,161 @@
+"""A server that speaks OpenAI's API, as well or badly as others do, and how to run `captions` on it."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import openai
+import pytest
+
+import make_dataset
+
+KEY = "sk-secret-of-mine"
+TEXTS = [f"A picture of {number} boats." for number in range(12)]
+TOKENS = {"prompt_tokens": 1500, "completion_tokens": 40}
+
+
+def edit_of(text: str) -> tuple[str, str]:
+    """What the server makes of a caption."""
+    return f"paint all {len(text)} of them", f"{text} Seen by night, {hash_of(text)}."
+
+
+def hash_of(text: str) -> int:
+    return sum(map(ord, text))
+
+
+class Server(BaseHTTPRequestHandler):
+    """Speaks the chat, moderation, file and tuning API. server.plan: caption -> kinds of answers in turn."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        what, server = self.path.removeprefix("/v1"), self.server
+        key = self.headers["Authorization"].removeprefix("Bearer ")
+        if key != KEY:
+            return self.reply({"error": {"message": f"Incorrect API key: {key}"}}, 401)
+        if what == "/files":
+            server.uploads.append(body)
+            return self.reply({"id": "file-7", "object": "file", "purpose": "fine-tune"})
+        request = json.loads(body)
+        server.requests.append((what, request))
+        if what == "/fine_tuning/jobs":
+            return self.reply({"id": "ftjob-42", "object": "fine_tuning.job", "status": "queued"})
+        if what == "/moderations":
+            return self.reply({"results": [{"flagged": "forbidden" in text} for text in request["input"]]})
+        text = request["messages"][-1]["content"]
+        with server.lock:
+            server.asked.append(text)
+            kinds = server.plan.get(text, [])
+            kind = kinds.pop(0) if len(kinds) > 1 else (kinds or ["well"])[0]
+        server.before(text)
+        getattr(self, kind.replace(" ", "_"), self.well)(request, text, kind)
+
+    def well(self, request, text, kind):
+        """In the format of the question, or spoilt as `kind` says."""
+        edit, output = edit_of(text)
+        if kind == "flagged":
+            output += " forbidden"
+        if kind == "unchanged":
+            output = text.rstrip(".").upper() + "!"
+        content = json.dumps({"edit": edit, "output": output})
+        if "response_format" not in request:
+            content = f"{edit}\n%%\n{output}"
+        content = {"torn json": content[:-9], "wrong schema": '{"edit": "x"}',
+                   "wrong types": '{"edit": 1, "output": []}', "no object": "[]",
+                   "empty edit": '{"edit": " ", "output": "x"}', "no content": None,
+                   "surrogate": r'{"edit": "\ud83d on\n it", "output": "b"}'}.get(kind, content)
+        message = {"role": "assistant", "content": content}
+        if kind == "refusal":
+            message = {"role": "assistant", "content": None, "refusal": "I cannot help with boats."}
+        reason = "content_filter" if kind == "filtered" else "stop"
+        choice = {"index": 0, "message": message, "finish_reason": reason}
+        reply = {"id": "c", "object": "chat.completion", "created": 0, "model": request["model"],
+                 "choices": [] if kind == "no choice" else [choice], "usage": TOKENS}
+        if kind == "no usage":
+            del reply["usage"]
+        self.reply(reply)
+
+    def busy(self, *_):
+        self.reply({"error": {"message": "slow down"}}, 429, **{"Retry-After": "0.01"})
+
+    def broken(self, *_):
+        self.reply({"error": {"message": "oops"}}, 500)
+
+    def policy(self, *_):
+        self.reply({"error": {"message": "no", "code": "content_filter"}}, 400)
+
+    def unknown_model(self, *_):
+        self.reply({"error": {"message": "The model `m` does not exist"}}, 404)
+
+    def hang_up(self, *_):
+        self.close_connection = True
+        self.connection.close()
+
+    def cut_off(self, *_):
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        self.wfile.write(b'{"id": "c", "cho')
+        self.close_connection = True
+
+    def web_page(self, *_):
+        self.reply("<html>Welcome to the hotel", kind="text/html")
+
+    def silent(self, *_):
+        self.server.closing.wait(20)
+        self.close_connection = True
+
+    def reply(self, content, status: int = 200, kind: str = "application/json", **headers):
+        content = (content if isinstance(content, str) else json.dumps(content)).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        """Keep quiet."""
+
+
+@pytest.fixture
+def server(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    server.handle_error = lambda *_: None  # clients that were killed
+    server.plan, server.asked, server.requests, server.uploads = {}, [], [], []
+    server.lock, server.closing, server.before = threading.Lock(), threading.Event(), lambda text: None
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.001)
+    yield server
+    server.closing.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def ask(tmp_path, capsys):
+    """Runs `make_dataset.py captions` over `texts` -> (exit code, rows, rows of what was dropped, output)."""
+    def run(texts, *flags, out=tmp_path / "prompts.jsonl"):
+        source = tmp_path / "captions.txt"
+        source.write_text("\n".join(texts), encoding="utf-8")
+        code = make_dataset.main(["captions", "--input", str(source), "--out", str(out), *map(str, flags)])
+        said = capsys.readouterr()
+        errors = [line for line in said.err.splitlines() if line.startswith(("error:", "stopped"))]
+        return code, rows_of(out), rows_of(out.with_suffix(".dropped.jsonl")), "\n".join([said.out, *errors])
+    return run
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+
+def expected(texts) -> list[dict]:
+    return [dict(zip(("input", "edit", "output"), (text, *edit_of(text)))) for text in texts]
+
+
+def by_input(rows) -> list[dict]:
+    return sorted(rows, key=lambda row: row["input"])
