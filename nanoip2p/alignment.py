@@ -66,9 +66,11 @@ def find_words(tokenizer: Tokenizer, text: str, words: str) -> list[int]:
 
     Raises ValueError when it does not occur.
     """
-    ids = tokenizer([text])[0].tolist()
-    wanted = tokenizer.backend.encode(words, add_special_tokens=False).ids
-    places = [range(i, i + len(wanted)) for i in range(len(ids)) if ids[i : i + len(wanted)] == wanted]
+    tokens, wanted = (tokenizer.backend.encode(part, add_special_tokens=False).tokens
+                      for part in (text, words))
+    tokens = [WORD_END, *tokens[: tokenizer.length - 2]]
+    places = [range(i, i + len(wanted)) for i in range(1, len(tokens))
+              if tokens[i : i + len(wanted)] == wanted and tokens[i - 1].endswith(WORD_END)]  # whole words
     if not wanted or not places:
         raise ValueError(f"{words!r} is not in {text!r}; name a word of it")
     return [i for place in places for i in place]
