@@ -42,13 +42,13 @@ def test_word_swaps_are_those_of_the_authors(tokenizers):
     for source, edit in (
             ("a cat on a sofa", "a dog on a sofa"), ("a house", "a skyscraper"), ("the dog", "the cat"),
             ("a photograph of a house on the sofa", "a photograph of a skyscraper on the sofa"),
-            ("a red skyscraper on a sofa", "a red house on a sofa"), ("the red house", "the blue dog"),
+            ("a red skyscraper on a sofa", "a red house on a sofa"), ("the red house", "the blue tree"),
             ("a red cat on a blue sofa", "a blue cat on a red sofa")):
         mapping, taken = maps_of(ours, source, edit)
         assert torch.equal(mapping, hertz.replacement_mapper(theirs, source, edit)), (source, edit)
         assert taken.min() == 1
         lengths.add(len(hertz.tokens_of(theirs, source)) - len(hertz.tokens_of(theirs, edit)))
-    assert lengths == {0} if theirs.vocab_size > 10_000 else min(lengths) < 0 < max(lengths)
+    assert 0 in lengths and len(lengths) > 1
 
 
 @needs_clip
