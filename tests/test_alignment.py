@@ -159,6 +159,8 @@ def test_find_words(tokenizers):
         assert find_words(ours, text, word) == hertz.places(theirs, plain, word), word
     assert find_words(ours, text, " CAT  on ") == sorted(
         hertz.places(theirs, plain, "cat") + hertz.places(theirs, plain, "on"))
+    with pytest.raises(ValueError, match="'red' is not in 'house house"):
+        find_words(ours, "house " * 75 + "red", "red")  # cut off
     for missing in ("dog", "", " ", "ca", "cat sofa"):
         with pytest.raises(ValueError, match=f"^{missing!r} is not in 'a cat on .*; name a word of it$"):
             find_words(ours, text, missing)
