@@ -26,7 +26,7 @@ def blocks(source: list[int], edit: list[int]) -> list[tuple[range, range]]:
                                common[i + 1][j + 1] + 1 if source[i] == edit[j] else 0)
     found, i, j, i_from, j_from = [], 0, 0, 0, 0
     while i < rows and j < columns:
-        if source[i] == edit[j] and common[i][j] == common[i + 1][j + 1] + 1:
+        if source[i] == edit[j]:
             found += [(range(i_from, i), range(j_from, j)), (range(i, i + 1), range(j, j + 1))]
             i, j = i + 1, j + 1
             i_from, j_from = i, j
@@ -66,9 +66,11 @@ def find_words(tokenizer: Tokenizer, text: str, words: str) -> list[int]:
 
     Raises ValueError when it does not occur.
     """
-    ids = tokenizer([text])[0].tolist()
-    wanted = tokenizer.backend.encode(words, add_special_tokens=False).ids
-    places = [range(i, i + len(wanted)) for i in range(len(ids)) if ids[i : i + len(wanted)] == wanted]
+    tokens, wanted = (tokenizer.backend.encode(part, add_special_tokens=False).tokens
+                      for part in (text, words))
+    tokens = [WORD_END, *tokens[: tokenizer.length - 2]]
+    places = [range(i, i + len(wanted)) for i in range(1, len(tokens))
+              if tokens[i : i + len(wanted)] == wanted and tokens[i - 1].endswith(WORD_END)]  # whole words
     if not wanted or not places:
         raise ValueError(f"{words!r} is not in {text!r}; name a word of it")
     return [i for place in places for i in place]

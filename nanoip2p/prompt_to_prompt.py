@@ -23,6 +23,7 @@ self-attention in layers of at most 16 x 16 positions (of 64 x 64 latents). "non
 
 import math
 import sys
+from argparse import ArgumentTypeError
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -310,7 +311,7 @@ def parse(argv: list[str] | None):
     try:
         args.reweight = {word: finite(factor) for word, factor in args.reweight}
         args.window = {word: (finite(begin), finite(end)) for word, begin, end in args.window}
-    except ValueError as error:
+    except ArgumentTypeError as error:
         parser.error(str(error))
     return args
 

@@ -21,7 +21,10 @@ VOCABULARY = 600
 @torch.no_grad()
 def write_tiny_editor(folder: Path, scheduler_config: dict | None = None, seed: int = 0,
                       in_channels: int = 8) -> Path:
-    """Pictures in multiples of 8 pixels: 4x down-sampling in the VAE, 2x in the UNet. Returns the folder."""
+    """Pictures in multiples of 8 pixels: 4x down-sampling in the VAE, 2x in the UNet. Returns the folder.
+
+    With 4 channels it is a text-to-picture model.
+    """
     unet = randomise(UNet(UNetConfig(
         in_channels=in_channels, block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=2,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=32, norm_num_groups=8,
