@@ -7,7 +7,7 @@ read a file, it is applied to all names of our networks, and the table that resu
 
 import re
 from collections.abc import Callable, Collection, Iterable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -22,11 +22,13 @@ PARTS = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}
 PREFIXES = {UNet: "model.diffusion_model.", VAE: "first_stage_model.",
             TextEncoder: "cond_stage_model.transformer."}
 Shape = Callable[[str], tuple[int, ...]]  # of a tensor by its name; ValueError when a file lacks it
-# Layers inside a block: ours -> theirs
+# Ours -> theirs: layers inside a block of the UNet, and whatever occurs in a name of the autoencoder
 UNET_WORDS = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
               "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
-VAE_WORDS = {"conv_shortcut": "nin_shortcut", "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v",
-             "to_out.0": "proj_out"}
+VAE_WORDS = {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2",
+             "mid_block.attentions.0": "mid.attn_1", "_blocks": "", "resnets": "block",
+             "samplers.0": "sample", "conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut",
+             "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 # Tables that follow from the schedule, counters, indices 0, 1, 2, …, and parts that only training used.
 # Other scalars go as well: no network here has any.
 IGNORED = re.compile(
@@ -52,6 +54,7 @@ FRAGMENTS = {
 }
 
 
+@cache
 def unet_places(config: UNetConfig) -> dict[str, str]:
     """Our name of each of the UNet's blocks -> theirs. A level takes `per` numbers in a row."""
     places = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
@@ -70,40 +73,27 @@ def unet_places(config: UNetConfig) -> dict[str, str]:
                      "mid_block.resnets.1": "middle_block.2"}
 
 
-def vae_places(config: VAEConfig) -> dict[str, str]:
-    """Our name of each of the autoencoder's blocks -> theirs, which count up-sampling levels from the end."""
-    places, levels = {}, len(config.block_out_channels)
-    for half in ("encoder", "decoder"):
-        middle = f"{half}.mid_block"
-        places |= {f"{half}.conv_norm_out": f"{half}.norm_out",
-                   f"{middle}.attentions.0": f"{half}.mid.attn_1",
-                   f"{middle}.resnets.0": f"{half}.mid.block_1",
-                   f"{middle}.resnets.1": f"{half}.mid.block_2"}
-    for i in range(levels):
-        up = f"decoder.up.{levels - 1 - i}"
-        for j in range(config.layers_per_block + 1):
-            places[f"encoder.down_blocks.{i}.resnets.{j}"] = f"encoder.down.{i}.block.{j}"
-            places[f"decoder.up_blocks.{i}.resnets.{j}"] = f"{up}.block.{j}"
-        places[f"encoder.down_blocks.{i}.downsamplers.0"] = f"encoder.down.{i}.downsample"
-        places[f"decoder.up_blocks.{i}.upsamplers.0"] = f"{up}.upsample"
-    return places
+def unet_name(name: str, config: UNetConfig) -> str:
+    """Our name of a weight -> theirs: the block's place, the layer in other words, and the rest."""
+    places = unet_places(config)
+    place = next(place for place in places if name.startswith(place + "."))
+    layer, _, leaf = name.removeprefix(place + ".").rpartition(".")
+    return ".".join(filter(None, [places[place], UNET_WORDS.get(layer, layer), leaf]))
+
+
+def vae_name(name: str, config: VAEConfig) -> str:
+    """Our name of a weight -> theirs, which count up-sampling levels from the end."""
+    last = len(config.block_out_channels) - 1
+    name = re.sub(r"up_blocks\.(\d+)", lambda match: f"up_blocks.{last - int(match[1])}", name)
+    for ours, original in VAE_WORDS.items():
+        name = name.replace(ours, original)
+    return name
 
 
 def theirs(model: nn.Module) -> dict[str, str]:
-    """Every weight of a network: our name -> theirs, with their prefix."""
-    table, prefix = {}, PREFIXES[type(model)]
-    find_places, words = {UNet: (unet_places, UNET_WORDS), VAE: (vae_places, VAE_WORDS)}.get(
-        type(model), (lambda config: {}, {}))
-    places = find_places(model.config)
-    for name in model.state_dict():
-        place = next((place for place in places if name.startswith(place + ".")), None)
-        if place is None:  # named alike: all of CLIP, the first and last convolutions of the autoencoder
-            table[name] = prefix + name
-        else:
-            layer, _, leaf = name[len(place) + 1:].rpartition(".")
-            inner = [words.get(layer, layer)] if layer else []
-            table[name] = prefix + ".".join([places[place], *inner, leaf])
-    return table
+    """Every weight of a network: our name -> theirs, with their prefix. CLIP's differ in nothing else."""
+    rename = {UNet: unet_name, VAE: vae_name}.get(type(model), lambda name, config: name)
+    return {name: PREFIXES[type(model)] + rename(name, model.config) for name in model.state_dict()}
 
 
 def ema_name(name: str) -> str:

@@ -18,7 +18,7 @@ from nanoip2p.original import (
     to_original,
     to_ours,
     unet_places,
-    vae_places,
+    vae_name,
 )
 from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAE, VAEConfig
@@ -295,7 +295,7 @@ def test_the_readmes_picture_is_true():
     inside = picture.split("inside a residual block:")[1].split("the autoencoder:")[0].split()
     assert dict(zip(inside[::2], inside[1::2])) == UNET_WORDS
     for ours, original in re.findall(r"(decoder\.up_blocks\S+) (decoder\S+)", picture):
-        assert vae_places(VAEConfig())[ours] == original
+        assert vae_name(ours, VAEConfig()) == original
     raw, averaged = re.findall(r"averaged weights: +(\S+) (\S+)", picture)[0]
     table = {name: ours for ours, name in theirs(empty(UNetConfig())).items()}
     assert table[raw] in to_ours(empty(UNetConfig()), {averaged: torch.zeros(4)}, ema=True)
