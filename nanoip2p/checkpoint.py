@@ -123,22 +123,27 @@ def _open_single(path: Path, raw_weights: bool, vae: Network | None) -> tuple:
         return {name: tensor for name, tensor in read_tensors(path).items()
                 if not (vae and name.removeprefix("state_dict.").startswith(PREFIXES[VAE]))}
 
+    ours = _own_metadata(path)
+    found, networks = find_networks(
+        read, path, raw_weights, ours | ({"vae": vae.model.config.to_json()} if vae else {}))
+    networks |= {"vae": vae} if vae else {}
+    return found, networks, ours.get("schedule", NoiseSchedule().to_json()), ours["defaults"]
+
+
+def _own_metadata(path: Path) -> dict:
+    """The JSON that `convert` leaves in a single file; "defaults" is there in any case."""
     try:
         ours = dict(json.loads(read_metadata(path).get("nanoip2p", "{}")))
-        defaults = with_defaults(dict(ours.get("defaults", {})), "defaults")
+        return ours | {"defaults": with_defaults(dict(ours.get("defaults", {})), "defaults")}
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: its metadata is broken ({error})") from None
-    configs = ours | ({"vae": vae.model.config.to_json()} if vae else {})
-    found, networks = find_networks(read, path, raw_weights, configs)
-    networks |= {"vae": vae} if vae else {}
-    return found, networks, ours.get("schedule", NoiseSchedule().to_json()), defaults
 
 
 def open_vae(path: Path) -> Network:
     """An autoencoder of its own: its folder, a whole checkpoint's folder, or a single file."""
     if path.is_dir():
         return open_network(VAE, path / "vae" if (path / "vae").is_dir() else path)
-    return find_vae(lambda: read_tensors(path), path)
+    return find_vae(lambda: read_tensors(path), path, _own_metadata(path).get("vae"))
 
 
 def widen(checkpoint: Checkpoint) -> Checkpoint:

@@ -153,10 +153,10 @@ def find_networks(read: Callable[[], dict[str, Tensor]], path: Path, raw_weights
     return found, {part: Network(model, partial(read_part, part), path) for part, model in models.items()}
 
 
-def find_vae(read: Callable[[], dict[str, Tensor]], path: Path) -> Network:
+def find_vae(read: Callable[[], dict[str, Tensor]], path: Path, config: dict | None = None) -> Network:
     """The autoencoder of a file of its own, in the original's names or diffusers', or of a whole checkpoint.
 
-    As find_networks, and the same errors.
+    Without `config` it is read off the shapes; errors as find_networks.
     """
     def read_prefixed() -> dict[str, Tensor]:
         tensors = weights(read())
@@ -166,7 +166,7 @@ def find_vae(read: Callable[[], dict[str, Tensor]], path: Path) -> Network:
 
     refuse_others(weights(read()), FAMILIES, path)
     tensors = read_prefixed()
-    model = empty(VAE, infer(VAE, tensors, path), path)
+    model = empty(VAE, config or infer(VAE, tensors, path), path)
     if PREFIXES[VAE] + "encoder.conv_norm_out.weight" in tensors:  # diffusers' names, and so ours
         return Network(model, lambda: {name.removeprefix(PREFIXES[VAE]): tensor
                                        for name, tensor in read_prefixed().items()}, path)

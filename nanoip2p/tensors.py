@@ -42,11 +42,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The strings that a safetensors file holds beside its tensors; {} for other files."""
+    """The strings that a safetensors file holds beside its tensors; {} for other files, or none."""
     try:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
-    except SafetensorError:  # a pickle
+    except (SafetensorError, OSError):
         return {}
 
 

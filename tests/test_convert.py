@@ -186,7 +186,8 @@ def test_averaged_weights_are_used_and_said(single, tmp_path):
 def test_another_autoencoder(folder, tmp_path):
     other = write_tiny_editor(tmp_path / "other", seed=7)
     expected = open_checkpoint(other).networks["vae"].read()
-    for source in (other, other / "vae"):
+    convert(open_checkpoint(other), tmp_path / "other.safetensors")
+    for source in (other, other / "vae", tmp_path / "other.safetensors"):
         checkpoint = open_checkpoint(folder, vae=source)
         assert same(checkpoint.networks["vae"].read(), expected) and str(source) in checkpoint.found
         assert same(checkpoint.networks["unet"].read(), open_checkpoint(folder).networks["unet"].read())
