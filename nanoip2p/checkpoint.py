@@ -86,8 +86,8 @@ def open_checkpoint(name: str | Path, vae: str | Path | None = None, tokenizer: 
     """
     source = Path(name) if Path(name).exists() else fetch_weights(str(name))
     other = None if vae is None else open_vae(Path(vae))
-    opened = (_open_folder if source.is_dir() else _open_single)(source, raw_weights, other)
-    found, networks, schedule, defaults = opened
+    found, networks, schedule, defaults = (
+        _open_folder if source.is_dir() else _open_single)(source, raw_weights, other)
     unet, autoencoder, text = (networks[part].model.config for part in PARTS)
     latent = autoencoder.latent_channels
     if unet.cross_attention_dim != text.hidden_size:

@@ -6,7 +6,7 @@ read a file, it is applied to all names of our networks, and the table that resu
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nanoip2p.clip import CLIPTextConfig, TextEncoder
 from nanoip2p.network import Network, empty
-from nanoip2p.tensors import dtype_names
+from nanoip2p.tensors import dtype_names, refuse
 from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAE, VAEConfig
 
@@ -138,7 +138,8 @@ def find_networks(read: Callable[[], dict[str, Tensor]], path: Path, raw_weights
     models = {part: empty(cls, (configs or {}).get(part) or infer(cls, tensors, path), path)
               for part, cls in PARTS.items()}
     known = {name for model in models.values() for name in theirs(model).values()}
-    refuse_unknown(tensors, known | {ema_name(name) for name in known}, path)
+    known |= {ema_name(name) for name in known}
+    refuse(path, "has unknown", [name for name in tensors if name not in known])
     has_ema = any(name.startswith("model_ema.") for name in tensors)
     ema = has_ema and not raw_weights
     unet = models["unet"].config
@@ -170,7 +171,8 @@ def find_vae(read: Callable[[], dict[str, Tensor]], path: Path, config: dict | N
     if PREFIXES[VAE] + "encoder.conv_norm_out.weight" in tensors:  # diffusers' names, and so ours
         return Network(model, lambda: {name.removeprefix(PREFIXES[VAE]): tensor
                                        for name, tensor in read_prefixed().items()}, path)
-    refuse_unknown(tensors, theirs(model).values(), path)
+    known = set(theirs(model).values())
+    refuse(path, "has unknown", [name for name in tensors if name not in known])
     return Network(model, lambda: to_ours(model, read_prefixed()), path)
 
 
@@ -188,13 +190,6 @@ def refuse_others(tensors: dict[str, Tensor], families: dict[str, str], path: Pa
     for kind, pattern in families.items():
         if re.search(pattern, content, re.MULTILINE):
             raise ValueError(f"{path}: this is {kind}; nanoip2p reads Stable Diffusion 1.x")
-
-
-def refuse_unknown(names: Iterable[str], known: Collection[str], path: Path) -> None:
-    """ValueError that names the first few that have no place in our networks."""
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"{path} has unknown {', '.join(unknown[:3])}{', …' * (len(unknown) > 3)}; nanoip2p "
-                         "reads Stable Diffusion 1.x")
 
 
 def infer(cls: type, tensors: dict[str, Tensor], path: Path) -> dict:

@@ -69,17 +69,17 @@ def find_weights(folder: Path) -> dict[str, Tensor]:
 
 def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
     """ValueError, naming the first few, when tensors do not fit a network or are not finite."""
-    _refuse(path, "lacks", [name for name in expected if name not in tensors])
-    _refuse(path, "has unknown", [name for name in tensors if name not in expected])
+    refuse(path, "lacks", [name for name in expected if name not in tensors])
+    refuse(path, "has unknown", [name for name in tensors if name not in expected])
     shapes = [
         f"{name} of {tuple(tensor.shape)} for {tuple(expected[name].shape)}"
         for name, tensor in tensors.items()
         if tensor.shape != expected[name].shape
     ]
-    _refuse(path, "does not fit its configuration:", shapes)
+    refuse(path, "does not fit its configuration:", shapes)
     others = [name for name, tensor in tensors.items() if tensor.dtype not in FLOATS]
-    _refuse(path, "needs floating-point numbers of 16, 32 or 64 bits in", others)
-    _refuse(path, "has NaN or infinity in", [name for name in tensors if not _is_finite(tensors[name])])
+    refuse(path, "needs floating-point numbers of 16, 32 or 64 bits in", others)
+    refuse(path, "has NaN or infinity in", [name for name in tensors if not _is_finite(tensors[name])])
 
 
 def dtype_names(tensors: Iterable[Tensor]) -> str:
@@ -94,7 +94,8 @@ def _is_finite(tensor: Tensor) -> bool:
     return all(piece.sum().isfinite() or piece.isfinite().all() for piece in pieces)
 
 
-def _refuse(path: Path, problem: str, found: list[str]) -> None:
+def refuse(path: Path, problem: str, found: list[str]) -> None:
+    """ValueError that names the first few of what was found, if anything was."""
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise ValueError(f"{path} {problem} {', '.join(found[:3])}{more}")

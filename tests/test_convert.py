@@ -191,6 +191,8 @@ def test_another_autoencoder(folder, tmp_path):
         checkpoint = open_checkpoint(folder, vae=source)
         assert same(checkpoint.networks["vae"].read(), expected) and str(source) in checkpoint.found
         assert same(checkpoint.networks["unet"].read(), open_checkpoint(folder).networks["unet"].read())
+    with pytest.raises(ValueError, match="absent is missing; "):
+        open_checkpoint(folder, vae=tmp_path / "absent")
 
 
 @torch.no_grad()
@@ -271,8 +273,8 @@ def test_a_bad_file_is_one_line_and_leaves_nothing(fault, single, tmp_path, caps
     edit(change, single, path)
     shutil.copytree(single.parent / "tokenizer", tmp_path / "tokenizer")
     before = sorted(tmp_path.rglob("*"))
-    for target in ("new", "new.safetensors"):
-        assert checkpoints.main([str(path), str(tmp_path / target)]) == 2
+    for targets in ([], ["new"], ["new.safetensors"]):
+        assert checkpoints.main([str(path), *(str(tmp_path / target) for target in targets)]) == 2
         error = capsys.readouterr().err.strip()
         assert "\n" not in error and str(path) in error
         assert re.search(message, error), error

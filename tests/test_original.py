@@ -212,6 +212,13 @@ def test_wild_numbers_in_names_cost_nothing(name):
     assert "\n" not in str(caught.value)
 
 
+def test_sizes_beyond_any_memory_are_one_line():
+    """A pickle can say that one number is a tensor of any shape."""
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    with pytest.raises(ValueError, match="^x: .*overflow"):
+        open_networks(single(*SMALL) | {name: torch.zeros(1).expand(1, 2**61, 1, 1)})
+
+
 def test_a_wide_kernel_is_no_matrix():
     config, name = SMALL[1], "encoder.mid_block.attentions.0.to_q.weight"
     tensors = to_original(empty(config))
