@@ -214,17 +214,18 @@ def infer_unet(names: set[str], shape: Shape) -> dict:
     """The number of heads, 8, cannot be seen."""
     blocks = count(names, r"input_blocks\.(\d+)\.")
     per = next((i for i in range(1, blocks) if f"input_blocks.{i}.0.op.weight" in names), blocks)  # a level
+    levels = range(1, blocks, per)  # at a residual block of each
 
-    def types(side: str, first: int, direction: str) -> list[str]:
-        attends = (f"{side}_blocks.{i}.1.proj_in.weight" in names for i in range(first, blocks, per))
+    def types(side: str, direction: str) -> list[str]:
+        attends = (f"{side}_blocks.{i}.1.proj_in.weight" in names for i in levels)
         return ["CrossAttn" * has + f"{direction}Block2D" for has in attends]
 
     return dict(
         in_channels=shape("input_blocks.0.0.weight")[1], out_channels=shape("out.2.weight")[0],
         cross_attention_dim=shape("middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1],
-        layers_per_block=per - 1, block_out_channels=[
-            shape(f"input_blocks.{i}.0.out_layers.3.weight")[0] for i in range(1, blocks, per)],
-        down_block_types=types("input", 1, "Down"), up_block_types=types("output", 0, "Up"))
+        layers_per_block=per - 1, down_block_types=types("input", "Down"),
+        up_block_types=types("output", "Up"),
+        block_out_channels=[shape(f"input_blocks.{i}.0.out_layers.3.weight")[0] for i in levels])
 
 
 def infer_vae(names: set[str], shape: Shape) -> dict:

@@ -243,6 +243,13 @@ def test_widened_network_is_the_old_one_whatever_the_picture(folder, tmp_path):
     assert new.config.in_channels == 8 and relative_error(old(z, 9, context), old(-z, 9, context)) > 0.1
     editor = open_checkpoint(folder)
     assert widen(editor) is editor
+    for wrong in ({}, {"conv_in.weight": torch.ones(4)}):
+        bad = shutil.copytree(base, tmp_path / f"bad{len(wrong)}")
+        tensors = {name: tensor for name, tensor in load_file(bad / UNET_FILE).items()
+                   if name != "conv_in.weight"}
+        save_file(tensors | wrong, bad / UNET_FILE, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match="conv_in.weight"):
+            load_parts(widen(open_checkpoint(bad)))
     convert(open_checkpoint(base), tmp_path / "base.safetensors")
     assert "a Stable Diffusion 1.x checkpoint" in open_checkpoint(tmp_path / "base.safetensors").found
     convert(open_checkpoint(base), tmp_path / "again")
@@ -401,11 +408,15 @@ def test_an_autoencoder_for_weights_that_have_none(folder, single, tmp_path):
 
 
 def test_an_autoencoder_of_another_depth(single, tmp_path):
-    config = VAEConfig(block_out_channels=(8, 16, 16), layers_per_block=2, norm_num_groups=4)
+    config = VAEConfig(block_out_channels=(8, 16), layers_per_block=2, norm_num_groups=4)
     other = randomise(VAE(config))
     save_network(other, tmp_path / "vae")
-    parts = load_parts(open_checkpoint(single, vae=tmp_path / "vae"))
-    assert parts.vae.config == config and same(parts.vae.state_dict(), other.state_dict())
+    nested = tmp_path / "nested.safetensors"
+    edit(lambda tensors: {f"state_dict.{name}": tensor for name, tensor in tensors.items()}, single, nested)
+    shutil.copytree(single.parent / "tokenizer", tmp_path / "tokenizer")
+    for path in (single, nested):
+        parts = load_parts(open_checkpoint(path, vae=tmp_path / "vae"))
+        assert parts.vae.config == config and same(parts.vae.state_dict(), other.state_dict())
 
 
 def test_conversion_touches_nothing_else(folder, tmp_path):

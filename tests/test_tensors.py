@@ -91,6 +91,15 @@ def test_a_missing_shard_is_named(tmp_path):
         find_weights(tmp_path)
 
 
+def test_an_index_names_files_of_its_own_folder_only(tmp_path):
+    folder = tmp_path / "unet"
+    folder.mkdir()
+    save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../other.safetensors"}}')
+    with pytest.raises(ValueError, match="unet/other.safetensors is missing"):
+        find_weights(folder)
+
+
 ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 TWO = {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}
 DOUBLED = b'{"a": %s, "a": %s}' % (json.dumps(ONE).encode(), json.dumps(TWO).encode())
