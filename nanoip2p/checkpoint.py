@@ -254,8 +254,8 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None = No
     tokenizer_folder, _ = checkpoint.open_tokenizer()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as unfinished:
-        save_parts(f"{unfinished}/new", *(models[part] for part in PARTS), tokenizer_folder,
-                   checkpoint.schedule, checkpoint.defaults, dtype)
+        save_parts(f"{unfinished}/new", *models.values(), tokenizer_folder, checkpoint.schedule,
+                   checkpoint.defaults, dtype)
         Path(unfinished, "new").replace(target)
 
 
