@@ -24,17 +24,14 @@ from nanoip2p import cli
 from nanoip2p.clip import TextEncoder
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.files import read_json, replacing, write_json
-from nanoip2p.hub import fetch_weights, find_tokenizer
-from nanoip2p.network import Network, empty, on_meta, open_network, save_network
-from nanoip2p.original import PREFIXES, find_networks, find_vae, to_original
-from nanoip2p.tensors import DTYPES, read_metadata, read_tensors, write_tensors
+from nanoip2p.hub import TOKENIZER_FILES, fetch_weights, find_tokenizer
+from nanoip2p.network import Network, empty, open_network, save_network
+from nanoip2p.original import PARTS, PREFIXES, find_networks, find_vae, to_original
+from nanoip2p.tensors import DTYPES, dtype_names, read_metadata, read_tensors, write_tensors
 from nanoip2p.tokenizer import Tokenizer, load_tokenizer
 from nanoip2p.unet import UNet
-from nanoip2p.vae import VAE, VAEConfig
+from nanoip2p.vae import VAE
 
-PARTS = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
-                   "special_tokens_map.json", "added_tokens.json")
 # Appendix of the paper and edit_cli.py of its code; a weights folder overrides them in defaults.json
 PAPER_DEFAULTS = dict(resolution=512, steps=100, cfg_text=7.5, cfg_image=1.5, sampler="euler_ancestral")
 
@@ -89,8 +86,9 @@ def open_checkpoint(name: str | Path, vae: str | Path | None = None, tokenizer: 
     """
     source = Path(name) if Path(name).exists() else fetch_weights(str(name))
     other = None if vae is None else open_vae(Path(vae))
-    checkpoint = (_open_folder if source.is_dir() else _open_single)(source, tokenizer, raw_weights, other)
-    unet, autoencoder, text = (checkpoint.networks[part].model.config for part in PARTS)
+    found, networks, schedule, defaults = (
+        _open_folder if source.is_dir() else _open_single)(source, raw_weights, other)
+    unet, autoencoder, text = (networks[part].model.config for part in PARTS)
     latent = autoencoder.latent_channels
     if unet.cross_attention_dim != text.hidden_size:
         raise ValueError(f"{source}: the UNet reads text states of width {unet.cross_attention_dim}, "
@@ -99,58 +97,53 @@ def open_checkpoint(name: str | Path, vae: str | Path | None = None, tokenizer: 
         raise ValueError(f"{source}: the UNet takes {unet.in_channels}, makes {unet.out_channels} channels; "
                          f"an editor takes {2 * latent} and its base {latent} (an inpainting model 9)")
     try:
-        NoiseSchedule.from_config(checkpoint.schedule).alphas_cumprod()
+        NoiseSchedule.from_config(schedule).alphas_cumprod()
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{source}: its noise schedule cannot be used ({error})") from None
-    found = checkpoint.found if vae is None else f"{checkpoint.found}, autoencoder of {vae}"
-    return replace(checkpoint, found=found)
+    found = found if vae is None else f"{found}, autoencoder of {vae}"
+    return Checkpoint(source, found, networks, tokenizer, schedule, defaults)
 
 
-def _open_folder(folder: Path, tokenizer: str | None, raw_weights: bool,
-                 vae: Network | None) -> Checkpoint:
+def _open_folder(folder: Path, raw_weights: bool, vae: Network | None) -> tuple:
+    """What it is in words, the networks, schedule and defaults."""
     if raw_weights:
         raise ValueError(f"{folder} is a folder, which holds one set of weights; leave out --raw-weights")
     networks = {part: vae if vae and part == "vae" else open_network(cls, folder / part)
                 for part, cls in PARTS.items()}
-    schedule = read_json(folder / "scheduler" / "scheduler_config.json")
-    channels = networks["unet"].model.config.in_channels
-    found = f"a diffusers folder, {channels} input channels, {_dtypes(networks)}"
-    path = folder / "defaults.json"
-    return Checkpoint(folder, found, networks, tokenizer, schedule,
-                      with_defaults(read_json(path, missing={}), path))
+    kinds = dtype_names(tensor for network in networks.values() for tensor in network.read().values())
+    path, channels = folder / "defaults.json", networks["unet"].model.config.in_channels
+    return (f"a diffusers folder, {channels} input channels, {kinds}", networks,
+            read_json(folder / "scheduler" / "scheduler_config.json"),
+            with_defaults(read_json(path, missing={}), path))
 
 
-def _open_single(path: Path, tokenizer: str | None, raw_weights: bool, vae: Network | None) -> Checkpoint:
-    tensors = read_tensors(path)
-    if vae:  # in place of the file's own, if it has one
-        prefix = PREFIXES[VAEConfig]
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
-        tensors |= to_original(vae.model.config, vae.tensors)
+def _open_single(path: Path, raw_weights: bool, vae: Network | None) -> tuple:
+    """As _open_folder. `vae` is in place of the file's own, if it has one."""
+    def read() -> dict[str, torch.Tensor]:
+        return {name: tensor for name, tensor in read_tensors(path).items()
+                if not (vae and name.removeprefix("state_dict.").startswith(PREFIXES[VAE]))}
+
+    ours = _own_metadata(path)
+    found, networks = find_networks(
+        read, path, raw_weights, ours | ({"vae": vae.model.config.to_json()} if vae else {}))
+    networks |= {"vae": vae} if vae else {}
+    return found, networks, ours.get("schedule", NoiseSchedule().to_json()), ours["defaults"]
+
+
+def _own_metadata(path: Path) -> dict:
+    """The JSON that `convert` leaves in a single file; "defaults" is there in any case."""
     try:
         ours = dict(json.loads(read_metadata(path).get("nanoip2p", "{}")))
-        defaults = dict(ours.get("defaults", {}))
+        return ours | {"defaults": with_defaults(dict(ours.get("defaults", {})), "defaults")}
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: its metadata is broken ({error})") from None
-    defaults = with_defaults(defaults, path)
-    configs = {part: empty(cls, ours[part], path).config for part, cls in PARTS.items() if part in ours}
-    configs |= {"vae": vae.model.config} if vae else {}
-    found, parts = find_networks(tensors, path, raw_weights, configs)
-    networks = {part: Network(on_meta(config), weights, path) for part, (config, weights) in parts.items()}
-    schedule = ours.get("schedule", NoiseSchedule().to_json())
-    return Checkpoint(path, f"{found}, {_dtypes(networks)}", networks, tokenizer, schedule, defaults)
 
 
 def open_vae(path: Path) -> Network:
     """An autoencoder of its own: its folder, a whole checkpoint's folder, or a single file."""
     if path.is_dir():
         return open_network(VAE, path / "vae" if (path / "vae").is_dir() else path)
-    config, tensors = find_vae(read_tensors(path), path)
-    return Network(on_meta(config), tensors, path)
-
-
-def _dtypes(networks: dict[str, Network]) -> str:
-    kinds = {tensor.dtype for network in networks.values() for tensor in network.tensors.values()}
-    return " and ".join(sorted(name for name, dtype in DTYPES.items() if dtype in kinds))
+    return find_vae(lambda: read_tensors(path), path, _own_metadata(path).get("vae"))
 
 
 def widen(checkpoint: Checkpoint) -> Checkpoint:
@@ -163,11 +156,14 @@ def widen(checkpoint: Checkpoint) -> Checkpoint:
     latent = checkpoint.networks["vae"].model.config.latent_channels
     if unet.model.config.in_channels != latent:
         return checkpoint
-    weight = unet.tensors["conv_in.weight"]                                     # (C, 4, 3, 3)
-    wider = torch.cat([weight, torch.zeros_like(weight)], dim=1)                # (C, 8, 3, 3)
-    model = on_meta(replace(unet.model.config, in_channels=2 * latent))
-    network = Network(model, unet.tensors | {"conv_in.weight": wider}, unet.path)
-    return replace(checkpoint, networks=checkpoint.networks | {"unet": network})
+
+    def read() -> dict[str, torch.Tensor]:
+        return {name: torch.cat([tensor, torch.zeros_like(tensor)], dim=1)      # (C, 4, 3, 3) -> (C, 8, 3, 3)
+                if name == "conv_in.weight" and tensor.ndim == 4 else tensor
+                for name, tensor in unet.read().items()}
+
+    model = empty(UNet, unet.model.config.to_json() | {"in_channels": 2 * latent}, unet.path)
+    return replace(checkpoint, networks=checkpoint.networks | {"unet": Network(model, read, unet.path)})
 
 
 def load_parts(checkpoint: str | Path | Checkpoint, dtype: torch.dtype = torch.float32,
@@ -242,26 +238,24 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None = No
     programs of 2022 read. All is checked before anything is written, and tensors go from file to file one at
     a time. ValueError for a bad checkpoint or target.
     """
-    single, target, networks = target.suffix == ".safetensors", target.resolve(), checkpoint.networks
+    single, target = target.suffix == ".safetensors", target.resolve()
     if target.suffix in (".ckpt", ".pt", ".bin") or target.exists() and (
             single and not target.is_file() or not single and (not target.is_dir() or any(target.iterdir()))):
         raise ValueError(f"{target}: written are new folders and .safetensors files; name one of those")
     if ema and not single:
         raise ValueError("--ema-copy is for single files; a folder holds one set of weights")
-    models = [networks[part].load(None) for part in PARTS]
+    models = {part: network.load(None) for part, network in checkpoint.networks.items()}
     if single:
-        named = {name: tensor for network in networks.values()
-                 for name, tensor in to_original(network.model.config, network.tensors).items()}
-        if ema:
-            named |= to_original(networks["unet"].model.config, networks["unet"].tensors, ema=True)
-        ours = {part: network.model.config.to_json() for part, network in networks.items()}
+        named = {name: tensor for model in models.values() for name, tensor in to_original(model).items()}
+        named |= to_original(models["unet"], ema=True) if ema else {}
+        ours = {part: model.config.to_json() for part, model in models.items()}
         ours |= {"schedule": checkpoint.schedule, "defaults": checkpoint.defaults}
         return write_tensors(named, target, dtype, {"nanoip2p": json.dumps(ours)})
     tokenizer_folder, _ = checkpoint.open_tokenizer()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as unfinished:
-        save_parts(f"{unfinished}/new", *models, tokenizer_folder, checkpoint.schedule, checkpoint.defaults,
-                    dtype)
+        save_parts(f"{unfinished}/new", *models.values(), tokenizer_folder, checkpoint.schedule,
+                   checkpoint.defaults, dtype)
         Path(unfinished, "new").replace(target)
 
 
@@ -281,7 +275,8 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint = open_checkpoint(args.source, args.vae, args.tokenizer, args.raw_weights)
         print(f"{args.source}: {checkpoint.found}")
         for part, network in checkpoint.networks.items():
-            print(f"  {part:<13}{sum(t.numel() for t in network.tensors.values()) / 1e6:>8.1f} M parameters")
+            model = network.model if args.target else network.load(None)  # to look is to check
+            print(f"  {part:<13}{sum(p.numel() for p in model.parameters()) / 1e6:>8.1f} M parameters")
         if args.target:
             convert(checkpoint, args.target, DTYPES.get(args.dtype), args.ema_copy)
             print(f"wrote {args.target}")

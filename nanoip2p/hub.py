@@ -4,6 +4,7 @@ Only files that are read here are fetched. Progress bars, resuming, the cache an
 huggingface_hub, which is imported late: it takes its time, and reads the environment as it goes.
 """
 
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,8 @@ TIMEOUT = 10  # seconds for the list of files, where the library would wait for 
 # defaults.json and pairs.json are ours, see checkpoint.py and pairs.py
 SMALL = r"(defaults|pairs|scheduler/[^/]+|(unet|vae|text_encoder)/config)\.json|tokenizer/[^/]+\.(json|txt)"
 STEM = r"(diffusion_pytorch_|pytorch_)?model"
-WEIGHTS = (  # of each network the first set that there is, in the order of tensors.find_weights
-    rf"{STEM}\.safetensors", rf"{STEM}(-\d+-of-\d+\.safetensors|\.safetensors\.index\.json)",
-    rf"{STEM}\.fp16\.safetensors",
-    rf"{STEM}(\.fp16-\d+-of-\d+\.safetensors|-\d+-of-\d+\.fp16\.safetensors|\.safetensors\.index\.fp16\.json)",
-    rf"{STEM}\.bin", rf"{STEM}\.fp16\.bin",
-)
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
+                   "special_tokens_map.json", "added_tokens.json")
 REASONS = {  # by the library's names of errors; each follows "there is no file or folder owner/name, and"
     "GatedRepoError": "the Hub asks you to accept its terms there, then to `hf auth login` or set HF_TOKEN",
     "RepositoryNotFoundError": "the Hub has none, or a private one: then `hf auth login` or set HF_TOKEN",
@@ -40,12 +37,11 @@ def fetch_weights(name: str) -> Path:
 def needed_files(names: list[str]) -> list[str]:
     """From the paths of all files of a repository, those an SD 1.x model is read from; [] if it is none."""
     needed = ["model_index.json", *(name for name in names if re.fullmatch(SMALL, name))]
-    for network in ("unet", "vae", "text_encoder"):
-        sets = ([name for name in names if re.fullmatch(f"{network}/({kind})", name)] for kind in WEIGHTS)
-        weights = next(filter(None, sets), [])
+    for network in ("unet/", "vae/", "text_encoder/"):
+        weights = weight_files([name.removeprefix(network) for name in names if name.startswith(network)])
         if not weights or needed[0] not in names:
             return []
-        needed += weights
+        needed += [network + name for name in weights]
     return needed
 
 
@@ -57,9 +53,19 @@ def fetch_clip(name: str) -> Path:
 def clip_files(names: list[str]) -> list[str]:
     """From the paths of all files of a repository, those a CLIPModel is read from; [] if it is none."""
     settings = ["config.json", "preprocessor_config.json"]
-    sets = ([name for name in names if re.fullmatch(kind, name)] for kind in WEIGHTS)
-    weights, words = next(filter(None, sets), []), tokenizer_files(names)
+    weights, words = weight_files(names), tokenizer_files(names)
     return settings + weights + words if weights and words and set(settings) <= set(names) else []
+
+
+def weight_files(names: list[str]) -> list[str]:
+    """From the names in a network's folder, those of its weights: the first of safetensors and .bin, full
+    precision and fp16, one file and shards with their index; [] if there are none."""
+    for kind, variant in itertools.product(("safetensors", "bin"), ("", r"\.fp16")):
+        shard = rf"{STEM}({variant}-\d+-of-\d+|-\d+-of-\d+{variant})\.{kind}"
+        for form in (rf"{STEM}{variant}\.{kind}", rf"{shard}|{STEM}\.{kind}\.index{variant}\.json"):
+            if found := [name for name in names if re.fullmatch(form, name)]:
+                return found
+    return []
 
 
 def find_tokenizer(checkpoint: Path, given: str | None) -> Path:
@@ -86,11 +92,11 @@ def find_tokenizer(checkpoint: Path, given: str | None) -> Path:
 
 def tokenizer_files(names: list[str]) -> list[str]:
     """From the paths of all files of a folder, those of its tokenizer; [] if there is none."""
-    settings = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     for folder in ("", "tokenizer/"):
-        for words in (("vocab.json", "merges.txt"), ("tokenizer.json",)):
+        for words in (TOKENIZER_FILES[:2], TOKENIZER_FILES[2:3]):
             if all(folder + name in names for name in words):
-                return [folder + name for name in (*words, *settings) if folder + name in names]
+                here = (folder + name for name in (*words, *TOKENIZER_FILES[3:]))
+                return [name for name in here if name in names]
     return []
 
 

@@ -1,69 +1,44 @@
 """One network and its folder: config.json beside its weights, as diffusers and transformers have it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from nanoip2p.clip import CLIP, CLIPTextConfig, TextEncoder, VisionEncoder
+from nanoip2p.clip import CLIP, TextEncoder, VisionEncoder
 from nanoip2p.files import read_json, write_json
 from nanoip2p.tensors import check_tensors, find_weights, narrowed, write_tensors
-from nanoip2p.unet import UNet, UNetConfig
-from nanoip2p.vae import VAE, VAEConfig
+from nanoip2p.unet import UNet
+from nanoip2p.vae import VAE
 
-# Our class -> the class that reads the same folder in diffusers or transformers, and its file of weights
-LAYOUT = {
-    UNet: ("UNet2DConditionModel", "diffusion_pytorch_model"),
-    VAE: ("AutoencoderKL", "diffusion_pytorch_model"),
-    TextEncoder: ("CLIPTextModel", "model"),
-    VisionEncoder: ("CLIPVisionModel", "model"),
-    CLIP: ("CLIPModel", "model"),
-}
-CLASSES = {UNetConfig: UNet, VAEConfig: VAE, CLIPTextConfig: TextEncoder}
-
-
-def on_meta(config: UNetConfig | VAEConfig | CLIPTextConfig) -> nn.Module:
-    """The network of a config without memory, or random numbers for weights about to be replaced."""
-    with torch.device("meta"):
-        return CLASSES[type(config)](config)
+# Our class -> the class that reads the same folder in diffusers or transformers
+CLASS_NAMES = {UNet: "UNet2DConditionModel", VAE: "AutoencoderKL", TextEncoder: "CLIPTextModel",
+               VisionEncoder: "CLIPVisionModel", CLIP: "CLIPModel"}
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network without memory (on torch's meta device), and its tensors, which are still on disk."""
+    """A network without memory (on torch's meta device), and its tensors, which are still on disk.
+
+    `read` maps their file anew each time, because what was touched of a mapping stays in memory with it.
+    """
 
     model: nn.Module
-    tensors: dict[str, Tensor]
-    path: Path  # of the file, for messages
-
-    def check(self) -> None:
-        """ValueError, in one line, when names, shapes or numbers are not those of the model."""
-        check_tensors(self.tensors, self.model.state_dict(), self.path)
+    read: Callable[[], dict[str, Tensor]]
+    path: Path  # of the file or folder, for messages
 
     def load(self, dtype: torch.dtype | None) -> nn.Module:
         """The model with its weights in `dtype` (None: as they are, still on disk), in eval mode on the CPU.
 
-        ValueError as `check`.
+        ValueError, in one line, when names, shapes or numbers are not those of the model.
         """
-        self.check()
-        weights = {name: narrowed(tensor, dtype or tensor.dtype, name)
-                   for name, tensor in self.tensors.items()}
+        tensors = self.read()
+        check_tensors(tensors, self.model.state_dict(), self.path)
+        weights = {name: narrowed(tensor, dtype or tensor.dtype, name) for name, tensor in tensors.items()}
         self.model.load_state_dict(weights, assign=True)
         return self.model.eval()
-
-
-def open_network(cls: type, folder: str | Path) -> Network:
-    """Read a network's folder: config.json and weights. ValueError, in one line, for what is amiss."""
-    folder = Path(folder)
-    class_name, stem = LAYOUT[cls]
-    config = read_json(folder / "config.json")
-    written_by = config.get("_class_name") or config.get("architectures") or class_name
-    if written_by not in (class_name, [class_name]):
-        raise ValueError(f"{folder} holds a {written_by}, not the {class_name} needed here")
-    model = empty(cls, config, folder / "config.json")
-    path, tensors = find_weights(folder, stem)
-    return Network(model, cls.published_names(tensors) if hasattr(cls, "published_names") else tensors, path)
 
 
 def empty(cls: type, config: dict, path: Path) -> nn.Module:
@@ -71,8 +46,20 @@ def empty(cls: type, config: dict, path: Path) -> nn.Module:
     try:
         with torch.device("meta"):
             return cls.from_config(config)
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError, RuntimeError) as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def open_network(cls: type, folder: str | Path) -> Network:
+    """Read a network's folder: config.json and weights. ValueError, in one line, for what is amiss."""
+    folder, class_name = Path(folder), CLASS_NAMES[cls]
+    config = read_json(folder / "config.json")
+    written_by = config.get("_class_name") or config.get("architectures") or class_name
+    if written_by not in (class_name, [class_name]):
+        raise ValueError(f"{folder} holds a {written_by}, not the {class_name} needed here")
+    published_names = getattr(cls, "published_names", dict)
+    return Network(empty(cls, config, folder / "config.json"),
+                   lambda: published_names(find_weights(folder)), folder)
 
 
 def load_network(cls: type, folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -89,8 +76,9 @@ def save_network(model: nn.Module, folder: str | Path, dtype: torch.dtype | None
 
     dtype: of the file; None leaves that of each weight.
     """
-    write_tensors(model.state_dict(), Path(folder) / f"{LAYOUT[type(model)][1]}.safetensors", dtype)
-    config = model.config.to_json()
+    config, stem = model.config.to_json(), "diffusion_pytorch_model"
     if "architectures" in config:  # transformers 5 computes in the dtype of the file, diffusers in float32:
         config["torch_dtype"] = "float32"  # together they fail, or give another picture, unless both are told
+        stem = "model"
+    write_tensors(model.state_dict(), Path(folder) / f"{stem}.safetensors", dtype)
     write_json(config, Path(folder) / "config.json")

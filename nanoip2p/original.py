@@ -6,24 +6,29 @@ read a file, it is applied to all names of our networks, and the table that resu
 """
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nanoip2p.clip import CLIPTextConfig
-from nanoip2p.network import on_meta
-from nanoip2p.unet import UNetConfig
+from nanoip2p.clip import CLIPTextConfig, TextEncoder
+from nanoip2p.network import Network, empty
+from nanoip2p.tensors import dtype_names, refuse
+from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAE, VAEConfig
 
-PREFIXES = {UNetConfig: "model.diffusion_model.", VAEConfig: "first_stage_model.",
-            CLIPTextConfig: "cond_stage_model.transformer."}
-# Layers inside a block: ours -> theirs
+PARTS = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}
+PREFIXES = {UNet: "model.diffusion_model.", VAE: "first_stage_model.",
+            TextEncoder: "cond_stage_model.transformer."}
+Shape = Callable[[str], tuple[int, ...]]  # of a tensor by its name; ValueError when a file lacks it
+# Ours -> theirs: layers inside a block of the UNet, and whatever occurs in a name of the autoencoder
 UNET_WORDS = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
               "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
-VAE_WORDS = {"conv_shortcut": "nin_shortcut", "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v",
-             "to_out.0": "proj_out"}
+VAE_WORDS = {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2",
+             "mid_block.attentions.0": "mid.attn_1", "_blocks": "", "resnets": "block",
+             "samplers.0": "sample", "conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut",
+             "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 # Tables that follow from the schedule, counters, indices 0, 1, 2, …, and parts that only training used.
 # Other scalars go as well: no network here has any.
 IGNORED = re.compile(
@@ -49,6 +54,7 @@ FRAGMENTS = {
 }
 
 
+@cache
 def unet_places(config: UNetConfig) -> dict[str, str]:
     """Our name of each of the UNet's blocks -> theirs. A level takes `per` numbers in a row."""
     places = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
@@ -67,41 +73,27 @@ def unet_places(config: UNetConfig) -> dict[str, str]:
                      "mid_block.resnets.1": "middle_block.2"}
 
 
-def vae_places(config: VAEConfig) -> dict[str, str]:
-    """Our name of each of the autoencoder's blocks -> theirs, which count up-sampling levels from the end."""
-    places, levels = {}, len(config.block_out_channels)
-    for half in ("encoder", "decoder"):
-        middle = f"{half}.mid_block"
-        places |= {f"{half}.conv_norm_out": f"{half}.norm_out",
-                   f"{middle}.attentions.0": f"{half}.mid.attn_1",
-                   f"{middle}.resnets.0": f"{half}.mid.block_1",
-                   f"{middle}.resnets.1": f"{half}.mid.block_2"}
-    for i in range(levels):
-        up = f"decoder.up.{levels - 1 - i}"
-        for j in range(config.layers_per_block + 1):
-            places[f"encoder.down_blocks.{i}.resnets.{j}"] = f"encoder.down.{i}.block.{j}"
-            places[f"decoder.up_blocks.{i}.resnets.{j}"] = f"{up}.block.{j}"
-        places[f"encoder.down_blocks.{i}.downsamplers.0"] = f"encoder.down.{i}.downsample"
-        places[f"decoder.up_blocks.{i}.upsamplers.0"] = f"{up}.upsample"
-    return places
+def unet_name(name: str, config: UNetConfig) -> str:
+    """Our name of a weight -> theirs: the block's place, the layer in other words, and the rest."""
+    places = unet_places(config)
+    place = next(place for place in places if name.startswith(place + "."))
+    layer, _, leaf = name.removeprefix(place + ".").rpartition(".")
+    return ".".join(filter(None, [places[place], UNET_WORDS.get(layer, layer), leaf]))
 
 
-def theirs(config) -> dict[str, str]:
-    """Every weight of the network with this config: our name -> theirs, with their prefix."""
-    names = on_meta(config).state_dict()
-    places, words = {UNetConfig: (unet_places, UNET_WORDS), VAEConfig: (vae_places, VAE_WORDS),
-                     CLIPTextConfig: (lambda config: {}, {})}[type(config)]
-    places = places(config)
-    table = {}
-    for name in names:
-        place = next((place for place in places if name.startswith(place + ".")), None)
-        if place is None:  # named alike: all of CLIP, the first and last convolutions of the autoencoder
-            table[name] = PREFIXES[type(config)] + name
-        else:
-            layer, _, leaf = name[len(place) + 1:].rpartition(".")
-            inner = [words.get(layer, layer)] if layer else []
-            table[name] = PREFIXES[type(config)] + ".".join([places[place], *inner, leaf])
-    return table
+def vae_name(name: str, config: VAEConfig) -> str:
+    """Our name of a weight -> theirs, which count up-sampling levels from the end."""
+    last = len(config.block_out_channels) - 1
+    name = re.sub(r"up_blocks\.(\d+)", lambda match: f"up_blocks.{last - int(match[1])}", name)
+    for ours, original in VAE_WORDS.items():
+        name = name.replace(ours, original)
+    return name
+
+
+def theirs(model: nn.Module) -> dict[str, str]:
+    """Every weight of a network: our name -> theirs, with their prefix. CLIP's differ in nothing else."""
+    rename = {UNet: unet_name, VAE: vae_name}.get(type(model), lambda name, config: name)
+    return {name: PREFIXES[type(model)] + rename(name, model.config) for name in model.state_dict()}
 
 
 def ema_name(name: str) -> str:
@@ -114,74 +106,79 @@ def is_projection(name: str) -> bool:
     return ".mid.attn_1." in name and name.endswith("weight") and not name.endswith("norm.weight")
 
 
-def to_original(config, tensors: dict[str, Tensor], ema: bool = False) -> dict[str, Tensor]:
-    """A network's tensors under the original's names (ema: of the averaged weights). Nothing is copied."""
-    table = theirs(config)
+def to_original(model: nn.Module, ema: bool = False) -> dict[str, Tensor]:
+    """A network's weights under the original's names (ema: of the averaged weights). Nothing is copied."""
+    table = theirs(model)
     return {ema_name(table[name]) if ema else table[name]:
             tensor[:, :, None, None] if is_projection(table[name]) else tensor
-            for name, tensor in tensors.items()}
+            for name, tensor in model.state_dict().items()}
 
 
-def to_ours(config, tensors: dict[str, Tensor], ema: bool = False) -> dict[str, Tensor]:
+def to_ours(model: nn.Module, tensors: dict[str, Tensor], ema: bool = False) -> dict[str, Tensor]:
     """The inverse of to_original: those of the tensors that belong to the network, under our names."""
-    table = {ema_name(name) if ema else name: ours for ours, name in theirs(config).items()}
+    table = {ema_name(name) if ema else name: ours for ours, name in theirs(model).items()}
     return {table[name]: tensor.flatten(1) if is_projection(name) else tensor
             for name, tensor in tensors.items() if name in table}
 
 
-def find_networks(tensors: dict[str, Tensor], path: Path, raw_weights: bool = False,
-                  configs: dict | None = None) -> tuple[str, dict]:
-    """What a single file holds, in words, and for each of "unet", "vae", "text_encoder" (config, tensors).
+def find_networks(read: Callable[[], dict[str, Tensor]], path: Path, raw_weights: bool = False,
+                  configs: dict[str, dict] | None = None) -> tuple[str, dict[str, Network]]:
+    """What a single file holds, in words, and its three networks by the names in PARTS.
 
-    Configs are read off the shapes, except those given in `configs`. Averaged (EMA) weights are taken where
-    the file has them, unless `raw_weights`. Raises ValueError, in one line, for another family's file and for
-    tensors that have no place here.
+    read: maps the file's tensors. Configs are read off the shapes, except those given in `configs`. Averaged
+    (EMA) weights are taken where the file has them, unless `raw_weights`. Raises ValueError, in one line, for
+    another family's file and for tensors that have no place here.
     """
-    tensors = weights(tensors)
-    if any(name.startswith(PREFIXES[UNetConfig]) for name in tensors):
+    tensors = weights(read())
+    if any(name.startswith(PREFIXES[UNet]) for name in tensors):
         refuse_others(tensors, FAMILIES, path)
     else:
         refuse_others(tensors, FAMILIES | FRAGMENTS, path)
         raise ValueError(f"{path} is no Stable Diffusion checkpoint; it holds {', '.join([*tensors][:3])} …")
-    infer = {"unet": unet_config, "vae": vae_config, "text_encoder": text_config}
-    try:
-        configs = {part: (configs or {}).get(part) or infer[part](tensors) for part in infer}
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    models = {part: empty(cls, (configs or {}).get(part) or infer(cls, tensors, path), path)
+              for part, cls in PARTS.items()}
+    known = {name for model in models.values() for name in theirs(model).values()}
+    known |= {ema_name(name) for name in known}
+    refuse(path, "has unknown", [name for name in tensors if name not in known])
     has_ema = any(name.startswith("model_ema.") for name in tensors)
     ema = has_ema and not raw_weights
-    parts = {part: (config, to_ours(config, tensors, ema and part == "unet"))
-             for part, config in configs.items()}
-    known = {name for config in configs.values() for name in theirs(config).values()}
-    refuse_unknown(tensors, known | {ema_name(name) for name in known}, path)
-    edits = configs["unet"].in_channels > configs["vae"].latent_channels
-    kind = "an InstructPix2Pix checkpoint" if edits else "a Stable Diffusion 1.x checkpoint"
+    unet = models["unet"].config
+    kind = "an InstructPix2Pix" if unet.in_channels > unet.out_channels else "a Stable Diffusion 1.x"
     which = "EMA weights" if ema else "raw weights" if has_ema else "no EMA copy"
-    return f"{kind} in the layout of 2022, {configs['unet'].in_channels} input channels, {which}", parts
+    found = (f"{kind} checkpoint in the layout of 2022, {unet.in_channels} input channels, {which}, "
+             f"{dtype_names(tensors.values())}")
+
+    def read_part(part: str) -> dict[str, Tensor]:
+        return to_ours(models[part], weights(read()), ema and part == "unet")
+
+    return found, {part: Network(model, partial(read_part, part), path) for part, model in models.items()}
 
 
-def find_vae(tensors: dict[str, Tensor], path: Path) -> tuple[VAEConfig, dict[str, Tensor]]:
+def find_vae(read: Callable[[], dict[str, Tensor]], path: Path, config: dict | None = None) -> Network:
     """The autoencoder of a file of its own, in the original's names or diffusers', or of a whole checkpoint.
 
-    Config and tensors in our names, as find_networks, and the same errors.
+    Without `config` it is read off the shapes; errors as find_networks.
     """
-    prefix, tensors = PREFIXES[VAEConfig], weights(tensors)
-    refuse_others(tensors, FAMILIES, path)
-    inside = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    tensors = VAE.published_names(weights(inside or {prefix + name: tensors[name] for name in tensors}))
-    try:
-        config = vae_config(tensors)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if prefix + "encoder.conv_norm_out.weight" in tensors:  # diffusers' names, and so ours
-        return config, {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    refuse_unknown(tensors, theirs(config).values(), path)
-    return config, to_ours(config, tensors)
+    def read_prefixed() -> dict[str, Tensor]:
+        tensors = weights(read())
+        inside = {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIXES[VAE])}
+        return VAE.published_names(
+            weights(inside or {PREFIXES[VAE] + name: tensor for name, tensor in tensors.items()}))
+
+    refuse_others(weights(read()), FAMILIES, path)
+    tensors = read_prefixed()
+    model = empty(VAE, config or infer(VAE, tensors, path), path)
+    if PREFIXES[VAE] + "encoder.conv_norm_out.weight" in tensors:  # diffusers' names, and so ours
+        return Network(model, lambda: {name.removeprefix(PREFIXES[VAE]): tensor
+                                       for name, tensor in read_prefixed().items()}, path)
+    known = set(theirs(model).values())
+    refuse(path, "has unknown", [name for name in tensors if name not in known])
+    return Network(model, lambda: to_ours(model, read_prefixed()), path)
 
 
 def weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without what is IGNORED; some programs put `state_dict.` before names, or leave out `text_model.`"""
-    bare = re.compile(rf"^({PREFIXES[CLIPTextConfig]})(embeddings|encoder|final)")
+    bare = re.compile(rf"^({PREFIXES[TextEncoder]})(embeddings|encoder|final)")
     named = ((name.removeprefix("state_dict."), tensor) for name, tensor in tensors.items() if tensor.ndim)
     return {bare.sub(r"\1text_model.\2", name): tensor
             for name, tensor in named if not IGNORED.fullmatch(name)}
@@ -195,18 +192,17 @@ def refuse_others(tensors: dict[str, Tensor], families: dict[str, str], path: Pa
             raise ValueError(f"{path}: this is {kind}; nanoip2p reads Stable Diffusion 1.x")
 
 
-def refuse_unknown(names: Iterable[str], known: Collection[str], path: Path) -> None:
-    """ValueError that names the first few that have no place in our networks."""
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"{path} has unknown {', '.join(unknown[:3])}{', …' * (len(unknown) > 3)}; nanoip2p "
-                         "reads Stable Diffusion 1.x")
+def infer(cls: type, tensors: dict[str, Tensor], path: Path) -> dict:
+    """Read the config of a network off the names and shapes in a file. ValueError names what is missing."""
+    def shape(name: str) -> tuple[int, ...]:
+        tensor = tensors.get(PREFIXES[cls] + name)
+        if tensor is None or tensor.ndim < 2 or 0 in tensor.shape:
+            raise ValueError(f"{path}: no complete Stable Diffusion 1.x checkpoint, it lacks {name} or its "
+                             "shape is odd")
+        return tensor.shape
 
-
-def shape(tensors: dict[str, Tensor], name: str) -> torch.Size:
-    """ValueError that names the tensor when there is none, or a vector, or nothing in it."""
-    if name not in tensors or tensors[name].ndim < 2 or 0 in tensors[name].shape:
-        raise ValueError(f"no complete Stable Diffusion 1.x checkpoint, it lacks {name} or its shape is odd")
-    return tensors[name].shape
+    names = {name.removeprefix(PREFIXES[cls]) for name in tensors}
+    return {UNet: infer_unet, VAE: infer_vae, TextEncoder: infer_text}[cls](names, shape)
 
 
 def count(names: Iterable[str], pattern: str) -> int:
@@ -214,46 +210,41 @@ def count(names: Iterable[str], pattern: str) -> int:
     return len({match[1] for match in (re.match(pattern, name) for name in names) if match})
 
 
-def unet_config(tensors: dict[str, Tensor]) -> UNetConfig:
-    """Read the UNet's config off names and shapes; the number of heads, 8, cannot be seen."""
-    unet = {name.removeprefix(PREFIXES[UNetConfig]): tensor for name, tensor in tensors.items()}
-    first, last = (shape(unet, name) for name in ("input_blocks.0.0.weight", "out.2.weight"))
-    text = shape(unet, "middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1]
-    blocks = count(unet, r"input_blocks\.(\d+)\.")
-    downs = [i for i in range(1, blocks) if f"input_blocks.{i}.0.op.weight" in unet]
-    per = downs[0] if downs else blocks
-    places = [i * per for i in range(-(-blocks // per))]
-    return UNetConfig(
-        in_channels=first[1], out_channels=last[0], layers_per_block=per - 1, cross_attention_dim=text,
-        block_out_channels=tuple(shape(unet, f"input_blocks.{i + 1}.0.out_layers.3.weight")[0]
-                                 for i in places),
-        down_block_types=tuple("CrossAttnDownBlock2D" if f"input_blocks.{i + 1}.1.proj_in.weight" in unet
-                               else "DownBlock2D" for i in places),
-        up_block_types=tuple("CrossAttnUpBlock2D" if f"output_blocks.{i}.1.proj_in.weight" in unet
-                             else "UpBlock2D" for i in places))
+def infer_unet(names: set[str], shape: Shape) -> dict:
+    """The number of heads, 8, cannot be seen."""
+    blocks = count(names, r"input_blocks\.(\d+)\.")
+    per = next((i for i in range(1, blocks) if f"input_blocks.{i}.0.op.weight" in names), blocks)  # a level
+    levels = range(1, blocks, per)  # at a residual block of each
+
+    def types(side: str, direction: str) -> list[str]:
+        attends = (f"{side}_blocks.{i}.1.proj_in.weight" in names for i in levels)
+        return ["CrossAttn" * has + f"{direction}Block2D" for has in attends]
+
+    return dict(
+        in_channels=shape("input_blocks.0.0.weight")[1], out_channels=shape("out.2.weight")[0],
+        cross_attention_dim=shape("middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1],
+        layers_per_block=per - 1, down_block_types=types("input", "Down"),
+        up_block_types=types("output", "Up"),
+        block_out_channels=[shape(f"input_blocks.{i}.0.out_layers.3.weight")[0] for i in levels])
 
 
-def vae_config(tensors: dict[str, Tensor]) -> VAEConfig:
-    """Read the autoencoder's config off names (here also diffusers') and shapes; its scale cannot be seen."""
-    vae = {name.removeprefix(PREFIXES[VAEConfig]): tensor for name, tensor in tensors.items()}
+def infer_vae(names: set[str], shape: Shape) -> dict:
+    """Of diffusers' names too; the scale of the latents cannot be seen."""
     spellings = "encoder.down.{}.block.{}.conv2.weight", "encoder.down_blocks.{}.resnets.{}.conv2.weight"
-    block = next((block for block in spellings if block.format(0, 0) in vae), spellings[0])
-    levels = range(count(vae, block.format(r"(\d+)", 0)))
-    return VAEConfig(
-        in_channels=shape(vae, "encoder.conv_in.weight")[1],
-        out_channels=shape(vae, "decoder.conv_out.weight")[0],
-        latent_channels=shape(vae, "decoder.conv_in.weight")[1],
-        layers_per_block=count(vae, block.format(0, r"(\d+)")),
-        block_out_channels=tuple(shape(vae, block.format(i, 0))[0] for i in levels))
+    block = next((block for block in spellings if block.format(0, 0) in names), spellings[0])
+    levels = range(count(names, block.format(r"(\d+)", 0)))
+    return dict(
+        in_channels=shape("encoder.conv_in.weight")[1], out_channels=shape("decoder.conv_out.weight")[0],
+        latent_channels=shape("decoder.conv_in.weight")[1],
+        layers_per_block=count(names, block.format(0, r"(\d+)")),
+        block_out_channels=[shape(block.format(i, 0))[0] for i in levels])
 
 
-def text_config(tensors: dict[str, Tensor]) -> CLIPTextConfig:
-    """Read the text encoder's config off names and shapes; heads are 64 wide, as in every CLIP."""
-    prefix = PREFIXES[CLIPTextConfig] + "text_model."
-    text = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    vocabulary, width = shape(text, "embeddings.token_embedding.weight")[:2]
+def infer_text(names: set[str], shape: Shape) -> dict:
+    """Heads are 64 wide, as in every CLIP."""
+    vocabulary, width = shape("text_model.embeddings.token_embedding.weight")[:2]
     return CLIPTextConfig(
         vocab_size=vocabulary, hidden_size=width, projection_dim=width, num_attention_heads=width // 64 or 1,
-        intermediate_size=shape(text, "encoder.layers.0.mlp.fc1.weight")[0],
-        num_hidden_layers=count(text, r"encoder\.layers\.(\d+)\."),
-        max_position_embeddings=shape(text, "embeddings.position_embedding.weight")[0])
+        intermediate_size=shape("text_model.encoder.layers.0.mlp.fc1.weight")[0],
+        num_hidden_layers=count(names, r"text_model\.encoder\.layers\.(\d+)\."),
+        max_position_embeddings=shape("text_model.embeddings.position_embedding.weight")[0]).to_json()

@@ -6,6 +6,7 @@ tensor only, so a 4 GB checkpoint can be converted on a laptop.
 
 import json
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nanoip2p.files import read_json, remedy, replacing
+from nanoip2p.hub import weight_files
 from nanoip2p.pickles import read_pickle
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -40,50 +42,50 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The strings that a safetensors file holds beside its tensors; {} for other files."""
+    """The strings that a safetensors file holds beside its tensors; {} for other files, or none."""
     try:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
-    except SafetensorError:  # a pickle
+    except (SafetensorError, OSError):
         return {}
 
 
-def find_weights(folder: Path, stem: str) -> tuple[Path, dict[str, Tensor]]:
-    """The weights in a network's folder: <stem>.safetensors, whole or in shards, plain or fp16, or .bin.
-
-    Returns the file (of shards, their index) and the tensors. Raises ValueError as read_tensors.
-    """
-    for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json",
-                 f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json",
-                 f"{stem}.bin", "pytorch_model.bin", f"{stem}.fp16.bin"):
-        path = folder / name
-        if path.is_file() and path.suffix == ".json":
-            names = read_json(path).get("weight_map")
-            if not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()):
-                raise ValueError(f"{path} has no weight_map that names files; fetch it again")
-            shards = sorted(set(names.values()))
-            tensors = {}
-            for shard in shards:
-                tensors |= read_tensors(folder / Path(shard).name)
-            return path, tensors
-        if path.is_file():
-            return path, read_tensors(path)
-    raise ValueError(f"{folder / stem}.safetensors is missing; {remedy(folder)}")
+def find_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights in a network's folder, in any form of hub.weight_files. ValueError as read_tensors."""
+    files = weight_files([path.name for path in folder.glob("*")])
+    if not files:
+        raise ValueError("diffusion_pytorch_model.safetensors or model.safetensors is missing; "
+                         f"{remedy(folder)}")
+    for index in (folder / name for name in files if name.endswith(".json")):
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()):
+            raise ValueError(f"{index} has no weight_map that names files; fetch it again")
+        files = {Path(shard).name for shard in names.values()}
+    tensors = {}
+    for name in sorted(files):
+        tensors |= read_tensors(folder / name)
+    return tensors
 
 
 def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
     """ValueError, naming the first few, when tensors do not fit a network or are not finite."""
-    _refuse(path, "lacks", [name for name in expected if name not in tensors])
-    _refuse(path, "has unknown", [name for name in tensors if name not in expected])
+    refuse(path, "lacks", [name for name in expected if name not in tensors])
+    refuse(path, "has unknown", [name for name in tensors if name not in expected])
     shapes = [
         f"{name} of {tuple(tensor.shape)} for {tuple(expected[name].shape)}"
         for name, tensor in tensors.items()
         if tensor.shape != expected[name].shape
     ]
-    _refuse(path, "does not fit its configuration:", shapes)
+    refuse(path, "does not fit its configuration:", shapes)
     others = [name for name, tensor in tensors.items() if tensor.dtype not in FLOATS]
-    _refuse(path, "needs floating-point numbers of 16, 32 or 64 bits in", others)
-    _refuse(path, "has NaN or infinity in", [name for name in tensors if not _is_finite(tensors[name])])
+    refuse(path, "needs floating-point numbers of 16, 32 or 64 bits in", others)
+    refuse(path, "has NaN or infinity in", [name for name in tensors if not _is_finite(tensors[name])])
+
+
+def dtype_names(tensors: Iterable[Tensor]) -> str:
+    """"fp16", or several in words."""
+    kinds = {tensor.dtype for tensor in tensors}
+    return " and ".join(name for name, dtype in DTYPES.items() if dtype in kinds)
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -92,7 +94,8 @@ def _is_finite(tensor: Tensor) -> bool:
     return all(piece.sum().isfinite() or piece.isfinite().all() for piece in pieces)
 
 
-def _refuse(path: Path, problem: str, found: list[str]) -> None:
+def refuse(path: Path, problem: str, found: list[str]) -> None:
+    """ValueError that names the first few of what was found, if anything was."""
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise ValueError(f"{path} {problem} {', '.join(found[:3])}{more}")

@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 import types
+import weakref
 
 import diffusers
 import numpy as np
@@ -88,6 +89,25 @@ def test_conversion_rounds_once(dtype, folder, tmp_path):
     assert load_file(tmp_path / "half" / UNET_FILE)["conv_in.weight"].dtype == dtype
 
 
+@pytest.mark.parametrize("layout", ["folder", "single file"])
+def test_a_half_precision_file_is_let_go_before_the_next_network(layout, folder, tmp_path, monkeypatch):
+    """Pages of a mapped file are memory as long as anything holds the mapping."""
+    path, opened = tmp_path / ("new" if layout == "folder" else "new.safetensors"), []
+    convert(open_checkpoint(folder), path, torch.float16)
+    shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    checkpoint = open_checkpoint(path)
+    monkeypatch.setattr("nanoip2p.tensors.load_file", lambda path: watched(load_file(path)))
+
+    def watched(tensors):
+        assert not any(reference() is not None for reference in opened)
+        opened.extend(weakref.ref(tensor) for tensor in tensors.values())
+        return tensors
+
+    parts = load_parts(checkpoint)
+    assert len(opened) > 100 and not any(reference() is not None for reference in opened)
+    assert parts.unet.conv_in.weight.dtype == torch.float32 and checkpoint.found.endswith("fp16")
+
+
 def test_a_lightning_file_of_2022(tmp_path):
     """Averaged weights, tables, counters and callbacks of a class that is not installed, pickled together."""
     class ModelCheckpoint:
@@ -99,10 +119,9 @@ def test_a_lightning_file_of_2022(tmp_path):
         "vae": VAEConfig(block_out_channels=(32, 32, 32), layers_per_block=1),
         "text_encoder": CLIPTextConfig(600, 64, 64, 2, 1, projection_dim=64)}
     models = {part: randomise(PARTS[part](config)) for part, config in configs.items()}
-    names = to_original(configs["unet"], models["unet"].state_dict(), ema=True)
+    names = to_original(models["unet"], ema=True)
     for part, model in models.items():
-        weights = {name: -tensor if part == "unet" else tensor for name, tensor in model.state_dict().items()}
-        names |= to_original(configs[part], weights)
+        names |= {name: -tensor if part == "unet" else tensor for name, tensor in to_original(model).items()}
     names |= {"betas": torch.ones(1000), "model_ema.decay": torch.tensor(0.9),
               "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}
     ModelCheckpoint.__module__, ModelCheckpoint.__qualname__ = "lightning_of_2022", "ModelCheckpoint"
@@ -133,11 +152,12 @@ def test_the_same_picture_from_every_layout(folder, single):
 def test_a_pickle_opens_like_the_safetensors(single, tmp_path):
     tensors = load_file(single)
     torch.save({"state_dict": tensors, "global_step": 22000}, tmp_path / "model.ckpt")
-    configs = {part: network.model.config for part, network in open_checkpoint(single).networks.items()}
+    configs = {part: network.model.config.to_json()
+               for part, network in open_checkpoint(single).networks.items()}
     found, parts = checkpoints.find_networks(
-        checkpoints.read_tensors(tmp_path / "model.ckpt"), tmp_path, configs=configs)
+        lambda: checkpoints.read_tensors(tmp_path / "model.ckpt"), tmp_path, configs=configs)
     for part, network in open_checkpoint(single).networks.items():
-        assert same(parts[part][1], network.tensors)
+        assert same(parts[part].read(), network.read())
     assert found.startswith("an InstructPix2Pix checkpoint")
 
 
@@ -155,21 +175,24 @@ def with_ema(single, tmp_path):
 
 def test_averaged_weights_are_used_and_said(single, tmp_path):
     path = with_ema(single, tmp_path)
-    raw = open_checkpoint(single).networks["unet"].tensors
+    raw = open_checkpoint(single).networks["unet"].read()
     averaged, plain = open_checkpoint(path), open_checkpoint(path, raw_weights=True)
-    assert same(averaged.networks["unet"].tensors, {name: 2 * tensor for name, tensor in raw.items()})
-    assert same(plain.networks["unet"].tensors, raw)
+    assert same(averaged.networks["unet"].read(), {name: 2 * tensor for name, tensor in raw.items()})
+    assert same(plain.networks["unet"].read(), raw)
     assert "EMA weights" in averaged.found and "raw weights" in plain.found
-    assert same(averaged.networks["vae"].tensors, plain.networks["vae"].tensors)
+    assert same(averaged.networks["vae"].read(), plain.networks["vae"].read())
 
 
 def test_another_autoencoder(folder, tmp_path):
     other = write_tiny_editor(tmp_path / "other", seed=7)
-    expected = open_checkpoint(other).networks["vae"].tensors
-    for source in (other, other / "vae"):
+    expected = open_checkpoint(other).networks["vae"].read()
+    convert(open_checkpoint(other), tmp_path / "other.safetensors")
+    for source in (other, other / "vae", tmp_path / "other.safetensors"):
         checkpoint = open_checkpoint(folder, vae=source)
-        assert same(checkpoint.networks["vae"].tensors, expected) and str(source) in checkpoint.found
-        assert same(checkpoint.networks["unet"].tensors, open_checkpoint(folder).networks["unet"].tensors)
+        assert same(checkpoint.networks["vae"].read(), expected) and str(source) in checkpoint.found
+        assert same(checkpoint.networks["unet"].read(), open_checkpoint(folder).networks["unet"].read())
+    with pytest.raises(ValueError, match="absent is missing; "):
+        open_checkpoint(folder, vae=tmp_path / "absent")
 
 
 @torch.no_grad()
@@ -220,6 +243,13 @@ def test_widened_network_is_the_old_one_whatever_the_picture(folder, tmp_path):
     assert new.config.in_channels == 8 and relative_error(old(z, 9, context), old(-z, 9, context)) > 0.1
     editor = open_checkpoint(folder)
     assert widen(editor) is editor
+    for wrong in ({}, {"conv_in.weight": torch.ones(4)}):
+        bad = shutil.copytree(base, tmp_path / f"bad{len(wrong)}")
+        tensors = {name: tensor for name, tensor in load_file(bad / UNET_FILE).items()
+                   if name != "conv_in.weight"}
+        save_file(tensors | wrong, bad / UNET_FILE, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match="conv_in.weight"):
+            load_parts(widen(open_checkpoint(bad)))
     convert(open_checkpoint(base), tmp_path / "base.safetensors")
     assert "a Stable Diffusion 1.x checkpoint" in open_checkpoint(tmp_path / "base.safetensors").found
     convert(open_checkpoint(base), tmp_path / "again")
@@ -250,8 +280,8 @@ def test_a_bad_file_is_one_line_and_leaves_nothing(fault, single, tmp_path, caps
     edit(change, single, path)
     shutil.copytree(single.parent / "tokenizer", tmp_path / "tokenizer")
     before = sorted(tmp_path.rglob("*"))
-    for target in ("new", "new.safetensors"):
-        assert checkpoints.main([str(path), str(tmp_path / target)]) == 2
+    for targets in ([], ["new"], ["new.safetensors"]):
+        assert checkpoints.main([str(path), *(str(tmp_path / target) for target in targets)]) == 2
         error = capsys.readouterr().err.strip()
         assert "\n" not in error and str(path) in error
         assert re.search(message, error), error
@@ -314,9 +344,9 @@ def test_full_size_there_and_back_is_bit_exact(folder, tmp_path):
         convert(open_checkpoint(tmp_path / "folder"), tmp_path / "single.safetensors")
         checkpoint = open_checkpoint(tmp_path / "single.safetensors")
         for part, network in checkpoint.networks.items():
-            assert network.model.config == configs[part] and same(network.tensors, tensors[part])
-        inferred = checkpoints.find_networks(load_file(tmp_path / "single.safetensors"), tmp_path)[1]
-        assert {part: config for part, (config, _) in inferred.items()} == configs
+            assert network.model.config == configs[part] and same(network.read(), tensors[part])
+        _, inferred = checkpoints.find_networks(lambda: load_file(tmp_path / "single.safetensors"), tmp_path)
+        assert {part: network.model.config for part, network in inferred.items()} == configs
     finally:
         shutil.rmtree(tmp_path)  # pytest would keep it
 
@@ -366,23 +396,27 @@ def test_flags_without_effect_are_refused(folder, tmp_path, capsys):
 
 
 def test_an_autoencoder_for_weights_that_have_none(folder, single, tmp_path):
-    expected = open_checkpoint(folder).networks["vae"].tensors
+    expected = open_checkpoint(folder).networks["vae"].read()
     base = shutil.copytree(folder, tmp_path / "base")
     shutil.rmtree(base / "vae")
     edit(lambda t: {k: v for k, v in t.items() if not k.startswith("first_stage")}, single,
          tmp_path / "x.safetensors")
     for source in (base, tmp_path / "x.safetensors"):
         with pytest.raises(ValueError, match="vae|encoder.conv_in"):
-            open_checkpoint(source).networks["vae"].check()
-        assert same(open_checkpoint(source, vae=folder).networks["vae"].tensors, expected)
+            open_checkpoint(source).networks["vae"].load(None)
+        assert same(open_checkpoint(source, vae=folder).networks["vae"].read(), expected)
 
 
 def test_an_autoencoder_of_another_depth(single, tmp_path):
-    config = VAEConfig(block_out_channels=(8, 16, 16), layers_per_block=2, norm_num_groups=4)
+    config = VAEConfig(block_out_channels=(8, 16), layers_per_block=2, norm_num_groups=4)
     other = randomise(VAE(config))
     save_network(other, tmp_path / "vae")
-    parts = load_parts(open_checkpoint(single, vae=tmp_path / "vae"))
-    assert parts.vae.config == config and same(parts.vae.state_dict(), other.state_dict())
+    nested = tmp_path / "nested.safetensors"
+    edit(lambda tensors: {f"state_dict.{name}": tensor for name, tensor in tensors.items()}, single, nested)
+    shutil.copytree(single.parent / "tokenizer", tmp_path / "tokenizer")
+    for path in (single, nested):
+        parts = load_parts(open_checkpoint(path, vae=tmp_path / "vae"))
+        assert parts.vae.config == config and same(parts.vae.state_dict(), other.state_dict())
 
 
 def test_conversion_touches_nothing_else(folder, tmp_path):

@@ -271,6 +271,7 @@ def test_one_set_of_weights_per_network(network):
         {f"{stem}.safetensors.index.fp16.json", f"{stem}.fp16-00001-of-00002.safetensors",
          f"{stem}-00002-of-00002.fp16.safetensors"},  # both spellings are met
         {f"{network}/{'pytorch_model' if network == 'text_encoder' else STEMS[network]}.bin"},
+        {f"{stem}.bin.index.json", f"{stem}-00001-of-00002.bin", f"{stem}-00002-of-00002.bin"},
         {f"{stem}.fp16.bin"},
     ]
     others = (TINY_FILES | DECOYS).difference(*sets)

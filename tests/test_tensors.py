@@ -56,35 +56,48 @@ def test_what_is_read_can_be_written_over(tmp_path):
 
 @pytest.mark.parametrize("names", [
     ["model.safetensors"], ["model.fp16.safetensors"], ["model.bin"], ["pytorch_model.bin"],
+    ["pytorch_model.fp16.bin"],
     ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"],
     ["model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors",
      "model.safetensors.index.fp16.json"],
+    ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "pytorch_model.bin.index.json"],
+    ["diffusion_pytorch_model-00001-of-00002.bin", "diffusion_pytorch_model-00002-of-00002.bin",
+     "diffusion_pytorch_model.bin.index.json"],
 ])
 def test_weights_are_found_in_every_form(names, tmp_path):
     tensors = {"a": torch.randn(3), "b": torch.randn(2, 2)}
     if names[-1].endswith(".json"):
         for file, key in zip(names, tensors):
-            save_file({key: tensors[key]}, tmp_path / file)
+            save = torch.save if file.endswith(".bin") else save_file
+            save({key: tensors[key]}, tmp_path / file)
         index = {"metadata": {}, "weight_map": dict(zip(tensors, names))}
         (tmp_path / names[-1]).write_text(json.dumps(index))
     elif names[0].endswith(".bin"):
         torch.save(tensors, tmp_path / names[0])
     else:
         save_file(tensors, tmp_path / names[0])
-    path, found = find_weights(tmp_path, "model")
-    assert same(found, tensors) and path.name == names[-1]
+    assert same(find_weights(tmp_path), tensors)
 
 
 def test_full_precision_goes_before_half(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "model.fp16.safetensors")
-    assert find_weights(tmp_path, "model")[1]["a"] == 1
+    assert find_weights(tmp_path)["a"] == 1
 
 
 def test_a_missing_shard_is_named(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
     with pytest.raises(ValueError, match="model-1.safetensors is missing"):
-        find_weights(tmp_path, "model")
+        find_weights(tmp_path)
+
+
+def test_an_index_names_files_of_its_own_folder_only(tmp_path):
+    folder = tmp_path / "unet"
+    folder.mkdir()
+    save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../other.safetensors"}}')
+    with pytest.raises(ValueError, match="unet/other.safetensors is missing"):
+        find_weights(folder)
 
 
 ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -176,4 +189,4 @@ def test_a_safetensors_file_by_another_name_and_a_broken_index(tmp_path):
     for content in ("[]", "{}", '{"weight_map": 5}', '{"weight_map": {"a": ["x"]}}'):
         (tmp_path / "model.safetensors.index.json").write_text(content)
         with pytest.raises(ValueError, match="index.json"):
-            find_weights(tmp_path, "model")
+            find_weights(tmp_path)

@@ -116,7 +116,7 @@ def main() -> None:
         if not (folder / "single" / "model.safetensors").exists():
             make_editor(folder)
         weights = open_checkpoint(folder / "fp32").networks.values()
-        tensors = [tensor for network in weights for tensor in network.tensors.values()]
+        tensors = [tensor for network in weights for tensor in network.read().values()]
         size, largest = 4 * sum(t.numel() for t in tensors), 4 * max(t.numel() for t in tensors)
         print(f"weights {size / 1e9:.2f} GB in fp32, largest tensor {largest / 1e6:.0f} MB")
         runs = {name: [] for name in CASES}
