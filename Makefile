@@ -1,15 +1,22 @@
-# make demo   edit a dozen pictures with the shipped weights -> out/demo.png
-# make test   the whole test suite
-# make lint   ruff
+# make demo      edit a dozen pictures with the shipped weights -> out/demo.png
+# make dataset   captions -> pairs of pictures -> the best of them, in the nano world -> data/nano
+# make test      the whole test suite
+# make lint      ruff
 # The first of them builds .venv, a later one rebuilds it after a change of pyproject.toml or constraints.txt.
 
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint
+.PHONY: demo dataset test lint
 
 demo: .venv/runtime
 	.venv/bin/python -m nanoip2p.demo --out out/demo.png
+
+dataset: .venv/runtime
+	.venv/bin/python make_dataset.py captions --backend scenes --n 24 --out data/nano/prompts.jsonl
+	.venv/bin/python make_dataset.py pairs --prompts data/nano/prompts.jsonl --out data/nano/pairs \
+		--weights weights/nano-sd
+	.venv/bin/python make_dataset.py show data/nano/pairs --rows 4
 
 test: .venv/test
 	.venv/bin/python -m pytest
