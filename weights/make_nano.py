@@ -57,7 +57,7 @@ SD_RUNS = (["--lr", 1e-3, "--text-to-image", "--dtype", "bf16"],)
 RUNS = (["--lr", 1e-3, "--kind-weights", 1.2, 2, 2, 1, 0.8, 1, 0.8],
         ["--lr", 8e-4, "--kind-weights", 1.6, 2, 2, 1.6, 0.5, 0.7, 0.6])
 DEFAULTS = {"resolution": 64, "steps": 20, "cfg_text": 2.0, "cfg_image": 1.0, "sampler": "euler_ancestral"}
-SD_DEFAULTS = DEFAULTS | {"cfg_text": 4.0}
+SD_DEFAULTS = DEFAULTS | {"cfg_text": 3.0}
 # What `make_dataset.py pairs` does with nano-sd where no flag says otherwise; nano CLIP has its own scales
 PAIRS = {"clip": "../nano-clip", "clip_threshold": 0.8, "clip_dir_threshold": 0.7, "clip_img_threshold": 0.5,
          "min_cfg": 2.0, "max_cfg": 5.0, "n_samples": 16, "batch": 16}
