@@ -169,8 +169,10 @@ def run_pairs(args: argparse.Namespace) -> None:
     make_pairs(prompts, args.out, painter, judge, settings, names, progress=first)
     if first:
         kept = [seeds for _, seeds in json.loads((args.out / "seeds.json").read_text())]
-        print(f"{args.out}: {sum(map(len, kept))} pairs of {len(kept)} prompts so far; to see them, "
-              f"python make_dataset.py show {args.out}")
+        done = sum((args.out / prompt.folder).exists() for prompt in prompts)
+        others = "" if done == len(prompts) else ", others are at the rest or the same command goes on"
+        print(f"{args.out}: {done} of {len(prompts)} prompts finished, {sum(map(len, kept))} pairs of "
+              f"{len(kept)} prompts{others}; to see them, python make_dataset.py show {args.out}")
 
 
 def add_show(subparsers) -> None:

@@ -56,8 +56,8 @@ def token_map(source: list[int], edit: list[int], end: int) -> tuple[Tensor, Ten
             mapping[ours.start : ours.stop, theirs.start : theirs.stop] = 1 / len(theirs)
         if ours and theirs:
             taken[list(theirs)] = 1
-    for j in range(n_edit, length):  # padding stays where it is, beyond the end of both
-        mapping[min(max(j, n_source), length - 1), j] = taken[j] = 1
+    for j in range(max(n_source, n_edit), length):  # what is padding in both stays where it is; in the
+        mapping[j, j] = taken[j] = 1                # edit alone it has no other map than its own
     return mapping, taken
 
 

@@ -156,7 +156,10 @@ def make_candidates(prompt: Prompt, painter: TextToImage, judge: Judge,
         end = min(begin + settings["batch"], settings["n_samples"])
         drawn = [candidate(prompt, k, settings) for k in range(begin, end)]
         columns = ([row[key] for row in drawn] for key in ("seed", "p2p_threshold", "cfg_scale"))
-        pairs = pair_painter.paint(*columns)
+        try:
+            pairs = pair_painter.paint(*columns)
+        except ValueError as error:  # half precision can end in NaN, and would do so again
+            raise ValueError(f"prompt {prompt.folder}: {error}, and a new --out") from None
         for row, pair, scores in zip(drawn, pairs, judge.score(*zip(*pairs), captions)):
             rows.append(row | scores)
             if not thresholds.reasons(scores):
@@ -189,7 +192,11 @@ def make_pairs(prompts: list[Prompt], out: Path, painter: TextToImage, judge: Ju
     line, when `out` holds another job or cannot be written; what was finished stays.
     """
     try:
-        begin_job(out, job_of(prompts, painter, judge, settings), names)
+        try:
+            begin_job(out, job_of(prompts, painter, judge, settings), names)
+        except OSError as error:
+            reason = error.strerror or error
+            raise ValueError(f"{out} cannot be written: {reason}; make room or name another --out") from None
         waiting = [prompt for prompt in prompts if not (out / prompt.folder).exists()]
         done, tried, survived = len(prompts) - len(waiting), 0, 0
         try:
@@ -216,6 +223,9 @@ def job_of(prompts: list[Prompt], painter: TextToImage, judge: Judge, settings: 
     Networks are told apart by the first numbers of each tensor, which takes no time and sees every training.
     """
     lines, numbers = hashlib.sha256(), hashlib.sha256()
+    settled = (painter.schedule, painter.vae.scaling_factor, judge.mean.tolist(), judge.std.tolist())
+    words = [model.tokenizer.backend.to_str() for model in (painter, judge)]
+    numbers.update(repr((settled, words)).encode())
     for prompt in prompts:
         lines.update(json.dumps([prompt.number, prompt.record]).encode())
     for network in (painter.unet, painter.vae, painter.text_encoder, judge.clip):
@@ -236,7 +246,9 @@ def begin_job(out: Path, job: dict, names: dict) -> None:
         temporary = out / UNFINISHED / f"job.{os.getpid()}"
         temporary.write_text(json.dumps({**names, "job": job}, indent=2) + "\n")
         temporary.replace(path)
-    begun = read_json(path).get("job", {})
+    begun = read_json(path).get("job")
+    if not isinstance(begun, dict):
+        raise ValueError(f"{path} is broken; choose another --out")
     for key, value in job.items():
         if begun.get(key) != value:
             other = f"{key} = {begun.get(key)}" if key in PAPER_DEFAULTS else f"other {key}"

@@ -43,6 +43,7 @@ from nanoip2p.editor import encode_texts
 from nanoip2p.files import check_writable, replacing
 from nanoip2p.images import grid
 from nanoip2p.samplers import SAMPLERS, draw_noise
+from nanoip2p.tensors import DTYPES
 from nanoip2p.text_to_image import TextToImage
 from nanoip2p.unet import DOWN_TYPES, UNetConfig
 
@@ -258,7 +259,8 @@ def blend_locally(x: Tensor, heat: Tensor) -> Tensor:
     return torch.cat([torch.where(hot_edit | hot_source, edit, source), source])
 
 
-def draw_heatmaps(model: PairPainter, seed: int, share: float, cfg_text: float) -> Image.Image:
+def draw_heatmaps(model: PairPainter, seed: int, share: float, cfg_text: float,
+                  bar: tqdm | None = None) -> Image.Image:
     """Both pictures of a pair, and each again for every word of its caption, lit where it was attended to."""
     tokenizer = model.painter.tokenizer
     words = [split_words(tokenizer, caption) for caption in model.captions]
@@ -266,7 +268,7 @@ def draw_heatmaps(model: PairPainter, seed: int, share: float, cfg_text: float) 
     columns = model._columns([[tokens for _, tokens in row] + [[]] * (count - len(row)) for row in words])
     if model.blend:
         columns = [torch.cat(pair, dim=1) for pair in zip(columns, model.blend)]
-    latents, heat = model.sample([seed], [share], [cfg_text], columns)
+    latents, heat = model.sample([seed], [share], [cfg_text], columns, bar)
     rows, labels = [], []
     for picture, maps, row, caption in zip(
             reversed(model.painter.decode(latents)), heat.flip(0), words, model.captions):
@@ -304,6 +306,7 @@ def parse(argv: list[str] | None):
     parser.add_argument("--sampler", choices=sorted(SAMPLERS), help="(of the weights)")
     parser.add_argument("--negative", default="", help="what to steer away from (nothing)")
     parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
     parser.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
     args = parser.parse_args(argv)
     if args.heatmaps and args.inject == "none":
@@ -313,6 +316,8 @@ def parse(argv: list[str] | None):
         args.window = {word: (finite(begin), finite(end)) for word, begin, end in args.window}
     except ArgumentTypeError as error:
         parser.error(str(error))
+    if not all(0 <= begin <= end for begin, end in [(args.p, 1), *args.window.values()]):
+        parser.error("--p is a share of the steps, 0 to 1, and a --window goes from one to a later one")
     return args
 
 
@@ -321,16 +326,16 @@ def run(args) -> None:
     check_writable(args.out)
     checkpoint = open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
     print(f"opened {args.weights}: {checkpoint.found}", file=sys.stderr)
-    painter = TextToImage.load(checkpoint, args.device)
+    painter = TextToImage.load(checkpoint, args.device, DTYPES[args.dtype])
     model = PairPainter(painter, args.source, args.edit, args.inject, args.steps, args.sampler,
                         args.resolution, args.negative, args.reweight, args.window, args.blend)
     cfg_text = painter.defaults["cfg_text"] if args.cfg_text is None else args.cfg_text
-    if args.heatmaps:
-        picture = draw_heatmaps(model, args.seed, args.p, cfg_text)
-    else:
-        with tqdm(total=model.settings["steps"], unit="step") as bar:
+    with tqdm(total=model.settings["steps"], unit="step", disable=args.inject == "none") as bar:
+        if args.heatmaps:
+            picture = draw_heatmaps(model, args.seed, args.p, cfg_text, bar)
+        else:
             pair = model.paint([args.seed], [args.p], [cfg_text], bar)[0]
-        picture = grid([list(pair)], [[args.source, args.edit]])
+            picture = grid([list(pair)], [[args.source, args.edit]])
     with replacing(args.out) as temporary:
         picture.save(temporary, format="PNG")
     print(f"{args.out}  {args.source} -> {args.edit}  (seed {args.seed})")

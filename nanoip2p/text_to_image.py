@@ -54,6 +54,7 @@ class TextToImage:
         if settings["resolution"] < 1 or settings["resolution"] % multiple:
             raise ValueError(f"a resolution of {settings['resolution']} does not suit these weights; take a "
                              f"multiple of {multiple}")
+        plan(self.schedule, settings["sampler"], settings["steps"])
         return settings
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:

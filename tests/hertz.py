@@ -40,7 +40,8 @@ def replacement_mapper(tokenizer, source: str, edit: str) -> Tensor:
     """M (T, T) of a word swap: word i of one caption stands for word i of the other.
 
     The authors go on with the diagonal after the last swap even where it made the caption longer; here the
-    words that follow keep their maps, as their method means it. Padding stands where it stands.
+    words that follow keep their maps, as their method means it. Padding stands where it stands; what is
+    padding in the edited caption only has no column, and keeps its own map.
     """
     length = tokenizer.model_max_length
     mapper = torch.zeros(length, length)
@@ -50,8 +51,8 @@ def replacement_mapper(tokenizer, source: str, edit: str) -> Tensor:
     for n, m in [[len(tokens_of(tokenizer, word)) - 2 for word in pair] for pair in pairs] + [[1, 1]]:
         mapper[i : i + n, j : j + m] = torch.eye(n) if n == m else torch.full((n, m), 1 / m)
         i, j = i + n, j + m
-    for padding in range(j, length):
-        mapper[min(max(padding, i), length - 1), padding] = 1
+    for padding in range(max(i, j), length):
+        mapper[padding, padding] = 1
     return mapper
 
 
@@ -59,7 +60,7 @@ def refinement_mapper(tokenizer, source: str, edit: str) -> tuple[Tensor, Tensor
     """(T,) the source token whose map each token takes, and (T,) alpha, 1 where it takes one.
 
     A global alignment (Needleman-Wunsch): 1 for a match, -1 for a mismatch, 0 for a gap, traced from the end.
-    Behind the end of a shorter caption there is padding, which takes the source's padding.
+    Padding stands where it stands, and keeps its own map where the source has a word.
     """
     x, y = tokens_of(tokenizer, source), tokens_of(tokenizer, edit)
     length = tokenizer.model_max_length
@@ -67,8 +68,8 @@ def refinement_mapper(tokenizer, source: str, edit: str) -> tuple[Tensor, Tensor
     for i, a in enumerate(x, 1):
         for j, b in enumerate(y, 1):
             score[i, j] = max(score[i, j - 1], score[i - 1, j], score[i - 1, j - 1] + (1 if a == b else -1))
-    mapper, alpha = torch.arange(length).clamp(min=len(x)).clamp(max=length - 1), torch.ones(length)
-    alpha[: len(y)], i, j = 0, len(x), len(y)
+    mapper, alpha = torch.arange(length), torch.ones(length)
+    alpha[: max(len(x), len(y))], i, j = 0, len(x), len(y)
     while i and j:
         if score[i, j] == score[i, j - 1]:
             j -= 1
@@ -83,7 +84,8 @@ def refinement_mapper(tokenizer, source: str, edit: str) -> tuple[Tensor, Tensor
 def replace(tokenizer, source: str, edit: str) -> MapEdit:
     """Section 3.2, word swap."""
     mapper = replacement_mapper(tokenizer, source, edit)
-    return lambda base, own: torch.einsum("hpw,wn->hpn", base, mapper.to(base))
+    return lambda base, own: torch.where(mapper.to(base).any(0), torch.einsum(
+        "hpw,wn->hpn", base, mapper.to(base)), own)
 
 
 def refine(tokenizer, source: str, edit: str) -> MapEdit:

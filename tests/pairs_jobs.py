@@ -49,6 +49,9 @@ class FakeJudge:
     """Likes pictures by their red, which is any number from 0 to 255: half of all pairs pass."""
 
     clip = torch.nn.Linear(1, 1)
+    clip.scaling_factor = 1.0
+    mean, std = torch.zeros(3), torch.ones(3)
+    tokenizer = SimpleNamespace(backend=SimpleNamespace(to_str=lambda: "words"))
 
     def encode_texts(self, texts):
         return texts
@@ -63,7 +66,8 @@ def fake_job(out, count=3, log=None, **settings):
     torch.nn.init.ones_(FakeJudge.clip.weight)
     torch.nn.init.ones_(FakeJudge.clip.bias)
     FakePainter.log = log and Path(log)
-    painter = SimpleNamespace(unet=FakeJudge.clip, vae=FakeJudge.clip, text_encoder=FakeJudge.clip)
+    painter = SimpleNamespace(unet=FakeJudge.clip, vae=FakeJudge.clip, text_encoder=FakeJudge.clip,
+                              tokenizer=FakeJudge.tokenizer, schedule="a schedule")
     prompts = [pairs.Prompt(n, f"a {n}", f"b {n}", {"input": f"a {n}", "edit": "e", "output": f"b {n}"})
                for n in range(count)]
     settings = FEW | settings

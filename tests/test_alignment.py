@@ -46,7 +46,8 @@ def test_word_swaps_are_those_of_the_authors(tokenizers):
             ("a red cat on a blue sofa", "a blue cat on a red sofa")):
         mapping, taken = maps_of(ours, source, edit)
         assert torch.equal(mapping, hertz.replacement_mapper(theirs, source, edit)), (source, edit)
-        assert taken.min() == 1
+        assert torch.equal(taken, mapping.any(0).float())
+        assert taken[: len(hertz.tokens_of(theirs, edit))].min() == 1
         lengths.add(len(hertz.tokens_of(theirs, source)) - len(hertz.tokens_of(theirs, edit)))
     assert 0 in lengths and len(lengths) > 1
 
@@ -58,7 +59,8 @@ def test_swaps_of_words_of_several_tokens(words):
                                         model_max_length=77)
     captions = [f"a {word} house on the sofa" for word in words]
     mapping, taken = maps_of(load_tokenizer(CLIP), *captions)
-    assert torch.equal(mapping, hertz.replacement_mapper(theirs, *captions)) and taken.min() == 1
+    assert torch.equal(mapping, hertz.replacement_mapper(theirs, *captions))
+    assert torch.equal(taken, mapping.any(0).float())
     assert max(len(hertz.tokens_of(theirs, caption)) for caption in captions) > 8
 
 
@@ -118,9 +120,8 @@ def test_blocks_cover_both_and_keep_as_much_as_there_is():
     (row(1), row(1, 3, 4), {(0, 0), (1, 1), (2, 4)} | {(i, i) for i in range(5, 12)}, set(), {2, 3}),
     (row(5, 1), row(3, 4, 1), {(0, 0), (2, 3), (3, 4)} | {(i, i) for i in range(5, 12)},
      {(1, 1), (1, 2)}, set()),
-    (row(3, 4, 1), row(1), {(0, 0), (3, 1), (4, 2), (5, 3), (5, 4)} | {(i, i) for i in range(5, 12)},
-     set(), set()),
-    (row(*range(10)), row(1), {(0, 0), (2, 1), (11, 2)} | {(11, j) for j in range(3, 12)}, set(), set()),
+    (row(3, 4, 1), row(1), {(0, 0), (3, 1), (4, 2)} | {(i, i) for i in range(5, 12)}, set(), {3, 4}),
+    (row(*range(10)), row(1), {(0, 0), (2, 1), (11, 2)}, set(), set(range(3, 12))),
 ], ids=["swap", "added", "longer", "dropped", "no padding"])
 def test_token_map_by_hand(source, edit, ones, halves, added):
     mapping, taken = token_map(source, edit, E)
@@ -147,7 +148,9 @@ def test_mass_and_identity():
         assert torch.equal(mapping.sum(0) > 0, taken > 0)
         padding = len(b) + 2
         assert (mapping[: min(len(a) + 2, 11), padding:] == 0).all()
-        assert torch.equal(mapping[:, padding:].sum(0), torch.ones(12 - padding))
+        common = max(len(a) + 2, padding)
+        assert torch.equal(mapping[:, common:], torch.eye(12)[:, common:])
+        assert not mapping[:, padding:common].any()  # a word's map would be paid many times over
         assert torch.equal(token_map(row(*a), row(*a), E)[0], torch.eye(12))
 
 

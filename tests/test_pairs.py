@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pairs_jobs
 import pytest
@@ -369,7 +370,7 @@ def test_settings_that_cannot_be_used_are_named(tmp_path, chosen, named):
     (["--n-samples", "0"], "--n-samples"), (["--min-p2p", "nan"], "--min-p2p"), (["--batch", "x"], "--batch"),
     (["--min-cfg", "20"], "min_cfg"), (["--inject", "all"], "--inject"), (["--device", "abacus"], "abacus"),
     (["--prompts", "nowhere"], "nowhere"), (["--prompts", os.devnull], "no prompt"),
-    (["--raw-weights"], "--raw-weights"),
+    (["--raw-weights"], "--raw-weights"), (["--steps", "5000"], "5000"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(weights, prompts, tmp_path, capsys, words, named):
     assert make_dataset.main(argv(weights, prompts, tmp_path / "out", *words)) == 2
@@ -407,7 +408,7 @@ def test_disk_full_loses_nothing(tmp_path, monkeypatch, full_at):
         return write
     monkeypatch.setattr(Path, "write_text", failing(Path.write_text))
     monkeypatch.setattr(Image.Image, "save", failing(Image.Image.save))
-    with pytest.raises(ValueError, match="cannot be written: No space left on device; finished prompts stay"):
+    with pytest.raises(ValueError, match="No space left on device; (finished prompts stay|make room)"):
         fake_job(tmp_path / "out", 2)
     monkeypatch.undo()
     unfinished = tmp_path / "out" / ".unfinished"
@@ -469,3 +470,30 @@ def test_show_reads_the_papers_own_folder_and_names_what_is_broken(finished, tmp
         assert named in capsys.readouterr().err
     assert make_dataset.main(["show", str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_another_schedule_or_tokenizer_is_another_model(tmp_path, monkeypatch):
+    fake_job(tmp_path / "out", 1)
+    for what, value in (("mean", torch.ones(3)), ("tokenizer", SimpleNamespace(
+            backend=SimpleNamespace(to_str=lambda: "other words")))):
+        with monkeypatch.context() as patch:
+            patch.setattr(pairs_jobs.FakeJudge, what, value)
+            with pytest.raises(ValueError, match="begun with other networks"):
+                fake_job(tmp_path / "out", 1)
+    fake_job(tmp_path / "out", 1)
+
+
+def test_a_picture_that_is_no_number_names_its_prompt_and_a_way_out(tmp_path, monkeypatch):
+    def paint(self, seeds, shares, cfg_text):
+        raise ValueError("the picture came out as NaN")
+
+    monkeypatch.setattr(pairs_jobs.FakePainter, "paint", paint)
+    with pytest.raises(ValueError, match="prompt 0000000: the picture came out as NaN, and a new --out"):
+        fake_job(tmp_path / "out", 1)
+
+
+def test_a_broken_job_file_is_one_line(tmp_path):
+    fake_job(tmp_path / "out", 1)
+    (tmp_path / "out" / "job.json").write_text('{"job": null}')
+    with pytest.raises(ValueError, match="job.json is broken"):
+        fake_job(tmp_path / "out", 1)

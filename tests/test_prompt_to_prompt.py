@@ -409,6 +409,8 @@ def test_heatmaps_show_each_word(painters, folders, tmp_path, monkeypatch, flags
     (["--window", "blue", "0", "late", "--inject", "cross"], "'late' is not a number"),
     (["--window", "gree", "0", "1", "--inject", "both"], "'gree' is not in"),
     (["--p", "inf"], "argument --p: 'inf' is not a number"), (["--seed", "-1"], "argument --seed"),
+    (["--p", "7"], "--p is a share of the steps"),
+    (["--window", "blue", "0.8", "0.2", "--inject", "both"], "goes from one to a later one"),
     (["--heatmaps", "--inject", "none"], "--heatmaps shows a run with injection"),
     (["--resolution", "20"], "take a multiple of 8"), (["--blend", "red", "boat", "--sampler", "ddim"],
                                                          "a local blend needs injection, and the sampler"),
