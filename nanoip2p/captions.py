@@ -87,6 +87,8 @@ def read_answer(reply, caption: str) -> tuple[str, str]:
         choice = reply.choices[0]
         if choice.message.refusal or choice.finish_reason == "content_filter":
             raise Unusable("refused")
+        if choice.finish_reason == "length":  # a tuned model's answer would pass for whole
+            raise Unusable("malformed")
         content = choice.message.content
         if DELIMITER in content:  # which has line breaks, as no JSON of one line
             edit, output = content.split(DELIMITER)
@@ -279,7 +281,7 @@ def connect(kind: type):
 
 
 def explain(error: openai.APIError, client) -> str:
-    """What went wrong at the server, in one line that does not give the key away."""
+    """What went wrong at the server, in one line that does not give the key away (of 8 letters or more)."""
     remedy = ""
     if isinstance(error, openai.APIConnectionError):
         remedy = "; does OPENAI_BASE_URL name a server that runs?"
@@ -288,5 +290,7 @@ def explain(error: openai.APIError, client) -> str:
     elif isinstance(error, openai.NotFoundError):
         remedy = "; does this server have that model?"
     cause = f" ({error.__cause__})" if error.__cause__ else ""
-    said = f"{error.message[:300]}{cause}".replace(client.api_key.strip(), "***")
+    said, key = f"{error.message[:300]}{cause}", client.api_key.strip()
+    if len(key) >= 8:  # a shorter one is no secret, and may be part of any word
+        said = said.replace(key, "***")
     return f"{client.base_url} says: {said}{remedy}"

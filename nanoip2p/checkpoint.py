@@ -134,8 +134,11 @@ def _own_metadata(path: Path) -> dict:
     """The JSON that `convert` leaves in a single file; "defaults" is there in any case."""
     try:
         ours = dict(json.loads(read_metadata(path).get("nanoip2p", "{}")))
+        for part in PARTS:
+            if not isinstance(ours.get(part, {}), dict):
+                raise ValueError(f"{part} = {ours[part]!r} should be an object")
         return ours | {"defaults": with_defaults(dict(ours.get("defaults", {})), "defaults")}
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: its metadata is broken ({error})") from None
 
 

@@ -28,7 +28,7 @@ from nanoip2p.cli import at_least, finite
 from nanoip2p.clip_filter import Judge
 from nanoip2p.editor import Editor
 from nanoip2p.files import check_writable, write_json
-from nanoip2p.images import grid, to_pil, to_tensor
+from nanoip2p.images import grid, save_png, to_pil, to_tensor
 from nanoip2p.samplers import SAMPLERS
 from nanoip2p.scenes import EDIT_KINDS, Edit, Scene, pick, random_scene
 from nanoip2p.text_to_image import TextToImage
@@ -204,11 +204,11 @@ def run(args: argparse.Namespace) -> None:
     rows, text, numbers, labels = (run_scenes if args.what == "scenes" else run_captions)(args)
     print(text)
     if args.out:
-        write_json(numbers, args.out / "scores.json")
         failed = [row for row in rows if not row["success"]][:16]
         if failed:
-            grid([list(row["pictures"]) for row in failed], [labels(row) for row in failed]).save(
-                args.out / "failed.png")
+            sheet = grid([list(row["pictures"]) for row in failed], [labels(row) for row in failed])
+            save_png(sheet, args.out / "failed.png", {})
+        write_json(numbers, args.out / "scores.json")
 
 
 def run_captions(args: argparse.Namespace) -> tuple:

@@ -20,19 +20,23 @@ FEWEST = 10  # examples that OpenAI accepts
 def prepare(human: Path, out: Path) -> int:
     """JSONL of "input" (or "caption"), "edit" and "output" -> training data of chats; returns how many.
 
-    Raises ValueError with the number of a line that is not such a triplet, or for fewer than ten of them.
+    Blank lines are none. Raises ValueError with the number of a line that is not such a triplet of texts with
+    something in them, or for fewer than ten.
     """
     chats = []
-    with human.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-                before, edit, output = tidy(row.get("input", row.get("caption"))), row["edit"], row["output"]
-                answer = tidy(edit) + DELIMITER + tidy(output)
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                raise ValueError(f"{human}, line {number} is not {{input, edit, output}}") from None
-            chats.append({"messages": [{"role": "user", "content": before},
-                                       {"role": "assistant", "content": answer}]})
+    for number, line in enumerate(human.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+            before = row.get("input", row.get("caption"))
+            texts = [tidy(text) for text in (before, row["edit"], row["output"])]
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            texts = []
+        if not texts or "" in texts:
+            raise ValueError(f"{human}, line {number} is not {{input, edit, output}}, texts in UTF-8")
+        chats.append({"messages": [{"role": "user", "content": texts[0]},
+                                   {"role": "assistant", "content": DELIMITER.join(texts[1:])}]})
     if len(chats) < FEWEST:
         raise ValueError(f"{human} holds {len(chats)} triplets; tuning takes {FEWEST} at least")
     with replacing(out) as temporary:

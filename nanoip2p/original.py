@@ -129,7 +129,7 @@ def find_networks(read: Callable[[], dict[str, Tensor]], path: Path, raw_weights
     (EMA) weights are taken where the file has them, unless `raw_weights`. Raises ValueError, in one line, for
     another family's file and for tensors that have no place here.
     """
-    tensors = weights(read())
+    tensors = weights(read(), path)
     if any(name.startswith(PREFIXES[UNet]) for name in tensors):
         refuse_others(tensors, FAMILIES, path)
     else:
@@ -149,7 +149,7 @@ def find_networks(read: Callable[[], dict[str, Tensor]], path: Path, raw_weights
              f"{dtype_names(tensors.values())}")
 
     def read_part(part: str) -> dict[str, Tensor]:
-        return to_ours(models[part], weights(read()), ema and part == "unet")
+        return to_ours(models[part], weights(read(), path), ema and part == "unet")
 
     return found, {part: Network(model, partial(read_part, part), path) for part, model in models.items()}
 
@@ -160,12 +160,12 @@ def find_vae(read: Callable[[], dict[str, Tensor]], path: Path, config: dict | N
     Without `config` it is read off the shapes; errors as find_networks.
     """
     def read_prefixed() -> dict[str, Tensor]:
-        tensors = weights(read())
+        tensors = weights(read(), path)
         inside = {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIXES[VAE])}
         return VAE.published_names(
-            weights(inside or {PREFIXES[VAE] + name: tensor for name, tensor in tensors.items()}))
+            weights(inside or {PREFIXES[VAE] + name: tensor for name, tensor in tensors.items()}, path))
 
-    refuse_others(weights(read()), FAMILIES, path)
+    refuse_others(weights(read(), path), FAMILIES, path)
     tensors = read_prefixed()
     model = empty(VAE, config or infer(VAE, tensors, path), path)
     if PREFIXES[VAE] + "encoder.conv_norm_out.weight" in tensors:  # diffusers' names, and so ours
@@ -176,12 +176,20 @@ def find_vae(read: Callable[[], dict[str, Tensor]], path: Path, config: dict | N
     return Network(model, lambda: to_ours(model, read_prefixed()), path)
 
 
-def weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without what is IGNORED; some programs put `state_dict.` before names, or leave out `text_model.`"""
-    bare = re.compile(rf"^({PREFIXES[TextEncoder]})(embeddings|encoder|final)")
+def weights(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Without what is IGNORED; some programs put `state_dict.` before names, or leave out `text_model.`
+
+    ValueError, naming `path`, for a weight in two of these spellings.
+    """
+    bare, found = re.compile(rf"^({PREFIXES[TextEncoder]})(embeddings|encoder|final)"), {}
     named = ((name.removeprefix("state_dict."), tensor) for name, tensor in tensors.items() if tensor.ndim)
-    return {bare.sub(r"\1text_model.\2", name): tensor
-            for name, tensor in named if not IGNORED.fullmatch(name)}
+    for name, tensor in named:
+        name = bare.sub(r"\1text_model.\2", name)
+        if name in found:
+            raise ValueError(f"{path}: {name} comes twice, in two spellings")
+        if not IGNORED.fullmatch(name):
+            found[name] = tensor
+    return found
 
 
 def refuse_others(tensors: dict[str, Tensor], families: dict[str, str], path: Path) -> None:

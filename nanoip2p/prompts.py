@@ -132,9 +132,11 @@ def draw_scenes(n: int, seed: int) -> list[dict]:
 
 
 def write_scenes(out: Path, n: int, seed: int) -> None:
-    """Write `draw_scenes`; a file that holds the first of them grows, one that holds others: ValueError."""
+    """Write `draw_scenes`; a file that holds the first of them grows, more or others: ValueError."""
     text = "".join(json.dumps(row) + "\n" for row in draw_scenes(n, seed)).encode()
-    if out.exists() and not text.startswith(out.read_bytes()):
-        raise ValueError(f"{out} holds other captions than these {n} of --seed {seed}; name another --out")
+    there = out.read_bytes() if out.exists() else b""
+    if not text.startswith(there):
+        holds = "more captions" if there.startswith(text) else "other captions"
+        raise ValueError(f"{out} holds {holds} than these {n} of --seed {seed}; name another --out")
     with replacing(out) as temporary:
         temporary.write_bytes(text)

@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,8 +38,15 @@ def read_rows(path: Path) -> list[dict]:
         return [dict(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as lines of JSON: {error}") from None
+
+
+def check_numbers(row: dict, keys: Iterable[str], path: Path) -> None:
+    """ValueError, naming `path`, when there is not a number under each of the keys."""
+    for key in keys:
+        if not isinstance(row.get(key), int | float):
+            raise ValueError(f"{path}: {key} = {row.get(key)!r} should be a number")
 
 
 def read_pairs(root: Path) -> list[Kept]:
@@ -49,9 +57,11 @@ def read_pairs(root: Path) -> list[Kept]:
     for folder in prompt_folders(root):
         prompt = read_json(folder / "prompt.json")
         for row in read_rows(folder / "metadata.jsonl"):
-            missing = [key for key in ("seed", "p2p_threshold", *SIMILARITIES) if key not in row]
-            if missing or "edit" not in prompt:
-                raise ValueError(f"{folder}: prompt.json or metadata.jsonl lacks {(missing or ['edit'])[0]}")
+            if "seed" not in row or "edit" not in prompt:
+                raise ValueError(f"{folder}: metadata.jsonl lacks seed, or prompt.json lacks edit")
+            check_numbers(row, ("p2p_threshold", *SIMILARITIES), folder / "metadata.jsonl")
+            if not 0 <= row["p2p_threshold"] <= 1:
+                raise ValueError(f"{folder / 'metadata.jsonl'}: p2p_threshold should lie in 0 ... 1")
             pairs.append(Kept(folder, prompt, row))
     return pairs
 
@@ -80,13 +90,17 @@ def statistics(root: Path, pairs: list[Kept]) -> str:
 
 def candidate_lines(root: Path, folders: list[Path], kept: int) -> list[tuple[str, str]]:
     """How many candidates passed and what was too small of the others; [] where only survivors are known."""
-    job = read_json(root / "job.json", missing={}).get("job", {})
-    least = [job.get(f"clip_{name}threshold") for name in ("img_", "dir_", "")]
-    if None in least:
+    path, keys = root / "job.json", [f"clip_{name}threshold" for name in ("img_", "dir_", "")]
+    job = read_json(path, missing={}).get("job", {})
+    if not isinstance(job, dict):
+        raise ValueError(f"{path}: job = {job!r} should be an object")
+    if not job.keys() >= {*keys}:
         return []
-    thresholds, tried, passed, reasons = Thresholds(*least), 0, 0, Counter()
+    check_numbers(job, keys, path)
+    thresholds, tried, passed, reasons = Thresholds(*map(job.get, keys)), 0, 0, Counter()
     for folder in tqdm(folders, desc="reading", leave=False):
         for row in read_rows(folder / "candidates.jsonl"):
+            check_numbers(row, SIMILARITIES, folder / "candidates.jsonl")
             too_small = thresholds.reasons(row)
             tried, passed = tried + 1, passed + (not too_small)
             reasons.update(too_small)

@@ -65,12 +65,13 @@ class Server(BaseHTTPRequestHandler):
             content = f"{edit}\n%%\n{output}"
         content = {"torn json": content[:-9], "wrong schema": '{"edit": "x"}',
                    "wrong types": '{"edit": 1, "output": []}', "no object": "[]",
+                   "too long": f"{edit}\n%%\n{output[:-9]}",
                    "empty edit": '{"edit": " ", "output": "x"}', "no content": None,
                    "surrogate": r'{"edit": "\ud83d on\n it", "output": "b"}'}.get(kind, content)
         message = {"role": "assistant", "content": content}
         if kind == "refusal":
             message = {"role": "assistant", "content": None, "refusal": "I cannot help with boats."}
-        reason = "content_filter" if kind == "filtered" else "stop"
+        reason = {"filtered": "content_filter", "too long": "length"}.get(kind, "stop")
         choice = {"index": 0, "message": message, "finish_reason": reason}
         reply = {"id": "c", "object": "chat.completion", "created": 0, "model": request["model"],
                  "choices": [] if kind == "no choice" else [choice], "usage": TOKENS}

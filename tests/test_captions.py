@@ -44,7 +44,7 @@ def test_examples_are_many_and_sound():
     ("torn json", "malformed"), ("wrong schema", "malformed"), ("wrong types", "malformed"),
     ("no object", "malformed"), ("empty edit", "malformed"), ("no content", "malformed"),
     ("no choice", "malformed"), ("refusal", "refused"), ("filtered", "refused"), ("policy", "refused"),
-    ("unchanged", "unchanged"),
+    ("unchanged", "unchanged"), ("too long", "malformed"),
 ])
 def test_a_bad_answer_is_asked_for_again(server, ask, kind, counted):
     for text in (TEXTS[0], TEXTS[2]):
@@ -122,6 +122,11 @@ def test_what_is_hopeless_is_one_line(server, ask, trouble, hint, monkeypatch):
     (line,) = [line for line in said.splitlines() if line.startswith("error:")]
     assert hint in line and KEY not in line and "sk-of-another" not in line
     assert set(server.asked) <= {TEXTS[0]}  # the others were spared
+
+
+def test_a_short_key_does_not_garble_the_message(server, ask, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "e")
+    assert "Incorrect API key: e" in ask(TEXTS)[3]
 
 
 def test_a_slow_answer_keeps_nobody_waiting_and_concurrency_is_kept(server, ask):
@@ -238,7 +243,7 @@ def test_the_papers_way(server, ask, tmp_path, capsys):
     triplets = [(text, *edit_of(text)) for text in TEXTS]
     keys = [("input", "edit", "output"), ("caption", "edit", "output")]
     human.write_text("".join(
-        json.dumps(dict(zip(keys[number % 2], triplet))) + "\n" for number, triplet in enumerate(triplets)))
+        json.dumps(dict(zip(keys[number % 2], triplet))) + "\n\n" for number, triplet in enumerate(triplets)))
     assert make_dataset.main(["captions", "prepare-finetune", str(human)]) == 0
     assert "12 chats written" in capsys.readouterr().out
     lessons = [row["messages"] for row in rows_of(chats)]
@@ -259,12 +264,15 @@ def test_the_papers_way(server, ask, tmp_path, capsys):
 @pytest.mark.parametrize("content, hint", [
     ('{"input": "a", "edit": "b", "output": "c"}\n' * 9, "9 triplets; tuning takes 10"),
     ('{"input": "a", "edit": "b", "output": "c"}\n' * 10 + '{"input": "a", "edit": "b"}\n', "line 11"),
-    ('{"input": "a", "edit": "b", "output": "c"}\n' * 10 + "\n", "line 11"),
+    ('{"input": "a", "edit": "b", "output": "c"}\n\n' * 9, "9 triplets; tuning takes 10"),
+    ('\n{"input": "a", "edit": "b", "output": " "}\n' * 10, "human.jsonl, line 2"),
+    ('{"input": "", "edit": "b", "output": "c"}\n' * 10, "human.jsonl, line 1"),
+    ('\n{"input": "\xe9", "edit": "b", "output": "c"}\n' * 10, "human.jsonl, line 2"),
     ("[]\n" * 10, "line 1"),
 ])
 def test_training_data_is_checked(tmp_path, capsys, content, hint):
     human = tmp_path / "human.jsonl"
-    human.write_text(content)
+    human.write_text(content, encoding="latin-1")
     assert make_dataset.main(["captions", "prepare-finetune", str(human)]) == 2
     assert hint in capsys.readouterr().err and list(tmp_path.iterdir()) == [human]
 

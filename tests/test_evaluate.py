@@ -91,6 +91,19 @@ def test_command_prints_a_table_and_keeps_scores_and_failures(tmp_path, capsys):
     assert Image.open(tmp_path / "out" / "failed.png").width > 64  # random weights do fail
 
 
+def test_a_full_disk_leaves_the_old_failures_and_no_new_scores(tmp_path, monkeypatch, capsys):
+    def full(image, path, **_):
+        evaluate.Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "failed.png").write_bytes(b"old")
+    row = {"success": False, "pictures": [Image.new("RGB", (8, 8))]}
+    monkeypatch.setattr(evaluate, "run_scenes", lambda _: ([row], "", {}, lambda row: ["a"]))
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert evaluate.main(["scenes", "--out", str(tmp_path)]) == 2
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+
+
 def test_missing_weights_are_one_line(tmp_path, capsys):
     assert evaluate.main(["scenes", "--weights", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -139,6 +139,18 @@ def test_spellings_of_others_are_understood():
         assert all(shapes(again[part][1]) == shapes(tensors) for part, (_, tensors) in parts.items())
 
 
+@pytest.mark.parametrize("name, again", [
+    ("model.diffusion_model.out.0.bias", "state_dict.model.diffusion_model.out.0.bias"),
+    ("cond_stage_model.transformer.text_model.final_layer_norm.bias",
+     "cond_stage_model.transformer.final_layer_norm.bias"),
+])
+def test_a_weight_in_two_spellings_is_refused(name, again):
+    tensors = single(*SMALL)
+    for doubled in (tensors | {again: tensors[name]}, {again: tensors[name]} | tensors):
+        with pytest.raises(ValueError, match=f"^x: {re.escape(name)} comes twice, .*$"):
+            open_networks(doubled)
+
+
 @pytest.mark.parametrize("raw_weights, offset, said", [
     (False, 1000, "EMA weights"), (True, 0, "raw weights")])
 def test_averaged_weights_go_before_raw_ones(raw_weights, offset, said):

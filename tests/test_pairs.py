@@ -497,3 +497,24 @@ def test_a_broken_job_file_is_one_line(tmp_path):
     (tmp_path / "out" / "job.json").write_text('{"job": null}')
     with pytest.raises(ValueError, match="job.json is broken"):
         fake_job(tmp_path / "out", 1)
+
+
+@pytest.mark.parametrize("name, content, hint", [
+    ("metadata.jsonl", {"clip_sim_dir": None}, "clip_sim_dir = None should be a number"),
+    ("metadata.jsonl", {"p2p_threshold": "x"}, "p2p_threshold = 'x' should be a number"),
+    ("metadata.jsonl", {"p2p_threshold": float("inf")}, "p2p_threshold should lie in 0 ... 1"),
+    ("candidates.jsonl", {"clip_sim_0": None}, "clip_sim_0 = None should be a number"),
+    ("job.json", {"job": None}, "job = None should be an object"),
+    ("job.json", {"job": dict.fromkeys(["clip_threshold", "clip_dir_threshold", "clip_img_threshold"], "x")},
+     "clip_img_threshold = 'x' should be a number"),
+])
+def test_show_says_in_one_line_what_is_no_number(name, content, hint, tmp_path, capsys):
+    folder, row = tmp_path / "0000000", dict.fromkeys(("seed", "p2p_threshold", *SIMILARITIES), 1)
+    job = {"job": dict.fromkeys(("clip_threshold", "clip_dir_threshold", "clip_img_threshold"), 0.5)}
+    files = {"prompt.json": {"input": "a", "edit": "b"}, "metadata.jsonl": row, "candidates.jsonl": row}
+    folder.mkdir()
+    for file, good in (files | {"../job.json": job}).items():
+        (folder / file).write_text(json.dumps(good | content if Path(file).name == name else good) + "\n")
+    assert make_dataset.main(["show", str(tmp_path)]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert hint in line and name in line
