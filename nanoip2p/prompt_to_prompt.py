@@ -272,8 +272,7 @@ def draw_heatmaps(model: PairPainter, seed: int, share: float, cfg_text: float,
     rows, labels = [], []
     for picture, maps, row, caption in zip(
             reversed(model.painter.decode(latents)), heat.flip(0), words, model.captions):
-        rows.append([picture])
-        labels.append([caption])
+        rows, labels = [*rows, [picture]], [*labels, [caption]]
         for map_, (word, _) in zip(maps, row):
             light = Image.fromarray((map_ / map_.max() * 255).byte().cpu().numpy())
             light = light.resize(picture.size, Image.Resampling.BICUBIC)
