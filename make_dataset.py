@@ -162,9 +162,12 @@ def run_pairs(args: argparse.Namespace) -> None:
         skipped = f", {len(bad)} bad lines skipped" if bad else ""
         print(f"opened {args.weights}: {checkpoint.found}", file=sys.stderr)
         print(f"{len(prompts)} prompts{skipped}, {settings['n_samples']} candidates of each", file=sys.stderr)
-    judge = Judge.load(settings["clip"], device)
     painter = TextToImage.load(checkpoint, device, DTYPES[args.dtype])
     painter.complete({key: settings[key] for key in ("steps", "resolution", "sampler")})
+    try:
+        judge = Judge.load(settings["clip"], device)
+    except ValueError as error:
+        raise ValueError(f"the judge, --clip {settings['clip']}: {error}") from None
     names = {"weights": args.weights, "clip": settings["clip"]}
     make_pairs(prompts, args.out, painter, judge, settings, names, progress=first)
     if first:

@@ -291,7 +291,8 @@ def prepare_and_train(args: argparse.Namespace) -> None:
     encoders = (parts.vae.to(device).eval(), parts.text_encoder.to(device).eval(), parts.tokenizer)
     data = encoded_pairs(pairs, args.out / "encoded", *encoders, args.resolution)
     visits = args.steps * args.batch_size / len(pairs)
-    print(f"{len(pairs)} pairs, {args.steps} steps of {args.batch_size}: {visits:.1f} visits of each")
+    rest = "" if args.data == "scenes" else " (of the first 90% of the prompts; the others are held out)"
+    print(f"{len(pairs)} pairs{rest}, {args.steps} steps of {args.batch_size}: {visits:.1f} visits of each")
     train(args, parts, data, validation, device)
 
 

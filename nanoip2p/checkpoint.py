@@ -244,7 +244,9 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None = No
     single, target = target.suffix == ".safetensors", target.resolve()
     if target.suffix in (".ckpt", ".pt", ".bin") or target.exists() and (
             single and not target.is_file() or not single and (not target.is_dir() or any(target.iterdir()))):
-        raise ValueError(f"{target}: written are new folders and .safetensors files; name one of those")
+        raise ValueError(f"{target} is there, or no folder or .safetensors file; name a new one")
+    if target == checkpoint.source.resolve():
+        raise ValueError(f"{target} is what is read; name another target")
     if ema and not single:
         raise ValueError("--ema-copy is for single files; a folder holds one set of weights")
     models = {part: network.load(None) for part, network in checkpoint.networks.items()}
@@ -283,6 +285,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.target:
             convert(checkpoint, args.target, DTYPES.get(args.dtype), args.ema_copy)
             print(f"wrote {args.target}")
+            if args.target.suffix == ".safetensors":
+                print("a single file has no tokenizer; keep the old one, for --tokenizer")
 
     return cli.run(work, "interrupted; nothing was written", "close other programs")
 

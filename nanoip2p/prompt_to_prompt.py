@@ -127,7 +127,7 @@ class PairPainter:
         if inject not in MODES:
             raise ValueError(f"no way to inject {inject!r}; there are {', '.join(MODES)}")
         if (reweight or windows) and inject not in ("cross", "both"):
-            raise ValueError(f"weights and windows of words act on text attention, not on {inject!r}")
+            raise ValueError(f"reweighting and windows need injection of cross or both, not {inject}")
         self.painter, self.inject = painter, inject
         self.settings = painter.complete({"steps": steps, "sampler": sampler, "resolution": resolution})
         self.plan = plan(painter.schedule, self.settings["sampler"], self.settings["steps"])

@@ -307,10 +307,14 @@ def test_looking_and_converting_on_the_command_line(folder, tmp_path, capsys):
     assert "a diffusers folder, 8 input channels, fp32" in printed and printed.count("\n") == 4
     target = tmp_path / "half.safetensors"
     assert checkpoints.main([str(folder), str(target), "--dtype", "fp16", "--ema-copy"]) == 0
+    assert "for --tokenizer" in capsys.readouterr().out
     assert "EMA weights, fp16" in open_checkpoint(target).found
+    written = target.read_bytes()
+    assert checkpoints.main([str(target), str(target), "--tokenizer", str(folder / "tokenizer")]) == 2
+    assert "is what is read" in capsys.readouterr().err and target.read_bytes() == written
     for wrong in (str(folder), str(tmp_path / "x.ckpt"), str(target.parent)):
         assert checkpoints.main([str(folder), wrong]) == 2
-        assert "name one of those" in capsys.readouterr().err
+        assert "name a new one" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["half.safetensors"]
 
 

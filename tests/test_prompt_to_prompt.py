@@ -329,8 +329,8 @@ def test_blend_by_hand():
 
 @pytest.mark.parametrize("wrong, message", [
     ({"inject": "all"}, "no way to inject 'all'; there are self, cross, both, none"),
-    ({"inject": "self", "reweight": {"blue": 2}}, "weights and windows of words"),
-    ({"inject": "none", "windows": {"blue": (0, 1)}}, "weights and windows of words"),
+    ({"inject": "self", "reweight": {"blue": 2}}, "reweighting and windows need"),
+    ({"inject": "none", "windows": {"blue": (0, 1)}}, "reweighting and windows need"),
     ({"inject": "none", "blend": ("red", "blue")}, "a local blend needs injection"),
     ({"blend": ("red", "blue"), "sampler": "ddim"}, "a local blend needs injection, and the sampler euler"),
     ({"inject": "cross", "reweight": {"red": 2}}, "'red' is not in 'turn the blue house into a boat'"),
@@ -405,7 +405,7 @@ def test_heatmaps_show_each_word(painters, folders, tmp_path, monkeypatch, flags
     (["--reweight", "blue", "much", "--inject", "cross"], "'much' is not a number"),
     (["--reweight", "blue", "nan", "--inject", "cross"], "'nan' is not a number"),
     (["--reweight", "green", "2", "--inject", "cross"], "'green' is not in"),
-    (["--reweight", "blue", "2"], "weights and windows of words act on text attention, not on 'self'"),
+    (["--reweight", "blue", "2"], "reweighting and windows need injection of cross or both, not self"),
     (["--window", "blue", "0", "late", "--inject", "cross"], "'late' is not a number"),
     (["--window", "gree", "0", "1", "--inject", "both"], "'gree' is not in"),
     (["--p", "inf"], "argument --p: 'inf' is not a number"), (["--seed", "-1"], "argument --seed"),
