@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import diffusers
+import numpy as np
 import torch
 import transformers
 from helpers import relative_error
@@ -9,19 +11,40 @@ from PIL import Image
 
 from nanoip2p import demo
 from nanoip2p.clip import CLIP, TextEncoder
+from nanoip2p.clip_filter import Judge
 from nanoip2p.editor import Editor
-from nanoip2p.evaluate import questions, score_scenes, table
+from nanoip2p.evaluate import captioned, questions, score_captions, score_scenes, table
 from nanoip2p.images import to_tensor
 from nanoip2p.network import load_network
+from nanoip2p.pairs import complete
 from nanoip2p.scenes import random_scene
+from nanoip2p.text_to_image import TextToImage
 from nanoip2p.tokenizer import load_tokenizer
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 
 
-def test_together_under_30_megabytes():
-    sizes = [path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()]
-    assert 1e6 < sum(sizes) < 30e6
+def test_small_enough():
+    """The editor and CLIP within 30 MB, and 15 MB more for the text-to-picture model."""
+    sizes = {path: path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()}
+    painter = sum(size for path, size in sizes.items() if WEIGHTS / "nano-sd" in path.parents)
+    assert 1e6 < painter < 15e6 and 1e6 < sum(sizes.values()) - painter < 30e6
+
+
+def test_nano_sd_paints_what_nano_clip_reads_and_what_diffusers_paints():
+    painter = TextToImage.load(WEIGHTS / "nano-sd", "cpu")
+    chosen = complete({}, WEIGHTS / "nano-sd", painter.defaults)
+    rows = score_captions(painter, Judge.load(chosen["clip"]), captioned(32), {"steps": 8})
+    assert sum(row["success"] for row in rows) >= 28
+
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(WEIGHTS / "nano-sd")
+    pipeline.set_progress_bar_config(disable=True)
+    caption = rows[0]["caption"]
+    theirs = pipeline(caption, height=64, width=64, num_inference_steps=5, guidance_scale=3.0,
+                      generator=torch.Generator().manual_seed(7)).images[0]
+    ours, other = painter.generate([caption, rows[1]["caption"]], steps=5, cfg_text=3.0, seed=7)
+    assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
+    assert np.abs(np.asarray(ours, int) - np.asarray(other, int)).max() > 50
 
 
 @torch.no_grad()
