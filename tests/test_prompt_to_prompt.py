@@ -429,3 +429,11 @@ def test_an_editor_cannot_paint(tmp_path, capsys):
     assert command(folder, tmp_path / "pair.png") == 2
     assert "this is an editor, for sample.py" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "pair.png").exists()
+
+
+def test_a_window_includes_its_beginning_and_not_its_end(painters):
+    model = PairPainter(painters["flat"], "a red house", "a blue house", "cross", steps=5,
+                        windows={"blue": (0.25, 0.75)})
+    [blue] = {i for i, share in enumerate(model.injection(1, [0.0]).own[0].tolist()) if share == 0}
+    assert blue == 2  # after the start and "a"; the other words have no share of the steps at all
+    assert [model.injection(step, [0.0]).cross_rows for step in range(5)] == [0, 1, 1, 0, 0]
