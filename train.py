@@ -1,110 +1,356 @@
 """Train an editor from pairs of pictures (section 3.2 of the paper): teach a UNet with 8 input channels to
 predict the noise in the edited picture's latents, given the input picture's latents and the instruction.
 
-    python train.py --weights runs/nano/start --data scenes --out runs/editor
-    python train.py --text-to-image ...                 # without a picture: a caption becomes one
-    python train.py --resume runs/editor                # goes on as if never stopped
+    python train.py --weights <Stable Diffusion 1.x> --data data/pairs --out runs/ip2p
+    torchrun --nproc-per-node 8 train.py --preset paper ...           # several GPUs, several machines too
+    python train.py --resume runs/ip2p                                # goes on as if never stopped
+    python train.py --check --data my-pairs                           # looks at the data, prints the plan
+    python train.py --text-to-image --data scenes ...                 # without a picture: a caption becomes one
 
-Writes to --out: state.pt (to resume), weights/ (the averaged editor, which sample.py opens), loss.jsonl,
-loss.png and samples-*.png. Every random draw is a function of --seed and the step, so a resumed run and an
-uninterrupted one end in the same weights.
+Writes to --out: checkpoints/ (to resume), weights/ (the averaged editor, which sample.py opens), log.jsonl,
+loss.png and samples-*.png. What is computed and what is drawn stands in nanoip2p/recipe.py, a step in
+nanoip2p/trainer.py.
 """
 
 import argparse
-import copy
-import json
-import math
+import resource
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from PIL import Image
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from nanoip2p import cli
-from nanoip2p.checkpoint import add_flags, load_parts, open_checkpoint, save_parts, widen
+from nanoip2p import cli, parallel, runs
+from nanoip2p.checkpoint import Parts, add_flags, load_parts, open_checkpoint, widen
 from nanoip2p.cli import at_least, finite
-from nanoip2p.data import (
-    batch_rows,
-    captioned_scenes,
-    encoded_pairs,
-    folder_pairs,
-    load_picture,
-    scene_pairs,
-)
-from nanoip2p.diffusion import add_noise
-from nanoip2p.editor import Editor, pick_device
-from nanoip2p.files import replacing
+from nanoip2p.data import Item, Pair, captioned_scenes, load_picture, read_data, scene_pairs
+from nanoip2p.editor import Editor
 from nanoip2p.images import grid
+from nanoip2p.memory import training_memory
+from nanoip2p.parallel import Ranks
+from nanoip2p.recipe import Pictures, Samples, collate, sample_numbers, validation_batches
 from nanoip2p.scenes import EDIT_KINDS
-from nanoip2p.tensors import DTYPES
+from nanoip2p.stored import Stored, open_stored, store
 from nanoip2p.text_to_image import TextToImage
+from nanoip2p.trainer import Trainer
+from nanoip2p.unet import UNet, UNetConfig
 
-LOG_EVERY = 50  # steps; the loss is fetched from the device no oftener
+VALIDATION_SAMPLES, GRID_COLUMNS = 64, 8
+# Of 1,024 samples a step, as the paper's. 24gb: what 17 GB of weights, gradients, Adam and average leave free
+PRESETS = {
+    "paper": {"batch_size": 32, "accumulate": 4},  # on each of 8 GPUs
+    "48gb": {"batch_size": 32, "accumulate": 32},
+    "24gb": {"batch_size": 16, "accumulate": 64, "recompute": True, "ema_device": "cpu"},
+    "nano": {"resolution": 64, "batch_size": 32, "steps": 600, "lr": 1e-3, "warmup": 50, "cooldown": 0.4,
+             "snr_gamma": 1.0, "ema_decay": 0.98, "pairs": 4000, "save_every": 200, "sample_every": 200,
+             "validate_every": 50, "log_every": 25},
+}
+# What --resume may change. Everything else is what the run is, and would make another one of it
+FREE = {"steps", "lr", "batch_size", "accumulate", "recompute", "compile", "shard_optimizer", "fsdp", "ema_device",
+        "workers", "cache", "skip_bad", "save_every", "keep", "sample_every", "validate_every", "log_every",
+        "tensorboard", "device", "out", "resume", "check", "preset"}
 
 
-def draw_batch(data: dict, scale: float, alphas: Tensor, seed: int, step: int, batch: int) -> dict:
-    """All that is random about one step, drawn on the CPU. alphas: `NoiseSchedule.alphas_cumprod()`.
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Flags; a preset, or with --resume the settings of that run, are the defaults of all the others.
 
-    Returns noised latents z_t (B, 4, h, w), z_image (B, 4, h, w) with some rows zeroed, context (B, 77, D)
-    with some rows the empty text's, noise (B, 4, h, w) and timestep (B,).
+    Adds `start`, the (checkpoint, state) to go on from, or None. ValueError for what does not go together.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    before, after, text = data["rows"][batch_rows(seed, step, batch, len(data["rows"]))].T
-    mean, logvar = data["moments"][after].float().chunk(2, dim=1)                  # (B, 4, h, w) each
-    target = scale * (mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator))
-    z_image = data["moments"][before].float().chunk(2, dim=1)[0]                   # the mode, not scaled
-    noise = torch.randn(target.shape, generator=generator)
-    timestep = torch.randint(len(alphas), (batch,), generator=generator)
-    # One number decides what is dropped: the text below 10%, the image from 5% to 15% (section 3.2.1)
-    drop = torch.rand(batch, generator=generator)
-    text = torch.where(drop < 0.10, 0, text)
-    keep_image = 1 - ((drop >= 0.05) & (drop < 0.15)).float()
-    return {
-        "z_t": add_noise(target, noise, timestep, alphas),
-        "z_image": z_image * keep_image[:, None, None, None],
-        "context": data["texts"][text].float(), "noise": noise, "timestep": timestep,
-    }
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.preset and args.resume:
+        parser.error("--resume has the settings of its run; leave out --preset")
+    if args.preset:
+        parser.set_defaults(**PRESETS[args.preset])
+    start, settings = None, {}
+    if args.resume:
+        start = runs.newest_checkpoint(args.resume)
+        settings = start[1]["settings"]
+        parser.set_defaults(**settings)
+    args = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    args.start, args.accumulate_given = start, any(word.split("=")[0] == "--accumulate" for word in given)
+    for key, begun_with in settings.items():
+        if key not in FREE and getattr(args, key) != begun_with:
+            raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)}: {args.resume} was begun with "
+                             f"{begun_with}; leave it out, or begin another run")
+    args.out = args.resume or args.out
+    for name in ("data",) if args.check else ("weights", "data", "out"):
+        if getattr(args, name) is None:
+            parser.error(f"--{name} is needed (or --resume RUN)")
+    if min(args.kind_weights) < 0 or max(args.kind_weights) == 0:
+        parser.error("--kind-weights must not be negative, nor all zero")
+    if args.text_to_image and args.data != "scenes":
+        parser.error("--text-to-image knows captions of --data scenes only")
+    if args.flip is None:
+        args.flip = args.data != "scenes"
+    if args.data == "scenes" and args.out and not args.cache:
+        args.cache = args.out / "latents"  # to render a scene takes longer than to train on it
+    if args.tensorboard:
+        runs.board_class()
+    return args
 
 
-def loss_weight(timestep: Tensor, alphas: Tensor, gamma: float | None) -> Tensor:
-    """Min-SNR weighting (Hang et al. 2023, section 3.4): min(SNR, gamma) / SNR, or 1 without gamma."""
-    snr = alphas[timestep] / (1 - alphas[timestep])
-    return torch.ones_like(snr) if gamma is None else snr.clamp(max=gamma) / snr
+def make_parser() -> argparse.ArgumentParser:
+    """All flags, in groups."""
+    parser = cli.make_parser(description="Train an InstructPix2Pix editor from pairs of pictures.")
+    where = parser.add_argument_group("what to train on, and where to write")
+    where.add_argument("--weights", help="editor or text-to-picture model to start from: a diffusers folder, "
+                                         "a .safetensors or .ckpt file, or a name on the Hub")
+    add_flags(where)
+    where.add_argument("--data", help="folder of the original's layout or MagicBrush's, pairs.jsonl or its folder, "
+                                      "parquet files or their folder, or 'scenes' for rendered pairs")
+    where.add_argument("--pairs", type=at_least(1), default=20_000, help="pairs to render for --data scenes")
+    where.add_argument("--kind-weights", type=finite, nargs=len(EDIT_KINDS), default=[1.0] * len(EDIT_KINDS),
+                       metavar="ODDS", help=f"for --data scenes, of {', '.join(EDIT_KINDS)}")
+    where.add_argument("--text-to-image", action="store_true",
+                       help="train a text-to-picture model on captions, of --data scenes")
+    where.add_argument("--cache", type=Path, metavar="FOLDER",
+                       help="encode all pictures and texts once, into this folder, and never again")
+    where.add_argument("--skip-bad", action="store_true", help="leave out pairs with a broken or missing picture")
+    where.add_argument("--out", type=Path, help="folder of this run")
+    where.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
+    where.add_argument("--check", action="store_true", help="look at all the data, print the plan, train nothing")
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--preset", choices=PRESETS, help="values of many flags, which given ones override")
+    recipe.add_argument("--steps", type=at_least(1), default=10_000, help="optimizer steps in all")
+    recipe.add_argument("--batch-size", type=at_least(1), default=16, help="samples at a time on each device")
+    recipe.add_argument("--accumulate", type=at_least(1), default=64, help="batches of each device in a step")
+    recipe.add_argument("--lr", type=finite, default=1e-4)
+    recipe.add_argument("--warmup", type=at_least(0), default=0, help="steps of rising learning rate")
+    recipe.add_argument("--cooldown", type=finite, default=0.0, help="last share of steps, where it falls")
+    recipe.add_argument("--clip", type=finite, default=1.0, help="largest norm of the gradient")
+    recipe.add_argument("--snr-gamma", type=finite, help="min-SNR loss weighting (off; 5 in its paper)")
+    recipe.add_argument("--offset-noise", type=finite, default=0.0, help="strength of noise a channel (0.1 is usual)")
+    recipe.add_argument("--ema-decay", type=finite, default=0.9999)
+    recipe.add_argument("--resolution", type=at_least(1), default=256)
+    recipe.add_argument("--flip", action=argparse.BooleanOptionalAction,
+                        help="mirror half of the pairs (on, but for scenes, whose instructions say left and right)")
+    recipe.add_argument("--seed", type=at_least(0), default=0)
+    recipe.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16",
+                        help="of products and convolutions; weights and sums are fp32 in any case")
+    running = parser.add_argument_group("running")
+    running.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
+    running.add_argument("--workers", type=at_least(0), help="processes that load data (4 with CUDA, else 0)")
+    running.add_argument("--recompute", action="store_true", help="gradient checkpointing: slower, much smaller")
+    running.add_argument("--ema-device", choices=("cpu",), help="keep the average there: smaller, slower")
+    running.add_argument("--shard-optimizer", action="store_true", help="spread Adam's state over the ranks (ZeRO)")
+    running.add_argument("--fsdp", action="store_true", help="spread weights, gradients, Adam and average")
+    running.add_argument("--compile", action="store_true", help="torch.compile the network")
+    running.add_argument("--log-every", type=at_least(1), default=50, metavar="STEPS")
+    running.add_argument("--validate-every", type=at_least(0), default=500, metavar="STEPS", help="0: never")
+    running.add_argument("--sample-every", type=at_least(0), default=1000, metavar="STEPS", help="0: never")
+    running.add_argument("--save-every", type=at_least(1), default=500, metavar="STEPS")
+    running.add_argument("--keep", type=at_least(1), default=2, help="newest checkpoints to keep")
+    running.add_argument("--tensorboard", action="store_true", help="write the log to <out>/tensorboard, too")
+    return parser
 
 
-def noise_loss(unet: torch.nn.Module, batch: dict, weight: Tensor, device: torch.device,
-               dtype: torch.dtype = torch.float32) -> Tensor:
-    """The paper's equation 1: mean squared error of the predicted noise, with a weight (B,) an example.
+def read_items(args: argparse.Namespace) -> tuple[list[Item], list[Item]]:
+    """Training and validation items; of data too small to be split, the first training items serve for both."""
+    if args.data == "scenes":
+        def scenes(count, split="train"):
+            weights = tuple(args.kind_weights)
+            pairs = captioned_scenes(count, split) if args.text_to_image else scene_pairs(count, split, weights)
+            return [(pair,) for pair in pairs]
+        return scenes(args.pairs), scenes(VALIDATION_SAMPLES, "validation")
+    items = read_data(args.data, skip_bad=args.skip_bad)
+    validation = read_data(args.data, "validation", skip_bad=args.skip_bad)[:VALIDATION_SAMPLES]
+    return items, validation or items[:VALIDATION_SAMPLES]
 
-    A text-to-picture model has no input for z_image. dtype bfloat16: of matrix products and convolutions.
+
+def check_pictures(args: argparse.Namespace, items: list[Item]) -> None:
+    """Open every picture. ValueError for the first broken one, or with --skip-bad only a count."""
+    pictures = dict.fromkeys(picture for item in items for pair in item for picture in (pair.before, pair.after))
+    broken = []
+    for picture in tqdm(pictures, desc="opening pictures", unit="picture"):
+        try:
+            load_picture(picture, args.resolution)
+        except ValueError as error:
+            broken.append(str(error))
+    print(f"pictures  {len(pictures)}, of which {len(broken)} are broken")
+    for reason in broken[:20]:
+        print(f"          {reason}")
+    if broken and not args.skip_bad:
+        raise ValueError(f"{len(broken)} broken pictures, the first: {broken[0]} (--skip-bad leaves them out)")
+
+
+def settle_batch(args: argparse.Namespace, ranks: int, items: int) -> None:
+    """Without --accumulate, a resumed run keeps its samples a step when the number of processes changed.
+
+    ValueError when it cannot, or a batch takes more than there is.
     """
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    z_in = torch.cat([batch["z_t"], batch["z_image"]], dim=1)[:, : unet.config.in_channels]
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        prediction = unet(z_in, batch["timestep"], batch["context"]).float()       # (B, 4, h, w)
-    return ((prediction - batch["noise"]).square().mean((1, 2, 3)) * weight.to(device)).mean()
+    if args.batch_size > items:
+        raise ValueError(f"--batch-size {args.batch_size} is more than the {items} training items of {args.data}")
+    if not args.start:
+        return
+    wanted = args.start[1]["batch"]
+    if not args.accumulate_given:
+        args.accumulate = max(1, wanted // (args.batch_size * ranks))
+    if args.batch_size * args.accumulate * ranks != wanted:
+        raise ValueError(f"--batch-size {args.batch_size} x --accumulate {args.accumulate} x {ranks} processes are not "
+                         f"the {wanted} samples a step with which {args.resume} was begun")
 
 
-def learning_rate(step: int, args) -> float:
-    """Linear warm-up, constant as in the paper, and down to zero over the last `--cooldown` of the run."""
-    warm = min(1.0, (step + 1) / max(1, args.warmup))
-    cool = min(1.0, (args.steps - step) / (args.cooldown * args.steps)) if args.cooldown else 1.0
-    return args.lr * warm * cool
+def plan_text(args: argparse.Namespace, items: list[Item], validation: list[Item], ranks: int, config: UNetConfig,
+              side: int) -> str:
+    """What is going to happen, before it does. side: of the latents."""
+    pairs, batch = sum(map(len, items)), args.batch_size * args.accumulate * ranks
+    held_out = "none held out" if validation[0] in items else f"{len(validation)} held out"
+    memory = training_memory(config, args.batch_size, side, args, ranks)
+    gigabytes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
+    return (f"data      {args.data}: {len(items)} training items, {pairs} pairs; {held_out} for validation\n"
+            f"batch     {args.batch_size} at a time x {args.accumulate} accumulated x {ranks} devices = {batch}\n"
+            f"run       {args.steps} steps = {args.steps * batch} samples = {args.steps * batch / len(items):.1f} epochs\n"
+            f"memory    about {sum(memory.values()) / 1e9:.1f} GB on each device: {gigabytes}\n"
+            f"writes    {args.out}: a checkpoint every {args.save_every} steps (the newest {args.keep} stay), weights, "
+            "log.jsonl, loss.png, samples")
 
 
-@torch.no_grad()
-def update_average(average: torch.nn.Module, model: torch.nn.Module, step: int, decay: float) -> None:
-    """Moving average, once per optimizer step n = 1, 2, ..., of decay min(decay, (1+n)/(10+n))."""
-    share = 1 - min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), share)
+def prepare_and_train(args: argparse.Namespace) -> None:
+    """Open data and weights, print the plan, encode what is to be encoded first, train."""
+    if not args.start and args.out and runs.checkpoints(args.out):
+        raise ValueError(f"{args.out} holds a run already; go on with --resume, or choose another --out")
+    with parallel.started(args.device) as ranks:
+        if (args.fsdp or args.shard_optimizer) and ranks.count == 1:
+            raise ValueError("--fsdp and --shard-optimizer share among several processes; start them with torchrun")
+        items, validation = read_items(args)
+        settle_batch(args, ranks.count, len(items))
+        unet, factor = UNetConfig(in_channels=8), 8  # Stable Diffusion's, for --check without --weights
+        if args.weights:
+            checkpoint = open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
+            checkpoint = checkpoint if args.text_to_image else widen(checkpoint)
+            unet = checkpoint.networks["unet"].model.config
+            factor = checkpoint.networks["vae"].model.downsampling
+        multiple = factor * 2 ** (len(unet.block_out_channels) - 1)
+        if args.resolution % multiple:
+            raise ValueError(f"--resolution {args.resolution}: these weights take multiples of {multiple}")
+        if ranks.rank == 0:
+            found = f"weights   {args.weights}: {checkpoint.found}\n" if args.weights else ""
+            print(found + plan_text(args, items, validation, ranks.count, unet, args.resolution // factor))
+        if args.check:
+            check_pictures(args, items + validation)
+            return
+        parts = load_parts(checkpoint, edits=not args.text_to_image)
+        shape = (unet.out_channels, args.resolution // factor, args.resolution // factor)
+        train(args, parts, items, validation, shape, ranks)
+
+
+def open_source(args: argparse.Namespace, parts: Parts, items: list[Item], ranks: Ranks) -> Pictures | Stored:
+    """Where samples come from: --cache, filled first with what it lacks, or the pictures themselves."""
+    parts.vae.to(ranks.device)
+    parts.text_encoder.to(ranks.device)
+    if not args.cache:
+        return Pictures(args.resolution, parts.tokenizer)
+    pairs = [pair for item in items for pair in item]
+    what = (args.cache, pairs, parts.vae, parts.text_encoder, parts.tokenizer, args.resolution, args.flip, args.skip_bad)
+    store(*what, rank=ranks.rank, ranks=ranks.count, progress=ranks.rank == 0)
+    ranks.agree(0)  # wait until all have stored their part
+    return open_stored(*what)
+
+
+def train(args: argparse.Namespace, parts: Parts, items: list[Item], validation_items: list[Item],
+          shape: tuple[int, int, int], ranks: Ranks) -> None:
+    """Everything the loop needs, and the loop. shape: of the latents (C, h, w)."""
+    source = open_source(args, parts, items + validation_items, ranks)
+    trainer = Trainer(args, parts, ranks, encodes=not args.cache)
+    first = 0
+    if args.start:
+        checkpoint, first = args.start[0], args.start[1]["step"]
+        trainer.load(checkpoint, first)
+    timesteps, cuda = parts.schedule.num_train_timesteps, ranks.device.type == "cuda"
+    samples = Samples(items, source, args.seed, args.flip, shape, timesteps, args.skip_bad)
+    numbers = sample_numbers(first, args.steps, args.accumulate, args.batch_size, ranks.rank, ranks.count)
+    workers = args.workers if args.workers is not None else 4 if cuda else 0
+    batches = DataLoader(samples, batch_sampler=numbers, num_workers=workers, collate_fn=collate,
+                         pin_memory=cuda, worker_init_fn=leave_signals_to_the_loop)
+    fixed = Samples(validation_items, source, 0, False, shape, timesteps, args.skip_bad)
+    validation = [trainer.to_device(batch)
+                  for batch in validation_batches(fixed, VALIDATION_SAMPLES, args.batch_size)]
+    pairs = [item[0] for item in validation_items[:GRID_COLUMNS]]
+    with stop_between_steps() as stop:
+        loop(trainer, iter(batches), validation, pairs, first, stop)
+    if ranks.rank == 0 and not runs.plot_log(args.out):
+        print(f"losses are in {args.out / 'log.jsonl'}; pip install matplotlib to see them drawn")
+
+
+def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], pairs: list[Pair], first: int,
+         stop: Callable[[], bool]) -> None:
+    """Step, log, validate, save, show. pairs: whose edits are shown. stop: whether a signal has come."""
+    args, ranks, saved, recent = trainer.args, trainer.ranks, first, []
+    log = runs.Log(args.out, first, args.tensorboard) if ranks.rank == 0 else None
+    bar = tqdm(total=args.steps, initial=first, desc="train", disable=None if log else True)
+    began, begun_at = time.perf_counter(), first
+    for done in range(first + 1, args.steps + 1):
+        try:
+            recent.append(trainer.step(batches, done - 1))
+        except ValueError:  # a broken picture, a loss that is not finite: the weights are those of the step before
+            if saved < done - 1:
+                trainer.save(done - 1)
+            raise
+        bar.update()
+        stopping = bool(ranks.agree(int(stop())))
+
+        def due(every: int, done=done) -> bool:
+            return every > 0 and (done % every == 0 or done == args.steps)
+
+        row = trainer.validate(validation) if due(args.validate_every) else {}
+        if due(args.log_every):
+            pace = (time.perf_counter() - began) / (done - begun_at)
+            row |= {"loss": ranks.mean(sum(recent) / len(recent)), "lr": trainer.lr, "grad_norm": trainer.norm.item(),
+                    "samples_per_second": trainer.batch / pace, "memory_gb": memory_used(ranks.device),
+                    "seconds_left": pace * (args.steps - done)}
+            recent, began, begun_at = [], time.perf_counter(), done
+        if row and log:
+            log.write({"step": done, **row})
+            tqdm.write(f"step {done}: " + ", ".join(f"{name} {number:.4g}" for name, number in row.items()))
+        if stopping or due(args.save_every):
+            trainer.save(done)
+            saved = done
+        if stopping:
+            raise KeyboardInterrupt
+        if due(args.sample_every):
+            unet = trainer.averaged_unet()
+            if log:
+                sample_grid(trainer.parts, unet, pairs, args.resolution).save(args.out / f"samples-{done:06d}.png")
+    bar.close()
+
+
+def memory_used(device: torch.device) -> float:
+    """The most that was in use so far, in GB: on the GPU, or else by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def sample_grid(parts: Parts, unet: UNet, pairs: list[Pair], resolution: int) -> Image.Image:
+    """Validation pairs as one picture, a column each: the input, the model's answer, the true answer."""
+    device, home = unet.conv_in.weight.device, parts.vae.quant_conv.weight.device
+    networks = (unet, parts.vae.to(device), parts.text_encoder.to(device), parts.tokenizer, parts.schedule,
+                parts.defaults)
+    targets = [load_picture(pair.after, resolution) for pair in pairs]
+    texts = [pair.edit for pair in pairs]
+    if unet.config.in_channels == unet.config.out_channels:
+        painted = TextToImage(*networks).generate(texts, seed=0, resolution=resolution)
+        rows, labels = [painted, targets], [texts, ["a true picture"] * len(pairs)]
+    else:
+        inputs = [load_picture(pair.before, resolution) for pair in pairs]
+        edits = Editor(*networks).edit(inputs, texts, seed=0, resolution=resolution)
+        rows, labels = [inputs, edits, targets], [["input"] * len(pairs), texts, ["target"] * len(pairs)]
+    for encoder in (parts.vae, parts.text_encoder):
+        encoder.to(home)
+    return grid(rows, labels)
 
 
 @contextmanager
-def stop_between_steps():
+def stop_between_steps() -> Iterator[Callable[[], bool]]:
     """Yield a function that says whether Ctrl-C (or a SIGTERM) has come.
 
     In the middle of a step, weights, optimizer and average do not belong together; between two they do.
@@ -119,188 +365,17 @@ def stop_between_steps():
             signal.signal(number, handler)
 
 
-def save_state(folder: Path, unet, average, optimizer, step: int, args) -> None:
-    """Write state.pt, from which --resume goes on."""
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    state = {"unet": unet.state_dict(), "ema": average.state_dict(), "optimizer": optimizer.state_dict(),
-             "step": step, "settings": settings}
-    with replacing(folder / "state.pt") as temporary:
-        torch.save(state, temporary)
-
-
-def plot_loss(folder: Path) -> None:
-    """loss.jsonl -> loss.png, raw and smoothed. Without matplotlib the numbers stay in the JSONL file."""
-    rows = [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"losses are in {folder / 'loss.jsonl'}; pip install matplotlib to see them drawn")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1)
-    axes.set(xlabel="optimizer step", ylabel=f"loss (mean of {LOG_EVERY} steps)", yscale="log")
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(folder / "loss.png", dpi=120)
-    pyplot.close(figure)
-
-
-def sample_grid(parts, unet: torch.nn.Module, pairs: list, resolution: int):
-    """Validation pairs as one picture, a column each: the input, the model's answer, the true answer."""
-    networks = (unet, parts.vae, parts.text_encoder, parts.tokenizer, parts.schedule, parts.defaults)
-    targets = [load_picture(pair.after, resolution) for pair in pairs]
-    texts = [pair.edit for pair in pairs]
-    if unet.config.in_channels == unet.config.out_channels:
-        painted = TextToImage(*networks).generate(texts, seed=0, resolution=resolution)
-        return grid([painted, targets], [texts, ["a true picture"] * len(pairs)])
-    inputs = [load_picture(pair.before, resolution) for pair in pairs]
-    edits = Editor(*networks).edit(inputs, texts, seed=0, resolution=resolution)
-    labels = [["input"] * len(pairs), texts, ["true answer"] * len(pairs)]
-    return grid([inputs, edits, targets], labels)
-
-
-def train(args, parts, data: dict, validation: list, device: torch.device) -> None:
-    """The loop. `parts`: the networks of the starting weights; `data`: from `data.encoded_pairs`."""
-    unet, schedule = parts.unet.to(device).train(), parts.schedule
-    average = copy.deepcopy(unet).requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(unet.parameters(), args.lr, betas=(0.9, 0.999), weight_decay=0.01)
-    alphas, scale, first = schedule.alphas_cumprod(), parts.vae.scaling_factor, 0
-    if args.resume:
-        state = torch.load(args.out / "state.pt", weights_only=True, map_location=device)
-        unet.load_state_dict(state["unet"])
-        average.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    log = args.out / "loss.jsonl"
-    logged = log.read_text().splitlines() if first and log.exists() else []
-    log.write_text("".join(line + "\n" for line in logged if json.loads(line)["step"] <= first))
-
-    def save(step: int) -> None:
-        save_state(args.out, unet, average, optimizer, step, args)
-        save_parts(args.out / "weights", average, parts.vae, parts.text_encoder,
-                    parts.tokenizer_folder, schedule.to_json(), parts.defaults)
-
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="train", mininterval=5)
-    recent, began, done = [], time.perf_counter(), first
-    with stop_between_steps() as stop:
-        for step in bar:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args)
-            batch = draw_batch(data, scale, alphas, args.seed, step, args.batch_size)
-            weight = loss_weight(batch["timestep"], alphas, args.snr_gamma)
-            loss = noise_loss(unet, batch, weight, device, DTYPES[args.dtype])
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(unet.parameters(), args.clip)
-            optimizer.step()
-            done = step + 1
-            update_average(average, unet, done, args.ema_decay)
-            recent.append(loss.detach())
-            if done % LOG_EVERY == 0 or done == args.steps:
-                mean, recent = torch.stack(recent).mean().item(), []
-                if not math.isfinite(mean):
-                    raise ValueError(f"the loss is {mean} at step {done}; --resume with a smaller --lr")
-                rate = (done - first) * args.batch_size / (time.perf_counter() - began)
-                bar.set_postfix_str(f"loss {mean:.4f}, {rate:.0f} samples/s", refresh=False)
-                row = {"step": done, "loss": round(mean, 5), "lr": learning_rate(step, args),
-                       "samples_per_second": round(rate, 1)}
-                with log.open("a") as file:
-                    print(json.dumps(row), file=file)
-            stopping = stop()
-            if stopping or done % args.save_every == 0 or done == args.steps:
-                save(done)
-            if stopping:
-                raise KeyboardInterrupt
-            if args.sample_every and done % args.sample_every == 0:
-                picture = sample_grid(parts, average, validation, args.resolution)
-                picture.save(args.out / f"samples-{done:06d}.png")
-    plot_loss(args.out)
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Flags; with --resume, the settings of that run are the defaults of all the others."""
-    parser = cli.make_parser(description="Train an InstructPix2Pix editor from pairs of pictures.")
-    where = parser.add_argument_group("what to train on, and where to write")
-    where.add_argument("--weights", help="editor or text-to-picture model to start from: a diffusers folder, "
-                                         "a .safetensors or .ckpt file, or a name on the Hub")
-    add_flags(where)
-    where.add_argument("--data", help="a folder in the original's layout, or 'scenes' for rendered pairs")
-    where.add_argument("--pairs", type=at_least(1), default=20_000, help="pairs to render for --data scenes")
-    where.add_argument("--kind-weights", type=finite, nargs=len(EDIT_KINDS), default=[1.0] * len(EDIT_KINDS),
-                       metavar="ODDS", help=f"for --data scenes, of {', '.join(EDIT_KINDS)}")
-    where.add_argument("--text-to-image", action="store_true",
-                       help="train a text-to-picture model on captions, of --data scenes")
-    where.add_argument("--out", type=Path, help="folder of this run")
-    where.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
-    recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--steps", type=at_least(1), default=10_000, help="optimizer steps in all")
-    recipe.add_argument("--batch-size", type=at_least(1), default=64)
-    recipe.add_argument("--lr", type=finite, default=1e-4)
-    recipe.add_argument("--warmup", type=at_least(0), default=0, help="steps of rising learning rate")
-    recipe.add_argument("--cooldown", type=finite, default=0.0, help="last share of steps, where it falls")
-    recipe.add_argument("--snr-gamma", type=finite, help="min-SNR loss weighting (off; 5 in its paper)")
-    recipe.add_argument("--clip", type=finite, default=1.0, help="largest norm of the gradient")
-    recipe.add_argument("--ema-decay", type=finite, default=0.9999)
-    recipe.add_argument("--resolution", type=at_least(1), default=256)
-    recipe.add_argument("--seed", type=at_least(0), default=0)
-    running = parser.add_argument_group("running")
-    running.add_argument("--save-every", type=at_least(1), default=500)
-    running.add_argument("--sample-every", type=at_least(0), default=2000, help="0: never")
-    running.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32",
-                         help="bf16: of products and convolutions; weights and sums stay fp32")
-    running.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
-    args = parser.parse_args(argv)
-    if args.resume:
-        file = args.resume / "state.pt"
-        if not file.exists():
-            raise ValueError(f"{file}: not found; --resume wants the --out folder of an earlier run")
-        state = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
-        parser.set_defaults(**state["settings"])
-        args = parser.parse_args(argv)
-        args.out = args.resume
-    for name in ("weights", "data", "out"):
-        if getattr(args, name) is None:
-            parser.error(f"--{name} is needed (or --resume RUN)")
-    if min(args.kind_weights) < 0 or max(args.kind_weights) == 0:
-        parser.error("--kind-weights must not be negative, nor all zero")
-    if args.text_to_image and args.data != "scenes":
-        parser.error("--text-to-image knows captions of --data scenes only")
-    return args
-
-
-def prepare_and_train(args: argparse.Namespace) -> None:
-    """Open weights and data, encode what was not encoded yet, train."""
-    device = pick_device(args.device)
-    if not args.resume and (args.out / "state.pt").exists():
-        raise ValueError(f"{args.out} holds a run already; go on with --resume, or choose another --out")
-    checkpoint = open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
-    print(f"opened {args.weights}: {checkpoint.found}", file=sys.stderr)
-    parts = load_parts(checkpoint, edits=False) if args.text_to_image else load_parts(widen(checkpoint))
-    if args.text_to_image:
-        pairs, validation = captioned_scenes(args.pairs), captioned_scenes(8, "validation")
-    elif args.data == "scenes":
-        pairs = scene_pairs(args.pairs, weights=tuple(args.kind_weights))
-        validation = scene_pairs(8, "validation")
-    else:
-        pairs = folder_pairs(args.data)
-        validation = folder_pairs(args.data, "validation", may_be_empty=True)[:8] or pairs[:8]
-    args.out.mkdir(parents=True, exist_ok=True)
-    encoders = (parts.vae.to(device).eval(), parts.text_encoder.to(device).eval(), parts.tokenizer)
-    data = encoded_pairs(pairs, args.out / "encoded", *encoders, args.resolution)
-    visits = args.steps * args.batch_size / len(pairs)
-    rest = "" if args.data == "scenes" else " (of the first 90% of the prompts; the others are held out)"
-    print(f"{len(pairs)} pairs{rest}, {args.steps} steps of {args.batch_size}: {visits:.1f} visits of each")
-    train(args, parts, data, validation, device)
+def leave_signals_to_the_loop(_worker: int) -> None:
+    """For processes that load data: Ctrl-C reaches them, too, and they have to live until the loop is done."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code, see cli.run."""
     return cli.run(lambda: prepare_and_train(parse(argv)),
                    "stopped; if it had begun to train, go on with --resume and the --out folder",
-                   "try a smaller --batch-size or --resolution")
+                   "try a smaller --batch-size with more --accumulate, --recompute, or --ema-device cpu")
 
 
 if __name__ == "__main__":

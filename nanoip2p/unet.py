@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nanoip2p.attention import attention
 from nanoip2p.config import read_config
@@ -245,8 +246,10 @@ class Level(nn.Module):
         self.downsamplers = nn.ModuleList([Downsample(c_out)] if resample == "down" else [])
         self.upsamplers = nn.ModuleList([Upsample(c_out)] if resample == "up" else [])
 
-    def layer(self, i: int, x: Tensor, time: Tensor, context: Tensor, inject=None) -> Tensor:
+    def layer(self, i: int, x: Tensor, time: Tensor, context: Tensor, inject=None, recompute=False) -> Tensor:
         """Residual block i and, where there is one, the transformer after it."""
+        if recompute:
+            return checkpoint(self.layer, i, x, time, context, inject, use_reentrant=False, preserve_rng_state=False)
         x = self.resnets[i](x, time)
         return self.attentions[i](x, context, inject) if i < len(self.attentions) else x
 
@@ -291,12 +294,14 @@ class UNet(nn.Module):
         """Build from the content of diffusers' unet/config.json. ValueError names what is not supported."""
         return cls(read_config(UNetConfig, config, FIXED, BOOKKEEPING))
 
-    def forward(self, latents: Tensor, timestep: Tensor | float, context: Tensor, inject=None) -> Tensor:
+    def forward(self, latents: Tensor, timestep: Tensor | float, context: Tensor, inject=None,
+                recompute: bool = False) -> Tensor:
         """Latents (B, C_in, h, w), timestep, text (B, L, D) -> predicted noise (B, C_out, h, w).
 
         The timestep is a number, or a tensor of one for all or one for each of the B; it may lie between
         integers (Karras sigmas). Any h and w work; each level halves them, rounding up. `inject` changes how
-        rows attend: a prompt_to_prompt.Injection.
+        rows attend: a prompt_to_prompt.Injection. `recompute` keeps no activations inside of layers for the way
+        back, but computes them again (Chen et al. 1604.06174): a third more time, a fraction of the memory.
         """
         config, given = self.config, (tuple(latents.shape), tuple(context.shape))
         assert given[0][1] == config.in_channels and given[1][2] == config.cross_attention_dim, given
@@ -311,18 +316,18 @@ class UNet(nn.Module):
         skips = [x]
         for level in self.down_blocks:
             for i in range(len(level.resnets)):
-                x = level.layer(i, x, time, context, inject)
+                x = level.layer(i, x, time, context, inject, recompute)
                 skips.append(x)
             for downsample in level.downsamplers:
                 x = downsample(x)                                       # (B, C, h/2, w/2)
                 skips.append(x)
 
-        x = self.mid_block.layer(0, x, time, context, inject)
-        x = self.mid_block.layer(1, x, time, context, inject)
+        x = self.mid_block.layer(0, x, time, context, inject, recompute)
+        x = self.mid_block.layer(1, x, time, context, inject, recompute)
 
         for level in self.up_blocks:
             for i in range(len(level.resnets)):
-                x = level.layer(i, torch.cat([x, skips.pop()], dim=1), time, context, inject)
+                x = level.layer(i, torch.cat([x, skips.pop()], dim=1), time, context, inject, recompute)
             for upsample in level.upsamplers:
                 x = upsample(x, skips[-1].shape[2:])                    # (B, C, 2h, 2w)
         return self.conv_out(F.silu(self.conv_norm_out(x)))

@@ -1,0 +1,167 @@
+"""What one training step computes (section 3.2 of the paper), and all that is random about it.
+
+Sample n is the n-th that a run visits: sample i of optimizer step s is n = s * batch + i. Everything drawn for it
+is a function of (seed, n) alone. So it does not matter which rank, worker or micro-batch it falls to, nor
+whether the run was stopped in between.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, default_collate
+
+from nanoip2p.data import Item, Pair, load_picture
+from nanoip2p.diffusion import add_noise
+from nanoip2p.images import to_tensor
+from nanoip2p.tokenizer import Tokenizer
+
+
+@lru_cache(maxsize=2)
+def order(seed: int, epoch: int, count: int) -> Tensor:
+    """The order in which an epoch visits `count` items: (count,) int64, a function of the arguments alone."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+def draw(seed: int, number: int, shape: tuple[int, int, int], timesteps: int) -> dict:
+    """All that is random about sample `number`, on the CPU.
+
+    shape: of the latents (C, h, w). Returns `posterior` and `noise` (C, h, w) and `offset` (C, 1, 1), unit
+    normal; `timestep` in [0, timesteps), and `which`, `flip` and `drop`, uniform in [0, 1).
+    """
+    digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    which, flip, drop = torch.rand(3, generator=generator)
+    return {
+        "which": which, "flip": flip, "drop": drop,
+        "timestep": torch.randint(timesteps, (), generator=generator),
+        "posterior": torch.randn(shape, generator=generator),
+        "noise": torch.randn(shape, generator=generator),
+        "offset": torch.randn(shape[0], 1, 1, generator=generator),
+    }
+
+
+class Pictures:
+    """Pairs as pictures and token ids, for a run that encodes them in every step: `stored.Stored` without a store."""
+
+    def __init__(self, resolution: int, tokenizer: Tokenizer):
+        self.resolution, self.tokenizer = resolution, tokenizer
+
+    def get(self, pair: Pair, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Before and after (3, H, W) in [-1, 1], and token ids (77,). ValueError names a broken picture."""
+        before, after = (to_tensor(load_picture(picture, self.resolution, flip))
+                         for picture in (pair.before, pair.after))
+        return before, after, self.tokenizer([pair.edit])[0]
+
+
+class Samples(Dataset):
+    """Sample n of a run: `draw`'s numbers, and the pair it visits as `source` has it.
+
+    items: the pairs of a prompt each, of which a visit draws one, as the original. source: `Pictures` or
+    `stored.Stored`. With skip_bad, the next item takes the place of one with a broken picture, and
+    `skipped` says why; without, a sample is {"error": why}, because workers cannot raise across processes.
+    """
+
+    def __init__(self, items: list[Item], source, seed: int, flips: bool, shape: tuple[int, int, int],
+                 timesteps: int, skip_bad: bool = False):
+        self.items, self.source, self.seed, self.flips = items, source, seed, flips
+        self.shape, self.timesteps, self.skip_bad = shape, timesteps, skip_bad
+
+    def pair(self, number: int, which: float, further: int = 0) -> Pair:
+        """The pair that sample `number` visits, or what stands `further` places behind it in the order."""
+        epoch, place = divmod(number, len(self.items))
+        places = order(self.seed, epoch, len(self.items))
+        item = self.items[places[(place + further) % len(self.items)]]
+        return item[int(which * len(item))]
+
+    def __getitem__(self, number: int) -> dict:
+        drawn, skipped = draw(self.seed, number, self.shape, self.timesteps), []
+        for further in range(len(self.items) if self.skip_bad else 1):
+            try:
+                pair = self.pair(number, float(drawn["which"]), further)
+                before, after, text = self.source.get(pair, self.flips and bool(drawn["flip"] < 0.5))
+            except ValueError as error:
+                skipped.append(str(error))
+                continue
+            return drawn | {"before": before, "after": after, "text": text, "number": number, "skipped": skipped}
+        return {"error": f"{skipped[0]} (--skip-bad leaves such pairs out)"}
+
+
+def collate(samples: list[dict]) -> dict:
+    """Samples -> a batch of tensors (B, ...), with `skipped` a list; or {"error": why}."""
+    for sample in samples:
+        if "error" in sample:
+            return sample
+    skipped = [reason for sample in samples for reason in sample.pop("skipped")]
+    return default_collate(samples) | {"skipped": skipped}
+
+
+def sample_numbers(first: int, last: int, accumulate: int, batch: int, rank: int, ranks: int) -> Iterator[list[int]]:
+    """The numbers of this rank's samples, a micro-batch at a time, for the optimizer steps first ... last - 1."""
+    for micro in range(first * accumulate, last * accumulate):
+        begin = (micro * ranks + rank) * batch
+        yield list(range(begin, begin + batch))
+
+
+def validation_batches(samples: Samples, count: int, batch: int) -> Iterator[dict]:
+    """The same `count` samples every time, nothing dropped, at timesteps spread evenly, so that curves compare."""
+    for numbers in torch.arange(count).split(batch):
+        spread = (numbers + 0.5) * samples.timesteps / count
+        yield collate([samples[number] for number in numbers.tolist()]) | {
+            "drop": torch.ones(len(numbers)), "timestep": spread.long()}
+
+
+@torch.no_grad()
+def encode(batch: dict, vae: nn.Module, text_encoder: nn.Module) -> dict:
+    """Pictures and ids of a batch -> moments (B, 2C, h, w), unscaled, and text states (B, 77, D)."""
+    pixels = torch.cat([batch["before"], batch["after"]])                            # (2B, 3, H, W)
+    moments = torch.cat(vae.encode(pixels), dim=1)                                   # (2B, 2C, h, w)
+    before, after = moments.chunk(2)
+    return batch | {"before": before, "after": after, "text": text_encoder(batch["text"])}
+
+
+def model_input(batch: dict, null: Tensor, scale: float, alphas: Tensor, offset: float = 0.0) -> dict:
+    """What the network sees and what it should say, from an encoded batch.
+
+    null: state of the empty text (77, D); scale: of the latents; alphas: `NoiseSchedule.alphas_cumprod()`;
+    offset: strength of offset noise (a constant a channel, so that the mean brightness is learned too).
+    Returns z_in (B, 2C, h, w): noised target | picture condition, context (B, 77, D), noise (B, C, h, w).
+    """
+    mean, logvar = batch["after"].chunk(2, dim=1)                                    # (B, C, h, w) each
+    target = scale * (mean + (0.5 * logvar).exp() * batch["posterior"])
+    z_image = batch["before"].chunk(2, dim=1)[0]                                     # the mode, not scaled
+    # One number decides what is dropped: the text below 10%, the picture from 5% to 15% (section 3.2.1)
+    drop = batch["drop"].view(-1, 1, 1)
+    context = torch.where(drop < 0.10, null, batch["text"])
+    z_image = z_image * ~((drop >= 0.05) & (drop < 0.15))[..., None]
+    noise = batch["noise"] + offset * batch["offset"]
+    z_t = add_noise(target, noise, batch["timestep"], alphas)
+    return {"z_in": torch.cat([z_t, z_image], dim=1), "context": context, "noise": noise}
+
+
+def loss_weight(timestep: Tensor, alphas: Tensor, gamma: float | None) -> Tensor:
+    """Min-SNR weighting (Hang et al. 2023, section 3.4): min(SNR, gamma) / SNR, or 1 without gamma."""
+    snr = alphas[timestep] / (1 - alphas[timestep])
+    return torch.ones_like(snr) if gamma is None else snr.clamp(max=gamma) / snr
+
+
+def noise_losses(unet: nn.Module, in_channels: int, given: dict, timestep: Tensor, dtype: torch.dtype,
+                 recompute: bool = False) -> Tensor:
+    """The paper's equation 1 for each sample: mean squared error of the predicted noise, (B,) float32.
+
+    in_channels: a text-to-picture model has none for the picture. dtype bfloat16: of products and convolutions.
+    recompute: forget activations and compute them again on the way back (gradient checkpointing).
+    """
+    z_in = given["z_in"][:, :in_channels]
+    with torch.autocast(z_in.device.type, dtype, enabled=dtype != torch.float32):
+        predicted = unet(z_in, timestep, given["context"], recompute=recompute).float()  # (B, C, h, w)
+    return (predicted - given["noise"]).square().mean((1, 2, 3))
+
+
+def learning_rate(step: int, steps: int, lr: float, warmup: int, cooldown: float) -> float:
+    """Linear warm-up, constant as in the paper, and down to zero over the last share `cooldown` of the run."""
+    warm = min(1.0, (step + 1) / max(1, warmup))
+    cool = min(1.0, (steps - step) / (cooldown * steps)) if cooldown else 1.0
+    return lr * warm * cool

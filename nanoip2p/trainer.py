@@ -1,0 +1,158 @@
+"""The networks of a training run and one optimizer step of theirs."""
+
+import argparse
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanoip2p import parallel, runs
+from nanoip2p.checkpoint import Parts, save_parts
+from nanoip2p.editor import encode_texts
+from nanoip2p.parallel import Ranks
+from nanoip2p.recipe import encode, learning_rate, loss_weight, model_input, noise_losses
+from nanoip2p.tensors import DTYPES, read_tensors
+from nanoip2p.unet import UNet
+
+
+class Trainer:
+    """Raw and averaged weights, Adam, and what they are fed with. args: as train.parse has them."""
+
+    def __init__(self, args: argparse.Namespace, parts: Parts, ranks: Ranks):
+        """Without --cache, VAE and text encoder stay on the device: batches are pictures and token ids."""
+        self.args, self.parts, self.ranks, self.device = args, parts, ranks, ranks.device
+        self.batch, self.skipped = args.batch_size * args.accumulate * ranks.count, set()
+        [null] = encode_texts(parts.text_encoder, parts.tokenizer, [""]).values()
+        for encoder in (parts.vae, parts.text_encoder):
+            encoder.to("cpu" if args.cache else self.device).requires_grad_(False)
+        layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
+        self.unet = parts.unet.to(self.device, memory_format=layout).train()
+        average = copy.deepcopy(self.unet).requires_grad_(False).eval()
+        self.average = average.to(args.ema_device or self.device)
+        if args.fsdp:
+            parallel.shard(self.unet)
+            parallel.shard(self.average)
+        self.optimizer = parallel.make_optimizer(self.unet, args.lr, args.shard_optimizer)
+        self.shared = parallel.spread(self.unet, ranks)
+        self.forward = torch.compile(self.shared) if args.compile else self.shared
+        self.alphas, self.null = parts.schedule.alphas_cumprod().to(self.device), null.to(self.device)
+
+    def losses(self, unet, batch: dict, recompute: bool = False) -> Tensor:
+        """Equation 1 for each sample of a batch on the device: (B,)."""
+        given = model_input(batch, self.null, self.parts.vae.scaling_factor, self.alphas,
+                            self.args.offset_noise)
+        channels, dtype = self.unet.config.in_channels, DTYPES[self.args.dtype]
+        return noise_losses(unet, channels, given, batch["timestep"], dtype, recompute)
+
+    def to_device(self, batch: dict) -> dict:
+        """A batch of `recipe.collate` on the device, encoded. ValueError when one of its pictures is broken."""
+        if self.ranks.agree(int("error" in batch)):
+            raise ValueError(batch.get("error", "another process met a broken picture"))
+        moved = {key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+                 for key, value in batch.items()}
+        for reason in set(batch["skipped"]) - self.skipped:
+            warnings.warn(f"left out: {reason}", stacklevel=2)
+        self.skipped.update(batch["skipped"])
+        if self.args.cache:
+            return moved
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.dtype == "bf16"):
+            moved = encode(moved, self.parts.vae, self.parts.text_encoder)
+        return moved | {key: moved[key].float() for key in ("before", "after", "text")}
+
+    def step(self, batches: Iterator[dict], step: int) -> float:
+        """Optimizer step number `step`: gradients of --accumulate micro-batches, Adam, the average.
+
+        Returns this rank's mean loss; `lr` and `norm` (of the gradient, on the device) are those of the last step.
+        ValueError, with the weights untouched, when a picture is broken or a loss is not finite.
+        """
+        args, told, broken = self.args, [], []
+        self.optimizer.zero_grad()
+        for micro in range(args.accumulate):
+            batch = next(batches)
+            moved = self.to_device(batch)
+            with parallel.gradients_shared(self.shared, now=micro == args.accumulate - 1):
+                losses = self.losses(self.forward, moved, args.recompute)
+                losses = losses * loss_weight(moved["timestep"], self.alphas, args.snr_gamma)
+                wait = fetch(losses.detach())
+                (losses.mean() / args.accumulate).backward()
+            told.append(wait())  # by now the way back is queued, so the device does not idle
+            broken += batch["number"][~told[-1].isfinite()].tolist()
+        if self.ranks.agree(len(broken)):
+            numbers = ", ".join(map(str, broken[:8])) or "those of another process"
+            raise ValueError(f"step {step}: the loss of sample {numbers} is not finite; the weights were left as "
+                             "they were; --resume with a smaller --lr, or look at the data")
+        self.norm = parallel.whole(torch.nn.utils.clip_grad_norm_(self.unet.parameters(), args.clip))
+        self.lr = learning_rate(step, args.steps, args.lr, args.warmup, args.cooldown)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        self.optimizer.step()
+        self.update_average(step + 1)
+        return torch.cat(told).double().mean().item()
+
+    @torch.no_grad()
+    def update_average(self, n: int) -> None:
+        """Moving average, once per optimizer step n = 1, 2, ..., of decay min(decay, (1+n)/(10+n))."""
+        share = 1 - min(self.args.ema_decay, (1 + n) / (10 + n))
+        average = [parallel.local(weight) for weight in self.average.parameters()]
+        raw = [parallel.local(weight).to(average[0].device) for weight in self.unet.parameters()]
+        torch._foreach_lerp_(average, raw, share)
+
+    def averaged_unet(self) -> UNet:
+        """The averaged weights as a network that is whole and on the device; every rank has to ask."""
+        if self.args.ema_device is None and not self.args.fsdp:
+            return self.average
+        with torch.device("meta"):
+            unet = UNet(self.unet.config)
+        unet.load_state_dict(parallel.weights_of(self.average), assign=True)
+        return unet.to(self.device).eval()
+
+    @torch.no_grad()
+    def validate(self, batches: list[dict]) -> dict[str, float]:
+        """Mean loss over batches on the device, with the raw and with the averaged weights."""
+        networks = {"validation": self.unet, "validation_ema": self.averaged_unet()}
+        return {name: torch.cat([self.losses(unet, batch) for batch in batches]).double().mean().item()
+                for name, unet in networks.items()}
+
+    def load(self, checkpoint: Path, step: int) -> None:
+        """Go on from a checkpoint of `step` steps."""
+        read = {name: read_tensors(checkpoint / f"{name}.safetensors") for name in ("unet", "ema", "exp_avg", "exp_avg_sq")}
+        parallel.set_weights(self.unet, read["unet"])
+        parallel.set_weights(self.average, read["ema"])
+        parallel.set_moments(self.optimizer, self.unet, step, read["exp_avg"], read["exp_avg_sq"])
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint of `step` steps, and the averaged model to <out>/weights; every rank has to call.
+
+        ValueError, with nothing written, when the last gradient was not finite: the weights are no longer.
+        """
+        args, parts, first = self.args, self.parts, self.ranks.rank == 0
+        if not self.norm.isfinite():
+            raise ValueError(f"step {step}: the gradient is not finite; --resume goes on from the checkpoint before, "
+                             "with a smaller --lr")
+        gather = {"unet": lambda: parallel.weights_of(self.unet), "ema": lambda: parallel.weights_of(self.average)}
+        for moment in ("exp_avg", "exp_avg_sq"):
+            gather[moment] = lambda moment=moment: parallel.moments_of(self.optimizer, self.unet, moment)
+        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
+                    if key not in ("start", "accumulate_given", "resume", "check", "preset")}
+        runs.write_checkpoint(args.out, step, gather, {"batch": self.batch, "settings": settings}, args.keep, first)
+        unet = self.averaged_unet()
+        if first:
+            save_parts(args.out / "weights", unet, parts.vae, parts.text_encoder, parts.tokenizer_folder,
+                       parts.schedule.to_json(), parts.defaults)
+
+
+def fetch(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy a tensor to the CPU; what is returned waits for it. No later work on the device is waited for."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu
+    copied = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def wait() -> Tensor:
+        done.synchronize()
+        return copied
+    return wait
