@@ -1,40 +1,70 @@
-"""Training pairs: from a folder of pictures, or rendered on the spot, to stored latents and text embeddings.
+"""Training pairs: what there is, in the layouts people have or rendered on the spot, and one transform.
 
-The autoencoder and the text encoder are frozen, so every picture and every sentence is encoded once, before
-training, and the loop only gathers rows of tensors. What is stored of a picture is its whole posterior (mean
-and log-variance), so the target can still be sampled anew at every visit.
+`read_data` finds, in a folder or as the file itself:
+
+    seeds.json        the original's layout: 0000000/prompt.json, 0000000/<seed>_0.jpg, 0000000/<seed>_1.jpg
+    pairs.jsonl       {"input": path, "edit": text, "output": path}, paths relative to its folder
+    *.parquet         also in data/, with the columns of one of three datasets on the Hub, see COLUMNS
+    edit_turns.json   MagicBrush: with images/<id>/ beside it, also in train/, dev/ and test/
 """
 
 import hashlib
-import json
+import os
+import re
+import warnings
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
+from io import BytesIO
+from itertools import accumulate
 from pathlib import Path
 
 import torch
-from PIL import Image
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from tqdm import tqdm
+from PIL import Image, ImageOps
 
-from nanoip2p.clip import TextEncoder
-from nanoip2p.files import replacing
-from nanoip2p.images import fit, open_image, to_tensor
+from nanoip2p.files import read_json, remedy
+from nanoip2p.images import fit, open_image
+from nanoip2p.prompts import read_rows
 from nanoip2p.scenes import EDIT_KINDS, Scene, pick, random_scene
-from nanoip2p.tokenizer import Tokenizer
-from nanoip2p.vae import VAE
 
 SPLITS = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}  # as the original, contiguous
+OWN_SPLIT = re.compile(r"(?:^|/)(?:(dev|val|validation)|(test))[-./]")  # dev/..., data/dev-00000...
+COLUMNS = (  # picture before, instruction, picture after
+    ("original_image", "edit_prompt", "edited_image"),  # timbrooks/instructpix2pix-clip-filtered
+    ("input_image", "edit_prompt", "edited_image"),     # fusing/instructpix2pix-1000-samples
+    ("source_img", "instruction", "target_img"),        # osunlp/MagicBrush
+)
 EDITS_PER_SCENE = 4
 EQUAL_ODDS = (1.0,) * len(EDIT_KINDS)
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One example: a picture, an instruction, the edited picture. A picture is a file or a `Scene`."""
+class Cell:
+    """A picture inside a parquet file; rows are counted from 0 through all its row groups."""
 
-    before: Path | Scene
+    file: Path
+    row: int
+    column: str
+
+    def __str__(self) -> str:
+        return f"{self.file} row {self.row}, column {self.column}"
+
+
+Picture = Path | Scene | Cell
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One example: a picture, an instruction, the edited picture."""
+
+    before: Picture
     edit: str
-    after: Path | Scene
+    after: Picture
+
+
+Item = tuple[Pair, ...]  # the pairs of one prompt; training draws one of them at each visit, as the original
 
 
 def scene_pairs(count: int, split: str = "train", weights: tuple[float, ...] = EQUAL_ODDS) -> list[Pair]:
@@ -69,93 +99,172 @@ def captioned_scenes(count: int, split: str = "train") -> list[Pair]:
     return [Pair(scene, scene.caption(), scene) for scene in scenes]
 
 
-def folder_pairs(root: Path, split: str = "train", may_be_empty: bool = False) -> list[Pair]:
-    """Read the original's layout: seeds.json, and a folder for each prompt with prompt.json and pictures.
+def read_data(source: str | Path, split: str = "train", skip_bad: bool = False) -> list[Item]:
+    """The items of a split, one of SPLITS, in order; no items for a split that is empty, unless it is train.
 
-    A prompt without surviving pictures has no seeds and is skipped. Raises ValueError naming the missing or
-    broken file, or when the split is empty.
+    A dataset with files of its own for dev or test keeps its splits; any other is cut contiguously. Raises
+    ValueError for an unknown layout, a broken list, a text, column or picture that is missing, and an empty
+    train split. skip_bad: pairs whose pictures are missing are left out, with a warning that counts them.
     """
-    root = Path(root)
+    source = Path(source)
+    if not source.exists():
+        raise ValueError(f"there is no {source} to read training pairs from")
+    items = _with_pictures(_read(source, split), skip_bad)
+    if not items and split == "train":
+        raise ValueError(f"{source} has no pairs in its train split (the first 90%, if it comes unsplit)")
+    return items
+
+
+def _read(source: Path, split: str) -> list[Item]:
+    if (source / "seeds.json").exists():
+        return _original(source, SPLITS[split])
+    for path in (source, source / "pairs.jsonl"):
+        if path.suffix == ".jsonl" and path.exists():
+            return _jsonl(path, SPLITS[split])
+    files = sorted([*source.glob("*.parquet"), *source.glob("data/*.parquet")])
+    if files or source.suffix == ".parquet":
+        return _parquet(*_own_split(source, files or [source], split))
+    files = sorted([*source.glob("edit_turns.json"), *source.glob("*/edit_turns.json")])
+    if files:
+        return _magicbrush(*_own_split(source, files, split))
+    raise ValueError(f"{source} is no training data: that is a .jsonl or .parquet file, or a folder with "
+                     "seeds.json, pairs.jsonl, *.parquet (also in data/) or edit_turns.json (also in train/ "
+                     f"and dev/); {remedy(source)}")
+
+
+def _own_split(root: Path, files: list[Path], split: str) -> tuple[list[Path], tuple[float, float]]:
+    """The files that hold the split, and its share of their pairs."""
+    names = [OWN_SPLIT.search(file.relative_to(root).as_posix()) for file in files]
+    if not any(names):
+        return files, SPLITS[split]
+    theirs = ["train" if not name else "validation" if name[1] else "test" for name in names]
+    return [file for file, own in zip(files, theirs) if own == split], (0.0, 1.0)
+
+
+def _cut(rows: list, share: tuple[float, float]) -> list:
+    return rows[int(share[0] * len(rows)) : int(share[1] * len(rows))]
+
+
+def _texts(row, keys: tuple[str, ...], where: str) -> list[str]:
+    row = row if isinstance(row, dict) else {}
+    for key in keys:
+        if not isinstance(row.get(key), str):
+            raise ValueError(f'{where}: no text under "{key}"; it has {", ".join(row) or "nothing"}')
+    return [row[key] for key in keys]
+
+
+def _original(root: Path, share: tuple[float, float]) -> list[Item]:
+    """A prompt without surviving pictures has no seeds and is skipped, after the split as in the original."""
+    items = []
+    for entry in _cut(read_json(root / "seeds.json", kind=list), share):
+        if not isinstance(entry, list) or [type(part) for part in entry] != [str, list]:
+            raise ValueError(f'{root / "seeds.json"}: {entry!r} is not ["0000000", ["seed", ...]]')
+        folder, seeds = root / entry[0], entry[1]
+        if seeds:
+            edit, = _texts(read_json(folder / "prompt.json"), ("edit",), str(folder / "prompt.json"))
+            items.append(tuple(Pair(folder / f"{s}_0.jpg", edit, folder / f"{s}_1.jpg") for s in seeds))
+    return items
+
+
+def _jsonl(path: Path, share: tuple[float, float]) -> list[Item]:
+    root, keys = path.parent, ("input", "edit", "output")
+    rows = [_texts(row, keys, f"{path}, line {number}") for number, row in read_rows(path)]
+    return [(Pair(root / before, edit, root / after),) for before, edit, after in _cut(rows, share)]
+
+
+def _magicbrush(files: list[Path], share: tuple[float, float]) -> list[Item]:
+    items = []
+    for path in files:
+        for number, row in enumerate(read_json(path, kind=list)):
+            before, edit, after = _texts(row, ("input", "instruction", "output"), f"{path}, entry {number}")
+            folder = path.parent / "images" / before.split("-")[0]  # 242679-input.png is in images/242679
+            items.append((Pair(folder / before, edit, folder / after),))
+    return _cut(items, share)
+
+
+def _parquet(files: list[Path], share: tuple[float, float]) -> list[Item]:
+    items = []
+    for path in files:
+        with _open_parquet(path) as file:
+            schema = file.schema_arrow
+            columns = next((columns for columns in COLUMNS if set(columns) <= set(schema.names)), None)
+            if not columns or not all("binary" in str(schema.field(name).type) for name in columns[::2]):
+                raise ValueError(f"{path} has the columns {', '.join(schema.names)}; known, with "
+                                 f"pictures as bytes, {' | '.join(', '.join(names) for names in COLUMNS)}")
+            before, edit, after = columns
+            texts = file.read(columns=[edit], use_threads=False).column(0).to_pylist()
+        for row, text in enumerate(texts):
+            text, = _texts({edit: text}, (edit,), f"{path} row {row}")
+            items.append((Pair(Cell(path, row, before), text, Cell(path, row, after)),))
+    return _cut(items, share)
+
+
+@contextmanager
+def _open_parquet(path: Path) -> Iterator:
+    """A pyarrow.parquet.ParquetFile. It is opened for every read, because it must not cross a fork."""
     try:
-        prompts = json.loads((root / "seeds.json").read_text())
-        begin, end = (int(share * len(prompts)) for share in SPLITS[split])
-        pairs = []
-        for name, seeds in prompts[begin:end]:
-            folder = root / name
-            edit = json.loads((folder / "prompt.json").read_text())["edit"]
-            pairs += [Pair(folder / f"{seed}_0.jpg", edit, folder / f"{seed}_1.jpg") for seed in seeds]
-    except FileNotFoundError as error:
-        raise ValueError(f"{error.filename}: not found; the original's layout has it") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{root}: seeds.json or a prompt.json is broken ({error!r})") from None
-    if not pairs and not may_be_empty:
-        raise ValueError(f"{root}: no pairs in its {split} split ({len(prompts)} prompts in all)")
-    return pairs
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{path} is read by a package that is not installed; pip install pyarrow") from None
+    try:
+        with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
+            yield file
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{path} cannot be read as parquet: {' '.join(str(error).split())}") from None
 
 
-def load_picture(picture: Path | Scene, resolution: int) -> Image.Image:
-    """A square RGB picture: the short side resized to `resolution` (LANCZOS), the middle kept."""
+@lru_cache(maxsize=1024)
+def _group_starts(path: Path) -> list[int]:
+    with _open_parquet(path) as file:
+        groups = range(file.metadata.num_row_groups)
+        return list(accumulate((file.metadata.row_group(group).num_rows for group in groups), initial=0))
+
+
+@lru_cache(maxsize=2)  # before and after: a pass in order reads every row group once
+def _column(path: Path, group: int, column: str):
+    with _open_parquet(path) as file:
+        return file.read_row_group(group, columns=[column], use_threads=False).column(0)
+
+
+def _content(cell: Cell) -> BytesIO:
+    starts = _group_starts(cell.file)
+    group = bisect_right(starts, cell.row) - 1
+    content = _column(cell.file, group, cell.column)[cell.row - starts[group]].as_py()
+    return BytesIO(content.get("bytes") if isinstance(content, dict) else content)  # of None: no picture
+
+
+def _with_pictures(items: list[Item], skip_bad: bool) -> list[Item]:
+    """What is left without the pairs that lack a file; these raise ValueError unless skip_bad."""
+    missing = {pair: path for item in items for pair in item for path in (pair.after, pair.before)
+               if isinstance(path, Path) and not os.path.isfile(path)}
+    if not missing:
+        return items
+    told = f"there is no picture {next(iter(missing.values()))}"
+    if not skip_bad:
+        raise ValueError(f"{told} (pairs that lack one: {len(missing)}); --skip-bad leaves them out")
+    warnings.warn(f"pairs left out: {len(missing)}; for the first {told}", stacklevel=3)
+    kept = (tuple(pair for pair in item if pair not in missing) for item in items)
+    return [item for item in kept if item]
+
+
+def load_picture(picture: Picture, resolution: int, flip: bool = False) -> Image.Image:
+    """A square RGB picture: the short side resized to `resolution` (LANCZOS), the middle kept.
+
+    flip: mirrored. Raises ValueError naming the file, row and column that is missing, broken or no picture.
+    """
     if isinstance(picture, Scene):
-        return picture.render(resolution)
-    return fit(open_image(picture), (resolution, resolution))
+        image = picture.render(resolution)
+    else:
+        image = open_image(picture, _content(picture) if isinstance(picture, Cell) else None)
+        image = fit(image, (resolution, resolution))
+    return ImageOps.mirror(image) if flip else image
 
 
-@torch.no_grad()
-def encode_pairs(
-    pairs: list[Pair], vae: VAE, text_encoder: TextEncoder, tokenizer: Tokenizer, resolution: int,
-    batch: int = 64,
-) -> dict:
-    """Encode every distinct picture and sentence once.
-
-    Returns CPU tensors: `moments` (pictures, 2C, h, w) float16, mean and log-variance, unscaled;
-    `texts` (sentences, 77, D) float16, the first being the empty text; `rows` (pairs, 3) int64, the numbers
-    of each pair's picture before, picture after, and sentence.
-    """
-    device = vae.quant_conv.weight.device
-    pictures, sentences = {}, {"": 0}
-    rows = [(pictures.setdefault(pair.before, len(pictures)), pictures.setdefault(pair.after, len(pictures)),
-             sentences.setdefault(pair.edit, len(sentences))) for pair in pairs]
-    pictures, sentences = list(pictures), list(sentences)
-    moments, texts = [], []
-    for i in tqdm(range(0, len(pictures), batch), desc="encoding pictures", unit_scale=batch, unit="picture"):
-        loaded = [load_picture(picture, resolution) for picture in pictures[i : i + batch]]
-        mean, logvar = vae.encode(torch.stack([to_tensor(image) for image in loaded]).to(device))
-        moments.append(torch.cat([mean, logvar], 1).half().cpu())                 # (B, 2C, h, w)
-    for i in range(0, len(sentences), batch):
-        texts.append(text_encoder(tokenizer(sentences[i : i + batch]).to(device)).half().cpu())
-    return {"moments": torch.cat(moments), "texts": torch.cat(texts), "rows": torch.tensor(rows)}
-
-
-def encoded_pairs(
-    pairs: list[Pair], cache: Path, vae: VAE, text_encoder: TextEncoder, tokenizer: Tokenizer, resolution: int
-) -> dict:
-    """`encode_pairs`, kept in <cache>-<digest>.safetensors and used again for the same pairs and encoders.
-
-    Files count as the same while their size and time of change are, scenes while the first looks the same.
-    """
-    files = {path for pair in pairs for path in (pair.before, pair.after) if isinstance(path, Path)}
-    stamps = [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files)]
-    digest = hashlib.sha256(repr((pairs, resolution, stamps)).encode())
-    digest.update(load_picture(pairs[0].before, resolution).tobytes())
-    digest.update(tokenizer([pair.edit for pair in pairs[:64]]).numpy().tobytes())
-    for network in (vae, text_encoder):
-        for tensor in network.state_dict().values():
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    name = cache.with_name(f"{cache.stem}-{digest.hexdigest()[:12]}.safetensors")
-    if not name.exists():
-        encoded = encode_pairs(pairs, vae, text_encoder, tokenizer, resolution)
-        with replacing(name) as temporary:
-            save_file(encoded, temporary)
-    return load_file(name)
-
-
-def order(seed: int, epoch: int, count: int) -> Tensor:
-    """The order of an epoch, a function of (seed, epoch) alone, so that resuming changes nothing."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-
-
-def batch_rows(seed: int, step: int, batch: int, count: int) -> Tensor:
-    """Which pairs the batch of this step holds: (batch,) int64. Batches run on across the ends of epochs."""
-    places = range(step * batch, (step + 1) * batch)
-    orders = {epoch: order(seed, epoch, count) for epoch in {place // count for place in places}}
-    return torch.stack([orders[place // count][place % count] for place in places])
+def stamp(picture: Picture) -> tuple:
+    """What stays the same while a picture does: a file's name, size and time of change, or a scene's repr."""
+    if isinstance(picture, Scene):
+        return (repr(picture),)
+    if isinstance(picture, Cell):
+        return (*stamp(picture.file), picture.row, picture.column)
+    status = picture.stat()
+    return (str(picture), status.st_size, status.st_mtime_ns)

@@ -45,8 +45,8 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name[:60]}.{os.getpid()}.tmp")
 
 
-def read_json(path: Path, missing: dict | None = None) -> dict:
-    """The JSON object in a file, or `missing`. ValueError with the path if there is none or it is broken."""
+def read_json(path: Path, missing: dict | None = None, kind: type = dict) -> dict | list:
+    """The JSON object (or list) in a file, or `missing`. ValueError if there is none or it is broken."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -55,8 +55,9 @@ def read_json(path: Path, missing: dict | None = None) -> dict:
         raise ValueError(f"{path} is missing; {remedy(path.parent)}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a JSON {type(content).__name__}, not an object")
+    if not isinstance(content, kind):
+        wanted = "an object" if kind is dict else "a list"
+        raise ValueError(f"{path} holds a JSON {type(content).__name__}, not {wanted}")
     return content
 
 

@@ -6,6 +6,7 @@ import os
 import textwrap
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -40,15 +41,16 @@ def find_images(patterns: list[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image:
     """Open a picture as people see it: RGB, upright (EXIF), transparency over white, 16 bits scaled to 8.
 
+    content: read instead of the file, for a picture inside another file; `path` is then what to call it.
     Raises ValueError, in one line, for a file that is missing, truncated, too large or no picture.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns where we refuse, and of harmless oddities in EXIF
-            with Image.open(path) as image:
+            with Image.open(content or path) as image:
                 _check_size(image)  # before a single pixel is decoded
                 return _to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:

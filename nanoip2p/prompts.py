@@ -36,7 +36,7 @@ def read_captions(path: Path, column: str | None = None) -> tuple[list[dict], in
     """
     keys = (column,) if column else ("input", "caption")
     captions, seen, repeats = [], set(), 0
-    for place, row in _rows(path):
+    for place, row in read_rows(path):
         text = next((row[key] for key in keys if key in row), None)
         if not isinstance(text, str):
             names = ", ".join(row) or "nothing"
@@ -55,8 +55,11 @@ def read_captions(path: Path, column: str | None = None) -> tuple[list[dict], in
     return captions, repeats
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict]]:
-    """Line number and content of every row; lines of a text file are under "input"."""
+def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    """Line number and content of every row of .jsonl, .csv or text; lines of a text are under "input".
+
+    Raises ValueError naming the line that is not a JSON object, or the file that is not UTF-8.
+    """
     kind = path.suffix.lower()
     try:
         with path.open(encoding="utf-8-sig", newline="" if kind == ".csv" else None) as file:

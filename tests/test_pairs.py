@@ -20,7 +20,7 @@ from tiny_editor import write_tiny_clip, write_tiny_editor, write_tiny_painter
 import make_dataset
 from nanoip2p import pairs, show
 from nanoip2p.clip_filter import SIMILARITIES, Judge
-from nanoip2p.data import Pair, folder_pairs
+from nanoip2p.data import Pair, read_data
 from nanoip2p.pairs import candidate, complete, list_seeds, read_prompts
 from nanoip2p.text_to_image import TextToImage
 
@@ -108,10 +108,10 @@ def test_folder_is_the_originals(finished, prompts):
 
 
 def test_training_reads_it(finished):
-    pairs = folder_pairs(finished)
+    items = read_data(finished)
     name, seeds = json.loads((finished / "seeds.json").read_text())[0]
     folder = finished / name
-    assert pairs[0] == Pair(folder / f"{seeds[0]}_0.jpg", "edit 0", folder / f"{seeds[0]}_1.jpg")
+    assert items[0][0] == Pair(folder / f"{seeds[0]}_0.jpg", "edit 0", folder / f"{seeds[0]}_1.jpg")
 
 
 def test_any_pair_can_be_made_again(finished, weights):
