@@ -47,14 +47,14 @@ PRESETS = {
     "paper": {"batch_size": 32, "accumulate": 4},  # on each of 8 GPUs
     "48gb": {"batch_size": 32, "accumulate": 32},
     "24gb": {"batch_size": 16, "accumulate": 64, "recompute": True, "ema_device": "cpu"},
-    "nano": {"resolution": 64, "batch_size": 32, "steps": 600, "lr": 1e-3, "warmup": 50, "cooldown": 0.4,
+    "nano": {"resolution": 64, "batch_size": 32, "accumulate": 1, "steps": 600, "lr": 1e-3, "warmup": 50, "cooldown": 0.4,
              "snr_gamma": 1.0, "ema_decay": 0.98, "pairs": 4000, "save_every": 200, "sample_every": 200,
              "validate_every": 50, "log_every": 25},
 }
 # What --resume may change. Everything else is what the run is, and would make another one of it
-FREE = {"steps", "lr", "batch_size", "accumulate", "recompute", "compile", "shard_optimizer", "fsdp", "ema_device",
-        "workers", "cache", "skip_bad", "save_every", "keep", "sample_every", "validate_every", "log_every",
-        "tensorboard", "device", "out", "resume", "check", "preset"}
+FREE = {"steps", "lr", "batch_size", "accumulate", "recompute", "compile", "shard_optimizer", "fsdp", "device",
+        "ema_device", "workers", "cache", "skip_bad", "save_every", "keep", "sample_every", "validate_every",
+        "log_every", "tensorboard", "out"}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -104,8 +104,8 @@ def make_parser() -> argparse.ArgumentParser:
     where.add_argument("--weights", help="editor or text-to-picture model to start from: a diffusers folder, "
                                          "a .safetensors or .ckpt file, or a name on the Hub")
     add_flags(where)
-    where.add_argument("--data", help="folder of the original's layout or MagicBrush's, pairs.jsonl or its folder, "
-                                      "parquet files or their folder, or 'scenes' for rendered pairs")
+    where.add_argument("--data", help="folder in the original's layout or MagicBrush's, pairs.jsonl or its "
+                                      "folder, a parquet file or a folder of them, or 'scenes': rendered pairs")
     where.add_argument("--pairs", type=at_least(1), default=20_000, help="pairs to render for --data scenes")
     where.add_argument("--kind-weights", type=finite, nargs=len(EDIT_KINDS), default=[1.0] * len(EDIT_KINDS),
                        metavar="ODDS", help=f"for --data scenes, of {', '.join(EDIT_KINDS)}")
@@ -113,10 +113,10 @@ def make_parser() -> argparse.ArgumentParser:
                        help="train a text-to-picture model on captions, of --data scenes")
     where.add_argument("--cache", type=Path, metavar="FOLDER",
                        help="encode all pictures and texts once, into this folder, and never again")
-    where.add_argument("--skip-bad", action="store_true", help="leave out pairs with a broken or missing picture")
+    where.add_argument("--skip-bad", action="store_true", help="leave out pairs whose pictures are broken")
     where.add_argument("--out", type=Path, help="folder of this run")
     where.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
-    where.add_argument("--check", action="store_true", help="look at all the data, print the plan, train nothing")
+    where.add_argument("--check", action="store_true", help="open all the data, print the plan, train nothing")
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--preset", choices=PRESETS, help="values of many flags, which given ones override")
     recipe.add_argument("--steps", type=at_least(1), default=10_000, help="optimizer steps in all")
@@ -127,21 +127,21 @@ def make_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--cooldown", type=finite, default=0.0, help="last share of steps, where it falls")
     recipe.add_argument("--clip", type=finite, default=1.0, help="largest norm of the gradient")
     recipe.add_argument("--snr-gamma", type=finite, help="min-SNR loss weighting (off; 5 in its paper)")
-    recipe.add_argument("--offset-noise", type=finite, default=0.0, help="strength of noise a channel (0.1 is usual)")
+    recipe.add_argument("--offset-noise", type=finite, default=0.0, help="strength (0.1 is usual)")
     recipe.add_argument("--ema-decay", type=finite, default=0.9999)
     recipe.add_argument("--resolution", type=at_least(1), default=256)
     recipe.add_argument("--flip", action=argparse.BooleanOptionalAction,
-                        help="mirror half of the pairs (on, but for scenes, whose instructions say left and right)")
+                        help="mirror half of the pairs (on; off for scenes, where left and right matter)")
     recipe.add_argument("--seed", type=at_least(0), default=0)
     recipe.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16",
                         help="of products and convolutions; weights and sums are fp32 in any case")
     running = parser.add_argument_group("running")
     running.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
-    running.add_argument("--workers", type=at_least(0), help="processes that load data (4 with CUDA, else 0)")
-    running.add_argument("--recompute", action="store_true", help="gradient checkpointing: slower, much smaller")
+    running.add_argument("--workers", type=at_least(0), help="processes that load data (CUDA: 4, else 0)")
+    running.add_argument("--recompute", action="store_true", help="gradient checkpointing: slower, smaller")
     running.add_argument("--ema-device", choices=("cpu",), help="keep the average there: smaller, slower")
-    running.add_argument("--shard-optimizer", action="store_true", help="spread Adam's state over the ranks (ZeRO)")
-    running.add_argument("--fsdp", action="store_true", help="spread weights, gradients, Adam and average")
+    running.add_argument("--shard-optimizer", action="store_true", help="ranks share Adam's state (ZeRO)")
+    running.add_argument("--fsdp", action="store_true", help="ranks share all state (fully_shard)")
     running.add_argument("--compile", action="store_true", help="torch.compile the network")
     running.add_argument("--log-every", type=at_least(1), default=50, metavar="STEPS")
     running.add_argument("--validate-every", type=at_least(0), default=500, metavar="STEPS", help="0: never")
@@ -153,13 +153,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def read_items(args: argparse.Namespace) -> tuple[list[Item], list[Item]]:
-    """Training and validation items; of data too small to be split, the first training items serve for both."""
+    """Training and validation items; where the data is too small to be split, some serve as both."""
     if args.data == "scenes":
-        def scenes(count, split="train"):
-            weights = tuple(args.kind_weights)
-            pairs = captioned_scenes(count, split) if args.text_to_image else scene_pairs(count, split, weights)
-            return [(pair,) for pair in pairs]
-        return scenes(args.pairs), scenes(VALIDATION_SAMPLES, "validation")
+        if args.text_to_image:
+            splits = captioned_scenes(args.pairs), captioned_scenes(VALIDATION_SAMPLES, "validation")
+        else:
+            splits = (scene_pairs(args.pairs, weights=tuple(args.kind_weights)),
+                      scene_pairs(VALIDATION_SAMPLES, "validation"))
+        return tuple([(pair,) for pair in pairs] for pairs in splits)
     items = read_data(args.data, skip_bad=args.skip_bad)
     validation = read_data(args.data, "validation", skip_bad=args.skip_bad)[:VALIDATION_SAMPLES]
     return items, validation or items[:VALIDATION_SAMPLES]
@@ -167,8 +168,8 @@ def read_items(args: argparse.Namespace) -> tuple[list[Item], list[Item]]:
 
 def check_pictures(args: argparse.Namespace, items: list[Item]) -> None:
     """Open every picture. ValueError for the first broken one, or with --skip-bad only a count."""
-    pictures = dict.fromkeys(picture for item in items for pair in item for picture in (pair.before, pair.after))
-    broken = []
+    pairs, broken = [pair for item in items for pair in item], []
+    pictures = dict.fromkeys(picture for pair in pairs for picture in (pair.before, pair.after))
     for picture in tqdm(pictures, desc="opening pictures", unit="picture"):
         try:
             load_picture(picture, args.resolution)
@@ -178,7 +179,7 @@ def check_pictures(args: argparse.Namespace, items: list[Item]) -> None:
     for reason in broken[:20]:
         print(f"          {reason}")
     if broken and not args.skip_bad:
-        raise ValueError(f"{len(broken)} broken pictures, the first: {broken[0]} (--skip-bad leaves them out)")
+        raise ValueError(f"{len(broken)} broken pictures, see above; --skip-bad leaves them out")
 
 
 def settle_batch(args: argparse.Namespace, ranks: int, items: int) -> None:
@@ -187,30 +188,32 @@ def settle_batch(args: argparse.Namespace, ranks: int, items: int) -> None:
     ValueError when it cannot, or a batch takes more than there is.
     """
     if args.batch_size > items:
-        raise ValueError(f"--batch-size {args.batch_size} is more than the {items} training items of {args.data}")
+        raise ValueError(f"--batch-size {args.batch_size} is more than there is: {args.data} has {items} items to "
+                         "train on")
     if not args.start:
         return
     wanted = args.start[1]["batch"]
     if not args.accumulate_given:
         args.accumulate = max(1, wanted // (args.batch_size * ranks))
     if args.batch_size * args.accumulate * ranks != wanted:
-        raise ValueError(f"--batch-size {args.batch_size} x --accumulate {args.accumulate} x {ranks} processes are not "
-                         f"the {wanted} samples a step with which {args.resume} was begun")
+        raise ValueError(f"--batch-size {args.batch_size} x --accumulate {args.accumulate} x {ranks} processes are "
+                         f"not the {wanted} samples a step with which {args.resume} was begun")
 
 
-def plan_text(args: argparse.Namespace, items: list[Item], validation: list[Item], ranks: int, config: UNetConfig,
-              side: int) -> str:
+def plan_text(args: argparse.Namespace, items: list[Item], validation: list[Item], ranks: int,
+              config: UNetConfig, side: int) -> str:
     """What is going to happen, before it does. side: of the latents."""
     pairs, batch = sum(map(len, items)), args.batch_size * args.accumulate * ranks
     held_out = "none held out" if validation[0] in items else f"{len(validation)} held out"
     memory = training_memory(config, args.batch_size, side, args, ranks)
     gigabytes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
-    return (f"data      {args.data}: {len(items)} training items, {pairs} pairs; {held_out} for validation\n"
+    total = args.steps * batch
+    return (f"data      {args.data}: {len(items)} items, {pairs} pairs; {held_out} for validation\n"
             f"batch     {args.batch_size} at a time x {args.accumulate} accumulated x {ranks} devices = {batch}\n"
-            f"run       {args.steps} steps = {args.steps * batch} samples = {args.steps * batch / len(items):.1f} epochs\n"
+            f"run       {args.steps} steps = {total} samples = {total / len(items):.1f} visits of each item\n"
             f"memory    about {sum(memory.values()) / 1e9:.1f} GB on each device: {gigabytes}\n"
-            f"writes    {args.out}: a checkpoint every {args.save_every} steps (the newest {args.keep} stay), weights, "
-            "log.jsonl, loss.png, samples")
+            f"writes    {args.out}: weights, log.jsonl, loss.png, samples, and a checkpoint every "
+            f"{args.save_every} steps (the newest {args.keep} stay)")
 
 
 def prepare_and_train(args: argparse.Namespace) -> None:
@@ -219,7 +222,7 @@ def prepare_and_train(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.out} holds a run already; go on with --resume, or choose another --out")
     with parallel.started(args.device) as ranks:
         if (args.fsdp or args.shard_optimizer) and ranks.count == 1:
-            raise ValueError("--fsdp and --shard-optimizer share among several processes; start them with torchrun")
+            raise ValueError("--fsdp and --shard-optimizer are for several processes; start them with torchrun")
         items, validation = read_items(args)
         settle_batch(args, ranks.count, len(items))
         unet, factor = UNetConfig(in_channels=8), 8  # Stable Diffusion's, for --check without --weights
@@ -249,7 +252,8 @@ def open_source(args: argparse.Namespace, parts: Parts, items: list[Item], ranks
     if not args.cache:
         return Pictures(args.resolution, parts.tokenizer)
     pairs = [pair for item in items for pair in item]
-    what = (args.cache, pairs, parts.vae, parts.text_encoder, parts.tokenizer, args.resolution, args.flip, args.skip_bad)
+    networks = (parts.vae, parts.text_encoder, parts.tokenizer)
+    what = (args.cache, pairs, *networks, args.resolution, args.flip, args.skip_bad)
     store(*what, rank=ranks.rank, ranks=ranks.count, progress=ranks.rank == 0)
     ranks.agree(0)  # wait until all have stored their part
     return open_stored(*what)
@@ -259,7 +263,7 @@ def train(args: argparse.Namespace, parts: Parts, items: list[Item], validation_
           shape: tuple[int, int, int], ranks: Ranks) -> None:
     """Everything the loop needs, and the loop. shape: of the latents (C, h, w)."""
     source = open_source(args, parts, items + validation_items, ranks)
-    trainer = Trainer(args, parts, ranks, encodes=not args.cache)
+    trainer = Trainer(args, parts, ranks)
     first = 0
     if args.start:
         checkpoint, first = args.start[0], args.start[1]["step"]
@@ -290,7 +294,7 @@ def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], pair
     for done in range(first + 1, args.steps + 1):
         try:
             recent.append(trainer.step(batches, done - 1))
-        except ValueError:  # a broken picture, a loss that is not finite: the weights are those of the step before
+        except ValueError:  # a broken picture or a loss that is not finite, told before the weights changed
             if saved < done - 1:
                 trainer.save(done - 1)
             raise
@@ -303,9 +307,9 @@ def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], pair
         row = trainer.validate(validation) if due(args.validate_every) else {}
         if due(args.log_every):
             pace = (time.perf_counter() - began) / (done - begun_at)
-            row |= {"loss": ranks.mean(sum(recent) / len(recent)), "lr": trainer.lr, "grad_norm": trainer.norm.item(),
-                    "samples_per_second": trainer.batch / pace, "memory_gb": memory_used(ranks.device),
-                    "seconds_left": pace * (args.steps - done)}
+            row |= {"loss": ranks.mean(sum(recent) / len(recent)), "lr": trainer.lr,
+                    "grad_norm": trainer.norm.item(), "samples_per_second": trainer.batch / pace,
+                    "memory_gb": memory_used(ranks.device), "seconds_left": pace * (args.steps - done)}
             recent, began, begun_at = [], time.perf_counter(), done
         if row and log:
             log.write({"step": done, **row})
@@ -318,7 +322,8 @@ def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], pair
         if due(args.sample_every):
             unet = trainer.averaged_unet()
             if log:
-                sample_grid(trainer.parts, unet, pairs, args.resolution).save(args.out / f"samples-{done:06d}.png")
+                picture = sample_grid(trainer.parts, unet, pairs, args.resolution)
+                picture.save(args.out / f"samples-{done:06d}.png")
     bar.close()
 
 
@@ -366,7 +371,7 @@ def stop_between_steps() -> Iterator[Callable[[], bool]]:
 
 
 def leave_signals_to_the_loop(_worker: int) -> None:
-    """For processes that load data: Ctrl-C reaches them, too, and they have to live until the loop is done."""
+    """For processes that load data: Ctrl-C reaches them, too, and they have to outlive the loop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

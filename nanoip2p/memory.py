@@ -7,7 +7,8 @@ import torch
 from nanoip2p.unet import UNet, UNetConfig
 
 
-def training_memory(config: UNetConfig, batch: int, side: int, args: argparse.Namespace, ranks: int) -> dict[str, int]:
+def training_memory(config: UNetConfig, batch: int, side: int, args: argparse.Namespace,
+                    ranks: int) -> dict[str, int]:
     """Bytes on each device by what they are for."""
     with torch.device("meta"):
         unet = UNet(config)

@@ -1,8 +1,8 @@
-"""One training run on several devices: what torchrun starts, and how weights, gradients and Adam's state are shared.
+"""One training run on several devices, started by torchrun: who has which weights, gradients and Adam's state.
 
-Three ways, from the fastest to the smallest: every rank has everything (DistributedDataParallel); every rank has
-the weights and a share of the optimizer (ZeRO, Rajbhandari et al. 1910.02054, stage 1); every rank has a share of
-everything (torch's fully_shard, stage 3). Without torchrun there is one rank, and nothing here does anything.
+Three ways, from the fastest to the smallest: every rank has everything (DistributedDataParallel); every rank
+has the weights and a share of the optimizer (ZeRO, Rajbhandari et al. 1910.02054, stage 1); every rank has a
+share of everything (torch's fully_shard, stage 3). Without torchrun there is one rank, and nothing is shared.
 """
 
 import os
@@ -150,7 +150,8 @@ def moments_of(optimizer: torch.optim.Optimizer, unet: nn.Module, moment: str) -
             for i, (name, parameter) in enumerate(unet.named_parameters())}
 
 
-def set_moments(optimizer: torch.optim.Optimizer, unet: nn.Module, step: int, exp_avg: dict, exp_avg_sq: dict) -> None:
+def set_moments(optimizer: torch.optim.Optimizer, unet: nn.Module, step: int, exp_avg: dict[str, Tensor],
+                exp_avg_sq: dict[str, Tensor]) -> None:
     """The opposite of `moments_of`, for an optimizer that has taken `step` steps."""
     state = {i: {"step": torch.tensor(float(step)), "exp_avg": like(exp_avg[name], parameter),
                  "exp_avg_sq": like(exp_avg_sq[name], parameter)}

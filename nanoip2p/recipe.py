@@ -1,7 +1,7 @@
 """What one training step computes (section 3.2 of the paper), and all that is random about it.
 
-Sample n is the n-th that a run visits: sample i of optimizer step s is n = s * batch + i. Everything drawn for it
-is a function of (seed, n) alone. So it does not matter which rank, worker or micro-batch it falls to, nor
+Sample n is the n-th that a run visits: sample i of optimizer step s is n = s * batch + i. Everything drawn for
+it is a function of (seed, n) alone. So it does not matter which rank, worker or micro-batch it falls to, nor
 whether the run was stopped in between.
 """
 
@@ -44,7 +44,7 @@ def draw(seed: int, number: int, shape: tuple[int, int, int], timesteps: int) ->
 
 
 class Pictures:
-    """Pairs as pictures and token ids, for a run that encodes them in every step: `stored.Stored` without a store."""
+    """Pairs as pictures and token ids, for a run that encodes them in every step and not once (`stored.Stored`)."""
 
     def __init__(self, resolution: int, tokenizer: Tokenizer):
         self.resolution, self.tokenizer = resolution, tokenizer
@@ -85,7 +85,8 @@ class Samples(Dataset):
             except ValueError as error:
                 skipped.append(str(error))
                 continue
-            return drawn | {"before": before, "after": after, "text": text, "number": number, "skipped": skipped}
+            return drawn | {"before": before, "after": after, "text": text, "number": number,
+                            "skipped": skipped}
         return {"error": f"{skipped[0]} (--skip-bad leaves such pairs out)"}
 
 
@@ -98,15 +99,16 @@ def collate(samples: list[dict]) -> dict:
     return default_collate(samples) | {"skipped": skipped}
 
 
-def sample_numbers(first: int, last: int, accumulate: int, batch: int, rank: int, ranks: int) -> Iterator[list[int]]:
-    """The numbers of this rank's samples, a micro-batch at a time, for the optimizer steps first ... last - 1."""
+def sample_numbers(first: int, last: int, accumulate: int, batch: int, rank: int,
+                   ranks: int) -> Iterator[list[int]]:
+    """The numbers of this rank's samples, a micro-batch at a time, for optimizer steps first ... last - 1."""
     for micro in range(first * accumulate, last * accumulate):
         begin = (micro * ranks + rank) * batch
         yield list(range(begin, begin + batch))
 
 
 def validation_batches(samples: Samples, count: int, batch: int) -> Iterator[dict]:
-    """The same `count` samples every time, nothing dropped, at timesteps spread evenly, so that curves compare."""
+    """The same `count` samples every time, nothing dropped, timesteps spread evenly, so that curves compare."""
     for numbers in torch.arange(count).split(batch):
         spread = (numbers + 0.5) * samples.timesteps / count
         yield collate([samples[number] for number in numbers.tolist()]) | {
@@ -151,7 +153,7 @@ def noise_losses(unet: nn.Module, in_channels: int, given: dict, timestep: Tenso
                  recompute: bool = False) -> Tensor:
     """The paper's equation 1 for each sample: mean squared error of the predicted noise, (B,) float32.
 
-    in_channels: a text-to-picture model has none for the picture. dtype bfloat16: of products and convolutions.
+    in_channels: a text-to-picture model has none for the picture. dtype: of products and convolutions.
     recompute: forget activations and compute them again on the way back (gradient checkpointing).
     """
     z_in = given["z_in"][:, :in_channels]
@@ -161,7 +163,7 @@ def noise_losses(unet: nn.Module, in_channels: int, given: dict, timestep: Tenso
 
 
 def learning_rate(step: int, steps: int, lr: float, warmup: int, cooldown: float) -> float:
-    """Linear warm-up, constant as in the paper, and down to zero over the last share `cooldown` of the run."""
+    """Linear warm-up, constant as in the paper, down to zero over the last share `cooldown` of the run."""
     warm = min(1.0, (step + 1) / max(1, warmup))
     cool = min(1.0, (steps - step) / (cooldown * steps)) if cooldown else 1.0
     return lr * warm * cool

@@ -18,11 +18,11 @@ CHECKPOINTS = "checkpoints"
 
 def write_checkpoint(run: Path, step: int, parts: dict[str, Callable[[], dict[str, Tensor]]], state: dict,
                      keep: int, writes: bool = True) -> None:
-    """Write <run>/checkpoints/<step>/<part>.safetensors and state.json, then remove all but the newest `keep`.
+    """Write <run>/checkpoints/<step>/<part>.safetensors and state.json; the newest `keep` of all stay.
 
-    parts: what gives the tensors of each file, one file after another. All ranks
-    have to call, of which one `writes`. Everything is on the disk before the folder gets its name. OSError, with
-    the checkpoints before untouched, when it cannot be written.
+    parts: what gives the tensors of each file, one file after another. All ranks have to call, of which one
+    `writes`. Everything is on the disk before the folder gets its name. OSError, with the checkpoints before it
+    untouched, when it cannot be written.
     """
     folder = run / CHECKPOINTS / f"{step:07d}"
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -92,7 +92,7 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict]:
         except (ValueError, KeyError, OSError) as error:
             reason = " ".join(str(error).split())
         warnings.warn(f"{folder} is damaged ({reason}); going back to the checkpoint before it", stacklevel=2)
-    raise ValueError(f"{run} has no {'sound ' if found else ''}checkpoint; --resume wants the --out folder of a run")
+    raise ValueError(f"{run} has no {'sound ' if found else ''}checkpoint; --resume wants the --out of a run")
 
 
 class Log:
@@ -150,10 +150,11 @@ def plot_log(run: Path) -> bool:
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
     rows = read_log(run)
-    labels = {"loss": "training", "validation": "validation", "validation_ema": "validation, averaged weights"}
+    labels = {"loss": "training", "validation": "validation", "validation_ema": "validation, averaged"}
     for key, label in labels.items():
         seen = [(row["step"], row[key]) for row in rows if key in row]
-        axes.plot(*zip(*seen) if seen else ([], []), label=label, linewidth=1, marker="." if key != "loss" else None)
+        axes.plot([step for step, _ in seen], [loss for _, loss in seen], label=label, linewidth=1,
+                  marker="" if key == "loss" else ".")
     axes.set(xlabel="optimizer step", ylabel="mean squared error of the noise", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()

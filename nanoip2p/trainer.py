@@ -25,9 +25,12 @@ class Trainer:
         """Without --cache, VAE and text encoder stay on the device: batches are pictures and token ids."""
         self.args, self.parts, self.ranks, self.device = args, parts, ranks, ranks.device
         self.batch, self.skipped = args.batch_size * args.accumulate * ranks.count, set()
-        [null] = encode_texts(parts.text_encoder, parts.tokenizer, [""]).values()
         for encoder in (parts.vae, parts.text_encoder):
-            encoder.to("cpu" if args.cache else self.device).requires_grad_(False)
+            encoder.requires_grad_(False)
+        [null] = encode_texts(parts.text_encoder, parts.tokenizer, [""]).values()
+        if args.cache:
+            parts.vae.to("cpu")
+            parts.text_encoder.to("cpu")
         layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         self.unet = parts.unet.to(self.device, memory_format=layout).train()
         average = copy.deepcopy(self.unet).requires_grad_(False).eval()
@@ -48,7 +51,7 @@ class Trainer:
         return noise_losses(unet, channels, given, batch["timestep"], dtype, recompute)
 
     def to_device(self, batch: dict) -> dict:
-        """A batch of `recipe.collate` on the device, encoded. ValueError when one of its pictures is broken."""
+        """A batch of `recipe.collate` on the device, encoded. ValueError when a picture of it is broken."""
         if self.ranks.agree(int("error" in batch)):
             raise ValueError(batch.get("error", "another process met a broken picture"))
         moved = {key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
@@ -65,7 +68,7 @@ class Trainer:
     def step(self, batches: Iterator[dict], step: int) -> float:
         """Optimizer step number `step`: gradients of --accumulate micro-batches, Adam, the average.
 
-        Returns this rank's mean loss; `lr` and `norm` (of the gradient, on the device) are those of the last step.
+        Returns this rank's mean loss without weights; `lr` and `norm` (of the gradient, on the device) are of the last step.
         ValueError, with the weights untouched, when a picture is broken or a loss is not finite.
         """
         args, told, broken = self.args, [], []
@@ -75,15 +78,15 @@ class Trainer:
             moved = self.to_device(batch)
             with parallel.gradients_shared(self.shared, now=micro == args.accumulate - 1):
                 losses = self.losses(self.forward, moved, args.recompute)
-                losses = losses * loss_weight(moved["timestep"], self.alphas, args.snr_gamma)
                 wait = fetch(losses.detach())
-                (losses.mean() / args.accumulate).backward()
+                weighted = losses * loss_weight(moved["timestep"], self.alphas, args.snr_gamma)
+                (weighted.mean() / args.accumulate).backward()
             told.append(wait())  # by now the way back is queued, so the device does not idle
             broken += batch["number"][~told[-1].isfinite()].tolist()
         if self.ranks.agree(len(broken)):
             numbers = ", ".join(map(str, broken[:8])) or "those of another process"
-            raise ValueError(f"step {step}: the loss of sample {numbers} is not finite; the weights were left as "
-                             "they were; --resume with a smaller --lr, or look at the data")
+            raise ValueError(f"step {step}: the loss of sample {numbers} is not finite; the weights were left "
+                             "as they were; --resume with a smaller --lr, or look at the data")
         self.norm = parallel.whole(torch.nn.utils.clip_grad_norm_(self.unet.parameters(), args.clip))
         self.lr = learning_rate(step, args.steps, args.lr, args.warmup, args.cooldown)
         for group in self.optimizer.param_groups:
@@ -118,26 +121,29 @@ class Trainer:
 
     def load(self, checkpoint: Path, step: int) -> None:
         """Go on from a checkpoint of `step` steps."""
-        read = {name: read_tensors(checkpoint / f"{name}.safetensors") for name in ("unet", "ema", "exp_avg", "exp_avg_sq")}
+        read = {name: read_tensors(checkpoint / f"{name}.safetensors")
+                for name in ("unet", "ema", "exp_avg", "exp_avg_sq")}
         parallel.set_weights(self.unet, read["unet"])
         parallel.set_weights(self.average, read["ema"])
         parallel.set_moments(self.optimizer, self.unet, step, read["exp_avg"], read["exp_avg_sq"])
 
     def save(self, step: int) -> None:
-        """Write a checkpoint of `step` steps, and the averaged model to <out>/weights; every rank has to call.
+        """Write a checkpoint of `step` steps, and the averaged model to <out>/weights; all ranks have to call.
 
         ValueError, with nothing written, when the last gradient was not finite: the weights are no longer.
         """
         args, parts, first = self.args, self.parts, self.ranks.rank == 0
         if not self.norm.isfinite():
-            raise ValueError(f"step {step}: the gradient is not finite; --resume goes on from the checkpoint before, "
-                             "with a smaller --lr")
-        gather = {"unet": lambda: parallel.weights_of(self.unet), "ema": lambda: parallel.weights_of(self.average)}
+            raise ValueError(f"step {step}: the gradient is not finite; --resume goes on from the checkpoint "
+                             "before, with a smaller --lr")
+        gather = {"unet": lambda: parallel.weights_of(self.unet),
+                  "ema": lambda: parallel.weights_of(self.average)}
         for moment in ("exp_avg", "exp_avg_sq"):
             gather[moment] = lambda moment=moment: parallel.moments_of(self.optimizer, self.unet, moment)
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
                     if key not in ("start", "accumulate_given", "resume", "check", "preset")}
-        runs.write_checkpoint(args.out, step, gather, {"batch": self.batch, "settings": settings}, args.keep, first)
+        state = {"batch": self.batch, "settings": settings}
+        runs.write_checkpoint(args.out, step, gather, state, args.keep, first)
         unet = self.averaged_unet()
         if first:
             save_parts(args.out / "weights", unet, parts.vae, parts.text_encoder, parts.tokenizer_folder,
@@ -145,7 +151,7 @@ class Trainer:
 
 
 def fetch(tensor: Tensor) -> Callable[[], Tensor]:
-    """Begin to copy a tensor to the CPU; what is returned waits for it. No later work on the device is waited for."""
+    """Begin to copy a tensor to the CPU; what is returned waits for it, but for no later work on the device."""
     if tensor.device.type != "cuda":
         return tensor.cpu
     copied = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

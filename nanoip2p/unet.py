@@ -249,7 +249,8 @@ class Level(nn.Module):
     def layer(self, i: int, x: Tensor, time: Tensor, context: Tensor, inject=None, recompute=False) -> Tensor:
         """Residual block i and, where there is one, the transformer after it."""
         if recompute:
-            return checkpoint(self.layer, i, x, time, context, inject, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(self.layer, i, x, time, context, inject, use_reentrant=False,
+                              preserve_rng_state=False)
         x = self.resnets[i](x, time)
         return self.attentions[i](x, context, inject) if i < len(self.attentions) else x
 
