@@ -13,33 +13,25 @@ nanoip2p/trainer.py.
 """
 
 import argparse
-import resource
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from nanoip2p import cli, parallel, runs
 from nanoip2p.checkpoint import Parts, add_flags, load_parts, open_checkpoint, widen
-from nanoip2p.cli import at_least, finite
+from nanoip2p.cli import at_least, finite, leave_signals_to_the_parent, stop_between_steps
 from nanoip2p.data import Item, Pair, captioned_scenes, load_picture, read_data, scene_pairs
-from nanoip2p.editor import Editor
-from nanoip2p.images import grid
 from nanoip2p.memory import training_memory
 from nanoip2p.parallel import Ranks
 from nanoip2p.recipe import Pictures, Samples, collate, sample_numbers, validation_batches
 from nanoip2p.scenes import EDIT_KINDS
 from nanoip2p.stored import Stored, open_stored, store
-from nanoip2p.text_to_image import TextToImage
-from nanoip2p.trainer import Trainer
-from nanoip2p.unet import UNet, UNetConfig
+from nanoip2p.trainer import Trainer, memory_used, sample_grid
+from nanoip2p.unet import UNetConfig
 
 VALIDATION_SAMPLES, GRID_COLUMNS = 64, 8
 # Of 1,024 samples a step, as the paper's. 24gb: what 17 GB of weights, gradients, Adam and average leave free
@@ -273,7 +265,7 @@ def train(args: argparse.Namespace, parts: Parts, items: list[Item], validation_
     numbers = sample_numbers(first, args.steps, args.accumulate, args.batch_size, ranks.rank, ranks.count)
     workers = args.workers if args.workers is not None else 4 if cuda else 0
     batches = DataLoader(samples, batch_sampler=numbers, num_workers=workers, collate_fn=collate,
-                         pin_memory=cuda, worker_init_fn=leave_signals_to_the_loop)
+                         pin_memory=cuda, worker_init_fn=leave_signals_to_the_parent)
     fixed = Samples(validation_items, source, 0, False, shape, timesteps, args.skip_bad)
     validation = [trainer.to_device(batch)
                   for batch in validation_batches(fixed, VALIDATION_SAMPLES, args.batch_size)]
@@ -325,55 +317,6 @@ def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], pair
                 picture = sample_grid(trainer.parts, unet, pairs, args.resolution)
                 picture.save(args.out / f"samples-{done:06d}.png")
     bar.close()
-
-
-def memory_used(device: torch.device) -> float:
-    """The most that was in use so far, in GB: on the GPU, or else by this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def sample_grid(parts: Parts, unet: UNet, pairs: list[Pair], resolution: int) -> Image.Image:
-    """Validation pairs as one picture, a column each: the input, the model's answer, the true answer."""
-    device, home = unet.conv_in.weight.device, parts.vae.quant_conv.weight.device
-    networks = (unet, parts.vae.to(device), parts.text_encoder.to(device), parts.tokenizer, parts.schedule,
-                parts.defaults)
-    targets = [load_picture(pair.after, resolution) for pair in pairs]
-    texts = [pair.edit for pair in pairs]
-    if unet.config.in_channels == unet.config.out_channels:
-        painted = TextToImage(*networks).generate(texts, seed=0, resolution=resolution)
-        rows, labels = [painted, targets], [texts, ["a true picture"] * len(pairs)]
-    else:
-        inputs = [load_picture(pair.before, resolution) for pair in pairs]
-        edits = Editor(*networks).edit(inputs, texts, seed=0, resolution=resolution)
-        rows, labels = [inputs, edits, targets], [["input"] * len(pairs), texts, ["target"] * len(pairs)]
-    for encoder in (parts.vae, parts.text_encoder):
-        encoder.to(home)
-    return grid(rows, labels)
-
-
-@contextmanager
-def stop_between_steps() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether Ctrl-C (or a SIGTERM) has come.
-
-    In the middle of a step, weights, optimizer and average do not belong together; between two they do.
-    """
-    pressed = []
-    previous = {number: signal.signal(number, lambda *_: pressed.append(1))
-                for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(pressed)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def leave_signals_to_the_loop(_worker: int) -> None:
-    """For processes that load data: Ctrl-C reaches them, too, and they have to outlive the loop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,9 +2,11 @@
 
 import argparse
 import math
+import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 def make_parser(**settings) -> argparse.ArgumentParser:
@@ -58,3 +60,25 @@ def run(work: Callable[[], None], interrupted: str, memory: str) -> int:
             raise
         print(f"error: {message}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def stop_between_steps() -> Iterator[Callable[[], bool]]:
+    """Yield a function that says whether Ctrl-C (or a SIGTERM) has come.
+
+    In the middle of a step, weights, optimizer and average do not belong together; between two they do.
+    """
+    pressed = []
+    previous = {number: signal.signal(number, lambda *_: pressed.append(1))
+                for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def leave_signals_to_the_parent(_worker: int) -> None:
+    """For processes that load data: Ctrl-C reaches them, too, and they have to outlive its work."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

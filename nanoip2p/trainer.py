@@ -2,19 +2,25 @@
 
 import argparse
 import copy
+import resource
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from nanoip2p import parallel, runs
 from nanoip2p.checkpoint import Parts, save_parts
-from nanoip2p.editor import encode_texts
+from nanoip2p.data import Pair, load_picture
+from nanoip2p.editor import Editor, encode_texts
+from nanoip2p.images import grid
 from nanoip2p.parallel import Ranks
 from nanoip2p.recipe import encode, learning_rate, loss_weight, model_input, noise_losses
 from nanoip2p.tensors import DTYPES, read_tensors
+from nanoip2p.text_to_image import TextToImage
 from nanoip2p.unet import UNet
 
 
@@ -162,3 +168,30 @@ def fetch(tensor: Tensor) -> Callable[[], Tensor]:
         done.synchronize()
         return copied
     return wait
+
+
+def memory_used(device: torch.device) -> float:
+    """The most that was in use so far, in GB: on the GPU, or else by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def sample_grid(parts: Parts, unet: UNet, pairs: list[Pair], resolution: int) -> Image.Image:
+    """Validation pairs as one picture, a column each: the input, the model's answer, the true answer."""
+    device, home = unet.conv_in.weight.device, parts.vae.quant_conv.weight.device
+    networks = (unet, parts.vae.to(device), parts.text_encoder.to(device), parts.tokenizer, parts.schedule,
+                parts.defaults)
+    targets = [load_picture(pair.after, resolution) for pair in pairs]
+    texts = [pair.edit for pair in pairs]
+    if unet.config.in_channels == unet.config.out_channels:
+        painted = TextToImage(*networks).generate(texts, seed=0, resolution=resolution)
+        rows, labels = [painted, targets], [texts, ["a true picture"] * len(pairs)]
+    else:
+        inputs = [load_picture(pair.before, resolution) for pair in pairs]
+        edits = Editor(*networks).edit(inputs, texts, seed=0, resolution=resolution)
+        rows, labels = [inputs, edits, targets], [["input"] * len(pairs), texts, ["target"] * len(pairs)]
+    for encoder in (parts.vae, parts.text_encoder):
+        encoder.to(home)
+    return grid(rows, labels)
