@@ -5,7 +5,7 @@ predict the noise in the edited picture's latents, given the input picture's lat
     torchrun --nproc-per-node 8 train.py --preset paper ...           # several GPUs, several machines too
     python train.py --resume runs/ip2p                                # goes on as if never stopped
     python train.py --check --data my-pairs                           # looks at the data, prints the plan
-    python train.py --text-to-image --data scenes ...                 # without a picture: a caption becomes one
+    python train.py --text-to-image --data scenes ...                 # no picture: a caption becomes one
 
 Writes to --out: checkpoints/ (to resume), weights/ (the averaged editor, which sample.py opens), log.jsonl,
 loss.png and samples-*.png. What is computed and what is drawn stands in nanoip2p/recipe.py, a step in
@@ -39,13 +39,13 @@ PRESETS = {
     "paper": {"batch_size": 32, "accumulate": 4},  # on each of 8 GPUs
     "48gb": {"batch_size": 32, "accumulate": 32},
     "24gb": {"batch_size": 16, "accumulate": 64, "recompute": True, "ema_device": "cpu"},
-    "nano": {"resolution": 64, "batch_size": 32, "accumulate": 1, "steps": 600, "lr": 1e-3, "warmup": 50, "cooldown": 0.4,
-             "snr_gamma": 1.0, "ema_decay": 0.98, "pairs": 4000, "save_every": 200, "sample_every": 200,
-             "validate_every": 50, "log_every": 25},
+    "nano": {"resolution": 64, "batch_size": 32, "accumulate": 1, "steps": 600, "lr": 1e-3, "warmup": 50,
+             "cooldown": 0.4, "snr_gamma": 1.0, "ema_decay": 0.98, "pairs": 4000, "save_every": 200,
+             "sample_every": 200, "validate_every": 50, "log_every": 25},
 }
 # What --resume may change. Everything else is what the run is, and would make another one of it
-FREE = {"steps", "lr", "batch_size", "accumulate", "recompute", "compile", "shard_optimizer", "fsdp", "device",
-        "ema_device", "workers", "cache", "skip_bad", "save_every", "keep", "sample_every", "validate_every",
+FREE = {"steps", "lr", "batch_size", "accumulate", "recompute", "compile", "shard_optimizer", "fsdp",
+        "device", "ema_device", "workers", "cache", "skip_bad", "save_every", "keep", "sample_every", "validate_every",
         "log_every", "tensorboard", "out"}
 
 
@@ -97,7 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
                                          "a .safetensors or .ckpt file, or a name on the Hub")
     add_flags(where)
     where.add_argument("--data", help="folder in the original's layout or MagicBrush's, pairs.jsonl or its "
-                                      "folder, a parquet file or a folder of them, or 'scenes': rendered pairs")
+                                      "folder, parquet or a folder of it, or 'scenes' for rendered pairs")
     where.add_argument("--pairs", type=at_least(1), default=20_000, help="pairs to render for --data scenes")
     where.add_argument("--kind-weights", type=finite, nargs=len(EDIT_KINDS), default=[1.0] * len(EDIT_KINDS),
                        metavar="ODDS", help=f"for --data scenes, of {', '.join(EDIT_KINDS)}")
@@ -108,7 +108,7 @@ def make_parser() -> argparse.ArgumentParser:
     where.add_argument("--skip-bad", action="store_true", help="leave out pairs whose pictures are broken")
     where.add_argument("--out", type=Path, help="folder of this run")
     where.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
-    where.add_argument("--check", action="store_true", help="open all the data, print the plan, train nothing")
+    where.add_argument("--check", action="store_true", help="open all data, print the plan, train nothing")
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--preset", choices=PRESETS, help="values of many flags, which given ones override")
     recipe.add_argument("--steps", type=at_least(1), default=10_000, help="optimizer steps in all")
@@ -180,16 +180,16 @@ def settle_batch(args: argparse.Namespace, ranks: int, items: int) -> None:
     ValueError when it cannot, or a batch takes more than there is.
     """
     if args.batch_size > items:
-        raise ValueError(f"--batch-size {args.batch_size} is more than there is: {args.data} has {items} items to "
-                         "train on")
+        raise ValueError(f"--batch-size {args.batch_size} is more than there is: {args.data} has {items} items "
+                         "to train on")
     if not args.start:
         return
     wanted = args.start[1]["batch"]
     if not args.accumulate_given:
         args.accumulate = max(1, wanted // (args.batch_size * ranks))
     if args.batch_size * args.accumulate * ranks != wanted:
-        raise ValueError(f"--batch-size {args.batch_size} x --accumulate {args.accumulate} x {ranks} processes are "
-                         f"not the {wanted} samples a step with which {args.resume} was begun")
+        raise ValueError(f"--batch-size {args.batch_size} x --accumulate {args.accumulate} x {ranks} processes "
+                         f"are not the {wanted} samples a step with which {args.resume} was begun")
 
 
 def plan_text(args: argparse.Namespace, items: list[Item], validation: list[Item], ranks: int,
@@ -201,7 +201,7 @@ def plan_text(args: argparse.Namespace, items: list[Item], validation: list[Item
     gigabytes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
     total = args.steps * batch
     return (f"data      {args.data}: {len(items)} items, {pairs} pairs; {held_out} for validation\n"
-            f"batch     {args.batch_size} at a time x {args.accumulate} accumulated x {ranks} devices = {batch}\n"
+            f"batch     {args.batch_size} x {args.accumulate} accumulated x {ranks} devices = {batch} samples\n"
             f"run       {args.steps} steps = {total} samples = {total / len(items):.1f} visits of each item\n"
             f"memory    about {sum(memory.values()) / 1e9:.1f} GB on each device: {gigabytes}\n"
             f"writes    {args.out}: weights, log.jsonl, loss.png, samples, and a checkpoint every "
@@ -214,7 +214,7 @@ def prepare_and_train(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.out} holds a run already; go on with --resume, or choose another --out")
     with parallel.started(args.device) as ranks:
         if (args.fsdp or args.shard_optimizer) and ranks.count == 1:
-            raise ValueError("--fsdp and --shard-optimizer are for several processes; start them with torchrun")
+            raise ValueError("--fsdp and --shard-optimizer are for several processes; start with torchrun")
         items, validation = read_items(args)
         settle_batch(args, ranks.count, len(items))
         unet, factor = UNetConfig(in_channels=8), 8  # Stable Diffusion's, for --check without --weights

@@ -1,4 +1,4 @@
-"""One training run on several devices, started by torchrun: who has which weights, gradients and Adam's state.
+"""One training run on several devices, started by torchrun: who keeps which weights, gradients, averages.
 
 Three ways, from the fastest to the smallest: every rank has everything (DistributedDataParallel); every rank
 has the weights and a share of the optimizer (ZeRO, Rajbhandari et al. 1910.02054, stage 1); every rank has a
