@@ -45,8 +45,8 @@ PRESETS = {
 }
 # What --resume may change. Everything else is what the run is, and would make another one of it
 FREE = {"steps", "lr", "batch_size", "accumulate", "recompute", "compile", "shard_optimizer", "fsdp",
-        "device", "ema_device", "workers", "cache", "skip_bad", "save_every", "keep", "sample_every", "validate_every",
-        "log_every", "tensorboard", "out"}
+        "device", "ema_device", "workers", "cache", "skip_bad", "save_every", "keep", "sample_every",
+        "validate_every", "log_every", "tensorboard", "out"}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -180,16 +180,16 @@ def settle_batch(args: argparse.Namespace, ranks: int, items: int) -> None:
     ValueError when it cannot, or a batch takes more than there is.
     """
     if args.batch_size > items:
-        raise ValueError(f"--batch-size {args.batch_size} is more than there is: {args.data} has {items} items "
-                         "to train on")
+        raise ValueError(f"--batch-size {args.batch_size} is more than the {items} items of {args.data} to "
+                         "train on")
     if not args.start:
         return
     wanted = args.start[1]["batch"]
     if not args.accumulate_given:
         args.accumulate = max(1, wanted // (args.batch_size * ranks))
     if args.batch_size * args.accumulate * ranks != wanted:
-        raise ValueError(f"--batch-size {args.batch_size} x --accumulate {args.accumulate} x {ranks} processes "
-                         f"are not the {wanted} samples a step with which {args.resume} was begun")
+        raise ValueError(f"--batch-size {args.batch_size} x --accumulate {args.accumulate} x {ranks} "
+                         f"processes are not the {wanted} samples a step with which {args.resume} was begun")
 
 
 def plan_text(args: argparse.Namespace, items: list[Item], validation: list[Item], ranks: int,
@@ -201,7 +201,7 @@ def plan_text(args: argparse.Namespace, items: list[Item], validation: list[Item
     gigabytes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
     total = args.steps * batch
     return (f"data      {args.data}: {len(items)} items, {pairs} pairs; {held_out} for validation\n"
-            f"batch     {args.batch_size} x {args.accumulate} accumulated x {ranks} devices = {batch} samples\n"
+            f"batch     {args.batch_size} x {args.accumulate} accumulated x {ranks} devices = {batch}\n"
             f"run       {args.steps} steps = {total} samples = {total / len(items):.1f} visits of each item\n"
             f"memory    about {sum(memory.values()) / 1e9:.1f} GB on each device: {gigabytes}\n"
             f"writes    {args.out}: weights, log.jsonl, loss.png, samples, and a checkpoint every "
@@ -272,6 +272,8 @@ def train(args: argparse.Namespace, parts: Parts, items: list[Item], validation_
     pairs = [item[0] for item in validation_items[:GRID_COLUMNS]]
     with stop_between_steps() as stop:
         loop(trainer, iter(batches), validation, pairs, first, stop)
+    if first >= args.steps:
+        print(f"{args.out} has had its {first} steps; --steps takes it further")
     if ranks.rank == 0 and not runs.plot_log(args.out):
         print(f"losses are in {args.out / 'log.jsonl'}; pip install matplotlib to see them drawn")
 

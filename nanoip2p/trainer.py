@@ -74,7 +74,7 @@ class Trainer:
     def step(self, batches: Iterator[dict], step: int) -> float:
         """Optimizer step number `step`: gradients of --accumulate micro-batches, Adam, the average.
 
-        Returns this rank's mean loss, unweighted; `lr` and `norm` (of the gradient) are those of the last step.
+        Returns this rank's mean loss, unweighted; `lr` and `norm` (of the gradient) are of the last step.
         ValueError, with the weights untouched, when a picture is broken or a loss is not finite.
         """
         args, told, broken = self.args, [], []
