@@ -269,9 +269,9 @@ def train(args: argparse.Namespace, parts: Parts, items: list[Item], validation_
     fixed = Samples(validation_items, source, 0, False, shape, timesteps, args.skip_bad)
     validation = [trainer.to_device(batch)
                   for batch in validation_batches(fixed, VALIDATION_SAMPLES, args.batch_size)]
-    pairs = [item[0] for item in validation_items[:GRID_COLUMNS]]
+    spaced = validation_items[:: max(1, len(validation_items) // GRID_COLUMNS)]
     with stop_between_steps() as stop:
-        loop(trainer, iter(batches), validation, pairs, first, stop)
+        loop(trainer, iter(batches), validation, [item[0] for item in spaced[:GRID_COLUMNS]], first, stop)
     if first >= args.steps:
         print(f"{args.out} has had its {first} steps; --steps takes it further")
     if ranks.rank == 0 and not runs.plot_log(args.out):
