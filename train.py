@@ -80,6 +80,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--kind-weights must not be negative, nor all zero")
     if args.text_to_image and args.data != "scenes":
         parser.error("--text-to-image knows captions of --data scenes only")
+    if args.fsdp and (args.ema_device or args.shard_optimizer):
+        parser.error("--fsdp shares the average and Adam's state already; leave out the other one")
     if args.flip is None:
         args.flip = args.data != "scenes"
     if args.data == "scenes" and args.out and not args.cache:
@@ -184,7 +186,9 @@ def settle_batch(args: argparse.Namespace, ranks: int, items: int) -> None:
                          "train on")
     if not args.start:
         return
-    wanted = args.start[1]["batch"]
+    wanted, begun_with = args.start[1]["batch"], args.start[1]["items"]
+    if items != begun_with:
+        raise ValueError(f"{args.data} has {items} items to train on; {args.resume} was begun with {begun_with}")
     if not args.accumulate_given:
         args.accumulate = max(1, wanted // (args.batch_size * ranks))
     if args.batch_size * args.accumulate * ranks != wanted:
@@ -255,7 +259,7 @@ def train(args: argparse.Namespace, parts: Parts, items: list[Item], validation_
           shape: tuple[int, int, int], ranks: Ranks) -> None:
     """Everything the loop needs, and the loop. shape: of the latents (C, h, w)."""
     source = open_source(args, parts, items + validation_items, ranks)
-    trainer = Trainer(args, parts, ranks)
+    trainer = Trainer(args, parts, ranks, len(items))
     first = 0
     if args.start:
         checkpoint, first = args.start[0], args.start[1]["step"]
@@ -324,7 +328,8 @@ def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], pair
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code, see cli.run."""
     return cli.run(lambda: prepare_and_train(parse(argv)),
-                   "stopped; if it had begun to train, go on with --resume and the --out folder",
+                   "stopped; go on with --resume and the --out folder, or with the same command if it had not "
+                   "begun to train",
                    "try a smaller --batch-size with more --accumulate, --recompute, or --ema-device cpu")
 
 

@@ -27,10 +27,10 @@ from nanoip2p.unet import UNet
 class Trainer:
     """Raw and averaged weights, Adam, and what they are fed with. args: as train.parse has them."""
 
-    def __init__(self, args: argparse.Namespace, parts: Parts, ranks: Ranks):
-        """Without --cache, VAE and text encoder stay on the device: batches are pictures and token ids."""
+    def __init__(self, args: argparse.Namespace, parts: Parts, ranks: Ranks, items: int):
+        """items: how many there are, which a run keeps. Without --cache, batches are pictures and token ids."""
         self.args, self.parts, self.ranks, self.device = args, parts, ranks, ranks.device
-        self.batch, self.skipped = args.batch_size * args.accumulate * ranks.count, set()
+        self.items, self.skipped, self.batch = items, set(), args.batch_size * args.accumulate * ranks.count
         for encoder in (parts.vae, parts.text_encoder):
             encoder.requires_grad_(False)
         [null] = encode_texts(parts.text_encoder, parts.tokenizer, [""]).values()
@@ -148,7 +148,7 @@ class Trainer:
             gather[moment] = lambda moment=moment: parallel.moments_of(self.optimizer, self.unet, moment)
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
                     if key not in ("start", "accumulate_given", "resume", "check", "preset")}
-        state = {"batch": self.batch, "settings": settings}
+        state = {"batch": self.batch, "items": self.items, "settings": settings}
         runs.write_checkpoint(args.out, step, gather, state, args.keep, first)
         unet = self.averaged_unet()
         if first:
