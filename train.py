@@ -188,7 +188,7 @@ def settle_batch(args: argparse.Namespace, ranks: int, items: int) -> None:
         return
     wanted, begun_with = args.start[1]["batch"], args.start[1]["items"]
     if items != begun_with:
-        raise ValueError(f"{args.data} has {items} items to train on; {args.resume} was begun with {begun_with}")
+        raise ValueError(f"{args.data} has {items} items to train on; the run was begun with {begun_with}")
     if not args.accumulate_given:
         args.accumulate = max(1, wanted // (args.batch_size * ranks))
     if args.batch_size * args.accumulate * ranks != wanted:
@@ -328,8 +328,8 @@ def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], pair
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code, see cli.run."""
     return cli.run(lambda: prepare_and_train(parse(argv)),
-                   "stopped; go on with --resume and the --out folder, or with the same command if it had not "
-                   "begun to train",
+                   "stopped; go on with --resume and the --out folder, or if it had not begun to train, with "
+                   "the same command",
                    "try a smaller --batch-size with more --accumulate, --recompute, or --ema-device cpu")
 
 

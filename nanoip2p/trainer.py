@@ -28,7 +28,7 @@ class Trainer:
     """Raw and averaged weights, Adam, and what they are fed with. args: as train.parse has them."""
 
     def __init__(self, args: argparse.Namespace, parts: Parts, ranks: Ranks, items: int):
-        """items: how many there are, which a run keeps. Without --cache, batches are pictures and token ids."""
+        """items: how many, which a run keeps. Without --cache, batches are pictures and token ids."""
         self.args, self.parts, self.ranks, self.device = args, parts, ranks, ranks.device
         self.items, self.skipped, self.batch = items, set(), args.batch_size * args.accumulate * ranks.count
         for encoder in (parts.vae, parts.text_encoder):
