@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -26,6 +26,7 @@ from nanoip2p.vae import VAE
 SPLITS = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}  # as the original, contiguous
 EDITS_PER_SCENE = 4
 EQUAL_ODDS = (1.0,) * len(EDIT_KINDS)
+Picture = Path | Scene
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,21 @@ def folder_pairs(root: Path, split: str = "train", may_be_empty: bool = False) -
     return pairs
 
 
-def load_picture(picture: Path | Scene, resolution: int) -> Image.Image:
+def load_picture(picture: Picture, resolution: int, flip: bool = False) -> Image.Image:
     """A square RGB picture: the short side resized to `resolution` (LANCZOS), the middle kept."""
     if isinstance(picture, Scene):
-        return picture.render(resolution)
-    return fit(open_image(picture), (resolution, resolution))
+        image = picture.render(resolution)
+    else:
+        image = fit(open_image(picture), (resolution, resolution))
+    return ImageOps.mirror(image) if flip else image
+
+
+def stamp(picture: Picture) -> tuple:
+    """Tells whether a picture is still the same."""
+    if isinstance(picture, Scene):
+        return ()
+    status = picture.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 @torch.no_grad()
