@@ -25,7 +25,7 @@ from nanoip2p.data import Pair, load_picture, scene_pairs
 from nanoip2p.images import to_tensor
 from nanoip2p.stored import Stored, open_stored, store
 
-HALF = 2e-3  # relative: float16 has 11 bits, and a log-variance of -30 to 20 an eighth of them before the point
+HALF = 2e-3  # relative: float16 has 11 bits, so this leaves room for sums in another order
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +216,8 @@ def test_a_folder_of_other_things_is_refused(networks, pairs, tmp_path):
 
 @pytest.mark.parametrize("breakage", [
     lambda content: content[:-100], lambda content: b"", lambda content: b"\0" * len(content),
-    lambda content: content.replace(b'"moments"', b'"momentS"'), lambda content: content.replace(b"F16", b"I16"),
+    lambda content: content.replace(b'"moments"', b'"momentS"'),
+    lambda content: content.replace(b"F16", b"I16"),
     lambda content: content.replace(b'"broken"', b'"Broken"')])
 def test_a_damaged_shard_is_named_with_a_remedy_that_works(networks, pairs, tmp_path, breakage):
     folder = tmp_path / "cache"
@@ -241,7 +242,7 @@ def test_a_shard_of_other_rows_is_damaged(networks, pairs, tmp_path):
     one_line("is damaged", lambda: open_stored(tmp_path / "a", pairs, *networks, 32, True))
 
 
-@pytest.mark.parametrize("breakage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"no picture")])
+@pytest.mark.parametrize("breakage", [Path.unlink, lambda path: path.write_bytes(b"no picture")])
 def test_broken_pictures_are_named_or_left_out(networks, pairs, tmp_path, breakage):
     folder, bad = tmp_path / "cache", pairs[-1].before
     breakage(bad)
@@ -256,7 +257,8 @@ def test_broken_pictures_are_named_or_left_out(networks, pairs, tmp_path, breaka
     one_line(str(bad), lambda: opened.get(Pair(pairs[0].before, "", bad), False))
     assert sum(row.isnan().all() for path in folder.glob("p*") for row in load_file(path)["moments"]) == 1
     for work in (store, open_stored):
-        assert str(bad) in one_line("without 1 broken", lambda work=work: work(folder, pairs, *networks, 32, True))
+        assert str(bad) in one_line("without 1 broken",
+                                    lambda work=work: work(folder, pairs, *networks, 32, True))
 
 
 def test_numbers_beyond_float16_are_an_error(networks, pairs, tmp_path):
@@ -283,12 +285,13 @@ def test_a_full_disk_is_one_line_and_what_is_there_stays(networks, pairs, tmp_pa
 
 
 def test_networks_in_bfloat16_are_used_as_they_are(networks, pairs, tmp_path):
-    full = store(tmp_path / "a", pairs, *networks, 32, True) or open_stored(tmp_path / "a", pairs, *networks, 32, True)
-    low = (networks[0].bfloat16(), networks[1].bfloat16(), networks[2])
-    store(tmp_path / "b", pairs, *low, 32, True)
-    ours, reference = open_stored(tmp_path / "b", pairs, *low, 32, True).get(pairs[0], True), full.get(pairs[0], True)
-    for a, b in zip(ours, reference):
-        assert 1e-4 < relative_error(a, b) < 0.1
+    low, rows = [networks[0], networks[1], networks[2]], []
+    for name, dtype in (("a", torch.float32), ("b", torch.bfloat16)):
+        low[:2] = [network.to(dtype) for network in low[:2]]
+        store(tmp_path / name, pairs, *low, 32, True)
+        rows.append(open_stored(tmp_path / name, pairs, *low, 32, True).get(pairs[0], True))
+    for a, b in zip(*rows):
+        assert 1e-4 < relative_error(b, a) < 0.1
 
 
 class Visits(Dataset):
