@@ -337,6 +337,9 @@ def test_only_the_rows_asked_for_are_read(networks, tmp_path):
     assert size > 1500 and resident(path) <= 128
     opened.get(pairs[20], True)
     assert 0 < resident(path) < size / 4
+    with torch.no_grad():  # of the second batch that was encoded
+        reference = torch.cat(networks[0].encode(to_tensor(load_picture(pairs[-1].after, 128))[None]), 1)[0]
+    assert relative_error(opened.get(pairs[-1], False)[1], reference) < HALF
     for pair in pairs:  # the measure does see all that is read
         opened.get(pair, False), opened.get(pair, True)
     assert resident(path) > 0.9 * size
