@@ -128,8 +128,9 @@ def text(content):
 
 
 DAMAGES = {
-    "cut": ("ema.safetensors", cut), "flipped": ("ema.safetensors", flip), 
-    "gone": ("unet.safetensors", os.remove), "empty": ("unet.safetensors", text("")), "no state": ("state.json", os.remove),
+    "cut": ("ema.safetensors", cut), "flipped": ("ema.safetensors", flip),
+    "gone": ("unet.safetensors", os.remove), "empty": ("unet.safetensors", text("")),
+    "no state": ("state.json", os.remove),
     "cut state": ("state.json", cut), "empty state": ("state.json", text("")),
     "bytes": ("state.json", lambda path: path.write_bytes(b"\xff\xfe\x00")),
     "list": ("state.json", text("[]")), "object": ("state.json", text("{}")),
