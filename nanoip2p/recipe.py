@@ -22,7 +22,8 @@ from nanoip2p.tokenizer import Tokenizer
 @lru_cache(maxsize=2)
 def order(seed: int, epoch: int, count: int) -> Tensor:
     """The order in which an epoch visits `count` items: (count,) int64, a function of the arguments alone."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(count, generator=generator)
 
 
 def draw(seed: int, number: int, shape: tuple[int, int, int], timesteps: int) -> dict:

@@ -39,7 +39,8 @@ def write_checkpoint(run: Path, step: int, parts: dict[str, Callable[[], dict[st
                 flush(file)
         if not writes:
             return
-        (temporary / "state.json").write_text(json.dumps({"step": step, "files": files, **state}, indent=2))
+        state = {"step": step, "files": files, **state}
+        (temporary / "state.json").write_text(json.dumps(state | {"seal": seal_of(state)}, indent=2))
         flush(temporary / "state.json")
         flush(temporary)
         shutil.rmtree(folder, ignore_errors=True)
@@ -48,8 +49,10 @@ def write_checkpoint(run: Path, step: int, parts: dict[str, Callable[[], dict[st
     finally:
         if writes:
             shutil.rmtree(temporary, ignore_errors=True)
-    for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+    # Later ones were damaged, or this step would not have been taken again; they must not push out sound ones
+    stay = [path for path in checkpoints(run) if path.name <= folder.name][-keep:]
+    for other in set(checkpoints(run)) - set(stay):
+        shutil.rmtree(other)
 
 
 def flush(path: Path) -> None:
@@ -70,6 +73,11 @@ def digest_of(file: Path) -> str:
     return digest.hexdigest()
 
 
+def seal_of(state: dict) -> str:
+    """SHA-256 of what state.json says."""
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     folder = run / CHECKPOINTS
@@ -85,7 +93,8 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict]:
     for folder in reversed(found):
         try:
             state = read_json(folder / "state.json")
-            broken = [name for name, digest in state["files"].items() if digest_of(folder / name) != digest]
+            broken = ["state.json"] if state.pop("seal", None) != seal_of(state) else [
+                name for name, digest in state["files"].items() if digest_of(folder / name) != digest]
             if not broken:
                 return folder, state
             reason = f"{broken[0]} is not as it was written"
