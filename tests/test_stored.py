@@ -1,7 +1,6 @@
 """The store of latents: what it holds, that it goes on after any end, and what it refuses."""
 
 import errno
-import json
 import os
 import pickle
 import signal
@@ -343,9 +342,3 @@ def test_only_the_rows_asked_for_are_read(networks, tmp_path):
     for pair in pairs:  # the measure does see all that is read
         opened.get(pair, False), opened.get(pair, True)
     assert resident(path) > 0.9 * size
-
-
-def test_the_key_is_readable_json(networks, pairs, tmp_path):
-    store(tmp_path / "cache", pairs, *networks, 32, True)
-    key = json.loads((tmp_path / "cache" / "store.json").read_text())
-    assert key["resolution"] == 32 and key["flips"] is True and len(key) == 5
