@@ -122,8 +122,10 @@ class Trainer:
     def validate(self, batches: list[dict]) -> dict[str, float]:
         """Mean loss over batches on the device, with the raw and with the averaged weights."""
         networks = {"validation": self.unet, "validation_ema": self.averaged_unet()}
-        return {name: torch.cat([self.losses(unet, batch) for batch in batches]).double().mean().item()
-                for name, unet in networks.items()}
+        found = {name: torch.cat([self.losses(unet, batch) for batch in batches]).double().mean().item()
+                 for name, unet in networks.items()}
+        parallel.reshard(self.unet)
+        return found
 
     def load(self, checkpoint: Path, step: int) -> None:
         """Go on from a checkpoint of `step` steps."""

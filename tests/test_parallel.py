@@ -1,6 +1,5 @@
 """Several processes train what one would: at equal global batch, however they share, and across restarts."""
 
-import json
 import os
 import shutil
 import signal
@@ -8,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import train_jobs
 from helpers import relative_error
 from safetensors.torch import load_file
@@ -17,6 +17,7 @@ from tiny_editor import write_tiny_editor
 from nanoip2p import runs
 from nanoip2p.recipe import order
 
+MORE = ("--lr", 1e-4, "--log-every", 2, "--validate-every", 2, "--keep", 9)
 WAYS = {"ddp": [], "zero": ["--shard-optimizer"], "fsdp": ["--fsdp"]}
 
 
@@ -44,14 +45,13 @@ def told(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def out(start, folder, server, told, tmp_path_factory):
-    """Runs of four steps of 8 samples: by 1, 2 and 4 ranks, in every way, all on pictures with flips."""
+    """Runs of three steps of 8 samples: by 1, 2 and 4 ranks, in every way, all on pictures with flips."""
     root = tmp_path_factory.mktemp("runs")
-    more = ("--steps", 4, "--log-every", 2, "--validate-every", 2, "--save-every", 2, "--keep", 9)
-    jobs = [("one", 1, ["--accumulate", 2])]
-    jobs += [(way, 2, flags) for way, flags in WAYS.items()]
-    jobs += [("four", 4, ["--batch-size", 2]), ("accumulating", 2, ["--batch-size", 2, "--accumulate", 2])]
-    jobs += [("cache", 2, ["--cache", root / "cache"]),
-             ("fsdp accumulating", 2, ["--fsdp", "--batch-size", 2, "--accumulate", 2])]
+    more = ("--steps", 3, "--save-every", 2, *MORE)
+    halves = ["--batch-size", 2, "--accumulate", 2]
+    jobs = [("one", 1, ["--accumulate", 2]), ("ddp", 2, []), ("zero", 2, WAYS["zero"]),
+            ("fsdp", 2, [*WAYS["fsdp"], *halves]), ("four", 4, ["--batch-size", 2]),
+            ("cache", 2, ["--cache", root / "latents", *halves])]
     for name, ranks, flags in jobs:
         argv = words(start, root / name, *more, *flags, data=folder)
         [codes] = server({"argv": argv, "ranks": ranks, "err": str(told / name)})
@@ -59,15 +59,16 @@ def out(start, folder, server, told, tmp_path_factory):
     return root
 
 
-def assert_same(one, other, step=4, bound=1e-6):
-    """Weights, averages, moments and losses, relative to each tensor's norm. Returns the largest difference."""
-    folders = [path / runs.CHECKPOINTS / f"{step:07d}" for path in (one, other)]
-    worst = {}
+def assert_same(one, other, step=3):
+    """Weights, averages and losses to 1e-6, Adam's moments to 1e-5, relative to the norm of each tensor."""
+    folders, loose = [path / runs.CHECKPOINTS / f"{step:07d}" for path in (one, other)], {}
     for part in STATE:
         a, b = (load_file(path / f"{part}.safetensors") for path in folders)
         assert a.keys() == b.keys()
-        worst |= {f"{part} {name}": relative_error(a[name], b[name]) for name in a}
-    loose = {name: error for name, error in worst.items() if error > bound}
+        for name in a:
+            error = relative_error(a[name], b[name])
+            if error > (1e-6 if part in ("unet", "ema") else 1e-5):
+                loose[f"{part} {name}"] = error
     assert not loose, (one, loose)
     for a, b in zip(rows(one), rows(other)):
         assert a.keys() == b.keys() and a["step"] == b["step"]
@@ -75,12 +76,12 @@ def assert_same(one, other, step=4, bound=1e-6):
             assert a[key] == pytest.approx(b[key], rel=1e-6), key
 
 
-@pytest.mark.parametrize("name", [*WAYS, "four", "accumulating", "fsdp accumulating"])
+@pytest.mark.parametrize("name", [*WAYS, "four"])
 def test_ranks_train_what_one_would(out, name):
     assert_same(out / name, out / "one")
-    exported, average = load_file(out / name / UNET), load_file(out / name / "checkpoints/0000004/ema.safetensors")
-    assert all(relative_error(exported[key], average[key]) == 0 for key in average)
-    assert json.loads((out / name / "checkpoints/0000004/state.json").read_text())["batch"] == 8
+    newest, about = runs.newest_checkpoint(out / name)
+    exported, average = load_file(out / name / UNET), load_file(newest / "ema.safetensors")
+    assert about["batch"] == 8 and all(torch.equal(exported[key], average[key]) for key in average)
 
 
 @pytest.mark.parametrize("name", WAYS)
@@ -90,7 +91,7 @@ def test_what_a_run_says_it_says_once(out, told, name):
 
 
 def test_ranks_fill_a_cache_together(start, folder, out, server, tmp_path):
-    argv = words(start, tmp_path / "one", "--steps", 4, "--log-every", 2, "--validate-every", 2, "--accumulate", 2,
+    argv = words(start, tmp_path / "one", "--steps", 3, "--accumulate", 2, *MORE,
                  "--cache", tmp_path / "latents", data=folder)
     assert server({"argv": argv}) == [[0]]
     assert_same(out / "cache", tmp_path / "one")
@@ -99,11 +100,10 @@ def test_ranks_fill_a_cache_together(start, folder, out, server, tmp_path):
     assert len(filled[0]) == 3 and filled[0] == filled[1]
 
 
-CHANGES = {  # from, to so many ranks, with
-    "two to one": ("ddp", 1, []), "one to two": ("one", 2, []), "two to four": ("ddp", 4, ["--batch-size", 2]),
-    "fsdp to one": ("fsdp", 1, ["--no-fsdp"]), "fsdp to ddp": ("fsdp", 2, ["--no-fsdp"]),
-    "ddp to fsdp": ("ddp", 2, ["--fsdp"]), "fsdp to fsdp": ("fsdp", 2, []), "one to zero":
-    ("one", 2, ["--shard-optimizer"]), "zero to zero": ("zero", 2, []),
+CHANGES = {  # from a run, to so many ranks, with
+    "two to one": ("ddp", 1, []), "one to two": ("one", 2, []), "fsdp to one": ("fsdp", 1, ["--no-fsdp"]),
+    "ddp to fsdp": ("ddp", 2, ["--fsdp"]), "fsdp to fsdp": ("fsdp", 2, []),
+    "one to zero": ("one", 2, ["--shard-optimizer"]), "zero to zero": ("zero", 2, []),
     "zero to one": ("zero", 1, ["--no-shard-optimizer"]),
 }
 
@@ -113,7 +113,7 @@ def test_a_run_goes_on_with_other_ranks(out, server, told, tmp_path, change):
     """From its second step; how many batches are accumulated follows by itself."""
     name, ranks, more = CHANGES[change]
     run = shutil.copytree(out / name, tmp_path / "run")
-    shutil.rmtree(run / runs.CHECKPOINTS / "0000004")
+    shutil.rmtree(run / runs.CHECKPOINTS / "0000003")
     argv = ["--resume", str(run), *map(str, more)]
     [codes] = server({"argv": argv, "ranks": ranks, "err": str(told / change)})
     assert codes == [0] * ranks, (told / change).read_text()[-3000:]
@@ -151,7 +151,8 @@ def own_lines(told):
 
 def test_a_broken_picture_on_one_rank_stops_all_with_one_line_each(start, folder, server, tmp_path):
     data = shutil.copytree(folder, tmp_path / "data")
-    item = order(0, 0, 10)[9].item()                            # sample 9: step 1, of rank 0
+    first, second = (order(0, epoch, 10).tolist() for epoch in (0, 1))      # 8 samples in a step
+    item = next(item for item in first[8:] if item not in second[2:6])      # not in step 0, nor of rank 1
     for picture in (data / f"{item:07d}").glob("*_1.jpg"):
         picture.write_bytes(b"no picture")
     argv = words(start, tmp_path / "run", "--steps", 4, data=data)
@@ -166,7 +167,7 @@ def test_a_broken_picture_on_one_rank_stops_all_with_one_line_each(start, folder
 
 
 def test_sigterm_to_torchrun_saves_and_the_run_goes_on(start, folder, server, tmp_path):
-    more = ("--log-every", 1, "--validate-every", 0)
+    more = (*MORE, "--log-every", 1, "--validate-every", 0)
     job = Torchrun(*words(start, tmp_path / "run", "--steps", 100_000, *more, data=folder))
     job.until("step 2:")
     job.process.send_signal(signal.SIGTERM)
@@ -176,16 +177,16 @@ def test_sigterm_to_torchrun_saves_and_the_run_goes_on(start, folder, server, tm
     assert step >= 2 and step == rows(tmp_path / "run")[-1]["step"]
     plain = words(start, tmp_path / "one", "--steps", step, "--accumulate", 2, *more, data=folder)
     assert server({"argv": plain}) == [[0]]
-    assert_same(tmp_path / "run", tmp_path / "one", step, bound=1e-4)
+    assert_same(tmp_path / "run", tmp_path / "one", step)
 
 
 def test_a_rank_that_dies_ends_the_job_and_the_run_goes_on(start, folder, out, server, tmp_path):
-    more = ("--log-every", 1, "--validate-every", 0, "--save-every", 2)
+    more = (*MORE, "--log-every", 1, "--validate-every", 0, "--save-every", 2)
     job = Torchrun(*words(start, tmp_path / "run", "--steps", 100_000, *more, data=folder))
     job.until("step 3:")
-    [line] = subprocess.run(["pgrep", "-P", str(job.process.pid)], capture_output=True, text=True, check=True
-                            ).stdout.split()[1:2]
-    os.kill(int(line), signal.SIGKILL)
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(job.process.pid)], capture_output=True,
+                              text=True, check=True).stdout.split()
+    os.kill(int(children[1]), signal.SIGKILL)
     code, told = job.end()
     assert code != 0 and "SIGKILL" in told
     step = runs.newest_checkpoint(tmp_path / "run")[1]["step"] + 2

@@ -1,7 +1,7 @@
 """A process that starts train.py, as many ranks as are asked for, and ends some at a chosen moment.
 
-It reads a JSON list of jobs a line, forks the ranks of each, all at once, and prints their exit codes. Importing
-once and forking takes milliseconds where a new Python takes seconds. A job is
+It reads a JSON list of jobs a line, forks the ranks of each, all at once, and prints their exit codes.
+Importing once and forking takes milliseconds where a new Python takes seconds. A job is
     {"argv": of train.py, "ranks": how many, with the environment that torchrun gives them,
      "err": file for what they print, "seconds": after which a timer kills rank 0,
      "event": number of the flush or rename before which rank 0 kills itself}
