@@ -207,7 +207,7 @@ def test_a_signal_loses_nothing(start, whole, tmp_path, monkeypatch, capsys, num
 
 
 def test_ctrl_c_to_the_whole_group_with_workers_is_one_line(start, folder, tmp_path):
-    argv = words(start, tmp_path / "run", "--steps", 100_000, "--workers", 2, "--log-every", 1,
+    argv = words(start, tmp_path / "run", "--steps", 3000, "--workers", 2, "--log-every", 1,
                  "--validate-every", 0, data=folder)
     process = subprocess.Popen([sys.executable, "train.py", *argv], cwd=train_jobs.ROOT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
