@@ -78,6 +78,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} is needed (or --resume RUN)")
     if min(args.kind_weights) < 0 or max(args.kind_weights) == 0:
         parser.error("--kind-weights must not be negative, nor all zero")
+    if min(args.lr, args.clip) <= 0 or not (0 <= args.ema_decay <= 1 and 0 <= args.cooldown <= 1):
+        parser.error("--lr and --clip have to be above 0, --ema-decay and --cooldown from 0 to 1")
     if args.text_to_image and args.data != "scenes":
         parser.error("--text-to-image knows captions of --data scenes only")
     if args.fsdp and (args.ema_device or args.shard_optimizer):
@@ -129,13 +131,13 @@ def make_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--seed", type=at_least(0), default=0)
     recipe.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16",
                         help="of products and convolutions; weights and sums are fp32 in any case")
-    running = parser.add_argument_group("running")
+    running, switch = parser.add_argument_group("running"), argparse.BooleanOptionalAction  # a resume's --no-
     running.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
     running.add_argument("--workers", type=at_least(0), help="processes that load data (CUDA: 4, else 0)")
     running.add_argument("--recompute", action="store_true", help="gradient checkpointing: slower, smaller")
     running.add_argument("--ema-device", choices=("cpu",), help="keep the average there: smaller, slower")
-    running.add_argument("--shard-optimizer", action="store_true", help="ranks share Adam's state (ZeRO)")
-    running.add_argument("--fsdp", action="store_true", help="ranks share all state (fully_shard)")
+    running.add_argument("--shard-optimizer", action=switch, default=False, help="ranks share Adam (ZeRO)")
+    running.add_argument("--fsdp", action=switch, default=False, help="ranks share all state (fully_shard)")
     running.add_argument("--compile", action="store_true", help="torch.compile the network")
     running.add_argument("--log-every", type=at_least(1), default=50, metavar="STEPS")
     running.add_argument("--validate-every", type=at_least(0), default=500, metavar="STEPS", help="0: never")
@@ -208,7 +210,7 @@ def plan_text(args: argparse.Namespace, items: list[Item], validation: list[Item
             f"batch     {args.batch_size} x {args.accumulate} accumulated x {ranks} devices = {batch}\n"
             f"run       {args.steps} steps = {total} samples = {total / len(items):.1f} visits of each item\n"
             f"memory    about {sum(memory.values()) / 1e9:.1f} GB on each device: {gigabytes}\n"
-            f"writes    {args.out}: weights, log.jsonl, loss.png, samples, and a checkpoint every "
+            f"writes    {args.out or '--out'}: weights, log.jsonl, loss.png, samples, and a checkpoint every "
             f"{args.save_every} steps (the newest {args.keep} stay)")
 
 
@@ -264,6 +266,8 @@ def train(args: argparse.Namespace, parts: Parts, items: list[Item], validation_
     if args.start:
         checkpoint, first = args.start[0], args.start[1]["step"]
         trainer.load(checkpoint, first)
+        if first >= args.steps:
+            trainer.export()  # the run may have died between its last checkpoint and this
     timesteps, cuda = parts.schedule.num_train_timesteps, ranks.device.type == "cuda"
     samples = Samples(items, source, args.seed, args.flip, shape, timesteps, args.skip_bad)
     numbers = sample_numbers(first, args.steps, args.accumulate, args.batch_size, ranks.rank, ranks.count)

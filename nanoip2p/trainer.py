@@ -122,8 +122,10 @@ class Trainer:
     def validate(self, batches: list[dict]) -> dict[str, float]:
         """Mean loss over batches on the device, with the raw and with the averaged weights."""
         networks = {"validation": self.unet, "validation_ema": self.averaged_unet()}
-        return {name: torch.cat([self.losses(unet, batch) for batch in batches]).double().mean().item()
-                for name, unet in networks.items()}
+        found = {name: torch.cat([self.losses(unet, batch) for batch in batches]).double().mean().item()
+                 for name, unet in networks.items()}
+        parallel.reshard(self.unet)
+        return found
 
     def load(self, checkpoint: Path, step: int) -> None:
         """Go on from a checkpoint of `step` steps."""
@@ -138,7 +140,7 @@ class Trainer:
 
         ValueError, with nothing written, when the last gradient was not finite: the weights are no longer.
         """
-        args, parts, first = self.args, self.parts, self.ranks.rank == 0
+        args = self.args
         if not self.norm.isfinite():
             raise ValueError(f"step {step}: the gradient is not finite; --resume goes on from the checkpoint "
                              "before, with a smaller --lr")
@@ -149,9 +151,13 @@ class Trainer:
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
                     if key not in ("start", "accumulate_given", "resume", "check", "preset")}
         state = {"batch": self.batch, "items": self.items, "settings": settings}
-        runs.write_checkpoint(args.out, step, gather, state, args.keep, first)
-        unet = self.averaged_unet()
-        if first:
+        runs.write_checkpoint(args.out, step, gather, state, args.keep, self.ranks.rank == 0)
+        self.export()
+
+    def export(self) -> None:
+        """Write the averaged model to <out>/weights; all ranks have to call."""
+        args, parts, unet = self.args, self.parts, self.averaged_unet()
+        if self.ranks.rank == 0:
             save_parts(args.out / "weights", unet, parts.vae, parts.text_encoder, parts.tokenizer_folder,
                        parts.schedule.to_json(), parts.defaults)
 

@@ -31,9 +31,11 @@ STATE = ("unet", "ema", "exp_avg", "exp_avg_sq")
 UNET = "weights/unet/diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture(autouse=True)
-def little_validation(monkeypatch):
-    monkeypatch.setattr(train, "VALIDATION_SAMPLES", 8)
+@pytest.fixture(autouse=True, scope="module")
+def little_validation():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "VALIDATION_SAMPLES", 8)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -158,22 +160,22 @@ def test_killed_before_every_write_and_resumed_it_ends_where_it_would_have(start
             break
         if runs.checkpoints(out):
             assert runs.newest_checkpoint(out)[1]["step"] in (2, 4)
-    assert code == 0 and len(codes) > 25, (codes, told.read_text()[-500:])
+    assert code == 0 and len(codes) > 12, (codes, told.read_text()[-500:])
     assert state(out) == wanted
 
 
 def test_killed_at_random_moments_and_resumed_it_ends_where_it_would_have(start, folder, server, tmp_path):
     outs, draw = [tmp_path / name for name in ("online", "cache")], random.Random(3)
     flags = [["--workers", 2], ["--cache", tmp_path / "latents", "--accumulate", 2]]
-    begin = [words(start, out, "--steps", 12, "--save-every", 1, *more, data=folder)
+    begin = [words(start, out, "--steps", 6, "--save-every", 1, *more, data=folder)
              for out, more in zip(outs, flags)]
-    plain = [words(start, tmp_path / f"plain{i}", "--steps", 12, *more, data=folder)
+    plain = [words(start, tmp_path / f"plain{i}", "--steps", 6, *more, data=folder)
              for i, more in enumerate(flags)]
     assert server(*({"argv": argv} for argv in plain)) == [[0], [0]]
     kills, finished = [0, 0], [False, False]
     for attempt in range(40):
         jobs = [{"argv": ["--resume", str(out)] if runs.checkpoints(out) else argv,
-                 "seconds": draw.uniform(0.1, 0.7) * (1 + attempt / 10), "err": str(tmp_path / "told")}
+                 "seconds": draw.uniform(0.2, 1.0) * (1 + attempt / 10), "err": str(tmp_path / "told")}
                 for out, argv in zip(outs, begin)]
         for i, [code] in enumerate(server(*jobs)):
             assert code in (0, -signal.SIGALRM)
@@ -181,7 +183,7 @@ def test_killed_at_random_moments_and_resumed_it_ends_where_it_would_have(start,
             kills[i] += code != 0
         if all(finished):
             break
-    assert all(finished) and min(kills) > 2
+    assert all(finished) and min(kills) > 1
     assert [state(out) for out in outs] == [state(tmp_path / f"plain{i}") for i in (0, 1)]
 
 
@@ -200,13 +202,12 @@ def test_a_signal_loses_nothing(start, whole, tmp_path, monkeypatch, capsys, num
     assert taken == [0, 1, 2] and "--resume" in capsys.readouterr().err.splitlines()[-1]
     assert runs.newest_checkpoint(tmp_path / "run")[1]["step"] == 3 and (tmp_path / "run" / UNET).exists()
     monkeypatch.undo()
-    monkeypatch.setattr(train, "VALIDATION_SAMPLES", 8)
     assert resume(tmp_path / "run") == 0 and state(tmp_path / "run") == state(whole)
     assert signal.getsignal(number) is usual
 
 
 def test_ctrl_c_to_the_whole_group_with_workers_is_one_line(start, folder, tmp_path):
-    argv = words(start, tmp_path / "run", "--steps", 100_000, "--workers", 2, "--log-every", 1,
+    argv = words(start, tmp_path / "run", "--steps", 3000, "--workers", 2, "--log-every", 1,
                  "--validate-every", 0, data=folder)
     process = subprocess.Popen([sys.executable, "train.py", *argv], cwd=train_jobs.ROOT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
@@ -329,7 +330,8 @@ def test_the_average_is_that_of_the_original(start, tmp_path):
     """Once a step, however many batches it has, with the decay min(0.9, (1 + n) / (10 + n)) of step n."""
     more = ("--accumulate", 2, "--save-every", 1, "--keep", 9)
     assert run(start, tmp_path / "run", "--steps", 3, *more) == 0
-    average = {name: tensor.double() for name, tensor in load_file(start / UNET.removeprefix("weights/")).items()}
+    begin = load_file(start / UNET.removeprefix("weights/"))
+    average = {name: tensor.double() for name, tensor in begin.items()}
     for n in (1, 2, 3):
         read = tmp_path / "run" / "checkpoints" / f"{n:07d}"
         raw, decay = load_file(read / "unet.safetensors"), min(0.9, (1 + n) / (10 + n))
@@ -368,7 +370,7 @@ def test_tensorboard_has_the_scalars_of_the_log(start, tmp_path, monkeypatch, ca
 
 
 def test_training_learns(start, tmp_path):
-    assert run(start, tmp_path / "run", "--steps", 150, "--lr", 3e-3, "--log-every", 50) == 0
+    assert run(start, tmp_path / "run", "--steps", 90, "--lr", 3e-3, "--log-every", 30) == 0
     losses = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
     assert len(losses) == 3 and losses[-1] < 0.8 * losses[0]
 
@@ -445,7 +447,10 @@ def empty_data(tmp_path, folder):
     (None, ["--batch-size", 0], "--batch-size"),
     (None, ["--kind-weights", *[0] * 7], "--kind-weights"),
     (None, ["--lr", "fast"], "fast"),
-    (None, ["--lr", -1], "-1"),
+    (None, ["--lr", -1], "--lr"),
+    (None, ["--clip", 0], "--clip"),
+    (None, ["--ema-decay", 1.5], "--ema-decay"),
+    (None, ["--cooldown", -0.1], "--cooldown"),
     (None, ["--resolution", 36], "multiples of 8"),
     (None, ["--fsdp"], "torchrun"),
     (None, ["--shard-optimizer"], "torchrun"),
