@@ -7,23 +7,22 @@ The step's own code runs on tensors without storage, and what storages would hol
 
 import argparse
 import sys
-import weakref
 from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanoip2p import cli
 from nanoip2p.clip import CLIPTextConfig, TextEncoder
+from nanoip2p.live import Live
 from nanoip2p.recipe import encode, model_input, noise_losses
 from nanoip2p.tensors import DTYPES
 from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAE, VAEConfig
 
-USUAL = dict(dtype="bf16", recompute=False, ema_device=None, shard_optimizer=False, fsdp=False, cache="latents",
-             accumulate=8, device="cuda")
+USUAL = dict(dtype="bf16", recompute=False, ema_device=None, shard_optimizer=False, fsdp=False,
+             cache="latents", accumulate=8, device="cuda")
 SMALL = {"recompute": True, "ema_device": "cpu"}
 WAYS = {"--dtype fp32": {"dtype": "fp32"}, "bf16": {}, "bf16, no --cache": {"cache": None},
         "--recompute": {"recompute": True}, "--recompute --ema-device cpu": SMALL,
@@ -31,36 +30,6 @@ WAYS = {"--dtype fp32": {"dtype": "fp32"}, "bf16": {}, "bf16, no --cache": {"cac
         "--shard-optimizer, 8 GPUs": {"shard_optimizer": True}, "--fsdp, 8 GPUs": {"fsdp": True},
         "--fsdp --recompute, 8 GPUs": {"fsdp": True, "recompute": True}}
 BATCHES = (1, 16, 32, 64, 128)
-
-
-class Live(TorchDispatchMode):
-    """The most bytes that storages made inside have held at one time."""
-
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self.known = 0, 0, set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        before = {storage._cdata for storage in storages([*args, *(kwargs or {}).values()])}
-        made = function(*args, **(kwargs or {}))
-        for storage in storages([made]):  # a view, or what was changed in place, is not new
-            key, size = storage._cdata, storage.nbytes()
-            if key not in before and key not in self.known:
-                self.known.add(key)
-                self.now += size
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.forget, key, size)
-        return made
-
-    def forget(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
-
-
-def storages(values: list) -> list[torch.UntypedStorage]:
-    """Of the tensors among the arguments or results of an operation; some are lists of them."""
-    flat = [one for value in values for one in (value if isinstance(value, (list, tuple)) else [value])]
-    return [one.untyped_storage() for one in flat if isinstance(one, Tensor)]
 
 
 def norms_in_float32(network: nn.Module) -> None:
@@ -71,6 +40,7 @@ def norms_in_float32(network: nn.Module) -> None:
 
 
 def size_of(*networks: nn.Module) -> int:
+    """Bytes of their weights in fp32."""
     return 4 * sum(weight.numel() for network in networks for weight in network.parameters())
 
 
@@ -116,11 +86,11 @@ def training_memory(config: UNetConfig, batch: int, side: int, args: argparse.Na
                     vae: VAEConfig | None = None, text: CLIPTextConfig | None = None) -> dict[str, int]:
     """Bytes on each device by what they are for; the sum is the peak of a step, whatever it is doing then.
 
-    side: of the latents; args: as train.parse has them; vae, text: the encoders (None: Stable Diffusion's), which
-    matter without --cache. "activations" is what comes on top of the rest at the peak.
-    Assumed: attention never forms its maps (SDPA's flash and memory-efficient kernels do not), nothing is
-    compiled, and CUDA's norms are in float32. Not in it: CUDA itself, workspaces of cuDNN, NCCL's buffers, and
-    pieces of memory too small to use. What --fsdp gathers is an estimate.
+    side: of the latents; args: as train.parse has them; vae, text: the encoders, Stable Diffusion's by
+    default, for runs without --cache. "activations" is what comes on top of the rest at the peak.
+    Assumed: attention never forms its maps (flash and memory-efficient kernels do not), nothing is compiled.
+    Not in it: CUDA itself, workspaces of cuDNN, NCCL's buffers, pieces of memory too small to use. What
+    --fsdp gathers is an estimate.
     """
     cuda = str(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
     with torch.device("meta"):
@@ -132,7 +102,7 @@ def training_memory(config: UNetConfig, batch: int, side: int, args: argparse.Na
     memory = {"weights": share, "gradients": sums, "Adam": adam,
               "average": 0 if args.ema_device and cuda else share}
     peak = count_step(config, batch, side, args.dtype, args.recompute, held, cuda)
-    if args.fsdp:  # whole weights and gradients of what is outside of layers, and of a layer and its neighbour
+    if args.fsdp:  # weights and gradients, whole, of what is outside of layers, and of two layers
         layers = [size_of(layer) for level in (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
                   for layer in (*level.resnets, *level.attentions)]
         peak += 2 * (whole - sum(layers)) + 4 * max(layers)
@@ -146,7 +116,7 @@ def training_memory(config: UNetConfig, batch: int, side: int, args: argparse.Na
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code, see cli.run."""
     def work() -> None:
-        cli.make_parser(prog="python -m nanoip2p.memory", description=__doc__.splitlines()[0]).parse_args(argv)
+        cli.make_parser(prog="python -m nanoip2p.memory", description=__doc__).parse_args(argv)
         print("GB on each GPU: Stable Diffusion 1.5, 256 pixels, bf16 and --cache unless said. Counted, not "
               "measured:\nCUDA itself, workspaces and memory in pieces come on top")
         print(f"{'micro-batch':<42}" + "".join(f"{batch:>7}" for batch in BATCHES))
