@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import transformers
 from diffusers.training_utils import EMAModel
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -210,7 +210,12 @@ def peak_bytes(side: Ours | Theirs, device: str) -> int:
 
 
 def flops(run) -> int:
-    with FlopCounterMode(display=False) as counter:
+    aten = torch.ops.aten  # torch counts the attention kernels of CUDA only
+    cpu = {aten._scaled_dot_product_flash_attention_for_cpu:
+           lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+           aten._scaled_dot_product_flash_attention_for_cpu_backward:
+           lambda out, q, k, v, *_, **__: sdpa_backward_flop_count(out, q, k, v)}
+    with FlopCounterMode(display=False, custom_mapping=cpu) as counter:
         run()
     return counter.get_total_flops()
 
@@ -261,16 +266,15 @@ def report(args: argparse.Namespace, sides: dict) -> None:
     how = ", compiled" * args.compile + ", recompute" * args.recompute
     print(f"width {args.width}, {args.size} px, batch {args.batch}, {args.dtype}{how}, {where}, "
           f"torch {torch.__version__}, diffusers {diffusers.__version__}")
-    print(f"one large {args.dtype} product runs at {rate / 1e12:.3g} TFLOP/s")
-    columns = ("images/s", 20), ("over diffusers", 20), ("peak GB", 9), ("GFLOP/image", 13), ("of the rate", 13)
-    print(" " * 16 + "".join(f"{name:>{width}}" for name, width in columns))
+    print(f"one large {args.dtype} product: {rate / 1e12:.3g} TFLOP/s; share is what a step reaches of it")
+    print(f"{'':<16}{'images/s':>20}{'over diffusers':>20}{'peak GB':>9}{'GFLOP/image':>13}{'share':>7}")
     for name in sides:
         pace, ratio = ([f(r) for r in rounds] for f in (
             lambda r, name=name: args.batch / r[name], lambda r, name=name: r["diffusers"] / r[name]))
         image = work[name] / args.batch if work else float("nan")
         share = image * statistics.median(pace) / rate
         print(f"{name:<16}{spread(pace):>20}{spread(ratio):>20}{memory[name] / 1e9:>9.2f}{image / 1e9:>13.1f}"
-              f"{share:>13.1%}")
+              f"{share:>7.1%}")
     if work:
         encoding = 1 - work["ours, stored"] / work["ours, encoding"]
         print(f"encoding is {encoding:.0%} of the operations of a step that encodes")
