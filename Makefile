@@ -1,5 +1,6 @@
 # make demo      edit a dozen pictures with the shipped weights -> out/demo.png
 # make dataset   captions -> pairs of pictures -> the best of them, in the nano world -> data/nano
+# make train     an editor from the text-to-picture model, in the nano world -> runs/first; again: goes on
 # make test      the whole test suite
 # make lint      ruff
 # The first of them builds .venv, a later one rebuilds it after a change of pyproject.toml or constraints.txt.
@@ -7,7 +8,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo dataset test lint
+.PHONY: demo dataset train test lint
 
 demo: .venv/runtime
 	.venv/bin/python -m nanoip2p.demo --out out/demo.png
@@ -17,6 +18,10 @@ dataset: .venv/runtime
 	.venv/bin/python make_dataset.py pairs --prompts data/nano/prompts.jsonl --out data/nano/pairs \
 		--weights weights/nano-sd
 	.venv/bin/python make_dataset.py show data/nano/pairs --rows 4
+
+train: .venv/runtime
+	if [ -d runs/first/checkpoints ]; then .venv/bin/python train.py --resume runs/first; else \
+		.venv/bin/python train.py --preset nano --weights weights/nano-sd --data scenes --out runs/first; fi
 
 test: .venv/test
 	.venv/bin/python -m pytest

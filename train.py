@@ -5,7 +5,7 @@ predict the noise in the edited picture's latents, given the input picture's lat
     torchrun --nproc-per-node 8 train.py --preset paper ...           # several GPUs, several machines too
     python train.py --resume runs/ip2p                                # goes on as if never stopped
     python train.py --check --data my-pairs                           # looks at the data, prints the plan
-    python train.py --text-to-image --data scenes ...                 # without a picture: a caption becomes one
+    python train.py --text-to-image --data scenes ...                 # no picture: a caption becomes one
 
 Writes to --out: checkpoints/ (to resume), weights/ (the averaged editor, which sample.py opens), log.jsonl,
 loss.png and samples-*.png. What is computed and what is drawn stands in nanoip2p/recipe.py, a step in
@@ -39,14 +39,14 @@ PRESETS = {
     "paper": {"batch_size": 32, "accumulate": 4},  # on each of 8 GPUs
     "48gb": {"batch_size": 32, "accumulate": 32},
     "24gb": {"batch_size": 16, "accumulate": 64, "recompute": True, "ema_device": "cpu"},
-    "nano": {"resolution": 64, "batch_size": 32, "accumulate": 1, "steps": 600, "lr": 1e-3, "warmup": 50, "cooldown": 0.4,
-             "snr_gamma": 1.0, "ema_decay": 0.98, "pairs": 4000, "save_every": 200, "sample_every": 200,
-             "validate_every": 50, "log_every": 25},
+    "nano": {"resolution": 64, "batch_size": 32, "accumulate": 1, "steps": 600, "lr": 1e-3, "warmup": 50,
+             "cooldown": 0.4, "snr_gamma": 1.0, "ema_decay": 0.98, "pairs": 4000, "save_every": 200,
+             "sample_every": 200, "validate_every": 50, "log_every": 25},
 }
 # What --resume may change. Everything else is what the run is, and would make another one of it
-FREE = {"steps", "lr", "batch_size", "accumulate", "recompute", "compile", "shard_optimizer", "fsdp", "device",
-        "ema_device", "workers", "cache", "skip_bad", "save_every", "keep", "sample_every", "validate_every",
-        "log_every", "tensorboard", "out"}
+FREE = {"steps", "lr", "batch_size", "accumulate", "recompute", "compile", "shard_optimizer", "fsdp",
+        "device", "ema_device", "workers", "cache", "skip_bad", "save_every", "keep", "sample_every",
+        "validate_every", "log_every", "tensorboard", "out"}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -82,6 +82,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--lr and --clip have to be above 0, --ema-decay and --cooldown from 0 to 1")
     if args.text_to_image and args.data != "scenes":
         parser.error("--text-to-image knows captions of --data scenes only")
+    if args.fsdp and (args.ema_device or args.shard_optimizer):
+        parser.error("--fsdp shares the average and Adam's state already; leave out the other one")
     if args.flip is None:
         args.flip = args.data != "scenes"
     if args.data == "scenes" and args.out and not args.cache:
@@ -99,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
                                          "a .safetensors or .ckpt file, or a name on the Hub")
     add_flags(where)
     where.add_argument("--data", help="folder in the original's layout or MagicBrush's, pairs.jsonl or its "
-                                      "folder, a parquet file or a folder of them, or 'scenes': rendered pairs")
+                                      "folder, parquet or a folder of it, or 'scenes' for rendered pairs")
     where.add_argument("--pairs", type=at_least(1), default=20_000, help="pairs to render for --data scenes")
     where.add_argument("--kind-weights", type=finite, nargs=len(EDIT_KINDS), default=[1.0] * len(EDIT_KINDS),
                        metavar="ODDS", help=f"for --data scenes, of {', '.join(EDIT_KINDS)}")
@@ -110,7 +112,7 @@ def make_parser() -> argparse.ArgumentParser:
     where.add_argument("--skip-bad", action="store_true", help="leave out pairs whose pictures are broken")
     where.add_argument("--out", type=Path, help="folder of this run")
     where.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
-    where.add_argument("--check", action="store_true", help="open all the data, print the plan, train nothing")
+    where.add_argument("--check", action="store_true", help="open all data, print the plan, train nothing")
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--preset", choices=PRESETS, help="values of many flags, which given ones override")
     recipe.add_argument("--steps", type=at_least(1), default=10_000, help="optimizer steps in all")
@@ -129,12 +131,14 @@ def make_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--seed", type=at_least(0), default=0)
     recipe.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16",
                         help="of products and convolutions; weights and sums are fp32 in any case")
-    running, switch = parser.add_argument_group("running"), argparse.BooleanOptionalAction  # --no-... on --resume
+    switch = argparse.BooleanOptionalAction  # so that --no-fsdp can be told to --resume
+    running = parser.add_argument_group("running")
     running.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
     running.add_argument("--workers", type=at_least(0), help="processes that load data (CUDA: 4, else 0)")
     running.add_argument("--recompute", action="store_true", help="gradient checkpointing: slower, smaller")
     running.add_argument("--ema-device", choices=("cpu",), help="keep the average there: smaller, slower")
-    running.add_argument("--shard-optimizer", action=switch, default=False, help="ranks share Adam's state (ZeRO)")
+    running.add_argument("--shard-optimizer", action=switch, default=False,
+                         help="ranks share Adam's state (ZeRO)")
     running.add_argument("--fsdp", action=switch, default=False, help="ranks share all state (fully_shard)")
     running.add_argument("--compile", action="store_true", help="torch.compile the network")
     running.add_argument("--log-every", type=at_least(1), default=50, metavar="STEPS")
@@ -182,16 +186,18 @@ def settle_batch(args: argparse.Namespace, ranks: int, items: int) -> None:
     ValueError when it cannot, or a batch takes more than there is.
     """
     if args.batch_size > items:
-        raise ValueError(f"--batch-size {args.batch_size} is more than there is: {args.data} has {items} items to "
+        raise ValueError(f"--batch-size {args.batch_size} is more than the {items} items of {args.data} to "
                          "train on")
     if not args.start:
         return
-    wanted = args.start[1]["batch"]
+    wanted, begun_with = args.start[1]["batch"], args.start[1]["items"]
+    if items != begun_with:
+        raise ValueError(f"{args.data} has {items} items to train on; the run was begun with {begun_with}")
     if not args.accumulate_given:
         args.accumulate = max(1, wanted // (args.batch_size * ranks))
     if args.batch_size * args.accumulate * ranks != wanted:
-        raise ValueError(f"--batch-size {args.batch_size} x --accumulate {args.accumulate} x {ranks} processes are "
-                         f"not the {wanted} samples a step with which {args.resume} was begun")
+        raise ValueError(f"--batch-size {args.batch_size} x --accumulate {args.accumulate} x {ranks} "
+                         f"processes are not the {wanted} samples a step with which {args.resume} was begun")
 
 
 def plan_text(args: argparse.Namespace, items: list[Item], validation: list[Item], ranks: int,
@@ -203,11 +209,11 @@ def plan_text(args: argparse.Namespace, items: list[Item], validation: list[Item
     gigabytes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
     total = args.steps * batch
     return (f"data      {args.data}: {len(items)} items, {pairs} pairs; {held_out} for validation\n"
-            f"batch     {args.batch_size} at a time x {args.accumulate} accumulated x {ranks} devices = {batch}\n"
+            f"batch     {args.batch_size} x {args.accumulate} accumulated x {ranks} devices = {batch}\n"
             f"run       {args.steps} steps = {total} samples = {total / len(items):.1f} visits of each item\n"
             f"memory    about {sum(memory.values()) / 1e9:.1f} GB on each device: {gigabytes}\n"
-            f"writes    {args.out or 'into --out'}: weights, log.jsonl, loss.png, samples, and a checkpoint every "
-            f"{args.save_every} steps (the newest {args.keep} stay)")
+            f"writes    {args.out or 'into --out'}: weights, log.jsonl, loss.png, samples, and a checkpoint "
+            f"every {args.save_every} steps (the newest {args.keep} stay)")
 
 
 def prepare_and_train(args: argparse.Namespace) -> None:
@@ -216,7 +222,7 @@ def prepare_and_train(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.out} holds a run already; go on with --resume, or choose another --out")
     with parallel.started(args.device) as ranks:
         if (args.fsdp or args.shard_optimizer) and ranks.count == 1:
-            raise ValueError("--fsdp and --shard-optimizer are for several processes; start them with torchrun")
+            raise ValueError("--fsdp and --shard-optimizer are for several processes; start with torchrun")
         items, validation = read_items(args)
         settle_batch(args, ranks.count, len(items))
         unet, factor = UNetConfig(in_channels=8), 8  # Stable Diffusion's, for --check without --weights
@@ -257,7 +263,7 @@ def train(args: argparse.Namespace, parts: Parts, items: list[Item], validation_
           shape: tuple[int, int, int], ranks: Ranks) -> None:
     """Everything the loop needs, and the loop. shape: of the latents (C, h, w)."""
     source = open_source(args, parts, items + validation_items, ranks)
-    trainer = Trainer(args, parts, ranks)
+    trainer = Trainer(args, parts, ranks, len(items))
     first = 0
     if args.start:
         checkpoint, first = args.start[0], args.start[1]["step"]
@@ -273,9 +279,11 @@ def train(args: argparse.Namespace, parts: Parts, items: list[Item], validation_
     fixed = Samples(validation_items, source, 0, False, shape, timesteps, args.skip_bad)
     validation = [trainer.to_device(batch)
                   for batch in validation_batches(fixed, VALIDATION_SAMPLES, args.batch_size)]
-    pairs = [item[0] for item in validation_items[:GRID_COLUMNS]]
+    spaced = validation_items[:: max(1, len(validation_items) // GRID_COLUMNS)]
     with stop_between_steps() as stop:
-        loop(trainer, iter(batches), validation, pairs, first, stop)
+        loop(trainer, iter(batches), validation, [item[0] for item in spaced[:GRID_COLUMNS]], first, stop)
+    if first >= args.steps:
+        print(f"{args.out} has had its {first} steps; --steps takes it further")
     if ranks.rank == 0 and not runs.plot_log(args.out):
         print(f"losses are in {args.out / 'log.jsonl'}; pip install matplotlib to see them drawn")
 
@@ -326,7 +334,8 @@ def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], pair
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code, see cli.run."""
     return cli.run(lambda: prepare_and_train(parse(argv)),
-                   "stopped; if it had begun to train, go on with --resume and the --out folder",
+                   "stopped; go on with --resume and the --out folder, or if it had not begun to train, with "
+                   "the same command",
                    "try a smaller --batch-size with more --accumulate, --recompute, or --ema-device cpu")
 
 

@@ -210,7 +210,7 @@ def _open_parquet(path: Path) -> Iterator:
         with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
             yield file
     except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path} cannot be read as parquet: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} cannot be read as parquet: {error}") from None
 
 
 @lru_cache(maxsize=1024)

@@ -1,4 +1,4 @@
-"""One training run on several devices, started by torchrun: who has which weights, gradients and Adam's state.
+"""One training run on several devices, started by torchrun: who keeps which weights, gradients, averages.
 
 Three ways, from the fastest to the smallest: every rank has everything (DistributedDataParallel); every rank
 has the weights and a share of the optimizer (ZeRO, Rajbhandari et al. 1910.02054, stage 1); every rank has a
@@ -162,5 +162,5 @@ def set_moments(optimizer: torch.optim.Optimizer, unet: nn.Module, step: int, ex
     state = {i: {"step": torch.tensor(float(step)), "exp_avg": like(exp_avg[name], parameter),
                  "exp_avg_sq": like(exp_avg_sq[name], parameter)}
              for i, (name, parameter) in enumerate(unet.named_parameters())}
-    groups = [group | {"params": list(state)} for group in optimizer.param_groups]  # ZeRO has no state_dict yet
+    groups = [group | {"params": list(state)} for group in optimizer.param_groups]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

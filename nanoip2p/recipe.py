@@ -1,8 +1,8 @@
 """What one training step computes (section 3.2 of the paper), and all that is random about it.
 
-Sample n is the n-th that a run visits: sample i of optimizer step s is n = s * batch + i. Everything drawn for
-it is a function of (seed, n) alone. So it does not matter which rank, worker or micro-batch it falls to, nor
-whether the run was stopped in between.
+Sample n is the n-th that a run visits: sample i of optimizer step s is n = s * batch + i. Everything drawn
+for it is a function of (seed, n) alone. So it does not matter which rank, worker or micro-batch it falls to,
+nor whether the run was stopped in between.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ def draw(seed: int, number: int, shape: tuple[int, int, int], timesteps: int) ->
 
 
 class Pictures:
-    """Pairs as pictures and token ids, for a run that encodes them in every step and not once (`stored.Stored`)."""
+    """Pairs as pictures and token ids, for a run that encodes them in every step; compare `stored.Stored`."""
 
     def __init__(self, resolution: int, tokenizer: Tokenizer):
         self.resolution, self.tokenizer = resolution, tokenizer
@@ -109,7 +109,7 @@ def sample_numbers(first: int, last: int, accumulate: int, batch: int, rank: int
 
 
 def validation_batches(samples: Samples, count: int, batch: int) -> Iterator[dict]:
-    """The same `count` samples every time, nothing dropped, timesteps spread evenly, so that curves compare."""
+    """The same `count` samples every time, nothing dropped, at timesteps spread evenly: curves compare."""
     for numbers in torch.arange(count).split(batch):
         spread = (numbers + 0.5) * samples.timesteps / count
         yield collate([samples[number] for number in numbers.tolist()]) | {

@@ -21,8 +21,8 @@ def write_checkpoint(run: Path, step: int, parts: dict[str, Callable[[], dict[st
     """Write <run>/checkpoints/<step>/<part>.safetensors and state.json; the newest `keep` of all stay.
 
     parts: what gives the tensors of each file, one file after another. All ranks have to call, of which one
-    `writes`. Everything is on the disk before the folder gets its name. OSError, with the checkpoints before it
-    untouched, when it cannot be written.
+    `writes`. Everything is on the disk before the folder gets its name. OSError, with the checkpoints
+    before it untouched, when it cannot be written.
     """
     folder = run / CHECKPOINTS / f"{step:07d}"
     temporary = folder.with_name(f".{folder.name}.tmp")

@@ -1,22 +1,18 @@
 """Stored latents: every picture and every text is encoded once, and training only reads rows.
 
-Half of the FLOPs of a training step at 256 pixels would go to the autoencoder, which is frozen. Kept of a picture
-is its whole posterior, so that the target can still be sampled anew at every visit.
-
     store.json                    what the rows are of; a store of anything else is refused
     texts-00000.safetensors       texts (n, 77, D) float16; the first of all is the empty text
-    pictures-00000.safetensors    moments (n, F, 2C, h, w) float16: mean and log-variance, unscaled. F = 2 with
-                                  flips: the mirrored picture is encoded too, which mirroring cannot replace
-
-Distinct texts and pictures have a row each, by first appearance. A file of SHARD rows appears whole and is not
-made again, so a process that dies loses one at most.
+    pictures-00000.safetensors    moments (n, F, 2C, h, w) float16: mean and log-variance, unscaled, so that
+                                  targets can be sampled anew. F = 2 with flips: mirrored pictures are encoded
+Distinct texts and pictures have a row each, by first appearance. A file appears whole and is not made again.
 """
 
 import hashlib
 import json
 from collections import namedtuple
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -24,24 +20,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nanoip2p.clip import TextEncoder
 from nanoip2p.data import Pair, Picture, load_picture, stamp
-from nanoip2p.files import read_json, write_json
+from nanoip2p.files import read_json, remedy, write_json
 from nanoip2p.images import to_tensor
 from nanoip2p.tensors import write_tensors
-from nanoip2p.tokenizer import Tokenizer
-from nanoip2p.vae import VAE
 
 SHARD = 512  # rows: 16 MB of pictures (256 pixels, flips) or 60 MB of texts, and no more is held in memory
-PIXELS = 2**21  # of one forward pass of the autoencoder: 32 pictures of 256 x 256
-THREADS = 8  # that load pictures while others are encoded
 Shard = namedtuple("Shard", "path tensor shape items")  # name of the tensor, shape of a row, what rows are of
 
 
 class Stored:
     """An open store. DataLoader workers get it by fork or pickle; only the rows asked for leave the disk.
 
-    latent_shape (C, h, w); null: state of the empty text, (77, D) float32; broken: picture -> why it has no row.
+    latent_shape (C, h, w); null: the empty text's state (77, D); broken: picture -> why it has no row.
     """
 
     def __init__(self, shards: list[Shard], latent_shape: tuple[int, int, int]):
@@ -56,19 +47,15 @@ class Stored:
         return self._row("")
 
     def get(self, pair: Pair, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Moments before and after, (2C, h, w) each, and the text's state (77, D), all float32 on the CPU.
-
-        ValueError, naming the picture, for one of `broken`.
-        """
+        """Moments before and after, (2C, h, w), and text (77, D): float32, CPU. ValueError for `broken`."""
         return self._row(pair.before, int(flip)), self._row(pair.after, int(flip)), self._row(pair.edit)
 
     def _row(self, item: str | Picture, *within: int) -> Tensor:
         if item in self.broken:
             raise ValueError(self.broken[item])
         shard, row = self.rows[item]
-        if shard.path not in self.files:
-            self.files[shard.path] = safe_open(shard.path, "pt")
-        return self.files[shard.path].get_slice(shard.tensor)[(row, *within)].float()
+        file = self.files[shard.path] = self.files.get(shard.path) or safe_open(shard.path, "pt")
+        return file.get_slice(shard.tensor)[(row, *within)].float()
 
     def check(self, shard: Shard) -> None:
         """Map a shard and note its broken pictures. ValueError, in one line, when it is damaged."""
@@ -77,32 +64,28 @@ class Stored:
             rows = file.get_slice(shard.tensor)
             if (rows.get_dtype(), *rows.get_shape()) != ("F16", len(shard.items), *shard.shape):
                 raise ValueError(f"{rows.get_dtype()} of {rows.get_shape()}")
-            for row, reason in json.loads(file.metadata()["broken"]).items():
-                self.broken[shard.items[int(row)]] = reason
-        except (SafetensorError, OSError, ValueError, LookupError) as error:
+            broken = json.loads(file.metadata()["broken"])
+            self.broken |= {shard.items[int(row)]: reason for row, reason in broken.items()}
+        except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
             raise ValueError(f"{shard.path} is damaged ({error}); delete that file and run again") from None
 
 
-def open_stored(folder: Path, pairs: list[Pair], vae: VAE, text_encoder: TextEncoder, tokenizer: Tokenizer,
-                resolution: int, flips: bool, skip_bad: bool = False, begin: bool = False) -> Stored:
-    """Open what `store` made. ValueError, in one line, if it is of anything else, damaged or not complete.
-
-    begin: it need not be complete, nor be there at all.
-    """
+def open_stored(folder: Path, pairs: list[Pair], vae, text_encoder, tokenizer, resolution: int, flips: bool,
+                skip_bad: bool = False, begin: bool = False) -> Stored:
+    """Open what `store` made. ValueError: of something else, damaged or, without `begin`, incomplete."""
     texts = list(dict.fromkeys(["", *(pair.edit for pair in pairs)]))
     pictures = list(dict.fromkeys(picture for pair in pairs for picture in (pair.before, pair.after)))
-    words = [tokenizer.backend.to_str(), tokenizer.start, tokenizer.end, tokenizer.pad, tokenizer.length]
+    words = (text_encoder.config, tokenizer.backend.to_str(), tokenizer.start, tokenizer.end, tokenizer.pad)
     _check_key(folder, begin, {
-        "autoencoder": _hash([vae.config], vae), "text encoder": _hash(words, text_encoder),
-        "data": _hash([texts, *((picture, _stamp(picture)) for picture in pictures)]),
-        "resolution": resolution, "flips": flips})
+        "autoencoder": _hash(vae.config, vae), "text encoder": _hash((words, tokenizer.length), text_encoder),
+        "data": _hash([texts, pictures, [*map(_stamp, pictures)]]), "resolution": resolution, "flips": flips})
     channels, side = vae.config.latent_channels, resolution // vae.downsampling
     kinds = (("texts", "texts", (tokenizer.length, text_encoder.config.hidden_size), texts),
              ("pictures", "moments", (1 + flips, 2 * channels, side, side), pictures))
-    stored = Stored([Shard(folder / f"{name}-{i // SHARD:05d}.safetensors", *about, items[i : i + SHARD])
-                     for name, *about, items in kinds for i in range(0, len(items), SHARD)],
-                    (channels, side, side))
-    for shard in stored.shards:
+    shards = [Shard(folder / f"{name}-{i // SHARD:05d}.safetensors", *about, items[i : i + SHARD])
+              for name, *about, items in kinds for i in range(0, len(items), SHARD)]
+    stored = Stored(shards, (channels, side, side))
+    for shard in shards:
         if shard.path.exists():
             stored.check(shard)
         elif not begin:
@@ -114,14 +97,12 @@ def open_stored(folder: Path, pairs: list[Pair], vae: VAE, text_encoder: TextEnc
 
 
 @torch.no_grad()
-def store(folder: Path, pairs: list[Pair], vae: VAE, text_encoder: TextEncoder, tokenizer: Tokenizer,
-          resolution: int, flips: bool, skip_bad: bool = False, rank: int = 0, ranks: int = 1,
-          progress: bool = True) -> None:
+def store(folder: Path, pairs: list[Pair], vae, text_encoder, tokenizer, resolution: int, flips: bool,
+          skip_bad: bool = False, rank: int = 0, ranks: int = 1, progress: bool = True) -> None:
     """Write what is missing of this rank's shards (rank, rank + ranks, ...), with the networks as they are.
 
-    ValueError, in one line, as open_stored, for a folder that cannot be written, numbers beyond float16, and a
-    broken picture; with skip_bad its row is NaN, and the shard's metadata says why.
-    """
+    ValueError as open_stored, and for a folder that cannot be written, numbers beyond float16, and a broken
+    picture; with skip_bad its row is NaN, and the shard's metadata says why."""
     weight, ids_device, broken = vae.quant_conv.weight, next(text_encoder.parameters()).device, {}
 
     def image(picture: Picture) -> Tensor:
@@ -138,52 +119,46 @@ def store(folder: Path, pairs: list[Pair], vae: VAE, text_encoder: TextEncoder, 
         both = (images, images.flip(-1))[: 1 + flips]
         return torch.stack([torch.cat(vae.encode(x), 1) for x in both], 1)         # (B, F, 2C, h, w)
 
+    size = max(1, min(64, 2**21 // resolution**2))  # 32 pictures of 256 pixels, for the sake of memory
     steps = {"texts": (lambda text: tokenizer([text])[0], lambda ids: text_encoder(ids.to(ids_device)), 64),
-             "moments": (image, moments, max(1, min(64, PIXELS // resolution**2)))}
+             "moments": (image, moments, size)}
     try:
         stored = open_stored(folder, pairs, vae, text_encoder, tokenizer, resolution, flips, skip_bad, True)
         mine = stored.shards[rank::ranks]
         todo = [shard for shard in mine if shard.path not in stored.files]
         total, rest = (sum(len(shard.items) for shard in shards) for shards in (mine, todo))
-        with tqdm(total=total, initial=total - rest, desc="encoding pictures and texts",
-                  disable=not (progress and todo)) as bar:
+        with tqdm(total=total, initial=total - rest, desc="encoding", disable=not (progress and todo)) as bar:
             for shard in todo:
                 rows = _encode(shard.items, *steps[shard.tensor], bar)
                 for item, row in zip(shard.items, rows):
                     if item not in broken and not row.isfinite().all():
-                        raise ValueError(f"the encoding of '{item}' has NaN or numbers beyond float16; other "
-                                         "weights, or the same in fp32, may help")
-                reasons = {i: broken[item] for i, item in enumerate(shard.items) if item in broken}
-                write_tensors({shard.tensor: rows}, shard.path, metadata={"broken": json.dumps(reasons)})
+                        raise ValueError(f"{item}: its encoding is NaN or beyond float16; try fp32 weights")
+                why = json.dumps({i: broken[item] for i, item in enumerate(shard.items) if item in broken})
+                write_tensors({shard.tensor: rows}, shard.path, metadata={"broken": why})
     except OSError as error:
-        raise ValueError(f"{folder} cannot be written: {error.strerror or error}; what is there stays, and "
-                         "the same command goes on from there") from None
+        raise ValueError(f"{folder} cannot be written ({error}); the same command goes on later") from None
 
 
 def _encode(items: list, load: Callable, encode: Callable, size: int, bar: tqdm) -> Tensor:
     """A row for each item, while threads load the next `size` of them."""
     batches, rows = [items[i : i + size] for i in range(0, len(items), size)], []
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(8) as pool:
         ahead = pool.map(load, batches[0])
-        for batch, following in zip(batches, [*batches[1:], []]):
+        for following in [*batches[1:], []]:
             loaded, ahead = torch.stack(list(ahead)), pool.map(load, following)
             rows.append(encode(loaded).half().cpu())
-            bar.update(len(batch))
+            bar.update(len(loaded))
     return torch.cat(rows)
 
 
 def _stamp(picture: Picture) -> tuple | None:
-    try:
+    with suppress(OSError):  # what is not there is told when it is to be loaded
         return stamp(picture)
-    except OSError:
-        return None  # what is not there is told when it is to be loaded
 
 
-def _hash(facts: Iterable, network: nn.Module | None = None) -> str:
+def _hash(facts, network: nn.Module | None = None) -> str:
     """Of facts and of all weights: half a second for those of Stable Diffusion 1.5."""
-    digest = hashlib.sha256()
-    for fact in facts:
-        digest.update(repr(fact).encode())
+    digest = hashlib.sha256(repr(facts).encode())
     for name, tensor in network.state_dict().items() if network else ():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -194,13 +169,10 @@ def _check_key(folder: Path, begin: bool, key: dict) -> None:
     """ValueError, in one line, when store.json is not of `key`. begin: write it where there is none."""
     path = folder / "store.json"
     if begin and not path.exists():
-        others = sorted(entry.name for entry in folder.glob("[!.]*"))
-        if others and not path.exists():  # still: another rank may have been quicker
-            raise ValueError(f"{folder} holds {others[0]} but no store.json; choose another --cache")
+        if any(folder.glob("[!.]*")) and not path.exists():  # still: another rank may have been quicker
+            raise ValueError(f"{folder} has no store.json; choose another --cache ({remedy(folder)})")
         write_json(key, path)
     made = read_json(path)
-    others = [part if isinstance(value, str) else f"transform ({part} {made.get(part)}, not {value})"
-              for part, value in key.items() if made.get(part) != value]
-    if others:
-        raise ValueError(f"{folder} was made with another {' and '.join(others)}; choose another --cache or "
-                         "delete it")
+    for part in (part for part in key if made.get(part) != key[part]):
+        what = part if isinstance(key[part], str) else f"transform ({part} {made.get(part)}, not {key[part]})"
+        raise ValueError(f"{folder} was made with another {what}; choose another --cache or delete it")

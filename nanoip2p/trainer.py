@@ -27,10 +27,10 @@ from nanoip2p.unet import UNet
 class Trainer:
     """Raw and averaged weights, Adam, and what they are fed with. args: as train.parse has them."""
 
-    def __init__(self, args: argparse.Namespace, parts: Parts, ranks: Ranks):
-        """Without --cache, VAE and text encoder stay on the device: batches are pictures and token ids."""
+    def __init__(self, args: argparse.Namespace, parts: Parts, ranks: Ranks, items: int):
+        """items: how many, which a run keeps. Without --cache, batches are pictures and token ids."""
         self.args, self.parts, self.ranks, self.device = args, parts, ranks, ranks.device
-        self.batch, self.skipped = args.batch_size * args.accumulate * ranks.count, set()
+        self.items, self.skipped, self.batch = items, set(), args.batch_size * args.accumulate * ranks.count
         for encoder in (parts.vae, parts.text_encoder):
             encoder.requires_grad_(False)
         [null] = encode_texts(parts.text_encoder, parts.tokenizer, [""]).values()
@@ -74,7 +74,7 @@ class Trainer:
     def step(self, batches: Iterator[dict], step: int) -> float:
         """Optimizer step number `step`: gradients of --accumulate micro-batches, Adam, the average.
 
-        Returns this rank's mean loss without weights; `lr` and `norm` (of the gradient, on the device) are of the last step.
+        Returns this rank's mean loss, unweighted; `lr` and `norm` (of the gradient) are of the last step.
         ValueError, with the weights untouched, when a picture is broken or a loss is not finite.
         """
         args, told, broken = self.args, [], []
@@ -91,8 +91,8 @@ class Trainer:
             broken += batch["number"][~told[-1].isfinite()].tolist()
         if self.ranks.agree(len(broken)):
             numbers = ", ".join(map(str, broken[:8])) or "those of another process"
-            raise ValueError(f"step {step}: the loss of sample {numbers} is not finite; the weights were left "
-                             "as they were; --resume with a smaller --lr, or look at the data")
+            raise ValueError(f"step {step}: the loss of sample {numbers} is not finite; the weights were "
+                             "left as they were; --resume with a smaller --lr, or look at the data")
         self.norm = parallel.whole(torch.nn.utils.clip_grad_norm_(self.unet.parameters(), args.clip))
         self.lr = learning_rate(step, args.steps, args.lr, args.warmup, args.cooldown)
         for group in self.optimizer.param_groups:
@@ -136,7 +136,7 @@ class Trainer:
         parallel.set_moments(self.optimizer, self.unet, step, read["exp_avg"], read["exp_avg_sq"])
 
     def save(self, step: int) -> None:
-        """Write a checkpoint of `step` steps, and the averaged model to <out>/weights; all ranks have to call.
+        """Write a checkpoint of `step` steps and the averaged model to <out>/weights; all ranks have to call.
 
         ValueError, with nothing written, when the last gradient was not finite: the weights are no longer.
         """
@@ -150,7 +150,7 @@ class Trainer:
             gather[moment] = lambda moment=moment: parallel.moments_of(self.optimizer, self.unet, moment)
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
                     if key not in ("start", "accumulate_given", "resume", "check", "preset")}
-        state = {"batch": self.batch, "settings": settings}
+        state = {"batch": self.batch, "items": self.items, "settings": settings}
         runs.write_checkpoint(args.out, step, gather, state, args.keep, self.ranks.rank == 0)
         self.export()
 
@@ -163,7 +163,7 @@ class Trainer:
 
 
 def fetch(tensor: Tensor) -> Callable[[], Tensor]:
-    """Begin to copy a tensor to the CPU; what is returned waits for it, but for no later work on the device."""
+    """Begin to copy a tensor to the CPU; what is returned waits for it, but for no later work."""
     if tensor.device.type != "cuda":
         return tensor.cpu
     copied = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

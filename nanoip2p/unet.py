@@ -301,8 +301,8 @@ class UNet(nn.Module):
 
         The timestep is a number, or a tensor of one for all or one for each of the B; it may lie between
         integers (Karras sigmas). Any h and w work; each level halves them, rounding up. `inject` changes how
-        rows attend: a prompt_to_prompt.Injection. `recompute` keeps no activations inside of layers for the way
-        back, but computes them again (Chen et al. 1604.06174): a third more time, a fraction of the memory.
+        rows attend: a prompt_to_prompt.Injection. `recompute` keeps no activations inside of layers for the
+        way back, but computes them again (Chen et al. 1604.06174): a third more time, much less memory.
         """
         config, given = self.config, (tuple(latents.shape), tuple(context.shape))
         assert given[0][1] == config.in_channels and given[1][2] == config.cross_attention_dim, given

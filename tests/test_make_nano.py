@@ -29,7 +29,7 @@ def test_from_nothing_to_a_folder_that_edits(make_nano, tmp_path):
     def make(*editor_steps):
         make_nano.main([str(word) for word in (
             "--out", tmp_path / "runs", "--ship", folder.parent, "--vae-steps", 3, "--clip-steps", 2,
-            "--sd-steps", 1, "--captions", 4, "--editor-steps", *editor_steps, "--pairs", 8,
+            "--sd-steps", 1, "--captions", 32, "--editor-steps", *editor_steps, "--pairs", 32,
             "--device", "cpu")])
         return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
 

@@ -17,6 +17,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,16 +27,17 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
-from nanoip2p import cli, demo
+from nanoip2p import cli, demo, parallel, runs
 from nanoip2p.checkpoint import load_parts, save_parts
 from nanoip2p.cli import at_least
 from nanoip2p.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, TextEncoder
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.editor import pick_device
-from nanoip2p.files import check_writable, replacing, write_json
+from nanoip2p.files import check_writable, write_json
 from nanoip2p.images import to_tensor
 from nanoip2p.network import load_network, save_network
 from nanoip2p.scenes import Scene, Thing, pick, random_scene
+from nanoip2p.tensors import read_tensors
 from nanoip2p.tokenizer import load_tokenizer, train_tokenizer
 from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAE, VAEConfig
@@ -50,12 +52,13 @@ UNET = dict(
 )
 SD_UNET = UNET | dict(in_channels=4, block_out_channels=(64, 112, 112))
 # Short runs, small network: ten times the paper's learning rate, a faster average, and min-SNR weighting
-RECIPE = ["--data", "scenes", "--resolution", 64, "--batch-size", 32, "--warmup", 200, "--cooldown", 0.4,
+RECIPE = ["--data", "scenes", "--resolution", 64, "--batch-size", 32, "--accumulate", 1,
+          "--warmup", 200, "--cooldown", 0.4,
           "--snr-gamma", 1, "--ema-decay", 0.999]
 SD_RUNS = (["--lr", 1e-3, "--text-to-image", "--dtype", "bf16"],)
 # The second run starts from the first one's weights, and practises more of what that still confused
-RUNS = (["--lr", 1e-3, "--kind-weights", 1.2, 2, 2, 1, 0.8, 1, 0.8],
-        ["--lr", 8e-4, "--kind-weights", 1.6, 2, 2, 1.6, 0.5, 0.7, 0.6])
+RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--kind-weights", 1.2, 2, 2, 1, 0.8, 1, 0.8],
+        ["--lr", 8e-4, "--dtype", "fp32", "--kind-weights", 1.6, 2, 2, 1.6, 0.5, 0.7, 0.6])
 DEFAULTS = {"resolution": 64, "steps": 20, "cfg_text": 2.0, "cfg_image": 1.0, "sampler": "euler_ancestral"}
 SD_DEFAULTS = DEFAULTS | {"cfg_text": 3.0}
 # What `make_dataset.py pairs` does with nano-sd where no flag says otherwise; nano CLIP has its own scales
@@ -91,14 +94,17 @@ def draw_scene(generator):
 def fit(name: str, model: torch.nn.Module, loss_of_step, steps: int, lr: float, folder: Path) -> None:
     """Train with AdamW: 100 steps of warm-up, constant, the last 30% linearly to zero; resumes."""
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
-    state_file, first = folder / f"{name}-state.pt", 0
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True, map_location="cpu")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+    run, first = folder / f"{name}-run", 0
+    moments = {key: partial(parallel.moments_of, optimizer, model, key) for key in ("exp_avg", "exp_avg_sq")}
+    gather = {"weights": partial(parallel.weights_of, model), **moments}
+    if runs.checkpoints(run):
+        checkpoint, state = runs.newest_checkpoint(run)
+        weights, *saved = (read_tensors(checkpoint / f"{part}.safetensors") for part in gather)
+        parallel.set_weights(model, weights)
         first = state["step"]
+        parallel.set_moments(optimizer, model, first, *saved)
     bar = tqdm(range(first, steps), desc=name, initial=first, total=steps, mininterval=10)
-    with train.stop_between_steps() as stop:
+    with cli.stop_between_steps() as stop:
         for step in bar:
             share = min((step + 1) / 100, 1.0, (steps - step) / (0.3 * steps))
             for group in optimizer.param_groups:
@@ -110,9 +116,7 @@ def fit(name: str, model: torch.nn.Module, loss_of_step, steps: int, lr: float, 
             optimizer.step()
             bar.set_postfix_str(note, refresh=False)
             if stop() or (step + 1) % 250 == 0 or step + 1 == steps:
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-                with replacing(state_file) as temporary:
-                    torch.save(state, temporary)
+                runs.write_checkpoint(run, step + 1, gather, {}, keep=1)
             if stop():
                 raise KeyboardInterrupt
 
@@ -241,7 +245,7 @@ def trained(run: Path, weights: Path, steps: list[int], recipes: tuple, pairs: i
     """Train from `weights` in one run after another, through train.py; returns the last one's weights."""
     for number, (count, flags) in enumerate(zip(steps, recipes), start=1):
         out = run.with_name(f"{run.name}-{number}")
-        where = ["--resume", out] if (out / "state.pt").exists() else ["--weights", weights, "--out", out]
+        where = ["--resume", out] if runs.checkpoints(out) else ["--weights", weights, "--out", out]
         recipe = [*where, "--steps", count, "--pairs", pairs, "--device", device, *RECIPE, *flags]
         train.prepare_and_train(train.parse([str(word) for word in recipe]))
         weights = out / "weights"
