@@ -131,12 +131,14 @@ def make_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--seed", type=at_least(0), default=0)
     recipe.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16",
                         help="of products and convolutions; weights and sums are fp32 in any case")
-    running, switch = parser.add_argument_group("running"), argparse.BooleanOptionalAction  # a resume's --no-
+    switch = argparse.BooleanOptionalAction  # so that --no-fsdp can be told to --resume
+    running = parser.add_argument_group("running")
     running.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
     running.add_argument("--workers", type=at_least(0), help="processes that load data (CUDA: 4, else 0)")
     running.add_argument("--recompute", action="store_true", help="gradient checkpointing: slower, smaller")
     running.add_argument("--ema-device", choices=("cpu",), help="keep the average there: smaller, slower")
-    running.add_argument("--shard-optimizer", action=switch, default=False, help="ranks share Adam (ZeRO)")
+    running.add_argument("--shard-optimizer", action=switch, default=False,
+                         help="ranks share Adam's state (ZeRO)")
     running.add_argument("--fsdp", action=switch, default=False, help="ranks share all state (fully_shard)")
     running.add_argument("--compile", action="store_true", help="torch.compile the network")
     running.add_argument("--log-every", type=at_least(1), default=50, metavar="STEPS")
@@ -210,8 +212,8 @@ def plan_text(args: argparse.Namespace, items: list[Item], validation: list[Item
             f"batch     {args.batch_size} x {args.accumulate} accumulated x {ranks} devices = {batch}\n"
             f"run       {args.steps} steps = {total} samples = {total / len(items):.1f} visits of each item\n"
             f"memory    about {sum(memory.values()) / 1e9:.1f} GB on each device: {gigabytes}\n"
-            f"writes    {args.out or '--out'}: weights, log.jsonl, loss.png, samples, and a checkpoint every "
-            f"{args.save_every} steps (the newest {args.keep} stay)")
+            f"writes    {args.out or 'into --out'}: weights, log.jsonl, loss.png, samples, and a checkpoint "
+            f"every {args.save_every} steps (the newest {args.keep} stay)")
 
 
 def prepare_and_train(args: argparse.Namespace) -> None:

@@ -162,5 +162,5 @@ def set_moments(optimizer: torch.optim.Optimizer, unet: nn.Module, step: int, ex
     state = {i: {"step": torch.tensor(float(step)), "exp_avg": like(exp_avg[name], parameter),
                  "exp_avg_sq": like(exp_avg_sq[name], parameter)}
              for i, (name, parameter) in enumerate(unet.named_parameters())}
-    groups = [group | {"params": list(state)} for group in optimizer.param_groups]  # ZeRO has no other
+    groups = [group | {"params": list(state)} for group in optimizer.param_groups]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -216,7 +216,7 @@ def test_ctrl_c_to_the_whole_group_with_workers_is_one_line(start, folder, tmp_p
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in out + err
-    assert [line for line in err.splitlines() if "it/s" not in line and line][-1].startswith("stopped;")
+    assert err.splitlines()[-1].startswith("stopped; go on with --resume")
     last = [line for line in out.splitlines() if line.startswith("step ")][-1]
     assert runs.newest_checkpoint(tmp_path / "run")[1]["step"] == int(last.split()[1].strip(":"))
 
@@ -412,7 +412,7 @@ def test_check_opens_all_the_data_and_writes_nothing(folder, tmp_path, capsys, m
 def test_check_with_weights_and_out_writes_nothing_either(start, folder, tmp_path, capsys):
     assert run(start, tmp_path / "run", "--check", "--steps", 7, "--accumulate", 3, data=folder) == 0
     told = capsys.readouterr().out
-    assert "4 at a time x 3 accumulated x 1 devices = 12" in told and "7 steps = 84 samples" in told
+    assert "4 x 3 accumulated x 1 devices = 12" in told and "7 steps = 84 samples" in told
     assert str(tmp_path / "run") in told and not (tmp_path / "run").exists()
 
 
@@ -454,6 +454,8 @@ def empty_data(tmp_path, folder):
     (None, ["--resolution", 36], "multiples of 8"),
     (None, ["--fsdp"], "torchrun"),
     (None, ["--shard-optimizer"], "torchrun"),
+    (None, ["--fsdp", "--shard-optimizer"], "leave out"),
+    (None, ["--fsdp", "--ema-device", "cpu"], "leave out"),
     (None, ["--resume", "nowhere"], "nowhere has no checkpoint"),
     (None, ["--text-to-image"], "this is an editor"),
     (None, ["--step", 3], "--step"),
@@ -507,6 +509,16 @@ def test_a_run_does_not_go_on_with_another_recipe(whole, capsys, flag):
     assert resume(whole, "--steps", 9, f"--{flag}", *OTHERS[flag]) == 2
     [error] = errors(capsys)
     assert f"--{flag} " in error and "begun with" in error and state(whole) == before
+
+
+def test_a_run_does_not_go_on_with_more_or_less_data(start, folder, tmp_path, capsys):
+    data = shutil.copytree(folder, tmp_path / "data")
+    assert run(start, tmp_path / "run", "--steps", 1, data=data) == 0
+    (data / "seeds.json").write_text(json.dumps(json.loads((data / "seeds.json").read_text())[:6]))
+    before = state(tmp_path / "run")
+    assert resume(tmp_path / "run", "--steps", 2) == 2
+    [error] = errors(capsys)
+    assert "5 items" in error and "begun with 10" in error and state(tmp_path / "run") == before
 
 
 def test_a_preset_gives_way_to_flags_and_not_to_resume(whole, capsys):

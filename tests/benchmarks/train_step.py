@@ -85,7 +85,7 @@ class Ours:
             shard_optimizer=False, dtype=args.dtype, compile=args.compile, recompute=args.recompute)
         unet, vae, text_encoder = (copy.deepcopy(network).to(args.device) for network in networks)
         parts = Parts(unet, vae, text_encoder, no_words, NoiseSchedule(), PAPER_DEFAULTS, Path())
-        self.trainer = Trainer(settings, parts, Ranks(0, 1, torch.device(args.device)))
+        self.trainer = Trainer(settings, parts, Ranks(0, 1, torch.device(args.device)), items=1)
         self.encoders, self.count = [] if cache else [vae, text_encoder], 0
         self.batch = encode(batch, *networks[1:]) if cache else batch
 
