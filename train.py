@@ -30,7 +30,7 @@ from nanoip2p.parallel import Ranks
 from nanoip2p.recipe import Pictures, Samples, collate, sample_numbers, validation_batches
 from nanoip2p.scenes import EDIT_KINDS
 from nanoip2p.stored import Stored, open_stored, store
-from nanoip2p.trainer import Trainer, memory_used, sample_grid
+from nanoip2p.trainer import Diverged, Trainer, memory_used, sample_grid
 from nanoip2p.unet import UNetConfig
 
 VALIDATION_SAMPLES, GRID_COLUMNS = 64, 8
@@ -282,7 +282,7 @@ def train(args: argparse.Namespace, parts: Parts, items: list[Item], validation_
     spaced = validation_items[:: max(1, len(validation_items) // GRID_COLUMNS)]
     with stop_between_steps() as stop:
         loop(trainer, iter(batches), validation, [item[0] for item in spaced[:GRID_COLUMNS]], first, stop)
-    if first >= args.steps:
+    if ranks.rank == 0 and first >= args.steps:
         print(f"{args.out} has had its {first} steps; --steps takes it further")
     if ranks.rank == 0 and not runs.plot_log(args.out):
         print(f"losses are in {args.out / 'log.jsonl'}; pip install matplotlib to see them drawn")
@@ -298,7 +298,9 @@ def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], pair
     for done in range(first + 1, args.steps + 1):
         try:
             recent.append(trainer.step(batches, done - 1))
-        except ValueError:  # a broken picture or a loss that is not finite, told before the weights changed
+        except Diverged:
+            raise
+        except ValueError:  # a broken picture, told before the weights changed
             if saved < done - 1:
                 trainer.save(done - 1)
             raise

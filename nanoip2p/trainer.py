@@ -24,6 +24,10 @@ from nanoip2p.text_to_image import TextToImage
 from nanoip2p.unet import UNet
 
 
+class Diverged(ValueError):
+    """A loss or a gradient was not finite: what was learned since the last checkpoint is in doubt."""
+
+
 class Trainer:
     """Raw and averaged weights, Adam, and what they are fed with. args: as train.parse has them."""
 
@@ -75,7 +79,7 @@ class Trainer:
         """Optimizer step number `step`: gradients of --accumulate micro-batches, Adam, the average.
 
         Returns this rank's mean loss, unweighted; `lr` and `norm` (of the gradient) are of the last step.
-        ValueError, with the weights untouched, when a picture is broken or a loss is not finite.
+        With the weights untouched, ValueError when a picture is broken, Diverged when a loss is not finite.
         """
         args, told, broken = self.args, [], []
         self.optimizer.zero_grad()
@@ -88,11 +92,12 @@ class Trainer:
                 weighted = losses * loss_weight(moved["timestep"], self.alphas, args.snr_gamma)
                 (weighted.mean() / args.accumulate).backward()
             told.append(wait())  # by now the way back is queued, so the device does not idle
-            broken += batch["number"][~told[-1].isfinite()].tolist()
+            numbers = (~told[-1].isfinite()).nonzero().flatten().tolist()
+            broken += [f"{int(batch['number'][i])} ({batch['pair'][i]})" for i in numbers]
         if self.ranks.agree(len(broken)):
-            numbers = ", ".join(map(str, broken[:8])) or "those of another process"
-            raise ValueError(f"step {step}: the loss of sample {numbers} is not finite; the weights were "
-                             "left as they were; --resume with a smaller --lr, or look at the data")
+            samples = ", ".join(broken[:3]) or "of another process"
+            raise Diverged(f"step {step}: the loss is not finite for {len(broken)} samples here: {samples}; look "
+                           "at them, or --resume, which goes on from the last checkpoint, with a smaller --lr")
         self.norm = parallel.whole(torch.nn.utils.clip_grad_norm_(self.unet.parameters(), args.clip))
         self.lr = learning_rate(step, args.steps, args.lr, args.warmup, args.cooldown)
         for group in self.optimizer.param_groups:
@@ -138,12 +143,12 @@ class Trainer:
     def save(self, step: int) -> None:
         """Write a checkpoint of `step` steps and the averaged model to <out>/weights; all ranks have to call.
 
-        ValueError, with nothing written, when the last gradient was not finite: the weights are no longer.
+        Diverged, with nothing written, when the last gradient was not finite: the weights are no longer.
         """
         args = self.args
         if not self.norm.isfinite():
-            raise ValueError(f"step {step}: the gradient is not finite; --resume goes on from the checkpoint "
-                             "before, with a smaller --lr")
+            raise Diverged(f"step {step}: the gradient is not finite; --resume goes on from the last "
+                           "checkpoint, with a smaller --lr")
         gather = {"unet": lambda: parallel.weights_of(self.unet),
                   "ema": lambda: parallel.weights_of(self.average)}
         for moment in ("exp_avg", "exp_avg_sq"):

@@ -56,7 +56,8 @@ def plan(parts, args, ranks=1, batch=BATCH):
     {"accumulate": 1}, {"accumulate": 1, "cache": None, "dtype": "fp32"}], ids=str)
 def test_plan_is_what_a_step_takes(parts, way):
     args = settings(**way)
-    trainer, source = Trainer(args, copy.deepcopy(parts), Ranks(0, 1, torch.device("cpu"))), batches(args)
+    ranks, source = Ranks(0, 1, torch.device("cpu")), batches(args)
+    trainer = Trainer(args, copy.deepcopy(parts), ranks, items=4)
     trainer.step(source, 0)  # makes Adam's state
     with Live() as live:
         trainer.step(source, 1)

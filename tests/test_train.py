@@ -175,7 +175,7 @@ def test_killed_at_random_moments_and_resumed_it_ends_where_it_would_have(start,
     kills, finished = [0, 0], [False, False]
     for attempt in range(40):
         jobs = [{"argv": ["--resume", str(out)] if runs.checkpoints(out) else argv,
-                 "seconds": draw.uniform(0.2, 1.0) * (1 + attempt / 10), "err": str(tmp_path / "told")}
+                 "seconds": draw.uniform(0.2, 1.0) * 1.15**attempt, "err": str(tmp_path / "told")}
                 for out, argv in zip(outs, begin)]
         for i, [code] in enumerate(server(*jobs)):
             assert code in (0, -signal.SIGALRM)
@@ -230,12 +230,21 @@ def test_a_loss_that_is_not_finite_is_told_before_weights_change(start, tmp_path
         before, after, text = get(self, pair, flip)
         return (before * torch.nan if pair == ninth else before), after, text
 
-    assert run(start, tmp_path / "sound", "--steps", 2) == 0
+    assert run(start, tmp_path / "sound", "--steps", 1) == 0
     monkeypatch.setattr(Stored, "get", poisoned)
-    assert run(start, tmp_path / "run", "--steps", 6) == 2
+    assert run(start, tmp_path / "run", "--steps", 6, "--save-every", 1, "--keep", 9) == 2
     [error] = errors(capsys)
-    assert "step 2" in error and "sample 9 " in error and "not finite" in error
+    assert "step 2" in error and f" 9 ('{ninth.edit}'" in error and "not finite" in error
+    assert [path.name for path in runs.checkpoints(tmp_path / "run")] == ["0000001", "0000002"]
+    first = tmp_path / "run" / "checkpoints" / "0000001"
+    shutil.rmtree(first.with_name("0000002"))
+    monkeypatch.undo()
     assert state(tmp_path / "run") == state(tmp_path / "sound")
+
+
+def test_what_diverged_is_not_saved(start, tmp_path, capsys):
+    assert run(start, tmp_path / "run", "--steps", 6, "--lr", 1e30, "--save-every", 4) == 2
+    assert "smaller --lr" in errors(capsys)[0] and not runs.checkpoints(tmp_path / "run")
 
 
 @pytest.mark.parametrize("save_every, left", [(1, 1), (6, None), (3, None)])
