@@ -95,9 +95,9 @@ class Trainer:
             numbers = (~told[-1].isfinite()).nonzero().flatten().tolist()
             broken += [f"{int(batch['number'][i])} ({batch['pair'][i]})" for i in numbers]
         if self.ranks.agree(len(broken)):
-            samples = ", ".join(broken[:3]) or "of another process"
-            raise Diverged(f"step {step}: the loss is not finite for {len(broken)} samples here: {samples}; look "
-                           "at them, or --resume, which goes on from the last checkpoint, with a smaller --lr")
+            samples = ", ".join(broken[:3]) or "on another process"
+            raise Diverged(f"step {step}: not finite is the loss of samples {samples}; look at them, or "
+                           "--resume, which goes on from the last checkpoint, with a smaller --lr")
         self.norm = parallel.whole(torch.nn.utils.clip_grad_norm_(self.unet.parameters(), args.clip))
         self.lr = learning_rate(step, args.steps, args.lr, args.warmup, args.cooldown)
         for group in self.optimizer.param_groups:
