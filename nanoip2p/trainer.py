@@ -48,6 +48,7 @@ class Trainer:
         if args.fsdp:
             parallel.shard(self.unet)
             parallel.shard(self.average)
+        self.norm = None  # of the last gradient
         self.optimizer = parallel.make_optimizer(self.unet, args.lr, args.shard_optimizer)
         self.shared = parallel.spread(self.unet, ranks)
         self.forward = torch.compile(self.shared) if args.compile else self.shared
@@ -95,6 +96,7 @@ class Trainer:
             numbers = (~told[-1].isfinite()).nonzero().flatten().tolist()
             broken += [f"{int(batch['number'][i])} ({batch['pair'][i]})" for i in numbers]
         if self.ranks.agree(len(broken)):
+            self.check_gradient(step - 1)
             samples = ", ".join(broken[:3]) or "on another process"
             raise Diverged(f"step {step}: not finite is the loss of samples {samples}; look at them, or "
                            "--resume, which goes on from the last checkpoint, with a smaller --lr")
@@ -105,6 +107,12 @@ class Trainer:
         self.optimizer.step()
         self.update_average(step + 1)
         return torch.cat(told).double().mean().item()
+
+    def check_gradient(self, step: int) -> None:
+        """Diverged when that of `step`, the last one taken, was not finite: the weights are no longer."""
+        if self.norm is not None and not self.norm.isfinite():
+            raise Diverged(f"step {step}: the gradient is not finite; --resume goes on from the last "
+                           "checkpoint, with a smaller --lr")
 
     @torch.no_grad()
     def update_average(self, n: int) -> None:
@@ -146,9 +154,7 @@ class Trainer:
         Diverged, with nothing written, when the last gradient was not finite: the weights are no longer.
         """
         args = self.args
-        if not self.norm.isfinite():
-            raise Diverged(f"step {step}: the gradient is not finite; --resume goes on from the last "
-                           "checkpoint, with a smaller --lr")
+        self.check_gradient(step - 1)
         gather = {"unet": lambda: parallel.weights_of(self.unet),
                   "ema": lambda: parallel.weights_of(self.average)}
         for moment in ("exp_avg", "exp_avg_sq"):

@@ -230,15 +230,12 @@ def test_a_loss_that_is_not_finite_is_told_before_weights_change(start, tmp_path
         before, after, text = get(self, pair, flip)
         return (before * torch.nan if pair == ninth else before), after, text
 
-    assert run(start, tmp_path / "sound", "--steps", 1) == 0
+    assert run(start, tmp_path / "sound", "--steps", 2) == 0
     monkeypatch.setattr(Stored, "get", poisoned)
     assert run(start, tmp_path / "run", "--steps", 6, "--save-every", 1, "--keep", 9) == 2
     [error] = errors(capsys)
     assert "step 2" in error and f" 9 ('{ninth.edit}'" in error and "not finite" in error
     assert [path.name for path in runs.checkpoints(tmp_path / "run")] == ["0000001", "0000002"]
-    first = tmp_path / "run" / "checkpoints" / "0000001"
-    shutil.rmtree(first.with_name("0000002"))
-    monkeypatch.undo()
     assert state(tmp_path / "run") == state(tmp_path / "sound")
 
 
