@@ -47,6 +47,8 @@ from nanoip2p.vae import VAE, VAEConfig  # noqa: E402
 # Channels of the first level of the UNet and of the VAE, width and heads of the text encoder
 WIDTHS = {"tiny": (32, 12, 80, 2), "half": (160, 64, 384, 6), "full": (320, 128, 768, 12)}
 
+SIDES = ("diffusers", "ours, encoding", "ours, stored")
+
 
 def make_networks(width: str) -> list[torch.nn.Module]:
     """Stable Diffusion 1.5's, all of them narrower alike, so that encoding keeps about its share."""
@@ -241,13 +243,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES,
+                        help="those that fit on a GPU together")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")  # diffusers' of its own future
     networks, batch = make_networks(args.width), make_batch(args.size, args.batch)
     check_losses(args, networks, batch)
-    sides = {"diffusers": Theirs(args, networks, batch), "ours, encoding": Ours(args, networks, batch, False),
-             "ours, stored": Ours(args, networks, batch, True)}
+    make = {"diffusers": lambda: Theirs(args, networks, batch),
+            "ours, encoding": lambda: Ours(args, networks, batch, False),
+            "ours, stored": lambda: Ours(args, networks, batch, True)}
+    sides = {name: make[name]() for name in args.sides}
     for side in sides.values():
         side.step()  # compiles, and makes Adam's state
     report(args, sides)
@@ -267,15 +273,15 @@ def report(args: argparse.Namespace, sides: dict) -> None:
     print(f"width {args.width}, {args.size} px, batch {args.batch}, {args.dtype}{how}, {where}, "
           f"torch {torch.__version__}, diffusers {diffusers.__version__}")
     print(f"one large {args.dtype} product: {rate / 1e12:.3g} TFLOP/s; share is what a step reaches of it")
-    print(f"{'':<16}{'images/s':>20}{'over diffusers':>20}{'peak GB':>9}{'GFLOP/image':>13}{'share':>7}")
+    print(f"{'':<16}{'images/s':>20}{'over ' + args.sides[0]:>20}{'peak GB':>9}{'GFLOP/image':>13}{'share':>7}")
     for name in sides:
         pace, ratio = ([f(r) for r in rounds] for f in (
-            lambda r, name=name: args.batch / r[name], lambda r, name=name: r["diffusers"] / r[name]))
+            lambda r, name=name: args.batch / r[name], lambda r, name=name: r[args.sides[0]] / r[name]))
         image = work[name] / args.batch if work else float("nan")
         share = image * statistics.median(pace) / rate
         print(f"{name:<16}{spread(pace):>20}{spread(ratio):>20}{memory[name] / 1e9:>9.2f}{image / 1e9:>13.1f}"
               f"{share:>7.1%}")
-    if work:
+    if {"ours, stored", "ours, encoding"} <= work.keys():
         encoding = 1 - work["ours, stored"] / work["ours, encoding"]
         print(f"encoding is {encoding:.0%} of the operations of a step that encodes")
 
