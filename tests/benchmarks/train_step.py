@@ -46,7 +46,6 @@ from nanoip2p.vae import VAE, VAEConfig  # noqa: E402
 
 # Channels of the first level of the UNet and of the VAE, width and heads of the text encoder
 WIDTHS = {"tiny": (32, 12, 80, 2), "half": (160, 64, 384, 6), "full": (320, 128, 768, 12)}
-
 SIDES = ("diffusers", "ours, encoding", "ours, stored")
 
 
@@ -273,7 +272,8 @@ def report(args: argparse.Namespace, sides: dict) -> None:
     print(f"width {args.width}, {args.size} px, batch {args.batch}, {args.dtype}{how}, {where}, "
           f"torch {torch.__version__}, diffusers {diffusers.__version__}")
     print(f"one large {args.dtype} product: {rate / 1e12:.3g} TFLOP/s; share is what a step reaches of it")
-    print(f"{'':<16}{'images/s':>20}{'over ' + args.sides[0]:>20}{'peak GB':>9}{'GFLOP/image':>13}{'share':>7}")
+    over = f"over {args.sides[0]}"
+    print(f"{'':<16}{'images/s':>20}{over:>20}{'peak GB':>9}{'GFLOP/image':>13}{'share':>7}")
     for name in sides:
         pace, ratio = ([f(r) for r in rounds] for f in (
             lambda r, name=name: args.batch / r[name], lambda r, name=name: r[args.sides[0]] / r[name]))
