@@ -24,21 +24,23 @@ from tqdm import tqdm
 from nanoip2p import cli, parallel, runs
 from nanoip2p.checkpoint import Parts, add_flags, load_parts, open_checkpoint, widen
 from nanoip2p.cli import at_least, finite, leave_signals_to_the_parent, stop_between_steps
-from nanoip2p.data import Item, Pair, captioned_scenes, load_picture, read_data, scene_pairs
+from nanoip2p.data import Item, broken_pictures, captioned_scenes, read_data, scene_pairs
+from nanoip2p.images import save_png
 from nanoip2p.memory import training_memory
 from nanoip2p.parallel import Ranks
 from nanoip2p.recipe import Pictures, Samples, collate, sample_numbers, validation_batches
 from nanoip2p.scenes import EDIT_KINDS
 from nanoip2p.stored import Stored, open_stored, store
-from nanoip2p.trainer import Diverged, Trainer, memory_used, sample_grid
+from nanoip2p.trainer import Column, Diverged, Trainer, columns_of, memory_used, sample_grid
 from nanoip2p.unet import UNetConfig
 
 VALIDATION_SAMPLES, GRID_COLUMNS = 64, 8
-# Of 1,024 samples a step, as the paper's; the batches fit by the count of memory.py, with --cache or without
+PAPER_BATCH = 1024  # samples of an optimizer step, over all devices
+# Batches that fit by the count of memory.py, with --cache or without; --accumulate makes up for the rest
 PRESETS = {
-    "paper": {"batch_size": 32, "accumulate": 4},  # on each of 8 GPUs
-    "48gb": {"batch_size": 64, "accumulate": 16},
-    "24gb": {"batch_size": 16, "accumulate": 64, "recompute": True, "ema_device": "cpu"},
+    "paper": {"batch_size": 32},  # on each of 8 GPUs
+    "48gb": {"batch_size": 64},
+    "24gb": {"batch_size": 16, "recompute": True, "ema_device": "cpu"},
     "nano": {"resolution": 64, "batch_size": 32, "accumulate": 1, "steps": 600, "lr": 1e-3, "warmup": 50,
              "cooldown": 0.4, "snr_gamma": 1.0, "ema_decay": 0.98, "pairs": 4000, "save_every": 200,
              "sample_every": 200, "validate_every": 50, "log_every": 25},
@@ -66,8 +68,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         settings = start[1]["settings"]
         parser.set_defaults(**settings)
     args = parser.parse_args(argv)
-    given = sys.argv[1:] if argv is None else argv
-    args.start, args.accumulate_given = start, any(word.split("=")[0] == "--accumulate" for word in given)
+    args.start = start
     for key, begun_with in settings.items():
         if key not in FREE and getattr(args, key) != begun_with:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)}: {args.resume} was begun with "
@@ -82,7 +83,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--lr and --clip have to be above 0, --ema-decay and --cooldown from 0 to 1")
     if args.text_to_image and args.data != "scenes":
         parser.error("--text-to-image knows captions of --data scenes only")
-    if args.fsdp and (args.ema_device or args.shard_optimizer):
+    if args.fsdp and (args.ema_device == "cpu" or args.shard_optimizer):
         parser.error("--fsdp shares the average and Adam's state already; leave out the other one")
     if args.flip is None:
         args.flip = args.data != "scenes"
@@ -95,7 +96,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def make_parser() -> argparse.ArgumentParser:
     """All flags, in groups."""
-    parser = cli.make_parser(description="Train an InstructPix2Pix editor from pairs of pictures.")
+    parser = cli.make_parser(formatter_class=cli.HelpWithDefaults,
+                             description="Train an InstructPix2Pix editor from pairs of pictures.")
     where = parser.add_argument_group("what to train on, and where to write")
     where.add_argument("--weights", help="editor or text-to-picture model to start from: a diffusers folder, "
                                          "a .safetensors or .ckpt file, or a name on the Hub")
@@ -109,44 +111,48 @@ def make_parser() -> argparse.ArgumentParser:
                        help="train a text-to-picture model on captions, of --data scenes")
     where.add_argument("--cache", type=Path, metavar="FOLDER",
                        help="encode all pictures and texts once, into this folder, and never again")
-    where.add_argument("--skip-bad", action="store_true", help="leave out pairs whose pictures are broken")
+    where.add_argument("--skip-bad", action="store_true", help="leave out pairs with broken pictures")
     where.add_argument("--out", type=Path, help="folder of this run")
-    where.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
-    where.add_argument("--check", action="store_true", help="open all data, print the plan, train nothing")
+    where.add_argument("--resume", type=Path, metavar="RUN",
+                       help="go on with the run in this folder; of the recipe only --steps and --lr may change")
+    where.add_argument("--check", action="store_true", help="open the data, print the plan, no more")
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--preset", choices=PRESETS, help="values of many flags, which given ones override")
     recipe.add_argument("--steps", type=at_least(1), default=10_000, help="optimizer steps in all")
     recipe.add_argument("--batch-size", type=at_least(1), default=16, help="samples at a time on each device")
-    recipe.add_argument("--accumulate", type=at_least(1), default=64, help="batches of each device in a step")
-    recipe.add_argument("--lr", type=finite, default=1e-4)
+    recipe.add_argument("--accumulate", type=at_least(1),
+                        help=f"batches of each device in a step (as it takes to {PAPER_BATCH} samples)")
+    recipe.add_argument("--lr", type=finite, default=1e-4, help="learning rate")
     recipe.add_argument("--warmup", type=at_least(0), default=0, help="steps of rising learning rate")
     recipe.add_argument("--cooldown", type=finite, default=0.0, help="last share of steps, where it falls")
     recipe.add_argument("--clip", type=finite, default=1.0, help="largest norm of the gradient")
-    recipe.add_argument("--snr-gamma", type=finite, help="min-SNR loss weighting (off; 5 in its paper)")
+    recipe.add_argument("--snr-gamma", type=finite, default=0.0,
+                        help="min-SNR loss weighting (0: off; 5 in its paper)")
     recipe.add_argument("--offset-noise", type=finite, default=0.0, help="strength (0.1 is usual)")
-    recipe.add_argument("--ema-decay", type=finite, default=0.9999)
-    recipe.add_argument("--resolution", type=at_least(1), default=256)
+    recipe.add_argument("--ema-decay", type=finite, default=0.9999, help="of the averaged weights, at most")
+    recipe.add_argument("--resolution", type=at_least(1), default=256, help="pixels, both ways")
     recipe.add_argument("--flip", action=argparse.BooleanOptionalAction,
                         help="mirror half of the pairs (on; off for scenes, where left and right matter)")
-    recipe.add_argument("--seed", type=at_least(0), default=0)
+    recipe.add_argument("--seed", type=at_least(0), default=0, help="of everything drawn")
     recipe.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16",
                         help="of products and convolutions; weights and sums are fp32 in any case")
-    switch = argparse.BooleanOptionalAction  # so that --no-fsdp can be told to --resume
+    switch = {"action": argparse.BooleanOptionalAction, "default": False}  # --no-... undoes a preset's
     running = parser.add_argument_group("running")
     running.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
     running.add_argument("--workers", type=at_least(0), help="processes that load data (CUDA: 4, else 0)")
-    running.add_argument("--recompute", action="store_true", help="gradient checkpointing: slower, smaller")
-    running.add_argument("--ema-device", choices=("cpu",), help="keep the average there: smaller, slower")
-    running.add_argument("--shard-optimizer", action=switch, default=False,
-                         help="ranks share Adam's state (ZeRO)")
-    running.add_argument("--fsdp", action=switch, default=False, help="ranks share all state (fully_shard)")
-    running.add_argument("--compile", action="store_true", help="torch.compile the network")
-    running.add_argument("--log-every", type=at_least(1), default=50, metavar="STEPS")
-    running.add_argument("--validate-every", type=at_least(0), default=500, metavar="STEPS", help="0: never")
+    running.add_argument("--recompute", **switch, help="gradient checkpointing: slower, smaller")
+    running.add_argument("--ema-device", choices=("same", "cpu"), default="same",
+                         help="where the average is; cpu: smaller, slower")
+    running.add_argument("--shard-optimizer", **switch, help="processes share Adam's state (ZeRO)")
+    running.add_argument("--fsdp", **switch, help="processes share all state (fully_shard)")
+    running.add_argument("--compile", **switch, help="torch.compile the network")
+    running.add_argument("--log-every", type=at_least(1), default=50, metavar="STEPS", help="tell the loss")
+    running.add_argument("--validate-every", type=at_least(0), default=500, metavar="STEPS",
+                         help="0: never")
     running.add_argument("--sample-every", type=at_least(0), default=1000, metavar="STEPS", help="0: never")
-    running.add_argument("--save-every", type=at_least(1), default=500, metavar="STEPS")
+    running.add_argument("--save-every", type=at_least(1), default=500, metavar="STEPS", help="checkpoints")
     running.add_argument("--keep", type=at_least(1), default=2, help="newest checkpoints to keep")
-    running.add_argument("--tensorboard", action="store_true", help="write the log to <out>/tensorboard, too")
+    running.add_argument("--tensorboard", **switch, help="write the log to <out>/tensorboard, too")
     return parser
 
 
@@ -164,51 +170,43 @@ def read_items(args: argparse.Namespace) -> tuple[list[Item], list[Item]]:
     return items, validation or items[:VALIDATION_SAMPLES]
 
 
-def check_pictures(args: argparse.Namespace, items: list[Item]) -> None:
-    """Open every picture. ValueError for the first broken one, or with --skip-bad only a count."""
-    pairs, broken = [pair for item in items for pair in item], []
-    pictures = dict.fromkeys(picture for pair in pairs for picture in (pair.before, pair.after))
-    for picture in tqdm(pictures, desc="opening pictures", unit="picture"):
-        try:
-            load_picture(picture, args.resolution)
-        except ValueError as error:
-            broken.append(str(error))
-    print(f"pictures  {len(pictures)}, of which {len(broken)} are broken")
-    for reason in broken[:20]:
-        print(f"          {reason}")
-    if broken and not args.skip_bad:
-        raise ValueError(f"{len(broken)} broken pictures, see above; --skip-bad leaves them out")
+def check_data(args: argparse.Namespace) -> None:
+    """Open every picture of all splits and tell what is broken; then ValueError, but with --skip-bad."""
+    pictures, pairs, told = broken_pictures(args.data, args.resolution)
+    print(f"pictures  {pictures}; pairs that are sound: {pairs}, with those held out")
+    print("".join(f"          {reason}\n" for reason in told[:20]), end="")
+    if told and not args.skip_bad:
+        raise ValueError("pictures are broken or missing, see above; --skip-bad leaves them out")
 
 
 def settle_batch(args: argparse.Namespace, ranks: int, items: int) -> None:
-    """Without --accumulate, a resumed run keeps its samples a step when the number of processes changed.
+    """Without --accumulate, a step takes as many samples as the paper's, or as before of a resumed run.
 
-    ValueError when it cannot, or a batch takes more than there is.
+    ValueError when it cannot be as before, or a batch takes more than there is.
     """
     if args.batch_size > items:
-        raise ValueError(f"--batch-size {args.batch_size} is more than the {items} items of {args.data} to "
-                         "train on")
-    if not args.start:
-        return
-    wanted, begun_with = args.start[1]["batch"], args.start[1]["items"]
+        raise ValueError(f"--batch-size {args.batch_size} is more than {args.data} has to train on; take at "
+                         f"most {items}")
+    wanted, begun_with = (args.start[1][key] for key in ("batch", "items")) if args.start else (None, items)
     if items != begun_with:
         raise ValueError(f"{args.data} has {items} items to train on; the run was begun with {begun_with}")
-    if not args.accumulate_given:
-        args.accumulate = max(1, wanted // (args.batch_size * ranks))
-    if args.batch_size * args.accumulate * ranks != wanted:
+    if args.accumulate is None:
+        args.accumulate = max(1, (wanted or PAPER_BATCH) // (args.batch_size * ranks))
+    if wanted and args.batch_size * args.accumulate * ranks != wanted:
         raise ValueError(f"--batch-size {args.batch_size} x --accumulate {args.accumulate} x {ranks} "
                          f"processes are not the {wanted} samples a step with which {args.resume} was begun")
 
 
 def plan_text(args: argparse.Namespace, items: list[Item], validation: list[Item], ranks: int,
-              config: UNetConfig, side: int) -> str:
-    """What is going to happen, before it does. side: of the latents."""
+              unet: UNetConfig, side: int, *encoders) -> str:
+    """What is going to happen, before it does. side: of the latents; encoders: their configs."""
     pairs, batch = sum(map(len, items)), args.batch_size * args.accumulate * ranks
-    held_out = "none held out" if validation[0] in items else f"{len(validation)} held out"
-    memory = training_memory(config, args.batch_size, side, args, ranks)
+    held_out = "none" if validation[0] in items else len(validation)
+    memory = training_memory(unet, args.batch_size, side, args, ranks, *encoders)
     gigabytes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
     total = args.steps * batch
-    return (f"data      {args.data}: {len(items)} items, {pairs} pairs; {held_out} for validation\n"
+    return (f"data      {args.data}: {len(items)} items to train on, {pairs} pairs; held out for validation: "
+            f"{held_out}\n"
             f"batch     {args.batch_size} x {args.accumulate} accumulated x {ranks} devices = {batch}\n"
             f"run       {args.steps} steps = {total} samples = {total / len(items):.1f} visits of each item\n"
             f"memory    about {sum(memory.values()) / 1e9:.1f} GB on each device: {gigabytes}\n"
@@ -223,26 +221,31 @@ def prepare_and_train(args: argparse.Namespace) -> None:
     with parallel.started(args.device) as ranks:
         if (args.fsdp or args.shard_optimizer) and ranks.count == 1:
             raise ValueError("--fsdp and --shard-optimizer are for several processes; start with torchrun")
+        if args.check and args.data != "scenes":
+            check_data(args)
         items, validation = read_items(args)
         settle_batch(args, ranks.count, len(items))
-        unet, factor = UNetConfig(in_channels=8), 8  # Stable Diffusion's, for --check without --weights
+        unet, factor, encoders = UNetConfig(in_channels=8), 8, ()  # Stable Diffusion's, for --check alone
         if args.weights:
             checkpoint = open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
             checkpoint = checkpoint if args.text_to_image else widen(checkpoint)
             unet = checkpoint.networks["unet"].model.config
             factor = checkpoint.networks["vae"].model.downsampling
+            encoders = [checkpoint.networks[part].model.config for part in ("vae", "text_encoder")]
         multiple = factor * 2 ** (len(unet.block_out_channels) - 1)
         if args.resolution % multiple:
             raise ValueError(f"--resolution {args.resolution}: these weights take multiples of {multiple}")
         if ranks.rank == 0:
-            found = f"weights   {args.weights}: {checkpoint.found}\n" if args.weights else ""
-            print(found + plan_text(args, items, validation, ranks.count, unet, args.resolution // factor))
+            found = f"{args.weights}: {checkpoint.found}" if args.weights else "none: Stable Diffusion 1.5"
+            side = args.resolution // factor
+            print(f"weights   {found}\n" + plan_text(args, items, validation, ranks.count, unet, side, *encoders))
         if args.check:
-            check_pictures(args, items + validation)
             return
         parts = load_parts(checkpoint, edits=not args.text_to_image)
         shape = (unet.out_channels, args.resolution // factor, args.resolution // factor)
-        train(args, parts, items, validation, shape, ranks)
+        source = open_source(args, parts, items + validation, ranks)
+        with runs.occupied(args.out, ranks.rank == 0):
+            train(args, parts, items, validation, source, shape, ranks)
 
 
 def open_source(args: argparse.Namespace, parts: Parts, items: list[Item], ranks: Ranks) -> Pictures | Stored:
@@ -260,13 +263,18 @@ def open_source(args: argparse.Namespace, parts: Parts, items: list[Item], ranks
 
 
 def train(args: argparse.Namespace, parts: Parts, items: list[Item], validation_items: list[Item],
-          shape: tuple[int, int, int], ranks: Ranks) -> None:
+          source: Pictures | Stored, shape: tuple[int, int, int], ranks: Ranks) -> None:
     """Everything the loop needs, and the loop. shape: of the latents (C, h, w)."""
-    source = open_source(args, parts, items + validation_items, ranks)
     trainer = Trainer(args, parts, ranks, len(items))
     first = 0
     if args.start:
         checkpoint, first = args.start[0], args.start[1]["step"]
+        if first > args.steps:
+            raise ValueError(f"--steps {args.steps}: {args.out} is at step {first} already")
+        if checkpoint != runs.checkpoints(args.out)[-1]:
+            raise ValueError(f"{args.out} went on meanwhile; start again")
+        if ranks.agree(first) != first or ranks.agree(-first) != -first:
+            raise ValueError(f"processes found other checkpoints in {args.out}; they have to share it")
         trainer.load(checkpoint, first)
         if first >= args.steps:
             trainer.export()  # the run may have died between its last checkpoint and this
@@ -279,57 +287,54 @@ def train(args: argparse.Namespace, parts: Parts, items: list[Item], validation_
     fixed = Samples(validation_items, source, 0, False, shape, timesteps, args.skip_bad)
     validation = [trainer.to_device(batch)
                   for batch in validation_batches(fixed, VALIDATION_SAMPLES, args.batch_size)]
-    spaced = validation_items[:: max(1, len(validation_items) // GRID_COLUMNS)]
+    shown = validation_items[:: max(1, len(validation_items) // GRID_COLUMNS)][:GRID_COLUMNS]
     with stop_between_steps() as stop:
-        loop(trainer, iter(batches), validation, [item[0] for item in spaced[:GRID_COLUMNS]], first, stop)
+        loop(trainer, iter(batches), validation, columns_of(shown, args), first, stop)
     if ranks.rank == 0 and first >= args.steps:
         print(f"{args.out} has had its {first} steps; --steps takes it further")
     if ranks.rank == 0 and not runs.plot_log(args.out):
         print(f"losses are in {args.out / 'log.jsonl'}; pip install matplotlib to see them drawn")
 
 
-def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], pairs: list[Pair], first: int,
+def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], columns: list[Column], first: int,
          stop: Callable[[], bool]) -> None:
-    """Step, log, validate, save, show. pairs: whose edits are shown. stop: whether a signal has come."""
+    """Step, log, validate, save, show. columns: what is shown. stop: whether a signal has come."""
     args, ranks, saved, recent = trainer.args, trainer.ranks, first, []
     log = runs.Log(args.out, first, args.tensorboard) if ranks.rank == 0 else None
     bar = tqdm(total=args.steps, initial=first, desc="train", disable=None if log else True)
     began, begun_at = time.perf_counter(), first
     for done in range(first + 1, args.steps + 1):
         try:
-            recent.append(trainer.step(batches, done - 1))
+            recent.append(trainer.step(batches, done - 1, stop))
         except Diverged:
             raise
-        except ValueError:  # a broken picture, told before the weights changed
+        except (ValueError, KeyboardInterrupt):  # a broken picture or a signal; the weights are as they were
             if saved < done - 1:
                 trainer.save(done - 1)
             raise
         bar.update()
-        stopping = bool(ranks.agree(int(stop())))
 
         def due(every: int, done=done) -> bool:
             return every > 0 and (done % every == 0 or done == args.steps)
 
-        row = trainer.validate(validation) if due(args.validate_every) else {}
+        row = trainer.validate(validation, done) if due(args.validate_every) else {}
         if due(args.log_every):
             pace = (time.perf_counter() - began) / (done - begun_at)
             row |= {"loss": ranks.mean(sum(recent) / len(recent)), "lr": trainer.lr,
                     "grad_norm": trainer.norm.item(), "samples_per_second": trainer.batch / pace,
-                    "memory_gb": memory_used(ranks.device), "seconds_left": pace * (args.steps - done)}
+                    **memory_used(ranks.device), "seconds_left": pace * (args.steps - done)}
             recent, began, begun_at = [], time.perf_counter(), done
         if row and log:
             log.write({"step": done, **row})
             tqdm.write(f"step {done}: " + ", ".join(f"{name} {number:.4g}" for name, number in row.items()))
-        if stopping or due(args.save_every):
+        if due(args.save_every):
             trainer.save(done)
             saved = done
-        if stopping:
-            raise KeyboardInterrupt
-        if due(args.sample_every):
+        if columns and due(args.sample_every):
             unet = trainer.averaged_unet()
             if log:
-                picture = sample_grid(trainer.parts, unet, pairs, args.resolution)
-                picture.save(args.out / f"samples-{done:06d}.png")
+                picture = sample_grid(trainer.parts, unet, columns, args.resolution)
+                save_png(picture, args.out / f"samples-{done:06d}.png", {"step": done})
     bar.close()
 
 

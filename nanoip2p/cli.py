@@ -20,6 +20,13 @@ def make_parser(**settings) -> argparse.ArgumentParser:
     return parser
 
 
+class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells the default of each flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def at_least(lowest: int) -> Callable[[str], int]:
     """An argparse type: a whole number from `lowest` up."""
     def number(text: str) -> int:
@@ -54,7 +61,7 @@ def run(work: Callable[[], None], interrupted: str, memory: str) -> int:
         return 130
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         message = " ".join(str(error).split())
-        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in message):
+        if isinstance(error, MemoryError) or "out of memory" in message or "allocate memory" in message:
             message = f"out of memory; {memory}"
         elif isinstance(error, RuntimeError):
             raise
@@ -64,13 +71,18 @@ def run(work: Callable[[], None], interrupted: str, memory: str) -> int:
 
 @contextmanager
 def stop_between_steps() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether Ctrl-C (or a SIGTERM) has come.
+    """Yield a function that says whether Ctrl-C (or a SIGTERM) has come; the third Ctrl-C does not wait.
 
     In the middle of a step, weights, optimizer and average do not belong together; between two they do.
     """
     pressed = []
-    previous = {number: signal.signal(number, lambda *_: pressed.append(1))
-                for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def press(number: int, _frame) -> None:
+        pressed.append(number)
+        if pressed.count(signal.SIGINT) > 2:  # the second may be torchrun's, which passes it on
+            raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, press) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: bool(pressed)
     finally:

@@ -20,9 +20,11 @@ from functools import lru_cache
 from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
+from threading import Lock
 
 import torch
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from nanoip2p.files import read_json, remedy
 from nanoip2p.images import fit, open_image
@@ -37,6 +39,7 @@ COLUMNS = (  # picture before, instruction, picture after
     ("source_img", "instruction", "target_img"),        # osunlp/MagicBrush
 )
 EDITS_PER_SCENE = 4
+ONE_AT_A_TIME = Lock()
 EQUAL_ODDS = (1.0,) * len(EDIT_KINDS)
 
 
@@ -220,7 +223,7 @@ def _group_starts(path: Path) -> list[int]:
         return list(accumulate((file.metadata.row_group(group).num_rows for group in groups), initial=0))
 
 
-@lru_cache(maxsize=2)  # before and after: a pass in order reads every row group once
+@lru_cache(maxsize=4)  # before and after, of this row group and of the next, where some threads are already
 def _column(path: Path, group: int, column: str):
     with _open_parquet(path) as file:
         return file.read_row_group(group, columns=[column], use_threads=False).column(0)
@@ -229,7 +232,8 @@ def _column(path: Path, group: int, column: str):
 def _content(cell: Cell) -> BytesIO:
     starts = _group_starts(cell.file)
     group = bisect_right(starts, cell.row) - 1
-    content = _column(cell.file, group, cell.column)[cell.row - starts[group]].as_py()
+    with ONE_AT_A_TIME:  # or threads that miss the same group would all read it
+        content = _column(cell.file, group, cell.column)[cell.row - starts[group]].as_py()
     return BytesIO(content.get("bytes") if isinstance(content, dict) else content)  # of None: no picture
 
 
@@ -268,3 +272,18 @@ def stamp(picture: Picture) -> tuple:
         return (*stamp(picture.file), picture.row, picture.column)
     status = picture.stat()
     return (str(picture), status.st_size, status.st_mtime_ns)
+
+
+def broken_pictures(source: str | Path, resolution: int) -> tuple[int, int, list[str]]:
+    """Open everything: how many pictures and sound pairs there are, and what is wrong."""
+    with warnings.catch_warnings(record=True) as missing:
+        items = [item for split in SPLITS for item in read_data(source, split, skip_bad=True)]
+    pairs, broken = [pair for item in items for pair in item], {}
+    pictures = dict.fromkeys(picture for pair in pairs for picture in (pair.before, pair.after))
+    for picture in tqdm(pictures, desc="opening pictures", unit="picture"):
+        try:
+            load_picture(picture, resolution)
+        except ValueError as error:
+            broken[picture] = str(error)
+    sound = sum(not {pair.before, pair.after} & broken.keys() for pair in pairs)
+    return len(pictures), sound, [*(str(warning.message) for warning in missing), *broken.values()]

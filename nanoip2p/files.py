@@ -41,8 +41,9 @@ def check_writable(path: str | Path) -> None:
 
 
 def _beside(path: Path) -> Path:
-    # Same folder, because a rename is atomic only within one file system. Hidden, so that *.png skips it.
-    return path.with_name(f".{path.name[:60]}.{os.getpid()}.tmp")
+    # Same folder, because a rename is atomic only within one file system. Hidden, so that *.png skips it. The
+    # host's name, because processes on two machines that share a disk may have one number.
+    return path.with_name(f".{path.name[:60]}.{os.uname().nodename[:20]}.{os.getpid()}.tmp")
 
 
 def read_json(path: Path, missing: dict | None = None, kind: type = dict) -> dict | list:

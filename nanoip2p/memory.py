@@ -21,7 +21,7 @@ from nanoip2p.tensors import DTYPES
 from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAE, VAEConfig
 
-USUAL = dict(dtype="bf16", recompute=False, ema_device=None, shard_optimizer=False, fsdp=False,
+USUAL = dict(dtype="bf16", recompute=False, ema_device="same", shard_optimizer=False, fsdp=False,
              cache="latents", accumulate=8, device="cuda")
 SMALL = {"recompute": True, "ema_device": "cpu"}
 WAYS = {"--dtype fp32": {"dtype": "fp32"}, "bf16": {}, "bf16, no --cache": {"cache": None},
@@ -100,7 +100,7 @@ def training_memory(config: UNetConfig, batch: int, side: int, args: argparse.Na
     sums = whole if args.accumulate > 1 else share  # fully_shard adds micro-batches up before it shares out
     adam = 2 * whole // (ranks if args.fsdp or args.shard_optimizer else 1)
     memory = {"weights": share, "gradients": sums, "Adam": adam,
-              "average": 0 if args.ema_device and cuda else share}
+              "average": 0 if args.ema_device == "cpu" and cuda else share}
     peak = count_step(config, batch, side, args.dtype, args.recompute, held, cuda)
     if args.fsdp:  # weights and gradients, whole, of what is outside of layers, and of two layers
         layers = [size_of(layer) for level in (*unet.down_blocks, unet.mid_block, *unet.up_blocks)

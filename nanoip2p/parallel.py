@@ -9,12 +9,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from nanoip2p.editor import pick_device
+
+PATIENCE = timedelta(days=1)  # until the others have stored their latents or shown their samples
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def started(device: str | None) -> Iterator[Ranks]:
         torch.cuda.set_device(chosen)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
-        yield Ranks(dist.get_rank(), count, chosen, dist.new_group(backend="gloo"))
+        yield Ranks(dist.get_rank(), count, chosen, dist.new_group(backend="gloo", timeout=PATIENCE))
     finally:
         dist.destroy_process_group()
 
@@ -107,9 +110,9 @@ def gradients_shared(forward: nn.Module, now: bool) -> Iterator[None]:
 
 def make_optimizer(unet: nn.Module, lr: float, shared: bool) -> torch.optim.Optimizer:
     """AdamW as the paper's code sets it. shared: each rank keeps the state of some weights only (ZeRO)."""
-    settings = {"lr": lr, "betas": (0.9, 0.999), "weight_decay": 0.01, "fused": not is_sharded(unet)}
+    settings = {"lr": lr, "betas": (0.9, 0.999), "weight_decay": 0.01}
     if not shared:
-        return torch.optim.AdamW(unet.parameters(), **settings)
+        return torch.optim.AdamW(unet.parameters(), **settings, fused=not is_sharded(unet))
     from torch.distributed.optim import ZeroRedundancyOptimizer
     return ZeroRedundancyOptimizer(unet.parameters(), torch.optim.AdamW, **settings)
 
@@ -133,9 +136,10 @@ def like(full: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(full, parameter.device_mesh, parameter.placements)
 
 
-def weights_of(unet: nn.Module) -> dict[str, Tensor]:
-    """Whole weights by name; every rank has to ask."""
-    return {name: whole(parameter) for name, parameter in unet.named_parameters()}
+def weights_of(unet: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+    """Whole weights by name; every rank has to ask, and one that does not `keep` them gets none."""
+    pairs = ((name, whole(parameter)) for name, parameter in unet.named_parameters())
+    return {name: full for name, full in pairs if keep}
 
 
 @torch.no_grad()
@@ -146,14 +150,16 @@ def set_weights(unet: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def moments_of(optimizer: torch.optim.Optimizer, unet: nn.Module, moment: str) -> dict[str, Tensor]:
-    """Adam's `exp_avg` or `exp_avg_sq` by the names of the weights, whole; of ZeRO, on rank 0 only."""
+    """Adam's `exp_avg` or `exp_avg_sq` by the names of the weights, for rank 0; every rank has to ask."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
     if hasattr(optimizer, "consolidate_state_dict"):
         optimizer.consolidate_state_dict(to=0)
-        if dist.get_rank() != 0:
+        if rank != 0:
             return {}
     state = optimizer.state_dict()["state"]
-    return {name: whole(state[i][moment] if i in state else torch.zeros_like(parameter))
-            for i, (name, parameter) in enumerate(unet.named_parameters())}
+    moments = ((name, whole(state[i][moment] if i in state else torch.zeros_like(parameter)))
+               for i, (name, parameter) in enumerate(unet.named_parameters()))
+    return {name: full for name, full in moments if rank == 0}
 
 
 def set_moments(optimizer: torch.optim.Optimizer, unet: nn.Module, step: int, exp_avg: dict[str, Tensor],

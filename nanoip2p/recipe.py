@@ -144,10 +144,10 @@ def model_input(batch: dict, null: Tensor, scale: float, alphas: Tensor, offset:
     return {"z_in": torch.cat([z_t, z_image], dim=1), "context": context, "noise": noise}
 
 
-def loss_weight(timestep: Tensor, alphas: Tensor, gamma: float | None) -> Tensor:
-    """Min-SNR weighting (Hang et al. 2023, section 3.4): min(SNR, gamma) / SNR, or 1 without gamma."""
+def loss_weight(timestep: Tensor, alphas: Tensor, gamma: float) -> Tensor:
+    """Min-SNR weighting (Hang et al. 2023, section 3.4): min(SNR, gamma) / SNR, or 1 where gamma is 0."""
     snr = alphas[timestep] / (1 - alphas[timestep])
-    return torch.ones_like(snr) if gamma is None else snr.clamp(max=gamma) / snr
+    return snr.clamp(max=gamma) / snr if gamma else torch.ones_like(snr)
 
 
 def noise_losses(unet: nn.Module, in_channels: int, given: dict, timestep: Tensor, dtype: torch.dtype,

@@ -1,11 +1,13 @@
 """The folder of a training run: checkpoints that appear whole or not at all, the log, and its plot."""
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -14,6 +16,24 @@ from nanoip2p.files import read_json, replacing
 from nanoip2p.tensors import write_tensors
 
 CHECKPOINTS = "checkpoints"
+
+
+@contextmanager
+def occupied(run: Path, first: bool) -> Iterator[None]:
+    """Keep other processes out of a run's folder; that of rank 0, the `first`, does it for all of them.
+
+    ValueError when another one is at it. The lock of a process that dies is free.
+    """
+    if not first:
+        yield
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{run} is being trained by another process; wait for it, or stop it") from None
+        yield
 
 
 def write_checkpoint(run: Path, step: int, parts: dict[str, Callable[[], dict[str, Tensor]]], state: dict,
@@ -46,6 +66,7 @@ def write_checkpoint(run: Path, step: int, parts: dict[str, Callable[[], dict[st
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
         flush(folder.parent)
+        flush(run)
     finally:
         if writes:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -163,7 +184,7 @@ def plot_log(run: Path) -> bool:
     for key, label in labels.items():
         seen = [(row["step"], row[key]) for row in rows if key in row]
         axes.plot([step for step, _ in seen], [loss for _, loss in seen], label=label, linewidth=1,
-                  marker="" if key == "loss" else ".")
+                  marker="" if key == "loss" and len(seen) > 20 else ".")
     axes.set(xlabel="optimizer step", ylabel="mean squared error of the noise", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()

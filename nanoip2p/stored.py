@@ -78,7 +78,8 @@ def open_stored(folder: Path, pairs: list[Pair], vae, text_encoder, tokenizer, r
     words = (text_encoder.config, tokenizer.backend.to_str(), tokenizer.start, tokenizer.end, tokenizer.pad)
     _check_key(folder, begin, {
         "autoencoder": _hash(vae.config, vae), "text encoder": _hash((words, tokenizer.length), text_encoder),
-        "data": _hash([texts, pictures, [*map(_stamp, pictures)]]), "resolution": resolution, "flips": flips})
+        "dataset": _hash([texts, pictures, [*map(_stamp, pictures)]]), "resolution": resolution,
+        "flips": flips})
     channels, side = vae.config.latent_channels, resolution // vae.downsampling
     kinds = (("texts", "texts", (tokenizer.length, text_encoder.config.hidden_size), texts),
              ("pictures", "moments", (1 + flips, 2 * channels, side, side), pictures))

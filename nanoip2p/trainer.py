@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nanoip2p import parallel, runs
 from nanoip2p.checkpoint import Parts, save_parts
-from nanoip2p.data import Pair, load_picture
+from nanoip2p.data import Item, load_picture
 from nanoip2p.editor import Editor, encode_texts
 from nanoip2p.images import grid
 from nanoip2p.parallel import Ranks
@@ -22,6 +22,8 @@ from nanoip2p.recipe import encode, learning_rate, loss_weight, model_input, noi
 from nanoip2p.tensors import DTYPES, read_tensors
 from nanoip2p.text_to_image import TextToImage
 from nanoip2p.unet import UNet
+
+Column = tuple[Image.Image, str, Image.Image]  # before, edit, after
 
 
 class Diverged(ValueError):
@@ -41,10 +43,11 @@ class Trainer:
         if args.cache:
             parts.vae.to("cpu")
             parts.text_encoder.to("cpu")
-        layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
+        fast = self.device.type == "cuda" and not args.fsdp  # fully_shard takes the plain layout only
+        layout = torch.channels_last if fast else torch.contiguous_format
         self.unet = parts.unet.to(self.device, memory_format=layout).train()
         average = copy.deepcopy(self.unet).requires_grad_(False).eval()
-        self.average = average.to(args.ema_device or self.device)
+        self.average = average.to("cpu" if args.ema_device == "cpu" else self.device)
         if args.fsdp:
             parallel.shard(self.unet)
             parallel.shard(self.average)
@@ -61,10 +64,16 @@ class Trainer:
         channels, dtype = self.unet.config.in_channels, DTYPES[self.args.dtype]
         return noise_losses(unet, channels, given, batch["timestep"], dtype, recompute)
 
-    def to_device(self, batch: dict) -> dict:
-        """A batch of `recipe.collate` on the device, encoded. ValueError when a picture of it is broken."""
-        if self.ranks.agree(int("error" in batch)):
+    def to_device(self, batch: dict, stop: bool = False) -> dict:
+        """A batch of `recipe.collate` on the device, encoded.
+
+        ValueError when a picture of it is broken, KeyboardInterrupt to stop; in all processes, if in one.
+        """
+        said = self.ranks.agree(2 if "error" in batch else int(stop))
+        if said == 2:
             raise ValueError(batch.get("error", "another process met a broken picture"))
+        if said == 1:
+            raise KeyboardInterrupt
         moved = {key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
                  for key, value in batch.items()}
         for reason in set(batch["skipped"]) - self.skipped:
@@ -76,17 +85,17 @@ class Trainer:
             moved = encode(moved, self.parts.vae, self.parts.text_encoder)
         return moved | {key: moved[key].float() for key in ("before", "after", "text")}
 
-    def step(self, batches: Iterator[dict], step: int) -> float:
+    def step(self, batches: Iterator[dict], step: int, stop: Callable[[], bool] = bool) -> float:
         """Optimizer step number `step`: gradients of --accumulate micro-batches, Adam, the average.
 
         Returns this rank's mean loss, unweighted; `lr` and `norm` (of the gradient) are of the last step.
-        With the weights untouched, ValueError when a picture is broken, Diverged when a loss is not finite.
+        With the weights untouched, ValueError when a picture is broken, Diverged when a loss is not finite,
+        KeyboardInterrupt when `stop` says so, which is asked before each micro-batch.
         """
         args, told, broken = self.args, [], []
-        self.optimizer.zero_grad()
         for micro in range(args.accumulate):
             batch = next(batches)
-            moved = self.to_device(batch)
+            moved = self.to_device(batch, stop())
             with parallel.gradients_shared(self.shared, now=micro == args.accumulate - 1):
                 losses = self.losses(self.forward, moved, args.recompute)
                 wait = fetch(losses.detach())
@@ -105,6 +114,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self.optimizer.step()
+        self.optimizer.zero_grad()  # now, so that validation has the room
         self.update_average(step + 1)
         return torch.cat(told).double().mean().item()
 
@@ -124,7 +134,7 @@ class Trainer:
 
     def averaged_unet(self) -> UNet:
         """The averaged weights as a network that is whole and on the device; every rank has to ask."""
-        if self.args.ema_device is None and not self.args.fsdp:
+        if self.args.ema_device == "same" and not self.args.fsdp:
             return self.average
         with torch.device("meta"):
             unet = UNet(self.unet.config)
@@ -132,8 +142,9 @@ class Trainer:
         return unet.to(self.device).eval()
 
     @torch.no_grad()
-    def validate(self, batches: list[dict]) -> dict[str, float]:
-        """Mean loss over batches on the device, with the raw and with the averaged weights."""
+    def validate(self, batches: list[dict], step: int) -> dict[str, float]:
+        """Mean loss after `step` steps over batches on the device, with raw and with averaged weights."""
+        self.check_gradient(step - 1)
         networks = {"validation": self.unet, "validation_ema": self.averaged_unet()}
         found = {name: torch.cat([self.losses(unet, batch) for batch in batches]).double().mean().item()
                  for name, unet in networks.items()}
@@ -155,14 +166,15 @@ class Trainer:
         """
         args = self.args
         self.check_gradient(step - 1)
-        gather = {"unet": lambda: parallel.weights_of(self.unet),
-                  "ema": lambda: parallel.weights_of(self.average)}
+        first = self.ranks.rank == 0
+        gather = {"unet": lambda: parallel.weights_of(self.unet, first),
+                  "ema": lambda: parallel.weights_of(self.average, first)}
         for moment in ("exp_avg", "exp_avg_sq"):
             gather[moment] = lambda moment=moment: parallel.moments_of(self.optimizer, self.unet, moment)
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
-                    if key not in ("start", "accumulate_given", "resume", "check", "preset")}
+                    if key not in ("start", "accumulate", "resume", "check", "preset")}
         state = {"batch": self.batch, "items": self.items, "settings": settings}
-        runs.write_checkpoint(args.out, step, gather, state, args.keep, self.ranks.rank == 0)
+        runs.write_checkpoint(args.out, step, gather, state, args.keep, first)
         self.export()
 
     def export(self) -> None:
@@ -187,28 +199,39 @@ def fetch(tensor: Tensor) -> Callable[[], Tensor]:
     return wait
 
 
-def memory_used(device: torch.device) -> float:
-    """The most that was in use so far, in GB: on the GPU, or else by this process."""
+def memory_used(device: torch.device) -> dict[str, float]:
+    """The most that was in use so far, in GB: tensors on the GPU, or else this process with all its code."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
+        return {"memory_gb": torch.cuda.max_memory_allocated() / 1e9}
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return {"process_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
 
 
-def sample_grid(parts: Parts, unet: UNet, pairs: list[Pair], resolution: int) -> Image.Image:
-    """Validation pairs as one picture, a column each: the input, the model's answer, the true answer."""
+def columns_of(items: list[Item], args: argparse.Namespace) -> list[Column]:
+    """The first pair of each, with its pictures; with --skip-bad, without those that are broken."""
+    columns = []
+    for [pair, *_] in items:
+        try:
+            before, after = (load_picture(picture, args.resolution) for picture in (pair.before, pair.after))
+            columns.append((before, pair.edit, after))
+        except ValueError:
+            if not args.skip_bad:
+                raise
+    return columns
+
+
+def sample_grid(parts: Parts, unet: UNet, columns: list[Column], resolution: int) -> Image.Image:
+    """Pairs as one picture, a column each: the input, the model's answer, the target."""
     device, home = unet.conv_in.weight.device, parts.vae.quant_conv.weight.device
     networks = (unet, parts.vae.to(device), parts.text_encoder.to(device), parts.tokenizer, parts.schedule,
                 parts.defaults)
-    targets = [load_picture(pair.after, resolution) for pair in pairs]
-    texts = [pair.edit for pair in pairs]
+    inputs, texts, targets = map(list, zip(*columns))
     if unet.config.in_channels == unet.config.out_channels:
         painted = TextToImage(*networks).generate(texts, seed=0, resolution=resolution)
-        rows, labels = [painted, targets], [texts, ["a true picture"] * len(pairs)]
+        rows, labels = [painted, targets], [texts, ["a true picture"] * len(texts)]
     else:
-        inputs = [load_picture(pair.before, resolution) for pair in pairs]
         edits = Editor(*networks).edit(inputs, texts, seed=0, resolution=resolution)
-        rows, labels = [inputs, edits, targets], [["input"] * len(pairs), texts, ["target"] * len(pairs)]
+        rows, labels = [inputs, edits, targets], [["input"] * len(texts), texts, ["target"] * len(texts)]
     for encoder in (parts.vae, parts.text_encoder):
         encoder.to(home)
     return grid(rows, labels)

@@ -18,7 +18,7 @@ from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAE
 
 BATCH, SIDE = 8, 16
-STEP = dict(lr=1e-4, clip=1.0, steps=9, warmup=0, cooldown=0.0, snr_gamma=None, offset_noise=0.0,
+STEP = dict(lr=1e-4, clip=1.0, steps=9, warmup=0, cooldown=0.0, snr_gamma=0.0, offset_noise=0.0,
             ema_decay=0.9, batch_size=BATCH, compile=False)
 
 

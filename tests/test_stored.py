@@ -190,8 +190,8 @@ def changed(name, networks, pairs):
 
 @pytest.mark.parametrize("name, told", [
     ("autoencoder", "another autoencoder;"), ("text encoder", "another text encoder;"),
-    ("tokenizer", "another text encoder;"), ("file", "another data;"), ("pairs", "another data;"),
-    ("text", "another data;"), ("resolution", r"another transform \(resolution 32, not 16\);"),
+    ("tokenizer", "another text encoder;"), ("file", "another dataset;"), ("pairs", "another dataset;"),
+    ("text", "another dataset;"), ("resolution", r"another transform \(resolution 32, not 16\);"),
     ("flips", r"another transform \(flips True, not False\);")])
 def test_a_store_of_something_else_is_refused_and_says_what(networks, pairs, tmp_path, name, told):
     folder = tmp_path / "cache"

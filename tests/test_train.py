@@ -191,16 +191,16 @@ def test_killed_at_random_moments_and_resumed_it_ends_where_it_would_have(start,
 def test_a_signal_loses_nothing(start, whole, tmp_path, monkeypatch, capsys, number):
     step, taken, usual = Trainer.step, [], signal.getsignal(number)
 
-    def signalled(self, batches, n):
+    def signalled(self, batches, n, stop):
         if n == 2:
             signal.raise_signal(number)
         taken.append(n)
-        return step(self, batches, n)
+        return step(self, batches, n, stop)
 
     monkeypatch.setattr(Trainer, "step", signalled)
     assert run(start, tmp_path / "run", "--steps", 6) == 130
     assert taken == [0, 1, 2] and "--resume" in capsys.readouterr().err.splitlines()[-1]
-    assert runs.newest_checkpoint(tmp_path / "run")[1]["step"] == 3 and (tmp_path / "run" / UNET).exists()
+    assert runs.newest_checkpoint(tmp_path / "run")[1]["step"] == 2 and (tmp_path / "run" / UNET).exists()
     monkeypatch.undo()
     assert resume(tmp_path / "run") == 0 and state(tmp_path / "run") == state(whole)
     assert signal.getsignal(number) is usual
@@ -212,12 +212,12 @@ def test_ctrl_c_to_the_whole_group_with_workers_is_one_line(start, folder, tmp_p
     process = subprocess.Popen([sys.executable, "train.py", *argv], cwd=train_jobs.ROOT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
                                env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"})
-    next(line for line in process.stdout if line.startswith("step 2:"))
+    second = next(line for line in process.stdout if line.startswith("step 2:"))
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in out + err
     assert err.splitlines()[-1].startswith("stopped; go on with --resume")
-    last = [line for line in out.splitlines() if line.startswith("step ")][-1]
+    last = [second, *(line for line in out.splitlines() if line.startswith("step "))][-1]
     assert runs.newest_checkpoint(tmp_path / "run")[1]["step"] == int(last.split()[1].strip(":"))
 
 
@@ -305,12 +305,12 @@ def test_a_disk_that_is_full_loses_no_checkpoint(start, tmp_path, monkeypatch, c
 def test_the_log_has_a_row_an_event_and_all_there_is_to_see(whole):
     found = rows(whole)
     assert [row["step"] for row in found] == [2, 3, 4, 6]
-    numbers = {"loss", "lr", "grad_norm", "samples_per_second", "memory_gb", "seconds_left"}
+    numbers = {"loss", "lr", "grad_norm", "samples_per_second", "process_gb", "seconds_left"}
     assert set(found[0]) == {"step", *numbers} and set(found[1]) == {"step", "validation", "validation_ema"}
     assert set(found[3]) == set(found[0]) | set(found[1])
     assert all(number >= 0 for row in found for number in row.values()) and found[0]["lr"] == 1e-3
     assert found[1]["validation"] != found[1]["validation_ema"]
-    names = sorted(path.name for path in whole.iterdir())
+    names = sorted(path.name for path in whole.glob("[!.]*"))
     assert names == ["checkpoints", "latents", "log.jsonl", "loss.png", "samples-000006.png", "weights"]
     assert Image.open(whole / "samples-000006.png").width > 8 * 32
 
@@ -403,16 +403,28 @@ def test_check_opens_all_the_data_and_writes_nothing(folder, tmp_path, capsys, m
     argv = ["--check", "--data", str(data), "--resolution", "64", "--batch-size", "4"]
     assert train.main(argv) == 0
     told = capsys.readouterr().out
-    assert "10 items, 15 pairs; 1 held out" in told and "of which 0 are broken" in told
+    assert "10 items to train on, 15 pairs; held out for validation: 1" in told
+    assert "pictures  36; pairs that are sound: 18" in told
     assert "None" not in told
     for name in ("0000001/101_0.jpg", "0000002/102_1.jpg"):
         (data / name).write_text("no picture")
+    (data / "0000003/103_0.jpg").unlink()
+    before = sorted(tmp_path.rglob("*"))
     assert train.main(argv) == 2
     out, err = capsys.readouterr()
-    assert "of which 2 are broken" in out and "101_0.jpg" in out and "102_1.jpg" in out
-    assert [line for line in err.splitlines() if line.startswith("error")][0].startswith("error: 2 broken")
+    assert "101_0.jpg" in out and "102_1.jpg" in out and "103_0.jpg" in out
+    assert [line for line in err.splitlines() if line.startswith("error: pictures are broken or missing")]
     assert train.main([*argv, "--skip-bad"]) == 0
-    assert "of which 2 are broken" in capsys.readouterr().out and sorted(tmp_path.rglob("*")) == before
+    assert "pairs that are sound: 15" in capsys.readouterr().out and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(start, whole, capsys):
+    before = state(whole)
+    with runs.occupied(whole, first=True):
+        assert resume(whole, "--steps", 8) == 2
+        assert "another process" in errors(capsys)[0] and state(whole) == before
+    assert resume(whole, "--steps", 3) == 2
+    assert "is at step 6 already" in errors(capsys)[0]
 
 
 def test_check_with_weights_and_out_writes_nothing_either(start, folder, tmp_path, capsys):

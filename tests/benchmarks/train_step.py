@@ -82,7 +82,7 @@ class Ours:
     def __init__(self, args: argparse.Namespace, networks: list, batch: dict, cache: bool):
         settings = argparse.Namespace(
             accumulate=1, batch_size=args.batch, cache=cache, lr=1e-4, clip=1.0, steps=10**6, warmup=0,
-            cooldown=0.0, snr_gamma=None, offset_noise=0.0, ema_decay=0.9999, ema_device=None, fsdp=False,
+            cooldown=0.0, snr_gamma=0.0, offset_noise=0.0, ema_decay=0.9999, ema_device="same", fsdp=False,
             shard_optimizer=False, dtype=args.dtype, compile=args.compile, recompute=args.recompute)
         unet, vae, text_encoder = (copy.deepcopy(network).to(args.device) for network in networks)
         parts = Parts(unet, vae, text_encoder, no_words, NoiseSchedule(), PAPER_DEFAULTS, Path())
