@@ -114,7 +114,7 @@ def make_parser() -> argparse.ArgumentParser:
     where.add_argument("--skip-bad", action="store_true", help="leave out pairs with broken pictures")
     where.add_argument("--out", type=Path, help="folder of this run")
     where.add_argument("--resume", type=Path, metavar="RUN",
-                       help="go on with the run in this folder; of the recipe only --steps and --lr may change")
+                       help="go on with the run in this folder; its --steps and --lr may change")
     where.add_argument("--check", action="store_true", help="open the data, print the plan, no more")
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--preset", choices=PRESETS, help="values of many flags, which given ones override")
@@ -238,7 +238,8 @@ def prepare_and_train(args: argparse.Namespace) -> None:
         if ranks.rank == 0:
             found = f"{args.weights}: {checkpoint.found}" if args.weights else "none: Stable Diffusion 1.5"
             side = args.resolution // factor
-            print(f"weights   {found}\n" + plan_text(args, items, validation, ranks.count, unet, side, *encoders))
+            print(f"weights   {found}")
+            print(plan_text(args, items, validation, ranks.count, unet, side, *encoders))
         if args.check:
             return
         parts = load_parts(checkpoint, edits=not args.text_to_image)
