@@ -162,7 +162,8 @@ def test_a_picture_is_encoded_once(editor, monkeypatch):
     assert sum(encoded) == 9 and max(difference(a, b) for a, b in zip(together, apart)) <= 1
 
 
-@pytest.mark.parametrize("settings", [{}, {"low_memory": True}, {"cfg_image": 1.0}, {"cfg_text": 1.2}], ids=str)
+@pytest.mark.parametrize("settings", [
+    {}, {"low_memory": True}, {"cfg_image": 1.0}, {"cfg_text": 1.2}], ids=str)
 def test_reuse_changes_nothing(editor, settings):
     images = [picture(48, 32, 0), picture(48, 32, 1)]
     reused, plain = (editor.edit(images, TEXTS, reuse=reuse, **settings) for reuse in (True, False))
