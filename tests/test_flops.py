@@ -52,9 +52,7 @@ def edit_step(unet, *guidance, **settings):
 def test_an_edit_step(unets):
     assert 2_350 < edit_step(unets[8], 7.5, 1.5) <= 2_360
     assert 2_409 < edit_step(unets[8], 7.5, 1.5, reuse=False) < 2_411
-    # Without the third branch; with the prefix of the one row that sees no picture beside that of the other
-    assert edit_step(unets[8], 7.5, 1.0) < 1_561 and edit_step(unets[8], 1.5, 1.5) < 1_601
-    assert edit_step(unets[8], 7.5, 1.5, low_memory=True) < 2_402  # no prefix, but the text
+    assert edit_step(unets[8], 7.5, 1.0) < 1_561  # no third branch
 
 
 def test_a_text_to_picture_step(unets):
@@ -96,7 +94,6 @@ def test_a_pair_step(unets):
     assert injected <= 0.95 * plain
     assert 3_212 < pair_step(unets[4], "self", 0.0, reuse=False) < 3_214
     assert pair_step(unets[4], "both", 1.0) < plain - 15  # of 16 x 16 and below, and of every text
-    assert pair_step(unets[4], "cross", 1.0) < plain
 
 
 def test_a_training_sample(unets, monkeypatch):
