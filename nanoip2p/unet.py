@@ -315,7 +315,7 @@ class UNet(nn.Module):
         The timestep is a number, or a tensor of one for all or one for each of the B; it may lie between
         integers (Karras sigmas). Any h and w work; each level halves them, rounding up. A text of R rows
         from `project_context` may share B latents, at one timestep: the R are B until they meet the text.
-        `inject` changes how rows attend: a prompt_to_prompt.Injection. `recompute` keeps no activations in
+        `inject` changes how rows attend: an injection.Injection. `recompute` keeps no activations in
         layers, but computes them again (Chen et al. 1604.06174): a third more time, much less memory.
         """
         config, given = self.config, (tuple(latents.shape), tuple(getattr(context, "shape", ())))
