@@ -30,7 +30,7 @@ def draw_noise(shape: tuple[int, ...], generator: Generators) -> Tensor:
 def _fresh(x: Tensor, generator: Generators) -> Tensor:
     """Noise for x, where x is. From pinned memory, so that the steps before need not be waited for."""
     noise = draw_noise(x.shape, generator)
-    return (noise.pin_memory() if x.is_cuda else noise).to(x.device, non_blocking=True)
+    return noise.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else noise.to(x.device)
 
 
 def euler(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = None) -> Tensor:
