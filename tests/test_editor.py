@@ -145,8 +145,8 @@ def test_each_text_is_encoded_once(tiny, monkeypatch):
         encoded.append(len(ids)), forward(self, ids))[1])
     editor.edit([picture(32, 32, i) for i in range(3)], ["a", "b", "a"], steps=1, batch=1)
     assert encoded == [1, 1, 1]  # "", "a" and "b"; alone, so that company does not matter
-    editor.edit([picture(32, 32, 0)] * 2, ["a", ""], steps=1, negative="c")
-    assert encoded == [1] * 5  # "a" and "c", but never again ""
+    editor.edit([picture(32, 32, 0)] * 3, ["a", "b", ""], steps=1, negative="c")
+    assert encoded == [1] * 6  # "c", "a" and "b", but never again ""
 
 
 def test_a_picture_is_encoded_once(editor, monkeypatch):
@@ -158,7 +158,7 @@ def test_a_picture_is_encoded_once(editor, monkeypatch):
     settings = {"instructions": [*TEXTS, TEXTS[1], *TEXTS, TEXTS[0]], "steps": 2, "batch": 2}
     together = editor.edit([images[i] for i in places], **settings)
     assert encoded == [1, 1, 1]
-    apart = editor.edit([images[i].copy() for i in places], **settings)
+    apart = editor.edit([images[i].copy() for i in places], **settings | {"batch": 1})
     assert sum(encoded) == 9 and max(difference(a, b) for a, b in zip(together, apart)) <= 1
 
 
