@@ -12,10 +12,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False)
     """Multi-head attention on torch's fused kernels, which never store the (Tq, Tk) map.
 
     q (B, Tq, heads * d), k and v (B, Tk, heads * d) -> (B, Tq, heads * d). The heads lie side by side in
-    the last axis. With `causal`, position i sees keys 0..i only (Tq and Tk must be equal).
+    the last axis. With `causal`, position i sees keys 0..i only (Tq and Tk must be equal). Each head of v,
+    and so of the result, may be several times d wide: one map then serves so many values.
     """
     _check(q, k, v, heads, causal)
     q, k, v = (_split(x, heads) for x in (q, k, v))
+    if v.shape[-1] != k.shape[-1] and v.device.type not in ("cuda", "meta"):  # fused for equal widths only
+        parts = v.split(k.shape[-1], dim=-1)
+        return _merge(torch.cat([F.scaled_dot_product_attention(q, k, part) for part in parts], dim=-1))
     return _merge(F.scaled_dot_product_attention(q, k, v, is_causal=causal))
 
 
@@ -40,6 +44,6 @@ def _merge(x: Tensor) -> Tensor:
 
 def _check(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool) -> None:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, {heads} heads"
-    assert k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[2] == k.shape[2], shapes
-    assert q.shape[2] % heads == 0, shapes
+    assert k.shape[:2] == v.shape[:2] and q.shape[0] == k.shape[0] and q.shape[2] == k.shape[2], shapes
+    assert q.shape[2] % heads == 0 and v.shape[2] % k.shape[2] == 0, shapes
     assert not causal or q.shape[1] == k.shape[1], shapes

@@ -93,9 +93,9 @@ class Plan(NamedTuple):
     sigmas: Tensor          # (n, 2) float32: each step goes from the noise level sigmas[i, 0] to sigmas[i, 1]
     start_scale: float      # standard deviation of the start: x = start_scale * unit noise
 
-    def timestep_of(self) -> dict[float, float]:
-        """The timestep that belongs to each noise level at which a sampler calls `denoise`."""
-        return dict(zip(self.sigmas[:, 0].tolist(), self.timesteps))
+    def timestep_of(self, device: torch.device | str = "cpu") -> dict[float, Tensor]:
+        """The timestep (1,) of each noise level at which a sampler calls `denoise`: there before the loop."""
+        return dict(zip(self.sigmas[:, 0].tolist(), torch.tensor(self.timesteps, device=device).split(1)))
 
 
 def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:

@@ -32,6 +32,7 @@ class Editor:
         """All networks on one device and in one dtype. defaults: the keys of checkpoint.PAPER_DEFAULTS."""
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.schedule, self.defaults = schedule, defaults
+        self.kept_texts: dict[str, Tensor] = {}  # see encode_texts
 
     @classmethod
     def load(cls, weights: str | Path | Checkpoint, device: str | torch.device | None = None,
@@ -52,7 +53,7 @@ class Editor:
         self, images: list[Image.Image], instructions: list[str], steps: int | None = None,
         cfg_text: float | None = None, cfg_image: float | None = None, seed: int | list[int] = 0,
         sampler: str | None = None, resolution: int | None = None, negative: str = "",
-        low_memory: bool = False, progress: bool = False, batch: int = 8,
+        low_memory: bool = False, progress: bool = False, batch: int = 8, reuse: bool = True,
     ) -> list[Image.Image]:
         """Edit images[i] as instructions[i] says; returns one RGB picture for each, in order.
 
@@ -61,7 +62,8 @@ class Editor:
         any device and whatever else is in the call. resolution: of the longer side, about; the picture comes
         back in the size it was edited at (images.fit_size). negative: what to steer away from, in place of
         no text. Pictures of one size share a forward, up to `batch` of them; low_memory runs the three
-        branches of guidance one after another. ValueError for settings or pictures that cannot be used.
+        branches of guidance one after another. A picture that comes several times is encoded once. reuse:
+        see guidance.guided_denoiser. ValueError for settings or pictures that cannot be used.
         """
         settings = {"steps": steps, "cfg_text": cfg_text, "cfg_image": cfg_image, "sampler": sampler,
                     "resolution": resolution}
@@ -74,32 +76,42 @@ class Editor:
             raise ValueError(f"no sampler {settings['sampler']!r}; there are {', '.join(SAMPLERS)}")
 
         noise_levels = plan(self.schedule, settings["sampler"], settings["steps"])
-        pixels = [self._to_pixels(image, settings["resolution"]) for image in images]  # (3, H, W) each
-        text_states = encode_texts(self.text_encoder, self.tokenizer, [negative, *instructions])
-        groups = list(_same_size(pixels, batch))
+        different = {id(image): image for image in images}  # one picture may be edited many times
+        pixels = {key: self._to_pixels(image, settings["resolution"]) for key, image in different.items()}
+        pixels = [pixels[id(image)] for image in images]                               # (3, H, W) each
+        text_states = encode_texts(
+            self.text_encoder, self.tokenizer, [negative, *instructions], self.kept_texts)
+        groups, encoded = list(_same_size(pixels, batch)), {}
         edited = {}
         with tqdm(total=settings["steps"] * len(groups), disable=not progress, unit="step") as bar:
             for group in groups:
+                new = {id(images[i]): pixels[i] for i in group if id(images[i]) not in encoded}
+                if new:
+                    encoded |= zip(new, self._encode(torch.stack(list(new.values()))))
                 results = self._edit_same_size(
-                    torch.stack([pixels[i] for i in group]),
+                    torch.stack([encoded[id(images[i])] for i in group]),
                     torch.stack([text_states[instructions[i]] for i in group]), text_states[negative],
                     [torch.Generator().manual_seed(seeds[i]) for i in group], noise_levels, settings,
-                    low_memory, bar)
+                    low_memory, reuse, bar)
                 edited.update(zip(group, results))
         return [edited[i] for i in range(len(images))]
 
-    def _edit_same_size(self, pixels: Tensor, context: Tensor, null_text: Tensor,
-                        generators: list[torch.Generator], noise_levels: Plan, settings: dict,
-                        low_memory: bool, bar: tqdm) -> list[Image.Image]:
-        """pixels (B, 3, H, W) in [-1, 1], context (B, T, D), null_text (T, D), one generator per picture."""
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1] -> z_image (B, C, h, w): the posterior's mode, not scaled."""
         weights = self.unet.conv_in.weight
-        z_image, _ = self.vae.encode(pixels.to(weights.device, weights.dtype))  # mode, unscaled (B, C, h, w)
+        return self.vae.encode(pixels.to(weights.device, weights.dtype))[0]
+
+    def _edit_same_size(self, z_image: Tensor, context: Tensor, null_text: Tensor,
+                        generators: list[torch.Generator], noise_levels: Plan, settings: dict,
+                        low_memory: bool, reuse: bool, bar: tqdm) -> list[Image.Image]:
+        """z_image (B, C, h, w), context (B, T, D), null_text (T, D), one generator per picture."""
+        device = z_image.device
         denoise = guided_denoiser(
-            self.unet, noise_levels.timestep_of(), z_image, context, null_text.expand_as(context),
-            settings["cfg_text"], settings["cfg_image"], low_memory)
-        start = noise_levels.start_scale * draw_noise(z_image.shape, generators).to(weights.device)
+            self.unet, noise_levels.timestep_of(device), z_image, context, null_text.expand_as(context),
+            settings["cfg_text"], settings["cfg_image"], low_memory, reuse)
+        start = noise_levels.start_scale * draw_noise(z_image.shape, generators).to(device)
         z = SAMPLERS[settings["sampler"]](counted(denoise, bar), start, noise_levels.sigmas, generators)
-        edited = self.vae.decode((z / self.vae.scaling_factor).to(weights.dtype))      # (B, 3, H, W)
+        edited = self.vae.decode((z / self.vae.scaling_factor).to(z_image.dtype))      # (B, 3, H, W)
         return [to_pil(picture) for picture in edited]
 
     def _to_pixels(self, image: Image.Image, resolution: int) -> Tensor:
@@ -123,14 +135,19 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
         raise ValueError(f"device {name!r} does not work here ({reason}); leave it out to pick one") from None
 
 
-def encode_texts(text_encoder: TextEncoder, tokenizer: Tokenizer, texts: list[str]) -> dict[str, Tensor]:
-    """Text states (T, D) of each distinct text.
+def encode_texts(text_encoder: TextEncoder, tokenizer: Tokenizer, texts: list[str],
+                 kept: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Text states (T, D) of each distinct text; those of "", which most calls need, stay in `kept`.
 
     One forward for each, because the last bits of a sum depend on how many texts share it: the states of a
     text must not depend on its company.
     """
-    device = text_encoder.text_model.final_layer_norm.weight.device
-    return {text: text_encoder(tokenizer([text]).to(device))[0] for text in dict.fromkeys(texts)}
+    weight, kept = text_encoder.text_model.final_layer_norm.weight, {} if kept is None else kept
+    states = {
+        text: kept[text].to(weight) if text in kept else text_encoder(tokenizer([text]).to(weight.device))[0]
+        for text in dict.fromkeys(texts)}
+    kept |= {text: state for text, state in states.items() if not text}
+    return states
 
 
 def _same_size(pixels: list[Tensor], batch: int) -> Iterator[list[int]]:

@@ -7,7 +7,8 @@ picture does not attend by itself but takes over the source's attention maps A =
 (Hertz et al. 2208.01626, section 3.1). All they do to A can be done to q, k or v, on either side of the
 ordinary fused attention A(q, k) v, so that no map is ever formed:
 
-    self-attention (algorithm 1)    A_src v_edit = A(q_src, k_src) v_edit: the edit needs no q and no k
+    self-attention (algorithm 1)    A_src v_edit = A(q_src, k_src) v_edit: the edit needs no q and no k, and
+                                    with v = [v_src | v_edit] the source's own A serves both
     replace, word swap (3.2)        (A_src M) v_edit = A_src (M v_edit), with M (77, 77) from alignment.py
     refine, added words (3.2)       a_j says whether token j takes over a map, and A* = A_src M diag(a) +
                                     A_edit diag(1 - a); A* v = A_src (M diag(a) v) + A_edit (diag(1 - a) v)
@@ -24,7 +25,7 @@ self-attention in layers of at most 16 x 16 positions (of 64 x 64 latents). "non
 import math
 import sys
 from argparse import ArgumentTypeError
-from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -35,13 +36,13 @@ from tqdm import tqdm
 
 from nanoip2p import cli
 from nanoip2p.alignment import find_words, split_words, token_map
-from nanoip2p.attention import attention
 from nanoip2p.checkpoint import add_flags, open_checkpoint
 from nanoip2p.cli import at_least, finite
 from nanoip2p.diffusion import plan
 from nanoip2p.editor import encode_texts
 from nanoip2p.files import check_writable, replacing
 from nanoip2p.images import grid
+from nanoip2p.injection import Injection
 from nanoip2p.samplers import SAMPLERS, draw_noise
 from nanoip2p.tensors import DTYPES
 from nanoip2p.text_to_image import TextToImage
@@ -49,63 +50,6 @@ from nanoip2p.unet import DOWN_TYPES, UNetConfig
 
 MODES = ("self", "cross", "both", "none")
 BLEND_THRESHOLD, BLEND_FROM = 0.3, 0.2  # of the hottest spot; share of the steps: the authors' values
-
-
-@dataclass
-class Injection:
-    """How the rows of one UNet forward attend; UNet.forward's `inject`.
-
-    The batch is [edit rows | source rows]: row i of the first half belongs to row i of the second. The rows
-    that take something over are the first ones.
-    """
-
-    self_rows: int = 0                  # this many take over self-attention
-    self_tokens: float = math.inf       # in layers of at most so many positions
-    cross_rows: int = 0                 # this many, n, take over text attention
-    from_source: Tensor | None = None   # (n, T, T): M diag(a c)
-    own: Tensor | None = None           # (n, T): how much of its own map a token keeps; None for nothing
-    words: Tensor | None = None         # (rows, T, W): whose attention to note down, a column each
-    word_tokens: int = 0                # in layers of so many positions
-    heat: list[Tensor] = field(default_factory=list)  # written here: (rows, positions, W), a mean over heads
-
-    def to_picture(self, layer, x: Tensor, _: Tensor) -> Tensor:
-        """Self-attention of x (rows, positions, C)."""
-        n, half = self.self_rows if x.shape[1] <= self.self_tokens else 0, len(x) // 2
-        q, k, v = layer.to_q(x[n:]), layer.to_k(x[n:]), layer.to_v(x)
-        rest = attention(q, k, v[n:], layer.heads)
-        if n == 0:
-            return rest
-        of_source = slice(half - n, half)  # q and k lack the first n rows
-        return torch.cat([attention(q[of_source], k[of_source], v[:n], layer.heads), rest])
-
-    def to_text(self, layer, x: Tensor, context: Tensor) -> Tensor:
-        """Attention of x (rows, positions, C) to the text (rows, T, D)."""
-        k, v = layer.to_k(context), layer.to_v(context)
-        q = layer.to_q(x[self._without_q :])
-        if self.words is not None and x.shape[1] == self.word_tokens:
-            width, parts = v.shape[2] // layer.heads, []
-            for words in self.words.to(v.dtype).split(width, dim=2):    # as many columns as a head is wide
-                columns = F.pad(words, (0, width - words.shape[2])).repeat(1, 1, layer.heads)
-                heat = self._attend_to_text(q, k, columns, layer.heads).unflatten(2, (layer.heads, width))
-                parts.append(heat.float().mean(2)[..., : words.shape[2]])
-            self.heat.append(torch.cat(parts, dim=2))
-        return self._attend_to_text(q, k, v, layer.heads)
-
-    @property
-    def _without_q(self) -> int:
-        return self.cross_rows if self.own is None else 0
-
-    def _attend_to_text(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-        n, half, skip = self.cross_rows, len(v) // 2, self._without_q
-        if n == 0:
-            return attention(q, k, v, heads)
-        taken = attention(q[half - skip : half - skip + n], k[half : half + n],
-                          self.from_source.to(v.dtype) @ v[:n], heads)
-        if self.own is None:
-            return torch.cat([taken, attention(q, k[n:], v[n:], heads)])
-        h = attention(q, k, torch.cat([self.own.to(v.dtype)[..., None] * v[:n], v[n:]]), heads)
-        h[:n] += taken
-        return h
 
 
 class PairPainter:
@@ -134,7 +78,8 @@ class PairPainter:
         if blend and (inject == "none" or self.settings["sampler"] not in ("euler", "euler_ancestral")):
             raise ValueError("a local blend needs injection, and the sampler euler or euler_ancestral")
         with torch.inference_mode():
-            states = encode_texts(painter.text_encoder, painter.tokenizer, [source, edit, negative])
+            states = encode_texts(
+                painter.text_encoder, painter.tokenizer, [source, edit, negative], painter.kept_texts)
         self.captions, self.negative = (source, edit), negative
         self.source, self.edit, self.null = (states[text] for text in (source, edit, negative))  # (T, D)
         rows = painter.tokenizer([source, edit]).tolist()
@@ -146,8 +91,12 @@ class PairPainter:
                         for word, window in (windows or {}).items()]
         self.blend = blend and self._columns([find_words(painter.tokenizer, text, word)]
                                              for text, word in zip((source, edit), blend))
+        config = painter.unet.config
+        # Until they meet the text, rows differ by it only where "both" injects in what has a caption
+        self.alike = inject != "both" or any(
+            DOWN_TYPES[name] for name in config.down_block_types[: coarse_level(config)])
         _, *size = painter.latent_shape(self.settings["resolution"])
-        factor = 2 ** coarse_level(painter.unet.config)
+        factor = 2 ** coarse_level(config)
         self.coarse = [-(-side // factor) for side in size]  # 16 x 16 for 64 x 64 latents in SD 1.x
 
     def _columns(self, places) -> list[Tensor]:
@@ -177,38 +126,49 @@ class PairPainter:
 
     @torch.inference_mode()
     def sample(self, seeds: list[int], shares: list[float], cfg_text: list[float],
-               words: list[Tensor] | None = None, bar: tqdm | None = None) -> tuple[Tensor, Tensor | None]:
+               words: list[Tensor] | None = None, bar: tqdm | None = None,
+               reuse: bool = True) -> tuple[Tensor, Tensor | None]:
         """Latents (2 B, C, h, w) of B pairs, [edits | sources], and how much `words` were attended to.
 
         words: columns (T, W) for the source and the edited caption; their heat (2 B, W, h', w') is a sum over
-        steps and over the layers of the coarse level. B = len(seeds), in the order of seeds.
+        steps and over the layers of the coarse level. B = len(seeds), in the order of seeds. Without reuse,
+        every row and step computes all of its own, to the same result.
         """
         device, pairs = self.null.device, len(seeds)
-        by_share = sorted(range(pairs), key=lambda j: -shares[j])  # those that inject longest come first
-        rows = ([(j, caption) for j in by_share for caption in (True, False)] if self.inject == "self" else
-                [(j, caption) for caption in (True, False) for j in by_share])
-        pair_of_row = torch.tensor([j for j, _ in rows])
-        z_rows = torch.cat([pair_of_row, pairs + pair_of_row]).to(device)        # (4 B,) into latents
-        context = torch.stack([text if caption else self.null for text in (self.edit, self.source)
-                               for _, caption in rows])                          # (4 B, T, D)
-        captioned, empty = (torch.tensor([half + rows.index((j, caption)) for half in (0, len(rows))
-                                          for j in range(pairs)], device=device)
-                            for caption in (True, False))                        # (2 B,) into rows
+        order = sorted(range(pairs), key=lambda j: -shares[j])  # those that inject longest come first
+        seeds, shares, cfg_text = ([given[j] for j in order] for given in (seeds, shares, cfg_text))
+        # Rows of the batch: edit or source, pair, with caption or without; of what injects, the first ones
+        axis, layout = (2, (2, pairs, 2)) if self.inject == "self" else (1, (2, 2, pairs))
+        text = torch.stack([self.edit, self.null, self.source, self.null]).unflatten(0, (2, 2))
+        text = text.unsqueeze(3 - axis).expand(*layout, -1, -1).flatten(0, 2)     # (4 B, T, D)
+        z_rows = torch.arange(2 * pairs, device=device).view(2, pairs)
+        z_rows = z_rows.unsqueeze(axis).expand(layout).flatten()                  # (4 B,)
+        alike = reuse and self.alike
+        if reuse:
+            text = self.painter.unet.project_context(text, z_rows if alike else None)
         guidance = torch.tensor(cfg_text * 2, device=device)[:, None, None, None]
-        columns = words and torch.stack([words[1]] * len(rows) + [words[0]] * len(rows)).to(device)
-        timestep_of, heat = self.plan.timestep_of(), []
+        columns = words and torch.stack(words[::-1]).repeat_interleave(2 * pairs, dim=0).to(device)
+        timestep_of, heat = self.plan.timestep_of(device), []
         step_of = {sigma: step for step, sigma in enumerate(timestep_of)}
 
+        @cache
+        def injection_at(*stage) -> Injection:
+            injection = self.injection(pairs, *stage)
+            if reuse:
+                injection.values = {layer: injection.edit_values(v) for layer, (_, v) in text.layers.items()}
+            return injection
+
         def denoise(x: Tensor, sigma: float) -> Tensor:
-            z = (x / math.sqrt(sigma**2 + 1)).to(context.dtype)
-            injection = self.injection(step_of[sigma], [shares[j] for j in by_share])
-            injection.words, injection.word_tokens = columns, math.prod(self.coarse)
-            eps = self.painter.unet(z[z_rows], timestep_of[sigma], context, injection).float()
+            z = (x / math.sqrt(sigma**2 + 1)).to(self.null.dtype)
+            injection = injection_at(*self.stage(step_of[sigma], shares))
+            injection.words, injection.word_tokens, injection.heat = columns, math.prod(self.coarse), []
+            eps = self.painter.unet(z if alike else z[z_rows], timestep_of[sigma], text, injection).float()
+            captioned, empty = (e.flatten(0, 1) for e in eps.unflatten(0, layout).unbind(axis))
             if columns is not None:
-                heat.append(sum(injection.heat)[captioned])
+                heat.append(sum(injection.heat).unflatten(0, layout).select(axis, 0).flatten(0, 1))
             if bar is not None:
                 bar.update()
-            return x - sigma * (eps[empty] + guidance * (eps[captioned] - eps[empty]))
+            return x - sigma * (empty + guidance * (captioned - empty))
 
         generators = [torch.Generator().manual_seed(seed) for seed in seeds * 2]  # both of a pair draw alike
         shape = self.painter.latent_shape(self.settings["resolution"])
@@ -218,26 +178,33 @@ class PairPainter:
             x = sampler(denoise, x, sigmas, generators)
             if self.blend and len(heat) > BLEND_FROM * len(timestep_of):
                 x = blend_locally(x, self._as_maps(heat)[:, -1:])
-        return x, self._as_maps(heat) if heat else None
+        place = torch.tensor([order.index(j) for j in range(pairs)], device=device)
+        place = torch.cat([place, pairs + place])
+        return x[place], self._as_maps(heat)[place] if heat else None
 
     def _as_maps(self, heat: list[Tensor]) -> Tensor:
         return sum(heat).transpose(1, 2).unflatten(2, self.coarse)               # (2 B, W, h', w')
 
-    def injection(self, step: int, shares: list[float]) -> Injection:
-        """What is injected at a step into pairs that do so for these shares of the steps, falling."""
+    def stage(self, step: int, shares: list[float]) -> tuple[int, tuple[bool, ...]]:
+        """All that changes over the steps: how many pairs inject, and which words' windows are open."""
         progress = step / max(1, self.settings["steps"] - 1)
-        active = torch.tensor([share > progress for share in shares])
+        open_ = tuple(begin <= progress < end for _, begin, end in self.windows)
+        return sum(share > progress for share in shares), open_
+
+    def injection(self, pairs: int, active: int, open_: tuple[bool, ...]) -> Injection:
+        """What is injected at a stage; the first `active` of the pairs do so."""
         if self.inject == "self":
-            return Injection(self_rows=2 * int(active.sum()))
-        now = active.float()[:, None].repeat(1, len(self.taken))                 # (B, T): the words' windows
-        for tokens, begin, end in self.windows:
-            now[:, tokens] = float(begin <= progress < end)
+            return Injection(4 * pairs, self_rows=2 * active)
+        now = torch.zeros(pairs, len(self.taken))                                # (B, T): 1 in a word's time
+        now[:active] = 1
+        for (tokens, *_), is_open in zip(self.windows, open_):
+            now[:, tokens] = float(is_open)
         n = int(now.any(1).sum())
         now, device = now[:n], self.null.device
         from_source = self.mapping * (now * self.taken * self.weights)[:, None]  # (n, T, T)
         own = now * (1 - self.taken) * self.weights + 1 - now                    # (n, T)
         return Injection(
-            self_rows=int(active.sum()) if self.inject == "both" else 0, self_tokens=math.prod(self.coarse),
+            4 * pairs, active if self.inject == "both" else 0, self_tokens=math.prod(self.coarse),
             cross_rows=n, from_source=from_source.to(device), own=own.to(device) if own.any() else None)
 
 

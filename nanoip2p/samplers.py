@@ -27,6 +27,12 @@ def draw_noise(shape: tuple[int, ...], generator: Generators) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
+def _fresh(x: Tensor, generator: Generators) -> Tensor:
+    """Noise for x, where x is. From pinned memory, so that the steps before need not be waited for."""
+    noise = draw_noise(x.shape, generator)
+    return noise.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else noise.to(x.device)
+
+
 def euler(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = None) -> Tensor:
     """Euler's method on the probability flow ODE: Karras et al. 2022, algorithm 1 without the correction."""
     x = x.float()
@@ -49,7 +55,7 @@ def euler_ancestral(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Gene
         d = (x - denoise(x, sigma)) / sigma
         x = x + d * (sigma_down - sigma)
         if sigma_up > 0:
-            x = x + sigma_up * draw_noise(x.shape, generator).to(x.device)
+            x = x + sigma_up * _fresh(x, generator)
     return x
 
 
@@ -69,7 +75,7 @@ def ddim(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = No
         noise_scale = eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))  # equation 16
         z = math.sqrt(a_next) * denoised + math.sqrt(1 - a_next - noise_scale**2) * eps
         if noise_scale > 0:
-            z = z + noise_scale * draw_noise(z.shape, generator).to(z.device)
+            z = z + noise_scale * _fresh(z, generator)
     return z
 
 

@@ -35,6 +35,7 @@ class TextToImage:
         """All networks on one device and in one dtype. defaults: the keys of checkpoint.PAPER_DEFAULTS."""
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.schedule, self.defaults = schedule, defaults
+        self.kept_texts: dict[str, Tensor] = {}  # see encode_texts
 
     @classmethod
     def load(cls, weights: str | Path | Checkpoint, device: str | torch.device | None = None,
@@ -71,14 +72,14 @@ class TextToImage:
     def generate(
         self, captions: list[str], steps: int | None = None, cfg_text: float | list[float] | None = None,
         seed: int | list[int] = 0, sampler: str | None = None, resolution: int | None = None,
-        negative: str = "", progress: bool = False, batch: int = 8,
+        negative: str = "", progress: bool = False, batch: int = 8, reuse: bool = True,
     ) -> list[Image.Image]:
         """Paint each caption as a square RGB picture of `resolution` pixels.
 
         None takes the default of the weights. cfg_text: s_T, 1 for no guidance; one number, or one for each
         picture. seed: one for each picture, or one number, and picture i has seed + i. negative: what to
-        steer away from, in place of no text. Up to `batch` pictures share a forward. ValueError for settings
-        that cannot be used.
+        steer away from, in place of no text. Up to `batch` pictures share a forward. reuse: see guidance.py.
+        ValueError for settings that cannot be used.
         """
         settings = self.complete({"steps": steps, "cfg_text": cfg_text, "sampler": sampler,
                                   "resolution": resolution})
@@ -89,7 +90,8 @@ class TextToImage:
             raise ValueError(f"{len(captions)} captions, {len(seeds)} seeds, {len(cfgs)} values of cfg_text: "
                              "give one seed (and cfg_text) for each caption")
         noise_levels = plan(self.schedule, settings["sampler"], settings["steps"])
-        text_states = encode_texts(self.text_encoder, self.tokenizer, [negative, *captions])
+        text_states = encode_texts(
+            self.text_encoder, self.tokenizer, [negative, *captions], self.kept_texts)
         parts = [range(len(captions))[i : i + batch] for i in range(0, len(captions), batch)]
         pictures = []
         with tqdm(total=settings["steps"] * len(parts), disable=not progress, unit="step") as bar:
@@ -97,8 +99,8 @@ class TextToImage:
                 context = torch.stack([text_states[captions[i]] for i in part])        # (B, T, D)
                 generators = [torch.Generator().manual_seed(seeds[i]) for i in part]
                 denoise = text_guided_denoiser(
-                    self.unet, noise_levels.timestep_of(), context, text_states[negative].expand_as(context),
-                    torch.tensor([cfgs[i] for i in part]))
+                    self.unet, noise_levels.timestep_of(context.device), context,
+                    text_states[negative].expand_as(context), torch.tensor([cfgs[i] for i in part]), reuse)
                 noise = draw_noise((len(part), *self.latent_shape(settings["resolution"])), generators)
                 z = SAMPLERS[settings["sampler"]](
                     counted(denoise, bar), noise_levels.start_scale * noise.to(context.device),

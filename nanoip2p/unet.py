@@ -6,6 +6,7 @@ Same computation and the same names of weights as diffusers' UNet2DConditionMode
 
 import math
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,22 +52,17 @@ class UNetConfig:
             value = getattr(self, key)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"UNetConfig: {key} = {value!r} must be one whole number for all levels")
-        widths = self.block_out_channels
+        widths, heads = self.block_out_channels, self.heads
         for key, known in (("down_block_types", DOWN_TYPES), ("up_block_types", UP_TYPES)):
             names = getattr(self, key)
             if len(names) != len(widths) or not set(names) <= set(known):
                 raise ValueError(f"UNetConfig: {key} = {names} must be {len(widths)} out of {sorted(known)}")
         if any(c % self.norm_num_groups for c in widths) or widths[0] % 2:
-            raise ValueError(
-                f"UNetConfig: block_out_channels = {widths} must be multiples of norm_num_groups = "
-                f"{self.norm_num_groups}, and the first one even"
-            )
-        heads = self.heads
+            raise ValueError(f"UNetConfig: block_out_channels = {widths} must be multiples of "
+                             f"norm_num_groups = {self.norm_num_groups}, and the first one even")
         if len(heads) != len(widths) or any(not isinstance(h, int) or c % h for c, h in zip(widths, heads)):
-            raise ValueError(
-                f"UNetConfig: attention_head_dim = {self.attention_head_dim} must be a number of heads, or "
-                f"one per level, that divides block_out_channels = {widths}"
-            )
+            raise ValueError(f"UNetConfig: attention_head_dim = {self.attention_head_dim} must be a number "
+                             f"of heads, or one per level, that divides block_out_channels = {widths}")
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -129,9 +125,21 @@ class ResnetBlock(nn.Module):
         return self.conv_shortcut(x) + h
 
 
-def attend(layer: "Attention", x: Tensor, context: Tensor) -> Tensor:
+class Projected(NamedTuple):
+    """What a text is to the layers, the same in every step; from `UNet.project_context`."""
+
+    layers: dict  # layer that attends to text -> its keys and values (R, L, C)
+    rows: Tensor  # (R,): the row of the latents that each row of the text belongs to
+
+
+def spread(x: Tensor, context: Tensor | Projected) -> Tensor:
+    """x (B, ...) in the rows of the text (R, ...): what differs by its text only is one row until there."""
+    return x if isinstance(context, Tensor) or len(x) == len(context.rows) else x[context.rows]
+
+
+def attend(layer: "Attention", x: Tensor, context: Tensor | Projected) -> Tensor:
     """What an attention layer does unless told otherwise: every row attends to its own context."""
-    return attention(layer.to_q(x), layer.to_k(context), layer.to_v(context), layer.heads)
+    return attention(spread(layer.to_q(x), context), *layer.project(context), layer.heads)
 
 
 class Attention(nn.Module):
@@ -145,7 +153,12 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(c_context, channels, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, x: Tensor, context: Tensor, attend=attend) -> Tensor:
+    def project(self, context: Tensor | Projected) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, L, C)."""
+        plain = isinstance(context, Tensor)
+        return (self.to_k(context), self.to_v(context)) if plain else context.layers[self]
+
+    def forward(self, x: Tensor, context: Tensor | Projected, attend=attend) -> Tensor:
         return self.to_out[0](attend(self, x, context))
 
 
@@ -174,7 +187,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pixels look at each other (attn1), then at the text (attn2), then think. (B, T, C) -> same."""
+    """Pixels look at each other (attn1), then at the text (attn2), then think. (B, T, C) -> (R, T, C)."""
 
     def __init__(self, channels: int, c_context: int, heads: int):
         super().__init__()
@@ -185,15 +198,15 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, context: Tensor, inject=None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | Projected, inject=None) -> Tensor:
         h = self.norm1(x)
         x = x + self.attn1(h, h, inject.to_picture if inject else attend)
-        x = x + self.attn2(self.norm2(x), context, inject.to_text if inject else attend)
+        x = spread(x, context) + self.attn2(self.norm2(x), context, inject.to_text if inject else attend)
         return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block over all positions of a feature map. (B, C, h, w) -> same."""
+    """A transformer block over all positions of a feature map. (B, C, h, w) -> (R, C, h, w)."""
 
     def __init__(self, channels: int, heads: int, config: UNetConfig):
         super().__init__()
@@ -203,10 +216,10 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([block])
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor, inject=None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | Projected, inject=None) -> Tensor:
         h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)       # (B, h*w, C)
         h = self.transformer_blocks[0](h, context, inject)
-        return x + self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))  # (B, C, h, w)
+        return spread(x, context) + self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 class Downsample(nn.Module):
@@ -246,7 +259,7 @@ class Level(nn.Module):
         self.downsamplers = nn.ModuleList([Downsample(c_out)] if resample == "down" else [])
         self.upsamplers = nn.ModuleList([Upsample(c_out)] if resample == "up" else [])
 
-    def layer(self, i: int, x: Tensor, time: Tensor, context: Tensor, inject=None, recompute=False) -> Tensor:
+    def layer(self, i: int, x: Tensor, time: Tensor, context, inject=None, recompute=False) -> Tensor:
         """Residual block i and, where there is one, the transformer after it."""
         if recompute:
             return checkpoint(self.layer, i, x, time, context, inject, use_reentrant=False,
@@ -267,25 +280,19 @@ class UNet(nn.Module):
 
         c, skips = widths[0], [widths[0]]  # channels of every feature map that the way up will meet again
         self.down_blocks = nn.ModuleList()
-        for i, (c_out, name) in enumerate(zip(widths, config.down_block_types)):
-            last = i == len(widths) - 1
-            widths_in = [c] + [c_out] * (layers - 1)
-            transformers = layers if DOWN_TYPES[name] else 0
-            self.down_blocks.append(
-                Level(widths_in, c_out, transformers, config.heads[i], None if last else "down", config)
-            )
-            c, skips = c_out, skips + [c_out] * (layers if last else layers + 1)
+        for i, (c_out, heads, name) in enumerate(zip(widths, config.heads, config.down_block_types)):
+            resample = None if i == len(widths) - 1 else "down"
+            c_ins = [c] + [c_out] * (layers - 1)
+            self.down_blocks.append(Level(c_ins, c_out, layers * DOWN_TYPES[name], heads, resample, config))
+            c, skips = c_out, skips + [c_out] * (layers + 1 if resample else layers)
 
         self.mid_block = Level([c, c], c, 1, config.heads[-1], None, config)
 
         self.up_blocks = nn.ModuleList()
-        for i, (c_out, name) in enumerate(zip(widths[::-1], config.up_block_types)):
-            last = i == len(widths) - 1
-            widths_in = [before + skips.pop() for before in [c] + [c_out] * layers]
-            transformers = layers + 1 if UP_TYPES[name] else 0
-            self.up_blocks.append(
-                Level(widths_in, c_out, transformers, config.heads[::-1][i], None if last else "up", config)
-            )
+        for c_out, heads, name in zip(widths[::-1], config.heads[::-1], config.up_block_types):
+            resample = "up" if len(skips) > layers + 1 else None
+            c_ins = [before + skips.pop() for before in [c] + [c_out] * layers]
+            self.up_blocks.append(Level(c_ins, c_out, (layers + 1) * UP_TYPES[name], heads, resample, config))
             c = c_out
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, c, eps=config.norm_eps)
         self.conv_out = nn.Conv2d(c, config.out_channels, 3, padding=1)
@@ -295,20 +302,26 @@ class UNet(nn.Module):
         """Build from the content of diffusers' unet/config.json. ValueError names what is not supported."""
         return cls(read_config(UNetConfig, config, FIXED, BOOKKEEPING))
 
-    def forward(self, latents: Tensor, timestep: Tensor | float, context: Tensor, inject=None,
+    def project_context(self, context: Tensor, rows: Tensor | None = None) -> Projected:
+        """Text (R, L, D), once for a whole loop; rows (R,): of the latents, where these are fewer (B)."""
+        layers = [block.attn2 for block in self.modules() if isinstance(block, TransformerBlock)]
+        rows = torch.arange(len(context)) if rows is None else rows
+        return Projected({layer: layer.project(context) for layer in layers}, rows.to(context.device))
+
+    def forward(self, latents: Tensor, timestep: Tensor | float, context: Tensor | Projected, inject=None,
                 recompute: bool = False) -> Tensor:
         """Latents (B, C_in, h, w), timestep, text (B, L, D) -> predicted noise (B, C_out, h, w).
 
         The timestep is a number, or a tensor of one for all or one for each of the B; it may lie between
-        integers (Karras sigmas). Any h and w work; each level halves them, rounding up. `inject` changes how
-        rows attend: a prompt_to_prompt.Injection. `recompute` keeps no activations inside of layers for the
-        way back, but computes them again (Chen et al. 1604.06174): a third more time, much less memory.
+        integers (Karras sigmas). Any h and w work; each level halves them, rounding up. A text of R rows
+        from `project_context` may share B latents, at one timestep: the R are B until they meet the text.
+        `inject` changes how rows attend: an injection.Injection. `recompute` keeps no activations in
+        layers, but computes them again (Chen et al. 1604.06174): a third more time, much less memory.
         """
-        config, given = self.config, (tuple(latents.shape), tuple(context.shape))
-        assert given[0][1] == config.in_channels and given[1][2] == config.cross_attention_dim, given
-        assert given[0][0] == given[1][0], given
-        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=latents.device)
-        timestep = timestep.reshape(-1).expand(len(latents))            # (B,); MPS knows no float64
+        config, given = self.config, (tuple(latents.shape), tuple(getattr(context, "shape", ())))
+        assert given[0][1] == config.in_channels, given
+        assert given[1] in ((), (given[0][0], *given[1][1:2], config.cross_attention_dim)), given
+        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=latents.device).reshape(-1)  # (B,)
         width = config.block_out_channels[0]
         time = timestep_embedding(timestep, width, config.flip_sin_to_cos, config.freq_shift)
         time = F.silu(self.time_embedding(time.to(latents.dtype)))      # (B, 4 * C_0); blocks want its SiLU
@@ -328,7 +341,8 @@ class UNet(nn.Module):
 
         for level in self.up_blocks:
             for i in range(len(level.resnets)):
-                x = level.layer(i, torch.cat([x, skips.pop()], dim=1), time, context, inject, recompute)
+                x = torch.cat([x, spread(skips.pop(), context)], dim=1)
+                x = level.layer(i, x, time, context, inject, recompute)
             for upsample in level.upsamplers:
                 x = upsample(x, skips[-1].shape[2:])                    # (B, C, 2h, 2w)
         return self.conv_out(F.silu(self.conv_norm_out(x)))

@@ -48,6 +48,18 @@ def test_causal_equals_a_loop_over_queries(attend, tokens):
     assert relative_error(attend(q, k, v, 4, causal=True), by_hand(q, k, v, 4, causal=True)) < 1e-6
 
 
+@pytest.mark.parametrize("attend", [attention, attention_reference])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_one_map_serves_two_values(attend, shape):
+    """Side by side in each head; as two calls."""
+    q, k, v = draw(*shape)
+    heads, other = (shape[3], -1), v.flip(1) + 1
+    both = torch.stack([v.unflatten(2, heads), other.unflatten(2, heads)], dim=3).flatten(2)
+    made = attend(q, k, both, shape[3]).unflatten(2, (shape[3], 2, -1)).unbind(3)
+    for part, values in zip(made, (v, other)):
+        assert relative_error(part.flatten(2), by_hand(q, k, values, shape[3], causal=False)) < 1e-6
+
+
 def test_gradients_equal_those_of_the_reference():
     inputs = [x.requires_grad_() for x in draw(2, 20, 13, 4, 16)]
     probe = torch.randn(2, 20, 64, generator=torch.Generator().manual_seed(1))

@@ -125,8 +125,8 @@ def test_a_picture_does_not_depend_on_its_batch(editor):
 def test_pictures_of_one_size_share_a_forward(editor, monkeypatch):
     batches = []
     forward = type(editor.unet).forward
-    monkeypatch.setattr(type(editor.unet), "forward", lambda self, latents, timestep, context: (
-        batches.append(tuple(latents.shape)), forward(self, latents, timestep, context))[1])
+    monkeypatch.setattr(type(editor.unet), "forward", lambda self, latents, timestep, text: (
+        batches.append((len(text.rows), *latents.shape[1:])), forward(self, latents, timestep, text))[1])
     images = [picture(48, 32, 0), picture(32, 48, 1), picture(48, 32, 2)]
     editor.edit(images, ["a", "b", "a"], steps=1)
     assert batches == [(6, 8, 8, 12), (3, 8, 12, 8)]
@@ -138,13 +138,36 @@ def test_pictures_of_one_size_share_a_forward(editor, monkeypatch):
     assert batches == [(6, 8, 8, 12), (6, 8, 8, 12), (3, 8, 8, 12)]
 
 
-def test_each_text_is_encoded_once(editor, monkeypatch):
-    encoded = []
+def test_each_text_is_encoded_once(tiny, monkeypatch):
+    editor, encoded = Editor.load(tiny, "cpu"), []
     forward = type(editor.text_encoder).forward
     monkeypatch.setattr(type(editor.text_encoder), "forward", lambda self, ids: (
         encoded.append(len(ids)), forward(self, ids))[1])
     editor.edit([picture(32, 32, i) for i in range(3)], ["a", "b", "a"], steps=1, batch=1)
     assert encoded == [1, 1, 1]  # "", "a" and "b"; alone, so that company does not matter
+    editor.edit([picture(32, 32, 0)] * 3, ["a", "b", ""], steps=1, negative="c")
+    assert encoded == [1] * 6  # "c", "a" and "b", but never again ""
+
+
+def test_a_picture_is_encoded_once(editor, monkeypatch):
+    """However often it comes, in whatever batch; and what is edited is each time what came."""
+    images = [picture(48, 32, 0), picture(32, 48, 1), picture(48, 32, 2)]
+    places, encoded, encode = [0, 1, 0, 2, 0, 0], [], type(editor.vae).encode
+    monkeypatch.setattr(type(editor.vae), "encode", lambda self, pixels: (
+        encoded.append(len(pixels)), encode(self, pixels))[1])
+    settings = {"instructions": [*TEXTS, TEXTS[1], *TEXTS, TEXTS[0]], "steps": 2, "batch": 2}
+    together = editor.edit([images[i] for i in places], **settings)
+    assert encoded == [1, 1, 1]
+    apart = editor.edit([images[i].copy() for i in places], **settings | {"batch": 1})
+    assert sum(encoded) == 9 and max(difference(a, b) for a, b in zip(together, apart)) <= 1
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"low_memory": True}, {"cfg_image": 1.0}, {"cfg_text": 1.2}], ids=str)
+def test_reuse_changes_nothing(editor, settings):
+    images = [picture(48, 32, 0), picture(48, 32, 1)]
+    reused, plain = (editor.edit(images, TEXTS, reuse=reuse, **settings) for reuse in (True, False))
+    assert max(difference(a, b) for a, b in zip(reused, plain)) <= 1
 
 
 def test_defaults_come_from_the_weights_and_can_be_overridden(editor):

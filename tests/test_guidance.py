@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from nanoip2p.guidance import guided_denoiser
+from nanoip2p.guidance import guided_denoiser, text_guided_denoiser
+from nanoip2p.unet import Projected
 
 B, C, T, D = 2, 4, 7, 5
 SIGMA = 2.5
@@ -16,8 +17,13 @@ class FakeUNet(torch.nn.Module):
         super().__init__()
         self.calls = []
 
+    def project_context(self, context, rows):
+        return Projected({"text": context}, rows)
+
     def forward(self, latents, timestep, context):
         self.calls.append((latents, timestep, context))
+        if isinstance(context, Projected):
+            latents, context = latents[context.rows], context.layers["text"]
         noised, image = latents.chunk(2, dim=1)
         text = context.mean(dim=(1, 2))[:, None, None, None]
         return torch.tanh(noised + 0.7 * image * noised.roll(1, 1) + text) + 0.001 * timestep
@@ -31,10 +37,11 @@ def inputs():
     return x, z_image, context, null
 
 
-def run(inputs, cfg_text, cfg_image, low_memory=False):
+def run(inputs, cfg_text, cfg_image, low_memory=False, reuse=True):
     x, z_image, context, null = inputs
     unet = FakeUNet()
-    denoise = guided_denoiser(unet, {SIGMA: 321.5}, z_image, context, null, cfg_text, cfg_image, low_memory)
+    denoise = guided_denoiser(unet, {SIGMA: 321.5}, z_image, context, null, cfg_text, cfg_image, low_memory,
+                              reuse)
     return denoise(x, SIGMA), unet.calls
 
 
@@ -49,18 +56,42 @@ def equation_3(inputs, s_T, s_I):
 
 
 @pytest.mark.parametrize("low_memory", [False, True])
-@pytest.mark.parametrize("cfg_text, cfg_image, branches", [
-    (7.5, 1.5, 3), (7.5, 1.0, 2), (1.5, 1.5, 2), (1.0, 1.0, 1), (0.0, 1.5, 2), (0.0, 1.0, 1), (0.0, 0.0, 1),
-    (0.5, 0.0, 3)])
-def test_equation_3_with_no_branch_too_many(inputs, cfg_text, cfg_image, branches, low_memory):
+@pytest.mark.parametrize("cfg_text, cfg_image, branches, seen", [  # seen: the picture, none, or both
+    (7.5, 1.5, 3, 2), (7.5, 1.0, 2, 1), (1.5, 1.5, 2, 2), (1.0, 1.0, 1, 1), (0.0, 1.5, 2, 2),
+    (0.0, 1.0, 1, 1), (0.0, 0.0, 1, 1), (0.5, 0.0, 3, 2)])
+def test_equation_3_with_no_branch_too_many(inputs, cfg_text, cfg_image, branches, seen, low_memory):
     denoised, calls = run(inputs, cfg_text, cfg_image, low_memory)
     torch.testing.assert_close(denoised, equation_3(inputs, cfg_text, cfg_image), rtol=1e-5, atol=1e-5)
+    assert [len(text.rows) for _, _, text in calls] == ([B] * branches if low_memory else [B * branches])
+    assert [len(latents) for latents, _, _ in calls] == ([B] * branches if low_memory else [B * seen])
+    plain, calls = run(inputs, cfg_text, cfg_image, low_memory, reuse=False)
+    torch.testing.assert_close(plain, denoised, rtol=1e-5, atol=1e-5)
     assert [len(latents) for latents, _, _ in calls] == ([B] * branches if low_memory else [B * branches])
+    assert [len(text) for _, _, text in calls] == ([B] * branches if low_memory else [B * branches])
+
+
+@pytest.mark.parametrize("guidance, branches", [
+    ([1.0, 1.0], 1), ([0.0, 0.0], 1), ([3.0, 1.0], 2), ([0.0, 7.5], 2)], ids=str)
+def test_one_condition(inputs, guidance, branches):
+    """Ho & Salimans' equation 6 for each picture, on latents that are there once."""
+    x, context, null = inputs[0].repeat(1, 2, 1, 1), *inputs[2:]
+    s, scaled = torch.tensor(guidance), x / (SIGMA**2 + 1) ** 0.5
+    full, none = FakeUNet()(scaled, 321.5, context), FakeUNet()(scaled, 321.5, null)
+    wanted = x - SIGMA * torch.cat([none + s[:, None, None, None] * (full - none)] * 2, dim=1)
+    for reuse in (True, False):
+        unet = FakeUNet()
+        unet_twice = lambda *given, unet=unet: torch.cat([unet(*given)] * 2, dim=1)  # noqa: E731
+        unet_twice.project_context = unet.project_context
+        denoise = text_guided_denoiser(unet_twice, {SIGMA: 321.5}, context, null, s, reuse)
+        torch.testing.assert_close(denoise(x, SIGMA), wanted, rtol=1e-5, atol=1e-5)
+        [(latents, _, text)] = unet.calls
+        assert len(latents) == (B if reuse else B * branches)
+        assert len(text.rows if reuse else text) == B * branches
 
 
 def test_order_of_branches_and_what_each_is_shown(inputs):
     x, z_image, context, null = inputs
-    _, [(latents, timestep, contexts)] = run(inputs, 7.5, 1.5)
+    _, [(latents, timestep, contexts)] = run(inputs, 7.5, 1.5, reuse=False)
     assert timestep == 321.5
     noised, images = latents.chunk(2, dim=1)
     torch.testing.assert_close(noised, (x / (SIGMA**2 + 1) ** 0.5).repeat(3, 1, 1, 1))

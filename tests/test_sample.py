@@ -97,7 +97,7 @@ def test_every_flag_counts(flags, run):
 
 def test_low_memory_makes_the_same_picture(run, monkeypatch):
     rows, forward = [], UNet.forward
-    monkeypatch.setattr(UNet, "forward", lambda *args: (rows.append(len(args[1])), forward(*args))[1])
+    monkeypatch.setattr(UNet, "forward", lambda *args: (rows.append(len(args[3].rows)), forward(*args))[1])
     assert run(*one("--seed", "3")) == 0
     assert run(*one("--seed", "3", "--low-memory", output="low.png")) == 0
     assert rows == [3, 3] + [1] * 6
@@ -127,7 +127,7 @@ def test_several_inputs_into_a_folder(run):
 
 def test_pictures_of_one_size_share_a_forward(run, monkeypatch):
     rows, forward = [], UNet.forward
-    monkeypatch.setattr(UNet, "forward", lambda *args: (rows.append(len(args[1])), forward(*args))[1])
+    monkeypatch.setattr(UNet, "forward", lambda *args: (rows.append(len(args[3].rows)), forward(*args))[1])
     common = ["--edit", "red", "--n", "2", "--seed", "1", "--steps", "1"]
     assert run("--input", "house.png", "wide.jpg", "boat.png", "--output", "all", *common) == 0
     assert rows == [3 * 4, 3 * 2]

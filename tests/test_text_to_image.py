@@ -8,6 +8,7 @@ from tiny_editor import write_tiny_editor
 
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.editor import Editor
+from nanoip2p.prompt_to_prompt import PairPainter
 from nanoip2p.text_to_image import TextToImage
 
 CAPTIONS = ["a red house at night", "turn the boat blue", "a red house at night", ""]
@@ -72,12 +73,31 @@ def test_a_picture_does_not_depend_on_its_batch(painter):
 
 def test_branches_without_weight_are_not_computed(painter, monkeypatch):
     rows, forward = [], type(painter.unet).forward
-    monkeypatch.setattr(type(painter.unet), "forward", lambda self, z, t, context, inject=None: (
-        rows.append(len(z)), forward(self, z, t, context))[1])
+    monkeypatch.setattr(type(painter.unet), "forward", lambda self, z, t, text: (
+        rows.append(len(text.rows)), forward(self, z, t, text))[1])
     for guidance in (1.0, 0.0, 3.0, [1.0, 3.0, 1.0]):
         painter.generate(CAPTIONS[:3], steps=1, cfg_text=guidance, resolution=32)
     painter.generate(CAPTIONS[:3], steps=2, cfg_text=3.0, resolution=32, batch=2)
     assert rows == [3, 3, 6, 6, 4, 4, 2, 2]
+
+
+def test_reuse_changes_nothing(painter):
+    reused, plain = (painter.generate(CAPTIONS, cfg_text=[7.5, 1.0, 3.0, 0.0], seed=SEEDS, resolution=32,
+                                      reuse=reuse) for reuse in (True, False))
+    assert max(difference(a, b) for a, b in zip(reused, plain)) <= 1
+
+
+def test_no_text_is_encoded_once(folder, monkeypatch):
+    """By all that paints with one model."""
+    painter, encoded = TextToImage.load(folder, "cpu"), []
+    forward = type(painter.text_encoder).forward
+    monkeypatch.setattr(type(painter.text_encoder), "forward", lambda self, ids: (
+        encoded.append(len(ids)), forward(self, ids))[1])
+    for caption in ("a", "b"):
+        painter.generate([caption], steps=1)
+    for _ in range(2):
+        PairPainter(painter, "a", "b")
+    assert encoded == [1] * 7  # "" in the first call only
 
 
 def test_defaults_come_from_the_weights_and_can_be_overridden(painter):

@@ -121,6 +121,49 @@ def test_samples_of_a_batch_do_not_mix():
     assert relative_error(together, torch.cat(apart)) < 1e-5
 
 
+@pytest.mark.parametrize("rows", [[0, 1, 0, 1], [0, 0, 1, 1, 1], [1, 0, 0], [1, 0, 1, 1]], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_projected_text_may_share_latents(name, rows):
+    """As the plain text with every row's own latents, to rounding; odd sizes bring odd skips."""
+    ours, _ = pair(name)
+    latents, _ = inputs(ours.config, 7, 10)
+    _, context = inputs(ours.config, 1, 1, batch=len(rows), seed=1)
+    rows = torch.tensor(rows)
+    with torch.no_grad():
+        plain = ours(latents[rows], 431.7, context)
+        assert relative_error(ours(latents[rows], 431.7, ours.project_context(context)), plain) < 1e-6
+        shared = ours(latents, 431.7, ours.project_context(context, rows))
+        assert relative_error(shared, plain) < 1e-5
+        assert relative_error(ours(latents[rows], 431.7, context.flip(0)), plain) > 1e-3  # the text counts
+        assert relative_error(plain[rows == 0][:1], plain[rows == 1][:1]) > 1e-2          # so do the latents
+
+
+def test_a_projected_text_needs_no_text_weights():
+    """And what a plain one needs is all there for training, at every layer, recomputed or not."""
+    ours, _ = pair("like SD 1.5")
+    latents, context = inputs(ours.config, 8, 8)
+    texts = [weight for key, weight in ours.named_parameters() if "attn2.to_k" in key or "attn2.to_v" in key]
+    for recompute in (False, True):
+        out = ours(latents, 5, context.requires_grad_(), recompute=recompute)
+        assert all(g.norm() > 0 for g in torch.autograd.grad(out.square().sum(), [context, *texts]))
+    with torch.no_grad():
+        projected = ours.project_context(context)
+    out = ours(latents, 5, projected)
+    assert torch.autograd.grad(out.square().sum(), texts, allow_unused=True) == (None,) * len(texts)
+
+
+def test_compiles_whole_and_once_for_all_texts_and_steps():
+    ours, _ = pair("tiny")
+    latents, context = inputs(ours.config, 8, 8, batch=4)
+    latents, rows = latents[:2], torch.tensor([0, 1, 1, 0])
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for text, t in ((context, 5.0), (context, 700.0), (-context, 30.0)):
+            text, t = ours.project_context(text, rows), torch.tensor([t])
+            assert relative_error(compiled(latents, t, text), ours(latents, t, text)) < 1e-6
+
+
 @pytest.mark.parametrize("name", ["like SD 1.5", "editor, attention below", "up and down differ"])
 def test_gradients_equal_those_of_diffusers(name):
     ours, theirs = pair(name)
