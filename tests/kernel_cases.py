@@ -6,6 +6,7 @@ writes a place too far shows it.
 
 import os
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ def check_within(out, whole):
 def test_long_equals_float64_at_every_width(d):
     choose = random.Random(d)
     dtype = choose.choice(list(BOUNDS))
-    batch, heads, queries, keys = (choose.randint(1, n) for n in (2, 3, 40, 50))
+    batch, heads, queries, keys = (choose.randint(1, n) for n in (2, 2, 40, 50))
     layouts = choose.choices(("plain", "fused", "turned"), k=4)
     shapes = [(batch, tokens, heads * d) for tokens in (queries, keys, keys)]
     q, k, v = draw(d, *shapes, dtype=dtype, layouts=layouts)
@@ -89,15 +90,14 @@ def test_long_equals_float64_at_every_width(d):
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-@pytest.mark.parametrize("d", [40, 80, 160])
-@pytest.mark.parametrize("keys", [1, 16, 33])
-def test_long_equals_float64_in_every_dtype(dtype, d, keys):
-    q, k, v = draw(keys, (2, 17, 2 * d), (2, keys, 2 * d), (2, keys, 2 * d), dtype=dtype)
+@pytest.mark.parametrize("d, keys", [(40, 1), (40, 33), (80, 16), (160, 33)])
+def test_long_equals_float64_in_every_dtype(d, keys, dtype):
+    q, k, v = draw(keys, (1, 17, 2 * d), (1, keys, 2 * d), (1, keys, 2 * d), dtype=dtype)
     assert relative_error(kernels.long_attention(q, k, v, 2, TILE), expect(q, k, v, 2)) < BOUNDS[dtype]
 
 
-@pytest.mark.parametrize("keys", [1, 15, 16, 77, 128])
-@pytest.mark.parametrize("d", [8, 40, 56, 80, 160])
+@pytest.mark.parametrize("keys", [1, 16, 77, 128])
+@pytest.mark.parametrize("d", [8, 40, 80, 160])
 def test_short_equals_float64(d, keys):
     choose = random.Random(d * keys)
     dtype, layouts = choose.choice(list(BOUNDS)), choose.choices(("plain", "fused", "turned"), k=4)
@@ -123,9 +123,9 @@ def test_rows_take_their_map_from_elsewhere():
         assert relative_error(out, expect(q, k, v, 2, rows)) < 2e-6
 
 
-@pytest.mark.parametrize("d", [16, 40, 80])
+@pytest.mark.parametrize("d", [16, 40])
 def test_two_values_by_one_map(d):
-    shapes = (2, 21, 3 * d), (2, 37, 3 * d), (2, 37, 3 * d), (2, 37, 3 * d)
+    shapes = (1, 21, 3 * d), (1, 37, 3 * d), (1, 37, 3 * d), (1, 37, 3 * d)
     for layouts in (("plain",) * 4, ("plain", "plain", "turned", "fused")):
         q, k, v, v2 = draw(d, *shapes, layouts=layouts)
         out, whole = surrounded(shapes[0])
@@ -171,10 +171,10 @@ def test_the_same_every_time(kernel):
 def test_attention_hands_over_to_ours(monkeypatch):
     taken = []
     for name in ("long_attention", "short_attention"):
-        def seen(*args, plain=getattr(kernels, name), name=name, **more):
+        def seen(*args, plain, name, **more):
             taken.append((name, args[4]))
             return plain(*args, **more)
-        monkeypatch.setattr(kernels, name, seen)
+        monkeypatch.setattr(kernels, name, partial(seen, plain=getattr(kernels, name), name=name))
     q, k, v, v2 = draw(7, (2, 18, 32), (2, 130, 32), (2, 130, 32), (2, 130, 32))
     rows = torch.tensor([1, 0], dtype=torch.int32, device=DEVICE)
     few = k[:, :128], v[:, :128]
@@ -197,7 +197,7 @@ def test_widths_that_ours_does_not_know_are_refused(d):
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("shape, groups", [((2, 20, 27, 25), 2), ((1, 12, 5, 3), 4), ((2, 6, 1, 1), 3)])
+@pytest.mark.parametrize("shape, groups", [((2, 20, 27, 25), 2), ((1, 12, 5, 3), 4), ((2, 4, 1, 1), 2)])
 def test_group_norm_silu_equals_float64(shape, groups, channels_last, dtype):
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(size, generator=generator).to(DEVICE, dtype)
@@ -214,8 +214,9 @@ def test_group_norm_silu_of_a_large_mean_and_a_small_spread():
     x = 1000 + torch.randn(1, 20, 27, 25, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     ones, zeros = torch.ones(20, device=DEVICE), torch.zeros(20, device=DEVICE)
     for scale, eps in ((1.0, 1e-5), (1e-3, 1e-6)):
-        wanted = kernels.group_norm_silu_reference((scale * x).double(), 2, ones.double(), zeros.double(), eps)
-        assert relative_error(kernels.group_norm_silu(scale * x, 2, ones, zeros, eps), wanted) < 2e-4
+        y = scale * x
+        wanted = kernels.group_norm_silu_reference(y.double(), 2, ones.double(), zeros.double(), eps)
+        assert relative_error(kernels.group_norm_silu(y, 2, ones, zeros, eps), wanted) < 2e-4
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
