@@ -67,3 +67,12 @@ def test_group_norm_silu_and_geglu(capability):
     build(kernels._moments, capability, **sizes)
     build(kernels._normalise, capability, **sizes)
     build(kernels._geglu, capability, row_stride=2560, C=1280, total=4096 * 1280, BLOCK=1024)
+
+
+def test_sizes_of_one():
+    """Triton compiles another kernel for an argument that is 1, with a constant for it."""
+    values = attention_values(40, heads=1, Tq=1, Tk=1, BN=16, INDEXED=False)
+    for kernel in (kernels._long, kernels._short):
+        build(kernel, 90, **values)
+    for kernel in (kernels._moments, kernels._normalise):
+        build(kernel, 90, means="*fp32", squares="*fp32", eps=1e-5, BC=2, BP=1, CHUNKS=1)

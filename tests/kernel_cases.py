@@ -75,6 +75,12 @@ def check_within(out, whole):
     assert whole.isnan().all(), "wrote outside of the output"
 
 
+def test_heads_are_cut_with_little_padding():
+    cut = {8: (16, 0), 24: (32, 0), 40: (32, 16), 56: (64, 0), 64: (64, 0), 80: (64, 16), 96: (64, 32),
+           104: (128, 0), 160: (128, 32)}
+    assert {d: kernels.pieces(d) for d in cut} == cut
+
+
 @pytest.mark.parametrize("d", range(8, 168, 8))
 def test_long_equals_float64_at_every_width(d):
     choose = random.Random(d)
