@@ -1,31 +1,84 @@
 """The one place that attends: softmax(q k^T / sqrt(d)) v, with d the width of one head.
 
 Every network calls `attention`. `attention_reference` says what it must compute, one line an operation.
+On CUDA our own kernels (kernels.py) take the calls for which they have been measured to be faster.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SHORT = 128  # so many keys fit on chip at once, and a simpler kernel takes them
+SAFE_TILE = (64, 32, 4, 2)  # queries and keys of a block, warps, stages: fits on any card, fast on none
+# (kind, d, queries up to, dtype, capability) -> the tile with which our kernel beat every one of torch's, as
+# tests/benchmarks/attention.py prints them. Empty, as nothing has been measured on a GPU yet.
+FASTER: dict[tuple, tuple[int, ...]] = {}
 
-def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
-    """Multi-head attention on torch's fused kernels, which never store the (Tq, Tk) map.
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False, rows: Tensor | None = None,
+              kernel: str = "auto") -> Tensor:
+    """Multi-head attention on fused kernels, which never store the (Tq, Tk) map.
 
     q (B, Tq, heads * d), k and v (B, Tk, heads * d) -> (B, Tq, heads * d). The heads lie side by side in
-    the last axis. With `causal`, position i sees keys 0..i only (Tq and Tk must be equal). Each head of v,
-    and so of the result, may be several times d wide: one map then serves so many values.
+    the last axis. With `causal`, position i sees keys 0..i only (Tq and Tk must be equal). With `rows` (B,)
+    int32, row b takes the map of q[rows[b]] and k[rows[b]], and q and k may have another number of rows.
+    kernel: "sdpa" is torch's, "ours" in kernels.py, "auto" ours where that was measured to be faster.
     """
-    _check(q, k, v, heads, causal)
+    _check(q, k, v, heads, causal, rows)
+    kind = "rows" if rows is not None else "short" if k.shape[1] <= SHORT else "long"
+    if tile := _choose("causal" if causal else kind, kernel, heads, q, k, v):
+        from nanoip2p import kernels  # needs triton
+        if kind == "short":
+            return kernels.short_attention(q, k, v, heads, tile)
+        return kernels.long_attention(q, k, v, heads, tile, rows)
+    if rows is not None:
+        q, k = q[rows], k[rows]
     q, k, v = (_split(x, heads) for x in (q, k, v))
-    if v.shape[-1] != k.shape[-1] and v.device.type not in ("cuda", "meta"):  # fused for equal widths only
-        parts = v.split(k.shape[-1], dim=-1)
-        return _merge(torch.cat([F.scaled_dot_product_attention(q, k, part) for part in parts], dim=-1))
     return _merge(F.scaled_dot_product_attention(q, k, v, is_causal=causal))
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
+def attention_twice(q: Tensor, k: Tensor, v: Tensor, v2: Tensor, heads: int,
+                    kernel: str = "auto") -> tuple[Tensor, Tensor]:
+    """`attention` to v and to v2 (shaped alike) by one map.
+
+    torch's CUDA kernels take values of twice the width of keys; those of a CPU do not and run twice.
+    """
+    assert v.shape == v2.shape, (v.shape, v2.shape)
+    _check(q, k, v, heads, False)
+    if tile := _choose("twice", kernel, heads, q, k, v, v2):
+        from nanoip2p import kernels
+        return kernels.long_attention(q, k, v, heads, tile, v2=v2)
+    if q.device.type not in ("cuda", "meta"):
+        return attention(q, k, v, heads, kernel="sdpa"), attention(q, k, v2, heads, kernel="sdpa")
+    q, k, *both = (_split(x, heads) for x in (q, k, v, v2))
+    h = F.scaled_dot_product_attention(q, k, torch.cat(both, dim=-1))   # (B, heads, Tq, 2 d)
+    return tuple(_merge(part) for part in h.chunk(2, dim=-1))
+
+
+def _choose(kind: str, kernel: str, heads: int, q: Tensor, *others: Tensor) -> tuple[int, ...] | None:
+    """The tile for our kernel, or None where torch's is to run."""
+    assert kernel in ("auto", "ours", "sdpa"), kernel
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, *others))
+    if kernel == "ours":
+        assert kind != "causal" and not gradients, "our kernels know neither a causal mask nor gradients"
+        return SAFE_TILE
+    if kernel == "sdpa" or gradients or not (FASTER and q.is_cuda):
+        return None
+    return FASTER.get(case(kind, q, heads))
+
+
+def case(kind: str, q: Tensor, heads: int) -> tuple:
+    """The key into FASTER of a call with queries q."""
+    up_to = 1 << (q.shape[1] - 1).bit_length()  # the next power of two
+    return kind, q.shape[2] // heads, up_to, str(q.dtype), torch.cuda.get_device_capability(q.device)
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False,
+                        rows: Tensor | None = None) -> Tensor:
     """The same as `attention`, spelled out; slow, and the map takes B * heads * Tq * Tk numbers."""
-    _check(q, k, v, heads, causal)
+    _check(q, k, v, heads, causal, rows)
+    if rows is not None:
+        q, k = q[rows], k[rows]
     q, k, v = (_split(x, heads) for x in (q, k, v))
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5               # (B, heads, Tq, Tk)
     if causal:
@@ -42,8 +95,9 @@ def _merge(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)                                 # (B, T, heads * d)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool, rows: Tensor | None = None) -> None:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, {heads} heads"
-    assert k.shape[:2] == v.shape[:2] and q.shape[0] == k.shape[0] and q.shape[2] == k.shape[2], shapes
-    assert q.shape[2] % heads == 0 and v.shape[2] % k.shape[2] == 0, shapes
+    assert k.shape[1:] == v.shape[1:] and q.shape[0] == k.shape[0] and q.shape[2] == k.shape[2], shapes
+    assert v.shape[0] == (k.shape[0] if rows is None else len(rows)), shapes
+    assert q.shape[2] % heads == 0, shapes
     assert not causal or q.shape[1] == k.shape[1], shapes

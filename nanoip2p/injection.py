@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanoip2p.attention import attention
+from nanoip2p.attention import attention, attention_twice
 from nanoip2p.unet import spread
 
 
@@ -36,11 +36,9 @@ class Injection:
         q, k, v = layer.to_q(x[n:]), layer.to_k(x[n:]), layer.to_v(x)
         if n == 0:
             return attention(q, k, v, layer.heads)
-        half, heads = len(x) // 2, (layer.heads, -1)
+        half = len(x) // 2
         of_source, rest = slice(half - n, half), half - n  # q and k lack the first n rows
-        both = torch.stack([v[:n].unflatten(2, heads), v[half : half + n].unflatten(2, heads)], dim=3)
-        both = attention(q[of_source], k[of_source], both.flatten(2), layer.heads)   # (n, T, heads * 2 d)
-        taken, own = (y.flatten(2) for y in both.unflatten(2, (layer.heads, 2, -1)).unbind(3))
+        taken, own = attention_twice(q[of_source], k[of_source], v[:n], v[half : half + n], layer.heads)
         if rest == 0:
             return torch.cat([taken, own])
         q, k, v = (torch.cat([y[first : first + rest], y[-rest:]]) for y, first in ((q, 0), (k, 0), (v, n)))

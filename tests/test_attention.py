@@ -1,11 +1,16 @@
 """`attention` against its specification, and the specification against a loop in float64."""
 
+import subprocess
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from helpers import relative_error
 
-from nanoip2p.attention import attention, attention_reference
+import nanoip2p.attention as module
+from nanoip2p.attention import attention, attention_reference, attention_twice
 
 # batch, queries, keys, heads, head width: self-attention, SD 1.5's text, one head, one token, odd sizes
 SHAPES = [(2, 64, 64, 8, 40), (3, 35, 77, 4, 16), (1, 48, 48, 1, 32), (2, 1, 1, 2, 8), (2, 5, 3, 3, 7)]
@@ -48,18 +53,6 @@ def test_causal_equals_a_loop_over_queries(attend, tokens):
     assert relative_error(attend(q, k, v, 4, causal=True), by_hand(q, k, v, 4, causal=True)) < 1e-6
 
 
-@pytest.mark.parametrize("attend", [attention, attention_reference])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_one_map_serves_two_values(attend, shape):
-    """Side by side in each head; as two calls."""
-    q, k, v = draw(*shape)
-    heads, other = (shape[3], -1), v.flip(1) + 1
-    both = torch.stack([v.unflatten(2, heads), other.unflatten(2, heads)], dim=3).flatten(2)
-    made = attend(q, k, both, shape[3]).unflatten(2, (shape[3], 2, -1)).unbind(3)
-    for part, values in zip(made, (v, other)):
-        assert relative_error(part.flatten(2), by_hand(q, k, values, shape[3], causal=False)) < 1e-6
-
-
 def test_gradients_equal_those_of_the_reference():
     inputs = [x.requires_grad_() for x in draw(2, 20, 13, 4, 16)]
     probe = torch.randn(2, 20, 64, generator=torch.Generator().manual_seed(1))
@@ -86,3 +79,57 @@ def test_wrong_shapes_are_named(attend):
         attend(q, k, v, heads=3, causal=True)
     with pytest.raises(AssertionError, match=r"v \(2, 3, 24\)"):
         attend(q, k, v[:, :3], heads=3)
+    with pytest.raises(AssertionError, match=r"v \(2, 4, 24\)"):
+        attend(q, k, v, heads=3, rows=torch.tensor([0, 1, 1]))
+
+
+@pytest.mark.parametrize("attend", [attention, attention_reference])
+def test_rows_take_their_map_from_elsewhere(attend):
+    q, k, v = draw(3, 20, 13, 4, 16)
+    rows = torch.tensor([1, 1, 0], dtype=torch.int32)
+    expected = torch.cat([by_hand(q[[a]], k[[a]], v[[b]], 4, False) for b, a in enumerate(rows.tolist())])
+    assert relative_error(attend(q[:2], k[:2], v, 4, rows=rows), expected) < 1e-6
+
+
+def test_two_values_by_one_map():
+    q, k, v = draw(2, 20, 13, 4, 16)
+    for out, value in zip(attention_twice(q, k, v, v.flip(1), 4), (v, v.flip(1))):
+        assert relative_error(out, attention_reference(q, k, value, 4)) < 1e-6
+
+
+def test_ours_runs_only_where_it_was_measured_to_be_faster(monkeypatch):
+    """Decided for a tensor that says of itself to be on a card of capability 9.0."""
+    tile = (128, 64, 4, 3)
+    monkeypatch.setattr(module, "FASTER", {("long", 40, 4096, "torch.bfloat16", (9, 0)): tile})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    on_card = {"is_cuda": True, "device": "cuda", "shape": (2, 3000, 320), "dtype": torch.bfloat16,
+               "requires_grad": False}
+
+    def choose(kind="long", kernel="auto", heads=8, **other):
+        q = SimpleNamespace(**on_card | other)
+        return module._choose(kind, kernel, heads, q, SimpleNamespace(requires_grad=False))
+
+    assert choose() == tile
+    assert choose(kind="rows") is choose(kind="short") is choose(kind="causal") is None
+    assert choose(heads=4) is choose(dtype=torch.float16) is choose(kernel="sdpa") is None
+    assert choose(shape=(2, 4097, 320)) is choose(shape=(2, 2048, 320)) is choose(is_cuda=False) is None
+    assert choose(requires_grad=True) is None
+    with torch.no_grad():
+        assert choose(requires_grad=True) == tile
+    assert choose(kind="rows", kernel="ours", is_cuda=False) == module.SAFE_TILE
+
+
+def test_ours_refuses_what_it_cannot_do():
+    q, k, v = draw(1, 3, 3, 1, 8)
+    with pytest.raises(AssertionError, match="causal"):
+        attention(q, k, v, 1, causal=True, kernel="ours")
+    with pytest.raises(AssertionError, match="gradients"):
+        attention_twice(q, k, v, v.clone().requires_grad_(), 1, kernel="ours")
+    with pytest.raises(AssertionError, match="fastest"):
+        attention(q, k, v, 1, kernel="fastest")
+
+
+def test_without_cuda_nothing_imports_triton():
+    code = ("import sys, torch; from nanoip2p.attention import attention; q = torch.ones(1, 4, 8); "
+            "attention(q, q, q, 1); sys.exit('triton' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code], cwd=module.__file__.rsplit("/", 2)[0]).returncode == 0

@@ -1,0 +1,22 @@
+"""kernel_cases.py and kernel_builds.py, each in its own process: Triton decides on import how it runs.
+
+On CUDA the cases run on the card, elsewhere in Triton's interpreter, which other tests must not see.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if sys.platform == "linux":  # there is no Triton for others
+
+    @pytest.mark.parametrize("file, interpret", [("kernel_cases.py", not torch.cuda.is_available()),
+                                                 ("kernel_builds.py", False)])
+    def test_passes(file, interpret, tmp_path):
+        env = os.environ | {"TRITON_INTERPRET": str(int(interpret)), "TRITON_CACHE_DIR": str(tmp_path)}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+        done = subprocess.run(command, cwd=Path(__file__).parent, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
