@@ -54,8 +54,8 @@ FREE = {"steps", "lr", "batch_size", "accumulate", "recompute", "compile", "shar
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Flags; a preset, or with --resume the settings of that run, are the defaults of all the others.
 
-    Adds `start`, the checkpoint to go on from, its state, and all that there were; or None. ValueError for what
-    does not go together.
+    Adds `start`, None or the checkpoint to go on from, its state, and all there were. ValueError for what does
+    not go together.
     """
     parser = make_parser()
     args = parser.parse_args(argv)
