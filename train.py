@@ -54,7 +54,8 @@ FREE = {"steps", "lr", "batch_size", "accumulate", "recompute", "compile", "shar
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Flags; a preset, or with --resume the settings of that run, are the defaults of all the others.
 
-    Adds `start`, the (checkpoint, state) to go on from, or None. ValueError for what does not go together.
+    Adds `start`, None or the checkpoint to go on from, its state, and all there were. ValueError for what does
+    not go together.
     """
     parser = make_parser()
     args = parser.parse_args(argv)
@@ -64,7 +65,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.set_defaults(**PRESETS[args.preset])
     start, settings = None, {}
     if args.resume:
-        start = runs.newest_checkpoint(args.resume)
+        start = (*runs.newest_checkpoint(args.resume), runs.checkpoints(args.resume))
         settings = start[1]["settings"]
         parser.set_defaults(**settings)
     args = parser.parse_args(argv)
@@ -269,10 +270,11 @@ def train(args: argparse.Namespace, parts: Parts, items: list[Item], validation_
     trainer = Trainer(args, parts, ranks, len(items))
     first = 0
     if args.start:
-        checkpoint, first = args.start[0], args.start[1]["step"]
+        checkpoint, state, seen = args.start
+        first = state["step"]
         if first > args.steps:
             raise ValueError(f"--steps {args.steps}: {args.out} is at step {first} already")
-        if checkpoint != runs.checkpoints(args.out)[-1]:
+        if runs.checkpoints(args.out) != seen:
             raise ValueError(f"{args.out} went on meanwhile; start again")
         if ranks.agree(first) != first or ranks.agree(-first) != -first:
             raise ValueError(f"processes found other checkpoints in {args.out}; they have to share it")

@@ -418,6 +418,14 @@ def test_check_opens_all_the_data_and_writes_nothing(folder, tmp_path, capsys, m
     assert "pairs that are sound: 15" in capsys.readouterr().out and sorted(tmp_path.rglob("*")) == before
 
 
+def test_from_a_damaged_checkpoint_a_run_goes_back_to_the_one_before(start, whole, tmp_path, capsys):
+    assert run(start, tmp_path / "run", "--steps", 4, "--save-every", 2) == 0
+    damaged = runs.checkpoints(tmp_path / "run")[-1] / "ema.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    assert resume(tmp_path / "run", "--steps", 6) == 0
+    assert "damaged" in capsys.readouterr().err and state(tmp_path / "run") == state(whole)
+
+
 def test_a_run_is_trained_by_one_process_at_a_time(start, whole, capsys):
     before = state(whole)
     with runs.occupied(whole, first=True):
