@@ -54,7 +54,7 @@ FREE = {"steps", "lr", "batch_size", "accumulate", "recompute", "compile", "shar
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Flags; a preset, or with --resume the settings of that run, are the defaults of all the others.
 
-    Adds `start`, None or the checkpoint to go on from, its state, and all there were. ValueError for what does
+    Adds `start`, None or the checkpoint to go on from, its state and all there are. ValueError for what does
     not go together.
     """
     parser = make_parser()
