@@ -2,9 +2,9 @@
 
     unet = fast_convolutions(unet)
 
-Every one gives what the plain network gives, to rounding, and leaves the state dict as it was. They come after
-loading and after the move to a device, for some keep what they make of the weights. `fast` takes those that
-help on a device.
+Every one gives what the plain network gives, to rounding, and leaves the state dict as it was. They come
+after loading and after the move to a device, for some keep what they make of the weights. `fast` takes those
+that help on a device.
 """
 
 import os
@@ -19,17 +19,15 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from nanoip2p.attention import attention
 from nanoip2p.unet import Attention, UNet, attend
 
-CACHE = "~/.cache/nanoip2p/inductor"
+CACHE = Path("~/.cache/nanoip2p/inductor")
 
 
 def fast(unet: UNet, say: Callable[[str], None]) -> UNet:
     """What helps on the device of the weights. say: is told in a line what takes long."""
-    weight = unet.conv_in.weight
-    if weight.device.type == "cuda":
+    device = unet.conv_in.weight.device.type
+    if device == "cuda":  # as is usual, and not measured here
         return cuda_graph(compile(fused_projections(channels_last(unet)), say))
-    if weight.device.type == "cpu" and weight.dtype == torch.float32:
-        return fast_convolutions(unet)
-    return unet
+    return channels_last(fused_projections(fast_convolutions(unet))) if device == "cpu" else unet
 
 
 def channels_last(model: nn.Module) -> nn.Module:
@@ -58,7 +56,8 @@ def fused_projections(model: nn.Module) -> nn.Module:
     for layer in model.modules():
         if type(layer) is Attention and layer.to_k.in_features == layer.to_q.in_features:
             layers = (layer.to_q, layer.to_k, layer.to_v)
-            layer.register_buffer("qkv", torch.cat([part.weight.detach() for part in layers]), persistent=False)
+            joined = torch.cat([part.weight.detach() for part in layers])               # (3 C, C)
+            layer.register_buffer("qkv", joined, persistent=False)
             for part, weight in zip(layers, layer.qkv.chunk(3)):
                 part.weight.data = weight
             layer.__class__ = FusedAttention
@@ -116,3 +115,72 @@ def fast_convolutions(model: nn.Module, least: int = 64) -> nn.Module:
                                   persistent=False)
             layer.__class__ = Winograd
     return model
+
+
+def compile(unet: UNet, say: Callable[[str], None], mode: str = "default") -> UNet:
+    """By torch.compile, once for each shape; what it made is on disk for the next process.
+
+    Calls with injection run as before. say: is told before it compiles. mode: torch's.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE.expanduser()))  # torch's own is in /tmp
+    plain, compiled, seen = unet.forward, torch.compile(unet.forward, dynamic=False, mode=mode), set()
+
+    def forward(latents, timestep, context, inject=None, recompute=False):
+        if inject is not None or recompute:
+            return plain(latents, timestep, context, inject, recompute)
+        leaves, _ = tree_flatten((latents, context))
+        shapes = tuple(leaf.shape for leaf in leaves)
+        if shapes not in seen:
+            say(f"compiling for latents {tuple(latents.shape)}: takes a minute, less the next time")
+            seen.add(shapes)
+        return compiled(latents, as_tensor(timestep, latents), context)
+
+    unet.forward = forward
+    return unet
+
+
+def as_tensor(timestep: Tensor | float, latents: Tensor) -> Tensor:
+    """(1,) or (B,): a number would be a constant of what is compiled or captured."""
+    return torch.as_tensor(timestep, dtype=torch.float32, device=latents.device).reshape(-1)
+
+
+def captured(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+    """A CUDA graph of `run`: what replays it, and the tensor that every replay writes its result to."""
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries set themselves up at first, which no graph may hold
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            made = run()
+    return graph.replay, made
+
+
+def cuda_graph(unet: UNet, capture=captured) -> UNet:
+    """One launch a step in place of a thousand: captured at the first call of a shape, and then replayed.
+
+    Only the last shape's graph is kept, with the memory that it works in. For inference; calls with injection
+    run as before. The weights must stay where they are.
+    """
+    plain, kept = unet.forward, {}
+
+    @torch.inference_mode()
+    def forward(latents, timestep, context, inject=None, recompute=False):
+        if inject is not None or recompute:
+            return plain(latents, timestep, context, inject, recompute)
+        given, form = tree_flatten((latents, as_tensor(timestep, latents), context))
+        key = form, [(leaf.shape, leaf.dtype) for leaf in given]
+        if kept.get("key") != key:
+            kept.clear()  # its memory is free before more is taken
+            buffers = [leaf.clone() for leaf in given]
+            replay, made = capture(lambda: plain(*tree_unflatten(buffers, form)), latents.device)
+            kept.update(key=key, buffers=buffers, replay=replay, made=made)
+        torch._foreach_copy_(kept["buffers"], given)
+        kept["replay"]()
+        return kept["made"].clone()  # the next replay overwrites it
+
+    unet.forward = forward
+    return unet
