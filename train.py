@@ -30,14 +30,14 @@ from nanoip2p.parallel import Ranks
 from nanoip2p.recipe import Pictures, Samples, collate, sample_numbers, validation_batches
 from nanoip2p.scenes import EDIT_KINDS
 from nanoip2p.stored import Stored, open_stored, store
-from nanoip2p.trainer import Trainer, memory_used, sample_grid
+from nanoip2p.trainer import Diverged, Trainer, memory_used, sample_grid
 from nanoip2p.unet import UNetConfig
 
 VALIDATION_SAMPLES, GRID_COLUMNS = 64, 8
-# Of 1,024 samples a step, as the paper's. 24gb: what 17 GB of weights, gradients, Adam and average leave free
+# Of 1,024 samples a step, as the paper's; the batches fit by the count of memory.py, with --cache or without
 PRESETS = {
     "paper": {"batch_size": 32, "accumulate": 4},  # on each of 8 GPUs
-    "48gb": {"batch_size": 32, "accumulate": 32},
+    "48gb": {"batch_size": 64, "accumulate": 16},
     "24gb": {"batch_size": 16, "accumulate": 64, "recompute": True, "ema_device": "cpu"},
     "nano": {"resolution": 64, "batch_size": 32, "accumulate": 1, "steps": 600, "lr": 1e-3, "warmup": 50,
              "cooldown": 0.4, "snr_gamma": 1.0, "ema_decay": 0.98, "pairs": 4000, "save_every": 200,
@@ -78,6 +78,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} is needed (or --resume RUN)")
     if min(args.kind_weights) < 0 or max(args.kind_weights) == 0:
         parser.error("--kind-weights must not be negative, nor all zero")
+    if min(args.lr, args.clip) <= 0 or not (0 <= args.ema_decay <= 1 and 0 <= args.cooldown <= 1):
+        parser.error("--lr and --clip have to be above 0, --ema-decay and --cooldown from 0 to 1")
     if args.text_to_image and args.data != "scenes":
         parser.error("--text-to-image knows captions of --data scenes only")
     if args.fsdp and (args.ema_device or args.shard_optimizer):
@@ -129,13 +131,15 @@ def make_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--seed", type=at_least(0), default=0)
     recipe.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16",
                         help="of products and convolutions; weights and sums are fp32 in any case")
+    switch = argparse.BooleanOptionalAction  # so that --no-fsdp can be told to --resume
     running = parser.add_argument_group("running")
     running.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
     running.add_argument("--workers", type=at_least(0), help="processes that load data (CUDA: 4, else 0)")
     running.add_argument("--recompute", action="store_true", help="gradient checkpointing: slower, smaller")
     running.add_argument("--ema-device", choices=("cpu",), help="keep the average there: smaller, slower")
-    running.add_argument("--shard-optimizer", action="store_true", help="ranks share Adam's state (ZeRO)")
-    running.add_argument("--fsdp", action="store_true", help="ranks share all state (fully_shard)")
+    running.add_argument("--shard-optimizer", action=switch, default=False,
+                         help="ranks share Adam's state (ZeRO)")
+    running.add_argument("--fsdp", action=switch, default=False, help="ranks share all state (fully_shard)")
     running.add_argument("--compile", action="store_true", help="torch.compile the network")
     running.add_argument("--log-every", type=at_least(1), default=50, metavar="STEPS")
     running.add_argument("--validate-every", type=at_least(0), default=500, metavar="STEPS", help="0: never")
@@ -208,8 +212,8 @@ def plan_text(args: argparse.Namespace, items: list[Item], validation: list[Item
             f"batch     {args.batch_size} x {args.accumulate} accumulated x {ranks} devices = {batch}\n"
             f"run       {args.steps} steps = {total} samples = {total / len(items):.1f} visits of each item\n"
             f"memory    about {sum(memory.values()) / 1e9:.1f} GB on each device: {gigabytes}\n"
-            f"writes    {args.out}: weights, log.jsonl, loss.png, samples, and a checkpoint every "
-            f"{args.save_every} steps (the newest {args.keep} stay)")
+            f"writes    {args.out or 'into --out'}: weights, log.jsonl, loss.png, samples, and a checkpoint "
+            f"every {args.save_every} steps (the newest {args.keep} stay)")
 
 
 def prepare_and_train(args: argparse.Namespace) -> None:
@@ -264,6 +268,8 @@ def train(args: argparse.Namespace, parts: Parts, items: list[Item], validation_
     if args.start:
         checkpoint, first = args.start[0], args.start[1]["step"]
         trainer.load(checkpoint, first)
+        if first >= args.steps:
+            trainer.export()  # the run may have died between its last checkpoint and this
     timesteps, cuda = parts.schedule.num_train_timesteps, ranks.device.type == "cuda"
     samples = Samples(items, source, args.seed, args.flip, shape, timesteps, args.skip_bad)
     numbers = sample_numbers(first, args.steps, args.accumulate, args.batch_size, ranks.rank, ranks.count)
@@ -276,7 +282,7 @@ def train(args: argparse.Namespace, parts: Parts, items: list[Item], validation_
     spaced = validation_items[:: max(1, len(validation_items) // GRID_COLUMNS)]
     with stop_between_steps() as stop:
         loop(trainer, iter(batches), validation, [item[0] for item in spaced[:GRID_COLUMNS]], first, stop)
-    if first >= args.steps:
+    if ranks.rank == 0 and first >= args.steps:
         print(f"{args.out} has had its {first} steps; --steps takes it further")
     if ranks.rank == 0 and not runs.plot_log(args.out):
         print(f"losses are in {args.out / 'log.jsonl'}; pip install matplotlib to see them drawn")
@@ -292,7 +298,9 @@ def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], pair
     for done in range(first + 1, args.steps + 1):
         try:
             recent.append(trainer.step(batches, done - 1))
-        except ValueError:  # a broken picture or a loss that is not finite, told before the weights changed
+        except Diverged:
+            raise
+        except ValueError:  # a broken picture, told before the weights changed
             if saved < done - 1:
                 trainer.save(done - 1)
             raise

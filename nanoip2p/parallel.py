@@ -89,6 +89,12 @@ def is_sharded(unet: nn.Module) -> bool:
     return hasattr(unet, "set_requires_gradient_sync")
 
 
+def reshard(unet: nn.Module) -> None:
+    """Let go of the shares of others, which the last layers keep after a forward pass for the way back."""
+    if is_sharded(unet):
+        unet.reshard()
+
+
 @contextmanager
 def gradients_shared(forward: nn.Module, now: bool) -> Iterator[None]:
     """Inside, backward passes exchange gradients or, before the last of a step, only add up their own."""
@@ -156,5 +162,5 @@ def set_moments(optimizer: torch.optim.Optimizer, unet: nn.Module, step: int, ex
     state = {i: {"step": torch.tensor(float(step)), "exp_avg": like(exp_avg[name], parameter),
                  "exp_avg_sq": like(exp_avg_sq[name], parameter)}
              for i, (name, parameter) in enumerate(unet.named_parameters())}
-    groups = [group | {"params": list(state)} for group in optimizer.state_dict()["param_groups"]]
+    groups = [group | {"params": list(state)} for group in optimizer.param_groups]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -86,8 +86,8 @@ class Samples(Dataset):
             except ValueError as error:
                 skipped.append(str(error))
                 continue
-            return drawn | {"before": before, "after": after, "text": text, "number": number,
-                            "skipped": skipped}
+            return drawn | {"before": before, "after": after, "text": text, "skipped": skipped,
+                            "number": number, "pair": f"'{pair.edit}' on {pair.before}"}
         return {"error": f"{skipped[0]} (--skip-bad leaves such pairs out)"}
 
 

@@ -24,6 +24,10 @@ from nanoip2p.text_to_image import TextToImage
 from nanoip2p.unet import UNet
 
 
+class Diverged(ValueError):
+    """A loss or a gradient was not finite: what was learned since the last checkpoint is in doubt."""
+
+
 class Trainer:
     """Raw and averaged weights, Adam, and what they are fed with. args: as train.parse has them."""
 
@@ -44,6 +48,7 @@ class Trainer:
         if args.fsdp:
             parallel.shard(self.unet)
             parallel.shard(self.average)
+        self.norm = None  # of the last gradient
         self.optimizer = parallel.make_optimizer(self.unet, args.lr, args.shard_optimizer)
         self.shared = parallel.spread(self.unet, ranks)
         self.forward = torch.compile(self.shared) if args.compile else self.shared
@@ -75,7 +80,7 @@ class Trainer:
         """Optimizer step number `step`: gradients of --accumulate micro-batches, Adam, the average.
 
         Returns this rank's mean loss, unweighted; `lr` and `norm` (of the gradient) are of the last step.
-        ValueError, with the weights untouched, when a picture is broken or a loss is not finite.
+        With the weights untouched, ValueError when a picture is broken, Diverged when a loss is not finite.
         """
         args, told, broken = self.args, [], []
         self.optimizer.zero_grad()
@@ -88,11 +93,13 @@ class Trainer:
                 weighted = losses * loss_weight(moved["timestep"], self.alphas, args.snr_gamma)
                 (weighted.mean() / args.accumulate).backward()
             told.append(wait())  # by now the way back is queued, so the device does not idle
-            broken += batch["number"][~told[-1].isfinite()].tolist()
+            numbers = (~told[-1].isfinite()).nonzero().flatten().tolist()
+            broken += [f"{int(batch['number'][i])} ({batch['pair'][i]})" for i in numbers]
         if self.ranks.agree(len(broken)):
-            numbers = ", ".join(map(str, broken[:8])) or "those of another process"
-            raise ValueError(f"step {step}: the loss of sample {numbers} is not finite; the weights were "
-                             "left as they were; --resume with a smaller --lr, or look at the data")
+            self.check_gradient(step - 1)
+            samples = ", ".join(broken[:3]) or "on another process"
+            raise Diverged(f"step {step}: not finite is the loss of samples {samples}; look at them, or "
+                           "--resume, which goes on from the last checkpoint, with a smaller --lr")
         self.norm = parallel.whole(torch.nn.utils.clip_grad_norm_(self.unet.parameters(), args.clip))
         self.lr = learning_rate(step, args.steps, args.lr, args.warmup, args.cooldown)
         for group in self.optimizer.param_groups:
@@ -100,6 +107,12 @@ class Trainer:
         self.optimizer.step()
         self.update_average(step + 1)
         return torch.cat(told).double().mean().item()
+
+    def check_gradient(self, step: int) -> None:
+        """Diverged when that of `step`, the last one taken, was not finite: the weights are no longer."""
+        if self.norm is not None and not self.norm.isfinite():
+            raise Diverged(f"step {step}: the gradient is not finite; --resume goes on from the last "
+                           "checkpoint, with a smaller --lr")
 
     @torch.no_grad()
     def update_average(self, n: int) -> None:
@@ -122,8 +135,10 @@ class Trainer:
     def validate(self, batches: list[dict]) -> dict[str, float]:
         """Mean loss over batches on the device, with the raw and with the averaged weights."""
         networks = {"validation": self.unet, "validation_ema": self.averaged_unet()}
-        return {name: torch.cat([self.losses(unet, batch) for batch in batches]).double().mean().item()
-                for name, unet in networks.items()}
+        found = {name: torch.cat([self.losses(unet, batch) for batch in batches]).double().mean().item()
+                 for name, unet in networks.items()}
+        parallel.reshard(self.unet)
+        return found
 
     def load(self, checkpoint: Path, step: int) -> None:
         """Go on from a checkpoint of `step` steps."""
@@ -136,12 +151,10 @@ class Trainer:
     def save(self, step: int) -> None:
         """Write a checkpoint of `step` steps and the averaged model to <out>/weights; all ranks have to call.
 
-        ValueError, with nothing written, when the last gradient was not finite: the weights are no longer.
+        Diverged, with nothing written, when the last gradient was not finite: the weights are no longer.
         """
-        args, parts, first = self.args, self.parts, self.ranks.rank == 0
-        if not self.norm.isfinite():
-            raise ValueError(f"step {step}: the gradient is not finite; --resume goes on from the checkpoint "
-                             "before, with a smaller --lr")
+        args = self.args
+        self.check_gradient(step - 1)
         gather = {"unet": lambda: parallel.weights_of(self.unet),
                   "ema": lambda: parallel.weights_of(self.average)}
         for moment in ("exp_avg", "exp_avg_sq"):
@@ -149,9 +162,13 @@ class Trainer:
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
                     if key not in ("start", "accumulate_given", "resume", "check", "preset")}
         state = {"batch": self.batch, "items": self.items, "settings": settings}
-        runs.write_checkpoint(args.out, step, gather, state, args.keep, first)
-        unet = self.averaged_unet()
-        if first:
+        runs.write_checkpoint(args.out, step, gather, state, args.keep, self.ranks.rank == 0)
+        self.export()
+
+    def export(self) -> None:
+        """Write the averaged model to <out>/weights; all ranks have to call."""
+        args, parts, unet = self.args, self.parts, self.averaged_unet()
+        if self.ranks.rank == 0:
             save_parts(args.out / "weights", unet, parts.vae, parts.text_encoder, parts.tokenizer_folder,
                        parts.schedule.to_json(), parts.defaults)
 

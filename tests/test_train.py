@@ -31,9 +31,11 @@ STATE = ("unet", "ema", "exp_avg", "exp_avg_sq")
 UNET = "weights/unet/diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture(autouse=True)
-def little_validation(monkeypatch):
-    monkeypatch.setattr(train, "VALIDATION_SAMPLES", 8)
+@pytest.fixture(autouse=True, scope="module")
+def little_validation():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "VALIDATION_SAMPLES", 8)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -158,22 +160,22 @@ def test_killed_before_every_write_and_resumed_it_ends_where_it_would_have(start
             break
         if runs.checkpoints(out):
             assert runs.newest_checkpoint(out)[1]["step"] in (2, 4)
-    assert code == 0 and len(codes) > 25, (codes, told.read_text()[-500:])
+    assert code == 0 and len(codes) > 12, (codes, told.read_text()[-500:])
     assert state(out) == wanted
 
 
 def test_killed_at_random_moments_and_resumed_it_ends_where_it_would_have(start, folder, server, tmp_path):
     outs, draw = [tmp_path / name for name in ("online", "cache")], random.Random(3)
     flags = [["--workers", 2], ["--cache", tmp_path / "latents", "--accumulate", 2]]
-    begin = [words(start, out, "--steps", 12, "--save-every", 1, *more, data=folder)
+    begin = [words(start, out, "--steps", 6, "--save-every", 1, *more, data=folder)
              for out, more in zip(outs, flags)]
-    plain = [words(start, tmp_path / f"plain{i}", "--steps", 12, *more, data=folder)
+    plain = [words(start, tmp_path / f"plain{i}", "--steps", 6, *more, data=folder)
              for i, more in enumerate(flags)]
     assert server(*({"argv": argv} for argv in plain)) == [[0], [0]]
     kills, finished = [0, 0], [False, False]
     for attempt in range(40):
         jobs = [{"argv": ["--resume", str(out)] if runs.checkpoints(out) else argv,
-                 "seconds": draw.uniform(0.1, 0.7) * (1 + attempt / 10), "err": str(tmp_path / "told")}
+                 "seconds": draw.uniform(0.2, 1.0) * 1.15**attempt, "err": str(tmp_path / "told")}
                 for out, argv in zip(outs, begin)]
         for i, [code] in enumerate(server(*jobs)):
             assert code in (0, -signal.SIGALRM)
@@ -181,7 +183,7 @@ def test_killed_at_random_moments_and_resumed_it_ends_where_it_would_have(start,
             kills[i] += code != 0
         if all(finished):
             break
-    assert all(finished) and min(kills) > 2
+    assert all(finished) and min(kills) > 1
     assert [state(out) for out in outs] == [state(tmp_path / f"plain{i}") for i in (0, 1)]
 
 
@@ -200,13 +202,12 @@ def test_a_signal_loses_nothing(start, whole, tmp_path, monkeypatch, capsys, num
     assert taken == [0, 1, 2] and "--resume" in capsys.readouterr().err.splitlines()[-1]
     assert runs.newest_checkpoint(tmp_path / "run")[1]["step"] == 3 and (tmp_path / "run" / UNET).exists()
     monkeypatch.undo()
-    monkeypatch.setattr(train, "VALIDATION_SAMPLES", 8)
     assert resume(tmp_path / "run") == 0 and state(tmp_path / "run") == state(whole)
     assert signal.getsignal(number) is usual
 
 
 def test_ctrl_c_to_the_whole_group_with_workers_is_one_line(start, folder, tmp_path):
-    argv = words(start, tmp_path / "run", "--steps", 100_000, "--workers", 2, "--log-every", 1,
+    argv = words(start, tmp_path / "run", "--steps", 3000, "--workers", 2, "--log-every", 1,
                  "--validate-every", 0, data=folder)
     process = subprocess.Popen([sys.executable, "train.py", *argv], cwd=train_jobs.ROOT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
@@ -215,7 +216,7 @@ def test_ctrl_c_to_the_whole_group_with_workers_is_one_line(start, folder, tmp_p
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in out + err
-    assert [line for line in err.splitlines() if "it/s" not in line and line][-1].startswith("stopped;")
+    assert err.splitlines()[-1].startswith("stopped; go on with --resume")
     last = [line for line in out.splitlines() if line.startswith("step ")][-1]
     assert runs.newest_checkpoint(tmp_path / "run")[1]["step"] == int(last.split()[1].strip(":"))
 
@@ -231,10 +232,16 @@ def test_a_loss_that_is_not_finite_is_told_before_weights_change(start, tmp_path
 
     assert run(start, tmp_path / "sound", "--steps", 2) == 0
     monkeypatch.setattr(Stored, "get", poisoned)
-    assert run(start, tmp_path / "run", "--steps", 6) == 2
+    assert run(start, tmp_path / "run", "--steps", 6, "--save-every", 1, "--keep", 9) == 2
     [error] = errors(capsys)
-    assert "step 2" in error and "sample 9 " in error and "not finite" in error
+    assert "step 2" in error and f" 9 ('{ninth.edit}'" in error and "not finite" in error
+    assert [path.name for path in runs.checkpoints(tmp_path / "run")] == ["0000001", "0000002"]
     assert state(tmp_path / "run") == state(tmp_path / "sound")
+
+
+def test_what_diverged_is_not_saved(start, tmp_path, capsys):
+    assert run(start, tmp_path / "run", "--steps", 6, "--lr", 1e30, "--save-every", 4) == 2
+    assert "smaller --lr" in errors(capsys)[0] and not runs.checkpoints(tmp_path / "run")
 
 
 @pytest.mark.parametrize("save_every, left", [(1, 1), (6, None), (3, None)])
@@ -329,7 +336,8 @@ def test_the_average_is_that_of_the_original(start, tmp_path):
     """Once a step, however many batches it has, with the decay min(0.9, (1 + n) / (10 + n)) of step n."""
     more = ("--accumulate", 2, "--save-every", 1, "--keep", 9)
     assert run(start, tmp_path / "run", "--steps", 3, *more) == 0
-    average = {name: tensor.double() for name, tensor in load_file(start / UNET.removeprefix("weights/")).items()}
+    begin = load_file(start / UNET.removeprefix("weights/"))
+    average = {name: tensor.double() for name, tensor in begin.items()}
     for n in (1, 2, 3):
         read = tmp_path / "run" / "checkpoints" / f"{n:07d}"
         raw, decay = load_file(read / "unet.safetensors"), min(0.9, (1 + n) / (10 + n))
@@ -368,7 +376,7 @@ def test_tensorboard_has_the_scalars_of_the_log(start, tmp_path, monkeypatch, ca
 
 
 def test_training_learns(start, tmp_path):
-    assert run(start, tmp_path / "run", "--steps", 150, "--lr", 3e-3, "--log-every", 50) == 0
+    assert run(start, tmp_path / "run", "--steps", 90, "--lr", 3e-3, "--log-every", 30) == 0
     losses = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
     assert len(losses) == 3 and losses[-1] < 0.8 * losses[0]
 
@@ -410,7 +418,7 @@ def test_check_opens_all_the_data_and_writes_nothing(folder, tmp_path, capsys, m
 def test_check_with_weights_and_out_writes_nothing_either(start, folder, tmp_path, capsys):
     assert run(start, tmp_path / "run", "--check", "--steps", 7, "--accumulate", 3, data=folder) == 0
     told = capsys.readouterr().out
-    assert "4 at a time x 3 accumulated x 1 devices = 12" in told and "7 steps = 84 samples" in told
+    assert "4 x 3 accumulated x 1 devices = 12" in told and "7 steps = 84 samples" in told
     assert str(tmp_path / "run") in told and not (tmp_path / "run").exists()
 
 
@@ -445,10 +453,15 @@ def empty_data(tmp_path, folder):
     (None, ["--batch-size", 0], "--batch-size"),
     (None, ["--kind-weights", *[0] * 7], "--kind-weights"),
     (None, ["--lr", "fast"], "fast"),
-    (None, ["--lr", -1], "-1"),
+    (None, ["--lr", -1], "--lr"),
+    (None, ["--clip", 0], "--clip"),
+    (None, ["--ema-decay", 1.5], "--ema-decay"),
+    (None, ["--cooldown", -0.1], "--cooldown"),
     (None, ["--resolution", 36], "multiples of 8"),
     (None, ["--fsdp"], "torchrun"),
     (None, ["--shard-optimizer"], "torchrun"),
+    (None, ["--fsdp", "--shard-optimizer"], "leave out"),
+    (None, ["--fsdp", "--ema-device", "cpu"], "leave out"),
     (None, ["--resume", "nowhere"], "nowhere has no checkpoint"),
     (None, ["--text-to-image"], "this is an editor"),
     (None, ["--step", 3], "--step"),
@@ -502,6 +515,16 @@ def test_a_run_does_not_go_on_with_another_recipe(whole, capsys, flag):
     assert resume(whole, "--steps", 9, f"--{flag}", *OTHERS[flag]) == 2
     [error] = errors(capsys)
     assert f"--{flag} " in error and "begun with" in error and state(whole) == before
+
+
+def test_a_run_does_not_go_on_with_more_or_less_data(start, folder, tmp_path, capsys):
+    data = shutil.copytree(folder, tmp_path / "data")
+    assert run(start, tmp_path / "run", "--steps", 1, data=data) == 0
+    (data / "seeds.json").write_text(json.dumps(json.loads((data / "seeds.json").read_text())[:6]))
+    before = state(tmp_path / "run")
+    assert resume(tmp_path / "run", "--steps", 2) == 2
+    [error] = errors(capsys)
+    assert "5 items" in error and "begun with 10" in error and state(tmp_path / "run") == before
 
 
 def test_a_preset_gives_way_to_flags_and_not_to_resume(whole, capsys):

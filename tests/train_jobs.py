@@ -1,18 +1,20 @@
 """A process that starts train.py, as many ranks as are asked for, and ends some at a chosen moment.
 
-It reads a JSON list of jobs a line, forks the ranks of each, all at once, and prints a list of their exit codes.
+It reads a JSON list of jobs a line, forks the ranks of each, all at once, and prints their exit codes.
 Importing once and forking takes milliseconds where a new Python takes seconds. A job is
     {"argv": of train.py, "ranks": how many, with the environment that torchrun gives them,
      "err": file for what they print, "seconds": after which a timer kills rank 0,
      "event": number of the flush or rename before which rank 0 kills itself}
 """
 
+import importlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import conftest  # noqa: F401 the path to nanoip2p
@@ -62,6 +64,9 @@ def run(job: dict, rank: int, port: int) -> int:
 
 def main() -> None:
     torch.set_num_threads(1)
+    torch.nn.Embedding(1, 1, device="meta")  # the first of its kind imports for seconds, as those below
+    for name in ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.optim", "matplotlib.pyplot"):
+        importlib.import_module(name)
     train.VALIDATION_SAMPLES = 8
     for line in sys.stdin:
         children = []
@@ -74,9 +79,12 @@ def main() -> None:
                     code = 1
                     try:
                         code = run(job, rank, port)
+                    except BaseException:
+                        traceback.print_exc()
                     finally:
                         os._exit(code)
-        codes = [[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in ranks] for ranks in children]
+        codes = [[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in ranks]
+                 for ranks in children]
         print(json.dumps(codes), flush=True)
 
 

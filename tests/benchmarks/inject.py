@@ -15,11 +15,9 @@ import sys
 import tempfile
 import time
 import warnings
-import weakref
 from pathlib import Path
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -29,6 +27,7 @@ from helpers import randomise  # noqa: E402
 from tiny_editor import write_tiny_editor  # noqa: E402
 
 from nanoip2p.diffusion import NoiseSchedule  # noqa: E402
+from nanoip2p.live import Live  # noqa: E402
 from nanoip2p.prompt_to_prompt import PairPainter  # noqa: E402
 from nanoip2p.text_to_image import TextToImage  # noqa: E402
 from nanoip2p.unet import UNet, UNetConfig  # noqa: E402
@@ -39,35 +38,6 @@ CAPTIONS = {  # both kinds of text injection: every token takes over a map, or s
     "replace": ("a red house", "a blue house", hertz.replace),
     "refine": ("a red house", "a red house at night", hertz.refine),
     "both": ("a red house", "a blue house", hertz.replace)}
-
-
-class Live(TorchDispatchMode):
-    """The most bytes that storages made inside have held at one time."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.known = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, (tuple, list)) else [made]:
-            if isinstance(tensor, torch.Tensor):
-                self.follow(tensor.untyped_storage())
-        return made
-
-    def follow(self, storage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.known:
-            return
-        self.known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self.forget, key, size)
-
-    def forget(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
 
 
 def make_runs(folder: Path, width: str, latents: int, steps: int, device: str) -> dict:
