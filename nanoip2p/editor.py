@@ -6,11 +6,12 @@
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from nanoip2p.checkpoint import Checkpoint, load_parts
@@ -32,15 +33,19 @@ class Editor:
         """All networks on one device and in one dtype. defaults: the keys of checkpoint.PAPER_DEFAULTS."""
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.schedule, self.defaults = schedule, defaults
+        self.device = unet.conv_in.weight.device  # where they work; with low_memory, they wait on the CPU
 
     @classmethod
     def load(cls, weights: str | Path | Checkpoint, device: str | torch.device | None = None,
-             dtype: torch.dtype = torch.float32) -> "Editor":
+             dtype: torch.dtype = torch.float32, low_memory: bool = False) -> "Editor":
         """weights: see checkpoint.open_checkpoint. device None: see pick_device. ValueError if bad."""
         device = pick_device(device)
         parts = load_parts(weights, dtype)
-        networks = (network.to(device) for network in (parts.unet, parts.vae, parts.text_encoder))
-        return cls(*networks, parts.tokenizer, parts.schedule, parts.defaults)
+        networks = (network.to("cpu" if low_memory else device)
+                    for network in (parts.unet, parts.vae, parts.text_encoder))
+        editor = cls(*networks, parts.tokenizer, parts.schedule, parts.defaults)
+        editor.device = device
+        return editor
 
     @property
     def multiple(self) -> int:
@@ -61,7 +66,8 @@ class Editor:
         any device and whatever else is in the call. resolution: of the longer side, about; the picture comes
         back in the size it was edited at (images.fit_size). negative: what to steer away from, in place of
         no text. Pictures of one size share a forward, up to `batch` of them; low_memory runs the three
-        branches of guidance one after another. ValueError for settings or pictures that cannot be used.
+        branches of guidance one after another, has one network on the device at a time, and cuts large
+        pictures up for the VAE (vae.encode_small). ValueError for settings or pictures that cannot be used.
         """
         settings = {"steps": steps, "cfg_text": cfg_text, "cfg_image": cfg_image, "sampler": sampler,
                     "resolution": resolution}
@@ -75,7 +81,10 @@ class Editor:
 
         noise_levels = plan(self.schedule, settings["sampler"], settings["steps"])
         pixels = [self._to_pixels(image, settings["resolution"]) for image in images]  # (3, H, W) each
-        text_states = encode_texts(self.text_encoder, self.tokenizer, [negative, *instructions])
+        for network in (self.unet, self.vae) if low_memory else ():
+            network.to("cpu")
+        with self._on_device(self.text_encoder, low_memory):
+            text_states = encode_texts(self.text_encoder, self.tokenizer, [negative, *instructions])
         groups = list(_same_size(pixels, batch))
         edited = {}
         with tqdm(total=settings["steps"] * len(groups), disable=not progress, unit="step") as bar:
@@ -92,15 +101,28 @@ class Editor:
                         generators: list[torch.Generator], noise_levels: Plan, settings: dict,
                         low_memory: bool, bar: tqdm) -> list[Image.Image]:
         """pixels (B, 3, H, W) in [-1, 1], context (B, T, D), null_text (T, D), one generator per picture."""
-        weights = self.unet.conv_in.weight
-        z_image, _ = self.vae.encode(pixels.to(weights.device, weights.dtype))  # mode, unscaled (B, C, h, w)
+        pixels = pixels.to(self.device, self.unet.conv_in.weight.dtype)
+        with self._on_device(self.vae, low_memory):                             # mode, unscaled (B, C, h, w)
+            z_image = self.vae.encode_small(pixels) if low_memory else self.vae.encode(pixels)[0]
         denoise = guided_denoiser(
             self.unet, noise_levels.timestep_of(), z_image, context, null_text.expand_as(context),
             settings["cfg_text"], settings["cfg_image"], low_memory)
-        start = noise_levels.start_scale * draw_noise(z_image.shape, generators).to(weights.device)
-        z = SAMPLERS[settings["sampler"]](counted(denoise, bar), start, noise_levels.sigmas, generators)
-        edited = self.vae.decode((z / self.vae.scaling_factor).to(weights.dtype))      # (B, 3, H, W)
+        start = noise_levels.start_scale * draw_noise(z_image.shape, generators).to(self.device)
+        with self._on_device(self.unet, low_memory):
+            z = SAMPLERS[settings["sampler"]](counted(denoise, bar), start, noise_levels.sigmas, generators)
+        with self._on_device(self.vae, low_memory):
+            decode = self.vae.decode_small if low_memory else self.vae.decode
+            edited = decode((z / self.vae.scaling_factor).to(z_image.dtype))           # (B, 3, H, W)
         return [to_pil(picture) for picture in edited]
+
+    @contextmanager
+    def _on_device(self, network: nn.Module, low_memory: bool):
+        """With low_memory, it leaves the device again."""
+        network.to(self.device)
+        try:
+            yield
+        finally:
+            network.to("cpu" if low_memory else self.device)
 
     def _to_pixels(self, image: Image.Image, resolution: int) -> Tensor:
         """(3, H, W) in [-1, 1], at the size to edit."""
