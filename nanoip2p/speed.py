@@ -64,7 +64,7 @@ def fused_projections(model: nn.Module) -> nn.Module:
     return model
 
 
-TRANSFORM = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+TRANSFORM = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.double)
 TILES = 512  # computed together, so that they stay in the cache
 
 
@@ -109,7 +109,7 @@ def fast_convolutions(model: nn.Module, least: int = 64) -> nn.Module:
     for layer in model.modules():
         if (type(layer) is nn.Conv2d and layer.kernel_size == (3, 3) and layer.stride == (1, 1)
                 and layer.padding == (1, 1) and min(layer.in_channels, layer.out_channels) >= least):
-            weight, g = layer.weight.detach().float(), TRANSFORM.to(layer.weight.device)
+            weight, g = layer.weight.detach().double(), TRANSFORM.to(layer.weight.device)
             transformed = torch.einsum("xi,ocij,yj->xyco", g, weight, g).flatten(0, 1)  # (16, C_in, C_out)
             layer.register_buffer("transformed", transformed.to(layer.weight.dtype).contiguous(),
                                   persistent=False)
