@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import nanoip2p
-from nanoip2p import cli
+from nanoip2p import cli, speed
 from nanoip2p.checkpoint import add_flags, open_checkpoint
 from nanoip2p.cli import at_least, finite
 from nanoip2p.editor import Editor
@@ -35,7 +35,7 @@ RECIPE_FLAGS = (
 )
 DEFAULTS = {
     "n": 1, "negative": "", "weights": "weights/nano-ip2p", "dtype": "fp32", "batch": 8, "turns": False,
-    "keep_size": False, "grid": False, "low_memory": False, "raw_weights": False,
+    "keep_size": False, "grid": False, "low_memory": False, "raw_weights": False, "fast": False,
 }
 
 
@@ -84,7 +84,12 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--dtype", choices=sorted(DTYPES), help="the halves are quicker on a GPU (fp32)")
     group.add_argument("--batch", type=at_least(1), help="pictures of one size that share a forward (8)")
     group.add_argument("--low-memory", action="store_true", default=None,
-                       help="run the three branches of guidance one after another")
+                       help="one branch of guidance and one network on the device at a time, and pictures "
+                            "above 768 pixels in tiles for the VAE, which changes them a little")
+    group.add_argument("--fast", action="store_true", default=None,
+                       help="the same to rounding, in less time: on a CPU, convolutions by Winograd's method "
+                            "(with more memory); on CUDA, channels last, fused projections, compiled (a "
+                            "minute at first) and replayed as a CUDA graph")
     return parser
 
 
@@ -101,6 +106,8 @@ def complete(argv: list[str]) -> argparse.Namespace:
     missing = [f"--{key}" for key in ("input", "edit", "output") if flags[key] is None]
     if missing:
         raise ValueError(f"needed, but not given: {', '.join(missing)} (see --help)")
+    if flags["fast"] and flags["low_memory"]:
+        raise ValueError("--fast keeps more in memory; leave it or --low-memory out")
     if not all(edit.strip() for edit in flags["edit"]):
         raise ValueError('an instruction is empty; say what to change, as --edit "make it night"')
     return argparse.Namespace(**flags)
@@ -201,7 +208,9 @@ def run(args: argparse.Namespace) -> None:
 
     checkpoint = open_checkpoint(find_weights(args.weights), args.vae, args.tokenizer, args.raw_weights)
     print(f"opened {args.weights}: {checkpoint.found}", file=sys.stderr)
-    editor = Editor.load(checkpoint, args.device, DTYPES[args.dtype])
+    editor = Editor.load(checkpoint, args.device, DTYPES[args.dtype], args.low_memory)
+    if args.fast:
+        speed.fast(editor.unet, lambda line: print(line, file=sys.stderr))
     chosen = {key: getattr(args, key) for key in editor.defaults}
     chosen = {key: editor.defaults[key] if value is None else value for key, value in chosen.items()}
     settings = chosen | {"negative": args.negative, "low_memory": args.low_memory, "progress": True}

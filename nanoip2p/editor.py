@@ -6,11 +6,12 @@
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from nanoip2p.checkpoint import Checkpoint, load_parts
@@ -33,15 +34,19 @@ class Editor:
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.schedule, self.defaults = schedule, defaults
         self.kept_texts: dict[str, Tensor] = {}  # see encode_texts
+        self.device = unet.conv_in.weight.device  # where they work; with low_memory, they wait on the CPU
 
     @classmethod
     def load(cls, weights: str | Path | Checkpoint, device: str | torch.device | None = None,
-             dtype: torch.dtype = torch.float32) -> "Editor":
+             dtype: torch.dtype = torch.float32, low_memory: bool = False) -> "Editor":
         """weights: see checkpoint.open_checkpoint. device None: see pick_device. ValueError if bad."""
         device = pick_device(device)
         parts = load_parts(weights, dtype)
-        networks = (network.to(device) for network in (parts.unet, parts.vae, parts.text_encoder))
-        return cls(*networks, parts.tokenizer, parts.schedule, parts.defaults)
+        networks = (network.to("cpu" if low_memory else device)
+                    for network in (parts.unet, parts.vae, parts.text_encoder))
+        editor = cls(*networks, parts.tokenizer, parts.schedule, parts.defaults)
+        editor.device = device
+        return editor
 
     @property
     def multiple(self) -> int:
@@ -62,7 +67,8 @@ class Editor:
         any device and whatever else is in the call. resolution: of the longer side, about; the picture comes
         back in the size it was edited at (images.fit_size). negative: what to steer away from, in place of
         no text. Pictures of one size share a forward, up to `batch` of them; low_memory runs the three
-        branches of guidance one after another. A picture that comes several times is encoded once. reuse:
+        branches of guidance one after another, has one network on the device at a time, and cuts large
+        pictures up for the VAE (vae.encode_small). A picture that comes several times is encoded once. reuse:
         see guidance.guided_denoiser. ValueError for settings or pictures that cannot be used.
         """
         settings = {"steps": steps, "cfg_text": cfg_text, "cfg_image": cfg_image, "sampler": sampler,
@@ -79,15 +85,18 @@ class Editor:
         different = {id(image): image for image in images}  # one picture may be edited many times
         pixels = {key: self._to_pixels(image, settings["resolution"]) for key, image in different.items()}
         pixels = [pixels[id(image)] for image in images]                               # (3, H, W) each
-        text_states = encode_texts(
-            self.text_encoder, self.tokenizer, [negative, *instructions], self.kept_texts)
+        for network in (self.unet, self.vae) if low_memory else ():
+            network.to("cpu")
+        with self._on_device(self.text_encoder, low_memory):
+            text_states = encode_texts(
+                self.text_encoder, self.tokenizer, [negative, *instructions], self.kept_texts)
         groups, encoded = list(_same_size(pixels, batch)), {}
         edited = {}
         with tqdm(total=settings["steps"] * len(groups), disable=not progress, unit="step") as bar:
             for group in groups:
                 new = {id(images[i]): pixels[i] for i in group if id(images[i]) not in encoded}
                 if new:
-                    encoded |= zip(new, self._encode(torch.stack(list(new.values()))))
+                    encoded |= zip(new, self._encode(torch.stack(list(new.values())), low_memory))
                 results = self._edit_same_size(
                     torch.stack([encoded[id(images[i])] for i in group]),
                     torch.stack([text_states[instructions[i]] for i in group]), text_states[negative],
@@ -96,23 +105,35 @@ class Editor:
                 edited.update(zip(group, results))
         return [edited[i] for i in range(len(images))]
 
-    def _encode(self, pixels: Tensor) -> Tensor:
+    def _encode(self, pixels: Tensor, low_memory: bool) -> Tensor:
         """Pixels (B, 3, H, W) in [-1, 1] -> z_image (B, C, h, w): the posterior's mode, not scaled."""
-        weights = self.unet.conv_in.weight
-        return self.vae.encode(pixels.to(weights.device, weights.dtype))[0]
+        pixels = pixels.to(self.device, self.unet.conv_in.weight.dtype)
+        with self._on_device(self.vae, low_memory):
+            return self.vae.encode_small(pixels) if low_memory else self.vae.encode(pixels)[0]
 
     def _edit_same_size(self, z_image: Tensor, context: Tensor, null_text: Tensor,
                         generators: list[torch.Generator], noise_levels: Plan, settings: dict,
                         low_memory: bool, reuse: bool, bar: tqdm) -> list[Image.Image]:
         """z_image (B, C, h, w), context (B, T, D), null_text (T, D), one generator per picture."""
-        device = z_image.device
-        denoise = guided_denoiser(
-            self.unet, noise_levels.timestep_of(device), z_image, context, null_text.expand_as(context),
-            settings["cfg_text"], settings["cfg_image"], low_memory, reuse)
-        start = noise_levels.start_scale * draw_noise(z_image.shape, generators).to(device)
-        z = SAMPLERS[settings["sampler"]](counted(denoise, bar), start, noise_levels.sigmas, generators)
-        edited = self.vae.decode((z / self.vae.scaling_factor).to(z_image.dtype))      # (B, 3, H, W)
+        start = noise_levels.start_scale * draw_noise(z_image.shape, generators).to(self.device)
+        with self._on_device(self.unet, low_memory):
+            denoise = guided_denoiser(
+                self.unet, noise_levels.timestep_of(self.device), z_image, context,
+                null_text.expand_as(context), settings["cfg_text"], settings["cfg_image"], low_memory, reuse)
+            z = SAMPLERS[settings["sampler"]](counted(denoise, bar), start, noise_levels.sigmas, generators)
+        with self._on_device(self.vae, low_memory):
+            decode = self.vae.decode_small if low_memory else self.vae.decode
+            edited = decode((z / self.vae.scaling_factor).to(z_image.dtype))           # (B, 3, H, W)
         return [to_pil(picture) for picture in edited]
+
+    @contextmanager
+    def _on_device(self, network: nn.Module, low_memory: bool):
+        """With low_memory, it leaves the device again."""
+        network.to(self.device)
+        try:
+            yield
+        finally:
+            network.to("cpu" if low_memory else self.device)
 
     def _to_pixels(self, image: Image.Image, resolution: int) -> Tensor:
         """(3, H, W) in [-1, 1], at the size to edit."""

@@ -5,8 +5,10 @@ published weights work: every GroupNorm uses eps 1e-6, and the encoder's strided
 to the right and below.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,6 +22,8 @@ FIXED = {
     "latents_mean": None, "latents_std": None, "shift_factor": None,
 }
 BOOKKEEPING = frozenset({"sample_size", "force_upcast"})  # a hint for tiling; when to leave half precision
+TILE, OVERLAP = 64, 16  # latent positions along a side of what is coded at once with little memory
+WHOLE = 96  # and so many are not cut up: 768 pixels in SD 1.5
 OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -227,6 +231,18 @@ class VAE(nn.Module):
         """Unscaled latents (B, latent, h, w) -> image (B, 3, f*h, f*w), about [-1, 1] but not clipped."""
         return self.decoder(self.post_quant_conv(latents))
 
+    def encode_small(self, image: Tensor) -> Tensor:
+        """The mean of `encode` with little memory: one picture at a time, and large ones in tiles.
+
+        Tiles are not exact, for norms and attention see no farther; where two overlap, one fades into the
+        other, so that there is no seam. Pictures up to WHOLE latent positions a side are not cut up.
+        """
+        return by_parts(lambda part: self.encode(part)[0], image, self.downsampling, 1)
+
+    def decode_small(self, latents: Tensor) -> Tensor:
+        """`decode` with little memory, as `encode_small` does it."""
+        return by_parts(self.decode, latents, 1, self.downsampling)
+
     @staticmethod
     def published_names(state_dict: dict) -> dict:
         """The same tensors under the names used here: until 2023 diffusers called to_q `query` and so on."""
@@ -242,3 +258,36 @@ class VAE(nn.Module):
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
         """As torch's, and old attention names are understood (see published_names)."""
         return super().load_state_dict(self.published_names(state_dict), strict, assign)
+
+
+def by_parts(code: Callable[[Tensor], Tensor], x: Tensor, size_in: int, size_out: int) -> Tensor:
+    """`code` of each picture alone, in tiles where it is large. Sizes: of a latent position, in and out."""
+    h, w = (-(-side // size_in) for side in x.shape[2:])
+    if len(x) > 1:
+        return torch.cat([by_parts(code, one, size_in, size_out) for one in x.split(1)])
+    if max(h, w) <= WHOLE:
+        return code(x)
+    total = weights = 0
+    for top in tile_starts(h):
+        for left in tile_starts(w):
+            tile = x[:, :, top * size_in : (top + TILE) * size_in, left * size_in : (left + TILE) * size_in]
+            made = code(tile)
+            down, right = (fade(side, OVERLAP * size_out).to(x.device) for side in made.shape[2:])
+            weight = down[:, None] * right                              # (tile's height, its width)
+            left_out, top_out = left * size_out, top * size_out
+            around = (left_out, w * size_out - left_out - weight.shape[1],
+                      top_out, h * size_out - top_out - weight.shape[0])
+            total, weights = total + F.pad(made * weight, around), weights + F.pad(weight, around)
+    return (total / weights).to(x.dtype)
+
+
+def tile_starts(length: int) -> list[int]:
+    """Where tiles begin so that they cover `length` evenly, and overlap by OVERLAP at least."""
+    gaps = max(0, -(-(length - TILE) // (TILE - OVERLAP)))
+    return [round(i * (length - TILE) / gaps) for i in range(gaps + 1)] if gaps else [0]
+
+
+def fade(length: int, over: int) -> Tensor:
+    """(length,) rising from the edges to 1 within `over`."""
+    rise = torch.arange(1, length + 1)
+    return (torch.minimum(rise, rise.flip(0)) / over).clamp(max=1)

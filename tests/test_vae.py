@@ -1,13 +1,18 @@
 """nanoip2p.vae against diffusers' AutoencoderKL: same weights in, same numbers out."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from helpers import randomise, relative_error
+from PIL import Image
 
-from nanoip2p.vae import VAE, VAEConfig
+import nanoip2p.vae
+from nanoip2p.images import to_tensor
+from nanoip2p.network import load_network
+from nanoip2p.vae import OVERLAP, TILE, VAE, VAEConfig, by_parts, tile_starts
 
 CONFIGS = {
     "tiny": VAEConfig.tiny(),
@@ -128,3 +133,55 @@ def test_wrong_weights_are_not_taken():
     weights.pop("quant_conv.bias")
     with pytest.raises(RuntimeError, match="quant_conv.bias"):
         VAE(VAEConfig.tiny()).load_state_dict(weights)
+
+
+@torch.no_grad()
+def test_little_memory_is_exact_up_to_a_size():
+    vae, _ = twins(VAEConfig.tiny())
+    latents, image = torch.randn(3, 4, 10, 7), torch.randn(3, 3, 40, 28)
+    rows = []
+    vae.decoder.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
+    assert relative_error(vae.decode_small(latents), vae.decode(latents)) < 1e-5
+    assert rows == [1, 1, 1, 3]
+    assert relative_error(vae.encode_small(image), vae.encode(image)[0]) < 1e-5
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    for name, value in (("WHOLE", 30), ("TILE", 24), ("OVERLAP", 8)):
+        monkeypatch.setattr(nanoip2p.vae, name, value)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("h, w", [(40, 33), (50, 17), (21, 64)])
+def test_tiles_are_exact_for_what_looks_no_farther(small_tiles, h, w):
+    sizes, enlarge = [], torch.nn.Upsample(scale_factor=4)
+    latents = torch.randn(2, 4, h, w)
+    made = by_parts(lambda x: (sizes.append(tuple(x.shape)), enlarge(x))[1], latents, 1, 4)
+    assert relative_error(made, enlarge(latents)) < 1e-6
+    assert len(sizes) > 2 and max(max(size[2:]) for size in sizes) == 24
+    assert {size[0] for size in sizes} == {1}
+    assert relative_error(by_parts(torch.nn.AvgPool2d(4), made, 4, 1), latents) < 1e-6
+    assert by_parts(torch.nn.Identity(), latents.bfloat16(), 1, 1).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_tiles_of_a_trained_autoencoder_are_close_and_leave_no_seam(small_tiles):
+    nano = Path(__file__).parents[1] / "weights" / "nano-ip2p"
+    vae = load_network(VAE, nano / "vae")
+    image = to_tensor(Image.open(nano / "examples" / "balloon.png").convert("RGB").resize((128, 128)))[None]
+    mean = vae.encode(image)[0]
+    whole, tiled = vae.decode(mean), vae.decode_small(mean)
+    assert 1e-4 < relative_error(vae.encode_small(image), mean) < 0.06
+    assert 1e-4 < relative_error(tiled, whole) < 0.08
+    for dim in (2, 3):  # a seam would be a row or column of steps
+        steps = (tiled - whole).diff(dim=dim).abs().mean(dim=(0, 1, 5 - dim))
+        assert steps.max() < whole.diff(dim=dim).abs().mean()
+
+
+def test_tiles_cover_everything_and_overlap():
+    for length in range(1, 400):
+        starts = tile_starts(length)
+        assert starts[0] == 0 and max(starts[-1] + TILE, TILE) >= length
+        assert all(0 < b - a <= TILE - OVERLAP for a, b in zip(starts, starts[1:]))
+        assert len(starts) == 1 or starts[-1] + TILE == length
