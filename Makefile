@@ -2,13 +2,14 @@
 # make dataset   captions -> pairs of pictures -> the best of them, in the nano world -> data/nano
 # make train     an editor from the text-to-picture model, in the nano world -> runs/first; again: goes on
 # make test      the whole test suite
+# make bench     the benchmarks, small enough for a CPU; tests/benchmarks/RESULTS.md has what they printed
 # make lint      ruff
 # The first of them builds .venv, a later one rebuilds it after a change of pyproject.toml or constraints.txt.
 
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo dataset train test lint
+.PHONY: demo dataset train test bench lint
 
 demo: .venv/runtime
 	.venv/bin/python -m nanoip2p.demo --out out/demo.png
@@ -25,6 +26,13 @@ train: .venv/runtime
 
 test: .venv/test
 	.venv/bin/python -m pytest
+
+bench: export OMP_NUM_THREADS = 1
+bench: .venv/test
+	.venv/bin/python tests/benchmarks/edit.py --width half --repeat 3
+	.venv/bin/python tests/benchmarks/edit.py --width half --repeat 3 --dtype bf16
+	.venv/bin/python tests/benchmarks/pair.py --width tiny --steps 1 --repeat 3
+	.venv/bin/python tests/benchmarks/train_step.py --repeat 3
 
 lint: .venv/test
 	.venv/bin/ruff check

@@ -65,7 +65,7 @@ def fused_projections(model: nn.Module) -> nn.Module:
 
 
 TRANSFORM = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.double)
-TILES = 512  # computed together, so that they stay in the cache
+TILES = 256  # computed together, so that they stay in the cache
 
 
 class Winograd(nn.Conv2d):
@@ -101,7 +101,7 @@ class Winograd(nn.Conv2d):
             torch.sub(b - c, d - self.bias, out=out[:, :, i, :, 1])
 
 
-def fast_convolutions(model: nn.Module, least: int = 64) -> nn.Module:
+def fast_convolutions(model: nn.Module, least: int = 128) -> nn.Module:
     """3x3 convolutions of at least so many channels by Winograd's method; for CPUs.
 
     It keeps the weights transformed besides, which take 16/9 of their memory.

@@ -8,7 +8,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
 
+import edit  # noqa: E402
+import measure  # noqa: E402
+import numpy as np  # noqa: E402
+import pair  # noqa: E402
 import train_step  # noqa: E402
+
+from nanoip2p import speed  # noqa: E402
 
 SMALLEST = ["--width", "tiny", "--batch", "1", "--size", "64", "--repeat", "1", "--device", "cpu"]
 
@@ -33,3 +39,44 @@ def test_another_computation_is_not_timed(monkeypatch):
     monkeypatch.setitem(train_step.Trainer.losses.__globals__, "model_input", another)
     with pytest.raises(ValueError, match="do not agree"):
         train_step.main(SMALLEST)
+
+
+FEW = ["--width", "tiny", "--latents", "8", "--repeat", "1", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_an_edit_is_timed_beside_diffusers(dtype, capsys):
+    edit.main([*FEW, "--dtype", dtype])
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line[:20].strip(): line[20:].split() for line in lines[-3:]}
+    assert list(rows) == ["diffusers", "ours", "ours, fast"] and rows["diffusers"][2] == "1.00"
+    assert all(float(row[0]) >= 0 and float(row[4]) > 0 for row in rows.values())
+
+
+def test_another_edit_is_not_timed(monkeypatch):
+    monkeypatch.setattr(speed.UNet, "forward", lambda self, *given, plain=speed.UNet.forward: (
+        1.1 * plain(self, *given)))
+    with pytest.raises(ValueError, match="not the same pictures"):
+        edit.main(FEW)
+
+
+def test_pictures_far_from_single_precision_are_refused():
+    exact = {name: np.zeros(9) for name in ("diffusers", "ours")}
+    assert edit.check({"diffusers": np.full(9, 8.0), "ours": np.full(9, 9.0)}, exact)
+    with pytest.raises(ValueError, match="farther"):
+        edit.check({"diffusers": np.full(9, 8.0), "ours": np.full(9, 12.0)}, exact)
+
+
+def test_injection_is_timed_beside_maps_in_memory(capsys):
+    pair.main([*FEW, "--steps", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[-4:]] == ["self", "replace", "refine", "both"]
+    assert all(float(line.split()[-1]) > 1.2 for line in lines[-4:])  # maps take memory
+    with pytest.raises(ValueError, match="not the same latents"):
+        pair.check("", {"maps": lambda: torch.ones(2), "without": lambda: torch.zeros(2),
+                        "ours": lambda: torch.tensor([1, 1.1]), "fast": lambda: torch.ones(2)})
+
+
+def test_operations_and_bytes_are_counted():
+    a, b = torch.zeros(10, 20), torch.zeros(20, 30)
+    assert measure.work(lambda: a @ b.t().t()) == (2 * 10 * 20 * 30, 4 * (200 + 600 + 300))

@@ -16,6 +16,7 @@ from tiny_editor import DEFAULTS, write_tiny_editor
 
 import nanoip2p
 import sample
+from nanoip2p import speed
 from nanoip2p.editor import Editor
 from nanoip2p.images import open_image, read_recipe, save_png
 from nanoip2p.unet import UNet
@@ -102,6 +103,33 @@ def test_low_memory_makes_the_same_picture(run, monkeypatch):
     assert run(*one("--seed", "3", "--low-memory", output="low.png")) == 0
     assert rows == [3, 3] + [1] * 6
     assert np.abs(pixels("low.png") - pixels("out.png")).max() <= 1
+
+
+def test_networks_work_one_at_a_time_with_low_memory(run, monkeypatch):
+    """Where they wait is the CPU: a device that is another is put in its place."""
+    moves, to = [], torch.nn.Module.to
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, where, *rest: (
+        moves.append((type(self).__name__, str(where))), to(self, "cpu"))[1])
+    monkeypatch.setattr(
+        Editor, "device", property(lambda self: "there", lambda self, device: None), raising=False)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *where, to=torch.Tensor.to: (
+        to(self, *["cpu" if one == "there" else one for one in where])))
+    assert run(*one("--seed", "3", "--low-memory")) == 0
+    here, moves = moves[:5], moves[5:]
+    assert {where for _, where in here} == {"cpu"}
+    order = ("TextEncoder", "VAE", "UNet", "VAE")
+    assert moves == [(name, where) for name in order for where in ("there", "cpu")]
+
+
+def test_fast_makes_the_same_picture(run, monkeypatch, capsys):
+    used = []
+    monkeypatch.setattr(speed, "fast", lambda unet, say, fast=speed.fast: used.append(fast(unet, say)))
+    assert run(*one("--seed", "3")) == 0 and not used
+    assert run(*one("--seed", "3", "--fast", output="fast.png")) == 0 and len(used) == 1
+    assert np.abs(pixels("fast.png") - pixels("out.png")).max() <= 1
+    assert "fast" not in read_recipe("fast.png")
+    capsys.readouterr()
+    assert "--low-memory" in refusal(capsys, run(*one("--fast", "--low-memory")))
 
 
 def test_numbered_outputs(run):

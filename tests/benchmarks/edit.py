@@ -1,0 +1,128 @@
+"""One edit, three branches: ours, ours with --fast, and diffusers'.
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/edit.py --width half --latents 32 --steps 1 --repeat 5
+    python tests/benchmarks/edit.py --width full --latents 64 --steps 100 --dtype bf16      # on a GPU
+
+A U-Net like Stable Diffusion 1.5's with random weights, as an Editor and as diffusers' own pipeline, with the
+smallest autoencoder and text encoder, which hardly count. First the pictures: in fp32 all must be diffusers'
+to one level of 255; in half precision ours may be no more than 1.25 times as far from fp32 as diffusers' is.
+Then they take turns. Shares are of what one large product and one large copy reach in the same run, with the
+operations and bytes of the plain network, the bytes as if there were no caches: above 1 is possible.
+"""
+
+import argparse
+import copy
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import measure  # noqa: E402
+from helpers import randomise  # noqa: E402
+from tiny_editor import write_tiny_editor  # noqa: E402
+
+from nanoip2p.editor import Editor  # noqa: E402
+from nanoip2p.speed import fast  # noqa: E402
+from nanoip2p.tensors import DTYPES  # noqa: E402
+from nanoip2p.unet import UNet, UNetConfig  # noqa: E402
+
+WIDTHS = {"tiny": 32, "half": 160, "full": 320}  # channels of the first level
+GUIDANCE = (2.0, 1.3)  # low, as random networks take every number to heart
+
+
+def make_editors(folder: Path, width: int, device: str, dtype: torch.dtype) -> dict:
+    """A function for each that makes a picture, and the network of the plain one."""
+    write_tiny_editor(folder)
+    widths = (width, 2 * width, 4 * width, 4 * width)
+    config = UNetConfig(8, block_out_channels=widths, cross_attention_dim=32)
+    plain = Editor.load(folder, device, dtype)
+    plain.unet = randomise(UNet(config)).to(device, dtype)
+    quick = copy.copy(plain)
+    quick.unet = fast(copy.deepcopy(plain.unet), print)
+    pipeline = diffusers.StableDiffusionInstructPix2PixPipeline
+    peer = pipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
+    with torch.device("meta"):
+        peer.unet = diffusers.UNet2DConditionModel.from_config(config.to_json()).eval()
+    peer.unet.load_state_dict(plain.unet.state_dict(), assign=True)
+    peer.scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(peer.scheduler.config)
+    peer.set_progress_bar_config(disable=True)
+    editors = {"diffusers": peer, "ours": plain, "ours, fast": quick}
+    if device == "cuda":
+        editors["diffusers, compiled"] = copy.copy(peer)
+        editors["diffusers, compiled"].unet = torch.compile(copy.deepcopy(peer.unet), mode="max-autotune")
+    return editors
+
+
+def edit(editor, picture: Image.Image, steps: int) -> np.ndarray:
+    if isinstance(editor, Editor):
+        [made] = editor.edit([picture], ["make it night"], steps, *GUIDANCE, seed=3,
+                             sampler="euler_ancestral", resolution=picture.width)
+    else:
+        [made] = editor("make it night", picture, num_inference_steps=steps, guidance_scale=GUIDANCE[0],
+                        image_guidance_scale=GUIDANCE[1], generator=torch.Generator().manual_seed(3)).images
+    return np.asarray(made, dtype=float)
+
+
+def check(pictures: dict, exact: dict) -> str:
+    """What they differ by, in words. ValueError if that is too much. exact: the pictures in fp32."""
+    apart = {name: np.abs(exact[name] - exact["diffusers"]).max() for name in exact}
+    if max(apart.values()) > 1:
+        raise ValueError(f"not the same pictures, so that times would mean nothing: {apart}")
+    off = {name: np.sqrt(np.mean((pictures[name] - exact["diffusers"]) ** 2)) for name in pictures}
+    if max(off.values()) > 1.25 * off["diffusers"] + 1:
+        raise ValueError(f"some pictures are farther from those in fp32 than others: {off}")
+    return "; ".join(f"{name} {off[name]:.2f}" for name in off)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--width", choices=WIDTHS, default="tiny")
+    parser.add_argument("--latents", type=int, choices=(8, 16, 32, 64), default=32)
+    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    measure.quiet()
+    low = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    picture = Image.fromarray(low).resize((4 * args.latents,) * 2, Image.Resampling.BICUBIC)
+
+    def made_in(dtype: torch.dtype) -> tuple[dict, dict]:
+        with tempfile.TemporaryDirectory() as folder:
+            editors = make_editors(Path(folder), WIDTHS[args.width], args.device, dtype)
+        runs = {name: lambda editor=editor: edit(editor, picture, args.steps)
+                for name, editor in editors.items()}
+        return runs, {name: run() for name, run in runs.items()}
+
+    exact = made_in(torch.float32)[1]
+    runs, pictures = made_in(DTYPES[args.dtype])
+    print(f"width {args.width}, latents {args.latents}, {args.steps} steps, {args.dtype}, "
+          f"{measure.machine(args.device)}, diffusers {diffusers.__version__}")
+    print(f"levels from diffusers' in fp32 (root mean square): {check(pictures, exact)}")
+    report(args, runs)
+
+
+def report(args: argparse.Namespace, runs: dict) -> None:
+    memory = {name: measure.peak_bytes(run, args.device) for name, run in runs.items()}
+    operations, touched = measure.work(runs["ours"])
+    times = measure.take_turns(runs, args.device, args.repeat)
+    rate, copying = measure.matrix_rate(args.device, DTYPES[args.dtype]), measure.copy_rate(args.device)
+    print(f"one large product: {rate / 1e9:.4g} GFLOP/s; one large copy: {copying / 1e9:.3g} GB/s; "
+          f"an edit: {operations / 1e9:.4g} GFLOP, {touched / 1e9:.3g} GB")
+    print(f"{'':<20}{'seconds an edit':>20}{'times as fast':>20}{'peak MB':>9}{'matrix':>9}{'copy':>7}")
+    for name, taken in times.items():
+        median, ratio = statistics.median(taken), measure.spread(times["diffusers"], taken)
+        print(f"{name:<20}{measure.spread(taken):>20}{ratio:>20}{memory[name] / 1e6:>9.1f}"
+              f"{operations / median / rate:>9.0%}{touched / median / copying:>7.0%}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
