@@ -34,4 +34,4 @@ class Live(TorchDispatchMode):
 def storages(values: list) -> list[torch.UntypedStorage]:
     """Of the tensors among the arguments or results of an operation; some are lists of them."""
     flat = [one for value in values for one in (value if isinstance(value, (list, tuple)) else [value])]
-    return [one.untyped_storage() for one in flat if isinstance(one, Tensor)]
+    return [one.untyped_storage() for one in flat if isinstance(one, Tensor) and not one.is_mkldnn]

@@ -9,6 +9,7 @@ that help on a device.
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ def fast(unet: UNet, say: Callable[[str], None]) -> UNet:
     device = unet.conv_in.weight.device.type
     if device == "cuda":  # as is usual, and not measured here
         return cuda_graph(compile(fused_projections(channels_last(unet)), say))
-    return channels_last(fused_projections(fast_convolutions(unet))) if device == "cpu" else unet
+    return channels_last(packed_products(fast_convolutions(unet))) if device == "cpu" else unet
 
 
 def channels_last(model: nn.Module) -> nn.Module:
@@ -64,15 +65,48 @@ def fused_projections(model: nn.Module) -> nn.Module:
     return model
 
 
-TRANSFORM = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.double)
+def product(weight: Tensor) -> Callable[..., Tensor]:
+    """A function of x (..., C_in) and perhaps a bias: x weight^T, of a weight (C_out, C_in) that stays.
+
+    On a CPU oneDNN gets it laid out once, as torch's compiler does it, not anew at each call.
+    """
+    if weight.device.type != "cpu" or weight.dtype not in PACKED or not torch.backends.mkldnn.is_available():
+        return partial(F.linear, weight=weight)
+    packed, run = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), TILES), torch.ops.mkldnn
+    return lambda x, bias=None: run._linear_pointwise(x.contiguous(), packed, bias, "none", [], "")
+
+
+class PackedLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, bias=self.bias)
+
+
+class Pointwise(nn.Conv2d):
+    """A 1x1 convolution as the product it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x.permute(0, 2, 3, 1), bias=self.bias).permute(0, 3, 1, 2)
+
+
+def packed_products(model: nn.Module) -> nn.Module:
+    """Linear layers and 1x1 convolutions by `product`: their weights once more."""
+    for layer in model.modules():
+        if type(layer) is nn.Linear:
+            layer.product, layer.__class__ = product(layer.weight.detach()), PackedLinear
+        elif type(layer) is nn.Conv2d and layer.kernel_size == layer.stride == (1, 1):
+            layer.product, layer.__class__ = product(layer.weight.detach().flatten(1)), Pointwise
+    return model
+
+
+PACKED = (torch.float32, torch.bfloat16)
 TILES = 256  # computed together, so that they stay in the cache
+TRANSFORM = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.double)
 
 
 class Winograd(nn.Conv2d):
     """A 3x3 convolution with 4 multiplications for 9: F(2x2, 3x3) of Lavin & Gray, 1509.09308, section 4.1.
 
-    A tile of 2x2 results comes from 4x4 inputs; 16 products of matrices, one for each transformed place,
-    take the place of the convolution.
+    A tile of 2x2 results comes from 4x4 inputs, by a product of matrices for each of the 16 places.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,37 +116,31 @@ class Winograd(nn.Conv2d):
         out = x.new_empty(batch, h, 2, w, 2, c_out)
         rows = max(1, TILES // (batch * w))
         for top in range(0, h, rows):
-            strip = slice(top, min(top + rows, h))
-            self.convolve(x[:, 2 * strip.start : 2 * strip.stop + 2], out[:, strip])
+            bottom = min(top + rows, h)
+            self.convolve(x[:, 2 * top : 2 * bottom + 2], out[:, top:bottom])
         return out.view(batch, 2 * h, 2 * w, c_out)[:, :height, :width].permute(0, 3, 1, 2)
 
     def convolve(self, x: Tensor, out: Tensor) -> None:
         """x (B, 2 h + 2, 2 w + 2, C_in) -> out (B, h, 2, w, 2, C_out)."""
-        batch, h, _, w, _, c_out = out.shape
-        tiles = x.new_empty(4, 4, batch, h, w, x.shape[3])
+        h, w, products, made = out.shape[1], out.shape[3], iter(self.products), []
         a, b, c, d = (x[:, i : i + 2 * h - 1 : 2] for i in range(4))    # (B, h, 2 w + 2, C_in)
-        for row, places in zip((a - c, b + c, c - b, b - d), tiles):
+        for row in (a - c, b + c, c - b, b - d):
             a, b, c, d = (row[:, :, i : i + 2 * w - 1 : 2] for i in range(4))
-            for place, (one, two, sign) in zip(places, ((a, c, -1), (b, c, 1), (c, b, -1), (b, d, -1))):
-                torch.add(one, two, alpha=sign, out=place)
-        made = torch.bmm(tiles.flatten(2, 4).flatten(0, 1), self.transformed).view(4, 4, batch, h, w, c_out)
-        for i, (a, b, c, d) in enumerate((made[0] + made[1] + made[2], made[1] - made[2] - made[3])):
-            torch.add(a + b, c + self.bias, out=out[:, :, i, :, 0])
-            torch.sub(b - c, d - self.bias, out=out[:, :, i, :, 1])
+            a, b, c, d = (next(products)(tile) for tile in (a - c, b + c, c - b, b - d))
+            made.append((a + b + c, b - c - d))                         # (B, h, w, C_out) each
+        for j, (a, b, c, d) in enumerate(zip(*made)):
+            torch.add(a + b, c + self.bias, out=out[:, :, 0, :, j])
+            torch.sub(b - c, d - self.bias, out=out[:, :, 1, :, j])
 
 
 def fast_convolutions(model: nn.Module, least: int = 128) -> nn.Module:
-    """3x3 convolutions of at least so many channels by Winograd's method; for CPUs.
-
-    It keeps the weights transformed besides, which take 16/9 of their memory.
-    """
+    """3x3 convolutions of at least so many channels by Winograd's method: their weights 16/9 times more."""
     for layer in model.modules():
         if (type(layer) is nn.Conv2d and layer.kernel_size == (3, 3) and layer.stride == (1, 1)
                 and layer.padding == (1, 1) and min(layer.in_channels, layer.out_channels) >= least):
             weight, g = layer.weight.detach().double(), TRANSFORM.to(layer.weight.device)
-            transformed = torch.einsum("xi,ocij,yj->xyco", g, weight, g).flatten(0, 1)  # (16, C_in, C_out)
-            layer.register_buffer("transformed", transformed.to(layer.weight.dtype).contiguous(),
-                                  persistent=False)
+            weight = torch.einsum("xi,ocij,yj->xyoc", g, weight, g).to(layer.weight.dtype)
+            layer.products = [product(place) for place in weight.flatten(0, 1)]         # 16, (C_out, C_in)
             layer.__class__ = Winograd
     return model
 

@@ -14,9 +14,10 @@ from nanoip2p.vae import VAE, VAEConfig
 
 WAYS = {
     "channels_last": speed.channels_last, "fused": speed.fused_projections,
+    "packed": speed.packed_products,
     "convolutions": lambda model: speed.fast_convolutions(model, least=8),
 }
-WAYS["all"] = lambda model: WAYS["channels_last"](WAYS["fused"](WAYS["convolutions"](model)))
+WAYS["all"] = lambda model: WAYS["channels_last"](WAYS["packed"](WAYS["convolutions"](model)))
 
 
 @pytest.fixture
