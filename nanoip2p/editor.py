@@ -118,7 +118,7 @@ class Editor:
         start = noise_levels.start_scale * draw_noise(z_image.shape, generators).to(self.device)
         with self._on_device(self.unet, low_memory):
             denoise = guided_denoiser(
-                self.unet, noise_levels.timestep_of(self.device), z_image, context,
+                self.unet, noise_levels.timestep_of(z_image.device), z_image, context,
                 null_text.expand_as(context), settings["cfg_text"], settings["cfg_image"], low_memory, reuse)
             z = SAMPLERS[settings["sampler"]](counted(denoise, bar), start, noise_levels.sigmas, generators)
         with self._on_device(self.vae, low_memory):
