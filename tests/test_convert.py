@@ -145,7 +145,8 @@ def test_the_same_picture_from_every_layout(folder, single):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8))
     pictures = [Editor.load(path, "cpu").edit([image], ["make it night"], resolution=48)[0]
                 for path in (folder, single)]
-    assert all(np.array_equal(pictures[0], picture) for picture in pictures)
+    one, other = (np.asarray(picture).astype(int) for picture in pictures)
+    assert np.abs(one - other).max() <= 1  # weights are equal, but where they lie in memory changes last bits
     assert np.asarray(pictures[0]).std() > 1
 
 
