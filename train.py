@@ -110,12 +110,10 @@ def make_parser() -> argparse.ArgumentParser:
                        metavar="ODDS", help=f"for --data scenes, of {', '.join(EDIT_KINDS)}")
     where.add_argument("--text-to-image", action="store_true",
                        help="train a text-to-picture model on captions, of --data scenes")
-    where.add_argument("--cache", type=Path, metavar="FOLDER",
-                       help="encode all pictures and texts once, into this folder, and never again")
+    where.add_argument("--cache", type=Path, metavar="FOLDER", help="encode all data once, into this folder")
     where.add_argument("--skip-bad", action="store_true", help="leave out pairs with broken pictures")
     where.add_argument("--out", type=Path, help="folder of this run")
-    where.add_argument("--resume", type=Path, metavar="RUN",
-                       help="go on with the run in this folder; its --steps and --lr may change")
+    where.add_argument("--resume", type=Path, metavar="RUN", help="go on; --steps and --lr may change")
     where.add_argument("--check", action="store_true", help="open the data, print the plan, no more")
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--preset", choices=PRESETS, help="values of many flags, which given ones override")
@@ -309,10 +307,8 @@ def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], colu
     for done in range(first + 1, args.steps + 1):
         try:
             recent.append(trainer.step(batches, done - 1, stop))
-        except Diverged:
-            raise
-        except (ValueError, KeyboardInterrupt):  # a broken picture or a signal; the weights are as they were
-            if saved < done - 1:
+        except (ValueError, KeyboardInterrupt) as error:  # raised before the weights changed
+            if saved < done - 1 and not isinstance(error, Diverged):
                 trainer.save(done - 1)
             raise
         bar.update()

@@ -2,10 +2,10 @@
 
     unet = fast_convolutions(unet)
 
-Every one gives what the plain network gives, to rounding (Winograd's convolutions round four times as much,
-which is a tenth more of a whole network in bf16), and leaves the state dict as it was. They come after loading
-and after the move to a device, for some keep what they make of the weights, and are for inference only. `fast`
-takes those that help on a device.
+Every one gives what the plain network gives, to rounding (Winograd's convolutions round four times as much, a
+tenth more of a whole network in bf16), and leaves the state dict as it was. They are for inference,
+and come after loading and the move to a device, for some keep what they make of the weights. `fast` takes
+those that help on a device.
 """
 
 import os
