@@ -19,13 +19,13 @@ from tiny_editor import write_tiny_editor, write_tiny_painter
 
 import train
 from nanoip2p import runs
-from nanoip2p.data import scene_pairs
+from nanoip2p.data import read_data, scene_pairs
 from nanoip2p.editor import Editor
 from nanoip2p.recipe import order
 from nanoip2p.scenes import random_scene
 from nanoip2p.stored import Stored
 from nanoip2p.text_to_image import TextToImage
-from nanoip2p.trainer import Trainer
+from nanoip2p.trainer import Trainer, columns_of
 
 STATE = ("unet", "ema", "exp_avg", "exp_avg_sq")
 UNET = "weights/unet/diffusion_pytorch_model.safetensors"
@@ -424,6 +424,22 @@ def test_from_a_damaged_checkpoint_a_run_goes_back_to_the_one_before(start, whol
     damaged.write_bytes(damaged.read_bytes()[:-9])
     assert resume(tmp_path / "run", "--steps", 6) == 0
     assert "damaged" in capsys.readouterr().err and state(tmp_path / "run") == state(whole)
+
+
+def test_without_accumulate_a_step_takes_the_papers_samples(folder, capsys):
+    assert train.main(["--check", "--data", str(folder), "--resolution", "64", "--batch-size", "4"]) == 0
+    assert "4 x 256 accumulated x 1 devices = 1024" in capsys.readouterr().out
+
+
+def test_a_broken_picture_is_left_out_of_the_samples_too(start, folder, tmp_path):
+    data = shutil.copytree(folder, tmp_path / "data")
+    held_out = read_data(data, "validation")[0][0]
+    held_out.after.write_text("no picture")
+    args = train.parse(words(start, tmp_path / "run", "--steps", 1, "--skip-bad", data=data))
+    assert columns_of(read_data(data, "validation"), args) == []
+    args.skip_bad = False
+    with pytest.raises(ValueError, match=held_out.after.name):
+        columns_of(read_data(data, "validation"), args)
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(start, whole, capsys):
