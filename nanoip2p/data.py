@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path
 from threading import Lock
 
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from nanoip2p.files import read_json, remedy
 from nanoip2p.images import fit, open_image
 from nanoip2p.prompts import read_rows
-from nanoip2p.scenes import EDIT_KINDS, Scene, pick, random_scene
+from nanoip2p.scenes import EDIT_KINDS, Scene, pick, random_scene, seen_edits
 
 SPLITS = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}  # as the original, contiguous
 OWN_SPLIT = re.compile(r"(?:^|/)(?:(dev|val|validation)|(test))[-./]")  # dev/..., data/dev-00000...
@@ -70,32 +70,33 @@ class Pair:
 Item = tuple[Pair, ...]  # the pairs of one prompt; training draws one of them at each visit, as the original
 
 
-def scene_pairs(count: int, split: str = "train", weights: tuple[float, ...] = EQUAL_ODDS) -> list[Pair]:
-    """`count` rendered pairs, four edits of each scene in a phrasing that training may see.
+def scene_pairs(n: int, split: str = "train", weights: tuple[float, ...] = EQUAL_ODDS) -> list[Pair]:
+    """`n` rendered pairs, four edits of each scene, in what wordings and edits training may see.
 
     `weights` are the odds of each of EDIT_KINDS. The kind is drawn first, because there are many more ways to
     add a thing than to remove one.
     """
     seed = int.from_bytes(hashlib.sha256(split.encode()).digest()[:6], "big")
     generator, pairs = torch.Generator().manual_seed(seed), []
-    for index in range(-(-count // EDITS_PER_SCENE)):
+    for index in count():
+        if len(pairs) >= n:
+            return pairs[:n]
         scene = random_scene(split, index)
-        edits = scene.edits()
+        edits = seen_edits(scene)
         possible = {edit.kind for edit in edits}
         odds = torch.tensor([weight * (kind in possible) for kind, weight in zip(EDIT_KINDS, weights)])
-        for kind in torch.multinomial(odds, EDITS_PER_SCENE, replacement=True, generator=generator).tolist():
+        for kind in torch.multinomial(odds, EDITS_PER_SCENE, True, generator=generator) if odds.any() else ():
             edit = pick([edit for edit in edits if edit.kind == EDIT_KINDS[kind]], generator)
             pairs.append(Pair(scene, pick(edit.instructions[:-1], generator), edit.scene))
-    return pairs[:count]
 
 
-def captioned_scenes(count: int, split: str = "train") -> list[Pair]:
-    """`count` rendered pictures and their captions, for a text-to-picture model: the input is not looked at.
+def captioned_scenes(n: int, split: str = "train") -> list[Pair]:
+    """`n` rendered pictures and their captions, for a text-to-picture model: the input is not looked at.
 
     Every second one is an edited scene, so that all is seen that edits can lead to, an empty place as well.
     """
     scenes = []
-    for index in range(count):
+    for index in range(n):
         scene, generator = random_scene(split, index), torch.Generator().manual_seed(index)
         kind = pick(sorted({edit.kind for edit in scene.edits()}), generator)
         scenes.append(pick(scene.edits(kind), generator).scene if index % 2 else scene)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from nanoip2p.files import replacing
-from nanoip2p.scenes import pick, random_scene
+from nanoip2p.scenes import pick, random_scene, seen_edits
 
 BEGINNING = b'{"input": "'  # of every line that is written here
 
@@ -122,11 +122,13 @@ def append(path: Path, row: dict) -> None:
 
 
 def draw_scenes(n: int, seed: int) -> list[dict]:
-    """`n` distinct triplets of the nano world, a function of the seed, in wordings that training may see."""
+    """`n` distinct triplets of the nano world, a function of the seed: such as training may see."""
     generator, rows = torch.Generator().manual_seed(seed), {}
     while len(rows) < n:
         scene = random_scene("train", int(torch.randint(2**31, (), generator=generator)))
-        edits = scene.edits()
+        edits = seen_edits(scene)
+        if not edits:
+            continue
         kind = pick(sorted({edit.kind for edit in edits}), generator)  # there are many more ways to add
         edit = pick([edit for edit in edits if edit.kind == kind], generator)
         row = (scene.caption(), pick(edit.instructions[:-1], generator), edit.caption)

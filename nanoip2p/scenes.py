@@ -49,6 +49,11 @@ PHRASINGS = {
 }
 EDIT_KINDS = tuple(PHRASINGS)
 
+# Combinations that training never sees either, though it sees every part of them: see `seen_edits`
+HELD_OUT_THINGS = {("house", "purple"), ("tree", "white"), ("car", "pink"), ("tent", "orange"),
+                   ("mushroom", "blue"), ("flower", "green"), ("rocket", "red"), ("balloon", "yellow")}
+HELD_OUT_EDITS = {("recolour", "flower"), ("replace", "tent"), ("add", "rocket"), ("remove", "mushroom")}
+
 
 @dataclass(frozen=True)
 class Thing:
@@ -69,9 +74,13 @@ class Thing:
 
 @dataclass(frozen=True)
 class Edit:
-    """A single edit of a scene: all `instructions` say the same; the last one is never used in training."""
+    """A single edit of a scene: all `instructions` say the same; the last one is never used in training.
+
+    `thing` is the kind of thing that is recoloured, replaced, added or removed; "" for the other edits.
+    """
 
     kind: str
+    thing: str
     instructions: tuple[str, ...]
     caption: str
     scene: "Scene"
@@ -101,9 +110,9 @@ class Scene:
         """Every single edit of this scene (of one of EDIT_KINDS only), each with its own result, in order."""
         found = []
 
-        def say(kind: str, scene: Scene, **words: str) -> None:
+        def say(kind: str, scene: Scene, thing: str = "", **words: str) -> None:
             instructions = tuple(phrase.format(**words) for phrase in PHRASINGS[kind])
-            found.append(Edit(kind, instructions, scene.caption(), scene))
+            found.append(Edit(kind, thing, instructions, scene.caption(), scene))
 
         kinds = {thing.kind for thing in self.things}
         for thing in self.things:
@@ -111,17 +120,20 @@ class Scene:
             for colour in COLOURS:
                 if colour != thing.colour:
                     recoloured = replace(thing, colour=colour)
-                    say("recolour", replace(self, things=others + (recoloured,)), old=thing.kind, new=colour)
+                    say("recolour", replace(self, things=others + (recoloured,)), thing.kind,
+                        old=thing.kind, new=colour)
             for kind in KINDS:
                 if kind not in kinds:
                     swapped = replace(thing, kind=kind)
-                    say("replace", replace(self, things=others + (swapped,)), old=thing.kind, new=kind)
-            say("remove", replace(self, things=others), old=thing.kind)
+                    say("replace", replace(self, things=others + (swapped,)), thing.kind,
+                        old=thing.kind, new=kind)
+            say("remove", replace(self, things=others), thing.kind, old=thing.kind)
         for slot in sorted(set(range(len(SLOTS))) - {thing.slot for thing in self.things}):
             for kind in KINDS:
                 for colour in COLOURS if kind not in kinds else ():
                     new = Thing(kind, colour, slot=slot)
-                    say("add", replace(self, things=self.things + (new,)), new=new.name, where=SLOTS[slot])
+                    say("add", replace(self, things=self.things + (new,)), kind, new=new.name,
+                        where=SLOTS[slot])
         for time in TIMES:
             if time != self.time:
                 say("time", replace(self, time=time), old=self.time, new=time)
@@ -136,6 +148,17 @@ class Scene:
     def render(self, size: int = 64) -> Image.Image:
         """Draw the scene as a square RGB picture of `size` pixels: four times as large, then averaged."""
         return paint(self, 4 * size).reduce(4)
+
+
+def held_out(scene: Scene, edit: Edit) -> bool:
+    """Whether an edit of `scene` shows a thing in a colour, or does to a thing, what training never sees."""
+    shown = {(thing.kind, thing.colour) for thing in scene.things + edit.scene.things}
+    return not shown.isdisjoint(HELD_OUT_THINGS) or (edit.kind, edit.thing) in HELD_OUT_EDITS
+
+
+def seen_edits(scene: Scene) -> list[Edit]:
+    """The edits that editors are trained on; none for a scene that shows what is held out itself."""
+    return [edit for edit in scene.edits() if not held_out(scene, edit)]
 
 
 def pick(options: list, generator: torch.Generator):

@@ -25,7 +25,7 @@ from nanoip2p.data import (
     stamp,
 )
 from nanoip2p.images import to_tensor
-from nanoip2p.scenes import EDIT_KINDS, random_scene
+from nanoip2p.scenes import EDIT_KINDS, held_out, random_scene, seen_edits
 
 
 def jpeg(seed: int) -> bytes:
@@ -132,13 +132,20 @@ def complaint(source, **options) -> str:
     return str(error.value)
 
 
-def test_scene_pairs_are_true_edits_in_seen_phrasings():
-    pairs = scene_pairs(40, "train")
-    assert len(pairs) == 40 and pairs == scene_pairs(40, "train") != scene_pairs(40, "validation")
+def test_scene_pairs_are_true_edits_in_phrasings_and_combinations_that_training_may_see():
+    pairs = scene_pairs(39, "train")
+    assert len(pairs) == 39 and pairs == scene_pairs(40, "train")[:39] != scene_pairs(39, "validation")
+    scenes = [scene for scene in (random_scene("train", i) for i in range(40)) if seen_edits(scene)]
     for i, pair in enumerate(pairs):
-        assert pair.before == random_scene("train", i // 4)
+        assert pair.before == scenes[i // 4]
         edit = next(edit for edit in pair.before.edits() if edit.scene == pair.after)
-        assert pair.edit in edit.instructions[:-1]
+        assert pair.edit in edit.instructions[:-1] and not held_out(pair.before, edit)
+
+
+def test_scene_pairs_of_an_edit_that_few_scenes_allow():
+    only_add = tuple(float(kind == "add") for kind in EDIT_KINDS)
+    pairs = scene_pairs(20, weights=only_add)
+    assert len(pairs) == 20 and all(len(pair.after.things) > len(pair.before.things) for pair in pairs)
 
 
 def test_scene_pairs_follow_the_odds():

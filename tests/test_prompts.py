@@ -179,7 +179,7 @@ def test_scenes_need_no_server(tmp_path, monkeypatch):
 
 
 def test_scenes_never_repeat(monkeypatch):
-    monkeypatch.setattr(prompts, "random_scene", lambda split, index: random_scene(split, index % 2))
+    monkeypatch.setattr(prompts, "random_scene", lambda split, index: random_scene(split, index % 4))
     assert len({tuple(row.values()) for row in prompts.draw_scenes(150, seed=0)}) == 150
 
 

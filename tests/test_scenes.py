@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 
 from nanoip2p.painting import COLOURS
-from nanoip2p.scenes import EDIT_KINDS, KINDS, PHRASINGS, SLOTS, Scene, Thing, random_scene
+from nanoip2p.scenes import (
+    EDIT_KINDS,
+    HELD_OUT_EDITS,
+    HELD_OUT_THINGS,
+    KINDS,
+    PHRASINGS,
+    SLOTS,
+    Scene,
+    Thing,
+    held_out,
+    random_scene,
+    seen_edits,
+)
 
 PINNED = "an orange balloon on the left and a blue flower in the middle, on dirt, foggy day"
 SAMPLE = [random_scene("test-scenes", index) for index in range(60)]
@@ -55,6 +67,31 @@ def test_edits_change_one_thing_and_say_so():
     for edit in scene.edits():
         assert edit.caption == edit.scene.caption() != scene.caption()
         assert len(set(edit.instructions)) == len(edit.instructions) >= 3
+
+
+def test_what_is_held_out_is_seen_in_other_company():
+    """Every held-out thing and edit shares its parts with what training sees, and nothing that it sees."""
+    seen = [edit for scene in SAMPLE for edit in seen_edits(scene)]
+    shown = {(thing.kind, thing.colour) for edit in seen for thing in edit.scene.things}
+    done = {(edit.kind, edit.thing) for edit in seen}
+    for parts, held in ((shown, HELD_OUT_THINGS), (done, HELD_OUT_EDITS)):
+        assert not parts & held
+        assert {first for first, _ in held} <= {first for first, _ in parts}
+        assert {second for _, second in held} <= {second for _, second in parts}
+    assert sorted(kind for kind, _ in HELD_OUT_THINGS) == sorted(KINDS)
+    assert sorted(colour for _, colour in HELD_OUT_THINGS) == sorted(COLOURS)
+
+
+def test_edits_are_held_out_for_what_they_show_or_do():
+    things = (Thing("house", "red", slot=0), Thing("flower", "pink", slot=2))
+    scene = Scene("day", "clear", "grass", things, 3)
+    out = {edit.instructions[0] for edit in scene.edits() if held_out(scene, edit)}
+    assert {"make the house purple", "make the flower red", "replace the flower with a balloon"} & out == {
+        "make the house purple", "make the flower red"}
+    assert "add a blue rocket in the middle" in out and "add a blue mushroom in the middle" in out
+    assert not {"remove the flower", "make the house blue", "make it night"} & out
+    there = Scene("day", "clear", "grass", (Thing("house", "purple", slot=0),), 3)
+    assert there.edits() and not seen_edits(there)
 
 
 def test_an_edit_leaves_the_rest_alone_to_the_pixel():
