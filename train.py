@@ -28,7 +28,7 @@ from nanoip2p.data import Item, broken_pictures, captioned_scenes, read_data, sc
 from nanoip2p.images import save_png
 from nanoip2p.memory import training_memory
 from nanoip2p.parallel import Ranks
-from nanoip2p.recipe import Pictures, Samples, collate, sample_numbers, validation_batches
+from nanoip2p.recipe import DROP, Pictures, Samples, collate, sample_numbers, validation_batches
 from nanoip2p.scenes import EDIT_KINDS
 from nanoip2p.stored import Stored, open_stored, store
 from nanoip2p.trainer import Column, Diverged, Trainer, columns_of, memory_used, sample_grid
@@ -80,6 +80,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} is needed (or --resume RUN)")
     if min(args.kind_weights) < 0 or max(args.kind_weights) == 0:
         parser.error("--kind-weights must not be negative, nor all zero")
+    if min(args.drop) < 0 or sum(args.drop) > 1:
+        parser.error("--drop takes three shares, of at most 1 together")
     if min(args.lr, args.clip) <= 0 or not (0 <= args.ema_decay <= 1 and 0 <= args.cooldown <= 1):
         parser.error("--lr and --clip have to be above 0, --ema-decay and --cooldown from 0 to 1")
     if args.text_to_image and args.data != "scenes":
@@ -125,9 +127,10 @@ def make_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--warmup", type=at_least(0), default=0, help="steps of rising learning rate")
     recipe.add_argument("--cooldown", type=finite, default=0.0, help="last share of steps, where it falls")
     recipe.add_argument("--clip", type=finite, default=1.0, help="largest norm of the gradient")
-    recipe.add_argument("--snr-gamma", type=finite, default=0.0,
-                        help="min-SNR loss weighting (0: off; 5 in its paper)")
+    recipe.add_argument("--snr-gamma", type=finite, default=0.0, help="min-SNR weighting (0: off; often 5)")
     recipe.add_argument("--offset-noise", type=finite, default=0.0, help="strength (0.1 is usual)")
+    recipe.add_argument("--drop", type=finite, nargs=3, default=list(DROP), metavar=("TEXT", "BOTH", "IMAGE"),
+                        help="shares of samples that lack the text, both, or the picture, for guidance")
     recipe.add_argument("--ema-decay", type=finite, default=0.9999, help="of the averaged weights, at most")
     recipe.add_argument("--resolution", type=at_least(1), default=256, help="pixels, both ways")
     recipe.add_argument("--flip", action=argparse.BooleanOptionalAction,
@@ -140,14 +143,12 @@ def make_parser() -> argparse.ArgumentParser:
     running.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
     running.add_argument("--workers", type=at_least(0), help="processes that load data (CUDA: 4, else 0)")
     running.add_argument("--recompute", **switch, help="gradient checkpointing: slower, smaller")
-    running.add_argument("--ema-device", choices=("same", "cpu"), default="same",
-                         help="where the average is; cpu: smaller, slower")
+    running.add_argument("--ema-device", choices=("same", "cpu"), default="same", help="of the average")
     running.add_argument("--shard-optimizer", **switch, help="processes share Adam's state (ZeRO)")
     running.add_argument("--fsdp", **switch, help="processes share all state (fully_shard)")
     running.add_argument("--compile", **switch, help="torch.compile the network")
     running.add_argument("--log-every", type=at_least(1), default=50, metavar="STEPS", help="tell the loss")
-    running.add_argument("--validate-every", type=at_least(0), default=500, metavar="STEPS",
-                         help="0: never")
+    running.add_argument("--validate-every", type=at_least(0), default=500, metavar="STEPS", help="0: never")
     running.add_argument("--sample-every", type=at_least(0), default=1000, metavar="STEPS", help="0: never")
     running.add_argument("--save-every", type=at_least(1), default=500, metavar="STEPS", help="checkpoints")
     running.add_argument("--keep", type=at_least(1), default=2, help="newest checkpoints to keep")

@@ -6,7 +6,7 @@ nor whether the run was stopped in between.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -125,20 +125,25 @@ def encode(batch: dict, vae: nn.Module, text_encoder: nn.Module) -> dict:
     return batch | {"before": before, "after": after, "text": text_encoder(batch["text"])}
 
 
-def model_input(batch: dict, null: Tensor, scale: float, alphas: Tensor, offset: float = 0.0) -> dict:
+DROP = (0.05, 0.05, 0.05)  # shares of samples without text, without text and picture, without picture
+
+
+def model_input(batch: dict, null: Tensor, scale: float, alphas: Tensor, offset: float = 0.0,
+                shares: Sequence[float] = DROP) -> dict:
     """What the network sees and what it should say, from an encoded batch.
 
     null: state of the empty text (77, D); scale: of the latents; alphas: `NoiseSchedule.alphas_cumprod()`;
     offset: strength of offset noise (a constant a channel, so that the mean brightness is learned too).
+    shares: as DROP, section 3.2.1.
     Returns z_in (B, 2C, h, w): noised target | picture condition, context (B, 77, D), noise (B, C, h, w).
     """
     mean, logvar = batch["after"].chunk(2, dim=1)                                    # (B, C, h, w) each
     target = scale * (mean + (0.5 * logvar).exp() * batch["posterior"])
     z_image = batch["before"].chunk(2, dim=1)[0]                                     # the mode, not scaled
-    # One number decides what is dropped: the text below 10%, the picture from 5% to 15% (section 3.2.1)
-    drop = batch["drop"].view(-1, 1, 1)
-    context = torch.where(drop < 0.10, null, batch["text"])
-    z_image = z_image * ~((drop >= 0.05) & (drop < 0.15))[..., None]
+    # One number decides what is dropped; as in the original, the text below 10%, the picture from 5% to 15%
+    drop, (text, both, picture) = batch["drop"].view(-1, 1, 1), shares
+    context = torch.where(drop < text + both, null, batch["text"])
+    z_image = z_image * ~((drop >= text) & (drop < text + both + picture))[..., None]
     noise = batch["noise"] + offset * batch["offset"]
     z_t = add_noise(target, noise, batch["timestep"], alphas)
     return {"z_in": torch.cat([z_t, z_image], dim=1), "context": context, "noise": noise}

@@ -60,7 +60,7 @@ class Trainer:
     def losses(self, unet, batch: dict, recompute: bool = False) -> Tensor:
         """Equation 1 for each sample of a batch on the device: (B,)."""
         given = model_input(batch, self.null, self.parts.vae.scaling_factor, self.alphas,
-                            self.args.offset_noise)
+                            self.args.offset_noise, self.args.drop)
         channels, dtype = self.unet.config.in_channels, DTYPES[self.args.dtype]
         return noise_losses(unet, channels, given, batch["timestep"], dtype, recompute)
 

@@ -12,14 +12,14 @@ from nanoip2p.checkpoint import load_parts
 from nanoip2p.live import Live
 from nanoip2p.memory import USUAL, training_memory
 from nanoip2p.parallel import Ranks
-from nanoip2p.recipe import draw
+from nanoip2p.recipe import DROP, draw
 from nanoip2p.trainer import Trainer
 from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAE
 
 BATCH, SIDE = 8, 16
 STEP = dict(lr=1e-4, clip=1.0, steps=9, warmup=0, cooldown=0.0, snr_gamma=0.0, offset_noise=0.0,
-            ema_decay=0.9, batch_size=BATCH, compile=False)
+            drop=DROP, ema_decay=0.9, batch_size=BATCH, compile=False)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from nanoip2p.checkpoint import load_parts, open_checkpoint, widen
 from nanoip2p.data import Pair
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.recipe import (
+    DROP,
     Pictures,
     Samples,
     collate,
@@ -247,8 +248,8 @@ def batch_of(count, logvar, seed=0):
                     "text": text}
 
 
-def seen(batch, scale=0.5, offset=0.0):
-    return model_input(batch, torch.zeros(3, 2), scale, ALPHAS, offset)
+def seen(batch, scale=0.5, offset=0.0, shares=DROP):
+    return model_input(batch, torch.zeros(3, 2), scale, ALPHAS, offset, shares)
 
 
 def test_text_and_picture_are_dropped_for_five_percent_each_and_both_for_five():
@@ -259,6 +260,14 @@ def test_text_and_picture_are_dropped_for_five_percent_each_and_both_for_five():
     for dropped in (no_text & ~no_image, no_image & ~no_text, no_text & no_image):
         assert abs(dropped.sum() - 200) < 5 * (4000 * 0.05 * 0.95) ** 0.5
     assert (given["z_in"][:, :4].flatten(1) != 0).any(1).all()  # the target never is
+
+
+def test_each_share_of_what_is_dropped_may_be_another():
+    given = seen(batch_of(4000, -60.0), shares=(0.2, 0.0, 0.1))
+    no_text, no_image = ((part == 0).flatten(1).all(1) for part in (given["context"], given["z_in"][:, 4:]))
+    assert not (no_text & no_image).any()
+    for dropped, share in ((no_text, 0.2), (no_image, 0.1)):
+        assert abs(dropped.sum() - 4000 * share) < 5 * (4000 * share * (1 - share)) ** 0.5
 
 
 def test_the_condition_is_the_mode_unscaled_and_the_target_the_scaled_sample_noised():

@@ -38,7 +38,7 @@ from nanoip2p.clip import CLIPTextConfig, TextEncoder  # noqa: E402
 from nanoip2p.diffusion import NoiseSchedule  # noqa: E402
 from nanoip2p.live import Live  # noqa: E402
 from nanoip2p.parallel import Ranks  # noqa: E402
-from nanoip2p.recipe import collate, draw, encode  # noqa: E402
+from nanoip2p.recipe import DROP, collate, draw, encode  # noqa: E402
 from nanoip2p.tensors import DTYPES  # noqa: E402
 from nanoip2p.trainer import Trainer  # noqa: E402
 from nanoip2p.unet import UNet, UNetConfig  # noqa: E402
@@ -82,8 +82,9 @@ class Ours:
     def __init__(self, args: argparse.Namespace, networks: list, batch: dict, cache: bool):
         settings = argparse.Namespace(
             accumulate=1, batch_size=args.batch, cache=cache, lr=1e-4, clip=1.0, steps=10**6, warmup=0,
-            cooldown=0.0, snr_gamma=0.0, offset_noise=0.0, ema_decay=0.9999, ema_device="same", fsdp=False,
-            shard_optimizer=False, dtype=args.dtype, compile=args.compile, recompute=args.recompute)
+            cooldown=0.0, snr_gamma=0.0, offset_noise=0.0, drop=DROP, ema_decay=0.9999, ema_device="same",
+            fsdp=False, shard_optimizer=False, dtype=args.dtype, compile=args.compile,
+            recompute=args.recompute)
         unet, vae, text_encoder = (copy.deepcopy(network).to(args.device) for network in networks)
         parts = Parts(unet, vae, text_encoder, no_words, NoiseSchedule(), PAPER_DEFAULTS, Path())
         self.trainer = Trainer(settings, parts, Ranks(0, 1, torch.device(args.device)), items=1)
