@@ -6,8 +6,8 @@
 `captions` asks how often CLIP, shown a picture painted for a caption, ranks that caption first among 32, next
 to the same for true renders.
 
-Of `scenes`, the scenes and, unless --phrasings seen, the wordings are ones that training never used. An edit
-succeeds when, among the renders of all single edits of the scene and of the scene itself, the true one is
+Of `scenes`, the scenes and, unless --phrasings seen, the wordings are ones that training never used; with
+--combinations held-out, so is the colour of a thing, or what is done to it. An edit succeeds when, among the renders of all single edits of the scene and of the scene itself, the true one is
 nearest to the editor's picture in mean absolute distance. What should not change is measured as PSNR over the
 pixels that the two renders have in common, next to what the autoencoder alone makes of the true one: the
 ceiling. A change of the time of day leaves too few such pixels.
@@ -16,6 +16,7 @@ ceiling. A change of the time of day leaves too few such pixels.
 import argparse
 import sys
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from nanoip2p.editor import Editor
 from nanoip2p.files import check_writable, write_json
 from nanoip2p.images import grid, save_png, to_pil, to_tensor
 from nanoip2p.samplers import SAMPLERS
-from nanoip2p.scenes import EDIT_KINDS, Edit, Scene, pick, random_scene
+from nanoip2p.scenes import EDIT_KINDS, Edit, Scene, held_out, pick, random_scene
 from nanoip2p.text_to_image import TextToImage
 
 CHOICES = 32  # captions among which CLIP has to find the right one
@@ -46,21 +47,23 @@ class Question:
     instruction: str
 
 
-def questions(n: int, phrasings: str = "held-out", split: str = "test") -> list[Question]:
+def questions(n: int, phrasings: str = "held-out", combinations: str = "seen",
+              split: str = "test") -> list[Question]:
     """`n` questions, the kinds of edit in turn, each about a scene of its own. The same on every machine.
 
-    phrasings: "held-out" (the wording that training never sees) or "seen" (the first one).
+    phrasings: "held-out" (the wording that training never sees) or "seen" (the first one). combinations: the
+    edits are "held-out" or "seen" as scenes.held_out has it.
     """
     generator, asked = torch.Generator().manual_seed(0), []
-    for index in range(n):
-        scene, kind = random_scene(split, index), EDIT_KINDS[index % len(EDIT_KINDS)]
-        fitting = scene.edits(kind)
-        if not fitting:  # three things leave no room to add one
-            scene = Scene(scene.time, scene.weather, scene.ground, scene.things[:-1], scene.landscape)
-            fitting = scene.edits(kind)
-        edit = pick(fitting, generator)
-        asked.append(Question(scene, edit, edit.instructions[-1 if phrasings == "held-out" else 0]))
-    return asked
+    for index in count():
+        if len(asked) == n:
+            return asked
+        scene, kind = random_scene(split, index), EDIT_KINDS[len(asked) % len(EDIT_KINDS)]
+        unseen = combinations == "held-out"
+        fitting = [edit for edit in scene.edits(kind) if held_out(scene, edit) == unseen]
+        if fitting:
+            edit = pick(fitting, generator)
+            asked.append(Question(scene, edit, edit.instructions[-1 if phrasings == "held-out" else 0]))
 
 
 def nearest_edit(picture: Image.Image, scene: Scene) -> Scene:
@@ -182,6 +185,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     scenes.add_argument("--weights", type=Path, default=Path("weights/nano-ip2p"))
     scenes.add_argument("--n", type=at_least(1), default=500, help="number of edits")
     scenes.add_argument("--phrasings", choices=("held-out", "seen"), default="held-out")
+    scenes.add_argument("--combinations", choices=("seen", "held-out"), default="seen",
+                        help="of things, colours and edits")
     scenes.add_argument("--cfg-image", type=finite, help="as in sample.py; by default what the weights name")
     captions = what.add_parser("captions", help="how often CLIP finds the caption of a painted picture")
     captions.add_argument("--weights", type=Path, default=Path("weights/nano-sd"))
@@ -226,7 +231,7 @@ def run_captions(args: argparse.Namespace) -> tuple:
 def run_scenes(args: argparse.Namespace) -> tuple:
     """The same of `scenes`."""
     editor = Editor.load(args.weights, args.device)
-    asked = questions(args.n, args.phrasings, args.split)
+    asked = questions(args.n, args.phrasings, args.combinations, args.split)
     settings = {key: getattr(args, key) for key in ("steps", "cfg_text", "cfg_image", "sampler")}
     rows = score_scenes(editor, asked, settings)
     return rows, *table(rows), lambda row: ["input", row["instruction"], "true answer"]

@@ -21,7 +21,7 @@ from nanoip2p.evaluate import (
     table,
     unchanged_psnr,
 )
-from nanoip2p.scenes import EDIT_KINDS, random_scene
+from nanoip2p.scenes import EDIT_KINDS, held_out, random_scene
 
 ASKED = questions(21)
 
@@ -44,6 +44,14 @@ def test_questions_are_fixed_held_out_and_of_every_kind():
         assert question.edit in question.scene.edits() and question.edit == easier.edit
         assert question.instruction == question.edit.instructions[-1]
         assert easier.instruction == easier.edit.instructions[0]
+
+
+def test_questions_about_combinations_that_training_may_or_may_not_see():
+    for combinations in ("seen", "held-out"):
+        asked = questions(28, combinations=combinations)
+        assert len({question.scene for question in asked}) == 28
+        assert [question.edit.kind for question in asked] == list(EDIT_KINDS) * 4
+        assert {held_out(question.scene, question.edit) for question in asked} == {combinations == "held-out"}
 
 
 def test_perfect_editor_scores_everything(monkeypatch):

@@ -537,7 +537,8 @@ def test_a_run_is_not_overwritten(start, whole, capsys):
 OTHERS = {"weights": ["elsewhere"], "data": ["elsewhere"], "pairs": [25], "kind-weights": [2, *[1] * 6],
           "seed": [1], "resolution": [64], "ema-decay": [0.5], "clip": [2.0], "snr-gamma": [5],
           "offset-noise": [0.1], "dtype": ["bf16"], "flip": [], "text-to-image": [], "warmup": [3],
-          "cooldown": [0.1], "drop": [0, 0, 0], "vae": ["elsewhere"], "tokenizer": ["elsewhere"], "raw-weights": []}
+          "cooldown": [0.1], "drop": [0, 0, 0], "vae": ["elsewhere"], "tokenizer": ["elsewhere"],
+          "raw-weights": []}
 
 
 def test_every_flag_of_the_recipe_is_known_to_the_next_test():
