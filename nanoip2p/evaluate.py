@@ -7,10 +7,11 @@
 to the same for true renders.
 
 Of `scenes`, the scenes and, unless --phrasings seen, the wordings are ones that training never used; with
---combinations held-out, so is the colour of a thing, or what is done to it. An edit succeeds when, among the renders of all single edits of the scene and of the scene itself, the true one is
-nearest to the editor's picture in mean absolute distance. What should not change is measured as PSNR over the
-pixels that the two renders have in common, next to what the autoencoder alone makes of the true one: the
-ceiling. A change of the time of day leaves too few such pixels.
+--combinations held-out, so is the colour of a thing, or what is done to it. An edit succeeds when, among the
+renders of all single edits of the scene and of the scene itself, the true one is nearest to the editor's
+picture in mean absolute distance. What should not change is measured as PSNR over the pixels that the two
+renders have in common, next to what the autoencoder alone makes of the true one: the ceiling. A change of the
+time of day leaves too few such pixels.
 """
 
 import argparse
