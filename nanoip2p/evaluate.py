@@ -2,6 +2,7 @@
 
     python -m nanoip2p.evaluate scenes --weights weights/nano-ip2p --n 500
     python -m nanoip2p.evaluate captions --weights weights/nano-sd --n 320
+    python -m nanoip2p.evaluate ablate --seeds 2            # what each part of the recipe is worth: ablate.py
 
 `captions` asks how often CLIP, shown a picture painted for a caption, ranks that caption first among 32, next
 to the same for true renders.
@@ -25,7 +26,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from nanoip2p import cli
+from nanoip2p import ablate, cli
 from nanoip2p.cli import at_least, finite
 from nanoip2p.clip_filter import Judge
 from nanoip2p.editor import Editor
@@ -200,11 +201,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         for name, kind in (("steps", at_least(1)), ("cfg-text", finite)):
             each.add_argument(f"--{name}", type=kind, help="as in sample.py; by default of the weights")
         each.add_argument("--sampler", choices=sorted(SAMPLERS), help="the same")
+    ablate.add_flags(what.add_parser("ablate", help="train editors without one part of the recipe each"))
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:
     """Ask, score, print; with --out keep the numbers and some failures."""
+    if args.what == "ablate":
+        print(ablate.run(args))
+        return
     if args.out:
         check_writable(args.out / "scores.json")
     rows, text, numbers, labels = (run_scenes if args.what == "scenes" else run_captions)(args)

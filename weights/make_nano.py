@@ -63,7 +63,7 @@ DEFAULTS = {"resolution": 64, "steps": 20, "cfg_text": 2.0, "cfg_image": 1.0, "s
 SD_DEFAULTS = DEFAULTS | {"cfg_text": 3.0}
 # What `make_dataset.py pairs` does with nano-sd where no flag says otherwise; nano CLIP has its own scales
 PAIRS = {"clip": "../nano-clip", "clip_threshold": 0.8, "clip_dir_threshold": 0.7, "clip_img_threshold": 0.5,
-         "min_cfg": 2.0, "max_cfg": 5.0, "n_samples": 16, "batch": 16}
+         "min_cfg": 2.0, "max_cfg": 5.0, "n_samples": 20, "batch": 20, "steps": 10, "inject": "both"}
 EXAMPLES = {
     "house": Scene("day", "clear", "grass", (Thing("house", "red", "large", 1),), 11),
     "car": Scene("sunset", "clear", "sand", (Thing("car", "blue", "large", 0),
