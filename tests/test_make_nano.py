@@ -23,14 +23,16 @@ def make_nano():
     return module
 
 
-def test_from_nothing_to_a_folder_that_edits(make_nano, tmp_path):
+def test_from_nothing_to_folders_that_edit(make_nano, tmp_path, monkeypatch):
     folder = tmp_path / "ship" / "nano-ip2p"
+    least = {f"clip_{name}threshold": -1.0 for name in ("", "dir_", "img_")}  # nothing is learned in a step
+    monkeypatch.setattr(make_nano, "PAIRS", make_nano.PAIRS | least | {"n_samples": 1, "steps": 1})
 
     def make(*editor_steps):
         make_nano.main([str(word) for word in (
             "--out", tmp_path / "runs", "--ship", folder.parent, "--vae-steps", 3, "--clip-steps", 2,
             "--sd-steps", 1, "--captions", 32, "--editor-steps", *editor_steps, "--pairs", 32,
-            "--device", "cpu")])
+            "--prompts", 40, "--paper-steps", 1, "--device", "cpu")])
         return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
 
     def written():
@@ -41,9 +43,10 @@ def test_from_nothing_to_a_folder_that_edits(make_nano, tmp_path):
     again = make(2, 2)
     assert written() == before and any((again[name] != first[name]).any() for name in first)
 
-    editor = Editor.load(folder, "cpu")
     image = open_image(folder / "examples" / "house.png")
-    assert editor.edit([image], ["make it night"], steps=1)[0].size == round_trip(editor, image).size
+    for name in ("nano-ip2p", "nano-ip2p-paper"):
+        editor = Editor.load(folder.parent / name, "cpu")
+        assert editor.edit([image], ["make it night"], steps=1)[0].size == round_trip(editor, image).size
     painter = TextToImage.load(folder.parent / "nano-sd", "cpu")
     assert painter.generate(["a red house in the middle, on sand, clear day"], steps=1)[0].size == (64, 64)
     assert (folder / "demo.png").exists()

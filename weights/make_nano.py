@@ -1,11 +1,13 @@
-"""The recipe of the shipped weights: from nothing to nano-clip, nano-sd and nano-ip2p in one command.
+"""The recipe of the shipped weights: from nothing to nano-clip, nano-sd and both editors in one command.
 
     python weights/make_nano.py                  # all stages; goes on where an earlier run stopped
     python weights/make_nano.py --ship weights   # and replaces the shipped weights by its own
     python weights/make_nano.py --editor-steps 3700 40000        # train the editor longer, then export it
 
-Stages: tokenizer (byte pairs of the world's own sentences), CLIP, autoencoder, the text-to-picture model and
-the editor (both through train.py), export. Each reads what the ones before wrote under --out, and a stage
+Stages: tokenizer (byte pairs of the world's own sentences), CLIP, autoencoder, the text-to-picture model
+(through train.py); then an editor the paper's way, who never sees a rendered target: captions, pairs by
+Prompt-to-Prompt and the CLIP filter (both through make_dataset.py), training from the text-to-picture model;
+then one from rendered pairs, and export. Each reads what the ones before wrote under --out, and a stage
 whose result is there is skipped. Everything is a function of the seed and the step, so with the same flags a
 resumed run equals an uninterrupted one. Runs are not part of the repository: in a fresh clone, `python
 train.py --weights weights/nano-ip2p --data scenes ...` trains the shipped editor on (the README has the
@@ -26,6 +28,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import make_dataset
 import train
 from nanoip2p import cli, demo, parallel, runs
 from nanoip2p.checkpoint import load_parts, save_parts
@@ -52,13 +55,15 @@ UNET = dict(
 )
 SD_UNET = UNET | dict(in_channels=4, block_out_channels=(64, 112, 112))
 # Short runs, small network: ten times the paper's learning rate, a faster average, and min-SNR weighting
-RECIPE = ["--data", "scenes", "--resolution", 64, "--batch-size", 32, "--accumulate", 1,
+RECIPE = ["--resolution", 64, "--batch-size", 32, "--accumulate", 1,
           "--warmup", 200, "--cooldown", 0.4,
           "--snr-gamma", 1, "--ema-decay", 0.999]
 SD_RUNS = (["--lr", 1e-3, "--text-to-image", "--dtype", "bf16"],)
 # The second run starts from the first one's weights, and practises more of what that still confused
 RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--kind-weights", 1.2, 2, 2, 1, 0.8, 1, 0.8],
         ["--lr", 8e-4, "--dtype", "fp32", "--kind-weights", 1.6, 2, 2, 1.6, 0.5, 0.7, 0.6])
+# The editor that is made the paper's way starts from nano-sd and has fewer, generated pairs
+PAPER_RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--no-flip"],)
 DEFAULTS = {"resolution": 64, "steps": 20, "cfg_text": 2.0, "cfg_image": 1.0, "sampler": "euler_ancestral"}
 SD_DEFAULTS = DEFAULTS | {"cfg_text": 3.0}
 # What `make_dataset.py pairs` does with nano-sd where no flag says otherwise; nano CLIP has its own scales
@@ -241,21 +246,36 @@ def start_folder(folder: Path, unet_settings: dict, defaults: dict, out: Path, v
     return folder
 
 
-def trained(run: Path, weights: Path, steps: list[int], recipes: tuple, pairs: int, device: str) -> Path:
+def paired(out: Path, painter: Path, clip: Path, prompts: int, device: str) -> Path:
+    """Captions, and pairs of pictures of them that the CLIP filter lets pass, through make_dataset.py."""
+    write_json(PAIRS | {"clip": str(clip.resolve())}, painter / "pairs.json")
+    listed = out / "prompts.jsonl"
+    for words in (["captions", "--backend", "scenes", "--n", prompts, "--out", listed],
+                  ["pairs", "--prompts", listed, "--out", out / "pairs", "--weights", painter,
+                   "--device", device, "--dtype", "bf16"]):
+        args = make_dataset.parse([str(word) for word in words])
+        args.run(args)
+    return out / "pairs"
+
+
+def trained(run: Path, weights: Path, steps: list[int], recipes: tuple, pairs: int, device: str,
+            data: str | Path = "scenes") -> Path:
     """Train from `weights` in one run after another, through train.py; returns the last one's weights."""
     for number, (count, flags) in enumerate(zip(steps, recipes), start=1):
         out = run.with_name(f"{run.name}-{number}")
         where = ["--resume", out] if runs.checkpoints(out) else ["--weights", weights, "--out", out]
-        recipe = [*where, "--steps", count, "--pairs", pairs, "--device", device, *RECIPE, *flags]
+        recipe = [*where, "--steps", count, "--pairs", pairs, "--device", device, "--data", data,
+                  "--cache", out / "latents", *RECIPE, *flags]
         train.prepare_and_train(train.parse([str(word) for word in recipe]))
         weights = out / "weights"
     return weights
 
 
-def export(tokenizer: Path, editor: Path, painter: Path, clip: Path, ship: Path) -> None:
+def export(tokenizer: Path, editor: Path, paper_editor: Path, painter: Path, clip: Path, ship: Path) -> None:
     """Write the folders to ship, in half precision, with a few scenes to try the editor on."""
-    for name, weights, defaults in (("nano-ip2p", editor, DEFAULTS), ("nano-sd", painter, SD_DEFAULTS)):
-        parts = load_parts(weights, edits=weights == editor)
+    for name, weights, defaults in (("nano-ip2p", editor, DEFAULTS), ("nano-sd", painter, SD_DEFAULTS),
+                                    ("nano-ip2p-paper", paper_editor, DEFAULTS)):
+        parts = load_parts(weights, edits=weights != painter)
         save_parts(ship / name, parts.unet, parts.vae, parts.text_encoder, tokenizer,
                    parts.schedule.to_json(), defaults, torch.float16)
     write_json(PAIRS, ship / "nano-sd" / "pairs.json")
@@ -280,23 +300,29 @@ def make(args: argparse.Namespace) -> None:
     stages = (args.out, vae_folder(args.out, device, args.vae_steps), clip)
     painter = start_folder(args.out / "sd-start", SD_UNET, SD_DEFAULTS, *stages)
     painter = trained(args.out / "sd", painter, args.sd_steps, SD_RUNS, args.captions, device)
+    pairs = paired(args.out, painter, clip, args.prompts, device)
+    paper_editor = trained(
+        args.out / "paper-editor", painter, args.paper_steps, PAPER_RUNS, args.pairs, device, pairs)
     editor = start_folder(args.out / "start", UNET, DEFAULTS, *stages)
     editor = trained(args.out / "editor", editor, args.editor_steps, RUNS, args.pairs, device)
-    export(args.out / "tokenizer", editor, painter, clip, args.ship or args.out / "ship")
+    export(args.out / "tokenizer", editor, paper_editor, painter, clip, args.ship or args.out / "ship")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code, see cli.run."""
     parser = cli.make_parser(description="Train the shipped nano weights from nothing.")
     parser.add_argument("--out", type=Path, default=HERE.parent / "runs/nano", help="folder of all stages")
-    parser.add_argument("--ship", type=Path, help="folder that nano-ip2p, nano-sd and nano-clip go to "
-                                                  "(<out>/ship); weights replaces the shipped ones")
+    parser.add_argument("--ship", type=Path, help="folder that the weights go to (<out>/ship); "
+                                                  "weights replaces the shipped ones")
     parser.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
     parser.add_argument("--vae-steps", type=at_least(1), default=3200, help="batches of 8 pictures")
     parser.add_argument("--clip-steps", type=at_least(1), default=800, help="batches of 32 edited scenes")
     parser.add_argument("--sd-steps", type=at_least(1), nargs=len(SD_RUNS), default=(9000,), metavar="STEPS",
                         help="batches of 32 captioned pictures")
     parser.add_argument("--captions", type=at_least(1), default=60_000, help="rendered, captioned pictures")
+    parser.add_argument("--prompts", type=at_least(20), default=600, help="captions to make pairs of")
+    parser.add_argument("--paper-steps", type=at_least(1), nargs=len(PAPER_RUNS), default=(3000,),
+                        metavar="STEPS", help="batches of 32 such pairs")
     parser.add_argument("--editor-steps", type=at_least(1), nargs=len(RUNS), default=(3700, 7400),
                         metavar="STEPS", help="batches of 32 pairs, of the editor's two runs")
     parser.add_argument("--pairs", type=at_least(1), default=40_000, help="rendered training pairs")
