@@ -5,6 +5,7 @@
     edited = editor.edit([image], ["make it night"])[0]
 """
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,8 @@ from nanoip2p.tokenizer import Tokenizer
 from nanoip2p.unet import UNet
 from nanoip2p.vae import VAE
 
+KEPT = 64  # encoded pictures, and texts, that may come again
+
 
 class Editor:
     """Networks, tokenizer and the settings they were made for; `edit` does the work."""
@@ -34,6 +37,7 @@ class Editor:
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.schedule, self.defaults = schedule, defaults
         self.kept_texts: dict[str, Tensor] = {}  # see encode_texts
+        self.kept_pictures: dict[bytes, Tensor] = {}  # digest of the pixels -> z_image (C, h, w)
         self.device = unet.conv_in.weight.device  # where they work; with low_memory, they wait on the CPU
 
     @classmethod
@@ -68,8 +72,8 @@ class Editor:
         back in the size it was edited at (images.fit_size). negative: what to steer away from, in place of
         no text. Pictures of one size share a forward, up to `batch` of them; low_memory runs the three
         branches of guidance one after another, has one network on the device at a time, and cuts large
-        pictures up for the VAE (vae.encode_small). A picture that comes several times is encoded once. reuse:
-        see guidance.guided_denoiser. ValueError for settings or pictures that cannot be used.
+        pictures up for the VAE (vae.encode_small). What an earlier call encoded is not encoded again (KEPT).
+        reuse: see guidance.guided_denoiser. ValueError for settings or pictures that cannot be used.
         """
         settings = {"steps": steps, "cfg_text": cfg_text, "cfg_image": cfg_image, "sampler": sampler,
                     "resolution": resolution}
@@ -84,32 +88,35 @@ class Editor:
         noise_levels = plan(self.schedule, settings["sampler"], settings["steps"])
         different = {id(image): image for image in images}  # one picture may be edited many times
         pixels = {key: self._to_pixels(image, settings["resolution"]) for key, image in different.items()}
-        pixels = [pixels[id(image)] for image in images]                               # (3, H, W) each
+        digests = {key: hashlib.sha256(x.numpy().tobytes()).digest() for key, x in pixels.items()}
+        pixels, digests = ([of[id(image)] for image in images] for of in (pixels, digests))  # (3, H, W) each
         for network in (self.unet, self.vae) if low_memory else ():
             network.to("cpu")
         with self._on_device(self.text_encoder, low_memory):
             text_states = encode_texts(
                 self.text_encoder, self.tokenizer, [negative, *instructions], self.kept_texts)
-        groups, encoded = list(_same_size(pixels, batch)), {}
-        edited = {}
+        groups, edited = list(_same_size(pixels, batch)), {}
         with tqdm(total=settings["steps"] * len(groups), disable=not progress, unit="step") as bar:
             for group in groups:
-                new = {id(images[i]): pixels[i] for i in group if id(images[i]) not in encoded}
-                if new:
-                    encoded |= zip(new, self._encode(torch.stack(list(new.values())), low_memory))
+                encoded = self._encode({digests[i]: pixels[i] for i in group}, low_memory)
                 results = self._edit_same_size(
-                    torch.stack([encoded[id(images[i])] for i in group]),
+                    torch.stack([encoded[digests[i]] for i in group]),
                     torch.stack([text_states[instructions[i]] for i in group]), text_states[negative],
                     [torch.Generator().manual_seed(seeds[i]) for i in group], noise_levels, settings,
                     low_memory, reuse, bar)
                 edited.update(zip(group, results))
         return [edited[i] for i in range(len(images))]
 
-    def _encode(self, pixels: Tensor, low_memory: bool) -> Tensor:
-        """Pixels (B, 3, H, W) in [-1, 1] -> z_image (B, C, h, w): the posterior's mode, not scaled."""
-        pixels = pixels.to(self.device, self.unet.conv_in.weight.dtype)
-        with self._on_device(self.vae, low_memory):
-            return self.vae.encode_small(pixels) if low_memory else self.vae.encode(pixels)[0]
+    def _encode(self, pixels: dict[bytes, Tensor], low_memory: bool) -> dict[bytes, Tensor]:
+        """Pixels (3, H, W) in [-1, 1] -> z_image (C, h, w), the posterior's mode, not scaled, by digest."""
+        known = {key: self.kept_pictures[key] for key in pixels if key in self.kept_pictures}
+        if len(known) < len(pixels):
+            new = {key: x for key, x in pixels.items() if key not in known}
+            x = torch.stack(list(new.values())).to(self.device, self.unet.conv_in.weight.dtype)
+            with self._on_device(self.vae, low_memory):
+                known |= zip(new, self.vae.encode_small(x) if low_memory else self.vae.encode(x)[0])
+        keep(self.kept_pictures, known)
+        return known
 
     def _edit_same_size(self, z_image: Tensor, context: Tensor, null_text: Tensor,
                         generators: list[torch.Generator], noise_levels: Plan, settings: dict,
@@ -158,7 +165,7 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
 
 def encode_texts(text_encoder: TextEncoder, tokenizer: Tokenizer, texts: list[str],
                  kept: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Text states (T, D) of each distinct text; those of "", which most calls need, stay in `kept`.
+    """Text states (T, D) of each distinct text; the last of them stay in `kept`.
 
     One forward for each, because the last bits of a sum depend on how many texts share it: the states of a
     text must not depend on its company.
@@ -167,8 +174,17 @@ def encode_texts(text_encoder: TextEncoder, tokenizer: Tokenizer, texts: list[st
     states = {
         text: kept[text].to(weight) if text in kept else text_encoder(tokenizer([text]).to(weight.device))[0]
         for text in dict.fromkeys(texts)}
-    kept |= {text: state for text, state in states.items() if not text}
+    keep(kept, states)
     return states
+
+
+def keep(kept: dict, used: dict) -> None:
+    """Add what was used to what is kept: the KEPT last ones, of those used at once the first ones."""
+    for key in reversed(used):
+        kept.pop(key, None)
+        kept[key] = used[key]
+    for key in list(kept)[:-KEPT]:
+        del kept[key]
 
 
 def _same_size(pixels: list[Tensor], batch: int) -> Iterator[list[int]]:

@@ -4,7 +4,8 @@
 
 Gathered by branch, the weights are s_T for [text + image], s_I - s_T for [image] and 1 - s_I for [none];
 they sum to 1. A branch of weight 0 is never computed: s_I = 1 saves a third of the work, s_T = s_I another.
-What does not differ between branches or steps is computed once: see `UNet.project_context`.
+What does not differ between branches or steps is computed once: see `UNet.project_context`, and
+`UNet.project_timesteps` beside it.
 "No image" is zeros in latent space, which is what training drops the image to; "no text" is the encoding
 of "". A negative prompt takes the place of "" in both branches that have no text, as in diffusers.
 """
@@ -33,6 +34,7 @@ def guided_denoiser(
     branches = zip((cfg_text, cfg_image - cfg_text, 1.0 - cfg_image), (0, 0, 1),
                    (context, null_context, null_context))
     branches = [branch for branch in branches if branch[0] != 0]
+    told = unet.project_timesteps(timestep_of) if reuse else timestep_of
     images, own = torch.stack([z_image, torch.zeros_like(z_image)]), torch.arange(len(z_image))
     batches = []
     for batch in [[branch] for branch in branches] if low_memory else [branches]:
@@ -48,7 +50,7 @@ def guided_denoiser(
         eps = []
         for image, text in batches:
             z_in = torch.cat([z.repeat(len(image) // len(z), 1, 1, 1), image], dim=1)  # (.., 2 C, h, w)
-            eps.extend(unet(z_in, timestep_of[sigma], text).float().split(len(z)))
+            eps.extend(unet(z_in, told[sigma], text).float().split(len(z)))
         return x - sigma * sum(weight * e for (weight, _, _), e in zip(branches, eps))
 
     return denoise
@@ -63,13 +65,14 @@ def text_guided_denoiser(unet: UNet, timestep_of: dict[float, Tensor], context: 
     branches = [(weight.to(context.device)[:, None, None, None], text)
                 for weight, text in ((cfg_text, context), (1 - cfg_text, null_context)) if weight.any()]
     weights, texts = zip(*branches)
+    told = unet.project_timesteps(timestep_of) if reuse else timestep_of
     text, copies = torch.cat(texts), 1 if reuse else len(texts)                  # (n B, T, D)
     if reuse:
         text = unet.project_context(text, torch.arange(len(context)).repeat(len(texts)))
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         z = (x / math.sqrt(sigma**2 + 1)).to(context.dtype).repeat(copies, 1, 1, 1)
-        eps = unet(z, timestep_of[sigma], text).float().split(len(x))
+        eps = unet(z, told[sigma], text).float().split(len(x))
         return x - sigma * sum(weight * e for weight, e in zip(weights, eps))
 
     return denoise

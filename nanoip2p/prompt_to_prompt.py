@@ -144,12 +144,13 @@ class PairPainter:
         z_rows = torch.arange(2 * pairs, device=device).view(2, pairs)
         z_rows = z_rows.unsqueeze(axis).expand(layout).flatten()                  # (4 B,)
         alike = reuse and self.alike
+        told, heat = self.plan.timestep_of(device), []
+        step_of = {sigma: step for step, sigma in enumerate(told)}
         if reuse:
             text = self.painter.unet.project_context(text, z_rows if alike else None)
+            told = self.painter.unet.project_timesteps(told)
         guidance = torch.tensor(cfg_text * 2, device=device)[:, None, None, None]
         columns = words and torch.stack(words[::-1]).repeat_interleave(2 * pairs, dim=0).to(device)
-        timestep_of, heat = self.plan.timestep_of(device), []
-        step_of = {sigma: step for step, sigma in enumerate(timestep_of)}
 
         @cache
         def injection_at(*stage) -> Injection:
@@ -162,7 +163,7 @@ class PairPainter:
             z = (x / math.sqrt(sigma**2 + 1)).to(self.null.dtype)
             injection = injection_at(*self.stage(step_of[sigma], shares))
             injection.words, injection.word_tokens, injection.heat = columns, math.prod(self.coarse), []
-            eps = self.painter.unet(z if alike else z[z_rows], timestep_of[sigma], text, injection).float()
+            eps = self.painter.unet(z if alike else z[z_rows], told[sigma], text, injection).float()
             captioned, empty = (e.flatten(0, 1) for e in eps.unflatten(0, layout).unbind(axis))
             if columns is not None:
                 heat.append(sum(injection.heat).unflatten(0, layout).select(axis, 0).flatten(0, 1))
@@ -176,7 +177,7 @@ class PairPainter:
         sampler = SAMPLERS[self.settings["sampler"]]
         for sigmas in self.plan.sigmas.split(1) if self.blend else [self.plan.sigmas]:
             x = sampler(denoise, x, sigmas, generators)
-            if self.blend and len(heat) > BLEND_FROM * len(timestep_of):
+            if self.blend and len(heat) > BLEND_FROM * len(told):
                 x = blend_locally(x, self._as_maps(heat)[:, -1:])
         place = torch.tensor([order.index(j) for j in range(pairs)], device=device)
         place = torch.cat([place, pairs + place])

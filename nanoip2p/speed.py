@@ -168,8 +168,10 @@ def compile(unet: UNet, say: Callable[[str], None], mode: str = "default") -> UN
     return unet
 
 
-def as_tensor(timestep: Tensor | float, latents: Tensor) -> Tensor:
+def as_tensor(timestep: Tensor | float | dict, latents: Tensor) -> Tensor | dict:
     """(1,) or (B,): a number would be a constant of what is compiled or captured."""
+    if isinstance(timestep, dict):
+        return timestep
     return torch.as_tensor(timestep, dtype=torch.float32, device=latents.device).reshape(-1)
 
 

@@ -73,11 +73,9 @@ class UNetConfig:
     @classmethod
     def tiny(cls, in_channels: int = 4) -> "UNetConfig":
         """Two levels and few channels, for tests."""
-        return cls(
-            in_channels=in_channels, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=2,
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=12,
-        )
+        return cls(in_channels=in_channels, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+                   down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=2,
+                   up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=12)
 
     def to_json(self) -> dict:
         """The config.json from which diffusers builds the same network."""
@@ -86,24 +84,25 @@ class UNetConfig:
 
 def timestep_embedding(timestep: Tensor, width: int, flip_sin_to_cos: bool, freq_shift: int) -> Tensor:
     """Sines and cosines of the timesteps (B,), wavelengths 2 pi to 20000 pi -> (B, width), always float32."""
-    half = width // 2
-    steps = torch.arange(half, dtype=torch.float32, device=timestep.device)
-    frequencies = torch.exp(-math.log(10000) * steps / (half - freq_shift))
-    angles = timestep.float()[:, None] * frequencies
-    parts = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
-    return torch.cat(parts, dim=1)
+    steps = torch.arange(width // 2, dtype=torch.float32, device=timestep.device)
+    angles = timestep.float()[:, None] * torch.exp(-math.log(10000) * steps / (width // 2 - freq_shift))
+    return torch.cat((angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos()), dim=1)
 
 
 class TimeEmbedding(nn.Module):
-    """(B, width of the first level) -> (B, four times that)."""
+    """Timesteps (B,), or a number -> (B, 4 C_0): what every residual block projects for itself."""
 
-    def __init__(self, c_in: int, c_out: int):
+    def __init__(self, config: UNetConfig):
         super().__init__()
-        self.linear_1 = nn.Linear(c_in, c_out)
-        self.linear_2 = nn.Linear(c_out, c_out)
+        width = config.block_out_channels[0]
+        self.waves = width, config.flip_sin_to_cos, config.freq_shift
+        self.linear_1, self.linear_2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, 4 * width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))
+    def forward(self, timestep: Tensor | float) -> Tensor:
+        weight = self.linear_1.weight
+        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=weight.device).reshape(-1)
+        x = timestep_embedding(timestep, *self.waves).to(weight.dtype)
+        return F.silu(self.linear_2(F.silu(self.linear_1(x))))
 
 
 class ResnetBlock(nn.Module):
@@ -119,15 +118,15 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x))) + self.time_emb_proj(time)[:, :, None, None]
+    def forward(self, x: Tensor, time: Tensor | dict) -> Tensor:
+        time = time[self] if isinstance(time, dict) else self.time_emb_proj(time)
+        h = self.conv1(F.silu(self.norm1(x))) + time[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         return self.conv_shortcut(x) + h
 
 
 class Projected(NamedTuple):
     """What a text is to the layers, the same in every step; from `UNet.project_context`."""
-
     layers: dict  # layer that attends to text -> its keys and values (R, L, C)
     rows: Tensor  # (R,): the row of the latents that each row of the text belongs to
 
@@ -177,10 +176,9 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     """Four times wider and back. The Identity stands where diffusers counts a dropout. (B, T, C) -> same."""
 
-    def __init__(self, channels: int):
+    def __init__(self, c: int):
         super().__init__()
-        wide = 4 * channels
-        self.net = nn.Sequential(GEGLU(channels, wide), nn.Identity(), nn.Linear(wide, channels))
+        self.net = nn.Sequential(GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -276,7 +274,7 @@ class UNet(nn.Module):
         self.config = config
         widths, layers = config.block_out_channels, config.layers_per_block
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = TimeEmbedding(widths[0], 4 * widths[0])
+        self.time_embedding = TimeEmbedding(config)
 
         c, skips = widths[0], [widths[0]]  # channels of every feature map that the way up will meet again
         self.down_blocks = nn.ModuleList()
@@ -308,23 +306,27 @@ class UNet(nn.Module):
         rows = torch.arange(len(context)) if rows is None else rows
         return Projected({layer: layer.project(context) for layer in layers}, rows.to(context.device))
 
-    def forward(self, latents: Tensor, timestep: Tensor | float, context: Tensor | Projected, inject=None,
-                recompute: bool = False) -> Tensor:
+    def project_timesteps(self, timestep_of: dict[float, Tensor]) -> dict[float, dict]:
+        """Timesteps (1,) -> layer -> its projection (1, C), once for a whole loop; keys stay as they are."""
+        time = self.time_embedding(torch.cat(list(timestep_of.values())))        # (N, 4 C_0)
+        blocks = [block for block in self.modules() if isinstance(block, ResnetBlock)]
+        rows = zip(*(block.time_emb_proj(time).split(1) for block in blocks))
+        return {key: dict(zip(blocks, row)) for key, row in zip(timestep_of, rows)}
+
+    def forward(self, latents: Tensor, timestep: Tensor | float | dict, context: Tensor | Projected,
+                inject=None, recompute: bool = False) -> Tensor:
         """Latents (B, C_in, h, w), timestep, text (B, L, D) -> predicted noise (B, C_out, h, w).
 
-        The timestep is a number, or a tensor of one for all or one for each of the B; it may lie between
-        integers (Karras sigmas). Any h and w work; each level halves them, rounding up. A text of R rows
-        from `project_context` may share B latents, at one timestep: the R are B until they meet the text.
-        `inject` changes how rows attend: an injection.Injection. `recompute` keeps no activations in
-        layers, but computes them again (Chen et al. 1604.06174): a third more time, much less memory.
+        The timestep is a number, or a tensor of one for all or one for each of the B, also between integers
+        (Karras sigmas), or comes from `project_timesteps`. Any h and w work; each level halves them, rounding
+        up. A text of R rows from `project_context` may share B latents, at one timestep: the R are B until
+        they meet the text. `inject` changes how rows attend: an injection.Injection. `recompute` computes
+        activations again for the way back (Chen et al. 1604.06174): a third more time, much less memory.
         """
-        config, given = self.config, (tuple(latents.shape), tuple(getattr(context, "shape", ())))
-        assert given[0][1] == config.in_channels, given
-        assert given[1] in ((), (given[0][0], *given[1][1:2], config.cross_attention_dim)), given
-        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=latents.device).reshape(-1)  # (B,)
-        width = config.block_out_channels[0]
-        time = timestep_embedding(timestep, width, config.flip_sin_to_cos, config.freq_shift)
-        time = F.silu(self.time_embedding(time.to(latents.dtype)))      # (B, 4 * C_0); blocks want its SiLU
+        shapes, config = [tuple(x.shape) for x in (latents, context) if isinstance(x, Tensor)], self.config
+        assert latents.shape[1] == config.in_channels, shapes
+        assert len(shapes) == 1 or shapes[1][::2] == (len(latents), config.cross_attention_dim), shapes
+        time = timestep if isinstance(timestep, dict) else self.time_embedding(timestep)    # (B, 4 C_0)
 
         x = self.conv_in(latents)
         skips = [x]

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from tiny_editor import DEFAULTS, write_tiny_editor
 
+from nanoip2p import editor as editing
 from nanoip2p.checkpoint import load_parts
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.editor import Editor, pick_device
@@ -146,11 +147,17 @@ def test_each_text_is_encoded_once(tiny, monkeypatch):
     editor.edit([picture(32, 32, i) for i in range(3)], ["a", "b", "a"], steps=1, batch=1)
     assert encoded == [1, 1, 1]  # "", "a" and "b"; alone, so that company does not matter
     editor.edit([picture(32, 32, 0)] * 3, ["a", "b", ""], steps=1, negative="c")
-    assert encoded == [1] * 6  # "c", "a" and "b", but never again ""
+    assert encoded == [1] * 4  # "c"
+    monkeypatch.setattr(editing, "KEPT", 1)
+    editor.edit([picture(32, 32, 0)] * 2, ["a", "d"], steps=1, negative="")
+    assert encoded == [1] * 5 and list(editor.kept_texts) == [""]
+    editor.edit([picture(32, 32, 0)], ["a"], steps=1)
+    assert encoded == [1] * 6  # "a" had to go, but never ""
 
 
-def test_a_picture_is_encoded_once(editor, monkeypatch):
+def test_a_picture_is_encoded_once(tiny, monkeypatch):
     """However often it comes, in whatever batch; and what is edited is each time what came."""
+    editor = Editor.load(tiny, "cpu")
     images = [picture(48, 32, 0), picture(32, 48, 1), picture(48, 32, 2)]
     places, encoded, encode = [0, 1, 0, 2, 0, 0], [], type(editor.vae).encode
     monkeypatch.setattr(type(editor.vae), "encode", lambda self, pixels: (
@@ -158,8 +165,14 @@ def test_a_picture_is_encoded_once(editor, monkeypatch):
     settings = {"instructions": [*TEXTS, TEXTS[1], *TEXTS, TEXTS[0]], "steps": 2, "batch": 2}
     together = editor.edit([images[i] for i in places], **settings)
     assert encoded == [1, 1, 1]
-    apart = editor.edit([images[i].copy() for i in places], **settings | {"batch": 1})
-    assert sum(encoded) == 9 and max(difference(a, b) for a, b in zip(together, apart)) <= 1
+    assert editor.edit([images[i].copy() for i in places], **settings) == together
+    assert encoded == [1, 1, 1]  # nor are copies, in another call
+    monkeypatch.setattr(editing, "KEPT", 1)
+    apart = editor.edit([images[i] for i in places], **settings | {"batch": 1})
+    assert len(editor.kept_pictures) == 1 and len(encoded) > 3
+    assert max(difference(a, b) for a, b in zip(together, apart)) <= 1
+    smaller = editor.edit([images[0]], TEXTS[:1], steps=2, resolution=32)
+    assert smaller[0].size != together[0].size  # another resolution is another picture
 
 
 @pytest.mark.parametrize("settings", [

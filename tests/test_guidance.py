@@ -20,6 +20,9 @@ class FakeUNet(torch.nn.Module):
     def project_context(self, context, rows):
         return Projected({"text": context}, rows)
 
+    def project_timesteps(self, timestep_of):
+        return timestep_of
+
     def forward(self, latents, timestep, context):
         self.calls.append((latents, timestep, context))
         if isinstance(context, Projected):
@@ -82,6 +85,7 @@ def test_one_condition(inputs, guidance, branches):
         unet = FakeUNet()
         unet_twice = lambda *given, unet=unet: torch.cat([unet(*given)] * 2, dim=1)  # noqa: E731
         unet_twice.project_context = unet.project_context
+        unet_twice.project_timesteps = unet.project_timesteps
         denoise = text_guided_denoiser(unet_twice, {SIGMA: 321.5}, context, null, s, reuse)
         torch.testing.assert_close(denoise(x, SIGMA), wanted, rtol=1e-5, atol=1e-5)
         [(latents, _, text)] = unet.calls

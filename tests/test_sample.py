@@ -20,6 +20,7 @@ from nanoip2p import speed
 from nanoip2p.editor import Editor
 from nanoip2p.images import open_image, read_recipe, save_png
 from nanoip2p.unet import UNet
+from nanoip2p.vae import VAE
 
 SCRIPT = Path(sample.__file__)
 TWO_EDITS = ["--edit", "make it night", "--edit", "red"]
@@ -164,6 +165,13 @@ def test_pictures_of_one_size_share_a_forward(run, monkeypatch):
     assert rows == [3 * 3, 3 * 1]
     for name in files("parts"):
         assert np.abs(pixels(f"all/{name}") - pixels(f"parts/{name}")).max() <= 1
+
+
+def test_an_input_is_encoded_once_for_all_its_edits(run, monkeypatch):
+    encoded, encode = [], VAE.encode
+    monkeypatch.setattr(VAE, "encode", lambda self, x: (encoded.append(len(x)), encode(self, x))[1])
+    assert run(*one("--n", "5", "--batch", "2", "--edit", "make it day", output="out/")) == 0
+    assert encoded == [1] and len(files("out")) == 10
 
 
 def test_turns_follow_each_other(run):

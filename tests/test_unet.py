@@ -138,6 +138,19 @@ def test_a_projected_text_may_share_latents(name, rows):
         assert relative_error(plain[rows == 0][:1], plain[rows == 1][:1]) > 1e-2          # so do the latents
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_projected_timesteps_are_those_of_each_step(name):
+    ours, _ = pair(name)
+    latents, context = inputs(ours.config, 7, 10)
+    times = {sigma: torch.tensor([t]) for sigma, t in ((9.5, 801.25), (1.0, 400.0), (0.1, 3.0))}
+    with torch.no_grad():
+        told = ours.project_timesteps(times)
+        plain = [ours(latents, t, context) for t in times.values()]
+        for sigma, wanted in zip(times, plain):
+            assert relative_error(ours(latents, told[sigma], context), wanted) < 1e-5
+    assert list(told) == list(times) and relative_error(plain[0], plain[1]) > 1e-2
+
+
 def test_a_projected_text_needs_no_text_weights():
     """And what a plain one needs is all there for training, at every layer, recomputed or not."""
     ours, _ = pair("like SD 1.5")
@@ -160,7 +173,7 @@ def test_compiles_whole_and_once_for_all_texts_and_steps():
     compiled = torch.compile(ours, backend="eager", fullgraph=True)
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         for text, t in ((context, 5.0), (context, 700.0), (-context, 30.0)):
-            text, t = ours.project_context(text, rows), torch.tensor([t])
+            text, t = ours.project_context(text, rows), ours.project_timesteps({t: torch.tensor([t])})[t]
             assert relative_error(compiled(latents, t, text), ours(latents, t, text)) < 1e-6
 
 
