@@ -3,7 +3,7 @@
     python -m nanoip2p.evaluate scenes --weights weights/nano-ip2p --n 500
     python -m nanoip2p.evaluate captions --weights weights/nano-sd --n 320
     python -m nanoip2p.evaluate ablate --seeds 2            # what each part of the recipe is worth: ablate.py
-    python -m nanoip2p.evaluate magicbrush --data MagicBrush/dev --out runs/dev             # see magicbrush.py
+    python -m nanoip2p.evaluate magicbrush --data MagicBrush/dev --out runs/dev            # magicbrush.py
 
 `captions` asks how often CLIP, shown a picture painted for a caption, ranks that caption first among 32, next
 to the same for true renders.
@@ -247,7 +247,8 @@ def run_scenes(args: argparse.Namespace) -> tuple:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code, see cli.run."""
-    return cli.run(lambda: run(parse(argv)), "interrupted; what is in --out is whole", "try a smaller --n")
+    return cli.run(lambda: run(parse(argv)), "interrupted; what is in --out is whole",
+                   "try a smaller --n or --device cpu")
 
 
 if __name__ == "__main__":
