@@ -3,6 +3,7 @@
     python sample.py --input house.png --edit "make it night" --output night.png
     python sample.py --input photos --edit "make it snow" --output snowy/
     python sample.py --input house.png --edit "make it night" --edit "add a tree" --grid --output grid.png
+    python sample.py --input house.png --edit "make it night" --sweep --output sweep.png
     python sample.py --recipe night.png --output again.png
 """
 
@@ -11,10 +12,12 @@ import os
 import random
 import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 import nanoip2p
 from nanoip2p import cli, speed
@@ -30,13 +33,17 @@ HERE = Path(__file__).resolve().parent
 # What a recipe holds: the flags that make one file again. What is not given is None until `complete`.
 RECIPE_FLAGS = (
     "input", "edit", "turns", "n", "seed", "steps", "cfg_text", "cfg_image", "sampler", "resolution",
-    "negative", "weights", "vae", "tokenizer", "raw_weights", "dtype", "keep_size", "grid", "batch",
-    "low_memory",
+    "negative", "weights", "vae", "tokenizer", "raw_weights", "dtype", "keep_size", "grid", "sweep",
+    "batch", "low_memory",
 )
 DEFAULTS = {
     "n": 1, "negative": "", "weights": "weights/nano-ip2p", "dtype": "fp32", "batch": 8, "turns": False,
-    "keep_size": False, "grid": False, "low_memory": False, "raw_weights": False, "fast": False,
+    "keep_size": False, "grid": False, "sweep": False, "low_memory": False, "raw_weights": False,
+    "fast": False,
 }
+# What --sweep draws around the chosen scales: around the paper's, cfg_text 3 ... 12 and cfg_image 1 ... 2
+SWEEP_FACTORS = (0.4, 0.7, 1, 1.3, 1.6)      # of cfg_text
+SWEEP_STEPS = (-0.5, -0.25, 0, 0.25, 0.5)    # on top of cfg_image
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,9 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--keep-size", action="store_true", default=None, help="in the size of the input")
     group.add_argument("--grid", action="store_true", default=None,
                        help="one labelled picture: input | edits")
+    group.add_argument("--sweep", action="store_true", default=None,
+                       help="one labelled picture of one edit at 5 x 5 scales of guidance, around --cfg-text "
+                            "(down) and --cfg-image (across)")
     group.add_argument("--recipe", help="a PNG that sample.py wrote, to make again; other flags override it")
 
     group = parser.add_argument_group("with what")
@@ -135,8 +145,11 @@ def plan_pictures(args: argparse.Namespace, inputs: list[str]) -> list[Picture]:
     to_folder = output.is_dir() or args.output.endswith(("/", os.sep)) or not output.suffix
     if not to_folder and output.suffix.lower() != ".png":
         raise ValueError(f"{args.output} should end in .png (or in / for a folder); only PNG is written")
-    if args.grid and to_folder:
-        raise ValueError(f"--grid writes one picture, so --output {args.output} must end in .png")
+    if args.sweep and (len(inputs) * len(args.edit) * args.n > 1 or args.grid or args.keep_size):
+        raise ValueError("--sweep draws one --edit of one --input, without --n, --grid and --keep-size")
+    if (args.grid or args.sweep) and to_folder:
+        flag = "--grid" if args.grid else "--sweep"
+        raise ValueError(f"{flag} writes one picture, so --output {args.output} must end in .png")
     if not args.grid and not to_folder and len(inputs) > 1:
         raise ValueError(f"{len(inputs)} inputs need a folder as --output, not {args.output}")
     suffix = ".png" if to_folder else output.suffix
@@ -219,6 +232,11 @@ def run(args: argparse.Namespace) -> None:
     recipe = {key: getattr(args, key) for key in RECIPE_FLAGS} | chosen
     recipe |= {"version": nanoip2p.__version__, "torch": torch.__version__}
 
+    if args.sweep:
+        [picture] = pictures
+        save_png(sweep(editor, picture, sizes[picture.input], settings), args.output, recipe)
+        print(f"{args.output}  {args.edit[0]}, by cfg_text and cfg_image  (seed {args.seed})")
+        return
     made = {}
     for batch in make_batches(pictures, sizes, args.batch):
         results = edit_batch(editor, batch, sizes[batch[0].input], settings, args.keep_size)
@@ -233,6 +251,21 @@ def run(args: argparse.Namespace) -> None:
         save_png(draw_grid(pictures, made, inputs), args.output, recipe | {"input": inputs})
         edits = sum(len(picture.edits) for picture in pictures)
         print(f"{args.output}  {edits} edit{'s' * (edits > 1)}  (seed {args.seed})")
+
+
+def sweep(editor: Editor, picture: Picture, size: tuple[int, int], settings: dict) -> Image.Image:
+    """The input; below it the edit, with a row for each cfg_text around that of `settings` (Editor.edit's),
+    and in it a column for each cfg_image, all from one seed."""
+    texts = [round(settings["cfg_text"] * factor, 4) for factor in SWEEP_FACTORS]
+    images = [round(settings["cfg_image"] + step, 4) for step in SWEEP_STEPS]
+    before, cells = fit(open_image(picture.input), size), []
+    for text, image in tqdm(list(product(texts, images)), unit="edit"):
+        scales = {"cfg_text": text, "cfg_image": image, "progress": False}
+        cells += editor.edit([before], list(picture.edits), seed=[picture.seed], **settings | scales)
+    across = len(images)
+    rows = [cells[i : i + across] for i in range(0, len(cells), across)]
+    labels = [[f"cfg_text {text:g}, cfg_image {image:g}" for image in images] for text in texts]
+    return grid([[before], *rows], [["input"], *labels])
 
 
 def check_outputs(pictures: list[Picture], inputs: list[str]) -> None:

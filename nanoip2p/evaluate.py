@@ -3,6 +3,7 @@
     python -m nanoip2p.evaluate scenes --weights weights/nano-ip2p --n 500
     python -m nanoip2p.evaluate captions --weights weights/nano-sd --n 320
     python -m nanoip2p.evaluate ablate --seeds 2            # what each part of the recipe is worth: ablate.py
+    python -m nanoip2p.evaluate magicbrush --data MagicBrush/dev --out runs/dev            # magicbrush.py
 
 `captions` asks how often CLIP, shown a picture painted for a caption, ranks that caption first among 32, next
 to the same for true renders.
@@ -26,7 +27,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from nanoip2p import ablate, cli
+from nanoip2p import ablate, cli, magicbrush
 from nanoip2p.cli import at_least, finite
 from nanoip2p.clip_filter import Judge
 from nanoip2p.editor import Editor
@@ -202,13 +203,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             each.add_argument(f"--{name}", type=kind, help="as in sample.py; by default of the weights")
         each.add_argument("--sampler", choices=sorted(SAMPLERS), help="the same")
     ablate.add_flags(what.add_parser("ablate", help="train editors without one part of the recipe each"))
+    magicbrush.add_flags(what.add_parser("magicbrush", help="MagicBrush's metrics, of a local copy of it"))
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:
     """Ask, score, print; with --out keep the numbers and some failures."""
-    if args.what == "ablate":
-        print(ablate.run(args))
+    if args.what in ("ablate", "magicbrush"):
+        print((ablate if args.what == "ablate" else magicbrush).run(args))
         return
     if args.out:
         check_writable(args.out / "scores.json")
@@ -245,7 +247,8 @@ def run_scenes(args: argparse.Namespace) -> tuple:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code, see cli.run."""
-    return cli.run(lambda: run(parse(argv)), "interrupted; nothing was written", "try a smaller --n")
+    return cli.run(lambda: run(parse(argv)), "interrupted; what is in --out is whole",
+                   "try a smaller --n or --device cpu")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import nanoip2p
 import sample
 from nanoip2p import speed
 from nanoip2p.editor import Editor
-from nanoip2p.images import open_image, read_recipe, save_png
+from nanoip2p.images import grid, open_image, read_recipe, save_png
 from nanoip2p.unet import UNet
 from nanoip2p.vae import VAE
 
@@ -79,7 +79,8 @@ def test_the_recipe_names_everything(run, weights):
         "input": ["house.png"], "edit": ["make it night"], "turns": False, "n": 1, "seed": 3, "steps": 2,
         "cfg_text": DEFAULTS["cfg_text"], "cfg_image": 1.7, "sampler": "ddim", "negative": "blurry",
         "resolution": DEFAULTS["resolution"], "weights": str(weights), "dtype": "fp32",
-        "keep_size": False, "grid": False, "batch": 8, "low_memory": False, "raw_weights": False,
+        "keep_size": False, "grid": False, "sweep": False, "batch": 8, "low_memory": False,
+        "raw_weights": False,
         "vae": None, "tokenizer": None,
         "version": nanoip2p.__version__, "torch": torch.__version__,
     }
@@ -214,6 +215,25 @@ def test_a_drawn_grid_is_one_labelled_picture(run):
     assert pixels("grid.png").shape[1] > 2 * 192 and read_recipe("grid.png")["grid"] is True
 
 
+def test_a_sweep_is_the_same_edit_at_other_scales(run, monkeypatch, capsys):
+    seen, flags = [], ["--seed", "5", "--cfg-text", "5", "--negative", "boat"]
+    monkeypatch.setattr(sample, "grid", lambda *args: (seen.append(args), grid(*args))[1])
+    assert run(*one("--sweep", "--cfg-image", "1.5", *flags, name="wide.jpg")) == 0
+    assert capsys.readouterr().out == "out.png  make it night, by cfg_text and cfg_image  (seed 5)\n"
+    [(rows, labels)] = seen
+    scales = [[(text, image) for image in (1, 1.25, 1.5, 1.75, 2)] for text in (2, 3.5, 5, 6.5, 8)]
+    assert labels == [["input"], *(
+        [f"cfg_text {text}, cfg_image {image}" for text, image in row] for row in scales)]
+    assert len({cell.tobytes() for row in rows for cell in row}) == 26 and rows[0][0].size == (56, 32)
+    for row, column in ((0, 0), (1, 3), (4, 2)):
+        text, image = map(str, scales[row][column])
+        alone = one(*flags, "--cfg-text", text, "--cfg-image", image, name="wide.jpg", output="alone.png")
+        assert run(*alone) == 0
+        assert np.array_equal(np.asarray(rows[row + 1][column]), pixels("alone.png"))
+    assert sample.main(["--recipe", "out.png", "--output", "again.png", "--device", "cpu"]) == 0
+    assert np.array_equal(pixels("again.png"), pixels("out.png"))
+
+
 def test_a_recipe_repeats_one_picture_of_many(run):
     assert run("--input", "house.png", "wide.jpg", "boat.png", *TWO_EDITS, "--n", "2",
                "--sampler", "dpmpp_2m", "--negative", "blurry", "--output", "done") == 0
@@ -274,6 +294,12 @@ WRONG = {
     "jpg": (one(output="out.jpg"), "should end in .png"),
     "many to one": (["--input", "house.png", "boat.png", "--edit", "x", "--output", "o.png"], "2 inputs"),
     "grid to folder": (one("--grid", output="grids/"), "must end in .png"),
+    "sweep to folder": (one("--sweep", output="sweeps/"), "--sweep writes one picture, so --output sweeps/"),
+    "sweep of inputs": (one("--sweep", "--input", "boat.png"), "--sweep draws one --edit of one --input"),
+    "sweep of edits": (one("--sweep", "--turns", "--edit", "red"), "--sweep draws one --edit"),
+    "sweep of samples": (one("--sweep", "--n", "2"), "without --n"),
+    "sweep in a grid": (one("--sweep", "--grid"), "--sweep draws one"),
+    "sweep to size": (one("--sweep", "--keep-size"), "without --n, --grid and --keep-size"),
     "onto input": (one(output="./house.png"), "would overwrite an input"),
     "file as folder": (one(output="house.png/out.png"), "cannot be written"),
     "folder as file": (one("--edit", "red", output="taken.png"), "taken_1.png"),
