@@ -2,6 +2,8 @@
 # make dataset   captions -> pairs of pictures -> the best of them, in the nano world -> data/nano
 # make train     an editor from the text-to-picture model, in the nano world -> runs/first; again: goes on
 # make test      the whole test suite
+# make docs      every picture in the README anew; a quarter of an hour on two cores
+# make reproduce the whole paper in the nano world, from nothing: weights, data, scores, figure 8, ablations -> runs
 # make bench     the benchmarks, small enough for a CPU; tests/benchmarks/RESULTS.md has what they printed
 # make lint      ruff
 # The first of them builds .venv, a later one rebuilds it after a change of pyproject.toml or constraints.txt.
@@ -9,7 +11,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo dataset train test bench lint
+.PHONY: demo dataset train docs reproduce test bench lint
 
 demo: .venv/runtime
 	.venv/bin/python -m nanoip2p.demo --out out/demo.png
@@ -23,6 +25,28 @@ dataset: .venv/runtime
 train: .venv/runtime
 	if [ -d runs/first/checkpoints ]; then .venv/bin/python train.py --resume runs/first; else \
 		.venv/bin/python train.py --preset nano --weights weights/nano-sd --data scenes --out runs/first; fi
+
+docs: .venv/test dataset train
+	.venv/bin/python -m nanoip2p.demo --out weights/nano-ip2p/demo.png
+	.venv/bin/python sample.py --input weights/nano-ip2p/examples/house.png --edit "make it night" --seed 0 \
+		--sweep --output weights/sweep.png
+	.venv/bin/python -m nanoip2p.prompt_to_prompt "a red house in the middle, on grass, clear day" \
+		"a blue tree in the middle, on grass, clear day" --heatmaps --out weights/nano-sd/heatmaps.png
+	.venv/bin/python -m nanoip2p.evaluate curve --sdedit weights/nano-sd --out runs/curve
+	cp data/nano/pairs/contact-sheet.png weights/nano-sd/pairs.png
+	cp runs/first/samples-000600.png weights/first-editor.png
+	cp runs/first/loss.png weights/first-editor-loss.png
+	cp runs/curve/curve.png weights/curve.png
+
+reproduce: .venv/test
+	.venv/bin/python weights/make_nano.py
+	.venv/bin/python -m nanoip2p.evaluate captions --weights runs/nano/ship/nano-sd --clip runs/nano/ship/nano-clip
+	for editor in nano-ip2p nano-ip2p-paper; do for combinations in seen held-out; do \
+		.venv/bin/python -m nanoip2p.evaluate scenes --weights runs/nano/ship/$$editor \
+			--combinations $$combinations --out runs/scores/$$editor-$$combinations || exit; done; done
+	.venv/bin/python -m nanoip2p.evaluate curve --weights runs/nano/ship/nano-ip2p-paper \
+		--sdedit runs/nano/ship/nano-sd --clip runs/nano/ship/nano-clip --out runs/curve-paper
+	.venv/bin/python -m nanoip2p.evaluate ablate --out runs/ablate
 
 test: .venv/test
 	.venv/bin/python -m pytest
