@@ -3,7 +3,8 @@
 `read_data` finds, in a folder or as the file itself:
 
     seeds.json        the original's layout: 0000000/prompt.json, 0000000/<seed>_0.jpg, 0000000/<seed>_1.jpg
-    pairs.jsonl       {"input": path, "edit": text, "output": path}, paths relative to its folder
+    pairs.jsonl       {"input": path, "edit": text, "output": path}, paths relative to its folder; also with
+                      captions of both pictures, "input_caption" and "output_caption"
     *.parquet         also in data/, with the columns of one of three datasets on the Hub, see COLUMNS
     edit_turns.json   MagicBrush: with images/<id>/ beside it, also in train/, dev/ and test/
 """
@@ -38,6 +39,8 @@ COLUMNS = (  # picture before, instruction, picture after
     ("input_image", "edit_prompt", "edited_image"),     # fusing/instructpix2pix-1000-samples
     ("source_img", "instruction", "target_img"),        # osunlp/MagicBrush
 )
+PROMPTS = ("original_prompt", "edited_prompt")  # captions, in the first of them
+CAPTIONS = ("input_caption", "output_caption")  # the same in pairs.jsonl
 EDITS_PER_SCENE = 4
 ONE_AT_A_TIME = Lock()
 EQUAL_ODDS = (1.0,) * len(EDIT_KINDS)
@@ -60,11 +63,12 @@ Picture = Path | Scene | Cell
 
 @dataclass(frozen=True)
 class Pair:
-    """One example: a picture, an instruction, the edited picture."""
+    """One example: a picture, an instruction, the edited picture; captions of both, if the data has them."""
 
     before: Picture
     edit: str
     after: Picture
+    captions: tuple[str, str] | None = None
 
 
 Item = tuple[Pair, ...]  # the pairs of one prompt; training draws one of them at each visit, as the original
@@ -87,7 +91,8 @@ def scene_pairs(n: int, split: str = "train", weights: tuple[float, ...] = EQUAL
         odds = torch.tensor([weight * (kind in possible) for kind, weight in zip(EDIT_KINDS, weights)])
         for kind in torch.multinomial(odds, EDITS_PER_SCENE, True, generator=generator) if odds.any() else ():
             edit = pick([edit for edit in edits if edit.kind == EDIT_KINDS[kind]], generator)
-            pairs.append(Pair(scene, pick(edit.instructions[:-1], generator), edit.scene))
+            texts = pick(edit.instructions[:-1], generator), edit.scene, (scene.caption(), edit.caption)
+            pairs.append(Pair(scene, *texts))
 
 
 def captioned_scenes(n: int, split: str = "train") -> list[Pair]:
@@ -157,6 +162,11 @@ def _texts(row, keys: tuple[str, ...], where: str) -> list[str]:
     return [row[key] for key in keys]
 
 
+def _captions(row: dict, keys: tuple[str, str]) -> tuple[str, str] | None:
+    texts = tuple(row.get(key) for key in keys)
+    return texts if all(isinstance(text, str) for text in texts) else None
+
+
 def _original(root: Path, share: tuple[float, float]) -> list[Item]:
     """A prompt without surviving pictures has no seeds and is skipped, after the split as in the original."""
     items = []
@@ -165,24 +175,31 @@ def _original(root: Path, share: tuple[float, float]) -> list[Item]:
             raise ValueError(f'{root / "seeds.json"}: {entry!r} is not ["0000000", ["seed", ...]]')
         folder, seeds = root / entry[0], entry[1]
         if seeds:
-            edit, = _texts(read_json(folder / "prompt.json"), ("edit",), str(folder / "prompt.json"))
-            items.append(tuple(Pair(folder / f"{s}_0.jpg", edit, folder / f"{s}_1.jpg") for s in seeds))
+            prompt = read_json(folder / "prompt.json")
+            edit, = _texts(prompt, ("edit",), str(folder / "prompt.json"))
+            captions = _captions(prompt, ("input" if "input" in prompt else "caption", "output"))
+            items.append(tuple(Pair(folder / f"{s}_0.jpg", edit, folder / f"{s}_1.jpg", captions)
+                               for s in seeds))
     return items
 
 
 def _jsonl(path: Path, share: tuple[float, float]) -> list[Item]:
     root, keys = path.parent, ("input", "edit", "output")
-    rows = [_texts(row, keys, f"{path}, line {number}") for number, row in read_rows(path)]
-    return [(Pair(root / before, edit, root / after),) for before, edit, after in _cut(rows, share)]
+    rows = [(*_texts(row, keys, f"{path}, line {number}"), _captions(row, CAPTIONS))
+            for number, row in read_rows(path)]
+    return [(Pair(root / before, edit, root / after, captions),)
+            for before, edit, after, captions in _cut(rows, share)]
 
 
 def _magicbrush(files: list[Path], share: tuple[float, float]) -> list[Item]:
     items = []
     for path in files:
+        told = read_json(path.with_name("global_descriptions.json"), missing={})
         for number, row in enumerate(read_json(path, kind=list)):
             before, edit, after = _texts(row, ("input", "instruction", "output"), f"{path}, entry {number}")
-            folder = path.parent / "images" / before.split("-")[0]  # 242679-input.png is in images/242679
-            items.append((Pair(folder / before, edit, folder / after),))
+            name = before.split("-")[0]  # 242679-input.png is in images/242679
+            folder, captions = path.parent / "images" / name, _captions(told.get(name, {}), (before, after))
+            items.append((Pair(folder / before, edit, folder / after, captions),))
     return _cut(items, share)
 
 
@@ -196,10 +213,12 @@ def _parquet(files: list[Path], share: tuple[float, float]) -> list[Item]:
                 raise ValueError(f"{path} has the columns {', '.join(schema.names)}; known, with "
                                  f"pictures as bytes, {' | '.join(', '.join(names) for names in COLUMNS)}")
             before, edit, after = columns
-            texts = file.read(columns=[edit], use_threads=False).column(0).to_pylist()
-        for row, text in enumerate(texts):
-            text, = _texts({edit: text}, (edit,), f"{path} row {row}")
-            items.append((Pair(Cell(path, row, before), text, Cell(path, row, after)),))
+            known = [edit, *(name for name in PROMPTS if name in schema.names)]
+            rows = file.read(columns=known, use_threads=False).to_pylist()
+        for row, texts in enumerate(rows):
+            text, = _texts(texts, (edit,), f"{path} row {row}")
+            pictures = Cell(path, row, before), Cell(path, row, after)
+            items.append((Pair(pictures[0], text, pictures[1], _captions(texts, PROMPTS)),))
     return _cut(items, share)
 
 

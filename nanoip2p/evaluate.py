@@ -2,7 +2,8 @@
 
     python -m nanoip2p.evaluate scenes --weights weights/nano-ip2p --n 500
     python -m nanoip2p.evaluate captions --weights weights/nano-sd --n 320
-    python -m nanoip2p.evaluate ablate --seeds 2            # what each part of the recipe is worth: ablate.py
+    python -m nanoip2p.evaluate curve --sdedit weights/nano-sd    # figure 8 of the paper: curve.py
+    python -m nanoip2p.evaluate ablate --seeds 2                  # what each part of the recipe is worth
     python -m nanoip2p.evaluate magicbrush --data MagicBrush/dev --out runs/dev            # magicbrush.py
 
 `captions` asks how often CLIP, shown a picture painted for a caption, ranks that caption first among 32, next
@@ -27,7 +28,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from nanoip2p import ablate, cli, magicbrush
+from nanoip2p import ablate, cli, curve, magicbrush
 from nanoip2p.cli import at_least, finite
 from nanoip2p.clip_filter import Judge
 from nanoip2p.editor import Editor
@@ -202,6 +203,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         for name, kind in (("steps", at_least(1)), ("cfg-text", finite)):
             each.add_argument(f"--{name}", type=kind, help="as in sample.py; by default of the weights")
         each.add_argument("--sampler", choices=sorted(SAMPLERS), help="the same")
+    curve.add_flags(what.add_parser("curve", help="the paper's figure 8, and SDEdit, its baseline"))
     ablate.add_flags(what.add_parser("ablate", help="train editors without one part of the recipe each"))
     magicbrush.add_flags(what.add_parser("magicbrush", help="MagicBrush's metrics, of a local copy of it"))
     return parser.parse_args(argv)
@@ -209,8 +211,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     """Ask, score, print; with --out keep the numbers and some failures."""
-    if args.what in ("ablate", "magicbrush"):
-        print((ablate if args.what == "ablate" else magicbrush).run(args))
+    if args.what in ("ablate", "curve", "magicbrush"):
+        print({"ablate": ablate, "curve": curve, "magicbrush": magicbrush}[args.what].run(args))
         return
     if args.out:
         check_writable(args.out / "scores.json")

@@ -186,10 +186,37 @@ def test_the_pairs_of_a_prompt_stay_together_and_prompts_without_pictures_are_sk
     (root / "seeds.json").write_text(json.dumps(seeds))
     train = read_data(root)
     folder = root / "0000002"
-    assert train[1] == (Pair(folder / "11_0.jpg", "edit 2", folder / "11_1.jpg"),
-                        Pair(folder / "22_0.jpg", "edit 2", folder / "22_1.jpg"))
+    assert train[1] == (Pair(folder / "11_0.jpg", "edit 2", folder / "11_1.jpg", ("a", "b")),
+                        Pair(folder / "22_0.jpg", "edit 2", folder / "22_1.jpg", ("a", "b")))
     assert edits(train) == numbered(0, 2, 2, *range(3, 18))
     assert read_data(root, "validation") == [] and edits(read_data(root, "test")) == numbered(19)
+
+
+def test_captions_of_both_pictures_come_along_where_the_data_has_them(tmp_path):
+    def captions(source):
+        return [pair.captions for item in read_data(source) for pair in item]
+
+    wanted = [(f"before {i}", f"after {i}") for i in range(18)]
+    assert captions(write_jsonl(tmp_path / "jsonl")) == [None] * 18
+    rows = [json.loads(line) for line in (tmp_path / "jsonl/pairs.jsonl").read_text().split("\n\n")]
+    rows = [row | {"input_caption": f"before {i}", "output_caption": f"after {i}"}
+            for i, row in enumerate(rows)]
+    (tmp_path / "jsonl/pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert captions(tmp_path / "jsonl") == wanted
+
+    assert captions(write_magicbrush(tmp_path / "brush")) == [None] * 18
+    told = {f"24{i}": {f"24{i}-input.png": f"before {i}", f"24{i}-output1.png": f"after {i}"}
+            for i in range(20)}
+    (tmp_path / "brush/global_descriptions.json").write_text(json.dumps(told))
+    assert captions(tmp_path / "brush") == wanted
+
+    path = write_parquet(tmp_path / "data.parquet", columns=COLUMNS[0])
+    assert captions(path) == [None] * 18
+    table = pyarrow.parquet.read_table(path)
+    for name, when in (("original_prompt", "before"), ("edited_prompt", "after")):
+        table = table.append_column(name, pyarrow.array([f"{when} {i}" for i in range(20)]))
+    pyarrow.parquet.write_table(table, path)
+    assert captions(path) == wanted
 
 
 @pytest.mark.parametrize("dev", ["dev", "validation", "val"])

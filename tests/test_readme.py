@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 TREE = README.split("## What is in it")[1].split("```")[1]
-ROWS = [row.split("|")[2].strip() for row in README.split("| paper | code |\n|---|---|\n")[1].split("\n\n")[0].splitlines()]
+TABLE = README.split("| paper | code |\n|---|---|\n")[1].split("\n\n")[0]
+ROWS = [row.split("|")[2].strip() for row in TABLE.splitlines()]
 PATHS = {path.name: path for folder in ("", "nanoip2p", "weights") for path in (ROOT / folder).glob("*.py")}
 
 
@@ -34,10 +35,9 @@ def test_every_name_that_the_paper_is_mapped_to_exists(row):
 
 
 def test_the_table_covers_the_paper():
-    table = README.split("| paper | code |")[1].split("\n\n")[0]
     for place in ("3.1.1", "3.1.2", "3.2", "3.2.1", "4.1", "4.2", "equation 1", "equation 2", "equation 3",
                   "figure 2", "figure 3", "figure 4", "figure 8", "figure 10", "table 1", "appendix"):
-        assert place in table, place
+        assert place in TABLE, place
 
 
 def test_the_tree_has_every_file_and_no_other():

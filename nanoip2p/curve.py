@@ -1,0 +1,148 @@
+"""Figure 8 of the paper: how much an edit does, against how much of the input it keeps.
+
+    python -m nanoip2p.evaluate curve --sdedit weights/nano-sd --out runs/curve
+    python -m nanoip2p.evaluate curve --weights instruct-pix2pix.safetensors --data data/pairs --out runs/real
+
+A point is a setting: the editor's cfg_image, or with --sdedit the strength of SDEdit on a text-to-picture
+model. To the right, CLIP's directional similarity (Gal et al. 2021): the change of the picture against the
+change of its captions. Upwards, the similarity of the edited picture and the input. Further up and to the
+right is better. A line of <out>/curve.jsonl is a point, and one that is there is not made again.
+
+Pictures reach CLIP in the range it was trained on; the script of the original gives it another.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from nanoip2p import hub
+from nanoip2p.cli import at_least, finite
+from nanoip2p.clip_filter import Judge, similarities
+from nanoip2p.data import SPLITS, Pair, load_picture, read_data, scene_pairs
+from nanoip2p.editor import Editor
+from nanoip2p.files import check_writable, replacing
+from nanoip2p.prompts import append, read_rows
+from nanoip2p.sdedit import sdedit
+from nanoip2p.text_to_image import TextToImage
+
+PAPER = {"cfg_text": 7.5, "cfg_images": (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2), "clip": hub.CLIP}  # section 4.1
+NANO = {"cfg_text": 2.0, "cfg_images": (0.2, 0.4, 0.6, 0.8, 1.0, 1.4, 2.0), "clip": "weights/nano-clip"}
+STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+AXES = {"direction": "CLIP's directional similarity", "image": "CLIP's similarity to the input"}
+
+
+def examples(data: str, split: str, n: int) -> list[Pair]:
+    """The first pair of up to n items with captions. ValueError when there is none."""
+    items = [(pair,) for pair in scene_pairs(n, split)] if data == "scenes" else read_data(data, split)
+    pairs = [item[0] for item in items if item[0].captions][:n]
+    if not pairs:
+        raise ValueError(f"{data} has no pairs with captions of both pictures in its {split} split, without "
+                         "which there is no direction; try another --split, or data that has them (data.py)")
+    return pairs
+
+
+def measure(pairs: list[Pair], judge: Judge, resolution: int, batch: int, edit: Callable, name: str) -> dict:
+    """Means and standard errors of both similarities. edit: (pictures, pairs, seeds) -> edited pictures."""
+    rows = []
+    for begin in tqdm(range(0, len(pairs), batch), desc=name, leave=False):
+        part = pairs[begin : begin + batch]
+        before = [load_picture(pair.before, resolution) for pair in part]
+        after = edit(before, part, list(range(begin, begin + len(part))))
+        seen = judge.encode_pictures([*before, *after]).chunk(2)                       # (B, P) each
+        read = [judge.encode_texts(list(texts)) for texts in zip(*(pair.captions for pair in part))]
+        rows.append(similarities(*seen, *read)[:, 2:])                                 # (B, 2)
+    table = torch.cat(rows).double()
+    means, errors = table.mean(0).tolist(), (table.std(0) / len(table) ** 0.5).tolist()
+    return dict(zip(AXES, means)) | dict(zip(("direction_error", "image_error"), errors))
+
+
+def plot(rows: list[dict], path: Path) -> bool:
+    """Both curves with their standard errors, a point labelled with its setting; False without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 5))
+    for method, knob in (("editor", "cfg_image"), ("SDEdit", "strength")):
+        own = sorted((row for row in rows if row["method"] == method), key=lambda row: row[knob])
+        if own:
+            columns = {key: [row[key] for row in own] for key in (*AXES, "direction_error", "image_error")}
+            axes.errorbar(columns["direction"], columns["image"], columns["image_error"],
+                          columns["direction_error"], marker=".", capsize=2, label=f"{method}, by {knob}")
+            for row in own:
+                axes.annotate(f"{row[knob]:g}", (row["direction"], row["image"]), (4, 4), fontsize=8,
+                              textcoords="offset points")
+    axes.set(xlabel=AXES["direction"], ylabel=AXES["image"])
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    pyplot.close(figure)
+    return True
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of `evaluate curve`."""
+    parser.add_argument("--weights", type=Path, default=Path("weights/nano-ip2p"), help="the editor")
+    parser.add_argument("--sdedit", type=Path, metavar="WEIGHTS", help="the baseline, on these")
+    parser.add_argument("--data", default="scenes", help="as of train.py; it has to have captions")
+    parser.add_argument("--split", choices=list(SPLITS), default="test")
+    parser.add_argument("--n", type=at_least(2), default=300, help="edits for each point, at most")
+    parser.add_argument("--clip", help=f"the judge ({hub.CLIP}; {NANO['clip']} for nano)")
+    parser.add_argument("--cfg-text", type=finite, help="(7.5; 2 for nano)")
+    parser.add_argument("--cfg-images", type=finite, nargs="+", metavar="CFG",
+                        help="(1.0 ... 2.2; 0.2 ... 2.0 for nano)")
+    parser.add_argument("--strengths", type=finite, nargs="+", default=list(STRENGTHS), metavar="SHARE",
+                        help="of SDEdit")
+    parser.add_argument("--steps", type=at_least(1), help="as in sample.py; by default of the weights")
+    parser.add_argument("--batch", type=at_least(1), default=30, help="pictures that share a forward")
+    parser.add_argument("--device")
+    parser.add_argument("--out", type=Path, default=Path("runs/curve"), help="folder; goes on in it")
+
+
+def run(args: argparse.Namespace) -> str:
+    """Measure the points that are missing, plot all; returns a table."""
+    path = args.out / "curve.jsonl"
+    check_writable(path)
+    editor = Editor.load(args.weights, args.device)
+    side = editor.defaults["resolution"]
+    usual = NANO if side < 256 else PAPER
+    guidance = usual["cfg_text"] if args.cfg_text is None else args.cfg_text
+    judge = Judge.load(args.clip or usual["clip"], editor.device)
+    pairs = examples(args.data, args.split, args.n)
+    common = {"data": args.data, "split": args.split, "n": len(pairs), "steps": args.steps}
+    points = [{"method": "editor", "weights": str(args.weights), "cfg_text": guidance, "cfg_image": value,
+               **common} for value in args.cfg_images or usual["cfg_images"]]
+    points += [{"method": "SDEdit", "weights": str(args.sdedit), "strength": value, **common}
+               for value in (args.strengths if args.sdedit else ())]
+    painter = TextToImage.load(args.sdedit, args.device) if args.sdedit else None
+    rows = []
+    for point in points:
+        def edit(before, part, seeds, point=point):
+            if point["method"] == "SDEdit":
+                captions = [pair.captions[1] for pair in part]
+                return sdedit(painter, before, captions, point["strength"], seeds, args.steps)
+            return editor.edit(before, [pair.edit for pair in part], args.steps, guidance, point["cfg_image"],
+                               seeds, batch=len(part))
+
+        known = [row for _, row in read_rows(path)] if path.exists() else []
+        row = next((row for row in known if point.items() <= row.items()), None)
+        if row is None:
+            name = f"{point['method']} {point.get('cfg_image', point.get('strength'))}"
+            row = point | measure(pairs, judge, side, args.batch, edit, name)
+            append(path, row)
+        rows.append(row)
+    drawn = "" if plot(rows, args.out / "curve.png") else "; pip install matplotlib to see them drawn"
+    lines = [f"{'':<8}{'setting':>16}{'direction':>18}{'image':>18}"]
+    for row in rows:
+        knob = "cfg_image" if row["method"] == "editor" else "strength"
+        both = "".join(f"{row[key]:>10.3f} ± {row[key + '_error']:.3f}" for key in AXES)
+        lines.append(f"{row['method']:<8}{knob:>10} {row[knob]:>5g}{both}")
+    return "\n".join([*lines, f"{len(pairs)} edits; points are in {path}{drawn}"])

@@ -1,0 +1,82 @@
+"""Figure 8: whose captions, which pictures, what is kept, and the numbers themselves."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_editor import write_tiny_clip, write_tiny_editor, write_tiny_painter
+
+from nanoip2p import curve, evaluate
+from nanoip2p.clip_filter import Judge
+from nanoip2p.data import Pair, load_picture, scene_pairs
+from nanoip2p.editor import Editor
+from nanoip2p.prompts import read_rows
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    return SimpleNamespace(editor=write_tiny_editor(folder / "editor"), clip=write_tiny_clip(folder / "clip"),
+                           painter=write_tiny_painter(folder / "painter"))
+
+
+def measured(weights, out, *flags) -> str:
+    flags = ["--weights", weights.editor, "--clip", weights.clip, "--steps", 2, "--n", 3, "--out", out,
+             *flags]
+    return curve.run(evaluate.parse(["curve", *map(str, flags)]))
+
+
+def test_a_point_is_the_mean_of_the_cosines(weights):
+    """By hand: pixels in [0, 1] less the mean over the deviation, features, differences, cosines."""
+    judge, pairs = Judge.load(weights.clip), scene_pairs(5, "test")
+    editor = lambda before, part, seeds: [load_picture(pair.after, 32) for pair in part]  # noqa: E731
+    row = curve.measure(pairs, judge, 32, 2, editor, "the truth")
+
+    def seen(scene):
+        pixels = torch.from_numpy(np.array(scene.render(32))).permute(2, 0, 1).float() / 255
+        return judge.clip.encode_image(((pixels - judge.mean) / judge.std)[None])[0]
+
+    def cosine(a, b):
+        return (a @ b / a.norm() / b.norm()).item()
+
+    with torch.no_grad():
+        images, directions = [], []
+        for pair in pairs:
+            before, after = seen(pair.before), seen(pair.after)
+            text = judge.encode_texts(list(pair.captions))
+            images.append(cosine(before, after))
+            directions.append(cosine(after - before, text[1] - text[0]))
+    for key, values in (("image", images), ("direction", directions)):
+        assert row[key] == pytest.approx(np.mean(values), abs=1e-5)
+        assert row[f"{key}_error"] == pytest.approx(np.std(values, ddof=1) / 5**0.5, abs=1e-5)
+    assert np.std(images) > 1e-3
+
+
+def test_points_are_kept_and_not_made_again(weights, tmp_path, monkeypatch):
+    flags = ["--cfg-images", 1, 1.5, "--sdedit", weights.painter, "--strengths", 0.5]
+    table = measured(weights, tmp_path, *flags)
+    rows = [row for _, row in read_rows(tmp_path / "curve.jsonl")]
+    assert [row["method"] for row in rows] == ["editor", "editor", "SDEdit"]
+    assert rows[0]["image"] != rows[1]["image"] and all(-1 <= row["direction"] <= 1 for row in rows)
+    assert all(row["n"] == 3 and row["image_error"] > 0 for row in rows)
+    assert Image.open(tmp_path / "curve.png").size[0] > 500
+    monkeypatch.setattr(Editor, "edit", lambda *_, **__: pytest.fail("made again"))
+    assert measured(weights, tmp_path, *flags) == table
+    with pytest.raises(pytest.fail.Exception, match="made again"):
+        measured(weights, tmp_path, "--cfg-images", 1, "--cfg-text", 9)
+
+
+def test_examples_have_captions(tmp_path):
+    pairs = curve.examples("scenes", "test", 4)
+    assert len(pairs) == 4 and all(pair.captions[0] == pair.before.caption() for pair in pairs)
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (32, 32)).save(picture)
+    lines = [{"input": "a.png", "edit": "x", "output": "a.png"} for _ in range(30)]
+    lines[28] |= {"input_caption": "one", "output_caption": "two"}
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert curve.examples(str(tmp_path), "test", 9) == [Pair(picture, "x", picture, ("one", "two"))]
+    with pytest.raises(ValueError, match="no pairs with captions"):
+        curve.examples(str(tmp_path), "train", 9)

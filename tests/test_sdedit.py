@@ -1,0 +1,55 @@
+"""SDEdit against diffusers' StableDiffusionImg2ImgPipeline."""
+
+import diffusers
+import hertz
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_editor import difference
+from tiny_editor import write_tiny_editor
+
+from nanoip2p.diffusion import NoiseSchedule
+from nanoip2p.images import to_tensor
+from nanoip2p.sdedit import sdedit
+from nanoip2p.text_to_image import TextToImage
+
+CAPTIONS, SEEDS = ["a red house at night", "turn the boat blue", "a red house at night"], [3, 3, 4]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tiny_editor(
+        tmp_path_factory.mktemp("weights") / "tiny", NoiseSchedule(steps_offset=1).to_json(), in_channels=4)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    chance = np.random.default_rng(0)
+    small = [Image.fromarray(chance.integers(0, 256, (4, 4, 3), dtype=np.uint8)) for _ in CAPTIONS]
+    return [picture.resize((32, 32), Image.Resampling.BICUBIC) for picture in small]
+
+
+@pytest.mark.parametrize("strength", [0.25, 0.6, 1.0])
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "ddim"])
+def test_equals_diffusers(folder, pictures, sampler, strength):
+    painter = TextToImage.load(folder, "cpu")
+    with torch.no_grad():  # theirs would draw a sample of the posterior
+        z = painter.vae.encode(torch.stack([to_tensor(picture) for picture in pictures]))[0]
+    parts = hertz.open_peer(folder, sampler).components
+    parts["unet"].register_to_config(sample_size=64)  # without which theirs cannot be made
+    peer = diffusers.StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+    peer.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    theirs = peer(CAPTIONS, image=z * painter.vae.scaling_factor, strength=strength, num_inference_steps=8,
+                  guidance_scale=3.0, generator=generators).images
+    settings = (strength, SEEDS, 8, 3.0, sampler, 32)
+    ours = sdedit(painter, pictures, CAPTIONS, *settings)
+    assert max(difference(a, b) for a, b in zip(ours, theirs)) <= 1
+    assert difference(theirs[0], theirs[2]) > 4  # the picture and the seed count
+    assert difference(ours[0], sdedit(painter, pictures, ["turn the boat blue"] * 3, *settings)[0]) > 4
+
+
+def test_a_strength_of_no_step_is_refused(folder, pictures):
+    with pytest.raises(ValueError, match="no step of 8"):
+        sdedit(TextToImage.load(folder, "cpu"), pictures, CAPTIONS, 0.1, SEEDS, 8, resolution=32)
