@@ -72,10 +72,13 @@ class Injection:
         return self.from_source.to(v.dtype) @ v[:n], torch.cat([*own, v[n:]])
 
     def _attend_to_text(self, q: Tensor, k: Tensor, taken: Tensor | None, v: Tensor, heads: int) -> Tensor:
-        h = attention(q, k[self._without_q :], v, heads)
         if taken is None:
-            return h
+            return attention(q, k, v, heads)
         n, half = len(taken), len(k) // 2
-        of_source = half - self._without_q
-        taken = attention(q[of_source : of_source + n], k[half : half + n], taken, heads)
-        return torch.cat([taken, h] if self.own is None else [taken + h[:n], h[n:]])
+        if self.own is None:  # q lacks the first n rows, whose maps are all the source's
+            places = torch.arange(len(q), dtype=torch.int32, device=q.device)
+            map_of = torch.cat([places[half - n : half], places])
+            return attention(q, k[n:], torch.cat([taken, v]), heads, map_of=map_of)
+        h = attention(q, k, v, heads)
+        taken = attention(q[half : half + n], k[half : half + n], taken, heads)
+        return torch.cat([taken + h[:n], h[n:]])

@@ -66,7 +66,7 @@ def draw(seed, *shapes, dtype=torch.float32, layouts=("plain",) * 4, size=1.0):
 
 
 def expect(q, k, v, heads, rows=None):
-    return attention_reference(q.double(), k.double(), v.double(), heads, rows=rows)
+    return attention_reference(q.double(), k.double(), v.double(), heads, map_of=rows)
 
 
 def check_within(out, whole):
@@ -186,7 +186,7 @@ def test_attention_hands_over_to_ours(monkeypatch):
     few = k[:, :128], v[:, :128]
     for out, wanted in [(attention(q, k, v, 2, kernel="ours"), expect(q, k, v, 2)),
                         (attention(q, *few, 2, kernel="ours"), expect(q, *few, 2)),
-                        (attention(q, *few, 2, rows=rows, kernel="ours"), expect(q, *few, 2, rows)),
+                        (attention(q, *few, 2, map_of=rows, kernel="ours"), expect(q, *few, 2, rows)),
                         (torch.cat(attention_twice(q, k, v, v2, 2, kernel="ours")),
                          torch.cat([expect(q, k, v, 2), expect(q, k, v2, 2)]))]:
         assert relative_error(out, wanted) < 2e-6
