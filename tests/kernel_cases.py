@@ -107,7 +107,7 @@ def test_long_equals_float64_in_every_dtype(d, keys, dtype):
 def test_short_equals_float64(d, keys):
     choose = random.Random(d * keys)
     dtype, layouts = choose.choice(list(BOUNDS)), choose.choices(("plain", "fused", "turned"), k=4)
-    queries = choose.randint(1, 2 * 16 * kernels.TILES)  # one or two programs a head
+    queries = choose.randint(1, 2 * 16 * kernels.BLOCKS)  # one or two programs a head
     q, k, v = draw(d, *[(2, tokens, 2 * d) for tokens in (queries, keys, keys)], dtype=dtype, layouts=layouts)
     out, whole = surrounded(q.shape, dtype, layouts[3])
     kernels.short_attention(q, k, v, 2, TILE, out=out)
