@@ -57,6 +57,8 @@ bench: .venv/test
 	.venv/bin/python tests/benchmarks/edit.py --width half --repeat 3 --dtype bf16
 	.venv/bin/python tests/benchmarks/pair.py --width tiny --steps 1 --repeat 3
 	.venv/bin/python tests/benchmarks/train_step.py --repeat 3
+	.venv/bin/python tests/benchmarks/attention.py --repeat 3
+	.venv/bin/python tests/benchmarks/edit_memory.py
 
 lint: .venv/test
 	.venv/bin/ruff check

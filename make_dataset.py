@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from nanoip2p import cli, finetune
+from nanoip2p import cli, finetune, speed
 from nanoip2p.captions import Settings, ask_all
 from nanoip2p.checkpoint import add_flags, open_checkpoint
 from nanoip2p.cli import at_least, finite
@@ -140,6 +140,7 @@ def add_pairs(subparsers) -> None:
     group.add_argument("--batch", type=at_least(1), help="candidates that share a forward (8)")
     group.add_argument("--device", help="cuda, cuda:1, mps, cpu (the best there is)")
     group.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="of painting; CLIP is fp32")
+    group.add_argument("--fast", action="store_true", help="see speed.py; not for nano networks")
     parser.set_defaults(run=run_pairs)
 
 
@@ -164,6 +165,8 @@ def run_pairs(args: argparse.Namespace) -> None:
         print(f"{len(prompts)} prompts{skipped}, {settings['n_samples']} candidates of each", file=sys.stderr)
     painter = TextToImage.load(checkpoint, device, DTYPES[args.dtype])
     painter.complete({key: settings[key] for key in ("steps", "resolution", "sampler")})
+    if args.fast:
+        speed.fast(painter.unet, lambda line: print(line, file=sys.stderr))
     try:
         judge = Judge.load(settings["clip"], device)
     except ValueError as error:

@@ -2,10 +2,11 @@
 
     unet = fast_convolutions(unet)
 
-Every one gives what the plain network gives, to rounding (Winograd's convolutions round four times as much, a
-tenth more of a whole network in bf16), and leaves the state dict as it was. They are for inference,
-and come after loading and the move to a device, for some keep what they make of the weights. `fast` takes
-those that help on a device.
+Every one gives what the plain network gives, to rounding (Winograd's convolutions add and subtract before
+they multiply, and round more), and leaves the state dict as it was. They are for inference, and come last,
+when weights are loaded and on their device: some keep what they make of the weights, and such a network
+refuses others. `fast` takes those that help on a device, at Stable Diffusion's widths; at nano ones nothing
+does.
 """
 
 import os
@@ -28,8 +29,17 @@ def fast(unet: UNet, say: Callable[[str], None]) -> UNet:
     """What helps on the device of the weights. say: is told in a line what takes long."""
     device = unet.conv_in.weight.device.type
     if device == "cuda":  # as is usual, and not measured here
-        return cuda_graph(compile(fused_projections(channels_last(unet)), say))
+        return cuda_graph(compiled(fused_projections(channels_last(unet)), say))
     return channels_last(packed_products(fast_convolutions(unet))) if device == "cpu" else unet
+
+
+def for_inference(model: nn.Module) -> nn.Module:
+    """Weights of which something else has been made may neither be trained nor loaded again."""
+    def refuse(*_) -> None:
+        raise RuntimeError("this network was made fast with its weights in it; load others into a plain one")
+
+    model.register_load_state_dict_pre_hook(refuse)
+    return model.requires_grad_(False)
 
 
 def channels_last(model: nn.Module) -> nn.Module:
@@ -63,7 +73,7 @@ def fused_projections(model: nn.Module) -> nn.Module:
             for part, weight in zip(layers, layer.qkv.chunk(3)):
                 part.weight.data = weight
             layer.__class__ = FusedAttention
-    return model
+    return for_inference(model)
 
 
 def product(weight: Tensor) -> Callable[..., Tensor]:
@@ -73,7 +83,7 @@ def product(weight: Tensor) -> Callable[..., Tensor]:
     """
     if weight.device.type != "cpu" or weight.dtype not in PACKED or not torch.backends.mkldnn.is_available():
         return partial(F.linear, weight=weight)
-    packed, run = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), TILES), torch.ops.mkldnn
+    packed, run = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), AT_A_TIME), torch.ops.mkldnn
     return lambda x, bias=None: run._linear_pointwise(x.contiguous(), packed, bias, "none", [], "")
 
 
@@ -96,11 +106,11 @@ def packed_products(model: nn.Module) -> nn.Module:
             layer.product, layer.__class__ = product(layer.weight.detach()), PackedLinear
         elif type(layer) is nn.Conv2d and layer.kernel_size == layer.stride == (1, 1):
             layer.product, layer.__class__ = product(layer.weight.detach().flatten(1)), Pointwise
-    return model
+    return for_inference(model)
 
 
 PACKED = (torch.float32, torch.bfloat16)
-TILES = 256  # computed together, so that they stay in the cache
+AT_A_TIME = 256  # tiles computed together, so that they stay in the cache
 TRANSFORM = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.double)
 
 
@@ -115,7 +125,7 @@ class Winograd(nn.Conv2d):
         h, w = (height + 1) // 2, (width + 1) // 2
         x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 2 * w - width + 1, 1, 2 * h - height + 1))
         out = x.new_empty(batch, h, 2, w, 2, c_out)
-        rows = max(1, TILES // (batch * w))
+        rows = max(1, AT_A_TIME // (batch * w))
         for top in range(0, h, rows):
             bottom = min(top + rows, h)
             self.convolve(x[:, 2 * top : 2 * bottom + 2], out[:, top:bottom])
@@ -143,16 +153,17 @@ def fast_convolutions(model: nn.Module, least: int = 128) -> nn.Module:
             weight = torch.einsum("xi,ocij,yj->xyoc", g, weight, g).to(layer.weight.dtype)
             layer.products = [product(place) for place in weight.flatten(0, 1)]         # 16, (C_out, C_in)
             layer.__class__ = Winograd
-    return model
+    return for_inference(model)
 
 
-def compile(unet: UNet, say: Callable[[str], None], mode: str = "default") -> UNet:
+def compiled(unet: UNet, say: Callable[[str], None], mode: str = "default") -> UNet:
     """By torch.compile, once for each shape; what it made is on disk for the next process.
 
     Calls with injection run as before. say: is told before it compiles. mode: torch's.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE.expanduser()))  # torch's own is in /tmp
-    plain, compiled, seen = unet.forward, torch.compile(unet.forward, dynamic=False, mode=mode), set()
+    torch._dynamo.config.recompile_limit = 64  # shapes; or it would quietly give up at the ninth
+    plain, quick, seen = unet.forward, torch.compile(unet.forward, dynamic=False, mode=mode), set()
 
     def forward(latents, timestep, context, inject=None, recompute=False):
         if inject is not None or recompute:
@@ -162,7 +173,7 @@ def compile(unet: UNet, say: Callable[[str], None], mode: str = "default") -> UN
         if shapes not in seen:
             say(f"compiling for latents {tuple(latents.shape)}: takes a minute, less the next time")
             seen.add(shapes)
-        return compiled(latents, as_tensor(timestep, latents), context)
+        return quick(latents, as_tensor(timestep, latents), context)
 
     unet.forward = forward
     return unet

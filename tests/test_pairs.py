@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pairs_jobs
 import pytest
 import torch
@@ -18,7 +19,7 @@ from PIL import Image
 from tiny_editor import write_tiny_clip, write_tiny_editor, write_tiny_painter
 
 import make_dataset
-from nanoip2p import pairs, show
+from nanoip2p import pairs, show, speed
 from nanoip2p.clip_filter import SIMILARITIES, Judge
 from nanoip2p.data import Pair, read_data
 from nanoip2p.pairs import candidate, complete, list_seeds, read_prompts
@@ -305,6 +306,17 @@ def test_bad_lines_are_skipped_on_demand(weights, prompts, finished, tmp_path, c
     kept = [seeds for _, seeds in json.loads((tmp_path / "out" / "seeds.json").read_text())]
     assert "2 bad lines" in error and f"{sum(map(len, kept))} pairs of {len(kept)} prompts" in out
     assert content(tmp_path / "out").keys() == content(finished).keys()
+
+
+def test_fast_makes_the_same_pairs_and_the_same_job(finished, weights, prompts, tmp_path, monkeypatch):
+    used, fast = [], speed.fast
+    monkeypatch.setattr(speed, "fast", lambda unet, say: used.append(fast(unet, say)))
+    assert make_dataset.main(argv(weights, prompts, tmp_path / "out", "--fast")) == 0 and len(used) == 1
+    made, plain = content(tmp_path / "out"), content(finished)
+    assert made.keys() == plain.keys() and made["job.json"] == plain["job.json"]
+    for name in (name for name in made if name.endswith(".jpg")):
+        a, b = (np.asarray(Image.open(io.BytesIO(of[name])), int) for of in (made, plain))
+        assert abs(a - b).max() <= 3
 
 
 @pytest.mark.parametrize("words, named", [

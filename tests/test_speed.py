@@ -1,6 +1,7 @@
 """Faster networks against the plain ones: the same numbers, and the same state dict."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -109,13 +110,39 @@ def test_fused_projections_are_one_product_and_heed_another_attend(unet):
     assert layer.attn1.to_v.weight.untyped_storage().data_ptr() == storage.data_ptr()
 
 
+def test_a_fast_network_neither_trains_nor_takes_other_weights(unet):
+    """Both would go unnoticed where something else has been made of the weights."""
+    other = {name: weight + 1 for name, weight in unet.state_dict().items()}
+    for change in (speed.fused_projections, speed.packed_products, partial(speed.fast_convolutions, least=8)):
+        fast = change(copy.deepcopy(unet))
+        with pytest.raises(RuntimeError, match="plain one"):
+            fast.load_state_dict(other)
+        assert not fast(*inputs()).requires_grad
+    unet.load_state_dict(other)
+
+
+def test_compiled_for_more_shapes_than_torch_would(monkeypatch):
+    class Small(nn.Module):
+        def forward(self, latents, timestep, context, inject=None, recompute=False):
+            return latents * timestep + context.mean()
+
+    graphs, real = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **settings: real(
+        f, dynamic=False, backend=lambda graph, _: (graphs.append(graph), graph.forward)[1]))
+    torch._dynamo.reset()
+    made = speed.compiled(Small(), lambda line: None)
+    for side in [*range(2, 14)] * 2:
+        made(torch.ones(1, 4, side, side), 3.0, torch.zeros(1, 2, 2))
+    assert len(graphs) == 12
+
+
 @torch.no_grad()
 def test_compiled_once_for_a_shape_and_told_so(unet, monkeypatch):
     lines, given = [], inputs()
     plain, injected = unet(*given), []
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **settings: real(f, backend="eager", fullgraph=True))
-    made = speed.compile(unet, lines.append)
+    made = speed.compiled(unet, lines.append)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for timestep in (431.5, torch.tensor([431.5]), torch.tensor(431.5)):

@@ -1,0 +1,62 @@
+"""Peak memory of one edit at Stable Diffusion 1.5's size, counted on tensors without numbers.
+
+    python tests/benchmarks/edit_memory.py
+
+Counted are the storages that are alive at once: weights, activations, latents. CUDA itself, the workspaces of
+cuDNN and memory in pieces come on top, and no attention may form its map.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from nanoip2p.clip import CLIPTextConfig, TextEncoder  # noqa: E402
+from nanoip2p.guidance import guided_denoiser  # noqa: E402
+from nanoip2p.live import Live  # noqa: E402
+from nanoip2p.unet import UNet, UNetConfig  # noqa: E402
+from nanoip2p.vae import VAE, VAEConfig  # noqa: E402
+
+
+def peaks(side: int, low_memory: bool) -> dict[str, tuple[int, int]]:
+    """Bytes of the weights of each network, and the peak of what it makes of a picture of side x side."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        torch.set_default_dtype(torch.float16)
+        unet, vae, text = UNet(UNetConfig(8)), VAE(VAEConfig()), TextEncoder(CLIPTextConfig())
+        z, context = torch.empty(1, 4, side // 8, side // 8), torch.empty(1, 77, 768)
+        picture, ids = torch.empty(1, 3, side, side), torch.zeros(1, 77, dtype=torch.long)
+
+        def denoise() -> None:
+            told = {1.0: torch.zeros(1)}
+            guided_denoiser(unet, told, z, context, context, 7.5, 1.5, low_memory)(z.float(), 1.0)
+
+        parts = {"text": (text, lambda: text(ids)), "denoise": (unet, denoise),
+                 "encode": (vae, lambda: (vae.encode_small if low_memory else vae.encode)(picture)),
+                 "decode": (vae, lambda: (vae.decode_small if low_memory else vae.decode)(z))}
+        found = {}
+        for name, (network, run) in parts.items():
+            with Live() as live:
+                run()
+            weights = sum(weight.numel() * weight.element_size() for weight in network.parameters())
+            found[name] = weights, live.peak
+    return found
+
+
+def main() -> None:
+    print(f"{'GB in fp16':<16}{'512 px':>10}{'1024 px':>10}")
+    for low_memory in (False, True):
+        line = f"{'--low-memory' if low_memory else 'as it is':<16}"
+        for side in (512, 1024):
+            found = peaks(side, low_memory)
+            held = sum(found[name][0] for name in ("text", "denoise", "decode"))
+            alone = max(sum(part) for part in found.values())  # one network on the device at a time
+            together = held + max(peak for _, peak in found.values())
+            line += f"{(alone if low_memory else together) / 1e9:>10.2f}"
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
