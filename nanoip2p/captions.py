@@ -184,6 +184,7 @@ class Job:
         self.drop(text, reason)
 
     def drop(self, text: str, reason: str) -> None:
+        """List a caption, with the reason, as one that gave no edit."""
         append(self.dropped, {"input": text, "why": reason})
         self.counts[f"dropped {reason}"] += 1
 

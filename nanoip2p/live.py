@@ -27,6 +27,7 @@ class Live(TorchDispatchMode):
         return made
 
     def forget(self, key: int, size: int) -> None:
+        """A storage of so many bytes is gone."""
         self.known.discard(key)
         self.now -= size
 

@@ -60,21 +60,27 @@ class Pen:
         self.at(0.0, 1.0, 1.0)
 
     def at(self, x: float, y: float, s: float) -> None:
+        """Put the origin of u, v at x, y (shares of the picture, downwards), a unit being s."""
         self.x, self.y, self.s = x, y, s
 
     def points(self, uv) -> list[tuple[float, float]]:
+        """Places (u to the right, v upwards) in pixels."""
         return [((self.x + u * self.s) * self.pixels, (self.y - v * self.s) * self.pixels) for u, v in uv]
 
     def lit(self, colour: tuple, glow: bool) -> tuple:
+        """A colour in the light of the hour, in which what glows does not stand."""
         return colour if glow else tuple(round(c * t) for c, t in zip(colour, self.tint))
 
     def polygon(self, colour: tuple, *uv: tuple[float, float], glow: bool = False) -> None:
+        """Fill between corners."""
         self.draw.polygon(self.points(uv), fill=self.lit(colour, glow))
 
     def box(self, colour: tuple, u0: float, v0: float, u1: float, v1: float, glow: bool = False) -> None:
+        """Fill from one corner to the opposite one."""
         self.polygon(colour, (u0, v0), (u1, v0), (u1, v1), (u0, v1), glow=glow)
 
     def disc(self, colour: tuple, u: float, v: float, ru: float, rv: float = 0.0, glow: bool = False) -> None:
+        """Fill an ellipse about u, v; without rv a circle."""
         (x0, y1), (x1, y0) = self.points([(u - ru, v - (rv or ru)), (u + ru, v + (rv or ru))])
         self.draw.ellipse((x0, y0, x1, y1), fill=self.lit(colour, glow))
 

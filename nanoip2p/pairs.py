@@ -56,6 +56,7 @@ class Prompt:
 
     @property
     def folder(self) -> str:
+        """Its folder's name, as the original counts."""
         return f"{self.number:07d}"
 
 

@@ -68,6 +68,7 @@ class Thing:
 
     @property
     def name(self) -> str:
+        """As captions have it: "a red house"."""
         article = "an" if self.colour == "orange" else "a"
         return f"{article} {self.colour} {self.kind}"
 

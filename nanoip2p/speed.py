@@ -88,6 +88,7 @@ def product(weight: Tensor) -> Callable[..., Tensor]:
 
 
 class PackedLinear(nn.Linear):
+    """A linear layer whose weight `product` has laid out."""
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, bias=self.bias)
 

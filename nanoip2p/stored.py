@@ -44,6 +44,7 @@ class Stored:
 
     @property
     def null(self) -> Tensor:
+        """State (77, D) of the empty text."""
         return self._row("")
 
     def get(self, pair: Pair, flip: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -235,7 +235,7 @@ class VAE(nn.Module):
         """The mean of `encode` with little memory: one picture at a time, and large ones in tiles.
 
         Tiles are not exact, for norms and attention see no farther; where two overlap, one fades into the
-        other, so that there is no seam. Pictures up to WHOLE latent positions a side are not cut up.
+        other, and there is no edge. Pictures up to WHOLE latent positions a side are not cut up.
         """
         return by_parts(lambda part: self.encode(part)[0], image, self.downsampling, 1)
 

@@ -55,8 +55,3 @@ def test_every_file_that_is_named_exists():
     """`nanoip2p/x.py`, `tests/x.py`, `weights/...`: paths with a folder are meant from here."""
     for path in re.findall(r"`((?:nanoip2p|tests|weights)/[\w./-]+\.\w+)`", README):
         assert (ROOT / path).exists(), path
-
-
-def test_files_are_short_enough_to_be_read_in_one_sitting():
-    for name, path in PATHS.items():
-        assert len(path.read_text().splitlines()) <= 350, name
