@@ -1,7 +1,7 @@
 """Fused attention, GroupNorm + SiLU and GEGLU in Triton. attention.py imports this, on CUDA only.
 
 Beside each stands what it must compute, in PyTorch (attention's is `attention_reference`). Forward only:
-where gradients are wanted, torch's kernels run (for attention, attention.py sees to that).
+where gradients are wanted, attention.py takes torch's kernels, and `fused_elementwise` is not for training.
 
 Widths that are no power of two. Triton's blocks are powers of two, and tensor cores contract 16 numbers of
 bf16 at a time. So a head is cut in two: 40 is 32 + 16 (8 of them zeros, which are not read), 80 is 64 + 16,
@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanoip2p.attention import SHORT
+from nanoip2p.unet import GEGLU, ResnetBlock, UNet
 
 LOG2_E = 1.4426950408889634  # 2^(x log2 e) = e^x: the hardware's exponential has base 2
 QUERY_BLOCKS = 4  # of queries that one program of `_short` takes, so that it loads k and v once for all
@@ -295,3 +296,29 @@ def geglu_reference(x: Tensor) -> Tensor:
     """One half times the GELU of the other, by the exact error function. (..., 2 C) -> (..., C)."""
     value, gate = x.chunk(2, dim=-1)
     return value * F.gelu(gate)
+
+
+class FusedResnetBlock(ResnetBlock):
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        h = self.conv1(_norm_silu(self.norm1, x)) + self.time_emb_proj(time)[:, :, None, None]
+        return self.conv_shortcut(x) + self.conv2(_norm_silu(self.norm2, h))
+
+
+def _norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+
+
+class FusedGEGLU(GEGLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return geglu(self.proj(x))
+
+
+def fused_elementwise(unet: UNet) -> UNet:
+    """A UNet on CUDA with the last two kernels, changed in place like speed.py's; for inference.
+
+    Not part of `speed.fast`: whether they beat what torch.compile makes, tests/benchmarks/attention.py tells,
+    and it has not run on a GPU yet.
+    """
+    for layer in unet.modules():
+        layer.__class__ = {ResnetBlock: FusedResnetBlock, GEGLU: FusedGEGLU}.get(type(layer), type(layer))
+    return unet

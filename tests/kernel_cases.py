@@ -14,6 +14,7 @@ from helpers import relative_error
 
 from nanoip2p import kernels
 from nanoip2p.attention import SAFE_TILE, attention, attention_reference, attention_twice
+from nanoip2p.unet import UNet, UNetConfig
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -237,3 +238,15 @@ def test_geglu_equals_float64(dtype):
         assert relative_error(out, kernels.geglu_reference(given.double())) < BOUNDS[dtype]
     wide = draw(9, (1, 40, 3 * 74), dtype=dtype, layouts=("plain",))[0][0, :, 74:148]
     assert relative_error(kernels.geglu(wide), kernels.geglu_reference(wide.double())) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_unet_with_fused_elementwise_gives_the_same(layout):
+    torch.manual_seed(0)
+    unet = UNet(UNetConfig.tiny()).to(DEVICE, memory_format=layout)
+    latents, context = torch.randn(2, 4, 6, 4).to(DEVICE), torch.randn(2, 3, 12).to(DEVICE)
+    with torch.inference_mode():
+        wanted = unet(latents, 7.0, context)
+        assert kernels.fused_elementwise(unet) is unet
+        assert relative_error(unet(latents, 7.0, context), wanted) < 1e-5
+    assert {type(layer).__name__ for layer in unet.modules()} >= {"FusedResnetBlock", "FusedGEGLU"}
