@@ -147,14 +147,6 @@ def test_two_values_by_one_map(d):
         check_within(out2, whole2)
 
 
-def test_two_values_by_a_map_from_another_row():
-    q, k, v, v2 = draw(5, (2, 21, 40), (2, 37, 40), (3, 37, 40), (3, 37, 40))
-    map_from = torch.tensor([1, 0, 1], dtype=torch.int32, device=DEVICE)
-    out, out2 = kernels.long_attention(q, k, v, 1, TILE, map_from, v2)
-    assert relative_error(out, expect(q, k, v, 1, map_from)) < 2e-6
-    assert relative_error(out2, expect(q, k, v2, 1, map_from)) < 2e-6
-
-
 @pytest.mark.parametrize("kernel", [kernels.long_attention, kernels.short_attention])
 @pytest.mark.parametrize("size, bound", [(0.0, 1e-6), (30.0, 1e-4), (1e3, 1e-2)])
 def test_extreme_scores_neither_overflow_nor_vanish(kernel, size, bound):
