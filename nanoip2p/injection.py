@@ -1,7 +1,12 @@
-"""Attention taken over from another row of the batch, by q, k and v alone: see prompt_to_prompt.py."""
+"""Attention taken over from another row of the batch, by q, k and v alone: see prompt_to_prompt.py.
+
+Between positions the map is half the work, so it is made once, for the values of both rows. To a text it is
+small: there one call attends for all rows, told by an index whose map each of them meets.
+"""
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -48,37 +53,45 @@ class Injection:
     def to_text(self, layer, x: Tensor, context) -> Tensor:
         """Attention of x (rows or less, positions, C) to the text, a Tensor or Projected of all rows."""
         k, v = layer.project(context)
-        q = layer.to_q(spread(x, context)[self._without_q :])
-        if self.words is not None and x.shape[1] == self.word_tokens:
-            width, parts = v.shape[2] // layer.heads, []
-            for words in self.words.to(v.dtype).split(width, dim=2):    # as many columns as a head is wide
-                columns = F.pad(words, (0, width - words.shape[2])).repeat(1, 1, layer.heads)
-                heat = self._attend_to_text(q, k, *self.edit_values(columns), layer.heads)
-                heat = heat.unflatten(2, (layer.heads, width)).float().mean(2)
-                parts.append(heat[..., : words.shape[2]])
-            self.heat.append(torch.cat(parts, dim=2))
-        return self._attend_to_text(q, k, *self.values.get(layer) or self.edit_values(v), layer.heads)
+        q, k = layer.to_q(spread(x, context)[self._without_q :]), k[self._without_q :]
+        v = self.values[layer] if layer in self.values else self.edit_values(v)
+        if self.words is None or x.shape[1] != self.word_tokens:
+            return self._add_up(attention(q, k, v, layer.heads, map_from=self.map_from))
+        width, parts = v.shape[2] // layer.heads, []
+        for words in self.words.to(v.dtype).split(width, dim=2):        # one turn in most: a column a word
+            columns = F.pad(words, (0, width - words.shape[2])).repeat(1, 1, layer.heads)
+            h, heat = attention_twice(q, k, v, self.edit_values(columns), layer.heads, self.map_from)
+            heat = self._add_up(heat).unflatten(2, (layer.heads, width)).float().mean(2)
+            parts.append(heat[..., : words.shape[2]])
+        self.heat.append(torch.cat(parts, dim=2))
+        return self._add_up(h)
 
     @property
     def _without_q(self) -> int:
         return self.cross_rows if self.own is None else 0
 
-    def edit_values(self, v: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Values (rows, T, C) -> what the source's maps are applied to (n, T, C), and the rows' own maps."""
+    @cached_property
+    def map_from(self) -> Tensor | None:
+        """For each row of `edit_values`, the row of q and k (without the first `_without_q`) of its map."""
+        if self.cross_rows == 0:
+            return None
+        rows = torch.arange(self.rows - self._without_q, dtype=torch.int32, device=self.from_source.device)
+        of_source = self.rows // 2 - self._without_q
+        return torch.cat([rows[of_source : of_source + self.cross_rows], rows])
+
+    def edit_values(self, v: Tensor) -> Tensor:
+        """Values (rows, T, C) -> what the source's maps meet (n, T, C), and then what the rows' own meet;
+        where nothing is kept of the first n, of the others only."""
         n = self.cross_rows
         if n == 0:
-            return None, v
+            return v
         own = [] if self.own is None else [self.own.to(v.dtype)[..., None] * v[:n]]
-        return self.from_source.to(v.dtype) @ v[:n], torch.cat([*own, v[n:]])
+        return torch.cat([self.from_source.to(v.dtype) @ v[:n], *own, v[n:]])
 
-    def _attend_to_text(self, q: Tensor, k: Tensor, taken: Tensor | None, v: Tensor, heads: int) -> Tensor:
-        if taken is None:
-            return attention(q, k, v, heads)
-        n, half = len(taken), len(k) // 2
-        if self.own is None:  # q lacks the first n rows, whose maps are all the source's
-            places = torch.arange(len(q), dtype=torch.int32, device=q.device)
-            map_of = torch.cat([places[half - n : half], places])
-            return attention(q, k[n:], torch.cat([taken, v]), heads, map_of=map_of)
-        h = attention(q, k, v, heads)
-        taken = attention(q[half : half + n], k[half : half + n], taken, heads)
-        return torch.cat([taken + h[:n], h[n:]])
+    def _add_up(self, h: Tensor) -> Tensor:
+        """Attention to `edit_values` -> (rows, positions, C): taken over plus own, in place."""
+        if self.own is None:
+            return h
+        taken, h = h.split([self.cross_rows, self.rows])
+        h[: len(taken)] += taken
+        return h

@@ -1,9 +1,7 @@
 """Fused attention, GroupNorm + SiLU and GEGLU in Triton. attention.py imports this, on CUDA only.
 
 Beside each stands what it must compute, in PyTorch (attention's is `attention_reference`). Forward only:
-where gradients are wanted, torch's kernels run (for attention, attention.py sees to that). Nothing calls
-GroupNorm + SiLU and GEGLU: torch's compiler fuses them as well, and no GPU has yet told which is faster
-(tests/benchmarks/attention.py does).
+where gradients are wanted, attention.py takes torch's kernels, and `fused_elementwise` is not for training.
 
 Widths that are no power of two. Triton's blocks are powers of two, and tensor cores contract 16 numbers of
 bf16 at a time. So a head is cut in two: 40 is 32 + 16 (8 of them zeros, which are not read), 80 is 64 + 16,
@@ -15,12 +13,13 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanoip2p.attention import SHORT
+from nanoip2p.unet import GEGLU, ResnetBlock, UNet
 
 LOG2_E = 1.4426950408889634  # 2^(x log2 e) = e^x: the hardware's exponential has base 2
-BLOCKS = 4  # blocks of queries that one program of `_short` takes, so that it loads k and v once for all
+QUERY_BLOCKS = 4  # of queries that one program of `_short` takes, so that it loads k and v once for all
 
 
 def pieces(d: int) -> tuple[int, int]:
@@ -86,16 +85,16 @@ def _step(q0, q1, top, mass, a0, a1, b0, b1, k, v, v2, start, Tk, kt, kc, vt, vc
 
 
 @triton.jit
-def _long(q, k, v, v2, out, out2, at, qb, qt, qc, kb, kt, kc, vb, vt, vc, ob, ot, oc, scale, Tq, Tk, heads,
-          D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, TWO: tl.constexpr, INDEXED: tl.constexpr,
-          BM: tl.constexpr, BN: tl.constexpr):
+def _long(q, k, v, v2, out, out2, map_from, qb, qt, qc, kb, kt, kc, vb, vt, vc, ob, ot, oc, scale, Tq, Tk,
+          heads, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, TWO: tl.constexpr,
+          INDEXED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """BM queries of one head over all keys; with TWO, the map is also multiplied with v2, into out2."""
     blocks = tl.cdiv(Tq, BM)
     head = tl.program_id(0) // blocks % heads
     b = (tl.program_id(0) // blocks // heads).to(tl.int64)              # rows may lie 2^31 numbers apart
-    row = tl.load(at + b).to(tl.int64) if INDEXED else b
-    q += row * qb + head * D * qc
-    k += row * kb + head * D * kc
+    a = tl.load(map_from + b).to(tl.int64) if INDEXED else b
+    q += a * qb + head * D * qc
+    k += a * kb + head * D * kc
     v += b * vb + head * D * vc
     v2 += b * vb + head * D * vc
     out += b * ob + head * D * oc
@@ -126,19 +125,16 @@ def _long(q, k, v, v2, out, out2, at, qb, qt, qc, kb, kt, kc, vb, vt, vc, ob, ot
 
 
 def long_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, tile: tuple[int, ...],
-                   map_of: Tensor | None = None, v2: Tensor | None = None, out: Tensor | None = None,
+                   map_from: Tensor | None = None, v2: Tensor | None = None, out: Tensor | None = None,
                    out2: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(q k^T / sqrt(d)) v of q (N, Tq, heads * d), k (N, Tk, heads * d) and v (B, Tk, heads * d).
 
     d is a multiple of 8 in 8 ... 160. Any strides; nothing is copied. Returns out (B, Tq, heads * d), written
-    into `out` if given. Row b has the map of row map_of[b] of q and k, by indices (B,) int32 below N (not
-    checked: that would wait for the GPU); without, N = B. With other values v2, returns (out, out2), both by
-    one map; v2 of other strides than v is copied. tile: BM, BN, warps, stages.
+    into `out` if given. v[b] meets the map of q[map_from[b]] and k[map_from[b]], indices (B,) int32 below N
+    (not checked: that would wait for the GPU); without, N = B. With other values v2, returns (out, out2),
+    both by one map; v2 of other strides than v is copied. tile: BM, BN, warps, stages.
     """
-    d, (bm, bn, warps, stages) = _width(q, k, v, heads), tile
-    indexed = map_of is not None
-    assert not indexed or (map_of.shape == v.shape[:1] and map_of.dtype == torch.int32), map_of
-    assert len(q) == len(k) and (indexed or len(q) == len(v)), (q.shape, k.shape, v.shape)
+    d, (bm, bn, warps, stages) = _width(q, k, v, heads, map_from), tile
     out = q.new_empty(len(v), *q.shape[1:]) if out is None else out
     if v2 is not None:
         v, v2 = (v, v2) if v.stride() == v2.stride() else (v.contiguous(), v2.contiguous())
@@ -147,22 +143,23 @@ def long_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, tile: tuple[int,
     with torch.cuda.device_of(q):
         _long[(triton.cdiv(q.shape[1], bm) * len(v) * heads,)](
             q, k, v, v if v2 is None else v2, out, out if v2 is None else out2,
-            map_of.contiguous() if indexed else out, *q.stride(), *k.stride(), *v.stride(), *out.stride(),
-            LOG2_E * d**-0.5, q.shape[1], k.shape[1], heads, d, *pieces(d), v2 is not None, indexed,
-            bm, bn, num_warps=warps, num_stages=stages)
+            out if map_from is None else map_from.contiguous(), *q.stride(), *k.stride(), *v.stride(),
+            *out.stride(), LOG2_E * d**-0.5, q.shape[1], k.shape[1], heads, d, *pieces(d), v2 is not None,
+            map_from is not None, bm, bn, num_warps=warps, num_stages=stages)
     return out if v2 is None else (out, out2)
 
 
 @triton.jit
-def _short(q, k, v, out, qb, qt, qc, kb, kt, kc, vb, vt, vc, ob, ot, oc, scale, Tq, Tk, heads,
-           D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-           BLOCKS: tl.constexpr):
+def _short(q, k, v, out, map_from, qb, qt, qc, kb, kt, kc, vb, vt, vc, ob, ot, oc, scale, Tq, Tk, heads,
+           D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, INDEXED: tl.constexpr, BM: tl.constexpr,
+           BN: tl.constexpr, BLOCKS: tl.constexpr):
     """BLOCKS x BM queries of one head over at most BN keys, which are loaded once."""
     groups = tl.cdiv(Tq, BM * BLOCKS)
     head = tl.program_id(0) // groups % heads
     b = (tl.program_id(0) // groups // heads).to(tl.int64)
-    q += b * qb + head * D * qc
-    k += b * kb + head * D * kc
+    a = tl.load(map_from + b).to(tl.int64) if INDEXED else b
+    q += a * qb + head * D * qc
+    k += a * kb + head * D * kc
     v += b * vb + head * D * vc
     out += b * ob + head * D * oc
 
@@ -187,25 +184,28 @@ def _short(q, k, v, out, qb, qt, qc, kb, kt, kc, vb, vt, vc, ob, ot, oc, scale, 
 
 
 def short_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, tile: tuple[int, ...],
-                    out: Tensor | None = None) -> Tensor:
-    """The same of equally many rows and at most SHORT keys, which are one block whatever the tile's BN."""
-    d, keys, (bm, _, warps, stages) = _width(q, k, v, heads), k.shape[1], tile
-    assert len(q) == len(k) == len(v) and keys <= SHORT, (q.shape, k.shape, v.shape)
-    out = q.new_empty(q.shape) if out is None else out
+                    map_from: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """The same of at most SHORT keys, which are one block whatever the tile's BN."""
+    d, keys, (bm, _, warps, stages) = _width(q, k, v, heads, map_from), k.shape[1], tile
+    assert keys <= SHORT, k.shape
+    out = q.new_empty(len(v), *q.shape[1:]) if out is None else out
     with torch.cuda.device_of(q):
-        _short[(triton.cdiv(q.shape[1], bm * BLOCKS) * len(q) * heads,)](
-            q, k, v, out, *q.stride(), *k.stride(), *v.stride(), *out.stride(), LOG2_E * d**-0.5, q.shape[1],
-            keys, heads, d, *pieces(d), bm, max(16, triton.next_power_of_2(keys)), BLOCKS, num_warps=warps,
+        _short[(triton.cdiv(q.shape[1], bm * QUERY_BLOCKS) * len(v) * heads,)](
+            q, k, v, out, out if map_from is None else map_from.contiguous(), *q.stride(), *k.stride(),
+            *v.stride(), *out.stride(), LOG2_E * d**-0.5, q.shape[1], keys, heads, d, *pieces(d),
+            map_from is not None, bm, max(16, triton.next_power_of_2(keys)), QUERY_BLOCKS, num_warps=warps,
             num_stages=stages)
     return out
 
 
-def _width(q: Tensor, k: Tensor, v: Tensor, heads: int) -> int:
+def _width(q: Tensor, k: Tensor, v: Tensor, heads: int, map_from: Tensor | None) -> int:
     """The width of a head, of inputs that the kernels can take."""
     d = q.shape[2] // heads
     given = (tuple(q.shape), tuple(k.shape), tuple(v.shape), heads, q.dtype, k.dtype, v.dtype)
     assert q.shape[2] == k.shape[2] == v.shape[2] == heads * d and 8 <= d <= 160 and d % 8 == 0, given
     assert k.shape[1] == v.shape[1] > 0 and q.dtype == k.dtype == v.dtype, given
+    assert len(q) == len(k) and len(v) == len(k if map_from is None else map_from), given
+    assert map_from is None or map_from.dtype == torch.int32, map_from.dtype
     return d
 
 
@@ -296,3 +296,29 @@ def geglu_reference(x: Tensor) -> Tensor:
     """One half times the GELU of the other, by the exact error function. (..., 2 C) -> (..., C)."""
     value, gate = x.chunk(2, dim=-1)
     return value * F.gelu(gate)
+
+
+class FusedResnetBlock(ResnetBlock):
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        h = self.conv1(_norm_silu(self.norm1, x)) + self.time_emb_proj(time)[:, :, None, None]
+        return self.conv_shortcut(x) + self.conv2(_norm_silu(self.norm2, h))
+
+
+def _norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+
+
+class FusedGEGLU(GEGLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return geglu(self.proj(x))
+
+
+def fused_elementwise(unet: UNet) -> UNet:
+    """A UNet on CUDA with the last two kernels, changed in place like speed.py's; for inference.
+
+    Not part of `speed.fast`: whether they beat what torch.compile makes, tests/benchmarks/attention.py tells,
+    and it has not run on a GPU yet.
+    """
+    for layer in unet.modules():
+        layer.__class__ = {ResnetBlock: FusedResnetBlock, GEGLU: FusedGEGLU}.get(type(layer), type(layer))
+    return unet

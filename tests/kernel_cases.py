@@ -14,6 +14,7 @@ from helpers import relative_error
 
 from nanoip2p import kernels
 from nanoip2p.attention import SAFE_TILE, attention, attention_reference, attention_twice
+from nanoip2p.unet import UNet, UNetConfig
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -65,8 +66,8 @@ def draw(seed, *shapes, dtype=torch.float32, layouts=("plain",) * 4, size=1.0):
     return drawn
 
 
-def expect(q, k, v, heads, rows=None):
-    return attention_reference(q.double(), k.double(), v.double(), heads, map_of=rows)
+def expect(q, k, v, heads, map_from=None):
+    return attention_reference(q.double(), k.double(), v.double(), heads, map_from=map_from)
 
 
 def check_within(out, whole):
@@ -107,7 +108,7 @@ def test_long_equals_float64_in_every_dtype(d, keys, dtype):
 def test_short_equals_float64(d, keys):
     choose = random.Random(d * keys)
     dtype, layouts = choose.choice(list(BOUNDS)), choose.choices(("plain", "fused", "turned"), k=4)
-    queries = choose.randint(1, 2 * 16 * kernels.BLOCKS)  # one or two programs a head
+    queries = choose.randint(1, 2 * 16 * kernels.QUERY_BLOCKS)  # one or two programs a head
     q, k, v = draw(d, *[(2, tokens, 2 * d) for tokens in (queries, keys, keys)], dtype=dtype, layouts=layouts)
     out, whole = surrounded(q.shape, dtype, layouts[3])
     kernels.short_attention(q, k, v, 2, TILE, out=out)
@@ -121,12 +122,15 @@ def test_more_keys_than_short_has_room_for_are_refused():
         kernels.short_attention(q, k, k, 1, TILE)
 
 
-def test_rows_take_their_map_from_elsewhere():
-    rows = torch.tensor([3, 3, 0, 1, 2], dtype=torch.int32, device=DEVICE)
+@pytest.mark.parametrize("kernel", [kernels.long_attention, kernels.short_attention])
+def test_a_map_from_another_row(kernel):
+    map_from = torch.tensor([3, 3, 0, 1, 2], dtype=torch.int32, device=DEVICE)
     q, k, v = draw(1, (4, 7, 48), (4, 35, 48), (5, 35, 48), layouts=("turned", "fused", "plain"))
-    for some in (rows, rows.repeat_interleave(2)[::2]):
-        out = kernels.long_attention(q, k, v, 2, TILE, some)
-        assert relative_error(out, expect(q, k, v, 2, rows)) < 2e-6
+    for some in (map_from, map_from.repeat_interleave(2)[::2]):
+        assert relative_error(kernel(q, k, v, 2, TILE, some), expect(q, k, v, 2, map_from)) < 2e-6
+    for wrong in (map_from[:4], map_from.long()):
+        with pytest.raises(AssertionError):
+            kernel(q, k, v, 2, TILE, wrong)
 
 
 @pytest.mark.parametrize("d", [16, 40])
@@ -141,14 +145,6 @@ def test_two_values_by_one_map(d):
         assert relative_error(out2, expect(q, k, v2, 3)) < 2e-6
         check_within(out, whole)
         check_within(out2, whole2)
-
-
-def test_two_values_of_rows_taken_from_elsewhere():
-    q, k, v, v2 = draw(5, (2, 21, 40), (2, 37, 40), (3, 37, 40), (3, 37, 40))
-    rows = torch.tensor([1, 0, 1], dtype=torch.int32, device=DEVICE)
-    out, out2 = kernels.long_attention(q, k, v, 1, TILE, rows, v2)
-    assert relative_error(out, expect(q, k, v, 1, rows)) < 2e-6
-    assert relative_error(out2, expect(q, k, v2, 1, rows)) < 2e-6
 
 
 @pytest.mark.parametrize("kernel", [kernels.long_attention, kernels.short_attention])
@@ -182,15 +178,15 @@ def test_attention_hands_over_to_ours(monkeypatch):
             return plain(*args, **more)
         monkeypatch.setattr(kernels, name, partial(seen, plain=getattr(kernels, name), name=name))
     q, k, v, v2 = draw(7, (2, 18, 32), (2, 130, 32), (2, 130, 32), (2, 130, 32))
-    rows = torch.tensor([1, 0], dtype=torch.int32, device=DEVICE)
-    few = k[:, :128], v[:, :128]
+    map_from = torch.tensor([1, 0], dtype=torch.int32, device=DEVICE)
+    few, indexed = (k[:, :128], v[:, :128]), {"map_from": map_from}
+    two = attention_twice(q, k, v, v2, 2, map_from, kernel="ours")
     for out, wanted in [(attention(q, k, v, 2, kernel="ours"), expect(q, k, v, 2)),
                         (attention(q, *few, 2, kernel="ours"), expect(q, *few, 2)),
-                        (attention(q, *few, 2, map_of=rows, kernel="ours"), expect(q, *few, 2, rows)),
-                        (torch.cat(attention_twice(q, k, v, v2, 2, kernel="ours")),
-                         torch.cat([expect(q, k, v, 2), expect(q, k, v2, 2)]))]:
+                        (attention(q, *few, 2, **indexed, kernel="ours"), expect(q, *few, 2, **indexed)),
+                        (two[0], expect(q, k, v, 2, map_from)), (two[1], expect(q, k, v2, 2, map_from))]:
         assert relative_error(out, wanted) < 2e-6
-    assert [name for name, _ in taken] == ["long_attention", "short_attention"] + ["long_attention"] * 2
+    assert [name for name, _ in taken] == ["long_attention"] * 2 + ["short_attention"] * 2
     assert {tile for _, tile in taken} == {SAFE_TILE}
 
 
@@ -234,3 +230,15 @@ def test_geglu_equals_float64(dtype):
         assert relative_error(out, kernels.geglu_reference(given.double())) < BOUNDS[dtype]
     wide = draw(9, (1, 40, 3 * 74), dtype=dtype, layouts=("plain",))[0][0, :, 74:148]
     assert relative_error(kernels.geglu(wide), kernels.geglu_reference(wide.double())) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_unet_with_fused_elementwise_gives_the_same(layout):
+    torch.manual_seed(0)
+    unet = UNet(UNetConfig.tiny()).to(DEVICE, memory_format=layout)
+    latents, context = torch.randn(2, 4, 6, 4).to(DEVICE), torch.randn(2, 3, 12).to(DEVICE)
+    with torch.inference_mode():
+        wanted = unet(latents, 7.0, context)
+        assert kernels.fused_elementwise(unet) is unet
+        assert relative_error(unet(latents, 7.0, context), wanted) < 1e-5
+    assert {type(layer).__name__ for layer in unet.modules()} >= {"FusedResnetBlock", "FusedGEGLU"}

@@ -80,44 +80,45 @@ def test_wrong_shapes_are_named(attend):
     with pytest.raises(AssertionError, match=r"v \(2, 3, 24\)"):
         attend(q, k, v[:, :3], heads=3)
     with pytest.raises(AssertionError, match=r"v \(2, 4, 24\)"):
-        attend(q, k, v, heads=3, map_of=torch.tensor([0, 1, 1]))
+        attend(q, k, v, heads=3, map_from=torch.tensor([0, 1, 1]))
 
 
 @pytest.mark.parametrize("attend", [attention, attention_reference])
-def test_rows_take_their_map_from_elsewhere(attend):
+def test_a_map_from_another_row(attend):
     q, k, v = draw(3, 20, 13, 4, 16)
-    rows = torch.tensor([1, 1, 0], dtype=torch.int32)
-    expected = torch.cat([by_hand(q[[a]], k[[a]], v[[b]], 4, False) for b, a in enumerate(rows.tolist())])
-    assert relative_error(attend(q[:2], k[:2], v, 4, map_of=rows), expected) < 1e-6
+    map_from = torch.tensor([1, 1, 0], dtype=torch.int32)
+    expected = torch.cat([by_hand(q[[a]], k[[a]], v[[b]], 4, False) for b, a in enumerate(map_from.tolist())])
+    assert relative_error(attend(q[:2], k[:2], v, 4, map_from=map_from), expected) < 1e-6
 
 
 def test_two_values_by_one_map():
     q, k, v = draw(2, 20, 13, 4, 16)
-    for out, value in zip(attention_twice(q, k, v, v.flip(1), 4), (v, v.flip(1))):
-        assert relative_error(out, attention_reference(q, k, value, 4)) < 1e-6
+    for map_from in (None, torch.tensor([1, 1], dtype=torch.int32)):
+        for out, value in zip(attention_twice(q, k, v, v.flip(1), 4, map_from), (v, v.flip(1))):
+            assert relative_error(out, attention_reference(q, k, value, 4, map_from=map_from)) < 1e-6
 
 
 def test_ours_runs_only_where_it_was_measured_to_be_faster(monkeypatch):
     """Decided for a tensor that says of itself to be on a card of capability 9.0."""
     tile = (128, 64, 4, 3)
-    monkeypatch.setattr(module, "FASTER", {("long", 40, 4096, 128, 16, "torch.bfloat16", (9, 0)): tile})
+    monkeypatch.setattr(module, "FASTER", {("long", 40, 16, 4096, 256, "torch.bfloat16", (9, 0)): tile})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     on_card = {"is_cuda": True, "device": "cuda", "shape": (2, 3000, 320), "dtype": torch.bfloat16,
                "requires_grad": False}
 
-    def choose(kind="long", kernel="auto", heads=8, keys=77, **other):
-        q = SimpleNamespace(**on_card | other)
-        k = SimpleNamespace(shape=(2, keys, 320), requires_grad=False)
-        return module._choose(kind, kernel, heads, q, k)
+    def choose(kind="long", kernel="auto", heads=8, keys=200, batch=2, **other):
+        q, (k, v) = SimpleNamespace(**on_card | other), torch.empty(2, batch, keys, 320, device="meta")
+        return module._choose(kind, kernel, heads, q, k, v)
 
     assert choose() == tile
-    assert choose(kind="elsewhere") is choose(kind="short") is choose(kind="causal") is None
+    assert choose(kind="twice") is choose(kind="short") is choose(kind="causal") is None
+    assert choose(keys=257) is choose(batch=3) is choose(batch=1) is None
     assert choose(heads=4) is choose(dtype=torch.float16) is choose(kernel="sdpa") is None
     assert choose(shape=(2, 4097, 320)) is choose(shape=(2, 2048, 320)) is choose(is_cuda=False) is None
-    assert choose(shape=(4, 3000, 320)) is choose(keys=129) is choose(requires_grad=True) is None
+    assert choose(requires_grad=True) is None
     with torch.no_grad():
         assert choose(requires_grad=True) == tile
-    assert choose(kind="elsewhere", kernel="ours", is_cuda=False) == module.SAFE_TILE
+    assert choose(kind="twice", kernel="ours", is_cuda=False) == module.SAFE_TILE
 
 
 def test_ours_refuses_what_it_cannot_do():

@@ -94,7 +94,9 @@ def test_a_pair_step(unets):
     assert 3_100 < plain <= 3_120 and 2_900 < injected <= 2_960
     assert injected <= 0.95 * plain
     assert 3_212 < pair_step(unets[4], "self", 0.0, reuse=False) < 3_214
-    assert pair_step(unets[4], "both", 1.0) < plain - 15  # of 16 x 16 and below, and of every text
+    both = pair_step(unets[4], "both", 1.0)
+    assert both < plain - 15  # of 16 x 16 and below, and of every text
+    assert 1 < pair_step(unets[4], "both", 1.0, words=[meta(77, 2)] * 2) - both < 1.1  # with the same maps
 
 
 def test_a_training_sample(unets, monkeypatch):
