@@ -299,8 +299,11 @@ def geglu_reference(x: Tensor) -> Tensor:
 
 
 class FusedResnetBlock(ResnetBlock):
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        h = self.conv1(_norm_silu(self.norm1, x)) + self.time_emb_proj(time)[:, :, None, None]
+    """With GroupNorm and SiLU in one kernel."""
+
+    def forward(self, x: Tensor, time: Tensor | dict) -> Tensor:
+        time = time[self] if isinstance(time, dict) else self.time_emb_proj(time)
+        h = self.conv1(_norm_silu(self.norm1, x)) + time[:, :, None, None]
         return self.conv_shortcut(x) + self.conv2(_norm_silu(self.norm2, h))
 
 
@@ -309,6 +312,8 @@ def _norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
 
 
 class FusedGEGLU(GEGLU):
+    """With all after the product in one kernel."""
+
     def forward(self, x: Tensor) -> Tensor:
         return geglu(self.proj(x))
 

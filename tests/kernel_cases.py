@@ -241,4 +241,6 @@ def test_a_unet_with_fused_elementwise_gives_the_same(layout):
         wanted = unet(latents, 7.0, context)
         assert kernels.fused_elementwise(unet) is unet
         assert relative_error(unet(latents, 7.0, context), wanted) < 1e-5
+        told = unet.project_timesteps({7.0: torch.tensor([7.0], device=DEVICE)})
+        assert relative_error(unet(latents, told[7.0], context), wanted) < 1e-5
     assert {type(layer).__name__ for layer in unet.modules()} >= {"FusedResnetBlock", "FusedGEGLU"}
