@@ -110,9 +110,11 @@ def train_editor(variant: Variant, run: Path, data: str | Path, rendered: int, s
         command("train.py", "--resume", run, "--steps", steps)
     else:
         start = PAINTER if variant.start == "nano-sd" else untrained(run.parent / "untrained")
+        micro = 32 if variant.share == 1 else 8  # a batch may not be more than there is
         command("train.py", "--preset", "nano", "--weights", start, "--data", data, "--pairs", rendered,
                 "--cache", run.parent / "latents" / Path(data).name, "--no-flip", "--out", run,
-                "--steps", steps, "--seed", seed, "--dtype", "fp32", "--sample-every", 0, *variant.flags)
+                "--steps", steps, "--seed", seed, "--dtype", "fp32", "--sample-every", 0,
+                "--batch-size", micro, "--accumulate", 32 // micro, *variant.flags)
     return run / "weights"
 
 
@@ -154,7 +156,7 @@ def table(rows: list[dict]) -> str:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of `evaluate ablate`."""
     parser.add_argument("--out", type=Path, default=Path("runs/ablate"), help="folder of data, runs, scores")
-    parser.add_argument("--prompts", type=at_least(20), default=400, help="caption pairs, 20 candidates each")
+    parser.add_argument("--prompts", type=at_least(100), default=400, help="caption pairs, 20 candidates each")
     parser.add_argument("--steps", type=at_least(1), default=600, help="of training, 32 pairs each")
     parser.add_argument("--seeds", type=int, choices=range(1, 11), default=3, metavar="1 … 10",
                         help="editors of each variant")

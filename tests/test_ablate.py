@@ -54,7 +54,7 @@ def test_every_variant_differs_from_the_first_by_one_choice():
 
 
 def test_all_commands_are_such_as_the_scripts_understand(asked, tmp_path):
-    evaluated("--out", tmp_path, "--seeds", 1, "--prompts", 40, "--steps", 3)
+    evaluated("--out", tmp_path, "--seeds", 1, "--prompts", 100, "--steps", 3)
     runs, trained, scored = [], [], []
     for words in asked:
         if words[0] == "make_dataset.py":
@@ -68,7 +68,9 @@ def test_all_commands_are_such_as_the_scripts_understand(asked, tmp_path):
     assert {args.inject for args in runs} == {None, "self", "cross", "none"}
     assert [args.n_samples for args in runs if args.clip_dir_threshold == -1] == [4]
     assert len(trained) == len({args.out for args in trained}) == len(ablate.VARIANTS)
-    assert {args.steps for args in trained} == {3} and {args.pairs for args in trained} == {160}
+    assert {args.steps for args in trained} == {3} and {args.pairs for args in trained} == {400}
+    assert {args.batch_size * args.accumulate for args in trained} == {32}
+    assert [args.batch_size for args in trained if "0.1" in args.data] == [8]
     assert sum(args.drop == [0.1, 0, 0] for args in trained) == 1
     assert sum(args.data == "scenes" for args in trained) == 1 and not any(args.flip for args in trained)
     assert sum(args.weights.endswith("untrained") for args in trained) == 1
