@@ -156,7 +156,7 @@ def table(rows: list[dict]) -> str:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of `evaluate ablate`."""
     parser.add_argument("--out", type=Path, default=Path("runs/ablate"), help="folder of data, runs, scores")
-    parser.add_argument("--prompts", type=at_least(100), default=400, help="caption pairs, 20 candidates each")
+    parser.add_argument("--prompts", type=at_least(100), default=400, help="captions, 20 candidates each")
     parser.add_argument("--steps", type=at_least(1), default=600, help="of training, 32 pairs each")
     parser.add_argument("--seeds", type=int, choices=range(1, 11), default=3, metavar="1 … 10",
                         help="editors of each variant")
