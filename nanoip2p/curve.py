@@ -13,6 +13,7 @@ Pictures reach CLIP in the range it was trained on; the script of the original g
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,8 @@ from nanoip2p.cli import at_least, finite
 from nanoip2p.clip_filter import Judge, similarities
 from nanoip2p.data import SPLITS, Pair, load_picture, read_data, scene_pairs
 from nanoip2p.editor import Editor
-from nanoip2p.files import check_writable, replacing
+from nanoip2p.files import check_writable
+from nanoip2p.plots import plot
 from nanoip2p.prompts import append, read_rows
 from nanoip2p.sdedit import sdedit
 from nanoip2p.text_to_image import TextToImage
@@ -59,33 +61,17 @@ def measure(pairs: list[Pair], judge: Judge, resolution: int, batch: int, edit: 
     return dict(zip(AXES, means)) | dict(zip(("direction_error", "image_error"), errors))
 
 
-def plot(rows: list[dict], path: Path) -> bool:
-    """Both curves with their standard errors, a point labelled with its setting; False without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 5))
+def draw(rows: list[dict], axes) -> None:
+    """Both curves with their standard errors, a point labelled with its setting."""
     for method, knob in (("editor", "cfg_image"), ("SDEdit", "strength")):
         own = sorted((row for row in rows if row["method"] == method), key=lambda row: row[knob])
         if own:
-            columns = {key: [row[key] for row in own] for key in (*AXES, "direction_error", "image_error")}
-            axes.errorbar(columns["direction"], columns["image"], columns["image_error"],
-                          columns["direction_error"], marker=".", capsize=2, label=f"{method}, by {knob}")
+            columns = ("direction", "image", "image_error", "direction_error")
+            axes.errorbar(*([row[key] for row in own] for key in columns), marker=".", capsize=2,
+                          label=f"{method}, by {knob}")
             for row in own:
                 axes.annotate(f"{row[knob]:g}", (row["direction"], row["image"]), (4, 4), fontsize=8,
                               textcoords="offset points")
-    axes.set(xlabel=AXES["direction"], ylabel=AXES["image"])
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
-    pyplot.close(figure)
-    return True
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -139,10 +125,11 @@ def run(args: argparse.Namespace) -> str:
             row = point | measure(pairs, judge, side, args.batch, edit, name)
             append(path, row)
         rows.append(row)
-    drawn = "" if plot(rows, args.out / "curve.png") else "; pip install matplotlib to see them drawn"
+    drawn = plot(args.out / "curve.png", partial(draw, rows), xlabel=AXES["direction"], ylabel=AXES["image"])
     lines = [f"{'':<8}{'setting':>16}{'direction':>18}{'image':>18}"]
     for row in rows:
         knob = "cfg_image" if row["method"] == "editor" else "strength"
         both = "".join(f"{row[key]:>10.3f} ± {row[key + '_error']:.3f}" for key in AXES)
         lines.append(f"{row['method']:<8}{knob:>10} {row[knob]:>5g}{both}")
-    return "\n".join([*lines, f"{len(pairs)} edits; points are in {path}{drawn}"])
+    return "\n".join([*lines, f"{len(pairs)} edits; points are in {path}"
+                      + "; pip install matplotlib to see them drawn" * (not drawn)])

@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from nanoip2p.files import read_json, replacing
+from nanoip2p.plots import plot
 from nanoip2p.tensors import write_tensors
 
 CHECKPOINTS = "checkpoints"
@@ -171,25 +172,14 @@ def plot_log(run: Path) -> bool:
 
     False when matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
     rows = read_log(run)
     labels = {"loss": "training", "validation": "validation", "validation_ema": "validation, averaged"}
-    for key, label in labels.items():
-        seen = [(row["step"], row[key]) for row in rows if key in row]
-        axes.plot([step for step, _ in seen], [loss for _, loss in seen], label=label, linewidth=1,
-                  marker="" if key == "loss" and len(seen) > 20 else ".")
-    axes.set(xlabel="optimizer step", ylabel="mean squared error of the noise", yscale="log")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    figure.tight_layout()
-    with replacing(run / "loss.png") as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
-    pyplot.close(figure)
-    return True
+
+    def draw(axes) -> None:
+        for key, label in labels.items():
+            seen = [(row["step"], row[key]) for row in rows if key in row]
+            axes.plot([step for step, _ in seen], [loss for _, loss in seen], label=label, linewidth=1,
+                      marker="" if key == "loss" and len(seen) > 20 else ".")
+
+    return plot(run / "loss.png", draw, xlabel="optimizer step", ylabel="mean squared error of the noise",
+                yscale="log")
