@@ -112,7 +112,8 @@ def test_training_reads_it(finished):
     items = read_data(finished)
     name, seeds = json.loads((finished / "seeds.json").read_text())[0]
     folder = finished / name
-    assert items[0][0] == Pair(folder / f"{seeds[0]}_0.jpg", "edit 0", folder / f"{seeds[0]}_1.jpg")
+    captions = ("a cat on sofa 0", "a dog on sofa 0")
+    assert items[0][0] == Pair(folder / f"{seeds[0]}_0.jpg", "edit 0", folder / f"{seeds[0]}_1.jpg", captions)
 
 
 def test_any_pair_can_be_made_again(finished, weights):
