@@ -65,6 +65,7 @@ RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--kind-weights", 1.2, 2, 2, 1, 0.8, 1
 # The editor that is made the paper's way starts from nano-sd and has fewer, generated pairs
 PAPER_RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--no-flip"],)
 DEFAULTS = {"resolution": 64, "steps": 20, "cfg_text": 2.0, "cfg_image": 1.0, "sampler": "euler_ancestral"}
+PAPER_DEFAULTS = DEFAULTS | {"cfg_image": 1.5}
 SD_DEFAULTS = DEFAULTS | {"cfg_text": 3.0}
 # What `make_dataset.py pairs` does with nano-sd where no flag says otherwise; nano CLIP has its own scales
 PAIRS = {"clip": "../nano-clip", "clip_threshold": 0.8, "clip_dir_threshold": 0.7, "clip_img_threshold": 0.5,
@@ -274,7 +275,7 @@ def trained(run: Path, weights: Path, steps: list[int], recipes: tuple, pairs: i
 def export(tokenizer: Path, editor: Path, paper_editor: Path, painter: Path, clip: Path, ship: Path) -> None:
     """Write the folders to ship, in half precision, with a few scenes to try the editor on."""
     for name, weights, defaults in (("nano-ip2p", editor, DEFAULTS), ("nano-sd", painter, SD_DEFAULTS),
-                                    ("nano-ip2p-paper", paper_editor, DEFAULTS)):
+                                    ("nano-ip2p-paper", paper_editor, PAPER_DEFAULTS)):
         parts = load_parts(weights, edits=weights != painter)
         save_parts(ship / name, parts.unet, parts.vae, parts.text_encoder, tokenizer,
                    parts.schedule.to_json(), defaults, torch.float16)
