@@ -37,12 +37,12 @@ AXES = {"direction": "CLIP's directional similarity", "image": "CLIP's similarit
 
 
 def examples(data: str, split: str, n: int) -> list[Pair]:
-    """The first pair of up to n items with captions. ValueError when there is none."""
+    """The first pair of up to n items with captions. ValueError when there are none, or one."""
     items = [(pair,) for pair in scene_pairs(n, split)] if data == "scenes" else read_data(data, split)
     pairs = [item[0] for item in items if item[0].captions][:n]
-    if not pairs:
-        raise ValueError(f"{data} has no pairs with captions of both pictures in its {split} split, without "
-                         "which there is no direction; try another --split, or data that has them (data.py)")
+    if len(pairs) < 2:
+        raise ValueError(f"{data} has {len(pairs) or 'no'} pairs with captions of both pictures in its {split} "
+                         "split, and at least two are needed; try another --split, or other data (see data.py)")
     return pairs
 
 

@@ -75,8 +75,9 @@ def test_examples_have_captions(tmp_path):
     picture = tmp_path / "a.png"
     Image.new("RGB", (32, 32)).save(picture)
     lines = [{"input": "a.png", "edit": "x", "output": "a.png"} for _ in range(30)]
-    lines[28] |= {"input_caption": "one", "output_caption": "two"}
+    for line in (lines[28], lines[29]):
+        line |= {"input_caption": "one", "output_caption": "two"}
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert curve.examples(str(tmp_path), "test", 9) == [Pair(picture, "x", picture, ("one", "two"))]
+    assert curve.examples(str(tmp_path), "test", 9) == [Pair(picture, "x", picture, ("one", "two"))] * 2
     with pytest.raises(ValueError, match="no pairs with captions"):
         curve.examples(str(tmp_path), "train", 9)
