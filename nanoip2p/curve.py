@@ -41,8 +41,8 @@ def examples(data: str, split: str, n: int) -> list[Pair]:
     items = [(pair,) for pair in scene_pairs(n, split)] if data == "scenes" else read_data(data, split)
     pairs = [item[0] for item in items if item[0].captions][:n]
     if len(pairs) < 2:
-        raise ValueError(f"{data} has {len(pairs) or 'no'} pairs with captions of both pictures in its {split} "
-                         "split, and at least two are needed; try another --split, or other data (see data.py)")
+        raise ValueError(f"{data} has {len(pairs) or 'no'} pairs with captions of both pictures in its "
+                         f"{split} split, of two that are needed; try another --split, or see data.py")
     return pairs
 
 

@@ -14,7 +14,7 @@ from chat_server import TEXTS, by_input, expected, rows_of
 
 import make_dataset
 from nanoip2p import captions, prompts
-from nanoip2p.scenes import EDIT_KINDS, PHRASINGS, random_scene
+from nanoip2p.scenes import EDIT_KINDS, HELD_OUT_THINGS, PHRASINGS, random_scene
 
 
 def test_captions_in_every_form(tmp_path):
@@ -176,6 +176,14 @@ def test_scenes_need_no_server(tmp_path, monkeypatch):
     assert not [row for row in rows for kind in ("add", "ground") if fits(row["edit"], PHRASINGS[kind][-1])]
     added = sum(len(row["output"].split(" and ")) > len(row["input"].split(" and ")) for row in rows)
     assert 10 < added < 60  # a seventh is 30; were all edits equally likely, most would add
+
+
+def test_scenes_keep_to_what_training_may_see():
+    rows = prompts.draw_scenes(300, seed=3)
+    for kind, colour in HELD_OUT_THINGS:
+        assert not [row for row in rows if f"{colour} {kind}" in row["input"] + row["output"]]
+    assert not [row for row in rows if "rocket" in row["output"] and "rocket" not in row["input"]
+                and len(row["output"].split(" and ")) > len(row["input"].split(" and "))]  # added
 
 
 def test_scenes_never_repeat(monkeypatch):
