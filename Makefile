@@ -2,7 +2,7 @@
 # make dataset   captions -> pairs of pictures -> the best of them, in the nano world -> data/nano
 # make train     an editor from the text-to-picture model, in the nano world -> runs/first; again: goes on
 # make test      the whole test suite
-# make docs      every picture in the README anew; a quarter of an hour on two cores
+# make docs      every picture in the README anew; three quarters of an hour on two cores
 # make reproduce the whole paper in the nano world, from nothing: weights, data, scores, figure 8, ablations -> runs
 # make bench     the benchmarks, small enough for a CPU; tests/benchmarks/RESULTS.md has what they printed
 # make lint      ruff
@@ -32,7 +32,9 @@ docs: .venv/test dataset train
 		--sweep --output weights/sweep.png
 	.venv/bin/python -m nanoip2p.prompt_to_prompt "a red house in the middle, on grass, clear day" \
 		"a blue tree in the middle, on grass, clear day" --heatmaps --out weights/nano-sd/heatmaps.png
-	.venv/bin/python -m nanoip2p.evaluate curve --sdedit weights/nano-sd --out runs/curve
+	.venv/bin/python -m nanoip2p.evaluate curve --weights weights/nano-ip2p-paper --sdedit weights/nano-sd \
+		--n 150 --out runs/curve
+	.venv/bin/python -m nanoip2p.evaluate curve --n 150 --out runs/curve
 	cp data/nano/pairs/contact-sheet.png weights/nano-sd/pairs.png
 	cp runs/first/samples-000600.png weights/first-editor.png
 	cp runs/first/loss.png weights/first-editor-loss.png

@@ -6,7 +6,8 @@
 A point is a setting: the editor's cfg_image, or with --sdedit the strength of SDEdit on a text-to-picture
 model. To the right, CLIP's directional similarity (Gal et al. 2021): the change of the picture against the
 change of its captions. Upwards, the similarity of the edited picture and the input. Further up and to the
-right is better. A line of <out>/curve.jsonl is a point, and one that is there is not made again.
+right is better. A line of <out>/curve.jsonl is a point, and one that is there is not made again. All points
+of the same data are drawn: another call, with other --weights and the same --out, adds a curve.
 
 Pictures reach CLIP in the range it was trained on; the script of the original gives it another.
 """
@@ -14,6 +15,7 @@ Pictures reach CLIP in the range it was trained on; the script of the original g
 import argparse
 from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -62,16 +64,17 @@ def measure(pairs: list[Pair], judge: Judge, resolution: int, batch: int, edit: 
 
 
 def draw(rows: list[dict], axes) -> None:
-    """Both curves with their standard errors, a point labelled with its setting."""
-    for method, knob in (("editor", "cfg_image"), ("SDEdit", "strength")):
-        own = sorted((row for row in rows if row["method"] == method), key=lambda row: row[knob])
-        if own:
-            columns = ("direction", "image", "image_error", "direction_error")
-            axes.errorbar(*([row[key] for row in own] for key in columns), marker=".", capsize=2,
-                          label=f"{method}, by {knob}")
-            for row in own:
-                axes.annotate(f"{row[knob]:g}", (row["direction"], row["image"]), (4, 4), fontsize=8,
-                              textcoords="offset points")
+    """A curve for each of the weights, with standard errors, a point labelled with its setting."""
+    keys = ("direction", "image", "image_error", "direction_error")
+    for method, weights in dict.fromkeys((row["method"], row["weights"]) for row in rows):
+        knob = "cfg_image" if method == "editor" else "strength"
+        own = [row for row in rows if (row["method"], row["weights"]) == (method, weights)]
+        own = sorted(own, key=itemgetter(knob))
+        axes.errorbar(*([row[key] for row in own] for key in keys), marker=".", capsize=2,
+                      label=f"{method}, {Path(weights).name}, by {knob}")
+        for row in own:
+            axes.annotate(f"{row[knob]:g}", (row["direction"], row["image"]), (4, 4), fontsize=8,
+                          textcoords="offset points")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -125,7 +128,8 @@ def run(args: argparse.Namespace) -> str:
             row = point | measure(pairs, judge, side, args.batch, edit, name)
             append(path, row)
         rows.append(row)
-    drawn = plot(args.out / "curve.png", partial(draw, rows), xlabel=AXES["direction"], ylabel=AXES["image"])
+    known = [row for _, row in read_rows(path) if common.items() <= row.items()]  # of other weights as well
+    drawn = plot(args.out / "curve.png", partial(draw, known), xlabel=AXES["direction"], ylabel=AXES["image"])
     lines = [f"{'':<8}{'setting':>16}{'direction':>18}{'image':>18}"]
     for row in rows:
         knob = "cfg_image" if row["method"] == "editor" else "strength"

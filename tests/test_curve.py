@@ -69,6 +69,23 @@ def test_points_are_kept_and_not_made_again(weights, tmp_path, monkeypatch):
         measured(weights, tmp_path, "--cfg-images", 1, "--cfg-text", 9)
 
 
+def test_every_network_has_its_curve_in_the_order_of_its_setting(weights, tmp_path, monkeypatch):
+    drawn = []
+    axes = SimpleNamespace(errorbar=lambda x, *_, label, **__: drawn.append((label, x)),
+                           annotate=lambda *_, **__: None)
+    monkeypatch.setattr(curve, "plot", lambda path, draw, **_: draw(axes) or True)
+    measured(weights, tmp_path, "--cfg-images", 2, 1)
+    other = weights.editor.rename(weights.editor.with_name("other"))
+    drawn.clear()
+    measured(SimpleNamespace(editor=other, clip=weights.clip), tmp_path, "--cfg-images", 1)
+    other.rename(weights.editor)
+    rows = [row for _, row in read_rows(tmp_path / "curve.jsonl")]
+    rows = {(row["weights"], row["cfg_image"]): row["direction"] for row in rows}
+    first = [rows[str(weights.editor), cfg] for cfg in (1, 2)]
+    assert drawn == [("editor, editor, by cfg_image", first),
+                     ("editor, other, by cfg_image", [rows[str(other), 1]])]
+
+
 def test_examples_have_captions(tmp_path):
     pairs = curve.examples("scenes", "test", 4)
     assert len(pairs) == 4 and all(pair.captions[0] == pair.before.caption() for pair in pairs)
