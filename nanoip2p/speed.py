@@ -150,7 +150,8 @@ def fast_convolutions(model: nn.Module, least: int = 128) -> nn.Module:
     for layer in model.modules():
         if (type(layer) is nn.Conv2d and layer.kernel_size == (3, 3) and layer.stride == (1, 1)
                 and layer.padding == (1, 1) and min(layer.in_channels, layer.out_channels) >= least):
-            weight, g = layer.weight.detach().double(), TRANSFORM.to(layer.weight.device)
+            weight = layer.weight.detach().to(torch.promote_types(layer.weight.dtype, torch.float32))
+            g = TRANSFORM.to(weight)
             weight = torch.einsum("xi,ocij,yj->xyoc", g, weight, g).to(layer.weight.dtype)
             layer.products = [product(place) for place in weight.flatten(0, 1)]         # 16, (C_out, C_in)
             layer.__class__ = Winograd
