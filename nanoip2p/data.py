@@ -162,8 +162,8 @@ def _texts(row, keys: tuple[str, ...], where: str) -> list[str]:
     return [row[key] for key in keys]
 
 
-def _captions(row: dict, keys: tuple[str, str]) -> tuple[str, str] | None:
-    texts = tuple(row.get(key) for key in keys)
+def _captions(row, keys: tuple[str, str]) -> tuple[str, str] | None:
+    texts = tuple(row.get(key) if isinstance(row, dict) else None for key in keys)
     return texts if all(isinstance(text, str) for text in texts) else None
 
 

@@ -209,6 +209,8 @@ def test_captions_of_both_pictures_come_along_where_the_data_has_them(tmp_path):
             for i in range(20)}
     (tmp_path / "brush/global_descriptions.json").write_text(json.dumps(told))
     assert captions(tmp_path / "brush") == wanted
+    (tmp_path / "brush/global_descriptions.json").write_text(json.dumps(told | {"240": "before 0"}))
+    assert captions(tmp_path / "brush") == [None, *wanted[1:]]
 
     path = write_parquet(tmp_path / "data.parquet", columns=COLUMNS[0])
     assert captions(path) == [None] * 18
