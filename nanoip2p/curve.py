@@ -7,7 +7,7 @@ A point is a setting: the editor's cfg_image, or with --sdedit the strength of S
 model. To the right, CLIP's directional similarity (Gal et al. 2021): the change of the picture against the
 change of its captions. Upwards, the similarity of the edited picture and the input. Further up and to the
 right is better. A line of <out>/curve.jsonl is a point, and one that is there is not made again. All points
-of the same data are drawn: another call, with other --weights and the same --out, adds a curve.
+of the same data and judge are drawn: another call, with other --weights and the same --out, adds a curve.
 
 Pictures reach CLIP in the range it was trained on; the script of the original gives it another.
 """
@@ -29,7 +29,7 @@ from nanoip2p.editor import Editor
 from nanoip2p.files import check_writable
 from nanoip2p.plots import plot
 from nanoip2p.prompts import append, read_rows
-from nanoip2p.sdedit import sdedit
+from nanoip2p.sdedit import sdedit, steps_taken
 from nanoip2p.text_to_image import TextToImage
 
 PAPER = {"cfg_text": 7.5, "cfg_images": (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2), "clip": hub.CLIP}  # section 4.1
@@ -104,20 +104,24 @@ def run(args: argparse.Namespace) -> str:
     side = editor.defaults["resolution"]
     usual = NANO if side < 256 else PAPER
     guidance = usual["cfg_text"] if args.cfg_text is None else args.cfg_text
-    judge = Judge.load(args.clip or usual["clip"], editor.device)
+    clip = args.clip or usual["clip"]
+    judge = Judge.load(clip, editor.device)
     pairs = examples(args.data, args.split, args.n)
-    common = {"data": args.data, "split": args.split, "n": len(pairs), "steps": args.steps}
+    common = {"data": args.data, "split": args.split, "clip": clip, "n": len(pairs), "steps": args.steps}
     points = [{"method": "editor", "weights": str(args.weights), "cfg_text": guidance, "cfg_image": value,
                **common} for value in args.cfg_images or usual["cfg_images"]]
     points += [{"method": "SDEdit", "weights": str(args.sdedit), "strength": value, **common}
                for value in (args.strengths if args.sdedit else ())]
     painter = TextToImage.load(args.sdedit, args.device) if args.sdedit else None
+    for value in args.strengths if painter else ():  # told now, and not after the editor's points
+        steps_taken(args.steps or painter.defaults["steps"], value)
     rows = []
     for point in points:
         def edit(before, part, seeds, point=point):
             if point["method"] == "SDEdit":
                 captions = [pair.captions[1] for pair in part]
-                return sdedit(painter, before, captions, point["strength"], seeds, args.steps)
+                return sdedit(painter, before, captions, point["strength"], seeds, args.steps,
+                              resolution=side)
             return editor.edit(before, [pair.edit for pair in part], args.steps, guidance, point["cfg_image"],
                                seeds, batch=len(part))
 

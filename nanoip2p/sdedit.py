@@ -15,6 +15,15 @@ from nanoip2p.samplers import SAMPLERS, draw_noise
 from nanoip2p.text_to_image import TextToImage
 
 
+def steps_taken(steps: int, strength: float) -> int:
+    """How many of `steps` SDEdit takes, counted as diffusers does. ValueError for none, or more than all."""
+    taken = int(steps * strength)
+    if taken < 1 or strength > 1:
+        raise ValueError(f"a strength of {strength} is no share of {steps} steps; take 1 at most, and one "
+                         "step or more")
+    return taken
+
+
 @torch.inference_mode()
 def sdedit(painter: TextToImage, images: list[Image.Image], captions: list[str], strength: float,
            seeds: list[int], steps: int | None = None, cfg_text: float | None = None,
@@ -27,11 +36,8 @@ def sdedit(painter: TextToImage, images: list[Image.Image], captions: list[str],
     """
     settings = painter.complete({"steps": steps, "cfg_text": cfg_text, "sampler": sampler,
                                  "resolution": resolution})
-    taken = min(int(settings["steps"] * strength), settings["steps"])
-    if taken < 1:
-        raise ValueError(f"a strength of {strength} is no step of {settings['steps']}; take more of either")
     levels = plan(painter.schedule, settings["sampler"], settings["steps"])
-    sigmas = levels.sigmas[-taken:]                                                    # (taken, 2)
+    sigmas = levels.sigmas[-steps_taken(settings["steps"], strength):]                 # (taken, 2)
     weight, side = painter.unet.conv_in.weight, settings["resolution"]
     pixels = torch.stack([to_tensor(fit(image, (side, side))) for image in images])    # (B, 3, H, W)
     z = painter.vae.encode(pixels.to(weight))[0] * painter.vae.scaling_factor          # (B, C, h, w)

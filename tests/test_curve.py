@@ -69,6 +69,29 @@ def test_points_are_kept_and_not_made_again(weights, tmp_path, monkeypatch):
         measured(weights, tmp_path, "--cfg-images", 1, "--cfg-text", 9)
 
 
+def test_another_judge_measures_anew(weights, tmp_path):
+    """Similarities by two CLIPs are not comparable: neither kept for one another nor drawn together."""
+    other = SimpleNamespace(editor=weights.editor, clip=write_tiny_clip(tmp_path / "clip", seed=1))
+    runs = [(weights, "out"), (other, "out"), (other, "fresh")]
+    points = [measured(which, tmp_path / out, "--cfg-images", 1).splitlines()[1] for which, out in runs]
+    assert points[0] != points[1] == points[2]
+
+
+def test_sdedit_paints_in_the_size_of_the_editor(weights, tmp_path):
+    painter = write_tiny_painter(tmp_path / "painter")
+    defaults = painter / "defaults.json"
+    defaults.write_text(json.dumps(json.loads(defaults.read_text()) | {"resolution": 96}))  # the editor: 48
+    measured(weights, tmp_path / "out", "--cfg-images", 1, "--sdedit", painter, "--strengths", 1)
+    assert (tmp_path / "out/curve.jsonl").read_text().count("SDEdit") == 1
+
+
+@pytest.mark.parametrize("strength", [0, 0.4, 1.5])
+def test_a_bad_strength_is_told_before_the_work(weights, tmp_path, monkeypatch, strength):
+    monkeypatch.setattr(Editor, "edit", lambda *_, **__: pytest.fail("worked in vain"))
+    with pytest.raises(ValueError, match=f"strength of {strength}.* of 2"):
+        measured(weights, tmp_path, "--sdedit", weights.painter, "--strengths", 0.5, strength)
+
+
 def test_every_network_has_its_curve_in_the_order_of_its_setting(weights, tmp_path, monkeypatch):
     drawn = []
     axes = SimpleNamespace(errorbar=lambda x, *_, label, **__: drawn.append((label, x)),

@@ -50,6 +50,7 @@ def test_equals_diffusers(folder, pictures, sampler, strength):
     assert difference(ours[0], sdedit(painter, pictures, ["turn the boat blue"] * 3, *settings)[0]) > 4
 
 
-def test_a_strength_of_no_step_is_refused(folder, pictures):
-    with pytest.raises(ValueError, match="no step of 8"):
-        sdedit(TextToImage.load(folder, "cpu"), pictures, CAPTIONS, 0.1, SEEDS, 8, resolution=32)
+def test_a_strength_that_is_no_share_is_refused(folder, pictures):
+    for strength in (0.1, 1.1):
+        with pytest.raises(ValueError, match="no share of 8 steps"):
+            sdedit(TextToImage.load(folder, "cpu"), pictures, CAPTIONS, strength, SEEDS, 8, resolution=32)
