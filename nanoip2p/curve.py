@@ -24,11 +24,12 @@ from tqdm import tqdm
 from nanoip2p import hub
 from nanoip2p.cli import at_least, finite
 from nanoip2p.clip_filter import Judge, similarities
-from nanoip2p.data import SPLITS, Pair, load_picture, read_data, scene_pairs
+from nanoip2p.data import EDITS_PER_SCENE, SPLITS, Pair, load_picture, read_data, scene_pairs
 from nanoip2p.editor import Editor
 from nanoip2p.files import check_writable
 from nanoip2p.plots import plot
 from nanoip2p.prompts import append, read_rows
+from nanoip2p.samplers import SAMPLERS
 from nanoip2p.sdedit import sdedit, steps_taken
 from nanoip2p.text_to_image import TextToImage
 
@@ -39,8 +40,13 @@ AXES = {"direction": "CLIP's directional similarity", "image": "CLIP's similarit
 
 
 def examples(data: str, split: str, n: int) -> list[Pair]:
-    """The first pair of up to n items with captions. ValueError when there are none, or one."""
-    items = [(pair,) for pair in scene_pairs(n, split)] if data == "scenes" else read_data(data, split)
+    """A pair of each of up to n items (or scenes) with captions. ValueError when there are none, or one.
+
+    One of each, because the standard errors take them as independent.
+    """
+    if data == "scenes":
+        return scene_pairs(n * EDITS_PER_SCENE, split)[::EDITS_PER_SCENE]
+    items = read_data(data, split)
     pairs = [item[0] for item in items if item[0].captions][:n]
     if len(pairs) < 2:
         raise ValueError(f"{data} has {len(pairs) or 'no'} pairs with captions of both pictures in its "
@@ -48,13 +54,14 @@ def examples(data: str, split: str, n: int) -> list[Pair]:
     return pairs
 
 
-def measure(pairs: list[Pair], judge: Judge, resolution: int, batch: int, edit: Callable, name: str) -> dict:
+def measure(pairs: list[Pair], judge: Judge, resolution: int, batch: int, seed: int, edit: Callable,
+            name: str) -> dict:
     """Means and standard errors of both similarities. edit: (pictures, pairs, seeds) -> edited pictures."""
     rows = []
     for begin in tqdm(range(0, len(pairs), batch), desc=name, leave=False):
         part = pairs[begin : begin + batch]
         before = [load_picture(pair.before, resolution) for pair in part]
-        after = edit(before, part, list(range(begin, begin + len(part))))
+        after = edit(before, part, [seed + begin + i for i in range(len(part))])
         seen = judge.encode_pictures([*before, *after]).chunk(2)                       # (B, P) each
         read = [judge.encode_texts(list(texts)) for texts in zip(*(pair.captions for pair in part))]
         rows.append(similarities(*seen, *read)[:, 2:])                                 # (B, 2)
@@ -91,6 +98,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strengths", type=finite, nargs="+", default=list(STRENGTHS), metavar="SHARE",
                         help="of SDEdit")
     parser.add_argument("--steps", type=at_least(1), help="as in sample.py; by default of the weights")
+    parser.add_argument("--sampler", choices=sorted(SAMPLERS), help="the same")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="picture i has seed + i")
     parser.add_argument("--batch", type=at_least(1), default=30, help="pictures that share a forward")
     parser.add_argument("--device")
     parser.add_argument("--out", type=Path, default=Path("runs/curve"), help="folder; goes on in it")
@@ -107,29 +116,30 @@ def run(args: argparse.Namespace) -> str:
     clip = args.clip or usual["clip"]
     judge = Judge.load(clip, editor.device)
     pairs = examples(args.data, args.split, args.n)
-    common = {"data": args.data, "split": args.split, "clip": clip, "n": len(pairs), "steps": args.steps}
+    common = {"data": args.data, "split": args.split, "clip": clip, "n": len(pairs), "steps": args.steps,
+              "sampler": args.sampler, "seed": args.seed}
     points = [{"method": "editor", "weights": str(args.weights), "cfg_text": guidance, "cfg_image": value,
                **common} for value in args.cfg_images or usual["cfg_images"]]
-    points += [{"method": "SDEdit", "weights": str(args.sdedit), "strength": value, **common}
-               for value in (args.strengths if args.sdedit else ())]
     painter = TextToImage.load(args.sdedit, args.device) if args.sdedit else None
-    for value in args.strengths if painter else ():  # told now, and not after the editor's points
-        steps_taken(args.steps or painter.defaults["steps"], value)
+    for value in args.strengths if painter else ():
+        steps_taken(args.steps or painter.defaults["steps"], value)  # told now, not after the editor's points
+        points.append({"method": "SDEdit", "weights": str(args.sdedit),
+                       "cfg_text": painter.defaults["cfg_text"], "strength": value, **common})
     rows = []
     for point in points:
         def edit(before, part, seeds, point=point):
             if point["method"] == "SDEdit":
                 captions = [pair.captions[1] for pair in part]
                 return sdedit(painter, before, captions, point["strength"], seeds, args.steps,
-                              resolution=side)
+                              sampler=args.sampler, resolution=side)
             return editor.edit(before, [pair.edit for pair in part], args.steps, guidance, point["cfg_image"],
-                               seeds, batch=len(part))
+                               seeds, args.sampler, batch=len(part))
 
         known = [row for _, row in read_rows(path)] if path.exists() else []
         row = next((row for row in known if point.items() <= row.items()), None)
         if row is None:
             name = f"{point['method']} {point.get('cfg_image', point.get('strength'))}"
-            row = point | measure(pairs, judge, side, args.batch, edit, name)
+            row = point | measure(pairs, judge, side, args.batch, args.seed, edit, name)
             append(path, row)
         rows.append(row)
     known = [row for _, row in read_rows(path) if common.items() <= row.items()]  # of other weights as well

@@ -33,7 +33,7 @@ def test_a_point_is_the_mean_of_the_cosines(weights):
     """By hand: pixels in [0, 1] less the mean over the deviation, features, differences, cosines."""
     judge, pairs = Judge.load(weights.clip), scene_pairs(5, "test")
     editor = lambda before, part, seeds: [load_picture(pair.after, 32) for pair in part]  # noqa: E731
-    row = curve.measure(pairs, judge, 32, 2, editor, "the truth")
+    row = curve.measure(pairs, judge, 32, 2, 0, editor, "the truth")
 
     def seen(scene):
         pixels = torch.from_numpy(np.array(scene.render(32))).permute(2, 0, 1).float() / 255
@@ -67,6 +67,16 @@ def test_points_are_kept_and_not_made_again(weights, tmp_path, monkeypatch):
     assert measured(weights, tmp_path, *flags) == table
     with pytest.raises(pytest.fail.Exception, match="made again"):
         measured(weights, tmp_path, "--cfg-images", 1, "--cfg-text", 9)
+
+
+def test_seed_and_sampler_reach_both_methods(weights, tmp_path):
+    flags = ["--cfg-images", 1, "--sdedit", weights.painter, "--strengths", 1, "--out", tmp_path]
+    for extra in ([], ["--seed", 1], ["--sampler", "euler"]):
+        measured(weights, tmp_path, *flags, *extra)
+    rows = [row for _, row in read_rows(tmp_path / "curve.jsonl")]
+    assert len(rows) == 6
+    for method in ("editor", "SDEdit"):
+        assert len({row["image"] for row in rows if row["method"] == method}) == 3
 
 
 def test_another_judge_measures_anew(weights, tmp_path):
@@ -111,7 +121,8 @@ def test_every_network_has_its_curve_in_the_order_of_its_setting(weights, tmp_pa
 
 def test_examples_have_captions(tmp_path):
     pairs = curve.examples("scenes", "test", 4)
-    assert len(pairs) == 4 and all(pair.captions[0] == pair.before.caption() for pair in pairs)
+    assert len({pair.before for pair in pairs}) == 4  # each of a scene of its own
+    assert all(pair.captions[0] == pair.before.caption() for pair in pairs)
     picture = tmp_path / "a.png"
     Image.new("RGB", (32, 32)).save(picture)
     lines = [{"input": "a.png", "edit": "x", "output": "a.png"} for _ in range(30)]
