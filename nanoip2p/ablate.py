@@ -8,7 +8,6 @@ stopped. A line of <out>/ablate.jsonl is one editor's scores; a line that is the
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import torch
 from nanoip2p import runs
 from nanoip2p.checkpoint import load_parts, save_parts
 from nanoip2p.cli import at_least
-from nanoip2p.files import read_json
+from nanoip2p.files import read_json, write_json
 from nanoip2p.prompts import append, read_rows
 from nanoip2p.unet import UNet
 
@@ -87,12 +86,12 @@ def make_data(variant: Variant, out: Path, prompts: int) -> str | Path:
     part, seeds = out / f"{variant.pairs}-{variant.share}", read_json(folder / "seeds.json", kind=list)
     part.mkdir(exist_ok=True)
     few = [[f"../{variant.pairs}/{name}", kept] for name, kept in seeds[: round(variant.share * len(seeds))]]
-    (part / "seeds.json").write_text(json.dumps(few))
+    write_json(few, part / "seeds.json")
     return part
 
 
 def untrained(out: Path) -> Path:
-    """nano-sd with the weights that its UNet had before it learned anything."""
+    """nano-sd with a UNet that has learned nothing yet."""
     if not (out / "model_index.json").exists():
         parts = load_parts(PAINTER, edits=False)
         torch.manual_seed(0)
@@ -169,7 +168,8 @@ def run(args: argparse.Namespace) -> str:
     """Make, train and score what is missing; returns the table."""
     out, settings = args.out.resolve(), {"prompts": args.prompts, "steps": args.steps, "n": args.n}
     path = out / "ablate.jsonl"
-    out.mkdir(parents=True, exist_ok=True)
+    home = out / f"prompts-{args.prompts}"  # nothing that other settings would make otherwise is shared
+    home.mkdir(parents=True, exist_ok=True)
     for seed in range(args.seeds):
         for number, (name, variant) in enumerate(VARIANTS.items()):
             known = {"variant": name, "seed": seed, **settings}
@@ -177,8 +177,8 @@ def run(args: argparse.Namespace) -> str:
             if name not in args.only or any(known.items() <= row.items() for row in rows):
                 continue
             print(f"\n{name}, seed {seed}", file=sys.stderr)
-            data = make_data(variant, out, args.prompts)
-            folder = out / f"{number}-{seed}"
+            data = make_data(variant, home, args.prompts)
+            folder = home / f"{number}-{seed}-{args.steps}"
             weights = train_editor(variant, folder, data, 4 * args.prompts, args.steps, seed)
             append(path, known | score(weights, args.n))
     rows = [row for _, row in read_rows(path)]

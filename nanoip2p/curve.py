@@ -35,7 +35,9 @@ from nanoip2p.text_to_image import TextToImage
 
 PAPER = {"cfg_text": 7.5, "cfg_images": (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2), "clip": hub.CLIP}  # section 4.1
 NANO = {"cfg_text": 2.0, "cfg_images": (0.2, 0.4, 0.6, 0.8, 1.0, 1.4, 2.0), "clip": "weights/nano-clip"}
+CURVE = ("method", "weights", "cfg_text")  # what its points share
 STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+KNOBS = {"editor": "cfg_image", "SDEdit": "strength"}
 AXES = {"direction": "CLIP's directional similarity", "image": "CLIP's similarity to the input"}
 
 
@@ -71,14 +73,13 @@ def measure(pairs: list[Pair], judge: Judge, resolution: int, batch: int, seed: 
 
 
 def draw(rows: list[dict], axes) -> None:
-    """A curve for each of the weights, with standard errors, a point labelled with its setting."""
-    keys = ("direction", "image", "image_error", "direction_error")
-    for method, weights in dict.fromkeys((row["method"], row["weights"]) for row in rows):
-        knob = "cfg_image" if method == "editor" else "strength"
-        own = [row for row in rows if (row["method"], row["weights"]) == (method, weights)]
-        own = sorted(own, key=itemgetter(knob))
+    """A curve for each of the weights and cfg_text, with standard errors, each point with its setting."""
+    keys, curve = ("direction", "image", "image_error", "direction_error"), itemgetter(*CURVE)
+    for method, weights, cfg_text in dict.fromkeys(map(curve, rows)):
+        knob = KNOBS[method]
+        own = sorted((row for row in rows if curve(row) == (method, weights, cfg_text)), key=itemgetter(knob))
         axes.errorbar(*([row[key] for row in own] for key in keys), marker=".", capsize=2,
-                      label=f"{method}, {Path(weights).name}, by {knob}")
+                      label=f"{method}, {Path(weights).name}, cfg_text {cfg_text:g}, by {knob}")
         for row in own:
             axes.annotate(f"{row[knob]:g}", (row["direction"], row["image"]), (4, 4), fontsize=8,
                           textcoords="offset points")
@@ -110,44 +111,54 @@ def run(args: argparse.Namespace) -> str:
     path = args.out / "curve.jsonl"
     check_writable(path)
     editor = Editor.load(args.weights, args.device)
-    side = editor.defaults["resolution"]
-    usual = NANO if side < 256 else PAPER
-    guidance = usual["cfg_text"] if args.cfg_text is None else args.cfg_text
-    clip = args.clip or usual["clip"]
-    judge = Judge.load(clip, editor.device)
-    pairs = examples(args.data, args.split, args.n)
+    usual = NANO if editor.side < 256 else PAPER
+    clip, cfg_text = args.clip or usual["clip"], usual["cfg_text"] if args.cfg_text is None else args.cfg_text
+    pairs, judge = examples(args.data, args.split, args.n), Judge.load(clip, editor.device)
     common = {"data": args.data, "split": args.split, "clip": clip, "n": len(pairs), "steps": args.steps,
               "sampler": args.sampler, "seed": args.seed}
-    points = [{"method": "editor", "weights": str(args.weights), "cfg_text": guidance, "cfg_image": value,
-               **common} for value in args.cfg_images or usual["cfg_images"]]
-    painter = TextToImage.load(args.sdedit, args.device) if args.sdedit else None
-    for value in args.strengths if painter else ():
-        steps_taken(args.steps or painter.defaults["steps"], value)  # told now, not after the editor's points
-        points.append({"method": "SDEdit", "weights": str(args.sdedit),
-                       "cfg_text": painter.defaults["cfg_text"], "strength": value, **common})
-    rows = []
-    for point in points:
-        def edit(before, part, seeds, point=point):
-            if point["method"] == "SDEdit":
-                captions = [pair.captions[1] for pair in part]
-                return sdedit(painter, before, captions, point["strength"], seeds, args.steps,
-                              sampler=args.sampler, resolution=side)
-            return editor.edit(before, [pair.edit for pair in part], args.steps, guidance, point["cfg_image"],
-                               seeds, args.sampler, batch=len(part))
+    base = {"method": "editor", "weights": str(args.weights), "networks": editor.networks,
+            "cfg_text": cfg_text, **common}
+    points = [base | {"cfg_image": value} for value in args.cfg_images or usual["cfg_images"]]
+    if args.sdedit:
+        painter = TextToImage.load(args.sdedit, args.device)
+        settings = painter.complete({"steps": args.steps, "cfg_text": None, "sampler": args.sampler,
+                                     "resolution": editor.side})
+        for value in args.strengths:  # told now, and not after the editor's points
+            steps_taken(settings["steps"], value)
+        base = {"method": "SDEdit", "weights": str(args.sdedit), "networks": painter.networks,
+                "cfg_text": settings["cfg_text"], **common}
+        points += [base | {"strength": value} for value in args.strengths]
 
-        known = [row for _, row in read_rows(path)] if path.exists() else []
+    def edit(point: dict, before: list, part: list[Pair], seeds: list[int]) -> list:
+        if point["method"] == "SDEdit":
+            return sdedit(painter, before, [pair.captions[1] for pair in part], point["strength"], seeds,
+                          **settings)
+        return editor.edit(before, [pair.edit for pair in part], args.steps, cfg_text, point["cfg_image"],
+                           seeds, args.sampler, batch=len(part))
+
+    rows, known = [], [row for _, row in read_rows(path)] if path.exists() else []
+    for point in points:
         row = next((row for row in known if point.items() <= row.items()), None)
         if row is None:
-            name = f"{point['method']} {point.get('cfg_image', point.get('strength'))}"
-            row = point | measure(pairs, judge, side, args.batch, args.seed, edit, name)
+            name = f"{point['method']} {point[KNOBS[point['method']]]}"
+            row = point | measure(pairs, judge, editor.side, args.batch, args.seed, partial(edit, point),
+                                  name)
             append(path, row)
         rows.append(row)
-    known = [row for _, row in read_rows(path) if common.items() <= row.items()]  # of other weights as well
-    drawn = plot(args.out / "curve.png", partial(draw, known), xlabel=AXES["direction"], ylabel=AXES["image"])
+    now = {point["weights"]: point["networks"] for point in points}
+    drawn = [row for _, row in read_rows(path) if common.items() <= row.items()  # of other weights as well
+             and row["networks"] == now.get(row["weights"], row["networks"])]
+    is_drawn = plot(args.out / "curve.png", partial(draw, drawn), xlabel=AXES["direction"],
+                    ylabel=AXES["image"])
+    return table(rows) + (f"\n{len(pairs)} edits; points are in {path}"
+                                       + "; pip install matplotlib to see them drawn" * (not is_drawn))
+
+
+def table(rows: list[dict]) -> str:
+    """A line for each point."""
     lines = [f"{'':<8}{'setting':>16}{'direction':>18}{'image':>18}"]
     for row in rows:
-        knob = "cfg_image" if row["method"] == "editor" else "strength"
+        knob = KNOBS[row["method"]]
         both = "".join(f"{row[key]:>10.3f} ± {row[key + '_error']:.3f}" for key in AXES)
         lines.append(f"{row['method']:<8}{knob:>10} {row[knob]:>5g}{both}")
-    return "\n".join([*lines, f"{len(pairs)} edits; points are in {path}"
-                      + "; pip install matplotlib to see them drawn" * (not drawn)])
+    return "\n".join(lines)

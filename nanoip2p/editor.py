@@ -20,6 +20,7 @@ from nanoip2p.clip import TextEncoder
 from nanoip2p.diffusion import NoiseSchedule, Plan, plan
 from nanoip2p.guidance import guided_denoiser
 from nanoip2p.images import fit, fit_size, to_pil, to_tensor
+from nanoip2p.network import fingerprint
 from nanoip2p.samplers import SAMPLERS, Denoise, draw_noise
 from nanoip2p.tokenizer import Tokenizer
 from nanoip2p.unet import UNet
@@ -28,34 +29,58 @@ from nanoip2p.vae import VAE
 KEPT = 64  # encoded pictures, and texts, that may come again
 
 
-class Editor:
-    """Networks, tokenizer and the settings they were made for; `edit` does the work."""
+class Model:
+    """What Editor and TextToImage share: networks, tokenizer, schedule, the settings they are made for."""
+
+    edits = True  # whether its UNet is shown a picture
 
     def __init__(self, unet: UNet, vae: VAE, text_encoder: TextEncoder, tokenizer: Tokenizer,
                  schedule: NoiseSchedule, defaults: dict):
         """All networks on one device and in one dtype. defaults: the keys of checkpoint.PAPER_DEFAULTS."""
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.schedule, self.defaults = schedule, defaults
+        self.device = unet.conv_in.weight.device  # where they work; with low_memory, they wait on the CPU
         self.kept_texts: dict[str, Tensor] = {}  # see encode_texts
         self.kept_pictures: dict[bytes, Tensor] = {}  # digest of the pixels -> z_image (C, h, w)
-        self.device = unet.conv_in.weight.device  # where they work; with low_memory, they wait on the CPU
 
     @classmethod
     def load(cls, weights: str | Path | Checkpoint, device: str | torch.device | None = None,
-             dtype: torch.dtype = torch.float32, low_memory: bool = False) -> "Editor":
+             dtype: torch.dtype = torch.float32, low_memory: bool = False) -> "Model":
         """weights: see checkpoint.open_checkpoint. device None: see pick_device. ValueError if bad."""
         device = pick_device(device)
-        parts = load_parts(weights, dtype)
+        parts = load_parts(weights, dtype, cls.edits)
         networks = (network.to("cpu" if low_memory else device)
                     for network in (parts.unet, parts.vae, parts.text_encoder))
-        editor = cls(*networks, parts.tokenizer, parts.schedule, parts.defaults)
-        editor.device = device
-        return editor
+        model = cls(*networks, parts.tokenizer, parts.schedule, parts.defaults)
+        model.device = device
+        return model
 
     @property
     def multiple(self) -> int:
         """Both sides of a picture are multiples of this: 64 in SD 1.5, 8 for the VAE times 8 for the UNet."""
         return self.vae.downsampling * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    @property
+    def networks(self) -> str:
+        """What tells whether other weights lie at the same path now."""
+        return fingerprint(self.unet, self.vae, self.text_encoder)
+
+    @property
+    def side(self) -> int:
+        """Of a square picture in the resolution of the weights."""
+        resolution = self.defaults["resolution"]
+        return fit_size(resolution, resolution, resolution, self.multiple)[0]
+
+    def complete(self, settings: dict) -> dict:
+        """`settings` with those of the weights where a value is None. ValueError for an unknown sampler."""
+        settings = {key: self.defaults[key] if value is None else value for key, value in settings.items()}
+        if settings["sampler"] not in SAMPLERS:
+            raise ValueError(f"no sampler {settings['sampler']!r}; there are {', '.join(SAMPLERS)}")
+        return settings
+
+
+class Editor(Model):
+    """`edit` does the work."""
 
     @torch.inference_mode()
     def edit(
@@ -75,20 +100,18 @@ class Editor:
         pictures up for the VAE (vae.encode_small). What an earlier call encoded is not encoded again (KEPT).
         reuse: see guidance.guided_denoiser. ValueError for settings or pictures that cannot be used.
         """
-        settings = {"steps": steps, "cfg_text": cfg_text, "cfg_image": cfg_image, "sampler": sampler,
-                    "resolution": resolution}
-        settings = {key: self.defaults[key] if value is None else value for key, value in settings.items()}
+        settings = self.complete({"steps": steps, "cfg_text": cfg_text, "cfg_image": cfg_image,
+                                  "sampler": sampler, "resolution": resolution})
         seeds = [seed + i for i in range(len(images))] if isinstance(seed, int) else seed
         if not len(images) == len(instructions) == len(seeds):
             raise ValueError(f"{len(images)} images, {len(instructions)} instructions, {len(seeds)} seeds: "
                              "give one instruction (and seed) for each image")
-        if settings["sampler"] not in SAMPLERS:
-            raise ValueError(f"no sampler {settings['sampler']!r}; there are {', '.join(SAMPLERS)}")
 
         noise_levels = plan(self.schedule, settings["sampler"], settings["steps"])
         different = {id(image): image for image in images}  # one picture may be edited many times
         pixels = {key: self._to_pixels(image, settings["resolution"]) for key, image in different.items()}
-        digests = {key: hashlib.sha256(x.numpy().tobytes()).digest() for key, x in pixels.items()}
+        digests = {key: hashlib.sha256(repr((x.shape, low_memory)).encode() + x.numpy().tobytes()).digest()
+                   for key, x in pixels.items()}
         pixels, digests = ([of[id(image)] for image in images] for of in (pixels, digests))  # (3, H, W) each
         for network in (self.unet, self.vae) if low_memory else ():
             network.to("cpu")

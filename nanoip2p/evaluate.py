@@ -10,11 +10,12 @@
 to the same for true renders.
 
 Of `scenes`, the scenes and, unless --phrasings seen, the wordings are ones that training never used; with
---combinations held-out, so is the colour of a thing, or what is done to it. An edit succeeds when, among the
-renders of all single edits of the scene and of the scene itself, the true one is nearest to the editor's
-picture in mean absolute distance. What should not change is measured as PSNR over the pixels that the two
-renders have in common, next to what the autoencoder alone makes of the true one: the ceiling. A change of the
-time of day leaves too few such pixels.
+--combinations held-out, editors are not trained on such a thing in that colour, nor on doing that to such a
+thing (nano-sd, from which they start, has painted all of them). An edit succeeds when, among the renders of
+all single edits of the scene and of the scene itself, the true one is nearest to the editor's picture in mean
+absolute distance. What should not change is measured as PSNR over the pixels that the two renders have in
+common, next to what the autoencoder alone makes of the true one: the ceiling. A change of the time of day
+leaves too few such pixels.
 """
 
 import argparse
@@ -103,8 +104,7 @@ def score_scenes(editor: Editor, asked: list[Question], settings: dict, batch: i
 
     Returns rows of kind, instruction, success, psnr, ceiling, and pictures: (before, edited, true answer).
     """
-    size = editor.defaults["resolution"]
-    rows = []
+    size, rows = editor.side, []
     for i in tqdm(range(0, len(asked), batch), desc=f"editing, {batch} at a time"):
         part = asked[i : i + batch]
         inputs = [question.scene.render(size) for question in part]
@@ -211,7 +211,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     """Ask, score, print; with --out keep the numbers and some failures."""
-    if args.what in ("ablate", "curve", "magicbrush"):
+    if args.what not in ("scenes", "captions"):
         print({"ablate": ablate, "curve": curve, "magicbrush": magicbrush}[args.what].run(args))
         return
     if args.out:
@@ -228,7 +228,8 @@ def run(args: argparse.Namespace) -> None:
 
 def run_captions(args: argparse.Namespace) -> tuple:
     """Rows, text and numbers of `captions`, and how to label a row's pictures."""
-    painter, judge = TextToImage.load(args.weights, args.device), Judge.load(args.clip)
+    painter = TextToImage.load(args.weights, args.device)
+    judge = Judge.load(args.clip, painter.device)
     settings = {key: getattr(args, key) for key in ("steps", "cfg_text", "sampler")}
     rows = score_captions(painter, judge, captioned(args.n, args.split), settings)
     numbers, lines = {"n": len(rows)}, [f"the true caption comes first of {CHOICES}, of {len(rows)} pictures"]

@@ -62,8 +62,8 @@ def read_json(path: Path, missing: dict | None = None, kind: type = dict) -> dic
     return content
 
 
-def write_json(content: dict, path: Path) -> None:
-    """Write a JSON object, or leave the file as it was."""
+def write_json(content: dict | list, path: Path) -> None:
+    """Write JSON, or leave the file as it was."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -82,12 +82,12 @@ def chained(session: list[Turn]) -> list[Turn]:
     return turns
 
 
-def make(editor: Editor, turn: Turn, weights: str, settings: dict) -> None:
-    """Edit with `settings` for Editor.edit. The file carries them; one that is there already stays.
+def make(editor: Editor, turn: Turn, names: dict, settings: dict) -> None:
+    """Edit with `settings` for Editor.edit. The file carries them, and `names`; one that is there stays.
 
     ValueError if that one was made with others.
     """
-    recipe = {"input": [turn.source.name], "edit": [turn.instruction], "weights": weights, **settings}
+    recipe = {"input": [turn.source.name], "edit": [turn.instruction], **names, **settings}
     if not turn.edited.exists():
         [picture] = editor.edit([open_image(turn.source)], [turn.instruction], **settings)
         save_png(picture, turn.edited, recipe)
@@ -145,12 +145,13 @@ def run(args: argparse.Namespace) -> str:
     given = {key: getattr(args, key) for key in ("steps", "cfg_text", "cfg_image", "seed")}
     settings = editor.defaults | {key: value for key, value in given.items() if value is not None}
 
+    names = {"weights": args.weights, "networks": editor.networks}
     turns = {turn.edited: turn for way in ways.values() for session in way for turn in session}
     rows = {}
     for path, turn in tqdm(turns.items(), desc="editing and scoring", unit="picture"):
-        make(editor, turn, args.weights, settings)
+        make(editor, turn, names, settings)
         rows[path] = score(judge, turn)
-    numbers = {"clip": args.clip, "weights": args.weights, **settings}
+    numbers = {"clip": args.clip, **names, **settings}
     lines = [f"{'':<12}{'n':>6}" + "".join(f"{title:>10}" for title in COLUMNS.values())]
     for name, way in ways.items():
         scored = [rows[turn.edited] for session in way for turn in session[0 if name == "single" else -1 :]]

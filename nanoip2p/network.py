@@ -1,5 +1,6 @@
 """One network and its folder: config.json beside its weights, as diffusers and transformers have it."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,15 @@ def load_network(cls: type, folder: str | Path, dtype: torch.dtype = torch.float
     missing or unknown, a wrong shape, and NaN or infinity.
     """
     return open_network(cls, folder).load(dtype)
+
+
+def fingerprint(*networks: nn.Module, begin: bytes = b"") -> str:
+    """Tells networks apart by the first numbers of each tensor, which takes no time and sees a training."""
+    told = hashlib.sha256(begin)
+    for network in networks:
+        for name, tensor in network.state_dict().items():
+            told.update(f"{name} {tensor.dtype} {tensor.flatten()[:16].tolist()}".encode())
+    return told.hexdigest()[:16]
 
 
 def save_network(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = torch.float32) -> None:

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from nanoip2p import hub
 from nanoip2p.clip_filter import Judge, Thresholds, best
 from nanoip2p.files import read_json
+from nanoip2p.network import fingerprint
 from nanoip2p.prompt_to_prompt import MODES, PairPainter
 from nanoip2p.text_to_image import TextToImage
 
@@ -219,21 +220,16 @@ def make_pairs(prompts: list[Prompt], out: Path, painter: TextToImage, judge: Ju
 
 
 def job_of(prompts: list[Prompt], painter: TextToImage, judge: Judge, settings: dict) -> dict:
-    """What makes the result what it is, as JSON. The batch is not among it: it changes the last bits at most.
-
-    Networks are told apart by the first numbers of each tensor, which takes no time and sees every training.
-    """
-    lines, numbers = hashlib.sha256(), hashlib.sha256()
+    """What makes the result what it is, as JSON. Without the batch, which changes the last bits at most."""
+    lines = hashlib.sha256()
     settled = (painter.schedule, painter.vae.scaling_factor, judge.mean.tolist(), judge.std.tolist())
     words = [model.tokenizer.backend.to_str() for model in (painter, judge)]
-    numbers.update(repr((settled, words)).encode())
     for prompt in prompts:
         lines.update(json.dumps([prompt.number, prompt.record]).encode())
-    for network in (painter.unet, painter.vae, painter.text_encoder, judge.clip):
-        for name, tensor in network.state_dict().items():
-            numbers.update(f"{name} {tensor.dtype} {tensor.flatten()[:16].tolist()}".encode())
+    networks = fingerprint(painter.unet, painter.vae, painter.text_encoder, judge.clip,
+                           begin=repr((settled, words)).encode())
     matter = {key: value for key, value in settings.items() if key not in ("batch", "clip")}
-    return {"prompts": lines.hexdigest()[:16], "networks": numbers.hexdigest()[:16], **matter}
+    return {"prompts": lines.hexdigest()[:16], "networks": networks, **matter}
 
 
 def begin_job(out: Path, job: dict, names: dict) -> None:

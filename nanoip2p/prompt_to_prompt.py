@@ -153,8 +153,10 @@ class PairPainter:
         columns = words and torch.stack(words[::-1]).repeat_interleave(2 * pairs, dim=0).to(device)
 
         @cache
-        def injection_at(*stage) -> Injection:
+        def injection_at(*stage) -> Injection | None:
             injection = self.injection(pairs, *stage)
+            if columns is None and not injection.self_rows and not injection.cross_rows:
+                return None  # an ordinary step, which speed.py can compile
             if reuse:
                 injection.values = {layer: injection.edit_values(v) for layer, (_, v) in text.layers.items()}
             return injection
@@ -162,7 +164,8 @@ class PairPainter:
         def denoise(x: Tensor, sigma: float) -> Tensor:
             z = (x / math.sqrt(sigma**2 + 1)).to(self.null.dtype)
             injection = injection_at(*self.stage(step_of[sigma], shares))
-            injection.words, injection.word_tokens, injection.heat = columns, math.prod(self.coarse), []
+            if columns is not None:
+                injection.words, injection.word_tokens, injection.heat = columns, math.prod(self.coarse), []
             eps = self.painter.unet(z if alike else z[z_rows], told[sigma], text, injection).float()
             captioned, empty = (e.flatten(0, 1) for e in eps.unflatten(0, layout).unbind(axis))
             if columns is not None:

@@ -49,7 +49,8 @@ PHRASINGS = {
 }
 EDIT_KINDS = tuple(PHRASINGS)
 
-# Combinations that training never sees either, though it sees every part of them: see `seen_edits`
+# Combinations that editors are not trained on, only on each part of them: see `seen_edits`. nano-clip and
+# nano-sd, which come before them, have seen all, as CLIP and Stable Diffusion have seen nearly everything
 HELD_OUT_THINGS = {("house", "purple"), ("tree", "white"), ("car", "pink"), ("tent", "orange"),
                    ("mushroom", "blue"), ("flower", "green"), ("rocket", "red"), ("balloon", "yellow")}
 HELD_OUT_EDITS = {("recolour", "flower"), ("replace", "tent"), ("add", "rocket"), ("remove", "mushroom")}
@@ -152,7 +153,7 @@ class Scene:
 
 
 def held_out(scene: Scene, edit: Edit) -> bool:
-    """Whether an edit of `scene` shows a thing in a colour, or does to a thing, what training never sees."""
+    """Whether an edit of `scene` shows a thing in a colour, or does to a thing, what editors never learn."""
     shown = {(thing.kind, thing.colour) for thing in scene.things + edit.scene.things}
     return not shown.isdisjoint(HELD_OUT_THINGS) or (edit.kind, edit.thing) in HELD_OUT_EDITS
 

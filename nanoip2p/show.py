@@ -1,6 +1,5 @@
 """What a folder of pairs holds, of pairs.py or the paper's own: a contact sheet and statistics."""
 
-import json
 import random
 from collections import Counter
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from nanoip2p.clip_filter import SIMILARITIES, Thresholds
 from nanoip2p.files import read_json
 from nanoip2p.images import grid, open_image
 from nanoip2p.pairs import prompt_folders
+from nanoip2p.prompts import read_rows
 
 WORDS = dict(zip(SIMILARITIES, ("caption before", "caption after", "direction", "pictures")))
 BAR = 40  # letters of the longest bar of a histogram
@@ -32,16 +32,6 @@ class Kept:
         return open_image(self.folder / f"{self.row['seed']}_{i}.jpg")
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The objects of a JSONL file; [] if there is none. ValueError, naming it, when it is broken."""
-    try:
-        return [dict(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as lines of JSON: {error}") from None
-
-
 def check_numbers(row: dict, keys: Iterable[str], path: Path) -> None:
     """ValueError, naming `path`, when there is not a number under each of the keys."""
     for key in keys:
@@ -56,12 +46,13 @@ def read_pairs(root: Path) -> list[Kept]:
     pairs = []
     for folder in prompt_folders(root):
         prompt = read_json(folder / "prompt.json")
-        for row in read_rows(folder / "metadata.jsonl"):
+        path = folder / "metadata.jsonl"
+        for _, row in read_rows(path) if path.exists() else ():
             if "seed" not in row or "edit" not in prompt:
                 raise ValueError(f"{folder}: metadata.jsonl lacks seed, or prompt.json lacks edit")
-            check_numbers(row, ("p2p_threshold", *SIMILARITIES), folder / "metadata.jsonl")
+            check_numbers(row, ("p2p_threshold", *SIMILARITIES), path)
             if not 0 <= row["p2p_threshold"] <= 1:
-                raise ValueError(f"{folder / 'metadata.jsonl'}: p2p_threshold should lie in 0 ... 1")
+                raise ValueError(f"{path}: p2p_threshold should lie in 0 ... 1")
             pairs.append(Kept(folder, prompt, row))
     return pairs
 
@@ -99,8 +90,9 @@ def candidate_lines(root: Path, folders: list[Path], kept: int) -> list[tuple[st
     check_numbers(job, keys, path)
     thresholds, tried, passed, reasons = Thresholds(*map(job.get, keys)), 0, 0, Counter()
     for folder in tqdm(folders, desc="reading", leave=False):
-        for row in read_rows(folder / "candidates.jsonl"):
-            check_numbers(row, SIMILARITIES, folder / "candidates.jsonl")
+        path = folder / "candidates.jsonl"
+        for _, row in read_rows(path) if path.exists() else ():
+            check_numbers(row, SIMILARITIES, path)
             too_small = thresholds.reasons(row)
             tried, passed = tried + 1, passed + (not too_small)
             reasons.update(too_small)

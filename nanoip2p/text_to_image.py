@@ -8,53 +8,29 @@ This is what editors are trained from, and what the paper's training pictures ar
 (prompt_to_prompt.py). At equal seed its pictures are those of diffusers' StableDiffusionPipeline.
 """
 
-from pathlib import Path
-
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from nanoip2p.checkpoint import Checkpoint, load_parts
-from nanoip2p.clip import TextEncoder
-from nanoip2p.diffusion import NoiseSchedule, plan
-from nanoip2p.editor import counted, encode_texts, pick_device
+from nanoip2p.diffusion import plan
+from nanoip2p.editor import Model, counted, encode_texts
 from nanoip2p.guidance import text_guided_denoiser
 from nanoip2p.images import to_pil
 from nanoip2p.samplers import SAMPLERS, draw_noise
-from nanoip2p.tokenizer import Tokenizer
-from nanoip2p.unet import UNet
-from nanoip2p.vae import VAE
 
 
-class TextToImage:
-    """Networks, tokenizer and the settings they were made for; `generate` does the work."""
+class TextToImage(Model):
+    """`generate` does the work."""
 
-    def __init__(self, unet: UNet, vae: VAE, text_encoder: TextEncoder, tokenizer: Tokenizer,
-                 schedule: NoiseSchedule, defaults: dict):
-        """All networks on one device and in one dtype. defaults: the keys of checkpoint.PAPER_DEFAULTS."""
-        self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
-        self.schedule, self.defaults = schedule, defaults
-        self.kept_texts: dict[str, Tensor] = {}  # see encode_texts
-
-    @classmethod
-    def load(cls, weights: str | Path | Checkpoint, device: str | torch.device | None = None,
-             dtype: torch.dtype = torch.float32) -> "TextToImage":
-        """weights: see checkpoint.open_checkpoint. device None: see pick_device. ValueError if bad."""
-        device = pick_device(device)
-        parts = load_parts(weights, dtype, edits=False)
-        networks = (network.to(device) for network in (parts.unet, parts.vae, parts.text_encoder))
-        return cls(*networks, parts.tokenizer, parts.schedule, parts.defaults)
+    edits = False
 
     def complete(self, settings: dict) -> dict:
-        """`settings` with those of the weights where a value is None. ValueError for what cannot be used."""
-        settings = {key: self.defaults[key] if value is None else value for key, value in settings.items()}
-        multiple = self.vae.downsampling * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        if settings["sampler"] not in SAMPLERS:
-            raise ValueError(f"no sampler {settings['sampler']!r}; there are {', '.join(SAMPLERS)}")
-        if settings["resolution"] < 1 or settings["resolution"] % multiple:
+        """As Model's, and ValueError for steps and a resolution that cannot be used."""
+        settings = super().complete(settings)
+        if settings["resolution"] < 1 or settings["resolution"] % self.multiple:
             raise ValueError(f"a resolution of {settings['resolution']} does not suit these weights; take a "
-                             f"multiple of {multiple}")
+                             f"multiple of {self.multiple}")
         plan(self.schedule, settings["sampler"], settings["steps"])
         return settings
 

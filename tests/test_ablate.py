@@ -93,8 +93,17 @@ def test_what_is_scored_is_not_made_again(asked, tmp_path):
     count = len(asked)
     assert evaluated("--out", tmp_path, "--seeds", 2, "--only", "rendered pairs") == table
     assert seeds == [0, 1] and len(asked) == count
-    evaluated("--out", tmp_path, "--seeds", 2, "--only", "rendered pairs", "--steps", 7)
-    assert len(asked) > count  # another question
+
+
+def test_other_settings_share_no_run_and_no_data(asked, tmp_path):
+    for flags in (["--steps", 3], ["--steps", 7], ["--prompts", 200]):
+        evaluated("--out", tmp_path, "--seeds", 1, "--only", "P2P: none", *flags)
+    outs = [[words[words.index("--out") + 1] for words in asked if words[0] == script and "--out" in words]
+            for script in ("train.py", "make_dataset.py")]
+    assert len(set(outs[0])) == len(outs[0]) == 3
+    assert outs[1][:2] == outs[1][2:4] and not {*outs[1][:2]} & {*outs[1][4:]}
+    caches = [words[words.index("--cache") + 1] for words in asked if words[0] == "train.py"]
+    assert caches[0] == caches[1] != caches[2]
 
 
 def test_intervals_are_students():

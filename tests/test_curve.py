@@ -87,6 +87,26 @@ def test_another_judge_measures_anew(weights, tmp_path):
     assert points[0] != points[1] == points[2]
 
 
+def test_other_weights_at_the_same_place_are_measured_anew(weights, tmp_path, monkeypatch):
+    """And what the old ones reached is no longer drawn."""
+    drawn = []
+    monkeypatch.setattr(curve, "draw", lambda rows, axes: drawn.append(len(rows)))
+    place = tmp_path / "editor"
+    for seed in (0, 1):
+        write_tiny_editor(place, seed=seed)
+        measured(SimpleNamespace(editor=place, clip=weights.clip), tmp_path / "out", "--cfg-images", 1, 1.5)
+    rows = [row for _, row in read_rows(tmp_path / "out/curve.jsonl")]
+    assert drawn == [2, 2] and len({row["image"] for row in rows}) == 4
+
+
+def test_a_resolution_that_does_not_fit_is_rounded(weights, tmp_path):
+    editor = write_tiny_editor(tmp_path / "editor")
+    defaults = json.loads((editor / "defaults.json").read_text())
+    (editor / "defaults.json").write_text(json.dumps(defaults | {"resolution": 50}))
+    assert Editor.load(editor).side == 48
+    measured(SimpleNamespace(editor=editor, clip=weights.clip), tmp_path / "out", "--cfg-images", 1)
+
+
 def test_sdedit_paints_in_the_size_of_the_editor(weights, tmp_path):
     painter = write_tiny_painter(tmp_path / "painter")
     defaults = painter / "defaults.json"
@@ -115,8 +135,13 @@ def test_every_network_has_its_curve_in_the_order_of_its_setting(weights, tmp_pa
     rows = [row for _, row in read_rows(tmp_path / "curve.jsonl")]
     rows = {(row["weights"], row["cfg_image"]): row["direction"] for row in rows}
     first = [rows[str(weights.editor), cfg] for cfg in (1, 2)]
-    assert drawn == [("editor, editor, by cfg_image", first),
-                     ("editor, other, by cfg_image", [rows[str(other), 1]])]
+    assert drawn == [("editor, editor, cfg_text 2, by cfg_image", first),
+                     ("editor, other, cfg_text 2, by cfg_image", [rows[str(other), 1]])]
+    drawn.clear()
+    measured(weights, tmp_path, "--cfg-images", 1, "--cfg-text", 3)
+    assert [(label, len(points)) for label, points in drawn] == [
+        ("editor, editor, cfg_text 2, by cfg_image", 2), ("editor, other, cfg_text 2, by cfg_image", 1),
+        ("editor, editor, cfg_text 3, by cfg_image", 1)]
 
 
 def test_examples_have_captions(tmp_path):

@@ -175,6 +175,13 @@ def test_a_picture_is_encoded_once(tiny, monkeypatch):
     assert smaller[0].size != together[0].size  # another resolution is another picture
 
 
+def test_equal_bytes_of_another_shape_are_another_picture(tiny):
+    wide, tall = (Image.new("RGB", size, "white") for size in ((48, 32), (32, 48)))
+    edited = Editor.load(tiny, "cpu").edit([wide, tall], TEXTS, steps=1, seed=[0, 0])
+    assert [image.size for image in edited] == [wide.size, tall.size]
+    assert edited[1] == Editor.load(tiny, "cpu").edit([tall], TEXTS[1:], steps=1, seed=[0])[0]
+
+
 @pytest.mark.parametrize("settings", [
     {}, {"low_memory": True}, {"cfg_image": 1.0}, {"cfg_text": 1.2}], ids=str)
 def test_reuse_changes_nothing(editor, settings):

@@ -34,7 +34,7 @@ def editor_that(answers, monkeypatch):
     def edit(images, texts, seed, batch):
         return [answers(question) for _, question in zip(images, pending)]
 
-    return SimpleNamespace(defaults={"resolution": 64}, edit=edit)
+    return SimpleNamespace(side=64, edit=edit)
 
 
 def test_questions_are_fixed_held_out_and_of_every_kind():
@@ -145,7 +145,7 @@ def test_a_caption_is_found_among_those_of_its_group():
 
 def test_true_renders_score_next_to_painted_ones(monkeypatch, tmp_path, capsys):
     class Painter:
-        defaults = {"resolution": 64}
+        defaults, device = {"resolution": 64}, "cpu"
 
         def generate(self, captions, seed, batch, **settings):
             return [Image.new("RGB", (64, 64), "grey")] * len(captions)

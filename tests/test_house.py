@@ -12,7 +12,7 @@ SHOWN = {path.name: ast.parse(path.read_text()) for path in FILES}
 
 def functions_and_classes(node, prefix=""):
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             yield prefix + child.name, child
         if isinstance(child, ast.ClassDef):
             yield from functions_and_classes(child, f"{prefix}{child.name}.")

@@ -252,6 +252,16 @@ def test_sources_are_untouched_and_no_share_is_no_injection(painters, any_mode, 
     assert min(relative_error(a, b) for a, b in zip(injected[:3], plain[:3])) > 1e-3
 
 
+def test_a_step_without_injection_is_an_ordinary_one(painters, any_mode, monkeypatch):
+    """Which is what speed.py makes quick."""
+    given, forward = [], UNet.forward
+    monkeypatch.setattr(UNet, "forward", lambda self, z, t, text, inject=None: (
+        given.append(inject is not None), forward(self, z, t, text, inject))[1])
+    model = make(painters["deep"], CAPTIONS["more words"][:2], any_mode)
+    model.sample(SEEDS[:2], [0.5, 0.0], GUIDANCE[:2])
+    assert given == [step / (STEPS - 1) < 0.5 for step in range(STEPS)] and any(given)
+
+
 def test_pairs_do_not_depend_on_each_other(painters, any_mode):
     model = make(painters["deep"], CAPTIONS["longer word"][:2], any_mode, blend=("house", "castle"))
     together, _ = model.sample(SEEDS, SHARES, GUIDANCE, model.blend)
