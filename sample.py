@@ -23,7 +23,7 @@ import nanoip2p
 from nanoip2p import cli, speed
 from nanoip2p.checkpoint import add_flags, open_checkpoint
 from nanoip2p.cli import at_least, finite
-from nanoip2p.editor import Editor
+from nanoip2p.editor import Editor, same_size
 from nanoip2p.files import check_writable
 from nanoip2p.images import find_images, fit, fit_size, grid, open_image, read_recipe, save_png
 from nanoip2p.samplers import SAMPLERS
@@ -178,16 +178,6 @@ def unique_stems(paths: list[str]) -> list[str]:
     return stems
 
 
-def make_batches(
-    pictures: list[Picture], sizes: dict[str, tuple[int, int]], limit: int
-) -> list[list[Picture]]:
-    """Pictures that can share a forward: of one size, at most `limit` together."""
-    by_size = {}
-    for picture in pictures:
-        by_size.setdefault(sizes[picture.input], []).append(picture)
-    return [group[i : i + limit] for group in by_size.values() for i in range(0, len(group), limit)]
-
-
 def edit_batch(editor: Editor, batch: list[Picture], size: tuple[int, int], settings: dict,
                keep_size: bool) -> list[list[Image.Image]]:
     """Pictures of a batch -> for each, [input, after the first instruction, after the second, ...].
@@ -238,7 +228,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"{args.output}  {args.edit[0]}, by cfg_text and cfg_image  (seed {args.seed})")
         return
     made = {}
-    for batch in make_batches(pictures, sizes, args.batch):
+    for places in same_size([sizes[picture.input] for picture in pictures], args.batch):
+        batch = [pictures[i] for i in places]
         results = edit_batch(editor, batch, sizes[batch[0].input], settings, args.keep_size)
         for picture, stages in zip(batch, results):
             if args.grid:

@@ -28,7 +28,7 @@ from nanoip2p.hub import TOKENIZER_FILES, fetch_weights, find_tokenizer
 from nanoip2p.network import Network, empty, open_network, save_network
 from nanoip2p.original import PARTS, PREFIXES, find_networks, find_vae, to_original
 from nanoip2p.tensors import DTYPES, dtype_names, read_metadata, read_tensors, write_tensors
-from nanoip2p.tokenizer import Tokenizer, load_tokenizer
+from nanoip2p.tokenizer import Tokenizer, check_fits, load_tokenizer
 from nanoip2p.unet import UNet
 from nanoip2p.vae import VAE
 
@@ -52,14 +52,8 @@ class Checkpoint:
         folder = self.source / "tokenizer"
         if self.tokenizer is not None or not self.source.is_dir():
             folder = find_tokenizer(self.source, self.tokenizer)
-        tokenizer, text = load_tokenizer(folder), self.networks["text_encoder"].model.config
-        if tokenizer.length > text.max_position_embeddings:
-            raise ValueError(f"{folder}: the tokenizer makes {tokenizer.length} tokens, "
-                             f"the text encoder has {text.max_position_embeddings} positions")
-        known = tokenizer.backend.get_vocab_size()
-        if known > text.vocab_size:
-            raise ValueError(f"{folder}: the tokenizer knows {known} tokens, the text encoder "
-                             f"{text.vocab_size}; give the one it was trained with as --tokenizer")
+        tokenizer = load_tokenizer(folder)
+        check_fits(tokenizer, self.networks["text_encoder"].model.config, folder)
         return folder, tokenizer
 
 
@@ -191,15 +185,15 @@ def load_parts(checkpoint: str | Path | Checkpoint, dtype: torch.dtype = torch.f
     return Parts(*loaded, tokenizer, schedule, checkpoint.defaults, folder)
 
 
-def with_defaults(chosen: dict, path: Path) -> dict:
-    """PAPER_DEFAULTS, overridden by what a checkpoint says. ValueError, naming `path`, for a wrong entry."""
+def with_defaults(chosen: dict, path: Path, defaults: dict = PAPER_DEFAULTS) -> dict:
+    """`defaults`, overridden by what a checkpoint says. ValueError, naming `path`, for a wrong entry."""
     for key, value in chosen.items():
-        if key not in PAPER_DEFAULTS:
-            raise ValueError(f"{path}: unknown setting {key}; known are {', '.join(PAPER_DEFAULTS)}")
-        wanted = type(PAPER_DEFAULTS[key])
+        if key not in defaults:
+            raise ValueError(f"{path}: unknown setting {key}; known are {', '.join(defaults)}")
+        wanted = type(defaults[key])
         if type(value) is not wanted and not (wanted is float and type(value) is int):
             raise ValueError(f"{path}: {key} = {value!r} should be a {wanted.__name__}")
-    return PAPER_DEFAULTS | chosen
+    return defaults | chosen
 
 
 def save_parts(

@@ -286,30 +286,6 @@ class TextEncoder(nn.Module):
         return super().load_state_dict(self.published_names(state_dict), strict, assign)
 
 
-class VisionEncoder(nn.Module):
-    """CLIP's vision tower alone. Weights are named `vision_model.…` as published."""
-
-    def __init__(self, config: CLIPVisionConfig):
-        super().__init__()
-        self.config = config
-        self.vision_model = VisionTransformer(config)
-
-    @classmethod
-    def from_config(cls, config: dict) -> "VisionEncoder":
-        """Build from the config.json of a CLIPVisionModel. ValueError names what is not supported."""
-        return cls(_read(CLIPVisionConfig, config))
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Normalised pictures (B, 3, S, S) -> states (B, 1 + patches, D), the class token first."""
-        return self.vision_model(pixels)
-
-    published_names = staticmethod(partial(published_names, prefix="vision_model."))
-
-    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
-        """As torch's, and both spellings are understood (see published_names)."""
-        return super().load_state_dict(self.published_names(state_dict), strict, assign)
-
-
 class CLIP(nn.Module):
     """Both towers projected into one space, where the cosine says how well a text fits a picture."""
 

@@ -24,7 +24,7 @@ from nanoip2p.files import read_json
 from nanoip2p.hub import fetch_clip
 from nanoip2p.images import to_tensor
 from nanoip2p.network import load_network
-from nanoip2p.tokenizer import Tokenizer, load_tokenizer
+from nanoip2p.tokenizer import Tokenizer, check_fits, load_tokenizer
 
 SIMILARITIES = ("clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image")  # as metadata.jsonl names them
 
@@ -77,10 +77,7 @@ class Judge:
         """
         folder = Path(name) if Path(name).exists() else fetch_clip(str(name))
         clip, tokenizer = load_network(CLIP, folder), load_tokenizer(folder)
-        known, positions = tokenizer.backend.get_vocab_size(), clip.config.text_config.max_position_embeddings
-        if known > clip.config.text_config.vocab_size or tokenizer.length > positions:
-            raise ValueError(f"{folder}: its tokenizer makes {tokenizer.length} of {known} tokens, its CLIP "
-                             f"reads {positions} of {clip.config.text_config.vocab_size}; fetch it again")
+        check_fits(tokenizer, clip.config.text_config, folder)
         path = folder / "preprocessor_config.json"
         settings = read_json(path)
         try:

@@ -6,7 +6,6 @@
 """
 
 import hashlib
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -118,7 +117,7 @@ class Editor(Model):
         with self._on_device(self.text_encoder, low_memory):
             text_states = encode_texts(
                 self.text_encoder, self.tokenizer, [negative, *instructions], self.kept_texts)
-        groups, edited = list(_same_size(pixels, batch)), {}
+        groups, edited = same_size([x.shape for x in pixels], batch), {}
         with tqdm(total=settings["steps"] * len(groups), disable=not progress, unit="step") as bar:
             for group in groups:
                 encoded = self._encode({digests[i]: pixels[i] for i in group}, low_memory)
@@ -210,13 +209,12 @@ def keep(kept: dict, used: dict) -> None:
         del kept[key]
 
 
-def _same_size(pixels: list[Tensor], batch: int) -> Iterator[list[int]]:
-    """Indices of pictures that can share a forward: equal shape, at most `batch` together."""
-    by_shape = {}
-    for i, picture in enumerate(pixels):
-        by_shape.setdefault(picture.shape, []).append(i)
-    for indices in by_shape.values():
-        yield from (indices[k:k + batch] for k in range(0, len(indices), batch))
+def same_size(sizes: list[tuple[int, ...]], batch: int) -> list[list[int]]:
+    """Indices of pictures that can share a forward: of one size, at most `batch` together."""
+    by_size = {}
+    for i, size in enumerate(sizes):
+        by_size.setdefault(size, []).append(i)
+    return [group[k : k + batch] for group in by_size.values() for k in range(0, len(group), batch)]
 
 
 def counted(denoise: Denoise, bar: tqdm) -> Denoise:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nanoip2p.clip import CLIP, TextEncoder, VisionEncoder
+from nanoip2p.clip import CLIP, TextEncoder
 from nanoip2p.files import read_json, write_json
 from nanoip2p.tensors import check_tensors, find_weights, narrowed, write_tensors
 from nanoip2p.unet import UNet
@@ -16,7 +16,7 @@ from nanoip2p.vae import VAE
 
 # Our class -> the class that reads the same folder in diffusers or transformers
 CLASS_NAMES = {UNet: "UNet2DConditionModel", VAE: "AutoencoderKL", TextEncoder: "CLIPTextModel",
-               VisionEncoder: "CLIPVisionModel", CLIP: "CLIPModel"}
+               CLIP: "CLIPModel"}
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from nanoip2p import hub
+from nanoip2p.checkpoint import with_defaults
 from nanoip2p.clip_filter import Judge, Thresholds, best
 from nanoip2p.files import read_json
 from nanoip2p.network import fingerprint
@@ -103,14 +104,10 @@ def complete(flags: dict, weights: Path, painter_defaults: dict) -> dict:
     known = PAPER_DEFAULTS | {key: painter_defaults[key] for key in ("steps", "resolution", "sampler")}
     path = weights / "pairs.json"
     chosen = read_json(path, missing={}) if weights.is_dir() else {}
-    for key, value in chosen.items():
-        if key not in known:
-            raise ValueError(f"{path}: unknown setting {key}; known are {', '.join(known)}")
-        if type(value) is not type(known[key]) and (type(known[key]), type(value)) != (float, int):
-            raise ValueError(f"{path}: {key} = {value!r} should be a {type(known[key]).__name__}")
+    settings = with_defaults(chosen, path, known)
     if "clip" in chosen and (weights / chosen["clip"]).exists():
-        chosen = chosen | {"clip": str(weights / chosen["clip"])}
-    settings = known | chosen | {key: flags[key] for key in known if flags.get(key) is not None}
+        settings["clip"] = str(weights / chosen["clip"])
+    settings |= {key: flags[key] for key in known if flags.get(key) is not None}
     for key in ("n_samples", "max_out_samples", "batch", "steps"):
         if settings[key] < 1:
             raise ValueError(f"{key} = {settings[key]}: at least 1 is needed")

@@ -77,7 +77,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
     except (csv.Error, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+        raise ValueError(f"{path}, line {number} is not JSON ({error}); mend or delete that line") from None
 
 
 def finished(path: Path, keys: tuple[str, ...]) -> set[str]:

@@ -79,6 +79,14 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return Tokenizer(backend, start, end, pad, int(length))
 
 
+def check_fits(tokenizer: Tokenizer, config, folder: Path) -> None:
+    """ValueError when the text encoder of a CLIPTextConfig cannot read all that the tokenizer makes."""
+    length, known = config.max_position_embeddings, tokenizer.backend.get_vocab_size()
+    if tokenizer.length > length or known > config.vocab_size:
+        raise ValueError(f"{folder}: a tokenizer that makes texts of {tokenizer.length} from {known} tokens, "
+                         f"for a text encoder that reads {length} from {config.vocab_size}; take its own")
+
+
 def train_tokenizer(texts: Iterable[str], size: int, folder: str | Path) -> None:
     """Learn a vocabulary of at most `size` tokens; write vocab.json, merges.txt, tokenizer_config.json.
 

@@ -321,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sd-steps", type=at_least(1), nargs=len(SD_RUNS), default=(9000,), metavar="STEPS",
                         help="batches of 32 captioned pictures")
     parser.add_argument("--captions", type=at_least(1), default=60_000, help="rendered, captioned pictures")
-    parser.add_argument("--prompts", type=at_least(20), default=677, help="captions to make pairs of")
+    parser.add_argument("--prompts", type=at_least(40), default=677, help="captions to make pairs of")
     parser.add_argument("--paper-steps", type=at_least(1), nargs=len(PAPER_RUNS), default=(2400,),
                         metavar="STEPS", help="batches of 32 such pairs")
     parser.add_argument("--editor-steps", type=at_least(1), nargs=len(RUNS), default=(3700, 7400),
