@@ -2,7 +2,7 @@
 
     prompts.jsonl      {"input", "edit", "output"} a line, as captions.py writes them or the paper published
 
-    out/job.json       prompts and settings of this job, so that another one does not mix with it
+    out/job.json       settings of this job, so that another one does not mix with it
     out/0000000/       the first line's; appears whole, when it is finished, and is never redone
         prompt.json        the line
         <seed>_0.jpg  <seed>_1.jpg      before and after, of the pairs that were kept
@@ -192,11 +192,11 @@ def make_pairs(prompts: list[Prompt], out: Path, painter: TextToImage, judge: Ju
     """
     try:
         try:
-            begin_job(out, job_of(prompts, painter, judge, settings), names)
+            begin_job(out, job_of(painter, judge, settings), names)
         except OSError as error:
             reason = error.strerror or error
             raise ValueError(f"{out} cannot be written: {reason}; make room or name another --out") from None
-        waiting = [prompt for prompt in prompts if not (out / prompt.folder).exists()]
+        waiting = [prompt for prompt in prompts if not is_finished(out, prompt)]
         done, tried, survived = len(prompts) - len(waiting), 0, 0
         try:
             with tqdm(total=len(prompts), initial=done, unit="prompt", disable=not progress) as bar:
@@ -216,17 +216,14 @@ def make_pairs(prompts: list[Prompt], out: Path, painter: TextToImage, judge: Ju
                          "the same command goes on from there") from None
 
 
-def job_of(prompts: list[Prompt], painter: TextToImage, judge: Judge, settings: dict) -> dict:
-    """What makes the result what it is, as JSON. Without the batch, which changes the last bits at most."""
-    lines = hashlib.sha256()
+def job_of(painter: TextToImage, judge: Judge, settings: dict) -> dict:
+    """What, beside its prompt, makes a folder what it is. Without the batch, which changes the last bits."""
     settled = (painter.schedule, painter.vae.scaling_factor, judge.mean.tolist(), judge.std.tolist())
     words = [model.tokenizer.backend.to_str() for model in (painter, judge)]
-    for prompt in prompts:
-        lines.update(json.dumps([prompt.number, prompt.record]).encode())
     networks = fingerprint(painter.unet, painter.vae, painter.text_encoder, judge.clip,
                            begin=repr((settled, words)).encode())
     matter = {key: value for key, value in settings.items() if key not in ("batch", "clip")}
-    return {"prompts": lines.hexdigest()[:16], "networks": networks, **matter}
+    return {"networks": networks, **matter}
 
 
 def begin_job(out: Path, job: dict, names: dict) -> None:
@@ -247,6 +244,15 @@ def begin_job(out: Path, job: dict, names: dict) -> None:
         if begun.get(key) != value:
             other = f"{key} = {begun.get(key)}" if key in PAPER_DEFAULTS else f"other {key}"
             raise ValueError(f"{out} was begun with {other}; go on with the same, or choose another --out")
+
+
+def is_finished(out: Path, prompt: Prompt) -> bool:
+    """Whether its folder is there. ValueError when that is of another prompt: the file may grow, no more."""
+    path = out / prompt.folder / "prompt.json"
+    if not path.parent.exists() or read_json(path) == prompt.record:
+        return path.parent.exists()
+    raise ValueError(f"{out} was begun with other prompts (line {prompt.number + 1} is not as in {path}); go "
+                     "on with the same, or choose another --out")
 
 
 @contextmanager
