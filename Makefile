@@ -28,8 +28,8 @@ train: .venv/runtime
 
 docs: .venv/test dataset train
 	.venv/bin/python -m nanoip2p.demo --out weights/nano-ip2p/demo.png
-	.venv/bin/python sample.py --input weights/nano-ip2p/examples/house.png --edit "make it night" --seed 0 \
-		--sweep --output weights/sweep.png
+	.venv/bin/python sample.py --weights weights/nano-ip2p-paper --input weights/nano-ip2p/examples/rocket.png \
+		--edit "make it sunset" --seed 0 --sweep --output weights/sweep.png
 	.venv/bin/python -m nanoip2p.prompt_to_prompt "a red house in the middle, on grass, clear day" \
 		"a blue tree in the middle, on grass, clear day" --heatmaps --out weights/nano-sd/heatmaps.png
 	.venv/bin/python -m nanoip2p.evaluate curve --weights weights/nano-ip2p-paper --sdedit weights/nano-sd \

@@ -61,6 +61,8 @@ def run(work: Callable[[], None], interrupted: str, memory: str) -> int:
         return 130
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         message = " ".join(str(error).split())
+        if isinstance(error, OSError) and error.filename:
+            message = f"{error.filename}: {error.strerror}"
         if isinstance(error, MemoryError) or "out of memory" in message or "allocate memory" in message:
             message = f"out of memory; {memory}"
         elif isinstance(error, RuntimeError):

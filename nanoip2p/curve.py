@@ -15,6 +15,7 @@ Pictures reach CLIP in the range it was trained on; the script of the original g
 import argparse
 from collections.abc import Callable
 from functools import partial
+from itertools import cycle
 from operator import itemgetter
 from pathlib import Path
 
@@ -80,9 +81,9 @@ def draw(rows: list[dict], axes) -> None:
         own = sorted((row for row in rows if curve(row) == (method, weights, cfg_text)), key=itemgetter(knob))
         axes.errorbar(*([row[key] for row in own] for key in keys), marker=".", capsize=2,
                       label=f"{method}, {Path(weights).name}, cfg_text {cfg_text:g}, by {knob}")
-        for row in own:
-            axes.annotate(f"{row[knob]:g}", (row["direction"], row["image"]), (4, 4), fontsize=8,
-                          textcoords="offset points")
+        for row, place in zip(own, cycle([(4, 4), (-4, -10)])):  # to both sides, because points may crowd
+            axes.annotate(f"{row[knob]:g}", (row["direction"], row["image"]), place, fontsize=8,
+                          textcoords="offset points", ha="left" if place[0] > 0 else "right")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -148,10 +149,10 @@ def run(args: argparse.Namespace) -> str:
     now = {point["weights"]: point["networks"] for point in points}
     drawn = [row for _, row in read_rows(path) if common.items() <= row.items()  # of other weights as well
              and row["networks"] == now.get(row["weights"], row["networks"])]
-    is_drawn = plot(args.out / "curve.png", partial(draw, drawn), xlabel=AXES["direction"],
+    is_drawn = plot(args.out / "curve.png", partial(draw, drawn), (10, 7), xlabel=AXES["direction"],
                     ylabel=AXES["image"])
-    return table(rows) + (f"\n{len(pairs)} edits; points are in {path}"
-                                       + "; pip install matplotlib to see them drawn" * (not is_drawn))
+    return (f"{table(rows)}\n{len(pairs)} edits; points are in {path}"
+            + "; pip install matplotlib to see them drawn" * (not is_drawn))
 
 
 def table(rows: list[dict]) -> str:

@@ -6,8 +6,8 @@ from pathlib import Path
 from nanoip2p.files import replacing
 
 
-def plot(path: Path, draw: Callable, **labels: str) -> bool:
-    """Let `draw` draw on axes with these labels (xlabel, ylabel, yscale), and write a PNG.
+def plot(path: Path, draw: Callable, size: tuple[float, float] = (8, 4.5), **labels: str) -> bool:
+    """Let `draw` draw on axes with these labels (xlabel, ylabel, yscale), and write a PNG. size: inches.
 
     False when matplotlib is not installed.
     """
@@ -18,7 +18,7 @@ def plot(path: Path, draw: Callable, **labels: str) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    figure, axes = pyplot.subplots(figsize=size)
     draw(axes)
     axes.set(**labels)
     axes.grid(alpha=0.3, which="both")

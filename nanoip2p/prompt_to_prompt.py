@@ -279,6 +279,8 @@ def parse(argv: list[str] | None):
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
     parser.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
     args = parser.parse_args(argv)
+    if not (args.source.strip() and args.edit.strip()):
+        parser.error("a caption is empty; say what each picture shows")
     if args.heatmaps and args.inject == "none":
         parser.error("--heatmaps shows a run with injection; with --p 0 nothing is injected")
     try:

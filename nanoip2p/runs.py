@@ -123,7 +123,8 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict]:
         except (ValueError, KeyError, OSError) as error:
             reason = " ".join(str(error).split())
         warnings.warn(f"{folder} is damaged ({reason}); going back to the checkpoint before it", stacklevel=2)
-    raise ValueError(f"{run} has no {'sound ' if found else ''}checkpoint; --resume wants the --out of a run")
+    raise ValueError(f"{run} has no {'sound ' if found else ''}checkpoint; --resume wants the --out of a run "
+                     "that has done a step; before that, the command that began it goes on")
 
 
 class Log:

@@ -126,7 +126,7 @@ def test_every_network_has_its_curve_in_the_order_of_its_setting(weights, tmp_pa
     drawn = []
     axes = SimpleNamespace(errorbar=lambda x, *_, label, **__: drawn.append((label, x)),
                            annotate=lambda *_, **__: None)
-    monkeypatch.setattr(curve, "plot", lambda path, draw, **_: draw(axes) or True)
+    monkeypatch.setattr(curve, "plot", lambda path, draw, *_, **__: draw(axes) or True)
     measured(weights, tmp_path, "--cfg-images", 2, 1)
     other = weights.editor.rename(weights.editor.with_name("other"))
     drawn.clear()

@@ -458,6 +458,12 @@ def test_mistakes_are_one_line(folders, tmp_path, capsys, flags, message):
     assert not told.out and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("captions", [("", "a blue house"), ("a red house", " ")])
+def test_an_empty_caption_is_refused(captions):
+    with pytest.raises(ValueError, match="a caption is empty"):
+        prompt_to_prompt.parse([*captions])
+
+
 def test_an_editor_cannot_paint(tmp_path, capsys):
     folder = write_tiny_editor(tmp_path / "editor")
     assert command(folder, tmp_path / "pair.png") == 2
