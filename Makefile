@@ -38,7 +38,7 @@ docs: .venv/test dataset train
 	cp data/nano/pairs/contact-sheet.png weights/nano-sd/pairs.png
 	cp runs/first/samples-000600.png weights/first-editor.png
 	cp runs/first/loss.png weights/first-editor-loss.png
-	cp runs/curve/curve.png weights/curve.png
+	cp runs/curve/curve.png runs/curve/curve.jsonl weights/
 
 reproduce: .venv/test
 	.venv/bin/python weights/make_nano.py

@@ -34,7 +34,7 @@ PAIRS = {
 # Tables of Student's t: 97.5% of its mass is below this many standard errors, for 2, 3, ... seeds
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 MEASURES = {  # flags of `evaluate scenes`
-    "edits": [], "unseen combinations": ["--combinations", "held-out"], "s_I = 1.5": ["--cfg-image", 1.5],
+    "edits": [], "unseen combinations": ["--combinations", "held-out"], "cfg_image 1.5": ["--cfg-image", 1.5],
 }
 
 
