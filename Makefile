@@ -2,7 +2,7 @@
 # make dataset   captions -> pairs of pictures -> the best of them, in the nano world -> data/nano
 # make train     an editor from the text-to-picture model, in the nano world -> runs/first; again: goes on
 # make test      the whole test suite
-# make docs      every picture in the README anew; three quarters of an hour on two cores
+# make docs      every picture in the README anew; half an hour of one core, three quarters beside other jobs
 # make reproduce the whole paper in the nano world, from nothing: weights, data, scores, figure 8, ablations -> runs
 # make bench     the benchmarks, small enough for a CPU; tests/benchmarks/RESULTS.md has what they printed
 # make lint      ruff
