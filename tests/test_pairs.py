@@ -333,14 +333,14 @@ def test_another_job_does_not_mix_with_this_one(finished, weights, prompts, caps
     assert named in error and str(finished) in error and content(finished) == before
 
 
-def test_prompts_may_follow(finished, weights, prompts, tmp_path):
+def test_prompts_may_follow(finished, weights, prompts, start, tmp_path):
     """A file that has grown goes on; in the end, all is as if it had been as long from the first."""
     few, lines = tmp_path / "prompts.jsonl", prompts.read_text().splitlines(keepends=True)
     few.write_text("".join(lines[:-1]))
-    assert make_dataset.main(argv(weights, few, tmp_path / "out")) == 0
+    assert start({"argv": argv(weights, few, tmp_path / "out")}) == [0]
     assert len(list(tmp_path.glob("out/0*"))) == 2
     few.write_text("".join(lines))
-    assert make_dataset.main(argv(weights, few, tmp_path / "out")) == 0
+    assert start({"argv": argv(weights, few, tmp_path / "out")}) == [0]
     assert content(tmp_path / "out") == content(finished)
 
 
