@@ -237,9 +237,8 @@ def prepare_and_train(args: argparse.Namespace) -> None:
             raise ValueError(f"--resolution {args.resolution}: these weights take multiples of {multiple}")
         if ranks.rank == 0:
             found = f"{args.weights}: {checkpoint.found}" if args.weights else "none: Stable Diffusion 1.5"
-            side = args.resolution // factor
             print(f"weights   {found}")
-            print(plan_text(args, items, validation, ranks.count, unet, side, *encoders))
+            print(plan_text(args, items, validation, ranks.count, unet, args.resolution // factor, *encoders))
         if args.check:
             return
         parts = load_parts(checkpoint, edits=not args.text_to_image)
@@ -266,8 +265,7 @@ def open_source(args: argparse.Namespace, parts: Parts, items: list[Item], ranks
 def train(args: argparse.Namespace, parts: Parts, items: list[Item], validation_items: list[Item],
           source: Pictures | Stored, shape: tuple[int, int, int], ranks: Ranks) -> None:
     """Everything the loop needs, and the loop. shape: of the latents (C, h, w)."""
-    trainer = Trainer(args, parts, ranks, len(items))
-    first = 0
+    trainer, first = Trainer(args, parts, ranks, len(items)), 0
     if args.start:
         checkpoint, state, seen = args.start
         first = state["step"]

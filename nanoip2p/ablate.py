@@ -20,7 +20,7 @@ from nanoip2p import runs
 from nanoip2p.checkpoint import load_parts, save_parts
 from nanoip2p.cli import at_least
 from nanoip2p.files import read_json, write_json
-from nanoip2p.prompts import append, read_rows
+from nanoip2p.prompts import append, rows_of
 from nanoip2p.unet import UNet
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -173,13 +173,11 @@ def run(args: argparse.Namespace) -> str:
     for seed in range(args.seeds):
         for number, (name, variant) in enumerate(VARIANTS.items()):
             known = {"variant": name, "seed": seed, **settings}
-            rows = [row for _, row in read_rows(path)] if path.exists() else []
-            if name not in args.only or any(known.items() <= row.items() for row in rows):
+            if name not in args.only or any(known.items() <= row.items() for row in rows_of(path)):
                 continue
             print(f"\n{name}, seed {seed}", file=sys.stderr)
             data = make_data(variant, home, args.prompts)
             folder = home / f"{number}-{seed}-{args.steps}"
             weights = train_editor(variant, folder, data, 4 * args.prompts, args.steps, seed)
             append(path, known | score(weights, args.n))
-    rows = [row for _, row in read_rows(path)]
-    return table([row for row in rows if settings.items() <= row.items()])
+    return table([row for row in rows_of(path) if settings.items() <= row.items()])

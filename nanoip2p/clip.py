@@ -54,11 +54,6 @@ class CLIPTextConfig:
 
     __post_init__ = _check
 
-    @classmethod
-    def tiny(cls) -> "CLIPTextConfig":
-        """Two narrow layers and 1,000 tokens, for tests."""
-        return cls(1000, 32, 64, 2, 4, projection_dim=16)
-
     def to_json(self) -> dict:
         """The config.json from which transformers builds the same text encoder."""
         return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **asdict(self)}
@@ -94,11 +89,6 @@ class CLIPConfig:
     vision_config: CLIPVisionConfig = field(default_factory=CLIPVisionConfig)
     projection_dim: int = 768
     logit_scale_init_value: float = 2.6592  # log(1 / 0.07)
-
-    @classmethod
-    def tiny(cls) -> "CLIPConfig":
-        """The tiny text encoder beside as tiny a vision encoder of 32x32 pixels, for tests."""
-        return cls(CLIPTextConfig.tiny(), CLIPVisionConfig(32, 8, 3, 32, 64, 2, 4, 16), projection_dim=16)
 
     def to_json(self) -> dict:
         """The config.json from which transformers builds the same pair."""

@@ -15,7 +15,6 @@ Pictures reach CLIP in the range it was trained on; the script of the original g
 import argparse
 from collections.abc import Callable
 from functools import partial
-from itertools import cycle
 from operator import itemgetter
 from pathlib import Path
 
@@ -29,16 +28,17 @@ from nanoip2p.data import EDITS_PER_SCENE, SPLITS, Pair, load_picture, read_data
 from nanoip2p.editor import Editor
 from nanoip2p.files import check_writable
 from nanoip2p.plots import plot
-from nanoip2p.prompts import append, read_rows
+from nanoip2p.prompts import append, rows_of
 from nanoip2p.samplers import SAMPLERS
 from nanoip2p.sdedit import sdedit, steps_taken
 from nanoip2p.text_to_image import TextToImage
 
 PAPER = {"cfg_text": 7.5, "cfg_images": (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2), "clip": hub.CLIP}  # section 4.1
 NANO = {"cfg_text": 2.0, "cfg_images": (0.2, 0.4, 0.6, 0.8, 1.0, 1.4, 2.0), "clip": "weights/nano-clip"}
-CURVE = ("method", "weights", "cfg_text")  # what its points share
 STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-KNOBS = {"editor": "cfg_image", "SDEdit": "strength"}
+KNOBS = {"editor": "cfg_image", "SDEdit": "strength"}  # what changes along a curve
+CURVE = ("method", "weights", "cfg_text")              # and what does not
+LABELS_APART = 0.02  # where points crowd, some go without
 AXES = {"direction": "CLIP's directional similarity", "image": "CLIP's similarity to the input"}
 
 
@@ -74,16 +74,19 @@ def measure(pairs: list[Pair], judge: Judge, resolution: int, batch: int, seed: 
 
 
 def draw(rows: list[dict], axes) -> None:
-    """A curve for each of the weights and cfg_text, with standard errors, each point with its setting."""
+    """A curve for each of the weights and cfg_text, with standard errors, points with their settings."""
     keys, curve = ("direction", "image", "image_error", "direction_error"), itemgetter(*CURVE)
     for method, weights, cfg_text in dict.fromkeys(map(curve, rows)):
         knob = KNOBS[method]
         own = sorted((row for row in rows if curve(row) == (method, weights, cfg_text)), key=itemgetter(knob))
         axes.errorbar(*([row[key] for row in own] for key in keys), marker=".", capsize=2,
                       label=f"{method}, {Path(weights).name}, cfg_text {cfg_text:g}, by {knob}")
-        for row, place in zip(own, cycle([(4, 4), (-4, -10)])):  # to both sides, because points may crowd
-            axes.annotate(f"{row[knob]:g}", (row["direction"], row["image"]), place, fontsize=8,
-                          textcoords="offset points", ha="left" if place[0] > 0 else "right")
+        labelled = (-1.0, -1.0)
+        for row in own:
+            place = row["direction"], row["image"]
+            if max(abs(a - b) for a, b in zip(place, labelled)) > LABELS_APART:
+                axes.annotate(f"{row[knob]:g}", place, (4, 4), fontsize=8, textcoords="offset points")
+                labelled = place
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -117,7 +120,7 @@ def run(args: argparse.Namespace) -> str:
     pairs, judge = examples(args.data, args.split, args.n), Judge.load(clip, editor.device)
     common = {"data": args.data, "split": args.split, "clip": clip, "n": len(pairs), "steps": args.steps,
               "sampler": args.sampler, "seed": args.seed}
-    base = {"method": "editor", "weights": str(args.weights), "networks": editor.networks,
+    base = {"method": "editor", "weights": str(args.weights), "networks": editor.fingerprint,
             "cfg_text": cfg_text, **common}
     points = [base | {"cfg_image": value} for value in args.cfg_images or usual["cfg_images"]]
     if args.sdedit:
@@ -126,7 +129,7 @@ def run(args: argparse.Namespace) -> str:
                                      "resolution": editor.side})
         for value in args.strengths:  # told now, and not after the editor's points
             steps_taken(settings["steps"], value)
-        base = {"method": "SDEdit", "weights": str(args.sdedit), "networks": painter.networks,
+        base = {"method": "SDEdit", "weights": str(args.sdedit), "networks": painter.fingerprint,
                 "cfg_text": settings["cfg_text"], **common}
         points += [base | {"strength": value} for value in args.strengths]
 
@@ -137,7 +140,7 @@ def run(args: argparse.Namespace) -> str:
         return editor.edit(before, [pair.edit for pair in part], args.steps, cfg_text, point["cfg_image"],
                            seeds, args.sampler, batch=len(part))
 
-    rows, known = [], [row for _, row in read_rows(path)] if path.exists() else []
+    rows, known = [], rows_of(path)
     for point in points:
         row = next((row for row in known if point.items() <= row.items()), None)
         if row is None:
@@ -147,7 +150,7 @@ def run(args: argparse.Namespace) -> str:
             append(path, row)
         rows.append(row)
     now = {point["weights"]: point["networks"] for point in points}
-    drawn = [row for _, row in read_rows(path) if common.items() <= row.items()  # of other weights as well
+    drawn = [row for row in rows_of(path) if common.items() <= row.items()  # of other weights as well
              and row["networks"] == now.get(row["weights"], row["networks"])]
     is_drawn = plot(args.out / "curve.png", partial(draw, drawn), (10, 7), xlabel=AXES["direction"],
                     ylabel=AXES["image"])

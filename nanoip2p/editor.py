@@ -45,7 +45,10 @@ class Model:
     @classmethod
     def load(cls, weights: str | Path | Checkpoint, device: str | torch.device | None = None,
              dtype: torch.dtype = torch.float32, low_memory: bool = False) -> "Model":
-        """weights: see checkpoint.open_checkpoint. device None: see pick_device. ValueError if bad."""
+        """weights: see checkpoint.open_checkpoint. device None: see pick_device. ValueError if bad.
+
+        low_memory: an Editor's networks wait on the CPU for `edit` with low_memory.
+        """
         device = pick_device(device)
         parts = load_parts(weights, dtype, cls.edits)
         networks = (network.to("cpu" if low_memory else device)
@@ -60,7 +63,7 @@ class Model:
         return self.vae.downsampling * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @property
-    def networks(self) -> str:
+    def fingerprint(self) -> str:
         """What tells whether other weights lie at the same path now."""
         return fingerprint(self.unet, self.vae, self.text_encoder)
 

@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> str:
     given = {key: getattr(args, key) for key in ("steps", "cfg_text", "cfg_image", "seed")}
     settings = editor.defaults | {key: value for key, value in given.items() if value is not None}
 
-    names = {"weights": args.weights, "networks": editor.networks}
+    names = {"weights": args.weights, "networks": editor.fingerprint}
     turns = {turn.edited: turn for way in ways.values() for session in way for turn in session}
     rows = {}
     for path, turn in tqdm(turns.items(), desc="editing and scoring", unit="picture"):

@@ -80,6 +80,11 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
         raise ValueError(f"{path}, line {number} is not JSON ({error}); mend or delete that line") from None
 
 
+def rows_of(path: Path) -> list[dict]:
+    """The rows of .jsonl, none where there is no such file. ValueError as read_rows."""
+    return [row for _, row in read_rows(path)] if path.exists() else []
+
+
 def finished(path: Path, keys: tuple[str, ...]) -> set[str]:
     """The captions, folded, in a JSONL file that an earlier run wrote; a last line torn by a kill is mended.
 

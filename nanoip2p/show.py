@@ -13,7 +13,7 @@ from nanoip2p.clip_filter import SIMILARITIES, Thresholds
 from nanoip2p.files import read_json
 from nanoip2p.images import grid, open_image
 from nanoip2p.pairs import prompt_folders
-from nanoip2p.prompts import read_rows
+from nanoip2p.prompts import rows_of
 
 WORDS = dict(zip(SIMILARITIES, ("caption before", "caption after", "direction", "pictures")))
 BAR = 40  # letters of the longest bar of a histogram
@@ -47,7 +47,7 @@ def read_pairs(root: Path) -> list[Kept]:
     for folder in prompt_folders(root):
         prompt = read_json(folder / "prompt.json")
         path = folder / "metadata.jsonl"
-        for _, row in read_rows(path) if path.exists() else ():
+        for row in rows_of(path):
             if "seed" not in row or "edit" not in prompt:
                 raise ValueError(f"{folder}: metadata.jsonl lacks seed, or prompt.json lacks edit")
             check_numbers(row, ("p2p_threshold", *SIMILARITIES), path)
@@ -91,7 +91,7 @@ def candidate_lines(root: Path, folders: list[Path], kept: int) -> list[tuple[st
     thresholds, tried, passed, reasons = Thresholds(*map(job.get, keys)), 0, 0, Counter()
     for folder in tqdm(folders, desc="reading", leave=False):
         path = folder / "candidates.jsonl"
-        for _, row in read_rows(path) if path.exists() else ():
+        for row in rows_of(path):
             check_numbers(row, SIMILARITIES, path)
             too_small = thresholds.reasons(row)
             tried, passed = tried + 1, passed + (not too_small)

@@ -32,20 +32,15 @@ Shard = namedtuple("Shard", "path tensor shape items")  # name of the tensor, sh
 class Stored:
     """An open store. DataLoader workers get it by fork or pickle; only the rows asked for leave the disk.
 
-    latent_shape (C, h, w); null: the empty text's state (77, D); broken: picture -> why it has no row.
+    broken: picture -> why it has no row.
     """
 
-    def __init__(self, shards: list[Shard], latent_shape: tuple[int, int, int]):
-        self.shards, self.latent_shape, self.broken, self.files = shards, latent_shape, {}, {}
+    def __init__(self, shards: list[Shard]):
+        self.shards, self.broken, self.files = shards, {}, {}
         self.rows = {item: (shard, row) for shard in shards for row, item in enumerate(shard.items)}
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"files": {}}  # each process maps them itself
-
-    @property
-    def null(self) -> Tensor:
-        """State (77, D) of the empty text."""
-        return self._row("")
 
     def get(self, pair: Pair, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Moments before and after, (2C, h, w), and text (77, D): float32, CPU. ValueError for `broken`."""
@@ -86,7 +81,7 @@ def open_stored(folder: Path, pairs: list[Pair], vae, text_encoder, tokenizer, r
              ("pictures", "moments", (1 + flips, 2 * channels, side, side), pictures))
     shards = [Shard(folder / f"{name}-{i // SHARD:05d}.safetensors", *about, items[i : i + SHARD])
               for name, *about, items in kinds for i in range(0, len(items), SHARD)]
-    stored = Stored(shards, (channels, side, side))
+    stored = Stored(shards)
     for shard in shards:
         if shard.path.exists():
             stored.check(shard)

@@ -70,13 +70,6 @@ class UNetConfig:
         heads = self.attention_head_dim
         return heads if isinstance(heads, tuple) else (heads,) * len(self.block_out_channels)
 
-    @classmethod
-    def tiny(cls, in_channels: int = 4) -> "UNetConfig":
-        """Two levels and few channels, for tests."""
-        return cls(in_channels=in_channels, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-                   down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=2,
-                   up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=12)
-
     def to_json(self) -> dict:
         """The config.json from which diffusers builds the same network."""
         return {"_class_name": "UNet2DConditionModel", **asdict(self), **FIXED}

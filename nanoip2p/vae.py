@@ -47,11 +47,6 @@ class VAEConfig:
                 f"of norm_num_groups = {self.norm_num_groups}"
             )
 
-    @classmethod
-    def tiny(cls) -> "VAEConfig":
-        """Three levels (4x down-sampling) and few channels, for tests."""
-        return cls(block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4)
-
     def to_json(self) -> dict:
         """The config.json from which diffusers builds the same network."""
         types = _block_types(len(self.block_out_channels))

@@ -11,10 +11,11 @@ from functools import partial
 import pytest
 import torch
 from helpers import relative_error
+from tiny_configs import tiny_unet
 
 from nanoip2p import kernels
 from nanoip2p.attention import SAFE_TILE, attention, attention_reference, attention_twice
-from nanoip2p.unet import UNet, UNetConfig
+from nanoip2p.unet import UNet
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -235,7 +236,7 @@ def test_geglu_equals_float64(dtype):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_a_unet_with_fused_elementwise_gives_the_same(layout):
     torch.manual_seed(0)
-    unet = UNet(UNetConfig.tiny()).to(DEVICE, memory_format=layout)
+    unet = UNet(tiny_unet()).to(DEVICE, memory_format=layout)
     latents, context = torch.randn(2, 4, 6, 4).to(DEVICE), torch.randn(2, 3, 12).to(DEVICE)
     with torch.inference_mode():
         wanted = unet(latents, 7.0, context)

@@ -9,6 +9,7 @@ import torch
 import transformers
 from helpers import randomise, relative_error
 from safetensors.torch import load_file, save_file
+from tiny_configs import TINY_CLIP, TINY_TEXT, TINY_VAE, tiny_unet
 from tiny_editor import DEFAULTS, write_tiny_editor
 
 from nanoip2p.checkpoint import (
@@ -17,11 +18,11 @@ from nanoip2p.checkpoint import (
     save_parts,
     with_defaults,
 )
-from nanoip2p.clip import CLIP, CLIPConfig, CLIPTextConfig, TextEncoder
+from nanoip2p.clip import CLIP, TextEncoder
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.network import load_network, save_network
-from nanoip2p.unet import UNet, UNetConfig
-from nanoip2p.vae import VAE, VAEConfig
+from nanoip2p.unet import UNet
+from nanoip2p.vae import VAE
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 IDS = torch.randint(0, 500, (2, 77), generator=torch.Generator().manual_seed(0))
@@ -32,10 +33,10 @@ def noise(*shape):
 
 
 NETWORKS = {
-    "unet": (UNet, UNetConfig.tiny(8), diffusers.UNet2DConditionModel),
-    "vae": (VAE, VAEConfig.tiny(), diffusers.AutoencoderKL),
-    "text": (TextEncoder, CLIPTextConfig.tiny(), transformers.CLIPTextModel),
-    "clip": (CLIP, CLIPConfig.tiny(), transformers.CLIPModel),
+    "unet": (UNet, tiny_unet(8), diffusers.UNet2DConditionModel),
+    "vae": (VAE, TINY_VAE, diffusers.AutoencoderKL),
+    "text": (TextEncoder, TINY_TEXT, transformers.CLIPTextModel),
+    "clip": (CLIP, TINY_CLIP, transformers.CLIPModel),
 }
 RUN = {  # ours and theirs, on the same input
     "unet": (lambda m: m(noise(2, 8, 8, 12), 500, noise(2, 7, 12)),
@@ -78,7 +79,7 @@ def test_we_read_what_the_libraries_write(name, tmp_path):
 
 
 def test_text_encoder_in_every_published_spelling(tmp_path):
-    encoder = randomise(TextEncoder(CLIPTextConfig.tiny()))
+    encoder = randomise(TextEncoder(TINY_TEXT))
     save_network(encoder, tmp_path)
     path = tmp_path / "model.safetensors"
     published = load_file(path)
@@ -93,7 +94,7 @@ def test_text_encoder_in_every_published_spelling(tmp_path):
 
 
 def test_vae_with_attention_names_of_2022(tmp_path):
-    vae = randomise(VAE(VAEConfig.tiny()))
+    vae = randomise(VAE(TINY_VAE))
     save_network(vae, tmp_path)
     path = tmp_path / "diffusion_pytorch_model.safetensors"
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -107,18 +108,18 @@ def test_vae_with_attention_names_of_2022(tmp_path):
 
 
 def test_weights_can_be_loaded_in_half_precision(tmp_path):
-    save_network(randomise(UNet(UNetConfig.tiny(8))), tmp_path)
+    save_network(randomise(UNet(tiny_unet(8))), tmp_path)
     loaded = load_network(UNet, tmp_path, torch.bfloat16)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
 
 
 def test_saving_does_not_touch_the_model(tmp_path):
-    model = randomise(UNet(UNetConfig.tiny())).train()
+    model = randomise(UNet(tiny_unet())).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     save_network(model, tmp_path, torch.float16)
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    save_network(randomise(UNet(UNetConfig.tiny()), seed=5), tmp_path)
+    save_network(randomise(UNet(tiny_unet()), seed=5), tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["config.json", "diffusion_pytorch_model.safetensors"], "a temporary file was left"
 
@@ -240,7 +241,7 @@ def test_a_damaged_file_is_named(name, damage, folder):
 
 
 def test_networks_that_do_not_belong_together(folder):
-    save_network(randomise(UNet(UNetConfig.tiny(8))), folder / "unet")
+    save_network(randomise(UNet(tiny_unet(8))), folder / "unet")
     with pytest.raises(ValueError, match="width 12, the text encoder writes 32"):
         load_parts(folder)
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 import transformers
 from helpers import randomise, relative_error
+from tiny_configs import TINY_CLIP, TINY_TEXT
 
 from nanoip2p.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, TextEncoder, VisionTransformer
 
-TEXT, VISION = CLIPTextConfig.tiny(), CLIPConfig.tiny().vision_config
+TEXT, VISION = TINY_TEXT, TINY_CLIP.vision_config
 END = 999  # of the tiny vocabulary: the largest id, as CLIP's
 
 
@@ -94,7 +95,7 @@ def test_vision_encoder_equals_transformers(config):
 @pytest.mark.parametrize("eos_token_id", [2, END, 500])
 def test_clip_equals_transformers(eos_token_id):
     """2 is what configs of 2022 say; 500 is an end token that is not the largest id."""
-    config = replace(CLIPConfig.tiny(), text_config=replace(TEXT, eos_token_id=eos_token_id))
+    config = replace(TINY_CLIP, text_config=replace(TEXT, eos_token_id=eos_token_id))
     theirs = their_clip(config)
     ours = CLIP.from_config(theirs.config.to_dict()).eval()
     assert ours.config == config
@@ -112,8 +113,8 @@ def test_clip_equals_transformers(eos_token_id):
 
 
 def test_clip_gradients_equal_transformers():
-    theirs = their_clip(CLIPConfig.tiny())
-    ours = CLIP(CLIPConfig.tiny())
+    theirs = their_clip(TINY_CLIP)
+    ours = CLIP(TINY_CLIP)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     ids, pixels = texts(3), torch.randn(3, 3, 32, 32)
     torch.nn.functional.cross_entropy(ours(ids, pixels), torch.arange(3)).backward()
@@ -164,10 +165,10 @@ def test_reads_what_transformers_writes(tmp_path):
 def test_reads_configs_of_2022():
     """openai/clip-vit-large-patch14 holds generation settings, and its towers twice; `_dict` counts."""
     old = {"do_sample": False, "top_k": 50, "length_penalty": 1.0, "pruned_heads": {}, "bad_words_ids": None}
-    config = CLIPConfig.tiny().to_json()
+    config = TINY_CLIP.to_json()
     config |= {"text_config_dict": config["text_config"] | old, "text_config": {"hidden_size": 8}}
     config |= {"vision_config_dict": None, "torch_dtype": "float32", "initializer_factor": 1.0}
-    assert CLIP.from_config(config).config == CLIPConfig.tiny()
+    assert CLIP.from_config(config).config == TINY_CLIP
 
 
 @pytest.mark.parametrize(
@@ -181,7 +182,7 @@ def test_refuses_by_name_what_it_does_not_compute(setting):
 
 
 def test_inputs_of_a_wrong_size_are_named():
-    clip = CLIP(CLIPConfig.tiny())
+    clip = CLIP(TINY_CLIP)
     with pytest.raises(AssertionError, match="78 tokens"):
         clip.encode_text(texts(1, 78))
     with pytest.raises(AssertionError, match="48"):

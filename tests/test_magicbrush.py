@@ -45,7 +45,7 @@ class Brighter:
     defaults = {"resolution": 64, "steps": 3, "cfg_text": 2.0, "cfg_image": 1.5, "sampler": "ddim"}
 
     def __init__(self):
-        self.device, self.networks, self.asked = "cpu", "a", []
+        self.device, self.fingerprint, self.asked = "cpu", "a", []
 
     def edit(self, images, instructions, **settings):
         self.asked += instructions
@@ -138,7 +138,7 @@ def test_pictures_survive_ctrl_c_and_are_not_made_again(tmp_path, brighter, monk
     assert command(tmp_path, "--seed", "1") == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert "12_1.png was made with other weights or settings; name another --out" in line
-    brighter.networks = "b"  # other weights at the same path
+    brighter.fingerprint = "b"  # other weights at the same path
     assert command(tmp_path) == 2
 
 

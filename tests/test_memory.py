@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from tiny_configs import tiny_unet
 from tiny_editor import write_tiny_editor
 
 from nanoip2p import memory
@@ -14,7 +15,7 @@ from nanoip2p.memory import USUAL, training_memory
 from nanoip2p.parallel import Ranks
 from nanoip2p.recipe import DROP, draw
 from nanoip2p.trainer import Trainer
-from nanoip2p.unet import UNet, UNetConfig
+from nanoip2p.unet import UNet
 from nanoip2p.vae import VAE
 
 BATCH, SIDE = 8, 16
@@ -73,7 +74,7 @@ def test_plan_is_what_a_step_takes(parts, way):
 
 
 def test_state_and_its_shares():
-    config = UNetConfig.tiny(8)
+    config = tiny_unet(8)
     with torch.device("meta"):
         weights = 4 * sum(weight.numel() for weight in UNet(config).parameters())
 

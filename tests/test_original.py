@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers.loaders import single_file_utils
 from helpers import randomise
+from tiny_configs import TINY_TEXT, TINY_VAE, tiny_unet
 
 from nanoip2p.clip import CLIPTextConfig, TextEncoder
 from nanoip2p.original import (
@@ -92,11 +93,11 @@ def test_published_lists_fit_with_nothing_missing_and_nothing_left_over(name, ch
 
 
 CONFIGS = [
-    UNetConfig.tiny(8), UNetConfig(4, 4, (8, 8, 16), ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    tiny_unet(8), UNetConfig(4, 4, (8, 8, 16), ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
                                    ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), 3, 2, 12, 4),
     UNetConfig(4, 4, (8,), ("CrossAttnDownBlock2D",), ("CrossAttnUpBlock2D",), 1, 2, 12, 4),
-    VAEConfig.tiny(), VAEConfig(block_out_channels=(8, 16), layers_per_block=3, norm_num_groups=4),
-    CLIPTextConfig.tiny(),
+    TINY_VAE, VAEConfig(block_out_channels=(8, 16), layers_per_block=3, norm_num_groups=4),
+    TINY_TEXT,
 ]
 
 
@@ -260,7 +261,7 @@ def test_diffusers_translates_the_same_way(config):
 
 
 def test_diffusers_takes_the_averaged_weights_from_where_we_put_them():
-    config = UNetConfig.tiny(8)
+    config = tiny_unet(8)
     tensors = named(config, marked(config)) | named(config, marked(config), ema=True)
     tensors = {name: tensor + 1000 * name.startswith("model_ema") for name, tensor in tensors.items()}
     tensors |= {f"filler{i}": torch.zeros(1) for i in range(101)}  # it looks into large files only

@@ -10,6 +10,7 @@ import torch
 from diffusers.training_utils import compute_snr
 from helpers import randomise, relative_error
 from PIL import Image
+from tiny_configs import tiny_unet
 from tiny_editor import write_tiny_painter
 from torch.utils.data import DataLoader
 
@@ -30,7 +31,7 @@ from nanoip2p.recipe import (
     sample_numbers,
     validation_batches,
 )
-from nanoip2p.unet import UNet, UNetConfig
+from nanoip2p.unet import UNet
 
 ALPHAS = NoiseSchedule().alphas_cumprod()
 SHAPE = (4, 2, 2)
@@ -311,7 +312,7 @@ def test_learning_rate_rises_stays_and_falls():
 
 @pytest.fixture(scope="module")
 def unet():
-    return randomise(UNet(UNetConfig.tiny()), 1)
+    return randomise(UNet(tiny_unet()), 1)
 
 
 def given_to(unet, count=3):

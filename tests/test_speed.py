@@ -6,12 +6,13 @@ from functools import partial
 import pytest
 import torch
 from helpers import randomise, relative_error
+from tiny_configs import TINY_VAE, tiny_unet
 from torch import nn
 
 import nanoip2p.speed as speed
 from nanoip2p.network import load_network, save_network
 from nanoip2p.unet import Attention, UNet, UNetConfig
-from nanoip2p.vae import VAE, VAEConfig
+from nanoip2p.vae import VAE
 
 WAYS = {
     "channels_last": speed.channels_last, "fused": speed.fused_projections,
@@ -23,7 +24,7 @@ WAYS["all"] = lambda model: WAYS["channels_last"](WAYS["packed"](WAYS["convoluti
 
 @pytest.fixture
 def unet():
-    return randomise(UNet(UNetConfig.tiny(in_channels=8)))
+    return randomise(UNet(tiny_unet(in_channels=8)))
 
 
 def inputs(height=12, width=8, rows=3, seed=0):
@@ -86,14 +87,14 @@ def test_half_precision_is_hardly_farther_from_single():
 
 
 def test_what_has_no_such_convolution_stays(unet):
-    vae = speed.fast_convolutions(randomise(VAE(VAEConfig.tiny())), least=8)
+    vae = speed.fast_convolutions(randomise(VAE(TINY_VAE)), least=8)
     for model in (vae, speed.fast_convolutions(unet, least=8)):
         kinds = {name: type(layer) for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
         assert {kinds[name] for name in kinds if name.endswith(("conv1", "conv2"))} == {speed.Winograd}
         assert {kinds[name] for name in kinds if "downsamplers" in name or "shortcut" in name} == {nn.Conv2d}
         assert kinds.get("conv_out", kinds.get("decoder.conv_out")) is nn.Conv2d
     assert all(type(layer) is nn.Conv2d or layer.in_channels >= 64 for layer in speed.fast_convolutions(
-        randomise(UNet(UNetConfig.tiny()))).modules() if isinstance(layer, nn.Conv2d))
+        randomise(UNet(tiny_unet()))).modules() if isinstance(layer, nn.Conv2d))
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
 from helpers import randomise, relative_error
+from tiny_configs import tiny_unet
 
 from nanoip2p.unet import UNet, UNetConfig, timestep_embedding
 
@@ -15,7 +16,7 @@ D, U = "DownBlock2D", "UpBlock2D"
 CD, CU = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 SMALL = {"norm_num_groups": 4, "cross_attention_dim": 12}
 CONFIGS = {
-    "tiny": UNetConfig.tiny(),
+    "tiny": tiny_unet(),
     "like SD 1.5": UNetConfig(
         block_out_channels=(8, 16, 24, 24), down_block_types=(CD, CD, CD, D), up_block_types=(U, CU, CU, CU),
         attention_head_dim=4, **SMALL,
@@ -205,7 +206,7 @@ def test_timestep_embedding_equals_diffusers(width, flip, shift):
 def test_timestep_is_embedded_in_float32_even_in_a_half_precision_network():
     """bfloat16 cannot tell 999 from 1000: the embedding must be rounded, never the timestep."""
     assert timestep_embedding(torch.tensor([999]), 8, True, 0).dtype == torch.float32
-    ours = randomise(UNet(UNetConfig.tiny())).to(torch.bfloat16)
+    ours = randomise(UNet(tiny_unet())).to(torch.bfloat16)
     latents, context = (x.to(torch.bfloat16) for x in inputs(ours.config, 8, 8))
     with torch.no_grad():
         out = [ours(latents, t, context) for t in (997, 999)]
@@ -261,7 +262,7 @@ def test_reads_what_diffusers_writes(name):
 )
 def test_what_we_do_not_compute_is_refused_by_name(key, value):
     with pytest.raises(ValueError, match=key):
-        UNet.from_config({**UNetConfig.tiny().to_json(), key: value})
+        UNet.from_config({**tiny_unet().to_json(), key: value})
 
 
 @pytest.fixture(scope="module")

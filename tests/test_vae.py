@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from helpers import randomise, relative_error
 from PIL import Image
+from tiny_configs import TINY_VAE
 
 import nanoip2p.vae
 from nanoip2p.images import to_tensor
@@ -15,7 +16,7 @@ from nanoip2p.network import load_network
 from nanoip2p.vae import OVERLAP, TILE, VAE, VAEConfig, by_parts, tile_starts
 
 CONFIGS = {
-    "tiny": VAEConfig.tiny(),
+    "tiny": TINY_VAE,
     "one-level": VAEConfig(block_out_channels=(8,), layers_per_block=1, norm_num_groups=2),
     "odd": VAEConfig(1, 2, 5, (6, 12, 12, 24, 24), 3, 3, 0.3),
     "sd-1.5": VAEConfig(),
@@ -57,13 +58,13 @@ def test_equals_diffusers(name):
 
 @torch.no_grad()
 def test_sizes_that_do_not_divide_equal_diffusers():
-    ours, theirs = twins(VAEConfig.tiny())
+    ours, theirs = twins(TINY_VAE)
     image = torch.randn(1, 3, 21, 35)
     assert relative_error(ours.encode(image)[0], theirs.encode(image).latent_dist.mean) <= 1e-5
 
 
 def test_gradients_equal_diffusers():
-    ours, theirs = twins(VAEConfig.tiny())
+    ours, theirs = twins(TINY_VAE)
     image = torch.randn(2, 3, 8, 12)
     ours.decode(ours.encode(image)[0]).square().mean().backward()
     theirs.decode(theirs.encode(image).latent_dist.mean).sample.square().mean().backward()
@@ -78,7 +79,7 @@ def test_gradients_equal_diffusers():
 
 @torch.no_grad()
 def test_log_variance_is_clamped():
-    ours, theirs = twins(VAEConfig.tiny())
+    ours, theirs = twins(TINY_VAE)
     for vae in (ours, theirs):
         vae.quant_conv.weight.mul_(100)
     image = torch.randn(2, 3, 8, 8)
@@ -89,7 +90,7 @@ def test_log_variance_is_clamped():
 
 @torch.no_grad()
 def test_loads_the_attention_names_of_2022():
-    ours, _ = twins(VAEConfig.tiny())
+    ours, _ = twins(TINY_VAE)
     names = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
     old = {}
     for name, tensor in ours.state_dict().items():
@@ -105,8 +106,8 @@ def test_loads_the_attention_names_of_2022():
 
 
 def test_reads_what_diffusers_writes(tmp_path):
-    AutoencoderKL.from_config(VAEConfig.tiny().to_json()).save_config(tmp_path)
-    assert VAE.from_config(json.loads((tmp_path / "config.json").read_text())).config == VAEConfig.tiny()
+    AutoencoderKL.from_config(TINY_VAE.to_json()).save_config(tmp_path)
+    assert VAE.from_config(json.loads((tmp_path / "config.json").read_text())).config == TINY_VAE
 
 
 @pytest.mark.parametrize(
@@ -125,19 +126,19 @@ def test_reads_what_diffusers_writes(tmp_path):
 def test_refuses_by_name_what_it_does_not_compute(setting):
     (key,) = setting
     with pytest.raises(ValueError, match=key if key != "block_out_channels" else "down_block_types"):
-        VAE.from_config(VAEConfig.tiny().to_json() | setting)
+        VAE.from_config(TINY_VAE.to_json() | setting)
 
 
 def test_wrong_weights_are_not_taken():
-    weights = VAE(VAEConfig.tiny()).state_dict()
+    weights = VAE(TINY_VAE).state_dict()
     weights.pop("quant_conv.bias")
     with pytest.raises(RuntimeError, match="quant_conv.bias"):
-        VAE(VAEConfig.tiny()).load_state_dict(weights)
+        VAE(TINY_VAE).load_state_dict(weights)
 
 
 @torch.no_grad()
 def test_little_memory_is_exact_up_to_a_size():
-    vae, _ = twins(VAEConfig.tiny())
+    vae, _ = twins(TINY_VAE)
     latents, image = torch.randn(3, 4, 10, 7), torch.randn(3, 3, 40, 28)
     rows = []
     vae.decoder.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))

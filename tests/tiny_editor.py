@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from helpers import randomise
+from tiny_configs import TINY_VAE
 
 from nanoip2p.checkpoint import save_parts
 from nanoip2p.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, TextEncoder
@@ -12,7 +13,7 @@ from nanoip2p.files import write_json
 from nanoip2p.network import save_network
 from nanoip2p.tokenizer import train_tokenizer
 from nanoip2p.unet import UNet, UNetConfig
-from nanoip2p.vae import VAE, VAEConfig
+from nanoip2p.vae import VAE
 
 DEFAULTS = {"resolution": 48, "steps": 6, "cfg_text": 3.0, "cfg_image": 1.2, "sampler": "euler_ancestral"}
 VOCABULARY = 600
@@ -29,7 +30,7 @@ def write_tiny_editor(folder: Path, scheduler_config: dict | None = None, seed: 
         in_channels=in_channels, block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=2,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=32, norm_num_groups=8,
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))), seed)
-    vae = randomise(VAE(VAEConfig.tiny()), seed + 1)
+    vae = randomise(VAE(TINY_VAE), seed + 1)
     vae.decoder.conv_out.weight.mul_(0.4)  # few pixels beyond [-1, 1], where clipping hides errors
     text_encoder = randomise(TextEncoder(CLIPTextConfig(VOCABULARY, 32, 64, 2, 4)), seed + 2)
     texts = ["make it night", "turn the red house into a blue boat"]

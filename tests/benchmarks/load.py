@@ -20,14 +20,17 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from nanoip2p.checkpoint import PARTS, convert, load_parts, open_checkpoint, save_parts
-from nanoip2p.clip import CLIPTextConfig
-from nanoip2p.diffusion import NoiseSchedule
-from nanoip2p.tokenizer import train_tokenizer
-from nanoip2p.unet import UNet, UNetConfig
-from nanoip2p.vae import VAEConfig
+from tiny_configs import tiny_unet  # noqa: E402
+
+from nanoip2p.checkpoint import PARTS, convert, load_parts, open_checkpoint, save_parts  # noqa: E402
+from nanoip2p.clip import CLIPTextConfig  # noqa: E402
+from nanoip2p.diffusion import NoiseSchedule  # noqa: E402
+from nanoip2p.tokenizer import train_tokenizer  # noqa: E402
+from nanoip2p.unet import UNet, UNetConfig  # noqa: E402
+from nanoip2p.vae import VAEConfig  # noqa: E402
 
 
 def make_editor(folder: Path) -> None:
@@ -108,7 +111,7 @@ def main() -> None:
             import diffusers
             assert diffusers.StableDiffusionInstructPix2PixPipeline  # imported before the clock starts
         with torch.device("meta"):
-            UNet(UNetConfig.tiny())  # what torch imports for this is no memory of loading
+            UNet(tiny_unet())  # what torch imports for this is no memory of loading
         print(json.dumps(measure(lambda: work(Path(args.case[1]) / path))))
         return
     with tempfile.TemporaryDirectory() as temporary:
