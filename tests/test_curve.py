@@ -144,6 +144,15 @@ def test_every_network_has_its_curve_in_the_order_of_its_setting(weights, tmp_pa
         ("editor, editor, cfg_text 3, by cfg_image", 1)]
 
 
+def test_crowded_points_go_without_their_setting():
+    told = []
+    axes = SimpleNamespace(errorbar=lambda *_, **__: None, annotate=lambda text, *_, **__: told.append(text))
+    row = {"method": "editor", "weights": "x", "cfg_text": 2, "image_error": 0, "direction_error": 0}
+    curve.draw([row | {"cfg_image": k, "direction": x, "image": 0.5}
+                for k, x in enumerate((0.5, 0.51, 0.53, 0.54))], axes)
+    assert told == ["0", "2"]
+
+
 def test_examples_have_captions(tmp_path):
     pairs = curve.examples("scenes", "test", 4)
     assert len({pair.before for pair in pairs}) == 4  # each of a scene of its own

@@ -182,6 +182,15 @@ def test_equal_bytes_of_another_shape_are_another_picture(tiny):
     assert edited[1] == Editor.load(tiny, "cpu").edit([tall], TEXTS[1:], steps=1, seed=[0])[0]
 
 
+def test_what_low_memory_encodes_is_for_low_memory_only(tiny, monkeypatch):
+    """Tiles are not exact, and a picture must not depend on what was asked before it."""
+    monkeypatch.setattr(type(Editor.load(tiny, "cpu").vae), "encode_small",
+                        lambda self, pixels: self.encode(pixels)[0] + 1)
+    fresh, used = Editor.load(tiny, "cpu"), Editor.load(tiny, "cpu")
+    given = {"images": [picture(48, 32, 0)], "instructions": TEXTS[:1], "steps": 1}
+    assert used.edit(**given, low_memory=True) != used.edit(**given) == fresh.edit(**given)
+
+
 @pytest.mark.parametrize("settings", [
     {}, {"low_memory": True}, {"cfg_image": 1.0}, {"cfg_text": 1.2}], ids=str)
 def test_reuse_changes_nothing(editor, settings):
