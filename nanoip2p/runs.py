@@ -23,7 +23,8 @@ CHECKPOINTS = "checkpoints"
 def occupied(run: Path, first: bool) -> Iterator[None]:
     """Keep other processes out of a run's folder; that of rank 0, the `first`, does it for all of them.
 
-    ValueError when another one is at it. The lock of a process that dies is free.
+    ValueError when another one is at it. The lock of a process that dies is free, though processes that load
+    its data may live on for seconds: they inherit flock's kind of lock, and not this one.
     """
     if not first:
         yield
@@ -31,8 +32,8 @@ def occupied(run: Path, first: bool) -> Iterator[None]:
     run.mkdir(parents=True, exist_ok=True)
     with (run / ".lock").open("a") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             raise ValueError(f"{run} is being trained by another process; wait for it, or stop it") from None
         yield
 

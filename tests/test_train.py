@@ -444,9 +444,13 @@ def test_a_broken_picture_is_left_out_of_the_samples_too(start, folder, tmp_path
 
 def test_a_run_is_trained_by_one_process_at_a_time(start, whole, capsys):
     before = state(whole)
-    with runs.occupied(whole, first=True):
+    with train_jobs.occupying(whole) as other:
         assert resume(whole, "--steps", 8) == 2
         assert "another process" in errors(capsys)[0] and state(whole) == before
+        other.kill()
+        other.wait()
+        with runs.occupied(whole, first=True):  # at once, though the child of the other is still there
+            pass
     assert resume(whole, "--steps", 3) == 2
     assert "is at step 6 already" in errors(capsys)[0]
 

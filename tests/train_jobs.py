@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 import conftest  # noqa: F401 the path to nanoip2p
@@ -86,6 +87,30 @@ def main() -> None:
         codes = [[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in ranks]
                  for ranks in children]
         print(json.dumps(codes), flush=True)
+
+
+OCCUPY = """
+import os, sys
+from pathlib import Path
+from nanoip2p import runs
+with runs.occupied(Path(sys.argv[1]), first=True):
+    if os.fork():
+        print("at it", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def occupying(folder: Path):
+    """A process that holds a run's folder, with a child as those that load data; both end with the block."""
+    process = subprocess.Popen([sys.executable, "-c", OCCUPY, folder], cwd=ROOT, text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout.readline() == "at it\n"
+        yield process
+    finally:
+        process.stdin.close()
+        process.wait()
 
 
 class Server:
