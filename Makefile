@@ -14,7 +14,7 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --cons
 .PHONY: demo dataset train docs reproduce test bench lint
 
 demo: .venv/runtime
-	.venv/bin/python -m nanoip2p.demo --out out/demo.png
+	.venv/bin/python weights/demo.py --out out/demo.png
 
 dataset: .venv/runtime
 	.venv/bin/python make_dataset.py captions --backend scenes --n 24 --out data/nano/prompts.jsonl
@@ -27,10 +27,10 @@ train: .venv/runtime
 		.venv/bin/python train.py --preset nano --weights weights/nano-sd --data scenes --out runs/first; fi
 
 docs: .venv/test dataset train
-	.venv/bin/python -m nanoip2p.demo --out weights/nano-ip2p/demo.png
+	.venv/bin/python weights/demo.py --out weights/nano-ip2p/demo.png
 	.venv/bin/python sample.py --weights weights/nano-ip2p-paper --input weights/nano-ip2p/examples/rocket.png \
 		--edit "make it sunset" --seed 0 --sweep --output weights/sweep.png
-	.venv/bin/python -m nanoip2p.prompt_to_prompt "a red house in the middle, on grass, clear day" \
+	.venv/bin/python make_dataset.py pair "a red house in the middle, on grass, clear day" \
 		"a blue tree in the middle, on grass, clear day" --heatmaps --out weights/nano-sd/heatmaps.png
 	.venv/bin/python -m nanoip2p.evaluate curve --weights weights/nano-ip2p-paper --sdedit weights/nano-sd \
 		--n 150 --out runs/curve
@@ -48,7 +48,7 @@ reproduce: .venv/test
 			--combinations $$combinations --out runs/scores/$$editor-$$combinations || exit; done; done
 	.venv/bin/python -m nanoip2p.evaluate curve --weights runs/nano/ship/nano-ip2p-paper \
 		--sdedit runs/nano/ship/nano-sd --clip runs/nano/ship/nano-clip --out runs/curve-paper
-	.venv/bin/python -m nanoip2p.evaluate ablate --out runs/ablate
+	.venv/bin/python weights/ablate.py --out runs/ablate
 
 test: .venv/test
 	.venv/bin/python -m pytest

@@ -16,20 +16,23 @@ import sys
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from nanoip2p import cli, finetune, speed
-from nanoip2p.captions import Settings, ask_all
-from nanoip2p.checkpoint import add_flags, open_checkpoint
-from nanoip2p.cli import at_least, finite
+from nanoip2p.checkpoint.load import open_checkpoint
+from nanoip2p.checkpoint.tensors import DTYPES
 from nanoip2p.clip_filter import Judge
-from nanoip2p.editor import pick_device
-from nanoip2p.files import check_writable
-from nanoip2p.images import save_png
-from nanoip2p.pairs import complete, make_pairs, read_prompts
-from nanoip2p.prompt_to_prompt import MODES
-from nanoip2p.prompts import read_captions, write_scenes
-from nanoip2p.show import contact_sheet, read_pairs, statistics
-from nanoip2p.tensors import DTYPES
+from nanoip2p.common import cli
+from nanoip2p.common.cli import add_flags, at_least, finite, pick_device
+from nanoip2p.common.files import check_writable, replacing
+from nanoip2p.dataset import finetune
+from nanoip2p.dataset.captions import Settings, ask_all, read_captions
+from nanoip2p.dataset.pairs import complete, make_pairs, read_prompts
+from nanoip2p.dataset.rendered import write_scenes
+from nanoip2p.dataset.show import contact_sheet, draw_heatmaps, read_pairs, statistics
+from nanoip2p.images import grid, save_png
+from nanoip2p.prompt_to_prompt import MODES, PairPainter
+from nanoip2p.samplers import SAMPLERS
+from nanoip2p.speed import fast as speed
 from nanoip2p.text_to_image import TextToImage
 
 BASE_MODEL = "gpt-4o-mini-2024-07-18"  # to be tuned; such need the date in their name
@@ -181,6 +184,65 @@ def run_pairs(args: argparse.Namespace) -> None:
               f"{len(kept)} prompts{others}; to see them, python make_dataset.py show {args.out}")
 
 
+def add_pair(subparsers) -> None:
+    """One pair, to try Prompt-to-Prompt on."""
+    parser = subparsers.add_parser("pair", help="two captions -> two pictures that differ only by the edit")
+    parser.add_argument("source", help="the caption of the first picture")
+    parser.add_argument("edit", help="the caption of the second")
+    parser.add_argument("--weights", default="weights/nano-sd", help="a text-to-picture model")
+    add_flags(parser)
+    parser.add_argument("--out", type=Path, default=Path("out/pair.png"))
+    parser.add_argument("--heatmaps", action="store_true", help="show what each word was attended to as well")
+    parser.add_argument("--inject", choices=MODES, default="self")
+    parser.add_argument("--p", type=finite, default=0.5, help="share of the steps that inject")
+    parser.add_argument("--blend", nargs=2, metavar=("WORD", "WORD"),
+                        help="change the picture only where the source's and the edit's word are seen")
+    parser.add_argument("--reweight", nargs=2, action="append", default=[], metavar=("WORD", "FACTOR"),
+                        help="with cross or both: how much a word of the edited caption counts")
+    parser.add_argument("--window", nargs=3, action="append", default=[], metavar=("WORD", "FROM", "TO"),
+                        help="with cross or both: a word's own time, in shares of the steps, instead of --p")
+    parser.add_argument("--cfg-text", type=finite, help="guidance (of the weights)")
+    for name in ("steps", "resolution"):
+        parser.add_argument(f"--{name}", type=at_least(1), help="(of the weights)")
+    parser.add_argument("--sampler", choices=sorted(SAMPLERS), help="(of the weights)")
+    parser.add_argument("--negative", default="", help="what to steer away from (nothing)")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
+    parser.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
+    parser.set_defaults(run=run_pair)
+
+
+def run_pair(args: argparse.Namespace) -> None:
+    """Paint one pair and write it side by side."""
+    if not (args.source.strip() and args.edit.strip()):
+        raise ValueError("a caption is empty; say what each picture shows")
+    if args.heatmaps and args.inject == "none":
+        raise ValueError("--heatmaps shows a run with injection; with --p 0 nothing is injected")
+    try:
+        args.reweight = {word: finite(factor) for word, factor in args.reweight}
+        args.window = {word: (finite(begin), finite(end)) for word, begin, end in args.window}
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(str(error)) from None
+    if not all(0 <= begin <= end for begin, end in [(args.p, 1), *args.window.values()]):
+        raise ValueError("--p is a share of the steps, 0 to 1, and a --window goes from one to a later one")
+    check_writable(args.out)
+    checkpoint = open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
+    print(f"opened {args.weights}: {checkpoint.found}", file=sys.stderr)
+    painter = TextToImage.load(checkpoint, args.device, DTYPES[args.dtype])
+    model = PairPainter(painter, args.source, args.edit, args.inject, args.steps, args.sampler,
+                        args.resolution, args.negative, args.reweight, args.window, args.blend)
+    cfg_text = painter.defaults["cfg_text"] if args.cfg_text is None else args.cfg_text
+    with tqdm(total=model.settings["steps"], unit="step", disable=args.inject == "none") as bar:
+        if args.heatmaps:
+            picture = draw_heatmaps(model, args.seed, args.p, cfg_text, bar)
+        else:
+            pair = model.paint([args.seed], [args.p], [cfg_text], bar)[0]
+            picture = grid([list(pair)], [[args.source, args.edit]])
+    with replacing(args.out) as temporary:
+        picture.save(temporary, format="PNG")
+    print(f"{args.out}  {args.source} -> {args.edit}  (seed {args.seed})")
+
+
 def add_show(subparsers) -> None:
     """What came out."""
     parser = subparsers.add_parser("show", help="a contact sheet and statistics of a folder of pairs")
@@ -208,6 +270,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=cli.make_parser)
     add_captions(subparsers)
     add_pairs(subparsers)
+    add_pair(subparsers)
     add_show(subparsers)
     return parser.parse_args(argv)
 

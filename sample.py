@@ -20,14 +20,16 @@ from PIL import Image
 from tqdm import tqdm
 
 import nanoip2p
-from nanoip2p import cli, speed
-from nanoip2p.checkpoint import add_flags, open_checkpoint
-from nanoip2p.cli import at_least, finite
-from nanoip2p.editor import Editor, same_size
-from nanoip2p.files import check_writable
+from nanoip2p.checkpoint.load import open_checkpoint
+from nanoip2p.checkpoint.tensors import DTYPES
+from nanoip2p.common import cli
+from nanoip2p.common.cli import add_flags, at_least, finite
+from nanoip2p.common.files import check_writable
+from nanoip2p.editor import Editor
 from nanoip2p.images import find_images, fit, fit_size, grid, open_image, read_recipe, save_png
+from nanoip2p.pipeline import same_size
 from nanoip2p.samplers import SAMPLERS
-from nanoip2p.tensors import DTYPES
+from nanoip2p.speed import fast as speed
 
 HERE = Path(__file__).resolve().parent
 # What a recipe holds: the flags that make one file again. What is not given is None until `complete`.

@@ -21,18 +21,22 @@ from pathlib import Path
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from nanoip2p import cli, parallel, runs
-from nanoip2p.checkpoint import Parts, add_flags, load_parts, open_checkpoint, widen
-from nanoip2p.cli import at_least, finite, leave_signals_to_the_parent, stop_between_steps
-from nanoip2p.data import Item, broken_pictures, captioned_scenes, read_data, scene_pairs
+from nanoip2p.checkpoint.load import load_model, open_checkpoint, widen
+from nanoip2p.common import cli
+from nanoip2p.common.cli import add_flags, at_least, finite, leave_signals_to_the_parent, stop_between_steps
+from nanoip2p.dataset.layouts import Item, broken_pictures, read_data
+from nanoip2p.dataset.rendered import captioned_scenes, scene_pairs
 from nanoip2p.images import save_png
-from nanoip2p.memory import training_memory
-from nanoip2p.parallel import Ranks
-from nanoip2p.recipe import DROP, Pictures, Samples, collate, sample_numbers, validation_batches
-from nanoip2p.scenes import EDIT_KINDS
-from nanoip2p.stored import Stored, open_stored, store
-from nanoip2p.trainer import Column, Diverged, Trainer, columns_of, memory_used, sample_grid
+from nanoip2p.objective import DROP
+from nanoip2p.pipeline import Model
+from nanoip2p.training import ranks as parallel
+from nanoip2p.training import run_folder as runs
+from nanoip2p.training.cache import Stored, open_stored, store
+from nanoip2p.training.ranks import Ranks
+from nanoip2p.training.samples import Pictures, Samples, collate, sample_numbers, validation_batches
+from nanoip2p.training.trainer import Column, Diverged, Trainer, columns_of, memory_used, sample_grid
 from nanoip2p.unet import UNetConfig
+from nanoip2p.world.scenes import EDIT_KINDS
 
 VALIDATION_SAMPLES, GRID_COLUMNS = 64, 8
 PAPER_BATCH = 1024  # samples of an optimizer step, over all devices
@@ -202,14 +206,11 @@ def plan_text(args: argparse.Namespace, items: list[Item], validation: list[Item
     """What is going to happen, before it does. side: of the latents; encoders: their configs."""
     pairs, batch = sum(map(len, items)), args.batch_size * args.accumulate * ranks
     held_out = "none" if validation[0] in items else len(validation)
-    memory = training_memory(unet, args.batch_size, side, args, ranks, *encoders)
-    gigabytes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
     total = args.steps * batch
     return (f"data      {args.data}: {len(items)} items to train on, {pairs} pairs; held out for validation: "
             f"{held_out}\n"
             f"batch     {args.batch_size} x {args.accumulate} accumulated x {ranks} devices = {batch}\n"
             f"run       {args.steps} steps = {total} samples = {total / len(items):.1f} visits of each item\n"
-            f"memory    about {sum(memory.values()) / 1e9:.1f} GB on each device: {gigabytes}\n"
             f"writes    {args.out or 'into --out'}: weights, log.jsonl, loss.png, samples, and a checkpoint "
             f"every {args.save_every} steps (the newest {args.keep} stay)")
 
@@ -241,14 +242,14 @@ def prepare_and_train(args: argparse.Namespace) -> None:
             print(plan_text(args, items, validation, ranks.count, unet, args.resolution // factor, *encoders))
         if args.check:
             return
-        parts = load_parts(checkpoint, edits=not args.text_to_image)
+        parts = load_model(checkpoint, edits=not args.text_to_image)
         shape = (unet.out_channels, args.resolution // factor, args.resolution // factor)
         source = open_source(args, parts, items + validation, ranks)
         with runs.occupied(args.out, ranks.rank == 0):
             train(args, parts, items, validation, source, shape, ranks)
 
 
-def open_source(args: argparse.Namespace, parts: Parts, items: list[Item], ranks: Ranks) -> Pictures | Stored:
+def open_source(args: argparse.Namespace, parts: Model, items: list[Item], ranks: Ranks) -> Pictures | Stored:
     """Where samples come from: --cache, filled first with what it lacks, or the pictures themselves."""
     parts.vae.to(ranks.device)
     parts.text_encoder.to(ranks.device)
@@ -262,7 +263,7 @@ def open_source(args: argparse.Namespace, parts: Parts, items: list[Item], ranks
     return open_stored(*what)
 
 
-def train(args: argparse.Namespace, parts: Parts, items: list[Item], validation_items: list[Item],
+def train(args: argparse.Namespace, parts: Model, items: list[Item], validation_items: list[Item],
           source: Pictures | Stored, shape: tuple[int, int, int], ranks: Ranks) -> None:
     """Everything the loop needs, and the loop. shape: of the latents (C, h, w)."""
     trainer, first = Trainer(args, parts, ranks, len(items)), 0

@@ -27,7 +27,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False,
     _check(q, k, v, heads, causal, map_from)
     kind = "causal" if causal else "short" if k.shape[1] <= SHORT else "long"
     if tile := _choose(kind, kernel, heads, q, k, v):
-        from nanoip2p import kernels  # needs triton
+        from nanoip2p.speed import kernels  # needs triton
         ours = kernels.short_attention if kind == "short" else kernels.long_attention
         return ours(q, k, v, heads, tile, map_from)
     if map_from is not None:
@@ -47,7 +47,7 @@ def attention_twice(q: Tensor, k: Tensor, v: Tensor, v2: Tensor, heads: int, map
     assert v.shape == v2.shape, (v.shape, v2.shape)
     _check(q, k, v, heads, False, map_from)
     if tile := _choose("twice", kernel, heads, q, k, v, v2):
-        from nanoip2p import kernels
+        from nanoip2p.speed import kernels
         return kernels.long_attention(q, k, v, heads, tile, map_from, v2)
     if map_from is not None:
         q, k = (x.index_select(0, map_from) for x in (q, k))

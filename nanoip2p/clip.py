@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoip2p.attention import attention
-from nanoip2p.config import read_config
+from nanoip2p.common.config import read_config
 
 FIXED = {"attention_dropout": 0.0, "dropout": 0.0, "pruned_heads": {}}
 # transformers wrote the whole of its generation settings into every config before 2023

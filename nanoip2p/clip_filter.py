@@ -20,10 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from nanoip2p.clip import CLIP
-from nanoip2p.files import read_json
-from nanoip2p.hub import fetch_clip
+from nanoip2p.common.files import read_json
 from nanoip2p.images import to_tensor
-from nanoip2p.network import load_network
 from nanoip2p.tokenizer import Tokenizer, check_fits, load_tokenizer
 
 SIMILARITIES = ("clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image")  # as metadata.jsonl names them
@@ -75,6 +73,9 @@ class Judge:
 
         Raises ValueError, in one line, for anything that is missing or broken.
         """
+        from nanoip2p.checkpoint.folder import load_network
+        from nanoip2p.checkpoint.hub import fetch_clip
+
         folder = Path(name) if Path(name).exists() else fetch_clip(str(name))
         clip, tokenizer = load_network(CLIP, folder), load_tokenizer(folder)
         check_fits(tokenizer, clip.config.text_config, folder)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanoip2p.config import read_config
+from nanoip2p.common.config import read_config
 
 # What scheduler_config.json may say besides the fields below. Other values compute something we do not.
 FIXED = {

@@ -7,78 +7,17 @@
 
 import hashlib
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nanoip2p.checkpoint import Checkpoint, load_parts
-from nanoip2p.clip import TextEncoder
-from nanoip2p.diffusion import NoiseSchedule, Plan, plan
+from nanoip2p.diffusion import Plan, plan
 from nanoip2p.guidance import guided_denoiser
 from nanoip2p.images import fit, fit_size, to_pil, to_tensor
-from nanoip2p.network import fingerprint
-from nanoip2p.samplers import SAMPLERS, Denoise, draw_noise
-from nanoip2p.tokenizer import Tokenizer
-from nanoip2p.unet import UNet
-from nanoip2p.vae import VAE
-
-KEPT = 64  # encoded pictures, and texts, that may come again
-
-
-class Model:
-    """What Editor and TextToImage share: networks, tokenizer, schedule, the settings they are made for."""
-
-    edits = True  # whether its UNet is shown a picture
-
-    def __init__(self, unet: UNet, vae: VAE, text_encoder: TextEncoder, tokenizer: Tokenizer,
-                 schedule: NoiseSchedule, defaults: dict):
-        """All networks on one device and in one dtype. defaults: the keys of checkpoint.PAPER_DEFAULTS."""
-        self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
-        self.schedule, self.defaults = schedule, defaults
-        self.device = unet.conv_in.weight.device  # where they work; with low_memory, they wait on the CPU
-        self.kept_texts: dict[str, Tensor] = {}  # see encode_texts
-        self.kept_pictures: dict[bytes, Tensor] = {}  # digest of the pixels -> z_image (C, h, w)
-
-    @classmethod
-    def load(cls, weights: str | Path | Checkpoint, device: str | torch.device | None = None,
-             dtype: torch.dtype = torch.float32, low_memory: bool = False) -> "Model":
-        """weights: see checkpoint.open_checkpoint. device None: see pick_device. ValueError if bad.
-
-        low_memory: an Editor's networks wait on the CPU for `edit` with low_memory.
-        """
-        device = pick_device(device)
-        parts = load_parts(weights, dtype, cls.edits)
-        networks = (network.to("cpu" if low_memory else device)
-                    for network in (parts.unet, parts.vae, parts.text_encoder))
-        model = cls(*networks, parts.tokenizer, parts.schedule, parts.defaults)
-        model.device = device
-        return model
-
-    @property
-    def multiple(self) -> int:
-        """Both sides of a picture are multiples of this: 64 in SD 1.5, 8 for the VAE times 8 for the UNet."""
-        return self.vae.downsampling * 2 ** (len(self.unet.config.block_out_channels) - 1)
-
-    @property
-    def fingerprint(self) -> str:
-        """What tells whether other weights lie at the same path now."""
-        return fingerprint(self.unet, self.vae, self.text_encoder)
-
-    @property
-    def side(self) -> int:
-        """Of a square picture in the resolution of the weights."""
-        resolution = self.defaults["resolution"]
-        return fit_size(resolution, resolution, resolution, self.multiple)[0]
-
-    def complete(self, settings: dict) -> dict:
-        """`settings` with those of the weights where a value is None. ValueError for an unknown sampler."""
-        settings = {key: self.defaults[key] if value is None else value for key, value in settings.items()}
-        if settings["sampler"] not in SAMPLERS:
-            raise ValueError(f"no sampler {settings['sampler']!r}; there are {', '.join(SAMPLERS)}")
-        return settings
+from nanoip2p.pipeline import Model, counted, encode_texts, keep, same_size
+from nanoip2p.samplers import SAMPLERS, draw_noise
 
 
 class Editor(Model):
@@ -174,56 +113,3 @@ class Editor(Model):
         return to_tensor(fit(image, fit_size(*image.size, resolution, self.multiple)))
 
 
-def pick_device(name: str | torch.device | None = None) -> torch.device:
-    """The device called `name`, or without one the first of CUDA, MPS and CPU that works here.
-
-    Raises ValueError for a name that torch does not know or this machine does not have.
-    """
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} does not work here ({reason}); leave it out to pick one") from None
-
-
-def encode_texts(text_encoder: TextEncoder, tokenizer: Tokenizer, texts: list[str],
-                 kept: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Text states (T, D) of each distinct text; the last of them stay in `kept`.
-
-    One forward for each, because the last bits of a sum depend on how many texts share it: the states of a
-    text must not depend on its company.
-    """
-    weight, kept = text_encoder.text_model.final_layer_norm.weight, {} if kept is None else kept
-    states = {
-        text: kept[text].to(weight) if text in kept else text_encoder(tokenizer([text]).to(weight.device))[0]
-        for text in dict.fromkeys(texts)}
-    keep(kept, states)
-    return states
-
-
-def keep(kept: dict, used: dict) -> None:
-    """Add what was used to what is kept: the KEPT last ones, of those used at once the first ones."""
-    for key in reversed(used):
-        kept.pop(key, None)
-        kept[key] = used[key]
-    for key in list(kept)[:-KEPT]:
-        del kept[key]
-
-
-def same_size(sizes: list[tuple[int, ...]], batch: int) -> list[list[int]]:
-    """Indices of pictures that can share a forward: of one size, at most `batch` together."""
-    by_size = {}
-    for i, size in enumerate(sizes):
-        by_size.setdefault(size, []).append(i)
-    return [group[k : k + batch] for group in by_size.values() for k in range(0, len(group), batch)]
-
-
-def counted(denoise: Denoise, bar: tqdm) -> Denoise:
-    """The same denoiser, moving a progress bar on at each call."""
-    def counted(x: Tensor, sigma: float) -> Tensor:
-        denoised = denoise(x, sigma)
-        bar.update()
-        return denoised
-    return counted

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 
-from nanoip2p.files import replacing
+from nanoip2p.common.files import replacing
 
 MAX_MEGAPIXELS = 100  # beyond it a file is a mistake or a decompression bomb: 100 need 300 MB as RGB
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})

@@ -23,10 +23,7 @@ self-attention in layers of at most 16 x 16 positions (of 64 x 64 latents). "non
 """
 
 import math
-import sys
-from argparse import ArgumentTypeError
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -34,17 +31,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from nanoip2p import cli
-from nanoip2p.alignment import find_words, split_words, token_map
-from nanoip2p.checkpoint import add_flags, open_checkpoint
-from nanoip2p.cli import at_least, finite
+from nanoip2p.alignment import find_words, token_map
 from nanoip2p.diffusion import plan
-from nanoip2p.editor import encode_texts
-from nanoip2p.files import check_writable, replacing
-from nanoip2p.images import grid
 from nanoip2p.injection import Injection
+from nanoip2p.pipeline import encode_texts
 from nanoip2p.samplers import SAMPLERS, draw_noise
-from nanoip2p.tensors import DTYPES
 from nanoip2p.text_to_image import TextToImage
 from nanoip2p.unet import DOWN_TYPES, UNetConfig
 
@@ -228,95 +219,3 @@ def blend_locally(x: Tensor, heat: Tensor) -> Tensor:
     hot_edit, hot_source = (heat > BLEND_THRESHOLD * heat.amax((2, 3), keepdim=True)).chunk(2)
     edit, source = x.chunk(2)
     return torch.cat([torch.where(hot_edit | hot_source, edit, source), source])
-
-
-def draw_heatmaps(model: PairPainter, seed: int, share: float, cfg_text: float,
-                  bar: tqdm | None = None) -> Image.Image:
-    """Both pictures of a pair, and each again for every word of its caption, lit where it was attended to."""
-    tokenizer = model.painter.tokenizer
-    words = [split_words(tokenizer, caption) for caption in model.captions]
-    count = max(map(len, words))
-    columns = model._columns([[tokens for _, tokens in row] + [[]] * (count - len(row)) for row in words])
-    if model.blend:
-        columns = [torch.cat(pair, dim=1) for pair in zip(columns, model.blend)]
-    latents, heat = model.sample([seed], [share], [cfg_text], columns, bar)
-    rows, labels = [], []
-    for picture, maps, row, caption in zip(
-            reversed(model.painter.decode(latents)), heat.flip(0), words, model.captions):
-        rows, labels = [*rows, [picture]], [*labels, [caption]]
-        for map_, (word, _) in zip(maps, row):
-            light = Image.fromarray((map_ / map_.max() * 255).byte().cpu().numpy())
-            light = light.resize(picture.size, Image.Resampling.BICUBIC)
-            rows[-1].append(Image.composite(picture, Image.new("RGB", picture.size), light))
-            labels[-1].append(word)
-    return grid(rows, labels)
-
-
-def parse(argv: list[str] | None):
-    """Flags of `python -m nanoip2p.prompt_to_prompt`."""
-    parser = cli.make_parser(prog="python -m nanoip2p.prompt_to_prompt",
-                             description="Paint two captions as two pictures that differ only by the edit.")
-    parser.add_argument("source", help="the caption of the first picture")
-    parser.add_argument("edit", help="the caption of the second")
-    parser.add_argument("--weights", default="weights/nano-sd", help="a text-to-picture model")
-    add_flags(parser)
-    parser.add_argument("--out", type=Path, default=Path("out/pair.png"))
-    parser.add_argument("--heatmaps", action="store_true", help="show what each word was attended to as well")
-    parser.add_argument("--inject", choices=MODES, default="self")
-    parser.add_argument("--p", type=finite, default=0.5, help="share of the steps that inject")
-    parser.add_argument("--blend", nargs=2, metavar=("WORD", "WORD"),
-                        help="change the picture only where the source's and the edit's word are seen")
-    parser.add_argument("--reweight", nargs=2, action="append", default=[], metavar=("WORD", "FACTOR"),
-                        help="with cross or both: how much a word of the edited caption counts")
-    parser.add_argument("--window", nargs=3, action="append", default=[], metavar=("WORD", "FROM", "TO"),
-                        help="with cross or both: a word's own time, in shares of the steps, instead of --p")
-    parser.add_argument("--cfg-text", type=finite, help="guidance (of the weights)")
-    for name in ("steps", "resolution"):
-        parser.add_argument(f"--{name}", type=at_least(1), help="(of the weights)")
-    parser.add_argument("--sampler", choices=sorted(SAMPLERS), help="(of the weights)")
-    parser.add_argument("--negative", default="", help="what to steer away from (nothing)")
-    parser.add_argument("--seed", type=at_least(0), default=0)
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
-    parser.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
-    args = parser.parse_args(argv)
-    if not (args.source.strip() and args.edit.strip()):
-        parser.error("a caption is empty; say what each picture shows")
-    if args.heatmaps and args.inject == "none":
-        parser.error("--heatmaps shows a run with injection; with --p 0 nothing is injected")
-    try:
-        args.reweight = {word: finite(factor) for word, factor in args.reweight}
-        args.window = {word: (finite(begin), finite(end)) for word, begin, end in args.window}
-    except ArgumentTypeError as error:
-        parser.error(str(error))
-    if not all(0 <= begin <= end for begin, end in [(args.p, 1), *args.window.values()]):
-        parser.error("--p is a share of the steps, 0 to 1, and a --window goes from one to a later one")
-    return args
-
-
-def run(args) -> None:
-    """Paint one pair and write it side by side."""
-    check_writable(args.out)
-    checkpoint = open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
-    print(f"opened {args.weights}: {checkpoint.found}", file=sys.stderr)
-    painter = TextToImage.load(checkpoint, args.device, DTYPES[args.dtype])
-    model = PairPainter(painter, args.source, args.edit, args.inject, args.steps, args.sampler,
-                        args.resolution, args.negative, args.reweight, args.window, args.blend)
-    cfg_text = painter.defaults["cfg_text"] if args.cfg_text is None else args.cfg_text
-    with tqdm(total=model.settings["steps"], unit="step", disable=args.inject == "none") as bar:
-        if args.heatmaps:
-            picture = draw_heatmaps(model, args.seed, args.p, cfg_text, bar)
-        else:
-            pair = model.paint([args.seed], [args.p], [cfg_text], bar)[0]
-            picture = grid([list(pair)], [[args.source, args.edit]])
-    with replacing(args.out) as temporary:
-        picture.save(temporary, format="PNG")
-    print(f"{args.out}  {args.source} -> {args.edit}  (seed {args.seed})")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code, see cli.run."""
-    return cli.run(lambda: run(parse(argv)), "interrupted; nothing was written", "try a smaller --resolution")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

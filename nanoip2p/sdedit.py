@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from nanoip2p.diffusion import plan
-from nanoip2p.editor import encode_texts
 from nanoip2p.guidance import text_guided_denoiser
 from nanoip2p.images import fit, to_tensor
+from nanoip2p.pipeline import encode_texts
 from nanoip2p.samplers import SAMPLERS, draw_noise
 from nanoip2p.text_to_image import TextToImage
 

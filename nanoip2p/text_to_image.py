@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanoip2p.diffusion import plan
-from nanoip2p.editor import Model, counted, encode_texts
 from nanoip2p.guidance import text_guided_denoiser
 from nanoip2p.images import to_pil
+from nanoip2p.pipeline import Model, counted, encode_texts
 from nanoip2p.samplers import SAMPLERS, draw_noise
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanoip2p.attention import attention
-from nanoip2p.config import read_config
+from nanoip2p.common.config import read_config
 
 TRANSFORMER_EPS = 1e-6  # of the GroupNorm in front of a transformer; the residual blocks use config.norm_eps
 DOWN_TYPES = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # name in config.json -> has attention

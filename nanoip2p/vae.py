@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoip2p.attention import attention
-from nanoip2p.config import read_config
+from nanoip2p.common.config import read_config
 
 EPS = 1e-6  # of every GroupNorm here; torch's default of 1e-5 is visible in the picture
 LOGVAR_RANGE = (-30.0, 20.0)

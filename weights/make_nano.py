@@ -28,22 +28,26 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import demo
+
 import make_dataset
 import train
-from nanoip2p import cli, demo, parallel, runs
-from nanoip2p.checkpoint import load_parts, save_parts
-from nanoip2p.cli import at_least
+from nanoip2p.checkpoint.folder import load_network, save_network
+from nanoip2p.checkpoint.load import load_model
+from nanoip2p.checkpoint.save import save_parts
+from nanoip2p.checkpoint.tensors import read_tensors
 from nanoip2p.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, TextEncoder
+from nanoip2p.common import cli
+from nanoip2p.common.cli import at_least, pick_device
+from nanoip2p.common.files import check_writable, write_json
 from nanoip2p.diffusion import NoiseSchedule
-from nanoip2p.editor import pick_device
-from nanoip2p.files import check_writable, write_json
 from nanoip2p.images import to_tensor
-from nanoip2p.network import load_network, save_network
-from nanoip2p.scenes import Scene, Thing, pick, random_scene
-from nanoip2p.tensors import read_tensors
 from nanoip2p.tokenizer import load_tokenizer, train_tokenizer
+from nanoip2p.training import ranks as parallel
+from nanoip2p.training import run_folder as runs
 from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAE, VAEConfig
+from nanoip2p.world.scenes import Scene, Thing, pick, random_scene
 
 HERE = Path(__file__).resolve().parent
 SIZE = 64
@@ -276,7 +280,7 @@ def export(tokenizer: Path, editor: Path, paper_editor: Path, painter: Path, cli
     """Write the folders to ship, in half precision, with a few scenes to try the editor on."""
     for name, weights, defaults in (("nano-ip2p", editor, DEFAULTS), ("nano-sd", painter, SD_DEFAULTS),
                                     ("nano-ip2p-paper", paper_editor, PAPER_DEFAULTS)):
-        parts = load_parts(weights, edits=weights != painter)
+        parts = load_model(weights, edits=weights != painter)
         save_parts(ship / name, parts.unet, parts.vae, parts.text_encoder, tokenizer,
                    parts.schedule.to_json(), defaults, torch.float16)
     write_json(PAIRS, ship / "nano-sd" / "pairs.json")

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from helpers import relative_error  # noqa: E402
+from comparing import relative_error  # noqa: E402
 
 from nanoip2p.attention import attention, attention_twice, case  # noqa: E402
 
@@ -103,7 +103,7 @@ def runs_of(kind: str, q, k, v, device: str) -> tuple[dict, torch.Tensor]:
     if kind == "twice":
         runs |= {f"2 {name}": partial(on_backend, two_calls, backend) for name, backend in BACKENDS.items()}
     if device == "cuda":
-        from nanoip2p import kernels
+        from nanoip2p.speed import kernels
         for tile in TILES:
             if kind != "short":
                 runs[tile] = partial(kernels.long_attention, q, k, v, HEADS, tile, None, *values[1:])
@@ -141,7 +141,7 @@ def measure(kind: str, queries: int, keys: int, d: int, args, rate: float, refus
 
 def measure_fused(args, refusals: tuple) -> None:
     """GroupNorm + SiLU and GEGLU against torch, eager and compiled: a line each."""
-    from nanoip2p import kernels
+    from nanoip2p.speed import kernels
     print(f"\n{'':<24}{'eager':>9}{'compiled':>10}{'ours':>9}{'compiled over ours':>22}")
     x = torch.randn(args.batch, 320, 64, 64).to(args.device, args.dtype)
     weight, bias, wide = x[0, :, 0, 0], x[0, :, 0, 1], torch.randn(args.batch, 4096, 2560).to(x)

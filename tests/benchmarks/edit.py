@@ -26,12 +26,12 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import measure  # noqa: E402
-from helpers import randomise  # noqa: E402
+from comparing import randomise  # noqa: E402
 from tiny_editor import write_tiny_editor  # noqa: E402
 
+from nanoip2p.checkpoint.tensors import DTYPES  # noqa: E402
 from nanoip2p.editor import Editor  # noqa: E402
-from nanoip2p.speed import fast  # noqa: E402
-from nanoip2p.tensors import DTYPES  # noqa: E402
+from nanoip2p.speed.fast import fast  # noqa: E402
 from nanoip2p.unet import UNet, UNetConfig  # noqa: E402
 
 WIDTHS = {"tiny": 32, "half": 160, "full": 320}  # channels of the first level

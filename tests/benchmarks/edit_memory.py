@@ -14,9 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+from live import Live  # noqa: E402
+
 from nanoip2p.clip import CLIPTextConfig, TextEncoder  # noqa: E402
 from nanoip2p.guidance import guided_denoiser  # noqa: E402
-from nanoip2p.live import Live  # noqa: E402
 from nanoip2p.unet import UNet, UNetConfig  # noqa: E402
 from nanoip2p.vae import VAE, VAEConfig  # noqa: E402
 

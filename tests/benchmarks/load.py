@@ -25,7 +25,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from tiny_configs import tiny_unet  # noqa: E402
 
-from nanoip2p.checkpoint import PARTS, convert, load_parts, open_checkpoint, save_parts  # noqa: E402
+from nanoip2p.checkpoint.load import load_model, open_checkpoint  # noqa: E402
+from nanoip2p.checkpoint.save import convert, save_parts  # noqa: E402
+from nanoip2p.checkpoint.single_file import PARTS  # noqa: E402
 from nanoip2p.clip import CLIPTextConfig  # noqa: E402
 from nanoip2p.diffusion import NoiseSchedule  # noqa: E402
 from nanoip2p.tokenizer import train_tokenizer  # noqa: E402
@@ -74,7 +76,7 @@ def measure(work) -> dict:
 
 
 def ours(path: Path):
-    return load_parts(path)
+    return load_model(path)
 
 
 def theirs(path: Path):

@@ -12,10 +12,9 @@ import warnings
 import diffusers
 import torch
 import transformers
+from live import Live
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-
-from nanoip2p.live import Live
 
 CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:  # torch counts CUDA's only
                  lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}

@@ -23,12 +23,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import hertz  # noqa: E402
 import measure  # noqa: E402
-from helpers import randomise, relative_error  # noqa: E402
+from comparing import randomise, relative_error  # noqa: E402
 from tiny_editor import write_tiny_editor  # noqa: E402
 
 from nanoip2p.diffusion import NoiseSchedule  # noqa: E402
 from nanoip2p.prompt_to_prompt import PairPainter  # noqa: E402
-from nanoip2p.speed import fast  # noqa: E402
+from nanoip2p.speed.fast import fast  # noqa: E402
 from nanoip2p.text_to_image import TextToImage  # noqa: E402
 from nanoip2p.unet import UNet, UNetConfig  # noqa: E402
 

@@ -31,16 +31,17 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from helpers import randomise  # noqa: E402
+from comparing import randomise  # noqa: E402
+from live import Live  # noqa: E402
 
-from nanoip2p.checkpoint import PAPER_DEFAULTS, Parts  # noqa: E402
+from nanoip2p.checkpoint.tensors import DTYPES  # noqa: E402
 from nanoip2p.clip import CLIPTextConfig, TextEncoder  # noqa: E402
 from nanoip2p.diffusion import NoiseSchedule  # noqa: E402
-from nanoip2p.live import Live  # noqa: E402
-from nanoip2p.parallel import Ranks  # noqa: E402
-from nanoip2p.recipe import DROP, collate, draw, encode  # noqa: E402
-from nanoip2p.tensors import DTYPES  # noqa: E402
-from nanoip2p.trainer import Trainer  # noqa: E402
+from nanoip2p.objective import DROP, encode  # noqa: E402
+from nanoip2p.pipeline import PAPER_DEFAULTS, Model  # noqa: E402
+from nanoip2p.training.ranks import Ranks  # noqa: E402
+from nanoip2p.training.samples import collate, draw  # noqa: E402
+from nanoip2p.training.trainer import Trainer  # noqa: E402
 from nanoip2p.unet import UNet, UNetConfig  # noqa: E402
 from nanoip2p.vae import VAE, VAEConfig  # noqa: E402
 
@@ -86,7 +87,7 @@ class Ours:
             fsdp=False, shard_optimizer=False, dtype=args.dtype, compile=args.compile,
             recompute=args.recompute)
         unet, vae, text_encoder = (copy.deepcopy(network).to(args.device) for network in networks)
-        parts = Parts(unet, vae, text_encoder, no_words, NoiseSchedule(), PAPER_DEFAULTS, Path())
+        parts = Model(unet, vae, text_encoder, no_words, NoiseSchedule(), PAPER_DEFAULTS, Path())
         self.trainer = Trainer(settings, parts, Ranks(0, 1, torch.device(args.device)), items=1)
         self.encoders, self.count = [] if cache else [vae, text_encoder], 0
         self.batch = encode(batch, *networks[1:]) if cache else batch

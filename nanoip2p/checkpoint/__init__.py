@@ -1,0 +1,1 @@
+"""Checkpoints of Stable Diffusion 1.x and its editors: open, save, convert."""

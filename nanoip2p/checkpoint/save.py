@@ -1,0 +1,80 @@
+"""Write a model as a diffusers folder, or as a single file in the layout of 2022."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from nanoip2p.checkpoint.folder import save_network
+from nanoip2p.checkpoint.hub import TOKENIZER_FILES
+from nanoip2p.checkpoint.load import Checkpoint
+from nanoip2p.checkpoint.single_file import to_original
+from nanoip2p.checkpoint.tensors import write_tensors
+from nanoip2p.clip import TextEncoder
+from nanoip2p.common.files import replacing, write_json
+from nanoip2p.unet import UNet
+from nanoip2p.vae import VAE
+
+
+def save_parts(
+    folder: str | Path, unet: UNet, vae: VAE, text_encoder: TextEncoder, tokenizer_folder: str | Path,
+    scheduler_config: dict, defaults: dict, dtype: torch.dtype | None = torch.float32,
+) -> None:
+    """Write a weights folder that diffusers' pipeline for such a UNet loads as well.
+
+    tokenizer_folder: copied from there. scheduler_config: the content of scheduler_config.json, its
+    `_class_name` included. defaults: as PAPER_DEFAULTS. dtype: of the files; float16 halves them, None leaves
+    that of each weight.
+    """
+    folder = Path(folder)
+    for part, model in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder)):
+        save_network(model, folder / part, dtype)
+    write_json(scheduler_config, folder / "scheduler" / "scheduler_config.json")
+    for name in TOKENIZER_FILES:
+        source = Path(tokenizer_folder) / name
+        if source.exists() and source.resolve() != (folder / "tokenizer" / name).resolve():
+            with replacing(folder / "tokenizer" / name) as temporary:
+                shutil.copyfile(source, temporary)
+    write_json(defaults, folder / "defaults.json")
+    edits = unet.config.in_channels > unet.config.out_channels
+    write_json({
+        "_class_name": "StableDiffusionInstructPix2PixPipeline" if edits else "StableDiffusionPipeline",
+        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", scheduler_config.get("_class_name", "EulerAncestralDiscreteScheduler")],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None], "feature_extractor": [None, None], "image_encoder": [None, None],
+    }, folder / "model_index.json")
+
+
+def convert(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None = None,
+            ema: bool = False) -> None:
+    """Write a checkpoint: a single file if `target` ends in .safetensors, else a diffusers folder.
+
+    dtype: None keeps that of each tensor. ema: store the UNet a second time, as averaged weights, which
+    programs of 2022 read. All is checked before anything is written, and tensors go from file to file one at
+    a time. ValueError for a bad checkpoint or target.
+    """
+    single, target = target.suffix == ".safetensors", target.resolve()
+    if target.suffix in (".ckpt", ".pt", ".bin") or target.exists() and (
+            single and not target.is_file() or not single and (not target.is_dir() or any(target.iterdir()))):
+        raise ValueError(f"{target} is there, or no folder or .safetensors file; name a new one")
+    if target == checkpoint.source.resolve():
+        raise ValueError(f"{target} is what is read; name another target")
+    if ema and not single:
+        raise ValueError("--ema-copy is for single files; a folder holds one set of weights")
+    models = {part: network.load(None) for part, network in checkpoint.networks.items()}
+    if single:
+        named = {name: tensor for model in models.values() for name, tensor in to_original(model).items()}
+        named |= to_original(models["unet"], ema=True) if ema else {}
+        ours = {part: model.config.to_json() for part, model in models.items()}
+        ours |= {"schedule": checkpoint.schedule, "defaults": checkpoint.defaults}
+        return write_tensors(named, target, dtype, {"nanoip2p": json.dumps(ours)})
+    tokenizer_folder, _ = checkpoint.open_tokenizer()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as unfinished:
+        save_parts(f"{unfinished}/new", *models.values(), tokenizer_folder, checkpoint.schedule,
+                   checkpoint.defaults, dtype)
+        Path(unfinished, "new").replace(target)

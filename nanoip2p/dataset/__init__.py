@@ -1,0 +1,1 @@
+"""Captions, pairs of pictures, and the layouts that datasets come in."""

@@ -1,0 +1,110 @@
+"""The samples of a training run: all that is random about them, and where their pictures come from."""
+
+import hashlib
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from nanoip2p.dataset.layouts import Item, Pair, load_picture
+from nanoip2p.images import to_tensor
+from nanoip2p.tokenizer import Tokenizer
+
+
+@lru_cache(maxsize=2)
+def order(seed: int, epoch: int, count: int) -> Tensor:
+    """The order in which an epoch visits `count` items: (count,) int64, a function of the arguments alone."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(count, generator=generator)
+
+
+def draw(seed: int, number: int, shape: tuple[int, int, int], timesteps: int) -> dict:
+    """All that is random about sample `number`, on the CPU.
+
+    shape: of the latents (C, h, w). Returns `posterior` and `noise` (C, h, w) and `offset` (C, 1, 1), unit
+    normal; `timestep` in [0, timesteps), and `which`, `flip` and `drop`, uniform in [0, 1).
+    """
+    digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    which, flip, drop = torch.rand(3, generator=generator)
+    return {
+        "which": which, "flip": flip, "drop": drop,
+        "timestep": torch.randint(timesteps, (), generator=generator),
+        "posterior": torch.randn(shape, generator=generator),
+        "noise": torch.randn(shape, generator=generator),
+        "offset": torch.randn(shape[0], 1, 1, generator=generator),
+    }
+
+
+class Pictures:
+    """Pairs as pictures and token ids, for a run that encodes them in every step; compare `stored.Stored`."""
+
+    def __init__(self, resolution: int, tokenizer: Tokenizer):
+        self.resolution, self.tokenizer = resolution, tokenizer
+
+    def get(self, pair: Pair, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Before and after (3, H, W) in [-1, 1], and token ids (77,). ValueError names a broken picture."""
+        before, after = (to_tensor(load_picture(picture, self.resolution, flip))
+                         for picture in (pair.before, pair.after))
+        return before, after, self.tokenizer([pair.edit])[0]
+
+
+class Samples(Dataset):
+    """Sample n of a run: `draw`'s numbers, and the pair it visits as `source` has it.
+
+    items: the pairs of a prompt each, of which a visit draws one, as the original. source: `Pictures` or
+    `stored.Stored`. With skip_bad, the next item takes the place of one with a broken picture, and
+    `skipped` says why; without, a sample is {"error": why}, because workers cannot raise across processes.
+    """
+
+    def __init__(self, items: list[Item], source, seed: int, flips: bool, shape: tuple[int, int, int],
+                 timesteps: int, skip_bad: bool = False):
+        self.items, self.source, self.seed, self.flips = items, source, seed, flips
+        self.shape, self.timesteps, self.skip_bad = shape, timesteps, skip_bad
+
+    def pair(self, number: int, which: float, further: int = 0) -> Pair:
+        """The pair that sample `number` visits, or what stands `further` places behind it in the order."""
+        epoch, place = divmod(number, len(self.items))
+        places = order(self.seed, epoch, len(self.items))
+        item = self.items[places[(place + further) % len(self.items)]]
+        return item[int(which * len(item))]
+
+    def __getitem__(self, number: int) -> dict:
+        drawn, skipped = draw(self.seed, number, self.shape, self.timesteps), []
+        for further in range(len(self.items) if self.skip_bad else 1):
+            try:
+                pair = self.pair(number, float(drawn["which"]), further)
+                before, after, text = self.source.get(pair, self.flips and bool(drawn["flip"] < 0.5))
+            except ValueError as error:
+                skipped.append(str(error))
+                continue
+            return drawn | {"before": before, "after": after, "text": text, "skipped": skipped,
+                            "number": number, "pair": f"'{pair.edit}' on {pair.before}"}
+        return {"error": f"{skipped[0]} (--skip-bad leaves such pairs out)"}
+
+
+def collate(samples: list[dict]) -> dict:
+    """Samples -> a batch of tensors (B, ...), with `skipped` a list; or {"error": why}."""
+    for sample in samples:
+        if "error" in sample:
+            return sample
+    skipped = [reason for sample in samples for reason in sample.pop("skipped")]
+    return default_collate(samples) | {"skipped": skipped}
+
+
+def sample_numbers(first: int, last: int, accumulate: int, batch: int, rank: int,
+                   ranks: int) -> Iterator[list[int]]:
+    """The numbers of this rank's samples, a micro-batch at a time, for optimizer steps first ... last - 1."""
+    for micro in range(first * accumulate, last * accumulate):
+        begin = (micro * ranks + rank) * batch
+        yield list(range(begin, begin + batch))
+
+
+def validation_batches(samples: Samples, count: int, batch: int) -> Iterator[dict]:
+    """The same `count` samples every time, nothing dropped, at timesteps spread evenly: curves compare."""
+    for numbers in torch.arange(count).split(batch):
+        spread = (numbers + 0.5) * samples.timesteps / count
+        yield collate([samples[number] for number in numbers.tolist()]) | {
+            "drop": torch.ones(len(numbers)), "timestep": spread.long()}

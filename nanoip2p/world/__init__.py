@@ -1,0 +1,1 @@
+"""The nano world: painted scenes whose edits have a known right answer."""

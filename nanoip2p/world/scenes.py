@@ -1,0 +1,190 @@
+"""A small painted world in which every edit has a known right answer.
+
+The paper learns from 454,445 generated pairs and can only judge its results by eye or by CLIP. Here a `Scene`
+is a handful of choices (time, weather, ground, up to three things), it can be drawn with Pillow at any size,
+and it can list every single edit of itself as (instructions, edited caption, edited scene). So the nano
+models have unlimited training data, and an edit can be *scored*: see `nanoip2p/evaluate.py`.
+
+    scene = random_scene("train", 7)        # the same scene on every machine, for ever
+    scene.render(64)                        # a PIL picture
+    for edit in scene.edits(): print(edit.kind, edit.instructions[0], "->", edit.caption)
+
+How many: 3 slots hold at least one of 8 kinds x 8 colours x 3 sizes, so over 10^6 arrangements, times 3 times
+of day, 4 weathers, 4 grounds and 10^4 landscapes; the jitter of every thing comes on top.
+"""
+
+import random
+from dataclasses import dataclass, replace
+
+import torch
+from PIL import Image
+
+from nanoip2p.world.painting import COLOURS, paint
+
+TIMES = ("day", "sunset", "night")
+WEATHERS = ("clear", "cloudy", "rainy", "foggy")
+GROUNDS = ("grass", "sand", "snow", "dirt")
+SLOTS = ("on the left", "in the middle", "on the right")
+SIZES = ("small", "medium", "large")
+
+KINDS = ("house", "tree", "car", "tent", "mushroom", "flower", "rocket", "balloon")
+
+# How each edit is said. The last phrasing of every list is held out: training never sees it, though every
+# word of it occurs in some other phrasing (a nano text encoder cannot know a word it never read).
+PHRASINGS = {
+    "recolour": ("make the {old} {new}", "paint the {old} {new}", "turn the {old} {new}",
+                 "change the color of the {old} to {new}", "change the {old} to {new}"),
+    "replace": ("replace the {old} with a {new}", "turn the {old} into a {new}", "swap the {old} for a {new}",
+                "change the {old} into a {new}", "make the {old} into a {new}"),
+    "add": ("add {new} {where}", "put {new} {where}", "place {new} {where}", "{where}, add {new}",
+            "{where}, put {new}"),
+    "remove": ("remove the {old}", "delete the {old}", "take away the {old}", "erase the {old}",
+               "take the {old} away"),
+    "time": ("make it {new}", "change it to {new}", "turn the {old} into {new}", "set the time to {new}",
+             "change the {old} to {new}"),
+    "weather": ("make it {new}", "make the weather {new}", "change the weather to {new}", "turn it {new}",
+                "set the weather to {new}"),
+    "ground": ("turn the ground into {new}", "replace the {old} with {new}", "cover the ground with {new}",
+               "make the ground {new}", "change the ground to {new}"),
+}
+EDIT_KINDS = tuple(PHRASINGS)
+
+# Combinations that editors are not trained on, only on each part of them: see `seen_edits`. nano-clip and
+# nano-sd, which come before them, have seen all, as CLIP and Stable Diffusion have seen nearly everything
+HELD_OUT_THINGS = {("house", "purple"), ("tree", "white"), ("car", "pink"), ("tent", "orange"),
+                   ("mushroom", "blue"), ("flower", "green"), ("rocket", "red"), ("balloon", "yellow")}
+HELD_OUT_EDITS = {("recolour", "flower"), ("replace", "tent"), ("add", "rocket"), ("remove", "mushroom")}
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object. `dx`, `dy` shift it from the centre of its slot, in fractions of the picture."""
+
+    kind: str
+    colour: str
+    size: str = "medium"
+    slot: int = 1
+    dx: float = 0.0
+    dy: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """As captions have it: "a red house"."""
+        article = "an" if self.colour == "orange" else "a"
+        return f"{article} {self.colour} {self.kind}"
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A single edit of a scene: all `instructions` say the same; the last one is never used in training.
+
+    `thing` is the kind of thing that is recoloured, replaced, added or removed; "" for the other edits.
+    """
+
+    kind: str
+    thing: str
+    instructions: tuple[str, ...]
+    caption: str
+    scene: "Scene"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """All that a picture shows. No two things share a kind or a slot, so "the house" is never ambiguous."""
+
+    time: str
+    weather: str
+    ground: str
+    things: tuple[Thing, ...]  # from left to right
+    landscape: int  # 0..9999, shapes the hills
+
+    def __post_init__(self):
+        # One order, so that two scenes that look the same are equal.
+        object.__setattr__(self, "things", tuple(sorted(self.things, key=lambda thing: thing.slot)))
+
+    def caption(self) -> str:
+        """The picture in words, things from left to right: what the paper calls the input caption."""
+        things = [f"{thing.name} {SLOTS[thing.slot]}" for thing in self.things]
+        listed = " and ".join(things) if things else "an empty place"
+        return f"{listed}, on {self.ground}, {self.weather} {self.time}"
+
+    def edits(self, only: str | None = None) -> list[Edit]:
+        """Every single edit of this scene (of one of EDIT_KINDS only), each with its own result, in order."""
+        found = []
+
+        def say(kind: str, scene: Scene, thing: str = "", **words: str) -> None:
+            instructions = tuple(phrase.format(**words) for phrase in PHRASINGS[kind])
+            found.append(Edit(kind, thing, instructions, scene.caption(), scene))
+
+        kinds = {thing.kind for thing in self.things}
+        for thing in self.things:
+            others = tuple(other for other in self.things if other is not thing)
+            for colour in COLOURS:
+                if colour != thing.colour:
+                    recoloured = replace(thing, colour=colour)
+                    say("recolour", replace(self, things=others + (recoloured,)), thing.kind,
+                        old=thing.kind, new=colour)
+            for kind in KINDS:
+                if kind not in kinds:
+                    swapped = replace(thing, kind=kind)
+                    say("replace", replace(self, things=others + (swapped,)), thing.kind,
+                        old=thing.kind, new=kind)
+            say("remove", replace(self, things=others), thing.kind, old=thing.kind)
+        for slot in sorted(set(range(len(SLOTS))) - {thing.slot for thing in self.things}):
+            for kind in KINDS:
+                for colour in COLOURS if kind not in kinds else ():
+                    new = Thing(kind, colour, slot=slot)
+                    say("add", replace(self, things=self.things + (new,)), kind, new=new.name,
+                        where=SLOTS[slot])
+        for time in TIMES:
+            if time != self.time:
+                say("time", replace(self, time=time), old=self.time, new=time)
+        for weather in WEATHERS:
+            if weather != self.weather:
+                say("weather", replace(self, weather=weather), new=weather)
+        for ground in GROUNDS:
+            if ground != self.ground:
+                say("ground", replace(self, ground=ground), old=self.ground, new=ground)
+        return [edit for edit in found if only in (None, edit.kind)]
+
+    def render(self, size: int = 64) -> Image.Image:
+        """Draw the scene as a square RGB picture of `size` pixels: four times as large, then averaged."""
+        return paint(self, 4 * size).reduce(4)
+
+
+def held_out(scene: Scene, edit: Edit) -> bool:
+    """Whether an edit of `scene` shows a thing in a colour, or does to a thing, what editors never learn."""
+    shown = {(thing.kind, thing.colour) for thing in scene.things + edit.scene.things}
+    return not shown.isdisjoint(HELD_OUT_THINGS) or (edit.kind, edit.thing) in HELD_OUT_EDITS
+
+
+def seen_edits(scene: Scene) -> list[Edit]:
+    """The edits that editors are trained on; none for a scene that shows what is held out itself."""
+    return [edit for edit in scene.edits() if not held_out(scene, edit)]
+
+
+def pick(options: list, generator: torch.Generator):
+    """One of the options, all equally likely."""
+    return options[int(torch.randint(len(options), (), generator=generator))]
+
+
+def random_scene(split: str, index: int) -> Scene:
+    """Scene number `index` of a split ("train", "test", any word). The same on every machine.
+
+    One, two or three things in distinct slots. Only `random.Random.random` is used, whose stream Python
+    promises not to change.
+    """
+    rng = random.Random(f"nanoip2p {split} {index}")
+
+    def choose(options):
+        return options[int(rng.random() * len(options))]
+
+    slots, kinds = list(range(len(SLOTS))), list(KINDS)
+    things = []
+    for _ in range(choose((1, 2, 2, 3))):
+        slot, kind = choose(slots), choose(kinds)
+        slots.remove(slot)
+        kinds.remove(kind)
+        dx, dy = (rng.random() - 0.5) * 0.06, (rng.random() - 0.5) * 0.06
+        things.append(Thing(kind, choose(tuple(COLOURS)), choose(SIZES), slot, round(dx, 3), round(dy, 3)))
+    return Scene(choose(TIMES), choose(WEATHERS), choose(GROUNDS), tuple(things), int(rng.random() * 10_000))

@@ -1,0 +1,150 @@
+"""The measure itself: a perfect editor scores 100%, one that does nothing 0%, and PSNR is its formula."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_editor import write_tiny_editor
+
+from nanoip2p.evaluate import scenes as evaluate
+from nanoip2p.evaluate.captions import captioned, ranked_first
+from nanoip2p.evaluate.scenes import nearest_edit, questions, rate, score_scenes, table, unchanged_psnr
+from nanoip2p.world.scenes import EDIT_KINDS, held_out, random_scene
+
+ASKED = questions(21)
+
+
+def editor_that(answers, monkeypatch):
+    """An editor without networks: `answers(question)` is its picture."""
+    pending = iter(ASKED)
+    monkeypatch.setattr(evaluate, "round_trip", lambda editor, image: image)
+
+    def edit(images, texts, seed, batch):
+        return [answers(question) for _, question in zip(images, pending)]
+
+    return SimpleNamespace(side=64, edit=edit)
+
+
+def test_questions_are_fixed_held_out_and_of_every_kind():
+    assert questions(21) == ASKED
+    assert [question.edit.kind for question in ASKED] == list(EDIT_KINDS) * 3
+    for question, easier in zip(ASKED, questions(21, "seen")):
+        assert question.edit in question.scene.edits() and question.edit == easier.edit
+        assert question.instruction == question.edit.instructions[-1]
+        assert easier.instruction == easier.edit.instructions[0]
+
+
+def test_questions_about_combinations_that_training_may_or_may_not_see():
+    for combinations in ("seen", "held-out"):
+        asked = questions(28, combinations=combinations)
+        assert len({question.scene for question in asked}) == 28
+        assert [question.edit.kind for question in asked] == list(EDIT_KINDS) * 4
+        assert {held_out(question.scene, question.edit) for question in asked} == {combinations == "held-out"}
+
+
+def test_perfect_editor_scores_everything(monkeypatch):
+    editor = editor_that(lambda question: question.edit.scene.render(64), monkeypatch)
+    rows = score_scenes(editor, ASKED, {}, batch=8)
+    text, numbers = table(rows)
+    assert numbers["all"]["success"] == 1 and numbers["all"]["n"] == 21 and "100.0%" in text
+    assert "± 0.0%" not in text  # 21 of 21 leave room for doubt
+    assert all(numbers[kind]["n"] == 3 for kind in EDIT_KINDS)
+    assert numbers["all"]["psnr"] == numbers["all"]["ceiling"] > 70
+
+
+def test_editor_that_does_nothing_scores_nothing(monkeypatch):
+    rows = score_scenes(editor_that(lambda question: question.scene.render(64), monkeypatch), ASKED, {})
+    assert table(rows)[1]["all"]["success"] == 0
+
+
+def test_nearest_edit_stands_noise_and_names_the_neighbour():
+    scene = random_scene("test", 3)
+    noise = np.random.default_rng(0).normal(0, 12, (64, 64, 3))
+    for edit in scene.edits()[::7]:
+        noisy = np.asarray(edit.scene.render(64)) + noise
+        assert nearest_edit(Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), scene) == edit.scene
+    assert nearest_edit(scene.render(64), scene) == scene
+
+
+def test_unchanged_psnr_looks_at_common_pixels_only():
+    before, after, picture = (np.full((10, 10, 3), 100, np.uint8) for _ in range(3))
+    after[:5] = 200                      # the edit; half of the picture is common
+    picture[:5], picture[5:] = 0, 110    # wrong where it changes, off by 10 where it should not
+    psnr = unchanged_psnr(*map(Image.fromarray, (picture, before, after)))
+    assert psnr == pytest.approx(20 * math.log10(255 / 10))
+    after[:] = 200
+    assert unchanged_psnr(*map(Image.fromarray, (picture, before, after))) is None
+
+
+def test_command_prints_a_table_and_keeps_scores_and_failures(tmp_path, capsys):
+    weights = write_tiny_editor(tmp_path / "tiny")
+    words = ["scenes", "--weights", str(weights), "--n", "7", "--steps", "1", "--out", str(tmp_path / "out"),
+             "--device", "cpu"]
+    assert evaluate.main(words) == 0
+    printed = capsys.readouterr().out
+    assert all(kind in printed for kind in EDIT_KINDS)
+    assert json.loads((tmp_path / "out" / "scores.json").read_text())["all"]["n"] == 7
+    assert Image.open(tmp_path / "out" / "failed.png").width > 64  # random weights do fail
+
+
+def test_a_full_disk_leaves_the_old_failures_and_no_new_scores(tmp_path, monkeypatch, capsys):
+    def full(image, path, **_):
+        evaluate.Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "failed.png").write_bytes(b"old")
+    row = {"success": False, "pictures": [Image.new("RGB", (8, 8))]}
+    monkeypatch.setattr(evaluate, "run_scenes", lambda _: ([row], "", {}, lambda row: ["a"]))
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert evaluate.main(["scenes", "--out", str(tmp_path)]) == 2
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+
+
+def test_missing_weights_are_one_line(tmp_path, capsys):
+    assert evaluate.main(["scenes", "--weights", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_captions_differ_and_are_held_out():
+    scenes = captioned(40)
+    captions = [scene.caption() for scene in scenes]
+    assert len(scenes) == 64 and len(set(captions)) == 64 and captioned(1) == scenes[:32]
+    assert not set(captions) & {scene.caption() for scene in captioned(40, "validation")}
+
+
+class OneHotJudge:
+    """Sees in a picture's grey level, and reads in a caption, a number from 0 to 31."""
+
+    def encode_pictures(self, pictures):
+        return torch.eye(32)[[picture.getpixel((0, 0))[0] for picture in pictures]]
+
+    def encode_texts(self, captions):
+        return torch.eye(32)[[int(caption) for caption in captions]]
+
+
+def test_a_caption_is_found_among_those_of_its_group():
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(0)).tolist()
+    seen = [*order, *order[:30], order[31], order[30]]  # in the second group the last two are mixed up
+    pictures = [Image.new("RGB", (8, 8), (number,) * 3) for number in seen]
+    hits = ranked_first(OneHotJudge(), pictures, [str(number) for number in order * 2])
+    assert hits == [True] * 62 + [False] * 2
+    assert rate(hits)[0] == 62 / 64 and 0.01 < rate(hits)[1] < 0.05
+
+
+def test_true_renders_score_next_to_painted_ones(monkeypatch, tmp_path, capsys):
+    class Painter:
+        defaults, device = {"resolution": 64}, "cpu"
+
+        def generate(self, captions, seed, batch, **settings):
+            return [Image.new("RGB", (64, 64), "grey")] * len(captions)
+
+    monkeypatch.setattr(evaluate.TextToImage, "load", lambda *_: Painter())
+    clip = str(evaluate.Path(evaluate.__file__).parent.parent / "weights" / "nano-clip")
+    assert evaluate.main(["captions", "--clip", clip, "--n", "32", "--out", str(tmp_path)]) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["painted"] == 1 / 32 and scores["true renders"] > 0.9 and scores["n"] == 32
+    assert "3.1%" in capsys.readouterr().out and (tmp_path / "failed.png").exists()

@@ -1,0 +1,78 @@
+"""Our kernels, compiled for cards that need not be here: what the interpreter takes, a compiler may refuse.
+
+test_kernels.py runs this. Shapes are those of SD 1.5 at 64x64 latents.
+"""
+
+import re
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from nanoip2p.speed import kernels
+
+POINTERS = {"q", "k", "v", "v2", "out", "out2", "x", "weight", "bias"}
+
+
+def build(kernel, capability, dtype="bf16", warps=4, stages=2, **values):
+    """The PTX of a kernel for these arguments, after ptxas has taken it too."""
+    signature, constants, aligned = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        name = parameter.name
+        value = f"*{dtype}" if name in POINTERS else values.get(name, 320 if name[1:] in ("b", "t") else 1)
+        if parameter.is_constexpr or value == 1:
+            signature[name], constants[(i,)] = "constexpr", value
+            continue
+        signature[name] = value if isinstance(value, str) else "i32" if isinstance(value, int) else "fp32"
+        if isinstance(value, str) or value % 16 == 0:  # as Triton finds by itself when it launches
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32),
+                          options={"num_warps": warps, "num_stages": stages})
+    assert made.asm["cubin"]
+    return made.asm["ptx"]
+
+
+def attention_values(d, **more):
+    sizes = {"scale": 0.1, "Tq": 4096, "Tk": 4096, "heads": 8, "map_from": "*i32", "INDEXED": True, "TWO": 0}
+    widths = dict(zip(("D", "D0", "D1"), (d, *kernels.pieces(d))))
+    return sizes | widths | {"BM": 64, "BN": 64, "BLOCKS": 4} | more
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("d, two", [(40, True), (80, False), (160, False)])
+def test_long(capability, d, two):
+    ptx = build(kernels._long, capability, **attention_values(d, TWO=two))
+    check_tensor_cores(ptx, capability)
+    assert "cp.async" in ptx  # keys and values of the next block are fetched meanwhile
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_short(capability):
+    ptx = build(kernels._short, capability, dtype="fp16", **attention_values(40, Tk=77, BN=128))
+    check_tensor_cores(ptx, capability)
+
+
+def check_tensor_cores(ptx, capability):
+    """Hopper's own instruction for every product, with none padded from 48 columns to 64."""
+    hopper, ampere = re.findall(r"wgmma\.mma_async\.\S*m64n\d+k16", ptx), re.findall(r"mma\.sync\.\S+", ptx)
+    assert (hopper and not ampere) if capability == 90 else ampere, (len(hopper), len(ampere))
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_group_norm_silu_and_geglu(capability):
+    sizes = {"means": "*fp32", "squares": "*fp32", "xb": 320 * 4096, "xc": 1, "xp": 320, "C": 10, "P": 4096,
+             "G": 32, "chunks": 8, "eps": 1e-5, "BC": 16, "BP": 512, "CHUNKS": 8}
+    build(kernels._moments, capability, **sizes)
+    build(kernels._normalise, capability, **sizes)
+    build(kernels._geglu, capability, row_stride=2560, C=1280, total=4096 * 1280, BLOCK=1024)
+
+
+def test_sizes_of_one():
+    """Triton compiles another kernel for an argument that is 1, with a constant for it."""
+    values = attention_values(40, heads=1, Tq=1, Tk=1, BN=16, INDEXED=False)
+    for kernel in (kernels._long, kernels._short):
+        build(kernel, 90, **values)
+    for kernel in (kernels._moments, kernels._normalise):
+        build(kernel, 90, means="*fp32", squares="*fp32", eps=1e-5, BC=2, BP=1, CHUNKS=1)

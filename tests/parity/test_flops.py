@@ -1,0 +1,108 @@
+"""How many operations a step takes at Stable Diffusion 1.5's size, counted without doing them.
+
+The loops are the real ones, on the meta device, so whoever undoes a saving sees it here; and as that device
+has no values, a loop that waited for one, which would hold up a GPU, could not run. One multiplication
+with its addition counts as two, as usual; DESIGN.md, section 5, says where they go.
+"""
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from nanoip2p.diffusion import NoiseSchedule, plan
+from nanoip2p.guidance import guided_denoiser, text_guided_denoiser
+from nanoip2p.objective import noise_losses
+from nanoip2p.prompt_to_prompt import PairPainter
+from nanoip2p.unet import UNet, UNetConfig
+
+SIGMA, SIDE = 1.5, 64
+
+
+@pytest.fixture(scope="module")
+def unets() -> dict[int, UNet]:
+    """By the number of their channels: 8 for an editor."""
+    with torch.device("meta"):
+        return {channels: UNet(replace(UNetConfig(), in_channels=channels)) for channels in (4, 8)}
+
+
+def giga(run) -> float:
+    """GFLOP of run()."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() / 1e9
+
+
+def meta(*shape):
+    return torch.empty(shape, device="meta")
+
+
+def step(denoise):
+    with torch.no_grad():
+        return giga(lambda: denoise(meta(1, 4, SIDE, SIDE), SIGMA))
+
+
+def edit_step(unet, *guidance, **settings):
+    told, text = {SIGMA: meta(1)}, meta(1, 77, 768)
+    with torch.no_grad():
+        return step(guided_denoiser(unet, told, meta(1, 4, SIDE, SIDE), text, text, *guidance, **settings))
+
+
+def test_an_edit_step(unets):
+    assert 2_350 < edit_step(unets[8], 7.5, 1.5) <= 2_360
+    assert 2_409 < edit_step(unets[8], 7.5, 1.5, reuse=False) < 2_411
+    assert edit_step(unets[8], 7.5, 1.0) < 1_561  # no third branch
+
+
+def test_a_text_to_picture_step(unets):
+    told, text, guidance = {SIGMA: meta(1)}, meta(1, 77, 768), torch.tensor([7.5])
+    with torch.no_grad():
+        reused, plain = (step(text_guided_denoiser(unets[4], told, text, text, guidance, reuse))
+                         for reuse in (True, False))
+    assert 1_550 < reused < 1_561 and 1_605 < plain < 1_608
+
+
+class MetaPainter:
+    """As much of a TextToImage as a pair's loop asks for."""
+
+    def __init__(self, unet):
+        self.unet = unet
+
+    def latent_shape(self, _):
+        return 4, SIDE, SIDE
+
+
+def pair_step(unet, inject, share, **settings):
+    """One step of PairPainter.sample, of both pictures and both halves of guidance."""
+    model = PairPainter.__new__(PairPainter)  # its texts are on the meta device as well
+    model.painter, model.inject, model.blend, model.alike = MetaPainter(unet), inject, None, True
+    model.settings = {"resolution": 8 * SIDE, "sampler": "euler", "steps": 1}
+    model.plan = plan(NoiseSchedule(), "euler", 1)
+    model.source = model.edit = model.null = meta(77, 768)
+    model.windows, model.coarse = [], [16, 16]
+    model.mapping, model.taken, model.weights = torch.eye(77), torch.ones(77), torch.ones(77)
+    with torch.no_grad():
+        once = giga(lambda: unet.project_context(meta(4, 77, 768))) if settings.get("reuse", True) else 0
+        sample = PairPainter.sample.__wrapped__
+        return giga(lambda: sample(model, [0], [share], [7.5], **settings)) - once
+
+
+def test_a_pair_step(unets):
+    plain, injected = (pair_step(unets[4], "self", share) for share in (0.0, 1.0))
+    assert 3_100 < plain <= 3_120 and 2_900 < injected <= 2_960
+    assert injected <= 0.95 * plain
+    assert 3_212 < pair_step(unets[4], "self", 0.0, reuse=False) < 3_214
+    both = pair_step(unets[4], "both", 1.0)
+    assert both < plain - 15  # of 16 x 16 and below, and of every text
+    assert 1 < pair_step(unets[4], "both", 1.0, words=[meta(77, 2)] * 2) - both < 1.1  # with the same maps
+
+
+def test_a_training_sample(unets, monkeypatch):
+    """At 256 pixels, forward and backward."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which the meta device lacks
+    given = {"z_in": meta(1, 8, 32, 32), "context": meta(1, 77, 768), "noise": meta(1, 4, 32, 32)}
+    timestep = torch.zeros(1, dtype=torch.long, device="meta")
+    losses = lambda: noise_losses(unets[8], 8, given, timestep, torch.float32)  # noqa: E731
+    assert 530 < giga(lambda: losses().sum().backward()) <= 538

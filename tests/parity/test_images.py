@@ -1,0 +1,310 @@
+"""Pictures of every kind that people have, and files that only claim to be pictures."""
+
+import io
+import random
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nanoip2p.common.files import check_writable, replacing
+from nanoip2p.images import (
+    find_images,
+    fit,
+    fit_size,
+    grid,
+    open_image,
+    read_recipe,
+    save_png,
+    to_pil,
+    to_tensor,
+)
+
+
+def gradient(width=6, height=4, channels=3):
+    """A picture whose every pixel differs."""
+    count = width * height * channels
+    pixels = np.linspace(0, 255, count).round().astype(np.uint8).reshape(height, width, channels)
+    return Image.fromarray(pixels.squeeze())
+
+
+def pixels_of(image):
+    return np.asarray(image).astype(int)
+
+
+def reopened(image, tmp_path, suffix="png", **settings):
+    image.save(tmp_path / f"picture.{suffix}", **settings)
+    return open_image(tmp_path / f"picture.{suffix}")
+
+
+def test_rgb_is_left_alone(tmp_path):
+    image = gradient()
+    assert (pixels_of(reopened(image, tmp_path)) == pixels_of(image)).all()
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    levels = np.array([[0, 1, 257, 1000, 128 * 257, 65534, 65535]], dtype=np.uint16)
+    for suffix in ("png", "tiff"):
+        opened = pixels_of(reopened(Image.fromarray(levels), tmp_path, suffix))
+        assert opened.shape == (1, 7, 3)
+        assert (opened[0, :, 0] == (levels[0] / 257).round()).all(), suffix
+
+
+def test_pixels_without_an_agreed_range_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="floating-point"):
+        reopened(Image.fromarray(np.zeros((2, 2), dtype=np.float32)), tmp_path, "tiff")
+    with pytest.raises(ValueError, match="32-bit"):
+        reopened(Image.fromarray(np.full((2, 2), 100_000, dtype=np.int32)), tmp_path, "tiff")
+
+
+def test_cmyk_becomes_rgb(tmp_path):
+    opened = reopened(Image.new("CMYK", (8, 8), (255, 0, 255, 0)), tmp_path, "jpg", quality=100)
+    red, green, blue = pixels_of(opened)[4, 4]
+    assert opened.mode == "RGB" and green > 100 and red < 40 and blue < 100, (red, green, blue)
+
+
+def test_palette_becomes_rgb(tmp_path):
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    for suffix in ("png", "gif"):
+        assert pixels_of(reopened(image, tmp_path, suffix)).tolist() == [[[255, 0, 0], [0, 0, 255]]]
+
+
+def test_transparency_lies_over_white(tmp_path):
+    image = Image.new("RGBA", (3, 1))
+    for x, alpha in enumerate((255, 0, 51)):
+        image.putpixel((x, 0), (0, 0, 0, alpha))
+    over_white = [[[0] * 3, [255] * 3, [204] * 3]]
+    assert pixels_of(reopened(image, tmp_path)).tolist() == over_white
+    assert pixels_of(reopened(image.convert("LA"), tmp_path)).tolist() == over_white
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([9, 9, 9, 0, 0, 255])
+    palette.putpixel((1, 0), 1)
+    assert pixels_of(reopened(palette, tmp_path, transparency=0)).tolist() == [[[255] * 3, [0, 0, 255]]]
+    grey = reopened(Image.fromarray(np.array([[7, 8]], dtype=np.uint8)), tmp_path, transparency=7)
+    assert pixels_of(grey).tolist() == [[[255] * 3, [8] * 3]]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied(orientation, tmp_path):
+    upright = gradient(6, 4)
+    undo = {
+        2: [Image.Transpose.FLIP_LEFT_RIGHT], 3: [Image.Transpose.ROTATE_180],
+        4: [Image.Transpose.FLIP_TOP_BOTTOM], 5: [Image.Transpose.TRANSPOSE],
+        6: [Image.Transpose.ROTATE_90], 7: [Image.Transpose.TRANSVERSE], 8: [Image.Transpose.ROTATE_270],
+    }
+    stored = upright
+    for operation in undo.get(orientation, []):
+        stored = stored.transpose(operation)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert (pixels_of(reopened(stored, tmp_path, exif=exif)) == pixels_of(upright)).all()
+
+
+def test_other_modes_become_rgb(tmp_path):
+    assert pixels_of(reopened(Image.new("1", (2, 2), 1), tmp_path)).tolist() == [[[255] * 3] * 2] * 2
+    assert reopened(gradient().convert("YCbCr"), tmp_path, "jpg").mode == "RGB"
+
+
+def truncated(kind):
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file, kind)
+    return file.getvalue()[: len(file.getvalue()) // 2]
+
+
+def huge_png(width, height):
+    """A few bytes that claim to be a picture of any size."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+BROKEN = {
+    "empty": (b"", "not a picture"),
+    "text": (b"just some words\n" * 50, "not a picture"),
+    "truncated png": (truncated("PNG"), "truncated"),
+    "truncated jpeg": (truncated("JPEG"), "truncated"),
+    "truncated webp": (truncated("WEBP"), "cannot be used|not a picture"),
+    "no pixels": (huge_png(20, 20), "cannot be used"),
+    "large": (huge_png(10_001, 10_000), "100 megapixels"),
+    "bomb": (huge_png(60_000, 60_000), "100 megapixels"),
+    "garbled": (truncated("PNG")[:60] + b"\xff" * 400, "cannot be used"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_are_one_line(name, tmp_path):
+    content, message = BROKEN[name]
+    path = tmp_path / "broken.png"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        open_image(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_damaged_files_never_raise_anything_else(tmp_path):
+    chance = random.Random(0)
+    for kind in ("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP"):
+        file = io.BytesIO()
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        gradient(32, 24).save(file, kind, **({"exif": exif} if kind in ("PNG", "JPEG") else {}))
+        for _ in range(40):
+            content = bytearray(file.getvalue())
+            for _ in range(chance.randint(1, 8)):
+                content[chance.randrange(len(content))] = chance.randrange(256)
+            (tmp_path / "damaged").write_bytes(content)
+            try:
+                assert open_image(tmp_path / "damaged").mode == "RGB"
+            except ValueError as error:
+                assert "\n" not in str(error)
+
+
+def test_absent_files_are_one_line(tmp_path):
+    with pytest.raises(ValueError, match="no picture"):
+        open_image(tmp_path / "absent.png")
+    with pytest.raises(ValueError, match="cannot be opened: Is a directory"):
+        open_image(tmp_path)
+
+
+@pytest.mark.parametrize("size, resolution, multiple, expected", [
+    ((512, 512), 512, 64, (512, 512)),
+    ((953, 711), 512, 64, (512, 384)),  # the original's floats make it 512x320
+    ((711, 953), 512, 64, (384, 512)),
+    ((1, 1), 512, 64, (512, 512)),
+    ((4000, 3000), 512, 64, (512, 384)),
+    ((30_000, 3000), 512, 64, (640, 64)),
+    ((64, 64), 64, 16, (64, 64)),
+    ((100, 67), 64, 16, (64, 48)),
+    ((512, 512), 591, 64, (576, 576)),
+])
+def test_fit_size(size, resolution, multiple, expected):
+    assert fit_size(*size, resolution, multiple) == expected
+
+
+def test_fit_size_keeps_its_promises():
+    chance = random.Random(0)
+    for _ in range(5000):
+        width, height = chance.randint(1, 3000), chance.randint(1, 3000)
+        multiple = chance.choice([8, 16, 64])
+        resolution = chance.randint(multiple, 1024)
+        if max(width, height) * multiple > min(width, height) * resolution:
+            continue  # too thin, see below
+        fitted = fit_size(width, height, resolution, multiple)
+        assert all(side % multiple == 0 and side > 0 for side in fitted)
+        assert fit_size(height, width, resolution, multiple) == fitted[::-1]
+        assert fit_size(*fitted, resolution, multiple) == fitted, "turns must not change the size"
+        assert resolution - multiple < max(fitted) <= 2 * resolution, (width, height, resolution, fitted)
+        short, long = sorted(fitted)
+        exact = short * max(width, height) / min(width, height)
+        assert exact - multiple < long <= exact + 1e-6, "less than one step is cut from the long side"
+
+
+def test_fit_size_refuses_what_would_vanish():
+    with pytest.raises(ValueError, match="30000x20 is too thin .* at most 16:1"):
+        fit_size(30_000, 20, 512, 64)
+    with pytest.raises(ValueError, match="at least 64"):
+        fit_size(100, 100, 63, 64)
+    assert fit_size(16, 1, 512, 64) == (1024, 64)
+
+
+def test_fit_cuts_evenly_from_the_long_side():
+    image = Image.new("RGB", (100, 40), "red")
+    image.paste("blue", (10, 0, 90, 40))
+    fitted = pixels_of(fit(image, (40, 20)))
+    assert fitted.shape == (20, 40, 3)
+    # The 80 middle columns of 100 are left, all blue but for the red that Lanczos pulls in at the edges
+    assert (fitted[:, 4:36] == [0, 0, 255]).all() and np.abs(fitted - [0, 0, 255]).max() < 20
+    assert fit(image, (100, 40)) is image
+
+
+def test_tensors_and_back():
+    levels = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
+    tensor = to_tensor(levels)
+    assert tensor.shape == (3, 16, 16) and tensor.dtype == torch.float32
+    assert tensor.min() == -1 and tensor.max() == 1
+    assert to_pil(tensor) == levels
+    assert to_pil(tensor.half()) == levels
+    red = to_tensor(Image.new("RGB", (5, 2), "red"))
+    assert red.shape == (3, 2, 5) and red[:, 0, 0].tolist() == [1, -1, -1]
+
+
+def test_to_pil_rounds_and_clips():
+    values = torch.tensor([-3.0, 3.0, 0.6 / 127.5 - 1, 0.4 / 127.5 - 1]).expand(3, 1, 4)
+    assert pixels_of(to_pil(values))[0, :, 0].tolist() == [0, 255, 1, 0]
+    with pytest.raises(ValueError, match="NaN"):
+        to_pil(torch.full((3, 2, 2), torch.nan))
+
+
+def test_grid_holds_every_picture_and_label():
+    colours = [["red", "green", "blue"], ["yellow", "purple"]]
+    rows = [[Image.new("RGB", (64, 64), colour) for colour in row] for row in colours]
+    labelled = grid(rows, [["input", "make it night", "word " * 60], ["input", "夜にする"]])
+    found = {colour for _, colour in labelled.getcolors(10**6)}
+    wanted = {Image.new("RGB", (1, 1), colour).getpixel((0, 0)) for row in colours for colour in row}
+    assert wanted <= found
+    bare = grid(rows, [[""] * 3, [""] * 2])
+    assert (0, 0, 0) in found and (0, 0, 0) not in {colour for _, colour in bare.getcolors(10**6)}
+    assert labelled.width == bare.width and labelled.height > bare.height, "a long label takes more lines"
+    assert labelled.width < 1000 and labelled.height < 2000
+
+
+def test_recipe_round_trip(tmp_path):
+    recipe = {"edit": ["mach's 夜 \udc80"], "seed": 3, "cfg_text": 7.5, "grid": False}
+    save_png(gradient(), tmp_path / "new folder" / "a.png", recipe)
+    assert read_recipe(tmp_path / "new folder" / "a.png") == recipe
+    assert [path.name for path in (tmp_path / "new folder").iterdir()] == ["a.png"]
+
+
+def test_without_a_recipe(tmp_path):
+    gradient().save(tmp_path / "plain.png")
+    gradient().save(tmp_path / "plain.jpg")
+    save_png(gradient(), tmp_path / "list.png", [1, 2])
+    for name in ("plain.png", "plain.jpg", "list.png"):
+        with pytest.raises(ValueError, match="no recipe"):
+            read_recipe(tmp_path / name)
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    for interruption in (KeyboardInterrupt, OSError):
+        with pytest.raises(interruption), replacing(path) as temporary:
+            temporary.write_text("ne")
+            raise interruption
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_unwritable_places(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "a.png", tmp_path / ("x" * 300 + ".png"), "/dev/null"):
+        with pytest.raises(ValueError) as caught:
+            check_writable(path)
+        assert str(path) in str(caught.value)
+    with pytest.raises(ValueError, match="/dev/null"), replacing("/dev/null"):
+        pass
+    check_writable(tmp_path / "new" / "a.png")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_find_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.jpg", "a.PNG", "notes.txt", "odd[1].png"):
+        (tmp_path / name).touch()
+    (tmp_path / "empty").mkdir()
+    assert find_images(["."]) == ["a.PNG", "b.jpg", "odd[1].png"]
+    assert find_images(["*.jpg", "b.jpg", "odd[1].png"]) == ["b.jpg", "odd[1].png"]
+    assert find_images(["notes.txt"]) == ["notes.txt"]  # open_image will say that it is no picture
+    for pattern in ("absent.png", "*.bmp", "empty"):
+        with pytest.raises(ValueError, match="there is no picture"):
+            find_images([pattern])

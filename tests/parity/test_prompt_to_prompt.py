@@ -1,0 +1,483 @@
+"""Prompt-to-Prompt without attention maps against a reference that has them (hertz.py), and by property."""
+
+from collections import defaultdict
+
+import hertz
+import numpy as np
+import pytest
+import torch
+from comparing import randomise, relative_error
+from PIL import Image
+from test_editor import difference
+from tiny_editor import write_tiny_editor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nanoip2p import prompt_to_prompt
+from nanoip2p.checkpoint.__main__ import main
+from nanoip2p.diffusion import NoiseSchedule
+from nanoip2p.prompt_to_prompt import PairPainter, blend_locally
+from nanoip2p.text_to_image import TextToImage
+from nanoip2p.unet import UNet, UNetConfig
+
+D, CD, U, CU = "DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"
+DEEP = UNetConfig(  # the levels of Stable Diffusion 1.x
+    block_out_channels=(8, 16, 24, 24), down_block_types=(CD, CD, CD, D), up_block_types=(U, CU, CU, CU),
+    layers_per_block=1, attention_head_dim=2, cross_attention_dim=32, norm_num_groups=4)
+SIDE = {"deep": (64, 4), "flat": (48, 6)}  # resolution; side of the maps that are 16 x 16 in SD 1.x
+STEPS = 5
+CAPTIONS = {  # the tokenizer knows these words but castle and small, which take several tokens
+    "swap": ("turn the red house into a boat", "turn the blue house into a boat", hertz.replace),
+    "swaps": ("the red house and a boat", "a blue boat and the boat", hertz.replace),
+    "longer word": ("the red house into a boat", "the red castle into a boat", hertz.replace),
+    "shorter word": ("the red castle into a boat", "the red house into a boat", hertz.replace),
+    "more words": ("a red house", "make a small red house blue", hertz.refine),
+    "fewer words": ("make a small red house blue", "a red house", hertz.refine),
+    "same": ("a red house into a boat", "a red house into a boat", hertz.refine),
+}
+SHARES, GUIDANCE, SEEDS = [0.3, 1.0, 0.6], [7.5, 1.0, 3.0], [5, 6, 7]  # of the pairs in one batch
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Random text-to-picture models: one of SD 1.x's levels, one of two."""
+    found = {}
+    for name in SIDE:
+        folder = tmp_path_factory.mktemp("weights") / name
+        found[name] = write_tiny_editor(folder, NoiseSchedule(steps_offset=1).to_json(), in_channels=4)
+    peer = hertz.diffusers.UNet2DConditionModel.from_config(DEEP.to_json())
+    randomise(peer, 3).save_pretrained(found["deep"] / "unet")
+    return found
+
+
+@pytest.fixture(scope="module")
+def painters(folders):
+    return {name: TextToImage.load(folder, "cpu") for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def peers(folders):
+    return {name: hertz.open_peer(folder, "euler_ancestral") for name, folder in folders.items()}
+
+
+def make(painter, captions, inject, **settings):
+    net = "deep" if len(painter.unet.config.block_out_channels) == 4 else "flat"
+    return PairPainter(painter, *captions, inject, resolution=SIDE[net][0],
+                       **{"steps": STEPS, "sampler": "euler_ancestral"} | settings)
+
+
+def watch_attention(network, run):
+    """What run() returns, and all outputs of each attention layer, a list over steps, while it runs."""
+    outputs, hooks = defaultdict(list), []
+    for name, module in network.named_modules():
+        if name.endswith((".attn1", ".attn2")):
+            hooks.append(module.register_forward_hook(
+                lambda _, __, output, name=name: outputs[name].append(output.clone())))
+    try:
+        return run(), outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def rows_of(inject, shares):
+    """Our rows as (pair, row of the reference), from what PairPainter.sample says of its order."""
+    order = sorted(range(len(shares)), key=lambda j: -shares[j])
+    half = ([(j, text) for j in order for text in (True, False)] if inject == "self" else
+            [(j, text) for text in (True, False) for j in order])
+    return [(j, 2 * text + is_edit) for is_edit in (True, False) for j, text in half]
+
+
+def compare(painter, peer, kind, inject, sampler="euler_ancestral", weights=None, windows=None, blend=None,
+            negative="", shares=SHARES, steps=STEPS):
+    """Ours in one batch, the reference pair by pair: layers, latents and pictures agree."""
+    source, edit, edit_text = CAPTIONS[kind]
+    net = "deep" if len(painter.unet.config.block_out_channels) == 4 else "flat"
+    resolution, side = SIDE[net]
+    peer.scheduler = hertz.SCHEDULERS[sampler].from_config(peer.scheduler.config)
+    equalizer = torch.ones(77)
+    for word, factor in (weights or {}).items():
+        equalizer[hertz.places(peer.tokenizer, edit, word)] = factor
+
+    model = make(painter, (source, edit), inject, sampler=sampler, steps=steps, negative=negative,
+                 reweight=weights, windows=windows, blend=blend)
+    (latents, _), ours = watch_attention(
+        painter.unet, lambda: model.sample(SEEDS, shares, GUIDANCE, model.blend))
+    wanted, layers, controls = [], [], []
+    for j, seed in enumerate(SEEDS):
+        controls.append(hertz.Control(
+            inject, shares[j], steps, side * side, edit_text(peer.tokenizer, source, edit), equalizer,
+            [(hertz.places(peer.tokenizer, edit, word), *window) for word, window in (windows or {}).items()],
+            blend and tuple(hertz.places(peer.tokenizer, text, word)
+                            for text, word in zip((source, edit), blend)), prompt_to_prompt.BLEND_THRESHOLD))
+        found = watch_attention(peer.unet, lambda: hertz.sample(  # noqa: B023
+            peer, source, edit, seed, GUIDANCE[j], resolution, controls[-1], negative))  # noqa: B023
+        wanted.append(found[0])
+        layers.append(found[1])
+
+    rows = rows_of(inject, shares)
+    assert set(ours) == set(layers[0]) and len(ours) >= 6
+    first = next(iter(ours))
+    for name, steps_of_layer in ours.items():
+        assert len(steps_of_layer) == steps
+        for step, output in enumerate(steps_of_layer):
+            given = rows
+            if name == first and model.alike:  # rows with a caption stand for those without as well
+                given = [(j, row) for j, row in rows if row >= 2]
+                alike = [layers[j][name][step] for j in range(len(shares))]
+                assert all(relative_error(maps[:2], maps[2:]) < 1e-6 for maps in alike)
+            reference = torch.stack([layers[j][name][step][row] for j, row in given])
+            assert relative_error(output, reference) < 1e-5, (name, step)
+    edits, sources = latents.chunk(2)
+    for j, reference in enumerate(wanted):
+        assert relative_error(torch.stack([sources[j], edits[j]]), reference) < 1e-5, j
+        painted = hertz.pictures(peer, reference)
+        for a, b in zip(model.painter.decode(torch.stack([sources[j], edits[j]])), painted):
+            assert difference(a, b) <= 1
+    if blend:
+        blended = torch.stack([(source == edit).all(0).float().mean() for source, edit in wanted])
+        assert blended.max() > 0.1 and blended.min() < 0.9, blended
+
+
+@pytest.mark.parametrize("inject", ["self", "cross", "both"])
+@pytest.mark.parametrize("kind", CAPTIONS)
+def test_equals_the_maps_of_hertz(painters, peers, kind, inject):
+    compare(painters["deep"], peers["deep"], kind, inject)
+
+
+@pytest.mark.parametrize("inject", ["self", "cross", "both"])
+def test_equals_the_maps_of_hertz_in_another_network(painters, peers, inject):
+    compare(painters["flat"], peers["flat"], "longer word", inject, steps=4)
+
+
+@pytest.mark.parametrize("settings", [
+    {"sampler": "euler"}, {"sampler": "ddim"}, {"sampler": "dpmpp_2m"}, {"negative": "a boat at night"},
+    {"weights": {"blue": 3.0, "house": 0.5}}, {"weights": {"blue": -2.0, "small": 0.0}},
+    {"windows": {"small": (0.2, 0.8)}}, {"windows": {"red": (0.0, 0.9), "house": (0.5, 2.0)}},
+    {"windows": {"make": (0.5, 1.1)}, "shares": [0.0, 0.0, 0.2]},
+    {"blend": ("house", "house")}, {"blend": ("red", "blue"), "sampler": "euler"},
+    {"weights": {"small": 4.0}, "windows": {"red": (0.2, 0.8)}, "blend": ("red", "make")},
+    {"steps": 1}, {"shares": [0.0, 0.0, 0.0]}, {"shares": [0.5, 0.5, 0.51]}, {"shares": [1.1, 1.1, 1.1]},
+], ids=str)
+def test_equals_the_maps_of_hertz_with_every_setting(painters, peers, settings, monkeypatch):
+    if "blend" in settings:  # random networks look everywhere, so that 0.3 of the maximum would be all
+        monkeypatch.setattr(prompt_to_prompt, "BLEND_THRESHOLD", 0.9)
+    compare(painters["flat"], peers["flat"], "more words", "both", **settings)
+
+
+@pytest.mark.parametrize("kind, inject, settings", [
+    ("longer word", "cross", {"weights": {"castle": 2.0}, "windows": {"castle": (0.0, 0.6)}}),
+    ("swap", "self", {"blend": ("house", "boat")}), ("swaps", "cross", {"blend": ("house", "boat")}),
+], ids=str)
+def test_equals_the_maps_of_hertz_with_settings_in_a_deep_network(
+        painters, peers, kind, inject, settings, monkeypatch):
+    monkeypatch.setattr(prompt_to_prompt, "BLEND_THRESHOLD", 0.9)
+    compare(painters["deep"], peers["deep"], kind, inject, **settings)
+
+
+@pytest.mark.parametrize("inject", ["self", "both"])
+def test_heat_is_the_sum_of_the_maps(painters, peers, inject):
+    """Of more words than a head is wide, so that they take several calls."""
+    source, edit, edit_text = CAPTIONS["more words"]
+    resolution, side = SIDE["deep"]
+    model, peer = make(painters["deep"], (source, edit), inject, sampler="euler"), peers["deep"]
+    peer.scheduler = hertz.SCHEDULERS["euler"].from_config(peer.scheduler.config)
+    columns = model._columns([[[i] for i in range(1, 30)]] * 2)
+    _, heat = model.sample([4, 5], [0.5, 0.8], [3.0, 2.0], columns)
+    assert heat.shape == (4, 29, side, side)
+    for j, (seed, share, cfg_text) in enumerate(((4, 0.5, 3.0), (5, 0.8, 2.0))):
+        control = hertz.Control(inject, share, STEPS, side**2, edit_text(peer.tokenizer, source, edit))
+        hertz.sample(peer, source, edit, seed, cfg_text, resolution, control)
+        maps = control.maps[..., 1:30].transpose(1, 2).unflatten(2, (side, side))
+        assert relative_error(heat[[2 + j, j]], maps) < 1e-5
+        assert maps.std(dim=(2, 3)).min() > 0.01
+
+
+def test_the_reference_reacts(peers):
+    """Without this, two that inject nothing, or ignore the text, would pass for equal."""
+    peer, (resolution, side) = peers["deep"], SIDE["deep"]
+    peer.scheduler = hertz.SCHEDULERS["euler_ancestral"].from_config(peer.scheduler.config)
+    red, blue, castle = "a red house", "a blue house", "a castle house"
+
+    def run(mode, p=0.6, edit=blue, seed=3, coarse=side * side, source=red, **settings):
+        control = hertz.Control(
+            mode, p, STEPS, coarse, hertz.replace(peer.tokenizer, source, edit), **settings)
+        return hertz.sample(peer, source, edit, seed, 3.0, resolution, control)
+
+    none = run("none")
+    assert relative_error(none[1], none[0]) > 0.1 and relative_error(run("none", seed=4), none) > 0.5
+    assert relative_error(run("none", edit=castle)[1], none[1]) > 0.05
+    both, heavy = run("both"), torch.ones(77)
+    heavy[2] = 3.0
+    others = {
+        "nothing": none, "self": run("self"), "cross": run("cross"), "p": run("both", 0.8),
+        "layers": run("both", coarse=4 * side * side), "word": run("both", edit=castle),
+        "weights": run("both", equalizer=heavy), "windows": run("both", windows=[([2], 0.2, 0.4)]),
+        "blend": run("both", blend=([3], [2]), threshold=0.9)}
+    for name, other in others.items():
+        assert torch.equal(other[0], both[0]), name
+        assert relative_error(other[1], both[1]) > 1e-3, name
+    assert relative_error(run("self", 1.1, edit=red), none[[0, 0]]) < 1e-5
+
+
+@pytest.fixture(params=["self", "cross", "both"])
+def any_mode(request):
+    return request.param
+
+
+@pytest.mark.parametrize("net", SIDE)
+def test_reuse_changes_nothing(painters, any_mode, net, monkeypatch):
+    """In the flat network "both" injects before the text is met, where not all rows that look alike are."""
+    given, forward = [], UNet.forward
+    monkeypatch.setattr(UNet, "forward", lambda self, z, *rest: (
+        given.append((len(z), rest[1])), forward(self, z, *rest))[1])
+    settings = {} if any_mode == "self" else {
+        "reweight": {"blue": 2.0}, "windows": {"small": (0.1, 0.6), "red": (0.5, 2.0)}}
+    model = make(painters[net], CAPTIONS["more words"][:2], any_mode, blend=("house", "blue"), **settings)
+    reused, plain = (model.sample(SEEDS, SHARES, GUIDANCE, model.blend, reuse=on) for on in (True, False))
+    for a, b in zip(reused, plain):
+        assert relative_error(a, b) < 1e-5
+    alike = (net, any_mode) != ("flat", "both")
+    assert [rows for rows, _ in given] == [6 if alike else 12] * STEPS + [12] * STEPS
+    assert [isinstance(text, torch.Tensor) for _, text in given] == [False] * STEPS + [True] * STEPS
+
+
+def test_sources_are_untouched_and_no_share_is_no_injection(painters, any_mode, monkeypatch):
+    model = make(painters["deep"], CAPTIONS["more words"][:2], any_mode)
+    injected, _ = model.sample(SEEDS, SHARES, GUIDANCE)
+    without, _ = model.sample(SEEDS, [0.0] * 3, GUIDANCE)
+    forward = UNet.forward
+    monkeypatch.setattr(UNet, "forward", lambda self, z, t, text, inject=None: forward(self, z, t, text))
+    plain, _ = model.sample(SEEDS, [0.0] * 3, GUIDANCE)
+    assert torch.equal(without, plain)
+    assert torch.equal(injected[3:], plain[3:])
+    assert min(relative_error(a, b) for a, b in zip(injected[:3], plain[:3])) > 1e-3
+
+
+def test_a_step_without_injection_is_an_ordinary_one(painters, any_mode, monkeypatch):
+    """Which is what speed.py makes quick."""
+    given, forward = [], UNet.forward
+    monkeypatch.setattr(UNet, "forward", lambda self, z, t, text, inject=None: (
+        given.append(inject is not None), forward(self, z, t, text, inject))[1])
+    model = make(painters["deep"], CAPTIONS["more words"][:2], any_mode)
+    model.sample(SEEDS[:2], [0.5, 0.0], GUIDANCE[:2])
+    assert given == [step / (STEPS - 1) < 0.5 for step in range(STEPS)] and any(given)
+
+
+def test_pairs_do_not_depend_on_each_other(painters, any_mode):
+    model = make(painters["deep"], CAPTIONS["longer word"][:2], any_mode, blend=("house", "castle"))
+    together, _ = model.sample(SEEDS, SHARES, GUIDANCE, model.blend)
+    order = [2, 0, 1]
+    turned, _ = model.sample(*([given[j] for j in order] for given in (SEEDS, SHARES, GUIDANCE)), model.blend)
+    assert relative_error(turned, together[order + [3 + j for j in order]]) < 1e-5
+    for j in range(3):
+        alone, _ = model.sample([SEEDS[j]], [SHARES[j]], [GUIDANCE[j]], model.blend)
+        assert relative_error(alone, together[[j, 3 + j]]) < 1e-5
+
+
+def test_none_is_two_plain_runs(painters):
+    model = make(painters["flat"], CAPTIONS["swap"][:2], "none", negative="a boat")
+    pairs = model.paint(SEEDS, SHARES, GUIDANCE)
+    plain = [painters["flat"].generate(
+        [caption] * 3, steps=STEPS, cfg_text=GUIDANCE, seed=SEEDS, sampler="euler_ancestral",
+        resolution=SIDE["flat"][0], negative="a boat") for caption in CAPTIONS["swap"][:2]]
+    assert pairs == list(zip(*plain))
+    assert all(source != edit for source, edit in pairs)
+
+
+def test_same_captions_are_same_pictures(painters, any_mode):
+    for source, edit in make(painters["flat"], ["a red house"] * 2, any_mode).paint(SEEDS, SHARES, GUIDANCE):
+        assert difference(source, edit) <= 1
+
+
+def test_paint_gives_source_and_edit_in_the_order_of_seeds(painters, any_mode):
+    model = make(painters["flat"], CAPTIONS["swap"][:2], any_mode)
+    with hertz.torch.no_grad():
+        latents, _ = model.sample(SEEDS, SHARES, GUIDANCE)
+    edits, sources = (painters["flat"].decode(half) for half in latents.chunk(2))
+    assert model.paint(SEEDS, SHARES, GUIDANCE) == list(zip(sources, edits))
+
+
+class Operations(TorchDispatchMode):
+    """Notes every operation and the shapes it makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.shapes = set(), set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.names.add(function.overloadpacket.__name__)
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.shapes.add(tuple(tensor.shape))
+        return made
+
+
+def test_no_map_is_formed(painters, peers, any_mode):
+    """Latents of 24 x 24, so that no number of positions is also a width or a side."""
+    settings = {"blend": ("house", "boat"), "steps": 3, "sampler": "euler", "resolution": 96}
+    source, edit, edit_text = CAPTIONS["swaps"]
+    model = PairPainter(painters["deep"], source, edit, any_mode, **settings)
+    sample = PairPainter.sample.__wrapped__  # inference mode would show attention from the outside only
+    with torch.no_grad(), Operations() as ours:
+        sample(model, SEEDS[:2], [0.5, 0.9], GUIDANCE[:2], model.blend)
+    with Operations() as theirs:
+        hertz.sample(peers["deep"], source, edit, 1, 3.0, 96, hertz.Control(
+            any_mode, 0.5, 3, 36, edit_text(peers["deep"].tokenizer, source, edit)))
+    positions = [(24 * 24), (12 * 12), (6 * 6), (3 * 3)]
+    maps = {(rows, keys) for rows in positions for keys in (rows, 77)}
+    assert {shape[-2:] for shape in theirs.shapes} >= maps  # the watch can see them
+    assert not {shape[-2:] for shape in ours.shapes} & maps
+    assert "_scaled_dot_product_flash_attention_for_cpu" in ours.names
+    assert not any("softmax" in name for name in ours.names)
+
+
+def test_projections_that_would_go_unused_are_not_made(painters):
+    model, rows = make(painters["flat"], CAPTIONS["swap"][:2], "both"), defaultdict(list)
+    hooks = []
+    for name, layer in painters["flat"].unet.named_modules():
+        if name.endswith((".to_q", ".to_k", ".to_v")):
+            hooks.append(layer.register_forward_hook(
+                lambda _, given, __, name=name: rows[name[-10:]].append(len(given[0]))))
+    model.sample(SEEDS, [0.0, 0.0, 1.1], [3.0] * 3)
+    for hook in hooks:
+        hook.remove()
+    counts = {name[:5] + name[-1]: set(counts) for name, counts in rows.items()}
+    assert counts == {"attn1q": {11}, "attn1k": {11}, "attn1v": {12},
+                      "attn2q": {11}, "attn2k": {12}, "attn2v": {12}}
+    assert sum(map(len, rows.values())) == 4 * 4 * STEPS + 2 * 4  # of four layers; of a text once, not a step
+
+
+def test_blend_by_hand():
+    """One hot spot for each: of the edit in a corner, of the source beside it; below 0.3 is cold."""
+    heat = torch.zeros(2, 1, 8, 8)
+    heat[0, 0, 0, 0], heat[0, 0, 7, 7], heat[1, 0, 4, 4], heat[1, 0, 0, 7] = 1.0, 0.29, 10.0, 2.9
+    x = torch.stack([torch.ones(3, 16, 16), torch.zeros(3, 16, 16)])
+    blended = blend_locally(x, heat)
+    wanted = torch.zeros(16, 16)
+    wanted[:4, :4] = wanted[6:12, 6:12] = 1
+    assert torch.equal(blended[0], wanted.expand(3, 16, 16)) and torch.equal(blended[1], x[1])
+    heat[0, 0, 7, 7] = 0.31
+    wanted[12:, 12:] = 1
+    assert torch.equal(blend_locally(x, heat)[0, 0], wanted)
+
+
+@pytest.mark.parametrize("wrong, message", [
+    ({"inject": "all"}, "no way to inject 'all'; there are self, cross, both, none"),
+    ({"inject": "self", "reweight": {"blue": 2}}, "reweighting and windows need"),
+    ({"inject": "none", "windows": {"blue": (0, 1)}}, "reweighting and windows need"),
+    ({"inject": "none", "blend": ("red", "blue")}, "a local blend needs injection"),
+    ({"blend": ("red", "blue"), "sampler": "ddim"}, "a local blend needs injection, and the sampler euler"),
+    ({"inject": "cross", "reweight": {"red": 2}}, "'red' is not in 'turn the blue house into a boat'"),
+    ({"inject": "cross", "windows": {"": (0, 1)}}, "'' is not in"),
+    ({"blend": ("blue", "blue")}, "'blue' is not in 'turn the red house into a boat'"),
+    ({"blend": ("red", "red")}, "'red' is not in 'turn the blue house into a boat'"),
+    ({"sampler": "heun"}, "no sampler 'heun'"), ({"resolution": 36}, "take a multiple of 8"),
+    ({"steps": 0}, "cannot take 0 steps"),
+], ids=str)
+def test_mistakes_are_value_errors(painters, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        PairPainter(painters["flat"], *CAPTIONS["swap"][:2], **{"inject": "self"} | wrong)
+
+
+def command(folder, out, *flags):
+    return main([*CAPTIONS["swap"][:2], "--weights", str(folder), "--out", str(out), "--steps", "2", *flags])
+
+
+@pytest.mark.parametrize("flags, settings", [
+    ([], {"inject": "self"}), (["--inject", "none"], {"inject": "none"}),
+    (["--inject", "cross", "--p", "0.8", "--reweight", "blue", "3", "--reweight", "boat", "-1", "--window",
+      "house", "0.2", "0.9"],
+     {"inject": "cross", "p": 0.8, "reweight": {"blue": 3.0, "boat": -1.0},
+      "windows": {"house": (0.2, 0.9)}}),
+    (["--inject", "both", "--blend", "red", "boat", "--sampler", "euler", "--seed", "7", "--cfg-text", "5",
+      "--negative", "night", "--resolution", "32"],
+     {"inject": "both", "blend": ("red", "boat"), "sampler": "euler", "seed": 7, "cfg_text": 5.0,
+      "negative": "night", "resolution": 32}),
+], ids=lambda given: " ".join(given) if isinstance(given, list) else "")
+def test_the_command_paints_the_pair(painters, folders, tmp_path, capsys, flags, settings):
+    out = tmp_path / "new" / "pair.png"
+    assert command(folders["flat"], out, *flags) == 0
+    told = capsys.readouterr()
+    assert told.out.startswith(f"{out}  turn the red") and "Traceback" not in told.err
+    settings = {"p": 0.5, "seed": 0, "cfg_text": 3.0} | settings
+    drawn = [settings.pop(key) for key in ("seed", "p", "cfg_text")]
+    model = PairPainter(painters["flat"], *CAPTIONS["swap"][:2], steps=2, **settings)
+    [pair] = model.paint(*([value] for value in drawn))
+    assert list(out.parent.iterdir()) == [out]
+    assert Image.open(out).convert("RGB") == prompt_to_prompt.grid([list(pair)], [CAPTIONS["swap"][:2]])
+
+
+@pytest.mark.parametrize("flags", [[], ["--blend", "red", "boat", "--inject", "both"]], ids=str)
+def test_heatmaps_show_each_word(painters, folders, tmp_path, monkeypatch, flags):
+    shown = []
+    monkeypatch.setattr(prompt_to_prompt, "grid", lambda rows, labels: (
+        shown.append((rows, labels)), Image.new("RGB", (8, 8)))[1])
+    assert command(folders["flat"], tmp_path / "heat.png", "--heatmaps", *flags) == 0
+    [(rows, labels)] = shown
+    assert labels == [[caption, *caption.split()] for caption in CAPTIONS["swap"][:2]]
+    inject, blend = ("both", ("red", "boat")) if flags else ("self", None)
+    model = PairPainter(painters["flat"], *CAPTIONS["swap"][:2], inject, 2, blend=blend)
+    [pair] = model.paint([0], [0.5], [3.0])
+    columns = model._columns([[[i] for i in range(1, 8)]] * 2)  # a token a word
+    if blend:
+        columns = [torch.cat(two, dim=1) for two in zip(columns, model.blend)]
+    _, heat = model.sample([0], [0.5], [3.0], columns)
+    assert difference(*pair) > 2
+    assert all(difference(row[0], picture) <= 1 for row, picture in zip(rows, pair))
+    for row, maps in zip(rows, heat.flip(0)):
+        base = np.asarray(row[0], float)
+        for picture, lit in zip(row[1:], maps, strict=not blend):
+            share = np.asarray(Image.fromarray((lit / lit.max() * 255).byte().numpy()).resize(
+                row[0].size, Image.Resampling.BICUBIC), float)[..., None] / 255
+            assert np.abs(np.asarray(picture) - base * share).max() < 2
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--inject", "all"], "argument --inject: invalid choice: 'all'"),
+    (["--blend", "red"], "argument --blend: expected 2 arguments"),
+    (["--blend", "red", "night"], "'night' is not in 'turn the blue house into a boat'; name a word of it"),
+    (["--reweight", "blue", "much", "--inject", "cross"], "'much' is not a number"),
+    (["--reweight", "blue", "nan", "--inject", "cross"], "'nan' is not a number"),
+    (["--reweight", "green", "2", "--inject", "cross"], "'green' is not in"),
+    (["--reweight", "blue", "2"], "reweighting and windows need injection of cross or both, not self"),
+    (["--window", "blue", "0", "late", "--inject", "cross"], "'late' is not a number"),
+    (["--window", "gree", "0", "1", "--inject", "both"], "'gree' is not in"),
+    (["--p", "inf"], "argument --p: 'inf' is not a number"), (["--seed", "-1"], "argument --seed"),
+    (["--p", "7"], "--p is a share of the steps"),
+    (["--window", "blue", "0.8", "0.2", "--inject", "both"], "goes from one to a later one"),
+    (["--heatmaps", "--inject", "none"], "--heatmaps shows a run with injection"),
+    (["--resolution", "20"], "take a multiple of 8"), (["--blend", "red", "boat", "--sampler", "ddim"],
+                                                         "a local blend needs injection, and the sampler"),
+    (["--weights", "/nowhere/at/all"], "/nowhere/at/all"),
+], ids=lambda given: " ".join(given) if isinstance(given, list) else "")
+def test_mistakes_are_one_line(folders, tmp_path, capsys, flags, message):
+    assert command(folders["flat"], tmp_path / "pair.png", *flags) == 2
+    told = capsys.readouterr()
+    errors = [line for line in told.err.splitlines() if line.startswith("error: ")]
+    assert told.err.splitlines()[-1:] == errors and message in errors[0] and "Traceback" not in told.err
+    assert not told.out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("captions", [("", "a blue house"), ("a red house", " ")])
+def test_an_empty_caption_is_refused(captions):
+    with pytest.raises(ValueError, match="a caption is empty"):
+        prompt_to_prompt.parse([*captions])
+
+
+def test_an_editor_cannot_paint(tmp_path, capsys):
+    folder = write_tiny_editor(tmp_path / "editor")
+    assert command(folder, tmp_path / "pair.png") == 2
+    assert "this is an editor, for sample.py" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "pair.png").exists()
+
+
+def test_a_window_includes_its_beginning_and_not_its_end(painters):
+    model = PairPainter(painters["flat"], "a red house", "a blue house", "cross", steps=5,
+                        windows={"blue": (0.25, 0.75)})
+    def at(step):
+        return model.injection(1, *model.stage(step, [0.0]))
+
+    [blue] = {i for i, share in enumerate(at(1).own[0].tolist()) if share == 0}
+    assert blue == 2  # after the start and "a"; the other words have no share of the steps at all
+    assert [at(step).cross_rows for step in range(5)] == [0, 1, 1, 0, 0]

@@ -1,0 +1,182 @@
+"""nanoip2p.tokenizer against transformers' CLIPTokenizer: the same ids for any text."""
+
+import json
+import random
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from nanoip2p.tokenizer import END, START, load_tokenizer, train_tokenizer
+
+CLIP_FILES = Path(__file__).resolve().parents[3] / "shared" / "clip-tokenizer"
+needs_clip = pytest.mark.skipif(not CLIP_FILES.is_dir(), reason="CLIP's vocabulary is not in the project")
+SENTENCES = ["make the house red", "turn day to night, please", "it's a cat on a hill", "remove the tree"] * 2
+
+# What normalising, splitting or special tokens could get wrong
+PIECES = """
+<|endoftext|> <|startoftext|> <|ENDOFTEXT|> <|endoftext |endoftext|> </w> cat</w> !
+make MAKE it's It'S we'LL he'd've 're don't rock'n'roll 'tis  ' ''
+1 123 4,5.6 x2y ½ ² ٣ १ ② Ⅷ -- ... !!! $_^ @you #tag
+é e\u0301 \u0301 a\u0327\u0301 Å \u212b \u1100\u1161\u11a8 한국 日本語 ｶﾞ ﬁ ß ẞ İ ı ς ΣΑΣ ǅ Ǆ ŉ ﷺ \u0345 ͅΑ
+😀 👩\u200d👩\u200d👧 🏳️\u200d🌈 👍🏽 🇫🇷 \U0001d400 \U0010ffff \ue000 \uffff
+\ufeff \u200b \u200e \u00ad \x00 \x07 \x1b \x7f
+""".split()
+SPACES = [" ", "  ", "\t", "\n", "\r\n", "\x0b", "\x1c", "\x85", "\xa0", "\u1680", "\u2028", "\u3000"]
+
+
+def random_texts(count: int) -> list[str]:
+    """Texts of known traps, white space and characters from all of Unicode."""
+    draw = random.Random(0)
+
+    def piece() -> str:
+        kind = draw.random()
+        if kind < 0.4:
+            return draw.choice(PIECES)
+        if kind < 0.6:
+            return draw.choice(SPACES)
+        first, last = draw.choice([(0x20, 0x7E), (0xA0, 0x24F), (0x300, 0x9FFF), (0xE000, 0x10FFFF)])
+        return chr(draw.randint(first, last))
+
+    return ["".join(piece() for _ in range(draw.randrange(60))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory) -> Path:
+    """A folder with a small vocabulary of the nano world's kind."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(SENTENCES, 540, folder)
+    return folder
+
+
+def flags(token: str) -> dict:
+    """A special token as the settings of the published Stable Diffusion 1.5 folder describe it."""
+    return {"content": token, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+
+
+def as_published(folder: Path) -> None:
+    special = {"bos_token": flags(START), "eos_token": flags(END), "unk_token": flags(END), "pad_token": END}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    typed = {key: {"__type": "AddedToken", **flags(START if key == "bos_token" else END)} for key in special}
+    config = typed | {"pad_token": END, "model_max_length": 77, "do_lower_case": True, "errors": "replace"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def listed_in_config(folder: Path) -> None:
+    """As transformers 4 from late 2023: the list says how a token is found, the roles only name it."""
+    vocab = json.loads((folder / "vocab.json").read_text())
+    listed = {vocab[token]: flags(token) | {"special": True} for token in (START, END)}
+    config = {"added_tokens_decoder": listed, "bos_token": START, "eos_token": END, "pad_token": END}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"unk_token": END}))
+
+
+def padded_otherwise(folder: Path) -> None:
+    """As Stable Diffusion 2 does, and with a shorter length."""
+    special = {"bos_token": flags(START), "eos_token": flags(END), "unk_token": END, "pad_token": "!"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 20}))
+
+
+def saved_by_transformers(folder: Path) -> None:
+    theirs = transformers.CLIPTokenizer.from_pretrained(folder)
+    for file in folder.iterdir():
+        file.unlink()
+    theirs.save_pretrained(folder)
+    assert (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists()
+
+
+def with_more_tokens(folder: Path) -> None:
+    """Words added to the vocabulary, as textual inversion does."""
+    theirs = transformers.CLIPTokenizer.from_pretrained(folder)
+    theirs.add_tokens(["<my-cat>", transformers.AddedToken("X2Y", single_word=True, normalized=False)])
+    theirs.save_pretrained(folder)
+
+
+def with_added_tokens_file(folder: Path) -> None:
+    size = len(json.loads((folder / "vocab.json").read_text()))
+    (folder / "added_tokens.json").write_text(json.dumps({"MAKE": size, "cat": size + 1}))
+
+
+def bare(folder: Path) -> None:
+    for file in folder.glob("*token*.json"):
+        file.unlink()
+
+
+@pytest.mark.filterwarnings("ignore:.*do not fit")
+@pytest.mark.parametrize(
+    "layout",
+    [
+        bare,
+        as_published,
+        listed_in_config,
+        padded_otherwise,
+        saved_by_transformers,
+        with_more_tokens,
+        with_added_tokens_file,
+    ],
+)
+@pytest.mark.parametrize("vocabulary", ["nano", pytest.param("clip", marks=needs_clip)])
+def test_equals_transformers(layout, vocabulary, nano, tmp_path):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    for file in (nano if vocabulary == "nano" else CLIP_FILES).iterdir():
+        shutil.copyfile(file, folder / file.name)
+    layout(folder)
+    ours, theirs = load_tokenizer(folder), transformers.CLIPTokenizer.from_pretrained(folder)
+    texts = ["", " ", "a photo of a cat", "<my-cat> X2Y x2y", *SENTENCES, *random_texts(1000)]
+    ids = ours(texts)
+    assert ids.shape == (len(texts), 20 if layout is padded_otherwise else 77) and ids.dtype == torch.int64
+    reference = theirs(texts, padding="max_length", truncation=True, max_length=ours.length)["input_ids"]
+    different = [text for text, a, b in zip(texts, ids.tolist(), reference) if a != b]
+    assert not different, f"{len(different)} of {len(texts)}, first {different[0]!r}"
+    cut = (ids[:, -1] == ours.end) & (ids[:, -2] != ours.end)
+    assert cut.sum() > 10, "too few texts were long enough to be cut"
+
+
+def test_rows_are_start_tokens_end_padding(nano):
+    tokenizer = load_tokenizer(nano)
+    vocab = json.loads((nano / "vocab.json").read_text())
+    ids = tokenizer(["the CAT", ""]).tolist()
+    assert ids[0][:2] == [vocab[START], vocab["the</w>"]] and ids[1] == [vocab[START]] + [vocab[END]] * 76
+    assert vocab[END] == max(vocab.values()), "CLIP's pooling looks for the largest id"
+    assert len(vocab) <= 540 and sorted(vocab.values()) == list(range(len(vocab)))
+    assert tokenizer([]).shape == (0, 77)
+
+
+def test_dropped_text_is_quoted(nano):
+    tokenizer = load_tokenizer(nano)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ids = tokenizer(["the house", "the " * 74 + "house AND A Cafe\u0301 😀!"])
+    assert len(caught) == 1 and "AND A Cafe\u0301 😀!'" in str(caught[0].message)
+    assert "house" not in str(caught[0].message)
+    assert ids[1, -1] == tokenizer.end and ids[1, -2] == tokenizer(["house"])[0, 1]
+
+
+def test_bytes_that_are_no_unicode_are_refused(nano):
+    with pytest.raises(ValueError, match="not valid Unicode"):
+        load_tokenizer(nano)([b"caf\xe9".decode("utf-8", "surrogateescape")])
+
+
+@pytest.mark.parametrize(
+    "name, content, complaint",
+    [
+        ("merges.txt", None, "merges.txt is missing"),
+        ("vocab.json", None, "vocab.json is missing"),
+        ("vocab.json", "{", "vocab.json .* broken"),
+        ("vocab.json", '{"a": 0}', "vocab.json .* broken|lacks"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json cannot be read as JSON"),
+        ("tokenizer.json", '{"model": {"vocab": []}}', "tokenizer.json has no BPE vocabulary"),
+        ("tokenizer_config.json", '{"eos_token": "</s>"}', "lacks '</s>'"),
+    ],
+)
+def test_broken_folders_are_named(name, content, complaint, nano, tmp_path):
+    folder = shutil.copytree(nano, tmp_path / "broken")
+    (folder / name).unlink(missing_ok=True)
+    if content is not None:
+        (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=complaint):
+        load_tokenizer(folder)

@@ -1,0 +1,134 @@
+"""The ablations: what they ask of the three scripts, what they keep, and their arithmetic."""
+
+import json
+import math
+from dataclasses import fields
+from pathlib import Path
+
+import ablate
+import pytest
+import torch
+from PIL import Image
+
+import make_dataset
+import train
+from nanoip2p.checkpoint.load import load_model
+from nanoip2p.common.files import read_rows
+from nanoip2p.dataset.layouts import read_data
+from nanoip2p.evaluate import scenes as evaluate
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The commands that are run, none of which runs; those that write are done by hand."""
+    commands = []
+
+    def run(*words):
+        words = [str(word) for word in words]
+        commands.append(words)
+        if words[:2] == ["make_dataset.py", "pairs"]:
+            out = Path(words[words.index("--out") + 1])
+            for name in ("0000000", "0000001"):
+                (out / name).mkdir(parents=True, exist_ok=True)
+                (out / name / "prompt.json").write_text('{"edit": "make it night"}')
+                for side in (0, 1):
+                    Image.new("RGB", (64, 64)).save(out / name / f"7_{side}.jpg")
+            (out / "seeds.json").write_text(json.dumps([["0000000", ["7"]], ["0000001", ["7"]]] * 10))
+        if "scenes" in words[2:3]:
+            out = Path(words[words.index("--out") + 1])
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "scores.json").write_text('{"all": {"success": 0.5, "psnr": 20.0}}')
+
+    monkeypatch.setattr(ablate, "command", run)
+    monkeypatch.setattr(ablate, "untrained", lambda out: out)
+    return commands
+
+
+def evaluated(*flags) -> str:
+    return ablate.run(evaluate.parse(["ablate", *map(str, flags)]))
+
+
+def test_every_variant_differs_from_the_first_by_one_choice():
+    first, *others = ablate.VARIANTS.values()
+    for other in others:
+        assert sum(getattr(first, field.name) != getattr(other, field.name) for field in fields(other)) == 1
+
+
+def test_all_commands_are_such_as_the_scripts_understand(asked, tmp_path):
+    evaluated("--out", tmp_path, "--seeds", 1, "--prompts", 100, "--steps", 3)
+    runs, trained, scored = [], [], []
+    for words in asked:
+        if words[0] == "make_dataset.py":
+            args = make_dataset.parse(words[1:])
+            if words[1] == "pairs":
+                runs.append(args)
+        elif words[0] == "train.py":
+            trained.append(train.parse(words[1:]))
+        else:
+            scored.append(evaluate.parse(words[2:]))
+    assert {args.inject for args in runs} == {None, "self", "cross", "none"}
+    assert [args.n_samples for args in runs if args.clip_dir_threshold == -1] == [4]
+    assert len(trained) == len({args.out for args in trained}) == len(ablate.VARIANTS)
+    assert {args.steps for args in trained} == {3} and {args.pairs for args in trained} == {400}
+    assert {args.batch_size * args.accumulate for args in trained} == {32}
+    assert [args.batch_size for args in trained if "0.1" in args.data] == [8]
+    assert sum(args.drop == [0.1, 0, 0] for args in trained) == 1
+    assert sum(args.data == "scenes" for args in trained) == 1 and not any(args.flip for args in trained)
+    assert sum(args.weights.endswith("untrained") for args in trained) == 1
+    assert len(scored) == len(ablate.MEASURES) * len(ablate.VARIANTS)
+    assert {args.combinations for args in scored} == {"seen", "held-out"}
+
+
+def test_a_tenth_is_data_that_training_reads(asked, tmp_path):
+    part = ablate.make_data(ablate.VARIANTS["a tenth of the data"], tmp_path, 20)
+    pairs = [pair for item in read_data(part) for pair in item]
+    whole = [pair for item in read_data(part.parent / "both") for pair in item]
+    assert len(pairs) == 1 and len(whole) == 18
+    assert pairs[0].before.samefile(whole[0].before)
+
+
+def test_what_is_scored_is_not_made_again(asked, tmp_path):
+    table = evaluated("--out", tmp_path, "--seeds", 2, "--only", "rendered pairs")
+    assert "| rendered pairs | 2 | 50.0 ± 0.0% | 50.0 ± 0.0% | 50.0 ± 0.0% | 20.0 ± 0.0 dB |" in table
+    seeds = [row["seed"] for _, row in read_rows(tmp_path / "ablate.jsonl")]
+    count = len(asked)
+    assert evaluated("--out", tmp_path, "--seeds", 2, "--only", "rendered pairs") == table
+    assert seeds == [0, 1] and len(asked) == count
+
+
+def test_other_settings_share_no_run_and_no_data(asked, tmp_path):
+    for flags in (["--steps", 3], ["--steps", 7], ["--prompts", 200]):
+        evaluated("--out", tmp_path, "--seeds", 1, "--only", "P2P: none", *flags)
+    outs = [[words[words.index("--out") + 1] for words in asked if words[0] == script and "--out" in words]
+            for script in ("train.py", "make_dataset.py")]
+    assert len(set(outs[0])) == len(outs[0]) == 3
+    assert outs[1][:2] == outs[1][2:4] and not {*outs[1][:2]} & {*outs[1][4:]}
+    caches = [words[words.index("--cache") + 1] for words in asked if words[0] == "train.py"]
+    assert caches[0] == caches[1] != caches[2]
+
+
+def test_intervals_are_students():
+    assert ablate.interval([0.5]) == (0.5, float("inf"))
+    mean, half = ablate.interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.30 / 3**0.5)
+    for k, quantile in enumerate(ablate.STUDENT, start=2):  # the density's integral up to there is 97.5%
+        df = k - 1
+        x = torch.linspace(0, quantile, 200_001, dtype=torch.float64)
+        constant = math.gamma((df + 1) / 2) / (math.gamma(df / 2) * (df * math.pi) ** 0.5)
+        below = 0.5 + torch.trapezoid(constant * (1 + x**2 / df) ** (-(df + 1) / 2), x).item()
+        assert below == pytest.approx(0.975, abs=5e-4)
+
+
+def test_an_untrained_network_knows_nothing_of_nano_sd(tmp_path):
+    parts = load_model(ablate.untrained(tmp_path / "start"), edits=False)
+    learned = load_model(ablate.PAINTER, edits=False)
+    assert parts.unet.config == learned.unet.config
+    assert not torch.equal(parts.unet.mid_block.resnets[0].conv1.weight,
+                           learned.unet.mid_block.resnets[0].conv1.weight)
+    assert torch.equal(parts.vae.decoder.conv_in.weight, learned.vae.decoder.conv_in.weight)
+    assert parts.unet.conv_out.weight.abs().max() == 0
+
+
+def test_a_command_that_fails_ends_it(tmp_path):
+    with pytest.raises(ValueError, match="exit code 2"):
+        ablate.command("sample.py", "--input", tmp_path / "nowhere.png", "--edit", "x")

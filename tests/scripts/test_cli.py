@@ -1,0 +1,56 @@
+"""What every command promises: checked flags, one line for a mistake, exit codes."""
+
+import argparse
+import warnings
+
+import pytest
+
+from nanoip2p.common import cli
+
+
+def run(work):
+    return cli.run(work, interrupted="stopped", memory="try less")
+
+
+def fail(error):
+    def work():
+        raise error
+    return work
+
+
+@pytest.mark.parametrize("error, code, line", [
+    (ValueError("no such\nfolder"), 2, "error: no such folder"),
+    (OSError(28, "No space left on device"), 2, "error: [Errno 28] No space left on device"),
+    (FileNotFoundError(2, "No such file", "a.txt"), 2, "error: a.txt: No such file"),
+    (MemoryError(), 2, "error: out of memory; try less"),
+    (RuntimeError("CUDA out of memory. Tried to allocate\n2 GiB"), 2, "error: out of memory; try less"),
+    (KeyboardInterrupt(), 130, "stopped"),
+])
+def test_mistakes_are_one_line_and_an_exit_code(error, code, line, capsys):
+    assert run(fail(error)) == code
+    assert capsys.readouterr().err == line + "\n"
+
+
+def test_an_error_of_ours_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        run(fail(RuntimeError("size of tensor a must match")))
+
+
+def test_warnings_are_notes(capsys):
+    assert run(lambda: warnings.warn("the text is cut", stacklevel=1)) == 0
+    assert capsys.readouterr().err == "note: the text is cut\n"
+
+
+@pytest.mark.parametrize("words", [
+    ["--n", "0"], ["--n", "1.5"], ["--n", "²"], ["--n", "9" * 30], ["--n"],
+    ["--x", "nan"], ["--x", "inf"], ["--x", "much"], ["--nn", "3"],
+])
+def test_flags_check_themselves(words, capsys):
+    parser = cli.make_parser()
+    parser.add_argument("--nnn", type=int)  # of which --nn must not be taken for short
+    parser.add_argument("--n", type=cli.at_least(1))
+    parser.add_argument("--x", type=cli.finite)
+    assert parser.parse_args(["--n", "7", "--x", "1e3"]) == argparse.Namespace(nnn=None, n=7, x=1000.0)
+    assert run(lambda: parser.parse_args(words)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and words[0] in error and "--help" in error

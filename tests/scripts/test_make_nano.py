@@ -1,0 +1,75 @@
+"""The recipe of the shipped weights runs from nothing, and goes on where it was stopped."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nanoip2p.editor import Editor
+from nanoip2p.evaluate.scenes import round_trip
+from nanoip2p.images import open_image
+from nanoip2p.text_to_image import TextToImage
+
+SCRIPT = Path(__file__).resolve().parents[2] / "weights" / "make_nano.py"
+
+
+@pytest.fixture(scope="module")
+def make_nano():
+    spec = importlib.util.spec_from_file_location("make_nano", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_from_nothing_to_folders_that_edit(make_nano, tmp_path, monkeypatch):
+    folder = tmp_path / "ship" / "nano-ip2p"
+    least = {f"clip_{name}threshold": -1.0 for name in ("", "dir_", "img_")}  # nothing is learned in a step
+    monkeypatch.setattr(make_nano, "PAIRS", make_nano.PAIRS | least | {"n_samples": 1, "steps": 1})
+
+    def make(*editor_steps):
+        make_nano.main([str(word) for word in (
+            "--out", tmp_path / "runs", "--ship", folder.parent, "--vae-steps", 3, "--clip-steps", 2,
+            "--sd-steps", 1, "--captions", 32, "--editor-steps", *editor_steps, "--pairs", 32,
+            "--prompts", 40, "--paper-steps", 1, "--device", "cpu")])
+        return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+    def written():
+        stages = ("vae/diffusion_pytorch_model.safetensors", "clip/model.safetensors", "tokenizer/vocab.json")
+        return [(tmp_path / "runs" / stage).stat().st_mtime_ns for stage in stages]
+
+    first, before = make(2, 1), written()
+    again = make(2, 2)
+    assert written() == before and any((again[name] != first[name]).any() for name in first)
+
+    image = open_image(folder / "examples" / "house.png")
+    for name in ("nano-ip2p", "nano-ip2p-paper"):
+        editor = Editor.load(folder.parent / name, "cpu")
+        assert editor.edit([image], ["make it night"], steps=1)[0].size == round_trip(editor, image).size
+    painter = TextToImage.load(folder.parent / "nano-sd", "cpu")
+    assert painter.generate(["a red house in the middle, on sand, clear day"], steps=1)[0].size == (64, 64)
+    assert (folder / "demo.png").exists()
+    vocabularies = [folder / "tokenizer" / "vocab.json", folder.parent / "nano-clip" / "vocab.json"]
+    assert vocabularies[0].read_text() == vocabularies[1].read_text()
+
+
+def test_a_stage_stopped_half_way_ends_in_the_same_weights(make_nano, tmp_path):
+    def fit(folder, steps, stop=None):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+
+        def loss_of_step(generator):
+            if stop is not None and generator.initial_seed() == stop:
+                raise KeyboardInterrupt
+            return model(torch.randn(4, 3, generator=generator)).square().mean(), ""
+
+        make_nano.fit("probe", model, loss_of_step, steps, 1e-2, folder)
+        return model.state_dict()
+
+    (tmp_path / "whole").mkdir(), (tmp_path / "halves").mkdir()
+    whole = fit(tmp_path / "whole", 500)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "halves", 500, stop=300)
+    halves = fit(tmp_path / "halves", 500)
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)

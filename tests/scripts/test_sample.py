@@ -1,0 +1,466 @@
+"""sample.py as people use it: in this process for speed, and once as a command."""
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_editor import DEFAULTS, write_tiny_editor
+
+import nanoip2p
+import sample
+from nanoip2p.editor import Editor
+from nanoip2p.images import grid, open_image, read_recipe, save_png
+from nanoip2p.speed import fast as speed
+from nanoip2p.unet import UNet
+from nanoip2p.vae import VAE
+
+SCRIPT = Path(sample.__file__)
+TWO_EDITS = ["--edit", "make it night", "--edit", "red"]
+UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return write_tiny_editor(tmp_path_factory.mktemp("weights") / "tiny")
+
+
+@pytest.fixture
+def run(weights, tmp_path, monkeypatch):
+    """A folder with pictures to work in, and the command: run("--edit", ...) -> exit code."""
+    monkeypatch.chdir(tmp_path)
+    chance = np.random.default_rng(0)
+    for name, (width, height) in {"house.png": (48, 48), "boat.png": (48, 48), "wide.jpg": (90, 50)}.items():
+        low = chance.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(low).resize((width, height), Image.Resampling.BICUBIC).save(name)
+    return lambda *argv: sample.main(["--weights", str(weights), "--device", "cpu", "--steps", "2", *argv])
+
+
+def one(*more, name="house.png", output="out.png"):
+    return ["--input", name, "--edit", "make it night", "--output", output, *more]
+
+
+def files(folder="."):
+    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def refusal(capsys, code):
+    """The one line that a refused command prints."""
+    printed = capsys.readouterr()
+    assert code == 2 and printed.out == "", (code, printed)
+    [line] = [line for line in printed.err.splitlines() if not line.startswith("opened ")]
+    assert line.startswith("error: ") and "Traceback" not in line
+    return line
+
+
+def test_one_picture(run, weights, capsys):
+    assert run(*one("--seed", "3", output="new/night.png")) == 0
+    assert capsys.readouterr().out == "new/night.png  make it night  (seed 3)\n"
+    editor = Editor.load(weights, device="cpu")
+    [expected] = editor.edit([open_image("house.png")], ["make it night"], steps=2, seed=3)
+    assert np.array_equal(pixels("new/night.png"), np.asarray(expected))
+
+
+def test_the_recipe_names_everything(run, weights):
+    assert run(*one("--seed", "3", "--cfg-image", "1.7", "--negative", "blurry", "--sampler", "ddim")) == 0
+    recipe = read_recipe("out.png")
+    expected = {
+        "input": ["house.png"], "edit": ["make it night"], "turns": False, "n": 1, "seed": 3, "steps": 2,
+        "cfg_text": DEFAULTS["cfg_text"], "cfg_image": 1.7, "sampler": "ddim", "negative": "blurry",
+        "resolution": DEFAULTS["resolution"], "weights": str(weights), "dtype": "fp32",
+        "keep_size": False, "grid": False, "sweep": False, "batch": 8, "low_memory": False,
+        "raw_weights": False,
+        "vae": None, "tokenizer": None,
+        "version": nanoip2p.__version__, "torch": torch.__version__,
+    }
+    assert recipe == expected
+
+
+@pytest.mark.parametrize("flags", [
+    ["--steps", "3"], ["--seed", "4"], ["--cfg-text", "5"], ["--cfg-image", "2"], ["--sampler", "dpmpp_2m"],
+    ["--negative", "boat"], ["--resolution", "32"], ["--edit", "red"], ["--dtype", "bf16"],
+])
+def test_every_flag_counts(flags, run):
+    assert run(*one("--seed", "3")) == 0
+    assert run(*one("--seed", "3", output="other.png"), *flags) == 0
+    outputs = ["other.png"] if Path("other.png").exists() else ["other_1.png", "other_2.png"]
+    assert not np.array_equal(pixels(outputs[-1]), pixels("out.png"))
+
+
+def test_low_memory_makes_the_same_picture(run, monkeypatch):
+    rows, forward = [], UNet.forward
+    monkeypatch.setattr(UNet, "forward", lambda *args: (rows.append(len(args[3].rows)), forward(*args))[1])
+    assert run(*one("--seed", "3")) == 0
+    assert run(*one("--seed", "3", "--low-memory", output="low.png")) == 0
+    assert rows == [3, 3] + [1] * 6
+    assert np.abs(pixels("low.png") - pixels("out.png")).max() <= 1
+
+
+def test_networks_work_one_at_a_time_with_low_memory(run, monkeypatch):
+    """Where they wait is the CPU: a device that is another is put in its place."""
+    moves, to = [], torch.nn.Module.to
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, where, *rest: (
+        moves.append((type(self).__name__, str(where))), to(self, "cpu"))[1])
+    monkeypatch.setattr(
+        Editor, "device", property(lambda self: "there", lambda self, device: None), raising=False)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *where, to=torch.Tensor.to: (
+        to(self, *["cpu" if one == "there" else one for one in where])))
+    assert run(*one("--seed", "3", "--low-memory")) == 0
+    here, moves = moves[:5], moves[5:]
+    assert {where for _, where in here} == {"cpu"}
+    order = ("TextEncoder", "VAE", "UNet", "VAE")
+    assert moves == [(name, where) for name in order for where in ("there", "cpu")]
+
+
+def test_fast_makes_the_same_picture(run, monkeypatch, capsys):
+    used = []
+    monkeypatch.setattr(speed, "fast", lambda unet, say, fast=speed.fast: used.append(fast(unet, say)))
+    assert run(*one("--seed", "3")) == 0 and not used
+    assert run(*one("--seed", "3", "--fast", output="fast.png")) == 0 and len(used) == 1
+    assert np.abs(pixels("fast.png") - pixels("out.png")).max() <= 1
+    assert "fast" not in read_recipe("fast.png")
+    capsys.readouterr()
+    assert "--low-memory" in refusal(capsys, run(*one("--fast", "--low-memory")))
+
+
+def test_numbered_outputs(run):
+    assert run("--input", "house.png", *TWO_EDITS, "--n", "2", "--seed", "7",
+               "--output", "out.png") == 0
+    made = [name for name in files() if name.startswith("out")]
+    assert made == ["out_1.png", "out_2.png", "out_3.png", "out_4.png"]
+    recipes = [read_recipe(name) for name in made]
+    made = [(recipe["edit"], recipe["seed"]) for recipe in recipes]
+    assert made == [(["make it night"], 7), (["make it night"], 8), (["red"], 7), (["red"], 8)]
+
+
+def test_several_inputs_into_a_folder(run):
+    shutil.copy("boat.png", "copy.png")
+    Path("other").mkdir()
+    shutil.copy("boat.png", "other/House.png")
+    assert run("--input", ".", "*.jpg", "other/House.png", "--edit", "red", "--output", "done") == 0
+    assert files("done") == ["House-2.png", "boat.png", "copy.png", "house.png", "wide.png"]
+    assert pixels("done/wide.png").shape == (32, 56, 3)
+    assert run(*one(output="done/")) == 0 and run(*one(name="boat.png", output="new.png/")) == 0
+    assert files("new.png") == ["boat.png"]
+
+
+def test_pictures_of_one_size_share_a_forward(run, monkeypatch):
+    rows, forward = [], UNet.forward
+    monkeypatch.setattr(UNet, "forward", lambda *args: (rows.append(len(args[3].rows)), forward(*args))[1])
+    common = ["--edit", "red", "--n", "2", "--seed", "1", "--steps", "1"]
+    assert run("--input", "house.png", "wide.jpg", "boat.png", "--output", "all", *common) == 0
+    assert rows == [3 * 4, 3 * 2]
+    rows.clear()
+    assert run("--input", "house.png", "boat.png", "--output", "parts", "--batch", "3", *common) == 0
+    assert rows == [3 * 3, 3 * 1]
+    for name in files("parts"):
+        assert np.abs(pixels(f"all/{name}") - pixels(f"parts/{name}")).max() <= 1
+
+
+def test_an_input_is_encoded_once_for_all_its_edits(run, monkeypatch):
+    encoded, encode = [], VAE.encode
+    monkeypatch.setattr(VAE, "encode", lambda self, x: (encoded.append(len(x)), encode(self, x))[1])
+    assert run(*one("--n", "5", "--batch", "2", "--edit", "make it day", output="out/")) == 0
+    assert encoded == [1] and len(files("out")) == 10
+
+
+def test_turns_follow_each_other(run):
+    assert run("--input", "house.png", *TWO_EDITS, "--turns", "--seed", "7",
+               "--output", "turns.png") == 0
+    assert run(*one("--seed", "7", output="first.png")) == 0
+    assert run("--input", "first.png", "--edit", "red", "--seed", "7", "--output", "second.png") == 0
+    assert np.array_equal(pixels("turns.png"), pixels("second.png"))
+    assert read_recipe("turns.png")["edit"] == ["make it night", "red"] and read_recipe("turns.png")["turns"]
+
+
+def test_keep_size(run):
+    assert run(*one("--keep-size", "--seed", "1", name="wide.jpg")) == 0
+    assert pixels("out.png").shape == (50, 90, 3)
+    Image.new("RGB", (1, 1), "red").save("dot.png")
+    assert run(*one("--keep-size", name="dot.png", output="dot_out.png")) == 0
+    assert pixels("dot_out.png").shape == (1, 1, 3)
+
+
+def test_grid(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sample, "grid", lambda rows, labels: (seen.append((rows, labels)), rows[0][0])[1])
+    assert run("--input", "house.png", "wide.jpg", *TWO_EDITS, "--seed", "5", "--grid",
+               "--output", "grid.png") == 0
+    [(rows, labels)] = seen
+    assert labels == [["input", "make it night", "red"]] * 2
+    assert [[image.size for image in row] for row in rows] == [[(48, 48)] * 3, [(56, 32)] * 3]
+    assert rows[0][0] == open_image("house.png")
+    assert run("--input", "house.png", "--edit", "red", "--seed", "5", "--output", "red.png") == 0
+    assert np.abs(np.asarray(rows[0][2]).astype(int) - pixels("red.png")).max() <= 1
+    assert run("--input", "house.png", *TWO_EDITS, "--turns", "--n", "2", "--seed", "5",
+               "--grid", "--output", "grid.png") == 0
+    turns = [f"{edit} (seed {seed})" for seed in (5, 6) for edit in ("make it night", "red")]
+    assert seen[1][1] == [["input", *turns]]
+    assert "grid.png" in files() and not any("_1" in name for name in files())
+
+
+def test_a_drawn_grid_is_one_labelled_picture(run):
+    assert run("--input", "house.png", "--edit", "red", "--grid", "--output", "grid.png") == 0
+    assert pixels("grid.png").shape[1] > 2 * 192 and read_recipe("grid.png")["grid"] is True
+
+
+def test_a_sweep_is_the_same_edit_at_other_scales(run, monkeypatch, capsys):
+    seen, flags = [], ["--seed", "5", "--cfg-text", "5", "--negative", "boat"]
+    monkeypatch.setattr(sample, "grid", lambda *args: (seen.append(args), grid(*args))[1])
+    assert run(*one("--sweep", "--cfg-image", "1.5", *flags, name="wide.jpg")) == 0
+    assert capsys.readouterr().out == "out.png  make it night, by cfg_text and cfg_image  (seed 5)\n"
+    [(rows, labels)] = seen
+    scales = [[(text, image) for image in (1, 1.25, 1.5, 1.75, 2)] for text in (2, 3.5, 5, 6.5, 8)]
+    assert labels == [["input"], *(
+        [f"cfg_text {text}, cfg_image {image}" for text, image in row] for row in scales)]
+    assert len({cell.tobytes() for row in rows for cell in row}) == 26 and rows[0][0].size == (56, 32)
+    for row, column in ((0, 0), (1, 3), (4, 2)):
+        text, image = map(str, scales[row][column])
+        alone = one(*flags, "--cfg-text", text, "--cfg-image", image, name="wide.jpg", output="alone.png")
+        assert run(*alone) == 0
+        assert np.array_equal(np.asarray(rows[row + 1][column]), pixels("alone.png"))
+    assert sample.main(["--recipe", "out.png", "--output", "again.png", "--device", "cpu"]) == 0
+    assert np.array_equal(pixels("again.png"), pixels("out.png"))
+
+
+def test_a_recipe_repeats_one_picture_of_many(run):
+    assert run("--input", "house.png", "wide.jpg", "boat.png", *TWO_EDITS, "--n", "2",
+               "--sampler", "dpmpp_2m", "--negative", "blurry", "--output", "done") == 0
+    for name in ("house_1.png", "boat_4.png", "wide_2.png"):
+        # Of the flags that `run` adds, only the device is no part of a recipe
+        words = ["--recipe", f"done/{name}", "--output", "again.png", "--device", "cpu"]
+        assert sample.main(words) == 0
+        assert read_recipe("again.png") == read_recipe(f"done/{name}")
+        # In a batch of another size sums are rounded differently
+        assert np.abs(pixels("again.png") - pixels(f"done/{name}")).max() <= 1
+
+
+@pytest.mark.parametrize("flags", [["--turns", "--keep-size"], ["--grid", "--n", "2"], ["--low-memory"]])
+def test_other_recipes(flags, run):
+    assert run("--input", "wide.jpg", *TWO_EDITS, "--output", "out.png", *flags) == 0
+    for path in [path for path in files() if path.startswith("out")]:
+        assert sample.main(["--recipe", path, "--output", "again.png", "--device", "cpu"]) == 0
+        assert read_recipe("again.png") == read_recipe(path)
+        assert np.abs(pixels("again.png") - pixels(path)).max() <= 1
+
+
+def test_flags_override_a_recipe(run):
+    assert run(*one("--seed", "3", "--cfg-text", "5")) == 0
+    others = ["--input", "boat.png", "--seed", "4", "--device", "cpu"]
+    assert sample.main(["--recipe", "out.png", "--output", "b.png", *others]) == 0
+    assert run(*one("--seed", "4", "--cfg-text", "5", name="boat.png", output="c.png")) == 0
+    assert np.array_equal(pixels("b.png"), pixels("c.png"))
+
+
+def test_the_random_seed_is_told(run, capsys):
+    assert run(*one()) == 0
+    assert f"(seed {read_recipe('out.png')['seed']})" in capsys.readouterr().out
+    assert run(*one(output="other.png")) == 0
+    assert read_recipe("other.png")["seed"] != read_recipe("out.png")["seed"]
+
+
+def test_a_long_instruction_is_cut_with_a_note(run, capsys):
+    assert run("--input", "house.png", "--edit", "night " * 100 + "tail", "--output", "out.png") == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1 and "tail" in notes[0]
+
+
+def test_weights_are_also_found_beside_the_script(run, weights, monkeypatch):
+    monkeypatch.setattr(sample, "HERE", weights.parent)
+    assert sample.main(one("--weights", weights.name, "--steps", "1")) == 0
+    assert read_recipe("out.png")["weights"] == weights.name
+
+
+WRONG = {
+    "no input": (["--edit", "red", "--output", "o.png"], "needed, but not given: --input"),
+    "nothing": ([], "--input, --edit, --output"),
+    "absent": (one(name="absent.png"), "there is no picture at absent.png"),
+    "no glob": (one(name="*.bmp"), r"\*.bmp"),
+    "empty folder": (one(name="void"), "there is no picture in the folder void"),
+    "empty edit": (one("--edit", " "), "instruction is empty"),
+    "no quotes": (["--edit", "make", "it", "night", "--input", "house.png"], "arguments: it night"),
+    "bytes": (["--input", "house.png", "--edit", "\udcff", "--output", "o.png"], "not valid Unicode"),
+    "jpg": (one(output="out.jpg"), "should end in .png"),
+    "many to one": (["--input", "house.png", "boat.png", "--edit", "x", "--output", "o.png"], "2 inputs"),
+    "grid to folder": (one("--grid", output="grids/"), "must end in .png"),
+    "sweep to folder": (one("--sweep", output="sweeps/"), "--sweep writes one picture, so --output sweeps/"),
+    "sweep of inputs": (one("--sweep", "--input", "boat.png"), "--sweep draws one --edit of one --input"),
+    "sweep of edits": (one("--sweep", "--turns", "--edit", "red"), "--sweep draws one --edit"),
+    "sweep of samples": (one("--sweep", "--n", "2"), "without --n"),
+    "sweep in a grid": (one("--sweep", "--grid"), "--sweep draws one"),
+    "sweep to size": (one("--sweep", "--keep-size"), "without --n, --grid and --keep-size"),
+    "onto input": (one(output="./house.png"), "would overwrite an input"),
+    "file as folder": (one(output="house.png/out.png"), "cannot be written"),
+    "folder as file": (one("--edit", "red", output="taken.png"), "taken_1.png"),
+    "long name": (one(output="x" * 300 + ".png"), "too long"),
+    "sampler": (one("--sampler", "magic"), "invalid choice: 'magic'"),
+    "steps": (one("--steps", "0"), "'0' is not a whole number from 1 up"),
+    "too many steps": (one("--steps", "1001"), "1001 steps"),
+    "fraction": (one("--n", "1.5"), "'1.5' is not a whole number"),
+    "seed": (one("--seed", "-1"), "'-1' is not a whole number from 0"),
+    "guidance": (one("--cfg-text", "nan"), "'nan' is not a number"),
+    "resolution": (one("--resolution", "5"), "house.png: a resolution of 5 is too small"),
+    "flag": (one("--cgf-text", "3"), "unrecognized arguments: --cgf-text 3"),
+    "device": (one("--device", "warp"), "device 'warp' does not work here"),
+    "dtype": (one("--dtype", "fp8"), "invalid choice: 'fp8'"),
+    "weights": (one("--weights", "nowhere"), "no file or folder nowhere"),
+    "no recipe": (["--recipe", "house.png", "--output", "o.png"], "carries no recipe"),
+    "absent recipe": (["--recipe", "absent.png", "--output", "o.png"], "absent.png"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_mistakes_are_one_line(name, run, capsys, tmp_path):
+    (tmp_path / "void").mkdir()
+    (tmp_path / "taken_1.png").mkdir()
+    before = files()
+    argv, message = WRONG[name]
+    line = refusal(capsys, run(*argv))
+    assert re.search(message, line), line
+    assert files() == before, "a refused command writes nothing"
+
+
+RECIPES = {
+    "nonsense": ({"steps": "many"}, "'many' is not a whole number"),
+    "no input": ({"edit": ["red"]}, "not given: --input"),
+    "types": ({"input": {"a": 1}, "edit": [3]}, "no picture at {'a': 1}"),
+    "flags": ({"input": ["house.png"], "edit": [""], "unknown": "--help"}, "instruction is empty"),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_odd_recipes_are_one_line(name, run, capsys):
+    recipe, message = RECIPES[name]
+    save_png(Image.new("RGB", (8, 8)), "odd.png", recipe)
+    line = refusal(capsys, run("--recipe", "odd.png", "--output", "o.png"))
+    assert message in line
+
+
+def test_bad_pictures_are_refused_before_any_work(run, capsys, monkeypatch):
+    Path("text.png").write_text("no picture")
+    Path("cut.png").write_bytes(Path("house.png").read_bytes()[:60])
+    Image.new("1", (30_000, 3400)).save("large.png")
+    monkeypatch.setattr(Editor, "load", lambda *_: pytest.fail("work began"))
+    for name in ("text.png", "cut.png", "large.png"):
+        assert name in refusal(capsys, run("--input", "house.png", name, "--edit", "red", "--output", "done"))
+
+
+def test_odd_pictures_work(run, capsys):
+    Image.new("RGB", (1, 1), "red").save("dot.png")
+    assert run(*one(name="dot.png")) == 0 and pixels("out.png").shape == (48, 48, 3)
+    Image.new("RGB", (3000, 300)).save("wide.png")
+    assert run(*one(name="wide.png")) == 0 and pixels("out.png").shape == (8, 80, 3)
+    capsys.readouterr()
+    Image.new("RGB", (30_000, 10)).save("thin.png")
+    assert "thin.png: 30000x10 is too thin" in refusal(capsys, run(*one(name="thin.png")))
+    kinds = {"rgba": "RGBA", "grey": "L", "palette": "P", "bits": "I;16", "cmyk": "CMYK"}
+    for name, mode in kinds.items():
+        Image.new(mode, (20, 20)).save(f"{name}.{'jpg' if mode == 'CMYK' else 'png'}")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side
+    Image.open("wide.jpg").save("turned.jpg", exif=exif)
+    inputs = [f"{name}.*" for name in (*kinds, "turned")]
+    assert run("--input", *inputs, "--edit", "red", "--output", "done") == 0
+    assert files("done") == sorted(f"{name}.png" for name in (*kinds, "turned"))
+    assert pixels("done/turned.png").shape == (56, 32, 3), "upright"
+
+
+def test_bad_weights_are_one_line(run, capsys, weights, tmp_path):
+    def broken(name, change):
+        folder = shutil.copytree(weights, tmp_path / name)
+        change(folder / UNET_FILE)
+        return refusal(capsys, run(*one("--weights", name)))
+
+    def put(value):
+        return lambda path: save_file(load_file(path) | {"conv_in.bias": value}, path)
+
+    assert "is missing" in broken("gone", lambda path: path.unlink())
+    assert "damaged" in broken("cut", lambda path: path.write_bytes(path.read_bytes()[:500]))
+    assert "conv_in.bias of (3,)" in broken("shape", put(torch.zeros(3)))
+    assert "NaN" in broken("nan", put(torch.full((16,), torch.nan)))
+    assert files("nan") == files(weights) and not Path("out.png").exists()
+
+
+@pytest.mark.parametrize("error, code, message", [
+    (KeyboardInterrupt(), 130, "interrupted"),
+    (OSError(28, "No space left on device"), 2, "No space left"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\n  Details"), 2, "--low-memory"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "--low-memory"),
+    (MemoryError(), 2, "--low-memory"),
+])
+@pytest.mark.parametrize("during", ["work", "writing"])
+def test_an_interruption_leaves_no_half_file(error, code, message, during, run, capsys, monkeypatch):
+    assert run(*one("--seed", "1")) == 0
+    capsys.readouterr()
+    old, before = Path("out.png").read_bytes(), files()
+
+    def fail(self, file, *_, **__):
+        Path(file).write_bytes(b"half a file")
+        raise error
+
+    def fail_at_work(*_):
+        raise error
+
+    owner, name = (UNet, "forward") if during == "work" else (Image.Image, "save")
+    monkeypatch.setattr(owner, name, fail_at_work if during == "work" else fail)
+    assert run(*one("--seed", "2")) == code
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert files() == before and Path("out.png").read_bytes() == old
+
+
+def test_another_autoencoder_and_a_tokenizer_by_name(run, weights, tmp_path_factory):
+    other = write_tiny_editor(tmp_path_factory.mktemp("other"), seed=5)
+    assert run(*one("--seed", "3")) == 0
+    assert run(*one("--seed", "3", "--tokenizer", str(weights / "tokenizer"), output="same.png")) == 0
+    assert run(*one("--seed", "3", "--vae", str(other / "vae"), output="other.png")) == 0
+    assert np.array_equal(pixels("out.png"), pixels("same.png"))
+    assert not np.array_equal(pixels("out.png"), pixels("other.png"))
+    assert sample.main(["--recipe", "other.png", "--output", "again.png", "--device", "cpu"]) == 0
+    assert np.array_equal(pixels("other.png"), pixels("again.png"))
+
+
+def test_an_error_of_ours_is_not_hidden(run, monkeypatch):
+    monkeypatch.setattr(UNet, "forward", lambda *_: torch.zeros(2) + torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        run(*one())
+
+
+def command(weights, *argv):
+    """Started as from a terminal: under nohup it would inherit that SIGINT is ignored."""
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--weights", str(weights), "--device", "cpu", *argv],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def test_as_a_command(run, weights):
+    process = command(weights, *one("--seed", "1", "--steps", "2"))
+    printed, progress = process.communicate()
+    assert process.returncode == 0 and printed == "out.png  make it night  (seed 1)\n"
+    assert "2/2" in progress
+    assert run(*one("--seed", "1", output="same.png")) == 0
+    assert np.array_equal(pixels("out.png"), pixels("same.png"))
+
+
+def test_ctrl_c_stops_a_command(run, weights):
+    process = command(weights, *one("--steps", "999"))
+    progress = ""
+    while not re.search(r" [1-9][0-9]*/999", progress) and process.poll() is None:
+        progress += process.stderr.read(1)
+    process.send_signal(signal.SIGINT)
+    printed, rest = process.communicate()
+    assert process.returncode == 130 and printed == ""
+    assert rest.splitlines()[-1].startswith("interrupted") and "Traceback" not in rest
+    assert "out.png" not in files() and not [name for name in files() if name.endswith(".tmp")]

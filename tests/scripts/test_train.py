@@ -1,0 +1,635 @@
+"""train.py: stopping, killing and going on change nothing, and what is wrong is told in one line."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import train_jobs
+from comparing import relative_error
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_editor import write_tiny_editor, write_tiny_painter
+
+import train
+from nanoip2p.dataset.layouts import read_data
+from nanoip2p.dataset.rendered import scene_pairs
+from nanoip2p.editor import Editor
+from nanoip2p.text_to_image import TextToImage
+from nanoip2p.training import run_folder as runs
+from nanoip2p.training.cache import Stored
+from nanoip2p.training.samples import order
+from nanoip2p.training.trainer import Trainer, columns_of
+from nanoip2p.world.scenes import random_scene
+
+STATE = ("unet", "ema", "exp_avg", "exp_avg_sq")
+UNET = "weights/unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little_validation():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "VALIDATION_SAMPLES", 8)
+        yield
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    return write_tiny_editor(tmp_path_factory.mktemp("start"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures") / "data")
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = train_jobs.Server()
+    yield server
+    server.close()
+
+
+def write_pictures(root, count=12):
+    """The original's layout: prompts of one or two pairs each."""
+    seeds, before = [], None
+    for i in range(count):
+        path, names = root / f"{i:07d}", [str(100 + i), str(200 + i)][: 1 + i % 2]
+        path.mkdir(parents=True)
+        (path / "prompt.json").write_text(json.dumps({"input": "a", "edit": "make it night", "output": "b"}))
+        for j, name in enumerate(names):
+            for side in (0, 1):
+                before = random_scene("test", 4 * i + 2 * j + side).render(32)
+                before.save(path / f"{name}_{side}.jpg", quality=95)
+        seeds.append([path.name, names])
+    (root / "seeds.json").write_text(json.dumps(seeds))
+    return root
+
+
+def words(start, out, *more, data="scenes"):
+    given = ["--weights", start, "--data", data, "--pairs", 24, "--out", out, "--batch-size", 4,
+             "--accumulate", 1, "--lr", 1e-3, "--resolution", 32, "--dtype", "fp32", "--device", "cpu",
+             "--sample-every", 0, "--ema-decay", 0.9, *more]
+    return [str(word) for word in given]
+
+
+def run(start, out, *more, data="scenes"):
+    return train.main(words(start, out, *more, data=data))
+
+
+def resume(out, *more):
+    return train.main(["--resume", str(out), *map(str, more)])
+
+
+def state(out):
+    """The bytes of everything that goes on: weights, averages and moments, and the exported model."""
+    newest, about = runs.newest_checkpoint(out)
+    files = {name: (newest / f"{name}.safetensors").read_bytes() for name in STATE}
+    return files | {"step": about["step"], "export": (out / UNET).read_bytes()}
+
+
+def errors(capsys):
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory):
+    """Six steps on scenes without a stop, everything written."""
+    out = tmp_path_factory.mktemp("run") / "whole"
+    assert run(start, out, "--steps", 6, "--sample-every", 6, "--log-every", 2, "--validate-every", 3) == 0
+    return out
+
+
+# Resume is exact
+
+@pytest.fixture(scope="module")
+def straight(start, folder, tmp_path_factory):
+    """state of six steps without a stop, for each (cache, accumulate), made when it is first asked for."""
+    made = {}
+
+    def get(cache, accumulate):
+        if (cache, accumulate) not in made:
+            out = tmp_path_factory.mktemp("straight")
+            more = ["--cache", out / "cache"] if cache else []
+            assert run(start, out, "--steps", 6, "--accumulate", accumulate, *more, data=folder) == 0
+            made[cache, accumulate] = state(out), rows(out)
+        return made[cache, accumulate]
+    return get
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("cache", [False, True], ids=["online", "cache"])
+def test_a_resumed_run_equals_one_that_never_stopped(start, folder, straight, tmp_path, cache, workers,
+                                                     accumulate):
+    more = ["--workers", workers, *(["--cache", tmp_path / "cache"] if cache else [])]
+    assert run(start, tmp_path / "run", "--steps", 3, "--accumulate", accumulate, *more, data=folder) == 0
+    half = state(tmp_path / "run")
+    assert resume(tmp_path / "run", "--steps", 6) == 0
+    wanted, _ = straight(cache, accumulate)
+    assert state(tmp_path / "run") == wanted
+    assert all(half[part] != wanted[part] for part in (*STATE, "export")) and wanted["unet"] != wanted["ema"]
+
+
+def test_with_and_without_cache_losses_are_the_same_to_rounding(straight):
+    [one], [other] = (straight(cache, 3)[1] for cache in (False, True))     # stored in float16
+    for name in ("loss", "validation", "validation_ema", "grad_norm"):
+        assert one[name] != other[name] and one[name] == pytest.approx(other[name], rel=3e-4), name
+
+
+def test_killed_before_every_write_and_resumed_it_ends_where_it_would_have(start, server, tmp_path):
+    """Process n dies before its nth flush or rename, so together they die in the middle of everything."""
+    plain = {"argv": words(start, tmp_path / "plain", "--steps", 4, "--save-every", 2, "--seed", 5)}
+    assert server(plain) == [[0]]
+    out, wanted, told, codes = tmp_path / "run", state(tmp_path / "plain"), tmp_path / "told", []
+    again = words(start, out, "--steps", 4, "--save-every", 2, "--seed", 5)
+    for event in range(1, 90):
+        argv = ["--resume", str(out)] if runs.checkpoints(out) else again
+        [[code]] = server({"argv": argv, "event": event, "err": str(told)})
+        codes.append(code)
+        if code != -signal.SIGKILL:
+            break
+        if runs.checkpoints(out):
+            assert runs.newest_checkpoint(out)[1]["step"] in (2, 4)
+    assert code == 0 and len(codes) > 12, (codes, told.read_text()[-500:])
+    assert state(out) == wanted
+
+
+def test_killed_at_random_moments_and_resumed_it_ends_where_it_would_have(start, folder, server, tmp_path):
+    outs, draw = [tmp_path / name for name in ("online", "cache")], random.Random(3)
+    flags = [["--workers", 2], ["--cache", tmp_path / "latents", "--accumulate", 2]]
+    begin = [words(start, out, "--steps", 6, "--save-every", 1, *more, data=folder)
+             for out, more in zip(outs, flags)]
+    plain = [words(start, tmp_path / f"plain{i}", "--steps", 6, *more, data=folder)
+             for i, more in enumerate(flags)]
+    assert server(*({"argv": argv} for argv in plain)) == [[0], [0]]
+    kills, finished = [0, 0], [False, False]
+    for attempt in range(40):
+        jobs = [{"argv": ["--resume", str(out)] if runs.checkpoints(out) else argv,
+                 "seconds": draw.uniform(0.2, 1.0) * 1.15**attempt, "err": str(tmp_path / "told")}
+                for out, argv in zip(outs, begin)]
+        for i, [code] in enumerate(server(*jobs)):
+            assert code in (0, -signal.SIGALRM)
+            finished[i] |= code == 0
+            kills[i] += code != 0
+        if all(finished):
+            break
+    assert all(finished) and min(kills) > 1
+    assert [state(out) for out in outs] == [state(tmp_path / f"plain{i}") for i in (0, 1)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_loses_nothing(start, whole, tmp_path, monkeypatch, capsys, number):
+    step, taken, usual = Trainer.step, [], signal.getsignal(number)
+
+    def signalled(self, batches, n, stop):
+        if n == 2:
+            signal.raise_signal(number)
+        taken.append(n)
+        return step(self, batches, n, stop)
+
+    monkeypatch.setattr(Trainer, "step", signalled)
+    assert run(start, tmp_path / "run", "--steps", 6) == 130
+    assert taken == [0, 1, 2] and "--resume" in capsys.readouterr().err.splitlines()[-1]
+    assert runs.newest_checkpoint(tmp_path / "run")[1]["step"] == 2 and (tmp_path / "run" / UNET).exists()
+    monkeypatch.undo()
+    assert resume(tmp_path / "run") == 0 and state(tmp_path / "run") == state(whole)
+    assert signal.getsignal(number) is usual
+
+
+def test_ctrl_c_to_the_whole_group_with_workers_is_one_line(start, folder, tmp_path):
+    argv = words(start, tmp_path / "run", "--steps", 3000, "--workers", 2, "--log-every", 1,
+                 "--validate-every", 0, data=folder)
+    process = subprocess.Popen([sys.executable, "train.py", *argv], cwd=train_jobs.ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                               env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"})
+    second = next(line for line in process.stdout if line.startswith("step 2:"))
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in out + err
+    assert err.splitlines()[-1].startswith("stopped; go on with --resume")
+    last = [second, *(line for line in out.splitlines() if line.startswith("step "))][-1]
+    assert runs.newest_checkpoint(tmp_path / "run")[1]["step"] == int(last.split()[1].strip(":"))
+
+
+# What goes wrong on the way
+
+def test_a_loss_that_is_not_finite_is_told_before_weights_change(start, tmp_path, monkeypatch, capsys):
+    ninth, get = scene_pairs(24)[order(0, 0, 24)[9]], Stored.get
+
+    def poisoned(self, pair, flip):
+        before, after, text = get(self, pair, flip)
+        return (before * torch.nan if pair == ninth else before), after, text
+
+    assert run(start, tmp_path / "sound", "--steps", 2) == 0
+    monkeypatch.setattr(Stored, "get", poisoned)
+    assert run(start, tmp_path / "run", "--steps", 6, "--save-every", 1, "--keep", 9) == 2
+    [error] = errors(capsys)
+    assert "step 2" in error and f" 9 ('{ninth.edit}'" in error and "not finite" in error
+    assert [path.name for path in runs.checkpoints(tmp_path / "run")] == ["0000001", "0000002"]
+    assert state(tmp_path / "run") == state(tmp_path / "sound")
+
+
+def test_what_diverged_is_not_saved(start, tmp_path, capsys):
+    assert run(start, tmp_path / "run", "--steps", 6, "--lr", 1e30, "--save-every", 4) == 2
+    assert "smaller --lr" in errors(capsys)[0] and not runs.checkpoints(tmp_path / "run")
+
+
+@pytest.mark.parametrize("save_every, left", [(1, 1), (6, None), (3, None)])
+def test_a_gradient_that_is_not_finite_is_never_saved(start, tmp_path, monkeypatch, capsys, save_every, left):
+    plain, calls = Trainer.losses, []
+
+    def steep(self, unet, batch, recompute=False):
+        calls.append(1)
+        zero = next(unet.parameters()).sum() * 0
+        return plain(self, unet, batch, recompute) + (zero.sqrt() if len(calls) == 2 else 0.0)  # slope 1/0
+
+    monkeypatch.setattr(Trainer, "losses", steep)
+    more = ("--save-every", save_every, "--validate-every", 0)
+    assert run(start, tmp_path / "run", "--steps", 3, *more) == 2
+    [error] = errors(capsys)
+    assert "gradient is not finite" in error
+    found = runs.checkpoints(tmp_path / "run")
+    assert [int(path.name) for path in found] == ([left] if left else [])
+    for path in (tmp_path / "run").glob("**/*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_picture_stops_the_run_which_goes_on_without_it(start, folder, tmp_path, capsys, workers):
+    data = shutil.copytree(folder, tmp_path / "data")
+    item = order(0, 0, 10)[9].item()                            # 10 train items: visited in step 2 of 0, 1, 2
+    for picture in (data / f"{item:07d}").glob("*_1.jpg"):
+        picture.write_bytes(picture.read_bytes()[:100])
+    more = ("--steps", 6, "--workers", workers)
+    assert run(start, tmp_path / "run", *more, data=data) == 2
+    [error] = errors(capsys)
+    assert f"{item:07d}" in error and "_1.jpg" in error and "--skip-bad" in error
+    assert runs.newest_checkpoint(tmp_path / "run")[1]["step"] == 2
+    assert resume(tmp_path / "run", "--skip-bad") == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: left out")]
+    assert notes and len(set(notes)) == len(notes) and f"{item:07d}" in notes[0]
+    assert run(start, tmp_path / "skipping", *more, "--skip-bad", data=data) == 0
+    assert state(tmp_path / "skipping") == state(tmp_path / "run")
+
+
+def test_a_disk_that_is_full_loses_no_checkpoint(start, tmp_path, monkeypatch, capsys):
+    write, calls = runs.write_tensors, []
+
+    def full(*args):
+        calls.append(1)
+        if len(calls) > 6:
+            raise OSError(28, "No space left on device")
+        write(*args)
+
+    monkeypatch.setattr(runs, "write_tensors", full)
+    assert run(start, tmp_path / "run", "--steps", 4, "--save-every", 1) == 2
+    [error] = errors(capsys)
+    assert "No space left" in error
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["0000001"]
+    assert resume(tmp_path / "run") == 0
+
+
+# What a run leaves
+
+def test_the_log_has_a_row_an_event_and_all_there_is_to_see(whole):
+    found = rows(whole)
+    assert [row["step"] for row in found] == [2, 3, 4, 6]
+    numbers = {"loss", "lr", "grad_norm", "samples_per_second", "process_gb", "seconds_left"}
+    assert set(found[0]) == {"step", *numbers} and set(found[1]) == {"step", "validation", "validation_ema"}
+    assert set(found[3]) == set(found[0]) | set(found[1])
+    assert all(number >= 0 for row in found for number in row.values()) and found[0]["lr"] == 1e-3
+    assert found[1]["validation"] != found[1]["validation_ema"]
+    names = sorted(path.name for path in whole.glob("[!.]*"))
+    assert names == ["checkpoints", "latents", "log.jsonl", "loss.png", "samples-000006.png", "weights"]
+    assert Image.open(whole / "samples-000006.png").width > 8 * 32
+
+
+def test_the_model_opens_here_and_in_diffusers_and_is_the_average(whole):
+    from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionInstructPix2PixPipeline
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(whole / "weights")
+    assert type(pipeline.scheduler) is EulerAncestralDiscreteScheduler
+    editor = Editor.load(whole / "weights", "cpu")
+    generator = torch.Generator().manual_seed(0)
+    z, text = torch.randn(2, 8, 8, 8, generator=generator), torch.randn(2, 5, 32, generator=generator)
+    with torch.no_grad():
+        assert relative_error(editor.unet(z, 7, text), pipeline.unet(z, 7, text).sample) < 1e-5
+    average = load_file(whole / "checkpoints" / "0000006" / "ema.safetensors")
+    exported = load_file(whole / UNET)
+    assert exported.keys() == average.keys()
+    assert all(torch.equal(exported[name], average[name]) for name in average)
+    edited = editor.edit([random_scene("test", 0).render(32)], ["make it night"], steps=1)
+    assert edited[0].size == (48, 48)
+
+
+def test_the_average_is_that_of_the_original(start, tmp_path):
+    """Once a step, however many batches it has, with the decay min(0.9, (1 + n) / (10 + n)) of step n."""
+    more = ("--accumulate", 2, "--save-every", 1, "--keep", 9)
+    assert run(start, tmp_path / "run", "--steps", 3, *more) == 0
+    begin = load_file(start / UNET.removeprefix("weights/"))
+    average = {name: tensor.double() for name, tensor in begin.items()}
+    for n in (1, 2, 3):
+        read = tmp_path / "run" / "checkpoints" / f"{n:07d}"
+        raw, decay = load_file(read / "unet.safetensors"), min(0.9, (1 + n) / (10 + n))
+        average = {name: decay * average[name] + (1 - decay) * raw[name] for name in raw}
+        ours = load_file(read / "ema.safetensors")
+        assert max(relative_error(ours[name], average[name]) for name in raw) < 1e-5
+
+
+def test_the_update_is_that_of_torchs_adamw_with_a_clipped_gradient(start, tmp_path):
+    assert run(start, tmp_path / "run", "--steps", 1, "--clip", 0.01) == 0
+    read = tmp_path / "run" / "checkpoints" / "0000001"
+    first, second = (load_file(read / f"{name}.safetensors") for name in ("exp_avg", "exp_avg_sq"))
+    gradient = {name: moment.double() / 0.1 for name, moment in first.items()}      # beta1 = 0.9
+    assert sum(g.square().sum() for g in gradient.values()).sqrt().item() == pytest.approx(0.01, rel=1e-3)
+    raw, begin = load_file(read / "unet.safetensors"), load_file(start / UNET.removeprefix("weights/"))
+    for name, g in gradient.items():
+        assert relative_error(second[name] + 1e-30, 0.001 * g**2 + 1e-30) < 1e-4    # beta2 = 0.999
+        wanted = begin[name].double() * (1 - 1e-3 * 0.01) - 1e-3 * g / (g.abs() + 1e-8)
+        assert relative_error(raw[name], wanted) < 1e-5
+
+
+def test_tensorboard_has_the_scalars_of_the_log(start, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    assert run(start, tmp_path / "run", "--steps", 2, "--log-every", 1, "--tensorboard") == 0
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    for name in ("loss", "lr", "grad_norm", "validation_ema"):
+        wanted = [(row["step"], row[name]) for row in rows(tmp_path / "run") if name in row]
+        seen = [(event.step, event.value) for event in board.Scalars(name)]
+        assert wanted and seen == [(step, pytest.approx(value)) for step, value in wanted]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)      # as if it were not installed
+    capsys.readouterr()
+    assert run(start, tmp_path / "other", "--tensorboard") == 2
+    [error] = capsys.readouterr().err.splitlines()
+    assert "pip install tensorboard" in error and not (tmp_path / "other").exists()
+
+
+def test_training_learns(start, tmp_path):
+    assert run(start, tmp_path / "run", "--steps", 90, "--lr", 3e-3, "--log-every", 30) == 0
+    losses = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
+    assert len(losses) == 3 and losses[-1] < 0.8 * losses[0]
+
+
+def test_a_finished_run_has_nothing_to_do_but_may_be_prolonged(whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "run")
+    before = state(out)
+    assert resume(out) == 0 and state(out) == before
+    assert resume(out, "--steps", 7) == 0 and state(out)["step"] == 7
+
+
+def test_recomputing_and_an_average_on_the_cpu_change_nothing(start, whole, tmp_path):
+    assert run(start, tmp_path / "run", "--steps", 6, "--recompute", "--ema-device", "cpu") == 0
+    weights, wanted = load_file(tmp_path / "run" / UNET), load_file(whole / UNET)
+    assert max(relative_error(weights[name], wanted[name]) for name in wanted) < 1e-5
+
+
+# Looking only
+
+def test_check_opens_all_the_data_and_writes_nothing(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = shutil.copytree(folder, tmp_path / "data")
+    before = sorted(tmp_path.rglob("*"))
+    argv = ["--check", "--data", str(data), "--resolution", "64", "--batch-size", "4"]
+    assert train.main(argv) == 0
+    told = capsys.readouterr().out
+    assert "10 items to train on, 15 pairs; held out for validation: 1" in told
+    assert "pictures  36; pairs that are sound: 18" in told
+    assert "None" not in told
+    for name in ("0000001/101_0.jpg", "0000002/102_1.jpg"):
+        (data / name).write_text("no picture")
+    (data / "0000003/103_0.jpg").unlink()
+    before = sorted(tmp_path.rglob("*"))
+    assert train.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert "101_0.jpg" in out and "102_1.jpg" in out and "103_0.jpg" in out
+    assert [line for line in err.splitlines() if line.startswith("error: pictures are broken or missing")]
+    assert train.main([*argv, "--skip-bad"]) == 0
+    assert "pairs that are sound: 15" in capsys.readouterr().out and sorted(tmp_path.rglob("*")) == before
+
+
+def test_from_a_damaged_checkpoint_a_run_goes_back_to_the_one_before(start, whole, tmp_path, capsys):
+    assert run(start, tmp_path / "run", "--steps", 4, "--save-every", 2) == 0
+    damaged = runs.checkpoints(tmp_path / "run")[-1] / "ema.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    assert resume(tmp_path / "run", "--steps", 6) == 0
+    assert "damaged" in capsys.readouterr().err and state(tmp_path / "run") == state(whole)
+
+
+def test_without_accumulate_a_step_takes_the_papers_samples(folder, capsys):
+    assert train.main(["--check", "--data", str(folder), "--resolution", "64", "--batch-size", "4"]) == 0
+    assert "4 x 256 accumulated x 1 devices = 1024" in capsys.readouterr().out
+
+
+def test_a_broken_picture_is_left_out_of_the_samples_too(start, folder, tmp_path):
+    data = shutil.copytree(folder, tmp_path / "data")
+    held_out = read_data(data, "validation")[0][0]
+    held_out.after.write_text("no picture")
+    args = train.parse(words(start, tmp_path / "run", "--steps", 1, "--skip-bad", data=data))
+    assert columns_of(read_data(data, "validation"), args) == []
+    args.skip_bad = False
+    with pytest.raises(ValueError, match=held_out.after.name):
+        columns_of(read_data(data, "validation"), args)
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(start, whole, capsys):
+    before = state(whole)
+    with train_jobs.occupying(whole) as other:
+        assert resume(whole, "--steps", 8) == 2
+        assert "another process" in errors(capsys)[0] and state(whole) == before
+        other.kill()
+        other.wait()
+        with runs.occupied(whole, first=True):  # at once, though the child of the other is still there
+            pass
+    assert resume(whole, "--steps", 3) == 2
+    assert "is at step 6 already" in errors(capsys)[0]
+
+
+def test_check_with_weights_and_out_writes_nothing_either(start, folder, tmp_path, capsys):
+    assert run(start, tmp_path / "run", "--check", "--steps", 7, "--accumulate", 3, data=folder) == 0
+    told = capsys.readouterr().out
+    assert "4 x 3 accumulated x 1 devices = 12" in told and "7 steps = 84 samples" in told
+    assert str(tmp_path / "run") in told and not (tmp_path / "run").exists()
+
+
+# Bad input
+
+def broken_json(tmp_path, folder):
+    shutil.copytree(folder, tmp_path / "data")
+    (tmp_path / "data" / "seeds.json").write_text("[")
+    return tmp_path / "data"
+
+
+def no_column(tmp_path, folder):
+    (tmp_path / "pairs.jsonl").write_text('{"input": "a.jpg", "output": "b.jpg"}\n' * 12)
+    return tmp_path / "pairs.jsonl"
+
+
+def empty_data(tmp_path, folder):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "seeds.json").write_text("[]")
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("make, more, named", [
+    (None, ["--data", "nowhere"], "nowhere"),
+    (broken_json, [], "seeds.json"),
+    (no_column, [], '"edit"'),
+    (empty_data, [], "no pairs"),
+    (None, ["--weights", "nowhere"], "nowhere"),
+    (None, ["--weights", "weights/nano-clip"], "nano-clip"),
+    (None, ["--device", "abacus"], "abacus"),
+    (None, ["--batch-size", 25], "--batch-size 25"),
+    (None, ["--batch-size", 0], "--batch-size"),
+    (None, ["--kind-weights", *[0] * 7], "--kind-weights"),
+    (None, ["--lr", "fast"], "fast"),
+    (None, ["--lr", -1], "--lr"),
+    (None, ["--clip", 0], "--clip"),
+    (None, ["--ema-decay", 1.5], "--ema-decay"),
+    (None, ["--cooldown", -0.1], "--cooldown"),
+    (None, ["--drop", 0.5, 0.5, 0.1], "--drop"),
+    (None, ["--resolution", 36], "multiples of 8"),
+    (None, ["--fsdp"], "torchrun"),
+    (None, ["--shard-optimizer"], "torchrun"),
+    (None, ["--fsdp", "--shard-optimizer"], "leave out"),
+    (None, ["--fsdp", "--ema-device", "cpu"], "leave out"),
+    (None, ["--resume", "nowhere"], "nowhere has no checkpoint"),
+    (None, ["--text-to-image"], "this is an editor"),
+    (None, ["--step", 3], "--step"),
+    (None, ["--preset", "huge"], "huge"),
+], ids=str)
+def test_bad_input_is_one_line_and_exit_code_2(start, folder, tmp_path, capsys, make, more, named):
+    data = make(tmp_path, folder) if make else "scenes"
+    assert run(start, tmp_path / "run", *more, data=data) == 2
+    [error] = errors(capsys)
+    assert named in error and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("argv, named", [
+    ([], "--weights is needed"), (["--weights", "w"], "--data is needed"),
+    (["--weights", "w", "--data", "d"], "--out is needed"), (["--check"], "--data is needed"),
+])
+def test_what_is_needed_is_asked_for(argv, named, capsys):
+    assert train.main(argv) == 2
+    assert named in errors(capsys)[0]
+
+
+def test_a_cache_of_another_model_is_refused(start, tmp_path, capsys):
+    assert run(start, tmp_path / "first", "--steps", 1, "--cache", tmp_path / "latents") == 0
+    other = write_tiny_editor(tmp_path / "start", seed=9)
+    assert run(other, tmp_path / "run", "--steps", 1, "--cache", tmp_path / "latents") == 2
+    [error] = errors(capsys)
+    assert "autoencoder" in error and "latents" in error and not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_overwritten(start, whole, capsys):
+    before = state(whole)
+    assert run(start, whole, "--steps", 1) == 2
+    assert "--resume" in errors(capsys)[0] and state(whole) == before
+
+
+OTHERS = {"weights": ["elsewhere"], "data": ["elsewhere"], "pairs": [25], "kind-weights": [2, *[1] * 6],
+          "seed": [1], "resolution": [64], "ema-decay": [0.5], "clip": [2.0], "snr-gamma": [5],
+          "offset-noise": [0.1], "dtype": ["bf16"], "flip": [], "text-to-image": [], "warmup": [3],
+          "cooldown": [0.1], "drop": [0, 0, 0], "vae": ["elsewhere"], "tokenizer": ["elsewhere"],
+          "raw-weights": []}
+
+
+def test_every_flag_of_the_recipe_is_known_to_the_next_test():
+    flags = vars(train.make_parser().parse_args([]))
+    fixed = {key.replace("_", "-") for key in flags} - {key.replace("_", "-") for key in train.FREE}
+    assert fixed - {"resume", "preset", "check"} == set(OTHERS)
+
+
+@pytest.mark.parametrize("flag", OTHERS)
+def test_a_run_does_not_go_on_with_another_recipe(whole, capsys, flag):
+    before = state(whole)
+    assert resume(whole, "--steps", 9, f"--{flag}", *OTHERS[flag]) == 2
+    [error] = errors(capsys)
+    assert f"--{flag} " in error and "begun with" in error and state(whole) == before
+
+
+def test_a_run_does_not_go_on_with_more_or_less_data(start, folder, tmp_path, capsys):
+    data = shutil.copytree(folder, tmp_path / "data")
+    assert run(start, tmp_path / "run", "--steps", 1, data=data) == 0
+    (data / "seeds.json").write_text(json.dumps(json.loads((data / "seeds.json").read_text())[:6]))
+    before = state(tmp_path / "run")
+    assert resume(tmp_path / "run", "--steps", 2) == 2
+    [error] = errors(capsys)
+    assert "5 items" in error and "begun with 10" in error and state(tmp_path / "run") == before
+
+
+def test_a_preset_gives_way_to_flags_and_not_to_resume(whole, capsys):
+    args = train.parse("--preset 24gb --accumulate 2 --weights w --data d --out o".split())
+    assert (args.batch_size, args.accumulate, args.recompute, args.ema_device) == (16, 2, True, "cpu")
+    for name, preset in train.PRESETS.items():
+        args = vars(train.parse(["--preset", name, *"--weights w --data d --out o".split()]))
+        assert {key: args[key] for key in preset} == preset
+    assert resume(whole, "--preset", "nano") == 2
+    assert "--preset" in errors(capsys)[0]
+
+
+def test_a_run_goes_on_with_as_many_samples_a_step(start, tmp_path, capsys):
+    assert run(start, tmp_path / "run", "--steps", 1, "--accumulate", 3) == 0
+    assert resume(tmp_path / "run", "--steps", 2, "--batch-size", 6) == 0        # x 2
+    assert runs.newest_checkpoint(tmp_path / "run")[1]["batch"] == 12
+    assert resume(tmp_path / "run", "--steps", 3, "--batch-size", 5) == 2
+    assert "12 samples a step" in errors(capsys)[0]
+    assert resume(tmp_path / "run", "--steps", 3, "--accumulate", 1) == 2
+
+
+# A text-to-picture model
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_tiny_painter(tmp_path_factory.mktemp("base"))
+
+
+def test_a_text_to_picture_model_becomes_an_editor(base, tmp_path):
+    assert run(base, tmp_path / "run", "--steps", 2) == 0
+    weights = load_file(tmp_path / "run" / UNET)["conv_in.weight"]
+    assert weights.shape[1] == 8 and (weights[:, 4:] != 0).any()  # the picture has begun to count
+    Editor.load(tmp_path / "run" / "weights", "cpu")
+
+
+def test_a_text_to_picture_model_learns_captions(base, tmp_path, capsys):
+    more = ("--text-to-image", "--steps", 4, "--sample-every", 4)
+    assert run(base, tmp_path / "whole", *more) == 0
+    assert run(base, tmp_path / "halves", "--text-to-image", "--steps", 2) == 0
+    assert resume(tmp_path / "halves", "--steps", 4) == 0
+    assert state(tmp_path / "halves") == state(tmp_path / "whole")
+    assert load_file(tmp_path / "whole" / UNET)["conv_in.weight"].shape[1] == 4
+    assert (tmp_path / "whole" / "samples-000004.png").exists()
+    painter = TextToImage.load(tmp_path / "whole" / "weights", "cpu")
+    pictures = [painter.generate([caption])[0].tobytes() for caption in ("a red house", "a tree")]
+    assert pictures[0] != pictures[1]
+    assert run(base, tmp_path / "run", "--text-to-image", "--data", "somewhere") == 2
+    assert "captions of --data scenes" in errors(capsys)[0] and not (tmp_path / "run").exists()
+
+
+def test_bf16_products_move_weights_where_fp32_does(start, whole, tmp_path):
+    assert run(start, tmp_path / "run", "--steps", 6, "--dtype", "bf16") == 0
+
+    def distance(a, b):
+        return sum((a[name] - b[name]).square().sum() for name in a) ** 0.5
+
+    narrow, wide = (load_file(out / UNET) for out in (tmp_path / "run", whole))
+    assert 0 < distance(narrow, wide) < 0.5 * distance(wide, load_file(start / UNET.removeprefix("weights/")))
+
+
+def test_paths_of_a_run_survive_json(whole):
+    settings = runs.newest_checkpoint(whole)[1]["settings"]
+    args = train.parse(["--resume", str(whole)])
+    assert args.out == whole and args.cache == whole / "latents" and isinstance(args.cache, Path)
+    assert settings["kind_weights"] == args.kind_weights and "resume" not in settings

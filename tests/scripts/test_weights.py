@@ -1,0 +1,92 @@
+"""The shipped nano weights: small enough, opened by others too, and able to do what the README shows."""
+
+from pathlib import Path
+
+import demo
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+from comparing import relative_error
+from PIL import Image
+
+from nanoip2p.checkpoint.folder import load_network
+from nanoip2p.clip import CLIP, TextEncoder
+from nanoip2p.clip_filter import Judge
+from nanoip2p.dataset.pairs import complete
+from nanoip2p.editor import Editor
+from nanoip2p.evaluate.captions import captioned, score_captions
+from nanoip2p.evaluate.scenes import questions, score_scenes, table
+from nanoip2p.images import to_tensor
+from nanoip2p.text_to_image import TextToImage
+from nanoip2p.tokenizer import load_tokenizer
+from nanoip2p.world.scenes import random_scene
+
+WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
+
+
+def test_small_enough():
+    """The editor and CLIP within 30 MB; the text-to-picture model, the paper's editor within 15 more each."""
+    sizes = {path: path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()}
+    painter, paper = (sum(size for path, size in sizes.items() if WEIGHTS / name in path.parents)
+                      for name in ("nano-sd", "nano-ip2p-paper"))
+    assert 1e6 < painter < 15e6 and 1e6 < paper < 15e6 and 1e6 < sum(sizes.values()) - painter - paper < 30e6
+
+
+def test_nano_sd_paints_what_nano_clip_reads_and_what_diffusers_paints():
+    painter = TextToImage.load(WEIGHTS / "nano-sd", "cpu")
+    chosen = complete({}, WEIGHTS / "nano-sd", painter.defaults)
+    rows = score_captions(painter, Judge.load(chosen["clip"]), captioned(32), {"steps": 8})
+    assert sum(row["success"] for row in rows) >= 28
+
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(WEIGHTS / "nano-sd")
+    pipeline.set_progress_bar_config(disable=True)
+    caption = rows[0]["caption"]
+    theirs = pipeline(caption, height=64, width=64, num_inference_steps=5, guidance_scale=3.0,
+                      generator=torch.Generator().manual_seed(7)).images[0]
+    ours, other = painter.generate([caption, rows[1]["caption"]], steps=5, cfg_text=3.0, seed=7)
+    assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
+    assert np.abs(np.asarray(ours, int) - np.asarray(other, int)).max() > 50
+
+
+@torch.no_grad()
+def test_nano_clip_tells_scenes_apart_and_equals_transformers():
+    clip, tokenizer = load_network(CLIP, WEIGHTS / "nano-clip"), load_tokenizer(WEIGHTS / "nano-clip")
+    scenes = [random_scene("test", index) for index in range(32)]
+    pixels = torch.stack([to_tensor(scene.render(64)) for scene in scenes])
+    ids = tokenizer([scene.caption() for scene in scenes])
+    logits = clip(ids, pixels)
+    assert (logits.argmax(1) == torch.arange(32)).float().mean() > 0.75  # one in 32 by chance
+    theirs = transformers.CLIPModel.from_pretrained(WEIGHTS / "nano-clip").eval()
+    assert relative_error(logits, theirs(input_ids=ids, pixel_values=pixels).logits_per_image) < 1e-5
+    assert transformers.CLIPTokenizer.from_pretrained(WEIGHTS / "nano-clip").vocab_size == tokenizer.end + 1
+
+
+def test_the_editor_reads_with_nano_clips_text_tower():
+    clip = load_network(CLIP, WEIGHTS / "nano-clip").text_model.state_dict()
+    text = load_network(TextEncoder, WEIGHTS / "nano-ip2p" / "text_encoder").text_model.state_dict()
+    assert clip.keys() == text.keys() and all(torch.equal(clip[key], text[key]) for key in clip)
+
+
+@pytest.mark.parametrize("name, least", [("nano-ip2p", 0.5), ("nano-ip2p-paper", 0.3)])
+def test_editors_edit_scenes_they_never_saw(name, least):
+    """Doing nothing scores 0; the README has the figures for 490."""
+    numbers = table(score_scenes(Editor.load(WEIGHTS / name, "cpu"), questions(21), {"steps": 10}))[1]
+    assert numbers["all"]["success"] > least
+
+
+def test_demo_draws_its_picture(tmp_path):
+    assert demo.main(["--out", str(tmp_path / "demo.png"), "--device", "cpu"]) == 0
+    with Image.open(tmp_path / "demo.png") as picture:
+        assert picture.width > 4 * 192 and picture.height > 4 * 192
+
+
+def test_demo_that_cannot_write_says_so_before_the_work(tmp_path, capsys):
+    assert demo.main(["--out", str(tmp_path), "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1  # no progress bar
+
+
+def test_demo_without_weights_is_one_line(tmp_path, capsys):
+    assert demo.main(["--weights", str(tmp_path / "none"), "--out", str(tmp_path / "demo.png")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "demo.png").exists()

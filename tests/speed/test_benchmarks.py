@@ -1,0 +1,82 @@
+"""The benchmarks run, and measure the same computation on both sides."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
+
+import edit  # noqa: E402
+import measure  # noqa: E402
+import numpy as np  # noqa: E402
+import pair  # noqa: E402
+import train_step  # noqa: E402
+
+from nanoip2p.speed import fast as speed  # noqa: E402
+
+SMALLEST = ["--width", "tiny", "--batch", "1", "--size", "64", "--repeat", "1", "--device", "cpu"]
+
+
+def test_training_step_is_timed_beside_diffusers(capsys):
+    train_step.main(SMALLEST)
+    out = capsys.readouterr().out.splitlines()
+    off = [float(word) for word in out[0].replace("(", " ").split() if "e-" in word or "e+" in word]
+    assert len(off) == 2 and max(off) < 1e-5
+    rows = {line[:16].strip(): line[16:].split() for line in out[4:7]}
+    assert list(rows) == ["diffusers", "ours, encoding", "ours, stored"]
+    work = {name: float(row[5]) for name, row in rows.items()}
+    assert work["diffusers"] >= work["ours, encoding"] > work["ours, stored"] > 0
+    assert all(float(row[0]) > 0 and float(row[4]) > 0 for row in rows.values())
+
+
+def test_another_computation_is_not_timed(monkeypatch):
+    def another(batch, null, *rest):
+        return plain(batch, torch.zeros_like(null), *rest) | {"noise": batch["noise"] * 1.001}
+
+    plain = train_step.Trainer.losses.__globals__["model_input"]
+    monkeypatch.setitem(train_step.Trainer.losses.__globals__, "model_input", another)
+    with pytest.raises(ValueError, match="do not agree"):
+        train_step.main(SMALLEST)
+
+
+FEW = ["--width", "tiny", "--latents", "8", "--repeat", "1", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_an_edit_is_timed_beside_diffusers(dtype, capsys):
+    edit.main([*FEW, "--dtype", dtype])
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line[:20].strip(): line[20:].split() for line in lines[-3:]}
+    assert list(rows) == ["diffusers", "ours", "ours, fast"] and rows["diffusers"][2] == "1.00"
+    assert all(float(row[0]) >= 0 and float(row[4]) > 0 for row in rows.values())
+
+
+def test_another_edit_is_not_timed(monkeypatch):
+    monkeypatch.setattr(speed.UNet, "forward", lambda self, *given, plain=speed.UNet.forward: (
+        1.1 * plain(self, *given)))
+    with pytest.raises(ValueError, match="not the same pictures"):
+        edit.main(FEW)
+
+
+def test_pictures_far_from_single_precision_are_refused():
+    exact = {name: np.zeros(9) for name in ("diffusers", "ours")}
+    assert edit.check({"diffusers": np.full(9, 8.0), "ours": np.full(9, 9.0)}, exact)
+    with pytest.raises(ValueError, match="farther"):
+        edit.check({"diffusers": np.full(9, 8.0), "ours": np.full(9, 12.0)}, exact)
+
+
+def test_injection_is_timed_beside_maps_in_memory(capsys):
+    pair.main([*FEW, "--steps", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[-4:]] == ["self", "replace", "refine", "both"]
+    assert all(float(line.split()[-1]) > 0 for line in lines[-4:])
+    with pytest.raises(ValueError, match="not the same latents"):
+        pair.check("", {"maps": lambda: torch.ones(2), "without": lambda: torch.zeros(2),
+                        "ours": lambda: torch.tensor([1, 1.1]), "fast": lambda: torch.ones(2)})
+
+
+def test_operations_and_bytes_are_counted():
+    a, b = torch.zeros(10, 20), torch.zeros(20, 30)
+    assert measure.work(lambda: a @ b.t().t()) == (2 * 10 * 20 * 30, 4 * (200 + 600 + 300))

@@ -1,0 +1,237 @@
+"""The folder of a run: checkpoints are there whole or not at all, the log has no rows of a lost future."""
+
+import json
+import os
+import shutil
+import sys
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nanoip2p.training import run_folder as runs
+
+FILES = ("unet.safetensors", "ema.safetensors")
+
+
+def write(run, step, keep=2, writes=True):
+    """A checkpoint of two parts whose numbers are those of the step."""
+    parts = {name.split(".")[0]: lambda: {"w": torch.full((5,), float(step))} for name in FILES}
+    runs.write_checkpoint(run, step, parts, {"batch": 4, "settings": {"lr": 1e-3}}, keep, writes)
+
+
+def names(run):
+    return [path.name for path in runs.checkpoints(run)]
+
+
+def hidden(run):
+    return [path.name for path in (run / runs.CHECKPOINTS).iterdir() if not path.name.isdigit()]
+
+
+def newest(run):
+    """The step of the newest checkpoint, whether its files are those of that step, and the warnings."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        folder, state = runs.newest_checkpoint(run)
+    assert folder.name == f"{state['step']:07d}" and state["batch"] == 4
+    assert all((load_file(folder / name)["w"] == state["step"]).all() for name in FILES)
+    return state["step"], [str(warning.message) for warning in told]
+
+
+def test_a_checkpoint_holds_what_it_was_given_and_the_newest_stay(tmp_path):
+    for step in (1, 2, 5, 12):
+        write(tmp_path, step)
+        assert newest(tmp_path) == (step, [])
+    assert names(tmp_path) == ["0000005", "0000012"] and hidden(tmp_path) == []
+    write(tmp_path, 13, keep=1)
+    assert names(tmp_path) == ["0000013"]
+
+
+def test_a_rank_that_does_not_write_gathers_and_writes_nothing(tmp_path):
+    asked = []
+    runs.write_checkpoint(tmp_path, 1, {"unet": lambda: asked.append(1) or {}}, {}, 2, writes=False)
+    assert asked == [1] and list(tmp_path.iterdir()) == []
+
+
+class Crash(BaseException):
+    """As a power cut: nothing in nanoip2p may catch it and go on."""
+
+
+OPERATIONS = [(runs, "write_tensors"), (runs, "digest_of"), (runs, "flush"), (os, "fsync"), (os, "replace"),
+              (runs.Path, "write_text"), (runs.Path, "mkdir"), (runs.shutil, "rmtree")]
+
+
+@pytest.mark.parametrize("error", [Crash, OSError])
+@pytest.mark.parametrize("owner, name", OPERATIONS, ids=[name for _, name in OPERATIONS])
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_an_interrupted_write_leaves_a_whole_checkpoint_or_the_one_before(
+        tmp_path, monkeypatch, owner, name, after, error):
+    """It ends before or after the 1st, 2nd, ... call of each operation, until there is no such call."""
+    plain = getattr(owner, name)
+    for ends_at in range(1, 99):
+        run = tmp_path / str(ends_at)
+        write(run, 1, keep=1)
+        count = iter(range(1, 10**9))
+
+        def ending(*args, ends_at=ends_at, count=count, **settings):
+            now = next(count) == ends_at
+            if now and not after:
+                raise error
+            result = plain(*args, **settings)
+            if now:
+                raise error
+            return result
+
+        monkeypatch.setattr(owner, name, ending)
+        ended = False
+        try:
+            write(run, 2, keep=1)
+        except error:
+            ended = True
+        monkeypatch.undo()
+        step, told = newest(run)
+        assert step in (1, 2) and told == []
+        write(run, 3, keep=1)                                   # and the run goes on
+        assert newest(run) == (3, []) and names(run) == ["0000003"]
+        if not ended:
+            assert ends_at > 1
+            return
+    raise AssertionError("no end of calls")
+
+
+def test_nothing_gets_its_name_before_it_is_on_the_disk(tmp_path, monkeypatch):
+    """The order of things: every file and the folder flushed, the rename, the folder above flushed."""
+    events, replace = [], os.replace
+    monkeypatch.setattr(runs, "flush", lambda path: events.append(path.name))
+    monkeypatch.setattr(os, "replace", lambda a, b: events.append(f"-> {b.name}") or replace(a, b))
+    write(tmp_path, 7)
+    for name in FILES:
+        assert events.index(f"-> {name}") < events.index(name)
+    renamed = events.index("-> 0000007")
+    assert {*FILES, "state.json", ".0000007.tmp"} <= set(events[:renamed])
+    assert events[renamed - 1] == ".0000007.tmp" and events[renamed + 1 :] == ["checkpoints", tmp_path.name]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path, place=-3):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def text(content):
+    return lambda path: path.write_text(content)
+
+
+DAMAGES = {
+    "cut": ("ema.safetensors", cut), "flipped": ("ema.safetensors", flip),
+    "gone": ("unet.safetensors", os.remove), "empty": ("unet.safetensors", text("")),
+    "no state": ("state.json", os.remove),
+    "cut state": ("state.json", cut), "empty state": ("state.json", text("")),
+    "bytes": ("state.json", lambda path: path.write_bytes(b"\xff\xfe\x00")),
+    "list": ("state.json", text("[]")), "object": ("state.json", text("{}")),
+    "files": ("state.json", text('{"step": 2, "files": 3}')),
+    "no files": ("state.json", text('{"step": 2, "files": {}}')),
+    "other step": ("state.json", lambda path: path.write_text(path.read_text().replace(': 2,', ': 7,'))),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(tmp_path, damage):
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    name, harm = DAMAGES[damage]
+    harm(tmp_path / runs.CHECKPOINTS / "0000002" / name)
+    step, [told] = newest(tmp_path)
+    assert step == 1 and "0000002 is damaged" in told and "\n" not in told
+    harm_all = tmp_path / runs.CHECKPOINTS / "0000001" / "state.json"
+    harm_all.unlink()
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="no sound checkpoint") as error:
+        runs.newest_checkpoint(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_no_flipped_byte_goes_unnoticed(tmp_path):
+    """Anywhere in state.json, and here and there in the tensors: a sound state, or the checkpoint before."""
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    folder = tmp_path / runs.CHECKPOINTS / "0000002"
+    sound = json.loads((folder / "state.json").read_text())
+    for name, stride in (("state.json", 1), *((name, 17) for name in FILES)):
+        content = (folder / name).read_bytes()
+        for place in range(0, len(content), stride):
+            flip(folder / name, place)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found, state = runs.newest_checkpoint(tmp_path)
+            if found == folder:                                 # white space may be another white space
+                assert {key: state[key] for key in sound if key != "seal"}.items() <= sound.items(), place
+            (folder / name).write_bytes(content)
+    assert newest(tmp_path) == (2, [])
+
+
+def test_damaged_checkpoints_do_not_push_out_sound_ones(tmp_path):
+    """A run that went back behind a damaged checkpoint writes one of an earlier step: it has to stay."""
+    write(tmp_path, 2)
+    write(tmp_path, 6)
+    cut(tmp_path / runs.CHECKPOINTS / "0000006" / FILES[0])
+    write(tmp_path, 4, keep=1)
+    assert newest(tmp_path) == (4, []) and names(tmp_path) == ["0000004"]
+
+
+def test_a_checkpoint_takes_the_place_of_a_damaged_one_of_its_step(tmp_path):
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    (tmp_path / runs.CHECKPOINTS / "0000002" / FILES[0]).unlink()
+    write(tmp_path, 2)
+    assert newest(tmp_path) == (2, [])
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_without_checkpoints_is_one_line(tmp_path, there):
+    if there:
+        (tmp_path / runs.CHECKPOINTS / ".0000003.tmp").mkdir(parents=True)
+        (tmp_path / runs.CHECKPOINTS / "notes").mkdir()
+    assert runs.checkpoints(tmp_path) == []
+    with pytest.raises(ValueError, match="has no checkpoint; --resume wants the --out") as error:
+        runs.newest_checkpoint(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_going_on_drops_rows_of_the_future_and_a_line_cut_in_the_middle(tmp_path):
+    log = runs.Log(tmp_path, 0)
+    for step in (2, 4, 6, 8):
+        log.write({"step": step, "loss": 1 / step})
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')
+    assert [row["step"] for row in runs.read_log(tmp_path)] == [2, 4, 6, 8]
+    runs.Log(tmp_path, 4).write({"step": 5, "loss": 0.2})
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"step": 2, "loss": 0.5}, {"step": 4, "loss": 0.25}, {"step": 5, "loss": 0.2}]
+    runs.Log(tmp_path, 0)
+    assert (tmp_path / "log.jsonl").read_text() == ""
+
+
+def test_losses_are_drawn_where_matplotlib_is(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    log = runs.Log(tmp_path, 0)
+    log.write({"step": 1, "loss": 1.0, "lr": 0.1})
+    log.write({"step": 2, "loss": 0.5, "validation": 0.6, "validation_ema": 0.7})
+    monkeypatch.setitem(sys.modules, "matplotlib", None)        # as if it were not installed
+    assert runs.plot_log(tmp_path) is False and not (tmp_path / "loss.png").exists()
+    monkeypatch.undo()
+    from matplotlib.axes import Axes
+    drawn, plot = {}, Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, **how: drawn.update({how["label"]: (x, y)})
+                        or plot(self, x, y, **how))
+    assert runs.plot_log(tmp_path) is True
+    assert drawn == {"training": ([1, 2], [1.0, 0.5]), "validation": ([2], [0.6]),
+                     "validation, averaged": ([2], [0.7])}
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "loss.png"]
+    shutil.rmtree(tmp_path)

@@ -1,0 +1,116 @@
+"""The nano world: deterministic, unambiguous, and with held-out wordings that really are held out."""
+
+import random
+
+import numpy as np
+import pytest
+
+from nanoip2p.world.painting import COLOURS
+from nanoip2p.world.scenes import (
+    EDIT_KINDS,
+    HELD_OUT_EDITS,
+    HELD_OUT_THINGS,
+    KINDS,
+    PHRASINGS,
+    SLOTS,
+    Scene,
+    Thing,
+    held_out,
+    random_scene,
+    seen_edits,
+)
+
+PINNED = "an orange balloon on the left and a blue flower in the middle, on dirt, foggy day"
+SAMPLE = [random_scene("test-scenes", index) for index in range(60)]
+
+
+def test_same_scene_every_time_and_streams_differ():
+    assert [random_scene("test-scenes", index) for index in range(60)] == SAMPLE
+    assert random_scene("train", 0) != random_scene("test", 0)
+    # Pinned: a new Python or a careless edit must not move the test set
+    assert random_scene("test", 0).caption() == PINNED
+    assert len(set(SAMPLE)) == len(SAMPLE)
+
+
+def test_drawing_ignores_the_global_random_state():
+    random.seed(1)
+    before = SAMPLE[0].render(48)
+    random.seed(2)
+    assert before.tobytes() == SAMPLE[0].render(48).tobytes()
+    assert before.size == (48, 48) and before.mode == "RGB"
+
+
+def test_world_is_as_rich_as_promised():
+    assert len(KINDS) >= 8 and len(COLOURS) >= 8 and len(EDIT_KINDS) >= 6
+    seen = {edit.kind for scene in SAMPLE for edit in scene.edits()}
+    assert seen == set(EDIT_KINDS)
+
+
+@pytest.mark.parametrize("scene", SAMPLE[:20], ids=str)
+def test_every_edit_is_a_different_picture(scene):
+    """Otherwise "nearest render" could not name one winner."""
+    results = [scene, *(edit.scene for edit in scene.edits())]
+    pictures = {result.render(64).tobytes() for result in results}
+    assert len(pictures) == len(results)
+
+
+def test_edits_change_one_thing_and_say_so():
+    scene = Scene("day", "clear", "grass", (Thing("house", "red", "large", 1),), 3)
+    edits = {edit.instructions[0]: edit for edit in scene.edits()}
+    assert edits["make it night"].scene.time == "night"
+    assert edits["make the house blue"].scene.things[0].colour == "blue"
+    assert edits["replace the house with a tree"].scene.things[0] == Thing("tree", "red", "large", 1)
+    assert edits["remove the house"].scene.things == ()
+    added = edits["add an orange balloon on the left"].scene
+    assert added.things == (Thing("balloon", "orange", slot=0), *scene.things)
+    assert edits["turn the ground into sand"].caption == "a red house in the middle, on sand, clear day"
+    for edit in scene.edits():
+        assert edit.caption == edit.scene.caption() != scene.caption()
+        assert len(set(edit.instructions)) == len(edit.instructions) >= 3
+
+
+def test_what_is_held_out_is_seen_in_other_company():
+    """Every held-out thing and edit shares its parts with what training sees, and nothing that it sees."""
+    seen = [edit for scene in SAMPLE for edit in seen_edits(scene)]
+    shown = {(thing.kind, thing.colour) for edit in seen for thing in edit.scene.things}
+    done = {(edit.kind, edit.thing) for edit in seen}
+    for parts, held in ((shown, HELD_OUT_THINGS), (done, HELD_OUT_EDITS)):
+        assert not parts & held
+        assert {first for first, _ in held} <= {first for first, _ in parts}
+        assert {second for _, second in held} <= {second for _, second in parts}
+    assert sorted(kind for kind, _ in HELD_OUT_THINGS) == sorted(KINDS)
+    assert sorted(colour for _, colour in HELD_OUT_THINGS) == sorted(COLOURS)
+
+
+def test_edits_are_held_out_for_what_they_show_or_do():
+    things = (Thing("house", "red", slot=0), Thing("flower", "pink", slot=2))
+    scene = Scene("day", "clear", "grass", things, 3)
+    out = {edit.instructions[0] for edit in scene.edits() if held_out(scene, edit)}
+    assert {"make the house purple", "make the flower red", "replace the flower with a balloon"} & out == {
+        "make the house purple", "make the flower red"}
+    assert "add a blue rocket in the middle" in out and "add a blue mushroom in the middle" in out
+    assert not {"remove the flower", "make the house blue", "make it night"} & out
+    there = Scene("day", "clear", "grass", (Thing("house", "purple", slot=0),), 3)
+    assert there.edits() and not seen_edits(there)
+
+
+def test_an_edit_leaves_the_rest_alone_to_the_pixel():
+    scene = Scene("day", "clear", "grass", (Thing("house", "red", slot=0), Thing("tree", "green", slot=2)), 3)
+    after = next(edit.scene for edit in scene.edits() if edit.instructions[0] == "make the house blue")
+    differs = (np.asarray(scene.render(64)) != np.asarray(after.render(64))).any(-1)
+    assert differs[:, :32].any() and not differs[:, 32:].any()
+
+
+def test_no_two_things_share_a_kind_or_a_slot():
+    for scene in SAMPLE:
+        for result in [scene, *(edit.scene for edit in scene.edits())]:
+            assert len({thing.kind for thing in result.things}) == len(result.things) <= len(SLOTS)
+            assert [thing.slot for thing in result.things] == sorted({thing.slot for thing in result.things})
+
+
+def test_words_of_held_out_phrasings_are_known_from_others():
+    known = {word for phrases in PHRASINGS.values() for phrase in phrases[:-1]
+             for word in phrase.replace(",", "").split()}
+    for phrases in PHRASINGS.values():
+        assert phrases[-1] not in phrases[:-1]
+        assert set(phrases[-1].replace(",", "").split()) <= known

@@ -1,0 +1,51 @@
+"""A dozen edits by the shipped nano editor, as one labelled picture: what `make demo` shows."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from nanoip2p.common import cli
+from nanoip2p.common.files import check_writable, replacing
+from nanoip2p.editor import Editor
+from nanoip2p.images import grid, open_image
+
+WEIGHTS = Path(__file__).resolve().parent.parent / "weights" / "nano-ip2p"
+EDITS = {
+    "house": ("make it night", "turn the house blue", "replace the house with a tree"),
+    "car": ("paint the car yellow", "add a pink balloon in the middle", "make it rainy"),
+    "balloon": ("make it sunset", "turn the ground into grass", "add a red car on the left"),
+    "rocket": ("remove the tent", "turn the rocket into a mushroom", "make it day"),
+}
+
+
+def run(weights: Path, out: Path, device: str | None = None) -> None:
+    """Edit the pictures in <weights>/examples and write them, labelled, to `out`."""
+    check_writable(out)
+    editor = Editor.load(weights, device)
+    inputs = {name: open_image(weights / "examples" / f"{name}.png") for name in EDITS}
+    asked = [(inputs[name], edit) for name, edits in EDITS.items() for edit in edits]
+    edited = iter(editor.edit(*map(list, zip(*asked)), progress=True, batch=len(asked)))
+    rows = [[inputs[name], *(next(edited) for _ in edits)] for name, edits in EDITS.items()]
+    picture = grid(rows, [["input", *edits] for edits in EDITS.values()])
+    with replacing(out) as temporary:
+        picture.save(temporary, format="PNG")
+    print(f"wrote {out}: on the left the inputs, right of them what the editor made of the instructions")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code, see cli.run."""
+    parser = cli.make_parser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("out/demo.png"))
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="the nano editor")
+    parser.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
+
+    def work() -> None:
+        args = parser.parse_args(argv)
+        run(args.weights, args.out, args.device)
+
+    return cli.run(work, "interrupted; nothing was written", "try --device cpu")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
