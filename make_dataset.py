@@ -22,7 +22,8 @@ from nanoip2p.checkpoint.load import open_checkpoint
 from nanoip2p.checkpoint.tensors import DTYPES
 from nanoip2p.clip_filter import Judge
 from nanoip2p.common import cli
-from nanoip2p.common.cli import add_flags, at_least, finite, pick_device
+from nanoip2p.common.cli import add_flags, at_least, finite
+from nanoip2p.common.device import pick_device
 from nanoip2p.common.files import check_writable, replacing
 from nanoip2p.dataset import finetune
 from nanoip2p.dataset.captions import Settings, ask_all, read_captions

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from nanoip2p.checkpoint.load import load_model, open_checkpoint, widen
 from nanoip2p.common import cli
 from nanoip2p.common.cli import add_flags, at_least, finite, leave_signals_to_the_parent, stop_between_steps
+from nanoip2p.common.device import pick_dtype
 from nanoip2p.dataset.layouts import Item, broken_pictures, read_data
 from nanoip2p.dataset.rendered import captioned_scenes, scene_pairs
 from nanoip2p.images import save_png
@@ -140,8 +141,9 @@ def make_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--flip", action=argparse.BooleanOptionalAction,
                         help="mirror half of the pairs (on; off for scenes, where left and right matter)")
     recipe.add_argument("--seed", type=at_least(0), default=0, help="of everything drawn")
-    recipe.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16",
-                        help="of products and convolutions; weights and sums are fp32 in any case")
+    recipe.add_argument("--dtype", choices=("fp32", "bf16"),
+                        help="of products and convolutions; weights and sums are fp32 in any case (bf16 "
+                             "where the device is faster in it, else fp32)")
     switch = {"action": argparse.BooleanOptionalAction, "default": False}  # --no-... undoes a preset's
     running = parser.add_argument_group("running")
     running.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
@@ -210,6 +212,7 @@ def plan_text(args: argparse.Namespace, items: list[Item], validation: list[Item
     return (f"data      {args.data}: {len(items)} items to train on, {pairs} pairs; held out for validation: "
             f"{held_out}\n"
             f"batch     {args.batch_size} x {args.accumulate} accumulated x {ranks} devices = {batch}\n"
+            f"computes  in {args.dtype} (--dtype)\n"
             f"run       {args.steps} steps = {total} samples = {total / len(items):.1f} visits of each item\n"
             f"writes    {args.out or 'into --out'}: weights, log.jsonl, loss.png, samples, and a checkpoint "
             f"every {args.save_every} steps (the newest {args.keep} stay)")
@@ -226,6 +229,7 @@ def prepare_and_train(args: argparse.Namespace) -> None:
             check_data(args)
         items, validation = read_items(args)
         settle_batch(args, ranks.count, len(items))
+        args.dtype = pick_dtype(args.dtype, ranks.device)
         unet, factor, encoders = UNetConfig(in_channels=8), 8, ()  # Stable Diffusion's, for --check alone
         if args.weights:
             checkpoint = open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)

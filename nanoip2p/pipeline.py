@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nanoip2p.clip import TextEncoder
-from nanoip2p.common.cli import pick_device
+from nanoip2p.common.device import pick_device
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.images import fit_size
 from nanoip2p.samplers import SAMPLERS, Denoise

@@ -38,7 +38,8 @@ from nanoip2p.checkpoint.save import save_parts
 from nanoip2p.checkpoint.tensors import read_tensors
 from nanoip2p.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, TextEncoder
 from nanoip2p.common import cli
-from nanoip2p.common.cli import at_least, pick_device
+from nanoip2p.common.cli import at_least
+from nanoip2p.common.device import pick_device
 from nanoip2p.common.files import check_writable, write_json
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.images import to_tensor

@@ -8,8 +8,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
-
 
 def make_parser(**settings) -> argparse.ArgumentParser:
     """An ArgumentParser whose complaints are ValueErrors of one line; argparse prints the usage first."""
@@ -98,20 +96,6 @@ def leave_signals_to_the_parent(_worker: int) -> None:
     """For processes that load data: Ctrl-C reaches them, too, and they have to outlive its work."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def pick_device(name: str | torch.device | None = None) -> torch.device:
-    """The device called `name`, or without one the first of CUDA, MPS and CPU that works here.
-
-    Raises ValueError for a name that torch does not know or this machine does not have.
-    """
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} does not work here ({reason}); leave it out to pick one") from None
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

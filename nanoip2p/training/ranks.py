@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nanoip2p.common.cli import pick_device
+from nanoip2p.common.device import pick_device
 
 PATIENCE = timedelta(days=1)  # until the others have stored their latents or shown their samples
 

@@ -11,7 +11,7 @@ from tiny_editor import DEFAULTS, write_tiny_editor
 
 from nanoip2p import editor as editing
 from nanoip2p.checkpoint.load import load_model
-from nanoip2p.common.cli import pick_device
+from nanoip2p.common.device import pick_device
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.editor import Editor
 

@@ -1,0 +1,36 @@
+"""Which precision is taken where nobody names one: what the device computes faster in."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanoip2p.common import device
+from nanoip2p.common.device import pick_dtype
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+
+
+def test_a_named_dtype_is_taken_unmeasured(monkeypatch):
+    monkeypatch.setattr(device, "bf16_is_fast_on_this_cpu", lambda: pytest.fail("measured"))
+    assert [pick_dtype(name, CPU) for name in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]
+
+
+@pytest.mark.parametrize("fast, dtype", [(True, "bf16"), (False, "fp32")])
+def test_the_measurement_decides_on_a_cpu(fast, dtype, monkeypatch):
+    monkeypatch.setattr(device, "bf16_is_fast_on_this_cpu", lambda: fast)
+    assert pick_dtype(None, CPU) == dtype and pick_dtype(None, torch.device("mps")) == "fp32"
+
+
+@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
+def test_a_cpu_without_bf16_arithmetic_gets_fp32(isa):
+    """oneDNN is told to leave newer instructions alone, and computes as on such a CPU."""
+    code = ("import torch; from nanoip2p.common.device import pick_dtype;"
+            "print(pick_dtype(None, torch.device('cpu')))")
+    env = os.environ | {"ONEDNN_MAX_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout == "fp32\n", done.stderr
