@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from nanoip2p.attention import attention
 from nanoip2p.unet import Attention, UNet, attend
 
 CACHE = Path("~/.cache/nanoip2p/inductor")
@@ -54,7 +53,7 @@ class FusedAttention(Attention):
         if context is not x or attend is not PLAIN:
             return super().forward(x, context, attend)
         q, k, v = F.linear(x, self.qkv).chunk(3, dim=-1)                # (B, T, C) each, of one (B, T, 3 C)
-        return self.to_out[0](attention(q, k, v, self.heads))
+        return self.to_out[0](self.attention(q, k, v, self.heads))
 
 
 PLAIN = attend
