@@ -308,7 +308,7 @@ class UNet(nn.Module):
         return cls(read_config(UNetConfig, config, FIXED, BOOKKEEPING))
 
     def project_context(self, context: Tensor, rows: Tensor | None = None) -> Projected:
-        """Project a text (R, L, D) once for all steps. rows: see Projected; None for one row of latents each."""
+        """Project a text (R, L, D) once for all steps. rows: see Projected; None means 0 ... R - 1."""
         layers = [block.attn2 for block in self.modules() if isinstance(block, TransformerBlock)]
         rows = torch.arange(len(context)) if rows is None else rows
         return Projected({layer: layer.project(context) for layer in layers}, rows.to(context.device))
