@@ -33,11 +33,11 @@ from tqdm import tqdm
 
 from nanoip2p.diffusion import plan
 from nanoip2p.guidance import make_denoiser
-from nanoip2p.pipeline import counted, encode_texts
+from nanoip2p.pipeline import encode_texts
 from nanoip2p.samplers import SAMPLERS, draw_noise
 from nanoip2p.text_to_image import TextToImage
 from nanoip2p.tokenizer import WORD_END, Tokenizer
-from nanoip2p.unet import DOWN_TYPES, Attention, Context, UNetConfig, repeat_rows
+from nanoip2p.unet import DOWN_TYPES, Attention, Context, repeat_rows
 
 MODES = ("self", "cross", "both", "none")
 # The local blend cuts at this share of the maximum, and starts after this share of the steps. Its start is
@@ -71,8 +71,7 @@ class PairPainter:
         if blend and (inject == "none" or self.settings["sampler"] not in ("euler", "euler_ancestral")):
             raise ValueError("a local blend needs injection, and the sampler euler or euler_ancestral")
         with torch.inference_mode():
-            states = encode_texts(
-                painter.text_encoder, painter.tokenizer, [source, edit, negative], painter.kept_texts)
+            states = encode_texts(painter.text_encoder, painter.tokenizer, [source, edit, negative])
         self.source, self.edit, self.null = (states[text] for text in (source, edit, negative))  # (T, D)
         tokenizer, device = painter.tokenizer, self.null.device
         maps = token_map(*tokenizer([source, edit]).tolist(), tokenizer.end)
@@ -84,13 +83,13 @@ class PairPainter:
                         for word, window in (windows or {}).items()]            # (T,) bool, from, to
         self.blend = blend and [self.columns([find_words(tokenizer, text, word)])
                                 for text, word in zip((source, edit), blend)]   # (T, 1) each
-        config = painter.unet.config
-        self.coarse = [-(-side // 2 ** coarse_level(config))                    # 16 x 16 for 64 x 64 latents
-                       for side in painter.latent_shape(self.settings["resolution"])[1:]]
+        # The coarse level shows where words are: the second from below, 16 x 16 for 64 x 64 latents
+        has_text = [DOWN_TYPES[name] for name in painter.unet.config.down_block_types]
+        level = len(has_text) - (2 if has_text[:-1] and has_text[-2] else 1)
+        self.coarse = [-(-side // 2**level) for side in painter.latent_shape(self.settings["resolution"])[1:]]
         # Rows that differ only by their text can be one row until the first text attention, unless
-        # self-attention before it is injected in the rows with a caption only.
-        self.share_prefix = inject != "both" or any(
-            DOWN_TYPES[name] for name in config.down_block_types[: coarse_level(config)])
+        # self-attention before it is injected in the rows with a caption only
+        self.share_prefix = inject != "both" or any(has_text[:level])
 
     def columns(self, words: list[list[int]]) -> Tensor:
         """Token positions of each of W words -> (T, W), a column for each word with ones at its tokens."""
@@ -129,46 +128,50 @@ class PairPainter:
         rows = torch.arange(2 * pairs, device=device).repeat(2) if self.share_prefix else None
         text = unet.project_context(text.repeat_interleave(pairs, dim=0), rows)            # of (4 B, T, D)
         guidance = torch.tensor(cfg_text * 2, device=device)[:, None, None, None]
-        p, heat = torch.tensor(shares, device=device), None
+        steps, timestep_of, heat = len(self.plan.timesteps), self.plan.timestep_of(device), None
+        progress_of = {sigma: step / max(1, steps - 1) for step, sigma in enumerate(timestep_of)}
+        active_of = dict(zip(progress_of, torch.tensor(
+            [[p > progress for p in shares] for progress in progress_of.values()], device=device)))
         if words is not None:
             words = torch.stack(words[::-1]).repeat_interleave(pairs, dim=0)               # (2 B, T, W)
             heat = torch.zeros(2 * pairs, math.prod(self.coarse), words.shape[2], device=device)
-        timestep_of = self.plan.timestep_of(device)
-        progress_of = {sigma: step / max(1, len(timestep_of) - 1) for step, sigma in enumerate(timestep_of)}
 
         def inject(sigma: float) -> Injection | None:
             progress = progress_of[sigma]
             if words is None and progress >= max(shares) and not any(
                     begin <= progress < end for _, begin, end in self.windows):
                 return None  # an ordinary step, which speed/fast.py can compile
-            return self.injection(progress, p, words, heat)
+            return self.injection(progress, active_of[sigma], words, heat)
 
-        denoise = make_denoiser(
-            unet, timestep_of, self.null.dtype, [(1 if self.share_prefix else 2, None, text)],
-            lambda eps: eps[1] + guidance * (eps[0] - eps[1]), inject)
-        denoise = denoise if bar is None else counted(denoise, bar)
+        def combine(eps: list[Tensor]) -> Tensor:
+            if bar is not None:
+                bar.update()
+            return eps[1] + guidance * (eps[0] - eps[1])  # with caption, without
+
+        denoise = make_denoiser(unet, timestep_of, self.null.dtype,
+                                [(1 if self.share_prefix else 2, None, text)], combine, inject)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds * 2]  # a pair shares its noise
         shape = self.painter.latent_shape(self.settings["resolution"])
         x = self.plan.start_scale * draw_noise((2 * pairs, *shape), generators).to(device)
         sampler = SAMPLERS[self.settings["sampler"]]
         for step, sigmas in enumerate(self.plan.sigmas.split(1 if self.blend else len(self.plan.sigmas)), 1):
             x = sampler(denoise, x, sigmas, generators)
-            if self.blend and step > BLEND_FROM * len(timestep_of):
+            if self.blend and step > BLEND_FROM * steps:
                 x = blend_locally(x, heat.transpose(1, 2).unflatten(2, self.coarse)[:, -1:])
         return x, None if heat is None else heat.transpose(1, 2).unflatten(2, self.coarse)
 
-    def injection(self, progress: float, p: Tensor, words: Tensor | None = None,
+    def injection(self, progress: float, active: Tensor, words: Tensor | None = None,
                   heat: Tensor | None = None) -> "Injection":
-        """The injection after this share of the steps, for B pairs that inject until p (B,)."""
-        pairs, coarse = len(p), math.prod(self.coarse)
+        """The injection after a share `progress` of the steps. active (B,): the pairs with progress < p."""
+        pairs, coarse = len(active), math.prod(self.coarse)
         injection = Injection(pairs, coarse, words, heat)
         if self.inject in ("self", "both"):
-            rows = torch.arange(4 * pairs, device=p.device, dtype=torch.int32).view(2, 2, pairs)
-            rows[: 1 if self.inject == "both" else 2, 0] += pairs * (p > progress)  # [caption or not, edit]
+            rows = torch.arange(4 * pairs, device=active.device, dtype=torch.int32).view(2, 2, pairs)
+            rows[: 1 if self.inject == "both" else 2, 0] += pairs * active  # [caption or not, edit]
             injection.self_from = rows.flatten()
             injection.self_limit = coarse if self.inject == "both" else math.inf
         if self.inject in ("cross", "both"):
-            now = (p > progress).float()[:, None].repeat(1, len(self.taken))    # (B, T): 1 if a token takes
+            now = active.float()[:, None].repeat(1, len(self.taken))            # (B, T): 1 if a token takes
             for tokens, begin, end in self.windows:
                 now = torch.where(tokens, float(begin <= progress < end), now)
             injection.from_source = self.mapping * (now * self.taken * self.weights)[:, None]  # (B, T, T)
@@ -219,12 +222,6 @@ class Injection:
             columns = F.pad(words, (0, width - words.shape[2])).repeat(1, 1, layer.heads)
             maps = self.to_text(layer, q, k, columns).unflatten(2, (layer.heads, width))
             heat += maps.float().mean(2)[..., : words.shape[2]]
-
-
-def coarse_level(config: UNetConfig) -> int:
-    """The level whose text attention shows where words are: 16 x 16 of 64 x 64, the second from below."""
-    last = len(config.block_out_channels) - 1
-    return last - 1 if last and DOWN_TYPES[config.down_block_types[last - 1]] else last
 
 
 def blend_locally(x: Tensor, heat: Tensor) -> Tensor:

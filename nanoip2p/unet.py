@@ -178,27 +178,17 @@ class Attention(nn.Module):
         return self.to_out[0](attend(self, x, context))
 
 
-class GEGLU(nn.Module):
-    """A linear layer; the GELU of its second half scales the first (Shazeer 2002.05202). -> (B, T, C_out)."""
-
-    def __init__(self, c_in: int, c_out: int):
-        super().__init__()
-        self.proj = nn.Linear(c_in, 2 * c_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
-
-
 class FeedForward(nn.Module):
-    """Four times wider and back, (B, T, C) -> same. The Identity has the place of diffusers' dropout."""
+    """GEGLU (Shazeer 2002.05202) with four times the channels, and back. (B, T, C) -> same."""
 
     def __init__(self, c: int):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c))
+        wide = nn.ModuleDict({"proj": nn.Linear(c, 8 * c)})
+        self.net = nn.ModuleList([wide, nn.Identity(), nn.Linear(4 * c, c)])  # as diffusers; 1 is its dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        value, gate = self.net[0]["proj"](x).chunk(2, dim=-1)           # (B, T, 4 C) each
+        return self.net[2](value * F.gelu(gate))
 
 
 class TransformerBlock(nn.Module):

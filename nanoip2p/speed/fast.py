@@ -28,7 +28,8 @@ def fast(unet: UNet, say: Callable[[str], None]) -> UNet:
     """What helps on the device of the weights. say: is told in a line what takes long."""
     device = unet.conv_in.weight.device.type
     if device == "cuda":  # as is usual, and not measured here
-        return cuda_graph(compiled(fused_projections(channels_last(unet)), say))
+        from nanoip2p.speed.kernels import measured_kernels  # needs triton, as torch.compile does
+        return cuda_graph(compiled(measured_kernels(fused_projections(channels_last(unet))), say))
     return channels_last(packed_products(fast_convolutions(unet))) if device == "cpu" else unet
 
 

@@ -62,13 +62,13 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, tile: Tile,
     assert q.dtype == k.dtype == v.dtype, (q.dtype, k.dtype, v.dtype)
     assert map_from is None or map_from.dtype == torch.int32, map_from.dtype
     out = q.new_empty(len(v), *q.shape[1:]) if out is None else out
-    kernel, blocks = (_short, QUERY_BLOCKS) if keys <= SHORT else (_long, 1)
+    kernel, blocks = (_long, 1) if keys > SHORT else (_short, QUERY_BLOCKS)
+    bn = bn if keys > SHORT else max(16, triton.next_power_of_2(keys))  # of `_short`: all keys
     with torch.cuda.device_of(q):
         kernel[(triton.cdiv(q.shape[1], bm * blocks) * len(v) * heads,)](
             q, k, v, out, out if map_from is None else map_from.contiguous(), *q.stride(), *k.stride(),
             *v.stride(), *out.stride(), LOG2_E * d**-0.5, q.shape[1], keys, heads, d, *pieces(d),
-            map_from is not None, bm, max(16, triton.next_power_of_2(keys)) if keys <= SHORT else bn, blocks,
-            num_warps=warps, num_stages=stages)
+            map_from is not None, bm, bn, blocks, keys % bn > 0, num_warps=warps, num_stages=stages)
     return out
 
 
@@ -114,56 +114,43 @@ def _place(q, k, v, out, map_from, qb, qc, kb, kc, vb, vc, ob, oc, programs, hea
 
 
 @triton.jit
-def _step(q0, q1, top, mass, a0, a1, k, v, start, Tk, kt, kc, vt, vc, scale, D: tl.constexpr,
-          D0: tl.constexpr, D1: tl.constexpr, BN: tl.constexpr, CHECK: tl.constexpr):
-    """Add BN keys to the running maximum, mass and sums (Milakov and Gimelshein 1805.02867)."""
-    keys = start + tl.arange(0, BN)
-    s = tl.dot(q0, tl.trans(_tile(k, keys, Tk, kt, kc, 0, D0, D, CHECK)), input_precision="ieee")
-    if D1 > 0:
-        s = tl.dot(q1, tl.trans(_tile(k, keys, Tk, kt, kc, D0, D1, D, CHECK)), s, input_precision="ieee")
-    if CHECK:
-        s = tl.where((keys < Tk)[None, :], s, float("-inf"))
-    new = tl.maximum(top, tl.max(s, 1) * scale)
-    p = tl.exp2(s * scale - new[:, None])                               # (BM, BN)
-    fade = tl.exp2(top - new)
-    mass = mass * fade + tl.sum(p, 1)
-    p = p.to(v.dtype.element_ty)
-    a0 = tl.dot(p, _tile(v, keys, Tk, vt, vc, 0, D0, D, CHECK), a0 * fade[:, None], input_precision="ieee")
-    if D1 > 0:
-        v1 = _tile(v, keys, Tk, vt, vc, D0, D1, D, CHECK)
-        a1 = tl.dot(p, v1, a1 * fade[:, None], input_precision="ieee")
-    return new, mass, a0, a1
-
-
-@triton.jit
 def _long(q, k, v, out, map_from, qb, qt, qc, kb, kt, kc, vb, vt, vc, ob, ot, oc, scale, Tq, Tk, heads,
           D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, INDEXED: tl.constexpr, BM: tl.constexpr,
-          BN: tl.constexpr, BLOCKS: tl.constexpr):
-    """BM queries of one head over all keys."""
+          BN: tl.constexpr, BLOCKS: tl.constexpr, CHECK: tl.constexpr):
+    """BM queries of one head over all keys, with a running maximum (Milakov and Gimelshein 1805.02867)."""
     programs = tl.cdiv(Tq, BM)
     q, k, v, out = _place(q, k, v, out, map_from, qb, qc, kb, kc, vb, vc, ob, oc, programs, heads, D, INDEXED)
     queries = tl.program_id(0) % programs * BM + tl.arange(0, BM)
     q0 = _tile(q, queries, Tq, qt, qc, 0, D0, D, True)
     q1 = _tile(q, queries, Tq, qt, qc, D0, D1, D, True) if D1 > 0 else q0
-    top, mass = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
-    a0 = tl.zeros([BM, D0], tl.float32)
-    a1 = tl.zeros([BM, D1 if D1 > 0 else 1], tl.float32)
-    whole = Tk // BN * BN  # only the keys left over need a mask
-    for start in range(0, whole, BN):
-        top, mass, a0, a1 = _step(q0, q1, top, mass, a0, a1, k, v, start, Tk, kt, kc, vt, vc, scale, D, D0,
-                                  D1, BN, False)
-    if whole < Tk:
-        top, mass, a0, a1 = _step(q0, q1, top, mass, a0, a1, k, v, whole, Tk, kt, kc, vt, vc, scale, D, D0,
-                                  D1, BN, True)
-    _put(a0 / mass[:, None], out, queries, Tq, ot, oc, 0, D0, D)
+    top, total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
+    sum0 = tl.zeros([BM, D0], tl.float32)
+    sum1 = tl.zeros([BM, D1 if D1 > 0 else 1], tl.float32)
+    for start in range(0, Tk, BN):
+        keys = start + tl.arange(0, BN)
+        s = tl.dot(q0, tl.trans(_tile(k, keys, Tk, kt, kc, 0, D0, D, CHECK)), input_precision="ieee")
+        if D1 > 0:
+            s = tl.dot(q1, tl.trans(_tile(k, keys, Tk, kt, kc, D0, D1, D, CHECK)), s, input_precision="ieee")
+        if CHECK:
+            s = tl.where((keys < Tk)[None, :], s, float("-inf"))
+        new = tl.maximum(top, tl.max(s, 1) * scale)
+        p, fade = tl.exp2(s * scale - new[:, None]), tl.exp2(top - new)  # (BM, BN), (BM,)
+        top, total = new, total * fade + tl.sum(p, 1)
+        p = p.to(v.dtype.element_ty)
+        v0 = _tile(v, keys, Tk, vt, vc, 0, D0, D, CHECK)
+        sum0 = tl.dot(p, v0, sum0 * fade[:, None], input_precision="ieee")
+        if D1 > 0:
+            v1 = _tile(v, keys, Tk, vt, vc, D0, D1, D, CHECK)
+            sum1 = tl.dot(p, v1, sum1 * fade[:, None], input_precision="ieee")
+    _put(sum0 / total[:, None], out, queries, Tq, ot, oc, 0, D0, D)
     if D1 > 0:
-        _put(a1 / mass[:, None], out, queries, Tq, ot, oc, D0, D1, D)
+        _put(sum1 / total[:, None], out, queries, Tq, ot, oc, D0, D1, D)
 
 
 @triton.jit
 def _short(q, k, v, out, map_from, qb, qt, qc, kb, kt, kc, vb, vt, vc, ob, ot, oc, scale, Tq, Tk, heads,
            D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, INDEXED: tl.constexpr, BM: tl.constexpr,
-           BN: tl.constexpr, BLOCKS: tl.constexpr):
+           BN: tl.constexpr, BLOCKS: tl.constexpr, CHECK: tl.constexpr):
     """BLOCKS x BM queries of one head over at most BN keys, which are loaded once."""
     programs = tl.cdiv(Tq, BM * BLOCKS)
     q, k, v, out = _place(q, k, v, out, map_from, qb, qc, kb, kc, vb, vc, ob, oc, programs, heads, D, INDEXED)

@@ -389,7 +389,7 @@ def test_a_window_includes_its_beginning_and_not_its_end(painters):
 
     def injecting(step):
         """The tokens that take a map. p = 0: only the word with a window does."""
-        own = model.injection(step / 4, torch.zeros(1)).own[0].tolist()
+        own = model.injection(step / 4, torch.tensor([False])).own[0].tolist()
         return [token for token, share in enumerate(own) if share == 0]
 
     assert [injecting(step) for step in range(5)] == [[], [2], [2], [], []]  # after the start and "a"
