@@ -34,19 +34,19 @@ def case(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple:
 
 def measured_kernels(unet: UNet, faster: dict[tuple, Tile] = FASTER) -> UNet:
     """Let the attention layers of a UNet on CUDA use our kernels for the cases in `faster`."""
-    for layer in unet.modules() if faster else ():
-        if isinstance(layer, Attention):
+    for layer in unet.modules():
+        if faster and isinstance(layer, Attention):
             layer.attention = partial(fastest_attention, faster)
     return unet
 
 
 def fastest_attention(faster: dict[tuple, Tile], q: Tensor, k: Tensor, v: Tensor, heads: int,
-                      causal: bool = False, map_from: Tensor | None = None) -> Tensor:
+                      map_from: Tensor | None = None) -> Tensor:
     """`attention` by our kernel if `faster` has a tile and no gradient is wanted, otherwise by torch's."""
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    tile = None if causal or gradients else faster.get(case(q, k, v, heads))
+    tile = None if gradients else faster.get(case(q, k, v, heads))
     if tile is None:
-        return attention(q, k, v, heads, causal, map_from)
+        return attention(q, k, v, heads, map_from=map_from)
     return fused_attention(q, k, v, heads, tile, map_from)
 
 
