@@ -23,7 +23,7 @@ Batch = tuple[int, Tensor | None, Projected]  # n copies of z; picture latents (
 
 def make_denoiser(unet: UNet, timestep_of: dict[float, Tensor], dtype: torch.dtype, batches: list[Batch],
                   combine: Callable[[list[Tensor]], Tensor],
-                  inject: Callable[[float], Attend | None] = lambda sigma: None) -> Denoise:
+                  inject: Callable[[float], Attend | None] | None = None) -> Denoise:
     """Make the denoise(x, sigma) -> estimate of z_0 that a sampler calls; x and the estimate are float32.
 
     timestep_of: from `Plan.timestep_of()`. The UNet runs once for each batch, in dtype. combine: predicted
@@ -36,7 +36,8 @@ def make_denoiser(unet: UNet, timestep_of: dict[float, Tensor], dtype: torch.dty
         for copies, image, text in batches:
             z_in = z.repeat(copies, 1, 1, 1)
             z_in = z_in if image is None else torch.cat([z_in, image], dim=1)          # (n B, 2 C, h, w)
-            eps.extend(unet(z_in, timestep_of[sigma], text, inject(sigma)).float().split(len(z)))
+            given = (z_in, timestep_of[sigma], text, *([inject(sigma)] if inject else []))
+            eps.extend(unet(*given).float().split(len(z)))
         return x - sigma * combine(eps)
 
     return denoise
