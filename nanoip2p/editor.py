@@ -90,7 +90,7 @@ class Editor(Model):
         with self._on_device(self.unet, low_memory):
             denoise = guided_denoiser(
                 self.unet, noise_levels.timestep_of(z_image.device), z_image, context,
-                null_text.expand_as(context), settings["cfg_text"], settings["cfg_image"], low_memory, reuse)
+                null_text.expand_as(context), settings["cfg_text"], settings["cfg_image"], low_memory)
             z = SAMPLERS[settings["sampler"]](counted(denoise, bar), start, noise_levels.sigmas, generators)
         with self._on_device(self.vae, low_memory):
             decode = self.vae.decode_small if low_memory else self.vae.decode

@@ -1,12 +1,12 @@
-"""Samplers: from noise to a picture's latents, each a plain function over denoise(x, sigma).
+"""Samplers: from noise to a picture's latents. Each is a plain function of denoise(x, sigma).
 
     sampler(denoise, x, sigmas, generator) -> latents (B, C, h, w) float32
 
-`x` (B, C, h, w) is the noised latent as Karras et al. 2022 write it, x = z_0 + sigma eps; it starts as unit
-noise times `start_scale`. `denoise(x, sigma: float)` returns the estimate of z_0. `sigmas` (n, 2) holds one
-row (from, to) a step; it and `start_scale` come from `diffusion.plan`. The state stays float32 whatever the
-networks compute in. `generator` is a CPU torch.Generator, or a list with one for each picture, so that a
-picture does not depend on its batch. Noise is drawn on the CPU: one seed, one picture, on any device.
+`x` (B, C, h, w) are noised latents as Karras et al. 2022 write them, x = z_0 + sigma eps. They start as unit
+noise times `start_scale`, and stay float32 in any dtype of the networks. `denoise(x, sigma: float)` returns
+the estimate of z_0. `sigmas` (n, 2) has a row (from, to) for each step; `diffusion.plan` makes it, and
+`start_scale`. `generator` is a CPU torch.Generator, or a list with one for each picture, so that a picture
+does not depend on its batch. Noise is drawn on the CPU: one seed gives one picture, on any device.
 """
 
 import math
@@ -20,21 +20,21 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 
 def draw_noise(shape: tuple[int, ...], generator: Generators) -> Tensor:
-    """Unit noise (B, C, h, w), float32 on the CPU; a list of B generators draws picture by picture."""
+    """Unit noise (B, C, h, w), float32 on the CPU. Each of a list of B generators draws one picture's."""
     if isinstance(generator, list):
         assert len(generator) == shape[0], f"{len(generator)} generators for {shape[0]} pictures"
         return torch.cat([torch.randn((1, *shape[1:]), generator=g) for g in generator])
     return torch.randn(shape, generator=generator)
 
 
-def _fresh(x: Tensor, generator: Generators) -> Tensor:
-    """Noise for x, where x is. From pinned memory, so that the steps before need not be waited for."""
+def _noise_like(x: Tensor, generator: Generators) -> Tensor:
+    """Unit noise shaped like x, on its device. A copy from pinned memory does not wait for earlier steps."""
     noise = draw_noise(x.shape, generator)
     return noise.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else noise.to(x.device)
 
 
 def euler(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = None) -> Tensor:
-    """Euler's method on the probability flow ODE: Karras et al. 2022, algorithm 1 without the correction."""
+    """Euler's method for the probability flow ODE: Karras et al. 2022, algorithm 1 without the correction."""
     x = x.float()
     for sigma, sigma_next in sigmas.tolist():
         d = (x - denoise(x, sigma)) / sigma  # dx/dsigma
@@ -43,10 +43,10 @@ def euler(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = N
 
 
 def euler_ancestral(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = None) -> Tensor:
-    """Euler down to sigma_down, then fresh noise up to sigma_next; the sampler of InstructPix2Pix's own code.
+    """Euler down to sigma_down, then new noise up to sigma_next: the sampler of InstructPix2Pix's own code.
 
-    The split sigma_next^2 = sigma_down^2 + sigma_up^2 is that of ancestral sampling: the posterior variance
-    of Ho et al. 2020 (equation 7) written in sigma; k-diffusion's `get_ancestral_step`.
+    sigma_next^2 = sigma_down^2 + sigma_up^2, with the posterior variance of Ho et al. 2020 (equation 7),
+    written in sigma, for sigma_up^2. It is k-diffusion's `get_ancestral_step`.
     """
     x = x.float()
     for sigma, sigma_next in sigmas.tolist():
@@ -55,18 +55,17 @@ def euler_ancestral(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Gene
         d = (x - denoise(x, sigma)) / sigma
         x = x + d * (sigma_down - sigma)
         if sigma_up > 0:
-            x = x + sigma_up * _fresh(x, generator)
+            x = x + sigma_up * _noise_like(x, generator)
     return x
 
 
 def ddim(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = None, eta: float = 0) -> Tensor:
     """Song et al. 2020, equation 12. eta = 0 is deterministic; eta = 1 is the ancestral sampler of DDPM.
 
-    The paper's state is z = sqrt(a) x with a = 1 / (1 + sigma^2), and so it is here. If the last row ends
-    above sigma = 0 the returned latents are z, not z / sqrt(a), as in diffusers.
+    Its state is that of the paper, z = sqrt(a) x with a = 1 / (1 + sigma^2). If the last row ends above
+    sigma = 0, it returns z and not z / sqrt(a), as diffusers does.
     """
-    sigma = float(sigmas[0, 0])
-    z = x.float() / math.sqrt(1 + sigma**2)
+    z = x.float() / math.sqrt(1 + float(sigmas[0, 0]) ** 2)
     for sigma, sigma_next in sigmas.tolist():
         a, a_next = 1 / (1 + sigma**2), 1 / (1 + sigma_next**2)
         x = z / math.sqrt(a)
@@ -75,15 +74,16 @@ def ddim(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = No
         noise_scale = eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))  # equation 16
         z = math.sqrt(a_next) * denoised + math.sqrt(1 - a_next - noise_scale**2) * eps
         if noise_scale > 0:
-            z = z + noise_scale * _fresh(z, generator)
+            z = z + noise_scale * _noise_like(z, generator)
     return z
 
 
 def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = None) -> Tensor:
     """DPM-Solver++(2M), Lu et al. 2022 (2211.01095), algorithm 2, with lambda = -log sigma.
 
-    The first step is of first order, having no history; so is the last when it goes to sigma = 0, where
-    lambda is infinite, or of fewer than 15 (the authors' advice). Returns latents as `ddim` does.
+    The first step is of first order, because there is no earlier estimate. So is the last step if it ends at
+    sigma = 0, where lambda is infinite, or if there are fewer than 15 (the authors' advice). It returns
+    latents as `ddim` does.
     """
     x = x.float()
     rows = sigmas.tolist()

@@ -76,7 +76,7 @@ class TextToImage(Model):
                 generators = [torch.Generator().manual_seed(seeds[i]) for i in part]
                 denoise = text_guided_denoiser(
                     self.unet, noise_levels.timestep_of(context.device), context,
-                    text_states[negative].expand_as(context), torch.tensor([cfgs[i] for i in part]), reuse)
+                    text_states[negative].expand_as(context), torch.tensor([cfgs[i] for i in part]))
                 noise = draw_noise((len(part), *self.latent_shape(settings["resolution"])), generators)
                 z = SAMPLERS[settings["sampler"]](
                     counted(denoise, bar), noise_levels.start_scale * noise.to(context.device),

@@ -1,10 +1,28 @@
 """The denoising U-Net of Stable Diffusion 1.x (Rombach et al. 2112.10752, section 3.3).
 
-Same computation and the same names of weights as diffusers' UNet2DConditionModel. InstructPix2Pix
-(2211.09800, section 3.2) changes one thing: 8 input channels, the last four being the input picture's latent.
+It computes what diffusers' UNet2DConditionModel computes, with the same weight names. InstructPix2Pix
+(2211.09800, section 3.2) changes one thing: 8 input channels, the last four for the input picture's latents.
+R is a residual block, RT one with a transformer after it. For a picture of 512 x 512 pixels:
+
+    part            latents    channels in -> out, block by block                      after the blocks
+    conv_in         64 x 64    4 or 8 -> 320
+    down_blocks.0   64 x 64    RT 320 -> 320, RT 320 -> 320                            halve
+    down_blocks.1   32 x 32    RT 320 -> 640, RT 640 -> 640                            halve
+    down_blocks.2   16 x 16    RT 640 -> 1280, RT 1280 -> 1280                         halve
+    down_blocks.3    8 x 8     R 1280 -> 1280, R 1280 -> 1280
+    mid_block        8 x 8     RT 1280 -> 1280, R 1280 -> 1280
+    up_blocks.0      8 x 8     R 2560 -> 1280, R 2560 -> 1280, R 2560 -> 1280          double
+    up_blocks.1     16 x 16    RT 2560 -> 1280, RT 2560 -> 1280, RT 1920 -> 1280       double
+    up_blocks.2     32 x 32    RT 1920 -> 640, RT 1280 -> 640, RT 960 -> 640           double
+    up_blocks.3     64 x 64    RT 960 -> 320, RT 640 -> 320, RT 640 -> 320
+    conv_out        64 x 64    320 -> 4
+
+conv_in, every block on the way down and every halving leave a skip, 12 in all. Each block on the way up takes
+the last skip left and concatenates it to its input: hence 2560 = 1280 + 1280 and 1920 = 1280 + 640.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -16,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from nanoip2p.attention import attention
 from nanoip2p.common.config import read_config
 
-TRANSFORMER_EPS = 1e-6  # of the GroupNorm in front of a transformer; the residual blocks use config.norm_eps
+TRANSFORMER_EPS = 1e-6  # of the GroupNorm before a transformer; the residual blocks use config.norm_eps
 DOWN_TYPES = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # name in config.json -> has attention
 UP_TYPES = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 FIXED = {
@@ -27,21 +45,21 @@ FIXED = {
     "resnet_time_scale_shift": "default", "resnet_skip_time_act": False, "resnet_out_scale_factor": 1.0,
     "time_embedding_type": "positional", "conv_in_kernel": 3, "conv_out_kernel": 3,
 }
-BOOKKEEPING = frozenset({"sample_size", "addition_embed_type_num_heads"})  # default size; heads of no part
+BOOKKEEPING = frozenset({"sample_size", "addition_embed_type_num_heads"})  # they change no computation
 
 
 @dataclass(frozen=True)
 class UNetConfig:
     """Shape of the U-Net; the names are those of diffusers' config.json, the defaults SD 1.5's."""
 
-    in_channels: int = 4  # 8 for an editor: noised latent | input picture's latent
+    in_channels: int = 4  # 8 for an editor: noised latents, then the input picture's latents
     out_channels: int = 4
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # one level each; h, w halve between
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # one for each level
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    layers_per_block: int = 2  # residual blocks a level going down; one more going up
-    attention_head_dim: int | tuple[int, ...] = 8  # a misnomer: the NUMBER of heads (of each level)
-    cross_attention_dim: int = 768  # width of the text's tokens
+    layers_per_block: int = 2  # residual blocks of a level on the way down; one more on the way up
+    attention_head_dim: int | tuple[int, ...] = 8  # the NUMBER of heads, in spite of its name; or one a level
+    cross_attention_dim: int = 768  # width of a text token
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     flip_sin_to_cos: bool = True  # cosines first in the timestep embedding
@@ -83,7 +101,7 @@ def timestep_embedding(timestep: Tensor, width: int, flip_sin_to_cos: bool, freq
 
 
 class TimeEmbedding(nn.Module):
-    """Timesteps (B,), or a number -> (B, 4 C_0): what every residual block projects for itself."""
+    """Timesteps (B,), or a number -> (B, 4 C_0). Every residual block has a projection of its own for it."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -99,7 +117,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions with the time added in between. (B, C_in, h, w) -> (B, C_out, h, w)."""
+    """Two 3x3 convolutions; the timestep is added between them. (B, C_in, h, w) -> (B, C_out, h, w)."""
 
     def __init__(self, c_in: int, c_out: int, config: UNetConfig):
         super().__init__()
@@ -119,66 +137,62 @@ class ResnetBlock(nn.Module):
 
 
 class Projected(NamedTuple):
-    """What a text is to the layers, the same in every step; from `UNet.project_context`."""
-    layers: dict  # layer that attends to text -> its keys and values (R, L, C)
-    rows: Tensor  # (R,): the row of the latents that each row of the text belongs to
+    """A text's keys and values in each layer. They are the same in every step: `UNet.project_context`."""
+    layers: dict  # layer that attends to text -> keys and values (R, L, C) each
+    rows: Tensor  # (R,): for each row of text, its row of the latents
 
 
-def spread(x: Tensor, context: Tensor | Projected) -> Tensor:
-    """x (B, ...) in the rows of the text (R, ...): what differs by its text only is one row until there."""
+Context = Tensor | Projected
+# (layer, x, context) -> the layer's attention before its last projection, with context = x for self-attention
+Attend = Callable[["Attention", Tensor, Context], Tensor]
+
+
+def repeat_rows(x: Tensor, context: Context) -> Tensor:
+    """Repeat x (B, ...) to one row for each row of text (R, ...), if it has fewer."""
     return x if isinstance(context, Tensor) or len(x) == len(context.rows) else x[context.rows]
 
 
-def attend(layer: "Attention", x: Tensor, context: Tensor | Projected) -> Tensor:
-    """What an attention layer does unless told otherwise: every row attends to its own context."""
-    return attention(spread(layer.to_q(x), context), *layer.project(context), layer.heads)
+def attend(layer: "Attention", x: Tensor, context: Context) -> Tensor:
+    """The usual attention: every row of x attends to its own row of the context."""
+    return layer.attention(repeat_rows(layer.to_q(x), context), *layer.project(context), layer.heads)
 
 
 class Attention(nn.Module):
-    """Tokens x (B, T, C) attend to a context (B, L, C_context). No biases but the last, as in SD."""
+    """Tokens x (B, T, C) attend to a context (B, L, C_context). Only the last projection has a bias."""
 
     def __init__(self, channels: int, c_context: int, heads: int):
         super().__init__()
         self.heads = heads
+        self.attention = attention  # speed/kernels.py puts another function with the same arguments here
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(c_context, channels, bias=False)
         self.to_v = nn.Linear(c_context, channels, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def project(self, context: Tensor | Projected) -> tuple[Tensor, Tensor]:
+    def project(self, context: Context) -> tuple[Tensor, Tensor]:
         """Keys and values (B, L, C)."""
         plain = isinstance(context, Tensor)
         return (self.to_k(context), self.to_v(context)) if plain else context.layers[self]
 
-    def forward(self, x: Tensor, context: Tensor | Projected, attend=attend) -> Tensor:
+    def forward(self, x: Tensor, context: Context, attend: Attend = attend) -> Tensor:
         return self.to_out[0](attend(self, x, context))
 
 
-class GEGLU(nn.Module):
-    """Linear, one half gated by the GELU of the other (Shazeer 2002.05202). (B, T, C) -> (B, T, C_out)."""
-
-    def __init__(self, c_in: int, c_out: int):
-        super().__init__()
-        self.proj = nn.Linear(c_in, 2 * c_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
-
-
 class FeedForward(nn.Module):
-    """Four times wider and back. The Identity stands where diffusers counts a dropout. (B, T, C) -> same."""
+    """GEGLU (Shazeer 2002.05202) with four times the channels, and back. (B, T, C) -> same."""
 
     def __init__(self, c: int):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c))
+        wide = nn.ModuleDict({"proj": nn.Linear(c, 8 * c)})
+        self.net = nn.ModuleList([wide, nn.Identity(), nn.Linear(4 * c, c)])  # as diffusers; 1 is its dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        value, gate = self.net[0]["proj"](x).chunk(2, dim=-1)           # (B, T, 4 C) each
+        return self.net[2](value * F.gelu(gate))
 
 
 class TransformerBlock(nn.Module):
-    """Pixels look at each other (attn1), then at the text (attn2), then think. (B, T, C) -> (R, T, C)."""
+    """Self-attention, attention to the text, feed-forward. (B, T, C) -> (R, T, C) for R rows of text."""
 
     def __init__(self, channels: int, c_context: int, heads: int):
         super().__init__()
@@ -189,10 +203,10 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, context: Tensor | Projected, inject=None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, inject: Attend | None = None) -> Tensor:
         h = self.norm1(x)
-        x = x + self.attn1(h, h, inject.to_picture if inject else attend)
-        x = spread(x, context) + self.attn2(self.norm2(x), context, inject.to_text if inject else attend)
+        x = x + self.attn1(h, h, inject or attend)
+        x = repeat_rows(x, context) + self.attn2(self.norm2(x), context, inject or attend)
         return x + self.ff(self.norm3(x))
 
 
@@ -207,53 +221,43 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([block])
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor | Projected, inject=None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, inject: Attend | None = None) -> Tensor:
         h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)       # (B, h*w, C)
         h = self.transformer_blocks[0](h, context, inject)
-        return spread(x, context) + self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
+        return repeat_rows(x, context) + self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
-class Downsample(nn.Module):
-    """Halve height and width, rounding up."""
+class Resample(nn.Module):
+    """A convolution of stride 2, which halves h and w, rounding up; of stride 1 after growing x to `size`."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, stride: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.conv = nn.Conv2d(channels, channels, 3, stride, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
-
-
-class Upsample(nn.Module):
-    """Grow to `size` by nearest neighbour, then smooth. The size is the skip's, so odd ones come back."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+    def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
+        return self.conv(x if size is None else F.interpolate(x, size=size, mode="nearest"))
 
 
 class Level(nn.Module):
-    """The blocks at one resolution, on the way down, up, or (the mid block) at the bottom.
+    """The blocks at one resolution: a row of the table above.
 
-    `widths_in[i]` are the channels that residual block i receives, `transformers` how many of the blocks are
-    followed by attention; `resample` is "down", "up" or None.
+    c_ins: input channels of each residual block. transformers: so many blocks, counted from the first, have a
+    transformer after them. resample: "down", "up" or None.
     """
 
-    def __init__(self, widths_in: list[int], c_out: int, transformers: int, heads: int, resample: str | None,
+    def __init__(self, c_ins: list[int], c_out: int, transformers: int, heads: int, resample: str | None,
                  config: UNetConfig):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(c_in, c_out, config) for c_in in widths_in)
+        self.resnets = nn.ModuleList(ResnetBlock(c_in, c_out, config) for c_in in c_ins)
         self.attentions = nn.ModuleList(SpatialTransformer(c_out, heads, config) for _ in range(transformers))
-        self.downsamplers = nn.ModuleList([Downsample(c_out)] if resample == "down" else [])
-        self.upsamplers = nn.ModuleList([Upsample(c_out)] if resample == "up" else [])
+        self.downsamplers = nn.ModuleList([Resample(c_out, 2)] if resample == "down" else [])
+        self.upsamplers = nn.ModuleList([Resample(c_out, 1)] if resample == "up" else [])
 
-    def layer(self, i: int, x: Tensor, time: Tensor, context, inject=None, recompute=False) -> Tensor:
-        """Residual block i and, where there is one, the transformer after it."""
+    def block(self, i: int, x: Tensor, time: Tensor, context: Context, inject: Attend | None = None,
+              recompute: bool = False) -> Tensor:
+        """Residual block i and, if there is one, the transformer after it."""
         if recompute:
-            return checkpoint(self.layer, i, x, time, context, inject, use_reentrant=False,
+            return checkpoint(self.block, i, x, time, context, inject, use_reentrant=False,
                               preserve_rng_state=False)
         x = self.resnets[i](x, time)
         return self.attentions[i](x, context, inject) if i < len(self.attentions) else x
@@ -269,7 +273,7 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(config)
 
-        c, skips = widths[0], [widths[0]]  # channels of every feature map that the way up will meet again
+        c, skips = widths[0], [widths[0]]  # channels of x, and of each skip
         self.down_blocks = nn.ModuleList()
         for i, (c_out, heads, name) in enumerate(zip(widths, config.heads, config.down_block_types)):
             resample = None if i == len(widths) - 1 else "down"
@@ -290,11 +294,11 @@ class UNet(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict) -> "UNet":
-        """Build from the content of diffusers' unet/config.json. ValueError names what is not supported."""
+        """Build from diffusers' unet/config.json. ValueError names a setting that is not supported."""
         return cls(read_config(UNetConfig, config, FIXED, BOOKKEEPING))
 
     def project_context(self, context: Tensor, rows: Tensor | None = None) -> Projected:
-        """Text (R, L, D), once for a whole loop; rows (R,): of the latents, where these are fewer (B)."""
+        """Project a text (R, L, D) once for all steps. rows: see Projected; None means 0 ... R - 1."""
         layers = [block.attn2 for block in self.modules() if isinstance(block, TransformerBlock)]
         rows = torch.arange(len(context)) if rows is None else rows
         return Projected({layer: layer.project(context) for layer in layers}, rows.to(context.device))
@@ -306,15 +310,16 @@ class UNet(nn.Module):
         rows = zip(*(block.time_emb_proj(time).split(1) for block in blocks))
         return {key: dict(zip(blocks, row)) for key, row in zip(timestep_of, rows)}
 
-    def forward(self, latents: Tensor, timestep: Tensor | float | dict, context: Tensor | Projected,
-                inject=None, recompute: bool = False) -> Tensor:
+    def forward(self, latents: Tensor, timestep: Tensor | float | dict, context: Context,
+                inject: Attend | None = None, recompute: bool = False) -> Tensor:
         """Latents (B, C_in, h, w), timestep, text (B, L, D) -> predicted noise (B, C_out, h, w).
 
-        The timestep is a number, or a tensor of one for all or one for each of the B, also between integers
-        (Karras sigmas), or comes from `project_timesteps`. Any h and w work; each level halves them, rounding
-        up. A text of R rows from `project_context` may share B latents, at one timestep: the R are B until
-        they meet the text. `inject` changes how rows attend: an injection.Injection. `recompute` computes
-        activations again for the way back (Chen et al. 1604.06174): a third more time, much less memory.
+        latents: any h and w; each level halves them, rounding up. timestep: a number, a tensor (1,) for all
+        rows or (B,), not only integers (Karras sigmas), or a value of `project_timesteps`. context: a text
+        from `project_context` may have R rows for B latents. Rows that differ only by their text are then one
+        row until the first attention to it, and the result has R rows. inject: replaces `attend` in every
+        layer; see prompt_to_prompt.Injection. recompute: compute activations again in the backward pass
+        (Chen et al. 1604.06174), which takes a third more time and much less memory.
         """
         shapes, config = [tuple(x.shape) for x in (latents, context) if isinstance(x, Tensor)], self.config
         assert latents.shape[1] == config.in_channels, shapes
@@ -325,19 +330,19 @@ class UNet(nn.Module):
         skips = [x]
         for level in self.down_blocks:
             for i in range(len(level.resnets)):
-                x = level.layer(i, x, time, context, inject, recompute)
+                x = level.block(i, x, time, context, inject, recompute)
                 skips.append(x)
             for downsample in level.downsamplers:
                 x = downsample(x)                                       # (B, C, h/2, w/2)
                 skips.append(x)
 
-        x = self.mid_block.layer(0, x, time, context, inject, recompute)
-        x = self.mid_block.layer(1, x, time, context, inject, recompute)
+        x = self.mid_block.block(0, x, time, context, inject, recompute)
+        x = self.mid_block.block(1, x, time, context, inject, recompute)
 
         for level in self.up_blocks:
             for i in range(len(level.resnets)):
-                x = torch.cat([x, spread(skips.pop(), context)], dim=1)
-                x = level.layer(i, x, time, context, inject, recompute)
+                x = torch.cat([x, repeat_rows(skips.pop(), context)], dim=1)
+                x = level.block(i, x, time, context, inject, recompute)
             for upsample in level.upsamplers:
                 x = upsample(x, skips[-1].shape[2:])                    # (B, C, 2h, 2w)
         return self.conv_out(F.silu(self.conv_norm_out(x)))

@@ -10,12 +10,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from nanoip2p.alignment import split_words
 from nanoip2p.clip_filter import SIMILARITIES, Thresholds
 from nanoip2p.common.files import read_json, rows_of
 from nanoip2p.dataset.pairs import prompt_folders
 from nanoip2p.images import grid, open_image
-from nanoip2p.prompt_to_prompt import PairPainter
+from nanoip2p.prompt_to_prompt import PairPainter, split_words
 
 WORDS = dict(zip(SIMILARITIES, ("caption before", "caption after", "direction", "pictures")))
 BAR = 40  # letters of the longest bar of a histogram
@@ -136,7 +135,7 @@ def draw_heatmaps(model: PairPainter, seed: int, share: float, cfg_text: float,
     tokenizer = model.painter.tokenizer
     words = [split_words(tokenizer, caption) for caption in model.captions]
     count = max(map(len, words))
-    columns = model._columns([[tokens for _, tokens in row] + [[]] * (count - len(row)) for row in words])
+    columns = [model.columns([tokens for _, tokens in row] + [[]] * (count - len(row))) for row in words]
     if model.blend:
         columns = [torch.cat(pair, dim=1) for pair in zip(columns, model.blend)]
     latents, heat = model.sample([seed], [share], [cfg_text], columns, bar)

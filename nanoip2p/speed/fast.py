@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from nanoip2p.attention import attention
 from nanoip2p.unet import Attention, UNet, attend
 
 CACHE = Path("~/.cache/nanoip2p/inductor")
@@ -29,7 +28,8 @@ def fast(unet: UNet, say: Callable[[str], None]) -> UNet:
     """What helps on the device of the weights. say: is told in a line what takes long."""
     device = unet.conv_in.weight.device.type
     if device == "cuda":  # as is usual, and not measured here
-        return cuda_graph(compiled(fused_projections(channels_last(unet)), say))
+        from nanoip2p.speed.kernels import measured_kernels  # needs triton, as torch.compile does
+        return cuda_graph(compiled(measured_kernels(fused_projections(channels_last(unet))), say))
     return channels_last(packed_products(fast_convolutions(unet))) if device == "cpu" else unet
 
 
@@ -54,7 +54,7 @@ class FusedAttention(Attention):
         if context is not x or attend is not PLAIN:
             return super().forward(x, context, attend)
         q, k, v = F.linear(x, self.qkv).chunk(3, dim=-1)                # (B, T, C) each, of one (B, T, 3 C)
-        return self.to_out[0](attention(q, k, v, self.heads))
+        return self.to_out[0](self.attention(q, k, v, self.heads))
 
 
 PLAIN = attend

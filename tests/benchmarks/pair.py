@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python tests/benchmarks/pair.py --width half --latents 32 --steps 1 --repeat 5
 
-"Fast" is ours on the network that --fast makes. The reference is tests/hertz.py, diffusers' network with the
-maps of Hertz et al. formed and edited; without injection it forms them all the same, as the authors' code
-does, so that it is divided by ours without. All must give its latents before any is timed. They take turns in
-one process: medians, and (min-max) of the ratio to the run without in the same round. See also measure.py.
+"fast" is ours on the network that --fast makes. The reference is tests/helpers/hertz.py: diffusers' network,
+with the maps of Hertz et al. in memory. Without injection it would form all maps as well, as the authors'
+code does; so all ratios are to our run without injection. All must give the reference's latents before any is
+timed. They take turns in one process: medians, and (min-max) of the ratio in the same round. See measure.py.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 
 import hertz  # noqa: E402
 import measure  # noqa: E402

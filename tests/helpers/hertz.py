@@ -1,8 +1,8 @@
 """Prompt-to-Prompt with its attention maps in memory, as Hertz et al. (2208.01626) describe it; for tests.
 
-Everything is diffusers' and transformers', but what is done to the maps. A pair runs as the authors' code has
-it, four rows a forward: [source without text, edit without text, source, edit]. It shares no line with
-nanoip2p, which has to give the same without ever forming a map.
+Only the changes to the maps are written here; the networks are those of diffusers and transformers. A pair
+runs as in the authors' code, four rows a forward: [source without text, edit without text, source, edit].
+Nothing is imported from nanoip2p, which must give the same results without ever forming a map.
 """
 
 from collections.abc import Callable
@@ -39,9 +39,9 @@ def places(tokenizer, text: str, word: str) -> list[int]:
 def replacement_mapper(tokenizer, source: str, edit: str) -> Tensor:
     """M (T, T) of a word swap: word i of one caption stands for word i of the other.
 
-    The authors go on with the diagonal after the last swap even where it made the caption longer; here the
-    words that follow keep their maps, as their method means it. Padding stands where it stands; what is
-    padding in the edited caption only has no column, and keeps its own map.
+    It deviates from the authors' code after a swap that changes the number of tokens: theirs goes on along
+    the diagonal, here each later word takes the map of the same word. A token that is padding only in the
+    edited caption has an empty column, and keeps its own map.
     """
     length = tokenizer.model_max_length
     mapper = torch.zeros(length, length)
@@ -57,10 +57,10 @@ def replacement_mapper(tokenizer, source: str, edit: str) -> Tensor:
 
 
 def refinement_mapper(tokenizer, source: str, edit: str) -> tuple[Tensor, Tensor]:
-    """(T,) the source token whose map each token takes, and (T,) alpha, 1 where it takes one.
+    """The authors' mapper (T,): the source token whose map each token takes; and (T,) alpha, 1 if it does.
 
     A global alignment (Needleman-Wunsch): 1 for a match, -1 for a mismatch, 0 for a gap, traced from the end.
-    Padding stands where it stands, and keeps its own map where the source has a word.
+    Every padding token takes the map at its own position, even if the source has a word there.
     """
     x, y = tokens_of(tokenizer, source), tokens_of(tokenizer, edit)
     length = tokenizer.model_max_length
@@ -69,7 +69,7 @@ def refinement_mapper(tokenizer, source: str, edit: str) -> tuple[Tensor, Tensor
         for j, b in enumerate(y, 1):
             score[i, j] = max(score[i, j - 1], score[i - 1, j], score[i - 1, j - 1] + (1 if a == b else -1))
     mapper, alpha = torch.arange(length), torch.ones(length)
-    alpha[: max(len(x), len(y))], i, j = 0, len(x), len(y)
+    alpha[: len(y)], i, j = 0, len(x), len(y)
     while i and j:
         if score[i, j] == score[i, j - 1]:
             j -= 1
@@ -89,8 +89,9 @@ def replace(tokenizer, source: str, edit: str) -> MapEdit:
 
 
 def refine(tokenizer, source: str, edit: str) -> MapEdit:
-    """Section 3.2, adding a new phrase."""
+    """Section 3.2, adding a phrase. A deviation: padding keeps its own map if the source has a word there."""
     mapper, alpha = refinement_mapper(tokenizer, source, edit)
+    alpha[len(tokens_of(tokenizer, edit)) : len(tokens_of(tokenizer, source))] = 0
     return lambda base, own: torch.where(alpha.to(base) > 0, base[..., mapper.to(base.device)], own)
 
 

@@ -12,7 +12,7 @@ from triton.compiler import ASTSource
 
 from nanoip2p.speed import kernels
 
-POINTERS = {"q", "k", "v", "v2", "out", "out2", "x", "weight", "bias"}
+POINTERS = {"q", "k", "v", "out"}
 
 
 def build(kernel, capability, dtype="bf16", warps=4, stages=2, **values):
@@ -35,15 +35,15 @@ def build(kernel, capability, dtype="bf16", warps=4, stages=2, **values):
 
 
 def attention_values(d, **more):
-    sizes = {"scale": 0.1, "Tq": 4096, "Tk": 4096, "heads": 8, "map_from": "*i32", "INDEXED": True, "TWO": 0}
+    sizes = {"scale": 0.1, "Tq": 4096, "Tk": 4096, "heads": 8, "map_from": "*i32", "INDEXED": True}
     widths = dict(zip(("D", "D0", "D1"), (d, *kernels.pieces(d))))
-    return sizes | widths | {"BM": 64, "BN": 64, "BLOCKS": 4} | more
+    return sizes | widths | {"BM": 64, "BN": 64, "BLOCKS": 4, "CHECK": False} | more
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("d, two", [(40, True), (80, False), (160, False)])
-def test_long(capability, d, two):
-    ptx = build(kernels._long, capability, **attention_values(d, TWO=two))
+@pytest.mark.parametrize("d", [40, 80, 160])
+def test_long(capability, d):
+    ptx = build(kernels._long, capability, **attention_values(d))
     check_tensor_cores(ptx, capability)
     assert "cp.async" in ptx  # keys and values of the next block are fetched meanwhile
 
@@ -60,19 +60,8 @@ def check_tensor_cores(ptx, capability):
     assert (hopper and not ampere) if capability == 90 else ampere, (len(hopper), len(ampere))
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_group_norm_silu_and_geglu(capability):
-    sizes = {"means": "*fp32", "squares": "*fp32", "xb": 320 * 4096, "xc": 1, "xp": 320, "C": 10, "P": 4096,
-             "G": 32, "chunks": 8, "eps": 1e-5, "BC": 16, "BP": 512, "CHUNKS": 8}
-    build(kernels._moments, capability, **sizes)
-    build(kernels._normalise, capability, **sizes)
-    build(kernels._geglu, capability, row_stride=2560, C=1280, total=4096 * 1280, BLOCK=1024)
-
-
 def test_sizes_of_one():
     """Triton compiles another kernel for an argument that is 1, with a constant for it."""
     values = attention_values(40, heads=1, Tq=1, Tk=1, BN=16, INDEXED=False)
     for kernel in (kernels._long, kernels._short):
         build(kernel, 90, **values)
-    for kernel in (kernels._moments, kernels._normalise):
-        build(kernel, 90, means="*fp32", squares="*fp32", eps=1e-5, BC=2, BP=1, CHUNKS=1)

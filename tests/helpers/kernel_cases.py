@@ -1,20 +1,20 @@
-"""Our kernels against float64, or at least their specification in it. test_kernels.py runs this.
+"""Our kernels against their specification in float64. test_kernels.py runs this.
 
 Memory that nobody has written is NaN, and so is everything around inputs and outputs: a kernel that reads or
-writes a place too far shows it.
+writes too far fails.
 """
 
 import os
 import random
-from functools import partial
 
 import pytest
 import torch
-from comparing import relative_error
+from comparing import randomise, relative_error
 from tiny_configs import tiny_unet
 
-from nanoip2p.attention import SAFE_TILE, attention, attention_reference, attention_twice
+from nanoip2p.attention import attention_reference
 from nanoip2p.speed import kernels
+from nanoip2p.speed.kernels import fused_attention
 from nanoip2p.unet import UNet
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
@@ -39,7 +39,7 @@ if INTERPRETED:  # it would multiply the bits of bfloat16 as integers
 
 
 @pytest.fixture(autouse=True)
-def poison():
+def unwritten_memory_is_nan():
     torch.use_deterministic_algorithms(True)  # fills what torch.empty makes with NaN
     assert torch.empty(9, device=DEVICE).isnan().all() and torch.ones(2).new_empty(9).isnan().all()
     yield
@@ -71,6 +71,21 @@ def expect(q, k, v, heads, map_from=None):
     return attention_reference(q.double(), k.double(), v.double(), heads, map_from=map_from)
 
 
+def long_attention(q, k, v, heads, map_from=None, out=None):
+    """By the kernel for many keys, however few there are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "SHORT", 0)
+        return fused_attention(q, k, v, heads, TILE, map_from, out)
+
+
+def short_attention(q, k, v, heads, map_from=None, out=None):
+    assert k.shape[1] <= kernels.SHORT
+    return fused_attention(q, k, v, heads, TILE, map_from, out)
+
+
+both_kernels = pytest.mark.parametrize("kernel", [long_attention, short_attention])
+
+
 def check_within(out, whole):
     """Nothing has been written around `out`; leaves NaN in it."""
     out.fill_(NAN)
@@ -92,7 +107,7 @@ def test_long_equals_float64_at_every_width(d):
     shapes = [(batch, tokens, heads * d) for tokens in (queries, keys, keys)]
     q, k, v = draw(d, *shapes, dtype=dtype, layouts=layouts)
     out, whole = surrounded(shapes[0], dtype, layouts[3])
-    assert kernels.long_attention(q, k, v, heads, TILE, out=out) is out
+    assert long_attention(q, k, v, heads, out=out) is out
     assert relative_error(out, expect(q, k, v, heads)) < BOUNDS[dtype], (dtype, shapes, layouts)
     check_within(out, whole)
 
@@ -101,7 +116,7 @@ def test_long_equals_float64_at_every_width(d):
 @pytest.mark.parametrize("d, keys", [(40, 1), (40, 33), (80, 16), (160, 33)])
 def test_long_equals_float64_in_every_dtype(d, keys, dtype):
     q, k, v = draw(keys, (1, 17, 2 * d), (1, keys, 2 * d), (1, keys, 2 * d), dtype=dtype)
-    assert relative_error(kernels.long_attention(q, k, v, 2, TILE), expect(q, k, v, 2)) < BOUNDS[dtype]
+    assert relative_error(long_attention(q, k, v, 2), expect(q, k, v, 2)) < BOUNDS[dtype]
 
 
 @pytest.mark.parametrize("keys", [1, 16, 77, 128])
@@ -112,136 +127,93 @@ def test_short_equals_float64(d, keys):
     queries = choose.randint(1, 2 * 16 * kernels.QUERY_BLOCKS)  # one or two programs a head
     q, k, v = draw(d, *[(2, tokens, 2 * d) for tokens in (queries, keys, keys)], dtype=dtype, layouts=layouts)
     out, whole = surrounded(q.shape, dtype, layouts[3])
-    kernels.short_attention(q, k, v, 2, TILE, out=out)
+    short_attention(q, k, v, 2, out=out)
     assert relative_error(out, expect(q, k, v, 2)) < BOUNDS[dtype], (dtype, queries, layouts)
     check_within(out, whole)
 
 
-def test_more_keys_than_short_has_room_for_are_refused():
-    q, k = draw(0, (1, 3, 8), (1, 129, 8))
-    with pytest.raises(AssertionError, match="129"):
-        kernels.short_attention(q, k, k, 1, TILE)
+def test_more_keys_than_short_has_room_for_take_the_other_kernel():
+    q, k, v = draw(0, (1, 3, 8), (1, 129, 8), (1, 129, 8))
+    assert relative_error(fused_attention(q, k, v, 1, TILE), expect(q, k, v, 1)) < 2e-6
 
 
-@pytest.mark.parametrize("kernel", [kernels.long_attention, kernels.short_attention])
+@both_kernels
 def test_a_map_from_another_row(kernel):
     map_from = torch.tensor([3, 3, 0, 1, 2], dtype=torch.int32, device=DEVICE)
     q, k, v = draw(1, (4, 7, 48), (4, 35, 48), (5, 35, 48), layouts=("turned", "fused", "plain"))
     for some in (map_from, map_from.repeat_interleave(2)[::2]):
-        assert relative_error(kernel(q, k, v, 2, TILE, some), expect(q, k, v, 2, map_from)) < 2e-6
+        assert relative_error(kernel(q, k, v, 2, some), expect(q, k, v, 2, map_from)) < 2e-6
     for wrong in (map_from[:4], map_from.long()):
         with pytest.raises(AssertionError):
-            kernel(q, k, v, 2, TILE, wrong)
+            kernel(q, k, v, 2, wrong)
 
 
-@pytest.mark.parametrize("d", [16, 40])
-def test_two_values_by_one_map(d):
-    shapes = (1, 21, 3 * d), (1, 37, 3 * d), (1, 37, 3 * d), (1, 37, 3 * d)
-    for layouts in (("plain",) * 4, ("plain", "plain", "turned", "fused")):
-        q, k, v, v2 = draw(d, *shapes, layouts=layouts)
-        out, whole = surrounded(shapes[0])
-        out2, whole2 = surrounded(shapes[0])
-        kernels.long_attention(q, k, v, 3, TILE, v2=v2, out=out, out2=out2)
-        assert relative_error(out, expect(q, k, v, 3)) < 2e-6
-        assert relative_error(out2, expect(q, k, v2, 3)) < 2e-6
-        check_within(out, whole)
-        check_within(out2, whole2)
-
-
-@pytest.mark.parametrize("kernel", [kernels.long_attention, kernels.short_attention])
+@both_kernels
 @pytest.mark.parametrize("size, bound", [(0.0, 1e-6), (30.0, 1e-4), (1e3, 1e-2)])
 def test_extreme_scores_neither_overflow_nor_vanish(kernel, size, bound):
     """Up to 1e7, which e^x knows nothing of; float32 scores of that size are wrong by 1 themselves."""
     q, k, v = draw(3, (1, 20, 80), (1, 45, 80), (1, 45, 80))
     q, k = size * q, size * k
-    assert relative_error(kernel(q, k, v, 2, TILE), expect(q, k, v, 2)) < bound
+    assert relative_error(kernel(q, k, v, 2), expect(q, k, v, 2)) < bound
 
 
-@pytest.mark.parametrize("kernel", [kernels.long_attention, kernels.short_attention])
+@both_kernels
 def test_keys_that_are_not_there_have_no_weight(kernel):
     """Where all scores are very low, a score of 0 for padding would take everything."""
     q, k, v = draw(4, (1, 5, 40), (1, 21, 40), (1, 21, 40))
     q, k = q.abs(), -20 * k.abs()
-    assert relative_error(kernel(q, k, v, 1, TILE), expect(q, k, v, 1)) < 1e-5
+    assert relative_error(kernel(q, k, v, 1), expect(q, k, v, 1)) < 1e-5
 
 
-@pytest.mark.parametrize("kernel", [kernels.long_attention, kernels.short_attention])
+@both_kernels
 def test_the_same_every_time(kernel):
     q, k, v = draw(6, (1, 20, 80), (1, 77, 80), (1, 77, 80), dtype=torch.float16)
-    assert torch.equal(kernel(q, k, v, 2, TILE), kernel(q, k, v, 2, TILE))
+    assert torch.equal(kernel(q, k, v, 2), kernel(q, k, v, 2))
 
 
-def test_attention_hands_over_to_ours(monkeypatch):
-    taken = []
-    for name in ("long_attention", "short_attention"):
-        def seen(*args, plain, name, **more):
-            taken.append((name, args[4]))
-            return plain(*args, **more)
-        monkeypatch.setattr(kernels, name, partial(seen, plain=getattr(kernels, name), name=name))
-    q, k, v, v2 = draw(7, (2, 18, 32), (2, 130, 32), (2, 130, 32), (2, 130, 32))
-    map_from = torch.tensor([1, 0], dtype=torch.int32, device=DEVICE)
-    few, indexed = (k[:, :128], v[:, :128]), {"map_from": map_from}
-    two = attention_twice(q, k, v, v2, 2, map_from, kernel="ours")
-    for out, wanted in [(attention(q, k, v, 2, kernel="ours"), expect(q, k, v, 2)),
-                        (attention(q, *few, 2, kernel="ours"), expect(q, *few, 2)),
-                        (attention(q, *few, 2, **indexed, kernel="ours"), expect(q, *few, 2, **indexed)),
-                        (two[0], expect(q, k, v, 2, map_from)), (two[1], expect(q, k, v2, 2, map_from))]:
-        assert relative_error(out, wanted) < 2e-6
-    assert [name for name, _ in taken] == ["long_attention"] * 2 + ["short_attention"] * 2
-    assert {tile for _, tile in taken} == {SAFE_TILE}
+def test_a_unet_takes_our_kernels_where_they_are_faster(monkeypatch):
+    """Decided by the case of each call, with the same result; without a matching case torch's kernels run."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    generator = torch.Generator().manual_seed(0)
+    unet = randomise(UNet(tiny_unet())).to(DEVICE)
+    latents, context = (torch.randn(shape, generator=generator).to(DEVICE)
+                        for shape in ((2, 4, 6, 4), (2, 3, 12)))
+    taken, cases, tiles = [], [], {}
+
+    def fused(q, k, v, heads, tile, map_from):
+        taken.append(tile)
+        return fused_attention(q, k, v, heads, tile, map_from)
+
+    def seen(q, k, v, heads):
+        cases.append(case(q, k, v, heads))
+        return cases[-1]
+
+    case = kernels.case
+    monkeypatch.setattr(kernels, "case", seen)
+    monkeypatch.setattr(kernels, "fused_attention", fused)
+    with torch.inference_mode():
+        wanted = unet(latents, 7.0, context)
+        assert kernels.measured_kernels(unet) is unet and not cases  # the table is empty
+        kernels.measured_kernels(unet, {("another case",): TILE})
+        assert relative_error(unet(latents, 7.0, context), wanted) < 1e-6 and cases and not taken
+        tiles.update(dict.fromkeys(cases[:2], TILE))
+        kernels.measured_kernels(unet, tiles)
+        assert relative_error(unet(latents, 7.0, context), wanted) < 1e-5
+    assert len(taken) == sum(one in tiles for one in cases[len(cases) // 2 :]) > 0
+    before = len(taken)
+    unet(latents, 7.0, context)  # with gradients, which our kernels do not have
+    assert len(taken) == before
+
+
+def test_a_case_names_sizes_up_to_a_power_of_two(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    q, k = torch.empty(2, 3000, 320, device="meta"), torch.empty(2, 200, 320, device="meta")
+    assert kernels.case(q, k, k, 8) == (40, 16, 4096, 256, "torch.float32", (9, 0))
+    assert kernels.case(q, k, torch.cat([k, k[:1]]), 8)[1] == 32
 
 
 @pytest.mark.parametrize("d", [4, 12, 168])
 def test_widths_that_ours_does_not_know_are_refused(d):
     (q,) = draw(0, (1, 3, d))
-    with pytest.raises(AssertionError, match=f"{d}"):
-        kernels.long_attention(q, q, q, 1, TILE)
-
-
-@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("shape, groups", [((2, 20, 27, 25), 2), ((1, 12, 5, 3), 4), ((2, 4, 1, 1), 2)])
-def test_group_norm_silu_equals_float64(shape, groups, channels_last, dtype):
-    generator = torch.Generator().manual_seed(0)
-    x, weight, bias = (torch.randn(size, generator=generator).to(DEVICE, dtype)
-                       for size in (shape, shape[1], shape[1]))
-    x = (3 * x + 5).to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    out = kernels.group_norm_silu(x, groups, weight, bias, 1e-5)
-    wanted = kernels.group_norm_silu_reference(x.double(), groups, weight.double(), bias.double(), 1e-5)
-    assert relative_error(out, wanted) < BOUNDS[dtype]
-    assert out.dtype == dtype and out.stride() == x.stride()
-
-
-def test_group_norm_silu_of_a_large_mean_and_a_small_spread():
-    """A variance as the mean of squares less the square of the mean would be lost in rounding, or eps."""
-    x = 1000 + torch.randn(1, 20, 27, 25, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    ones, zeros = torch.ones(20, device=DEVICE), torch.zeros(20, device=DEVICE)
-    for scale, eps in ((1.0, 1e-5), (1e-3, 1e-6)):
-        y = scale * x
-        wanted = kernels.group_norm_silu_reference(y.double(), 2, ones.double(), zeros.double(), eps)
-        assert relative_error(kernels.group_norm_silu(y, 2, ones, zeros, eps), wanted) < 2e-4
-
-
-@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-def test_geglu_equals_float64(dtype):
-    (x,) = draw(8, (2, 17, 74), dtype=dtype, size=2.0)
-    for given in (x[0], x[:1]):  # the rows of a batch lie apart as its columns do not
-        out = kernels.geglu(given)
-        assert out.dtype == dtype
-        assert relative_error(out, kernels.geglu_reference(given.double())) < BOUNDS[dtype]
-    wide = draw(9, (1, 40, 3 * 74), dtype=dtype, layouts=("plain",))[0][0, :, 74:148]
-    assert relative_error(kernels.geglu(wide), kernels.geglu_reference(wide.double())) < BOUNDS[dtype]
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_a_unet_with_fused_elementwise_gives_the_same(layout):
-    torch.manual_seed(0)
-    unet = UNet(tiny_unet()).to(DEVICE, memory_format=layout)
-    latents, context = torch.randn(2, 4, 6, 4).to(DEVICE), torch.randn(2, 3, 12).to(DEVICE)
-    with torch.inference_mode():
-        wanted = unet(latents, 7.0, context)
-        assert kernels.fused_elementwise(unet) is unet
-        assert relative_error(unet(latents, 7.0, context), wanted) < 1e-5
-        told = unet.project_timesteps({7.0: torch.tensor([7.0], device=DEVICE)})
-        assert relative_error(unet(latents, told[7.0], context), wanted) < 1e-5
-    assert {type(layer).__name__ for layer in unet.modules()} >= {"FusedResnetBlock", "FusedGEGLU"}
+    with pytest.raises(AssertionError, match=f"heads of {d}"):
+        fused_attention(q, q, q, 1, TILE)

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import torch
 from comparing import relative_error
 
 import nanoip2p.attention as module
-from nanoip2p.attention import attention, attention_reference, attention_twice
+from nanoip2p.attention import attention, attention_reference
 
 # batch, queries, keys, heads, head width: self-attention, SD 1.5's text, one head, one token, odd sizes
 SHAPES = [(2, 64, 64, 8, 40), (3, 35, 77, 4, 16), (1, 48, 48, 1, 32), (2, 1, 1, 2, 8), (2, 5, 3, 3, 7)]
@@ -91,47 +90,7 @@ def test_a_map_from_another_row(attend):
     assert relative_error(attend(q[:2], k[:2], v, 4, map_from=map_from), expected) < 1e-6
 
 
-def test_two_values_by_one_map():
-    q, k, v = draw(2, 20, 13, 4, 16)
-    for map_from in (None, torch.tensor([1, 1], dtype=torch.int32)):
-        for out, value in zip(attention_twice(q, k, v, v.flip(1), 4, map_from), (v, v.flip(1))):
-            assert relative_error(out, attention_reference(q, k, value, 4, map_from=map_from)) < 1e-6
-
-
-def test_ours_runs_only_where_it_was_measured_to_be_faster(monkeypatch):
-    """Decided for a tensor that says of itself to be on a card of capability 9.0."""
-    tile = (128, 64, 4, 3)
-    monkeypatch.setattr(module, "FASTER", {("long", 40, 16, 4096, 256, "torch.bfloat16", (9, 0)): tile})
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    on_card = {"is_cuda": True, "device": "cuda", "shape": (2, 3000, 320), "dtype": torch.bfloat16,
-               "requires_grad": False}
-
-    def choose(kind="long", kernel="auto", heads=8, keys=200, batch=2, **other):
-        q, (k, v) = SimpleNamespace(**on_card | other), torch.empty(2, batch, keys, 320, device="meta")
-        return module._choose(kind, kernel, heads, q, k, v)
-
-    assert choose() == tile
-    assert choose(kind="twice") is choose(kind="short") is choose(kind="causal") is None
-    assert choose(keys=257) is choose(batch=3) is choose(batch=1) is None
-    assert choose(heads=4) is choose(dtype=torch.float16) is choose(kernel="sdpa") is None
-    assert choose(shape=(2, 4097, 320)) is choose(shape=(2, 2048, 320)) is choose(is_cuda=False) is None
-    assert choose(requires_grad=True) is None
-    with torch.no_grad():
-        assert choose(requires_grad=True) == tile
-    assert choose(kind="twice", kernel="ours", is_cuda=False) == module.SAFE_TILE
-
-
-def test_ours_refuses_what_it_cannot_do():
-    q, k, v = draw(1, 3, 3, 1, 8)
-    with pytest.raises(AssertionError, match="causal"):
-        attention(q, k, v, 1, causal=True, kernel="ours")
-    with pytest.raises(AssertionError, match="gradients"):
-        attention_twice(q, k, v, v.clone().requires_grad_(), 1, kernel="ours")
-    with pytest.raises(AssertionError, match="fastest"):
-        attention(q, k, v, 1, kernel="fastest")
-
-
 def test_without_cuda_nothing_imports_triton():
     code = ("import sys, torch; from nanoip2p.attention import attention; q = torch.ones(1, 4, 8); "
-            "attention(q, q, q, 1); sys.exit('triton' in sys.modules)")
+            "attention(q, q, q, 1); import nanoip2p.unet; sys.exit('triton' in sys.modules)")
     assert subprocess.run([sys.executable, "-c", code], cwd=module.__file__.rsplit("/", 2)[0]).returncode == 0

@@ -23,7 +23,7 @@ class FakeUNet(torch.nn.Module):
     def project_timesteps(self, timestep_of):
         return timestep_of
 
-    def forward(self, latents, timestep, context):
+    def forward(self, latents, timestep, context, inject=None):
         self.calls.append((latents, timestep, context))
         if isinstance(context, Projected):
             latents, context = latents[context.rows], context.layers["text"]
@@ -40,11 +40,10 @@ def inputs():
     return x, z_image, context, null
 
 
-def run(inputs, cfg_text, cfg_image, low_memory=False, reuse=True):
+def run(inputs, cfg_text, cfg_image, low_memory=False):
     x, z_image, context, null = inputs
     unet = FakeUNet()
-    denoise = guided_denoiser(unet, {SIGMA: 321.5}, z_image, context, null, cfg_text, cfg_image, low_memory,
-                              reuse)
+    denoise = guided_denoiser(unet, {SIGMA: 321.5}, z_image, context, null, cfg_text, cfg_image, low_memory)
     return denoise(x, SIGMA), unet.calls
 
 
@@ -67,10 +66,6 @@ def test_equation_3_with_no_branch_too_many(inputs, cfg_text, cfg_image, branche
     torch.testing.assert_close(denoised, equation_3(inputs, cfg_text, cfg_image), rtol=1e-5, atol=1e-5)
     assert [len(text.rows) for _, _, text in calls] == ([B] * branches if low_memory else [B * branches])
     assert [len(latents) for latents, _, _ in calls] == ([B] * branches if low_memory else [B * seen])
-    plain, calls = run(inputs, cfg_text, cfg_image, low_memory, reuse=False)
-    torch.testing.assert_close(plain, denoised, rtol=1e-5, atol=1e-5)
-    assert [len(latents) for latents, _, _ in calls] == ([B] * branches if low_memory else [B * branches])
-    assert [len(text) for _, _, text in calls] == ([B] * branches if low_memory else [B * branches])
 
 
 @pytest.mark.parametrize("guidance, branches", [
@@ -81,26 +76,24 @@ def test_one_condition(inputs, guidance, branches):
     s, scaled = torch.tensor(guidance), x / (SIGMA**2 + 1) ** 0.5
     full, none = FakeUNet()(scaled, 321.5, context), FakeUNet()(scaled, 321.5, null)
     wanted = x - SIGMA * torch.cat([none + s[:, None, None, None] * (full - none)] * 2, dim=1)
-    for reuse in (True, False):
-        unet = FakeUNet()
-        unet_twice = lambda *given, unet=unet: torch.cat([unet(*given)] * 2, dim=1)  # noqa: E731
-        unet_twice.project_context = unet.project_context
-        unet_twice.project_timesteps = unet.project_timesteps
-        denoise = text_guided_denoiser(unet_twice, {SIGMA: 321.5}, context, null, s, reuse)
-        torch.testing.assert_close(denoise(x, SIGMA), wanted, rtol=1e-5, atol=1e-5)
-        [(latents, _, text)] = unet.calls
-        assert len(latents) == (B if reuse else B * branches)
-        assert len(text.rows if reuse else text) == B * branches
+    unet = FakeUNet()
+    unet_twice = lambda *given: torch.cat([unet(*given)] * 2, dim=1)  # noqa: E731
+    unet_twice.project_context = unet.project_context
+    unet_twice.project_timesteps = unet.project_timesteps
+    denoise = text_guided_denoiser(unet_twice, {SIGMA: 321.5}, context, null, s)
+    torch.testing.assert_close(denoise(x, SIGMA), wanted, rtol=1e-5, atol=1e-5)
+    [(latents, _, text)] = unet.calls
+    assert len(latents) == B and len(text.rows) == B * branches
 
 
-def test_order_of_branches_and_what_each_is_shown(inputs):
+def test_inputs_of_each_branch(inputs):
     x, z_image, context, null = inputs
-    _, [(latents, timestep, contexts)] = run(inputs, 7.5, 1.5, reuse=False)
+    _, [(latents, timestep, text)] = run(inputs, 7.5, 1.5)
     assert timestep == 321.5
-    noised, images = latents.chunk(2, dim=1)
+    noised, images = latents[text.rows].chunk(2, dim=1)
     torch.testing.assert_close(noised, (x / (SIGMA**2 + 1) ** 0.5).repeat(3, 1, 1, 1))
     assert torch.equal(images, torch.cat([z_image, z_image, torch.zeros_like(z_image)]))  # never scaled
-    assert torch.equal(contexts, torch.cat([context, null, null]))
+    assert torch.equal(text.layers["text"], torch.cat([context, null, null]))
 
 
 def test_half_precision_networks_keep_a_float32_state(inputs):

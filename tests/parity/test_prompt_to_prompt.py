@@ -3,17 +3,14 @@
 from collections import defaultdict
 
 import hertz
-import numpy as np
 import pytest
 import torch
 from comparing import randomise, relative_error
-from PIL import Image
 from test_editor import difference
 from tiny_editor import write_tiny_editor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanoip2p import prompt_to_prompt
-from nanoip2p.checkpoint.__main__ import main
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.prompt_to_prompt import PairPainter, blend_locally
 from nanoip2p.text_to_image import TextToImage
@@ -79,12 +76,10 @@ def watch_attention(network, run):
             hook.remove()
 
 
-def rows_of(inject, shares):
-    """Our rows as (pair, row of the reference), from what PairPainter.sample says of its order."""
-    order = sorted(range(len(shares)), key=lambda j: -shares[j])
-    half = ([(j, text) for j in order for text in (True, False)] if inject == "self" else
-            [(j, text) for text in (True, False) for j in order])
-    return [(j, 2 * text + is_edit) for is_edit in (True, False) for j, text in half]
+def rows_of(pairs):
+    """Our rows as (pair, row of the reference), in the order of PairPainter.sample."""
+    return [(j, 2 * text + is_edit) for text in (True, False) for is_edit in (True, False)
+            for j in range(pairs)]
 
 
 def compare(painter, peer, kind, inject, sampler="euler_ancestral", weights=None, windows=None, blend=None,
@@ -114,14 +109,14 @@ def compare(painter, peer, kind, inject, sampler="euler_ancestral", weights=None
         wanted.append(found[0])
         layers.append(found[1])
 
-    rows = rows_of(inject, shares)
+    rows = rows_of(len(shares))
     assert set(ours) == set(layers[0]) and len(ours) >= 6
     first = next(iter(ours))
     for name, steps_of_layer in ours.items():
         assert len(steps_of_layer) == steps
         for step, output in enumerate(steps_of_layer):
             given = rows
-            if name == first and model.alike:  # rows with a caption stand for those without as well
+            if name == first and model.share_prefix:  # rows with a caption stand for those without as well
                 given = [(j, row) for j, row in rows if row >= 2]
                 alike = [layers[j][name][step] for j in range(len(shares))]
                 assert all(relative_error(maps[:2], maps[2:]) < 1e-6 for maps in alike)
@@ -181,7 +176,7 @@ def test_heat_is_the_sum_of_the_maps(painters, peers, inject):
     resolution, side = SIDE["deep"]
     model, peer = make(painters["deep"], (source, edit), inject, sampler="euler"), peers["deep"]
     peer.scheduler = hertz.SCHEDULERS["euler"].from_config(peer.scheduler.config)
-    columns = model._columns([[[i] for i in range(1, 30)]] * 2)
+    columns = [model.columns([[i] for i in range(1, 30)])] * 2
     _, heat = model.sample([4, 5], [0.5, 0.8], [3.0, 2.0], columns)
     assert heat.shape == (4, 29, side, side)
     for j, (seed, share, cfg_text) in enumerate(((4, 0.5, 3.0), (5, 0.8, 2.0))):
@@ -225,20 +220,30 @@ def any_mode(request):
 
 
 @pytest.mark.parametrize("net", SIDE)
-def test_reuse_changes_nothing(painters, any_mode, net, monkeypatch):
-    """In the flat network "both" injects before the text is met, where not all rows that look alike are."""
-    given, forward = [], UNet.forward
-    monkeypatch.setattr(UNet, "forward", lambda self, z, *rest: (
-        given.append((len(z), rest[1])), forward(self, z, *rest))[1])
+def test_shared_rows_and_projected_texts_change_nothing(painters, any_mode, net, monkeypatch):
+    """The same with 4 B rows of latents and the plain text in every step. In the flat network "both" injects
+    in rows with a caption before the first text attention, where rows can therefore not be shared."""
     settings = {} if any_mode == "self" else {
         "reweight": {"blue": 2.0}, "windows": {"small": (0.1, 0.6), "red": (0.5, 2.0)}}
     model = make(painters[net], CAPTIONS["more words"][:2], any_mode, blend=("house", "blue"), **settings)
-    reused, plain = (model.sample(SEEDS, SHARES, GUIDANCE, model.blend, reuse=on) for on in (True, False))
-    for a, b in zip(reused, plain):
+    given, texts, forward = [], [], UNet.forward
+
+    def watch(self, z, *rest):
+        given.append(len(z))
+        return forward(self, z, *rest)
+
+    def plain_forward(self, z, timestep, text, inject):
+        return forward(self, z.repeat(12 // len(z), 1, 1, 1), timestep, text, inject)
+
+    monkeypatch.setattr(UNet, "forward", watch)
+    shared = model.sample(SEEDS, SHARES, GUIDANCE, model.blend)
+    assert given == [6 if (net, any_mode) != ("flat", "both") else 12] * STEPS
+    monkeypatch.setattr(UNet, "forward", plain_forward)
+    monkeypatch.setattr(UNet, "project_context", lambda self, text, rows=None: (texts.append(text), text)[1])
+    plain = model.sample(SEEDS, SHARES, GUIDANCE, model.blend)
+    assert [len(text) for text in texts] == [12]
+    for a, b in zip(shared, plain):
         assert relative_error(a, b) < 1e-5
-    alike = (net, any_mode) != ("flat", "both")
-    assert [rows for rows, _ in given] == [6 if alike else 12] * STEPS + [12] * STEPS
-    assert [isinstance(text, torch.Tensor) for _, text in given] == [False] * STEPS + [True] * STEPS
 
 
 def test_sources_are_untouched_and_no_share_is_no_injection(painters, any_mode, monkeypatch):
@@ -332,20 +337,18 @@ def test_no_map_is_formed(painters, peers, any_mode):
     assert not any("softmax" in name for name in ours.names)
 
 
-def test_projections_that_would_go_unused_are_not_made(painters):
-    model, rows = make(painters["flat"], CAPTIONS["swap"][:2], "both"), defaultdict(list)
+def test_a_text_is_projected_once_and_not_in_every_step(painters):
+    model, calls = make(painters["flat"], CAPTIONS["swap"][:2], "both"), defaultdict(int)
     hooks = []
     for name, layer in painters["flat"].unet.named_modules():
         if name.endswith((".to_q", ".to_k", ".to_v")):
             hooks.append(layer.register_forward_hook(
-                lambda _, given, __, name=name: rows[name[-10:]].append(len(given[0]))))
+                lambda *_, name=name: calls.update({name[-10:]: calls[name[-10:]] + 1})))
     model.sample(SEEDS, [0.0, 0.0, 1.1], [3.0] * 3)
     for hook in hooks:
         hook.remove()
-    counts = {name[:5] + name[-1]: set(counts) for name, counts in rows.items()}
-    assert counts == {"attn1q": {11}, "attn1k": {11}, "attn1v": {12},
-                      "attn2q": {11}, "attn2k": {12}, "attn2v": {12}}
-    assert sum(map(len, rows.values())) == 4 * 4 * STEPS + 2 * 4  # of four layers; of a text once, not a step
+    layers = calls["attn2.to_k"]
+    assert layers == calls["attn2.to_v"] == 4 and calls["attn2.to_q"] == calls["attn1.to_k"] == 4 * STEPS
 
 
 def test_blend_by_hand():
@@ -380,104 +383,13 @@ def test_mistakes_are_value_errors(painters, wrong, message):
         PairPainter(painters["flat"], *CAPTIONS["swap"][:2], **{"inject": "self"} | wrong)
 
 
-def command(folder, out, *flags):
-    return main([*CAPTIONS["swap"][:2], "--weights", str(folder), "--out", str(out), "--steps", "2", *flags])
-
-
-@pytest.mark.parametrize("flags, settings", [
-    ([], {"inject": "self"}), (["--inject", "none"], {"inject": "none"}),
-    (["--inject", "cross", "--p", "0.8", "--reweight", "blue", "3", "--reweight", "boat", "-1", "--window",
-      "house", "0.2", "0.9"],
-     {"inject": "cross", "p": 0.8, "reweight": {"blue": 3.0, "boat": -1.0},
-      "windows": {"house": (0.2, 0.9)}}),
-    (["--inject", "both", "--blend", "red", "boat", "--sampler", "euler", "--seed", "7", "--cfg-text", "5",
-      "--negative", "night", "--resolution", "32"],
-     {"inject": "both", "blend": ("red", "boat"), "sampler": "euler", "seed": 7, "cfg_text": 5.0,
-      "negative": "night", "resolution": 32}),
-], ids=lambda given: " ".join(given) if isinstance(given, list) else "")
-def test_the_command_paints_the_pair(painters, folders, tmp_path, capsys, flags, settings):
-    out = tmp_path / "new" / "pair.png"
-    assert command(folders["flat"], out, *flags) == 0
-    told = capsys.readouterr()
-    assert told.out.startswith(f"{out}  turn the red") and "Traceback" not in told.err
-    settings = {"p": 0.5, "seed": 0, "cfg_text": 3.0} | settings
-    drawn = [settings.pop(key) for key in ("seed", "p", "cfg_text")]
-    model = PairPainter(painters["flat"], *CAPTIONS["swap"][:2], steps=2, **settings)
-    [pair] = model.paint(*([value] for value in drawn))
-    assert list(out.parent.iterdir()) == [out]
-    assert Image.open(out).convert("RGB") == prompt_to_prompt.grid([list(pair)], [CAPTIONS["swap"][:2]])
-
-
-@pytest.mark.parametrize("flags", [[], ["--blend", "red", "boat", "--inject", "both"]], ids=str)
-def test_heatmaps_show_each_word(painters, folders, tmp_path, monkeypatch, flags):
-    shown = []
-    monkeypatch.setattr(prompt_to_prompt, "grid", lambda rows, labels: (
-        shown.append((rows, labels)), Image.new("RGB", (8, 8)))[1])
-    assert command(folders["flat"], tmp_path / "heat.png", "--heatmaps", *flags) == 0
-    [(rows, labels)] = shown
-    assert labels == [[caption, *caption.split()] for caption in CAPTIONS["swap"][:2]]
-    inject, blend = ("both", ("red", "boat")) if flags else ("self", None)
-    model = PairPainter(painters["flat"], *CAPTIONS["swap"][:2], inject, 2, blend=blend)
-    [pair] = model.paint([0], [0.5], [3.0])
-    columns = model._columns([[[i] for i in range(1, 8)]] * 2)  # a token a word
-    if blend:
-        columns = [torch.cat(two, dim=1) for two in zip(columns, model.blend)]
-    _, heat = model.sample([0], [0.5], [3.0], columns)
-    assert difference(*pair) > 2
-    assert all(difference(row[0], picture) <= 1 for row, picture in zip(rows, pair))
-    for row, maps in zip(rows, heat.flip(0)):
-        base = np.asarray(row[0], float)
-        for picture, lit in zip(row[1:], maps, strict=not blend):
-            share = np.asarray(Image.fromarray((lit / lit.max() * 255).byte().numpy()).resize(
-                row[0].size, Image.Resampling.BICUBIC), float)[..., None] / 255
-            assert np.abs(np.asarray(picture) - base * share).max() < 2
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--inject", "all"], "argument --inject: invalid choice: 'all'"),
-    (["--blend", "red"], "argument --blend: expected 2 arguments"),
-    (["--blend", "red", "night"], "'night' is not in 'turn the blue house into a boat'; name a word of it"),
-    (["--reweight", "blue", "much", "--inject", "cross"], "'much' is not a number"),
-    (["--reweight", "blue", "nan", "--inject", "cross"], "'nan' is not a number"),
-    (["--reweight", "green", "2", "--inject", "cross"], "'green' is not in"),
-    (["--reweight", "blue", "2"], "reweighting and windows need injection of cross or both, not self"),
-    (["--window", "blue", "0", "late", "--inject", "cross"], "'late' is not a number"),
-    (["--window", "gree", "0", "1", "--inject", "both"], "'gree' is not in"),
-    (["--p", "inf"], "argument --p: 'inf' is not a number"), (["--seed", "-1"], "argument --seed"),
-    (["--p", "7"], "--p is a share of the steps"),
-    (["--window", "blue", "0.8", "0.2", "--inject", "both"], "goes from one to a later one"),
-    (["--heatmaps", "--inject", "none"], "--heatmaps shows a run with injection"),
-    (["--resolution", "20"], "take a multiple of 8"), (["--blend", "red", "boat", "--sampler", "ddim"],
-                                                         "a local blend needs injection, and the sampler"),
-    (["--weights", "/nowhere/at/all"], "/nowhere/at/all"),
-], ids=lambda given: " ".join(given) if isinstance(given, list) else "")
-def test_mistakes_are_one_line(folders, tmp_path, capsys, flags, message):
-    assert command(folders["flat"], tmp_path / "pair.png", *flags) == 2
-    told = capsys.readouterr()
-    errors = [line for line in told.err.splitlines() if line.startswith("error: ")]
-    assert told.err.splitlines()[-1:] == errors and message in errors[0] and "Traceback" not in told.err
-    assert not told.out and not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("captions", [("", "a blue house"), ("a red house", " ")])
-def test_an_empty_caption_is_refused(captions):
-    with pytest.raises(ValueError, match="a caption is empty"):
-        prompt_to_prompt.parse([*captions])
-
-
-def test_an_editor_cannot_paint(tmp_path, capsys):
-    folder = write_tiny_editor(tmp_path / "editor")
-    assert command(folder, tmp_path / "pair.png") == 2
-    assert "this is an editor, for sample.py" in capsys.readouterr().err.splitlines()[-1]
-    assert not (tmp_path / "pair.png").exists()
-
-
 def test_a_window_includes_its_beginning_and_not_its_end(painters):
     model = PairPainter(painters["flat"], "a red house", "a blue house", "cross", steps=5,
                         windows={"blue": (0.25, 0.75)})
-    def at(step):
-        return model.injection(1, *model.stage(step, [0.0]))
 
-    [blue] = {i for i, share in enumerate(at(1).own[0].tolist()) if share == 0}
-    assert blue == 2  # after the start and "a"; the other words have no share of the steps at all
-    assert [at(step).cross_rows for step in range(5)] == [0, 1, 1, 0, 0]
+    def injecting(step):
+        """The tokens that take a map. p = 0: only the word with a window does."""
+        own = model.injection(step / 4, torch.tensor([False])).own[0].tolist()
+        return [token for token, share in enumerate(own) if share == 0]
+
+    assert [injecting(step) for step in range(5)] == [[], [2], [2], [], []]  # after the start and "a"

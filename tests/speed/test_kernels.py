@@ -18,5 +18,6 @@ if sys.platform == "linux":  # there is no Triton for others
     def test_passes(file, interpret, tmp_path):
         env = os.environ | {"TRITON_INTERPRET": str(int(interpret)), "TRITON_CACHE_DIR": str(tmp_path)}
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
-        done = subprocess.run(command, cwd=Path(__file__).parent, env=env, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=Path(__file__).parents[1] / "helpers", env=env,
+                              capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr

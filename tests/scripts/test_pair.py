@@ -1,0 +1,122 @@
+"""`make_dataset.py pair`: the command paints the pair that the library paints, and shows its heat maps."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_editor import difference
+from tiny_editor import write_tiny_editor
+
+import make_dataset
+from nanoip2p.dataset import show
+from nanoip2p.diffusion import NoiseSchedule
+from nanoip2p.images import grid
+from nanoip2p.prompt_to_prompt import PairPainter
+from nanoip2p.text_to_image import TextToImage
+
+CAPTIONS = ("turn the red house into a boat", "turn the blue house into a boat")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random text-to-picture model."""
+    folder = tmp_path_factory.mktemp("weights") / "flat"
+    return write_tiny_editor(folder, NoiseSchedule(steps_offset=1).to_json(), in_channels=4)
+
+
+@pytest.fixture(scope="module")
+def painter(folder):
+    return TextToImage.load(folder, "cpu")
+
+
+def command(folder, out, *flags):
+    return make_dataset.main(
+        ["pair", *CAPTIONS, "--weights", str(folder), "--out", str(out), "--steps", "2", *flags])
+
+
+@pytest.mark.parametrize("flags, settings", [
+    ([], {"inject": "self"}), (["--inject", "none"], {"inject": "none"}),
+    (["--inject", "cross", "--p", "0.8", "--reweight", "blue", "3", "--reweight", "boat", "-1", "--window",
+      "house", "0.2", "0.9"],
+     {"inject": "cross", "p": 0.8, "reweight": {"blue": 3.0, "boat": -1.0},
+      "windows": {"house": (0.2, 0.9)}}),
+    (["--inject", "both", "--blend", "red", "boat", "--sampler", "euler", "--seed", "7", "--cfg-text", "5",
+      "--negative", "night", "--resolution", "32"],
+     {"inject": "both", "blend": ("red", "boat"), "sampler": "euler", "seed": 7, "cfg_text": 5.0,
+      "negative": "night", "resolution": 32}),
+], ids=lambda given: " ".join(given) if isinstance(given, list) else "")
+def test_the_command_paints_the_pair(painter, folder, tmp_path, capsys, flags, settings):
+    out = tmp_path / "new" / "pair.png"
+    assert command(folder, out, *flags) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"{out}  turn the red") and "Traceback" not in printed.err
+    settings = {"p": 0.5, "seed": 0, "cfg_text": 3.0} | settings
+    drawn = [settings.pop(key) for key in ("seed", "p", "cfg_text")]
+    model = PairPainter(painter, *CAPTIONS, steps=2, **settings)
+    [pair] = model.paint(*([value] for value in drawn))
+    assert list(out.parent.iterdir()) == [out]
+    assert Image.open(out).convert("RGB") == grid([list(pair)], [CAPTIONS])
+
+
+@pytest.mark.parametrize("flags", [[], ["--blend", "red", "boat", "--inject", "both"]], ids=str)
+def test_heatmaps_show_each_word(painter, folder, tmp_path, monkeypatch, flags):
+    shown = []
+    monkeypatch.setattr(show, "grid", lambda rows, labels: (
+        shown.append((rows, labels)), Image.new("RGB", (8, 8)))[1])
+    assert command(folder, tmp_path / "heat.png", "--heatmaps", *flags) == 0
+    [(rows, labels)] = shown
+    assert labels == [[caption, *caption.split()] for caption in CAPTIONS]
+    inject, blend = ("both", ("red", "boat")) if flags else ("self", None)
+    model = PairPainter(painter, *CAPTIONS, inject, 2, blend=blend)
+    [pair] = model.paint([0], [0.5], [3.0])
+    columns = [model.columns([[i] for i in range(1, 8)])] * 2  # each word is one token
+    if blend:
+        columns = [torch.cat(two, dim=1) for two in zip(columns, model.blend)]
+    _, heat = model.sample([0], [0.5], [3.0], columns)
+    assert difference(*pair) > 2
+    assert all(difference(row[0], picture) <= 1 for row, picture in zip(rows, pair))
+    for row, maps in zip(rows, heat.flip(0)):
+        base = np.asarray(row[0], float)
+        for picture, lit in zip(row[1:], maps, strict=not blend):
+            share = np.asarray(Image.fromarray((lit / lit.max() * 255).byte().numpy()).resize(
+                row[0].size, Image.Resampling.BICUBIC), float)[..., None] / 255
+            assert np.abs(np.asarray(picture) - base * share).max() < 2
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--inject", "all"], "argument --inject: invalid choice: 'all'"),
+    (["--blend", "red"], "argument --blend: expected 2 arguments"),
+    (["--blend", "red", "night"], "'night' is not in 'turn the blue house into a boat'; name a word of it"),
+    (["--reweight", "blue", "much", "--inject", "cross"], "'much' is not a number"),
+    (["--reweight", "blue", "nan", "--inject", "cross"], "'nan' is not a number"),
+    (["--reweight", "green", "2", "--inject", "cross"], "'green' is not in"),
+    (["--reweight", "blue", "2"], "reweighting and windows need injection of cross or both, not self"),
+    (["--window", "blue", "0", "late", "--inject", "cross"], "'late' is not a number"),
+    (["--window", "gree", "0", "1", "--inject", "both"], "'gree' is not in"),
+    (["--p", "inf"], "argument --p: 'inf' is not a number"), (["--seed", "-1"], "argument --seed"),
+    (["--p", "7"], "--p is a share of the steps"),
+    (["--window", "blue", "0.8", "0.2", "--inject", "both"], "goes from one to a later one"),
+    (["--heatmaps", "--inject", "none"], "--heatmaps shows a run with injection"),
+    (["--resolution", "20"], "take a multiple of 8"), (["--blend", "red", "boat", "--sampler", "ddim"],
+                                                         "a local blend needs injection, and the sampler"),
+    (["--weights", "/nowhere/at/all"], "/nowhere/at/all"),
+], ids=lambda given: " ".join(given) if isinstance(given, list) else "")
+def test_mistakes_are_one_line(folder, tmp_path, capsys, flags, message):
+    assert command(folder, tmp_path / "pair.png", *flags) == 2
+    printed = capsys.readouterr()
+    errors = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+    assert printed.err.splitlines()[-1:] == errors and message in errors[0] and "Traceback" not in printed.err
+    assert not printed.out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("captions", [("", "a blue house"), ("a red house", " ")])
+def test_an_empty_caption_is_refused(captions, capsys):
+    assert make_dataset.main(["pair", *captions]) == 2
+    assert "a caption is empty" in capsys.readouterr().err
+
+
+def test_an_editor_cannot_paint(tmp_path, capsys):
+    folder = write_tiny_editor(tmp_path / "editor")
+    assert command(folder, tmp_path / "pair.png") == 2
+    assert "this is an editor, for sample.py" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "pair.png").exists()
