@@ -34,7 +34,7 @@ def fast(unet: UNet, say: Callable[[str], None], injects: bool = False) -> UNet:
 
 
 def compiled(unet: UNet, say: Callable[[str], None]) -> UNet:
-    """Compile the network once for each size of its input. Use a result before the next call: it is reused."""
+    """Compile the network, once for each size of its input. The next call overwrites a result."""
     torch._dynamo.config.recompile_limit = 64  # sizes; after torch's default of 8 it would stop, silently
     say("compiling: the first step at each picture size takes about a minute")
     unet.compile(dynamic=False, mode="reduce-overhead")
@@ -66,7 +66,7 @@ def repack(model: nn.Module, min_channels: int = 128) -> nn.Module:
 def packed_product(weight: Tensor) -> Callable[..., Tensor]:
     """F.linear with a fixed weight (C_out, C_in): a function of x (..., C_in) and, optionally, bias (C_out,).
 
-    oneDNN brings the weight into its own layout here, as in code that torch.compile makes, and not at each call.
+    oneDNN copies the weight into its own layout here, once, as code from torch.compile does too.
     """
     packable = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
     if not packable or not torch.backends.mkldnn.is_available():
@@ -77,7 +77,7 @@ def packed_product(weight: Tensor) -> Callable[..., Tensor]:
 
 
 class Packed(nn.Module):
-    """A linear layer (..., C_in) -> (..., C_out), or a 1x1 convolution (B, C_in, h, w) -> (B, C_out, h, w)."""
+    """A linear layer (..., C_in) -> (..., C_out) or 1x1 convolution (B, C_in, h, w) -> (B, C_out, h, w)."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d):
         super().__init__()
@@ -91,7 +91,7 @@ class Packed(nn.Module):
 
 
 class Winograd(nn.Module):
-    """A 3x3 convolution with 4 multiplications instead of 9: F(2x2, 3x3) of Lavin & Gray 1509.09308, sec. 4.1.
+    """A 3x3 convolution in 4 multiplications, not 9: F(2x2, 3x3) of Lavin & Gray 1509.09308, section 4.1.
 
     A tile of 2x2 outputs depends on 4x4 inputs. Y = A^T [(G w G^T) * (B^T x B)] A, where * is a product of
     matrices (C_in -> C_out) at each of the 4x4 places. (B, C_in, h, w) -> (B, C_out, h, w).

@@ -85,8 +85,8 @@ def test_only_layers_that_compute_the_same_are_replaced(unet):
         kinds = {name: type(layer) for name, layer in model.named_modules()}
         assert {kinds[name] for name in kinds if name.endswith(("conv1", "conv2"))} == {Winograd}
         assert {kinds[name] for name in kinds if name.endswith("to_q")} == {Packed}
-        assert {kinds[name] for name in kinds if name.endswith("downsamplers.0.conv")} == {nn.Conv2d}  # strided
-        assert kinds.get("conv_out", kinds.get("decoder.conv_out")) is nn.Conv2d                   # too narrow
+        assert {kinds[name] for name in kinds if name.endswith("downsamplers.0.conv")} == {nn.Conv2d}
+        assert kinds.get("conv_out", kinds.get("decoder.conv_out")) is nn.Conv2d
         assert nn.Linear not in kinds.values()
     kinds = {type(layer) for layer in repack(randomise(UNet(tiny_unet()))).modules()}
     assert Packed in kinds and Winograd not in kinds
@@ -106,7 +106,8 @@ def test_an_edit_compiles_once_for_each_size(tmp_path, monkeypatch):
     """Neither the timestep nor the text may be a constant of what is compiled."""
     graphs, real, lines = [], torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda f, dynamic, mode: real(
-        f, dynamic=dynamic, fullgraph=True, backend=lambda graph, _: (graphs.append(graph), graph.forward)[1]))
+        f, dynamic=dynamic, fullgraph=True,
+        backend=lambda graph, _: (graphs.append(graph), graph.forward)[1]))
     torch._dynamo.reset()
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # `compiled` has to raise it
     editor = Editor.load(write_tiny_editor(tmp_path), "cpu")
