@@ -1,4 +1,4 @@
-"""Files: what is read may be missing or broken, and what is written is never seen half done."""
+"""Files that are written whole or not at all, and read with one clear line about what is wrong in them."""
 
 import csv
 import fcntl
@@ -11,10 +11,10 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; what was written there takes its place when the block succeeds.
+    """Yield a temporary path beside `path`, which replaces `path` when the block succeeds.
 
-    When the block fails or is interrupted, the temporary file goes and `path` is as it was. Missing folders
-    are made. Raises ValueError for something that is there and no plain file (a folder, /dev/null).
+    If the block fails or is interrupted, `path` stays as it was. Makes missing folders. Raises ValueError if
+    `path` is not a plain file (but a folder or /dev/null).
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -29,27 +29,30 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise ValueError now, and not after an hour's work, when `replacing(path)` could not write there."""
+    """Raise ValueError now, and not after an hour's work, if `replacing(path)` could not write there."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _beside(path).touch()
         _beside(path).unlink()
-        there = path.exists()  # fails for a name that is too long
+        usable = not path.exists() or path.is_file() and os.access(path, os.W_OK)
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror}") from None
-    if there and not (path.is_file() and os.access(path, os.W_OK)):
+    if not usable:
         raise ValueError(f"{path} is not a file that can be replaced; name another output")
 
 
 def _beside(path: Path) -> Path:
-    # Same folder, because a rename is atomic only within one file system. Hidden, so that *.png skips it. The
-    # host's name, because processes on two machines that share a disk may have one number.
+    # In the same folder: a rename is atomic only within a file system. Hidden, so that *.png skips it. With the
+    # host's name: processes on two machines that share a disk can have the same number.
     return path.with_name(f".{path.name[:60]}.{os.uname().nodename[:20]}.{os.getpid()}.tmp")
 
 
 def read_json(path: Path, missing: dict | None = None, kind: type = dict) -> dict | list:
-    """The JSON object (or list) in a file, or `missing`. ValueError if there is none or it is broken."""
+    """The JSON object (or list) in a file, or `missing` if there is no file.
+
+    Raises ValueError for a broken file, another kind of content, and without `missing` for an absent file.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -65,13 +68,13 @@ def read_json(path: Path, missing: dict | None = None, kind: type = dict) -> dic
 
 
 def write_json(content: dict | list, path: Path) -> None:
-    """Write JSON, or leave the file as it was."""
+    """Write JSON; if that fails, the file stays as it was."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def remedy(folder: Path) -> str:
-    """What to do about a file that is not in `folder`."""
+    """The files in `folder`, in words, for messages about a missing one."""
     if not folder.is_dir():
         return f"there is no folder {folder}"
     found = sorted(entry.name for entry in folder.iterdir())
@@ -79,22 +82,25 @@ def remedy(folder: Path) -> str:
 
 
 def tidy(text: str) -> str:
-    """On one line, and sayable in UTF-8: a lone surrogate becomes a question mark."""
+    """The text on one line and valid in UTF-8: a lone surrogate becomes a question mark."""
     return " ".join(text.encode(errors="replace").decode().split())
 
 
 def fold(text: str) -> str:
-    """What two captions have in common that are the same but for case, spaces and the final stop."""
+    """The text without case, extra spaces and final stop: equal for captions that say the same."""
     return tidy(text).strip(" .!?").lower()
 
 
-def read_rows(path: Path, problems: list[str] | None = None) -> Iterator[tuple[int, dict]]:
-    """Line number (from 1) and content of every row of a .jsonl, .csv or text file; blank lines are skipped.
+def read_rows(path: Path, kind: str | None = None,
+              problems: list[str] | None = None) -> Iterator[tuple[int, dict]]:
+    """Line number (from 1) and content of every row of a file, without blank lines.
 
-    A line of text becomes {"input": line}. Raises ValueError, naming the line, for a line that is not a JSON
-    object or not UTF-8; with `problems`, appends the message to that list instead and goes on.
+    kind: ".jsonl", ".csv" or other for text, whose lines become {"input": line}; by default the file's suffix.
+    Raises ValueError, naming the line, for a line that is not a JSON object or not UTF-8; with `problems`,
+    appends the message to that list instead and goes on.
     """
-    if path.suffix.lower() == ".csv":
+    kind = (kind or path.suffix).lower()
+    if kind == ".csv":
         try:
             with path.open(encoding="utf-8-sig", newline="") as file:
                 reader = csv.DictReader(file, restkey="", restval="")
@@ -102,11 +108,10 @@ def read_rows(path: Path, problems: list[str] | None = None) -> Iterator[tuple[i
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from None
     else:
-        yield from _parse(path.read_bytes(), path, problems)
+        yield from _parse(path.read_bytes(), path, "JSON" if kind == ".jsonl" else "UTF-8", problems)
 
 
-def _parse(content: bytes, path: Path, problems: list[str] | None) -> Iterator[tuple[int, dict]]:
-    kind = "JSON" if path.suffix.lower() == ".jsonl" else "UTF-8"
+def _parse(content: bytes, path: Path, kind: str, problems: list[str] | None) -> Iterator[tuple[int, dict]]:
     for number, line in enumerate(content.splitlines(), start=1):
         try:
             text = line.decode("utf-8-sig")
@@ -123,12 +128,12 @@ def _parse(content: bytes, path: Path, problems: list[str] | None) -> Iterator[t
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The rows that `append` wrote to a .jsonl file; none if there is no such file.
+    """The rows that `append` wrote to a file; none if there is no such file.
 
     Leaves out a last line that is incomplete because the process was killed. ValueError as read_rows.
     """
     content = path.read_bytes() if path.exists() else b""
-    return [row for _, row in _parse(content[: _complete(content)], path, None)]
+    return [row for _, row in _parse(content[: _complete(content)], path, "JSON", None)]
 
 
 def mend_last_line(path: Path) -> None:
@@ -152,7 +157,7 @@ def _complete(content: bytes) -> int:
 
 
 def append(path: Path, row: dict) -> None:
-    """Add a line, or, when the disk is full, nothing."""
+    """Add a row to a .jsonl file; if the disk is full, the file stays as it was."""
     size = path.stat().st_size if path.exists() else 0
     try:
         with path.open("a", encoding="utf-8") as file:

@@ -56,6 +56,9 @@ def test_rows_of_every_kind_of_file(tmp_path):
     assert rows["a.jsonl"] == [(1, {"input": "x", "n": 1}), (3, {"input": "ü"})]
     assert [(number, row["input"]) for number, row in rows["a.csv"]] == [(3, "two\nlines"), (4, "ü")]
     assert rows["a.txt"] == [(1, {"input": "x"}), (3, {"input": "ü"})]
+    (tmp_path / "a.txt").write_bytes(contents["a.jsonl"])
+    assert list(read_rows(tmp_path / "a.txt", ".jsonl")) == rows["a.jsonl"]
+    assert read_jsonl(tmp_path / "a.txt") == [row for _, row in rows["a.jsonl"]]
 
 
 @pytest.mark.parametrize("line, reason", [
@@ -66,7 +69,7 @@ def test_a_broken_line_is_named_or_collected(line, reason, tmp_path):
     path.write_bytes(b'{"a": 1}\n' + line + b'\n{"a": 3}\n')
     with pytest.raises(ValueError, match=f"a.jsonl, line 2 {reason}"):
         list(read_rows(path))
-    assert list(read_rows(path, problems)) == [(1, {"a": 1}), (3, {"a": 3})]
+    assert list(read_rows(path, problems=problems)) == [(1, {"a": 1}), (3, {"a": 3})]
     assert len(problems) == 1 and problems[0].startswith(f"line 2 {reason}")
 
 
