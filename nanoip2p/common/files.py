@@ -43,8 +43,8 @@ def check_writable(path: str | Path) -> None:
 
 
 def _beside(path: Path) -> Path:
-    # In the same folder: a rename is atomic only within a file system. Hidden, so that *.png skips it. With the
-    # host's name: processes on two machines that share a disk can have the same number.
+    # In the same folder: a rename is atomic only within a file system. Hidden: *.png skips it. With the name of
+    # the host: processes on two machines that share a disk can have the same number.
     return path.with_name(f".{path.name[:60]}.{os.uname().nodename[:20]}.{os.getpid()}.tmp")
 
 
@@ -95,7 +95,7 @@ def read_rows(path: Path, kind: str | None = None,
               problems: list[str] | None = None) -> Iterator[tuple[int, dict]]:
     """Line number (from 1) and content of every row of a file, without blank lines.
 
-    kind: ".jsonl", ".csv" or other for text, whose lines become {"input": line}; by default the file's suffix.
+    kind: ".jsonl", ".csv" or ".txt" (lines become {"input": line}); by default the file's suffix.
     Raises ValueError, naming the line, for a line that is not a JSON object or not UTF-8; with `problems`,
     appends the message to that list instead and goes on.
     """
