@@ -43,8 +43,8 @@ def check_writable(path: str | Path) -> None:
 
 
 def _beside(path: Path) -> Path:
-    # In the same folder: a rename is atomic only within a file system. Hidden: *.png skips it. With the name of
-    # the host: processes on two machines that share a disk can have the same number.
+    # In the same folder: a rename is atomic only within a file system. Hidden: *.png skips it. With the name
+    # of the host: processes on two machines that share a disk can have the same number.
     return path.with_name(f".{path.name[:60]}.{os.uname().nodename[:20]}.{os.getpid()}.tmp")
 
 
