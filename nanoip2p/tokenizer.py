@@ -149,38 +149,38 @@ def _special_tokens(folder: Path, config: dict, fast: dict) -> tuple[dict[str, s
     `added_tokens_decoder` in tokenizer_config.json supersedes the older special_tokens_map.json,
     added_tokens.json and the list in tokenizer.json.
     """
-    named = ROLES | _token_fields(config)
+    named = _tokens_by_role(ROLES) | _tokens_by_role(config)
     if "added_tokens_decoder" in config:
-        by_id = sorted(config["added_tokens_decoder"].items(), key=lambda item: int(item[0]))
-        listed = [token for _, token in by_id]
+        by_id = config["added_tokens_decoder"]
+        listed = [by_id[key] for key in sorted(by_id, key=int)]
     else:
-        named |= _token_fields(read_json(folder / "special_tokens_map.json", missing={}))
-        roles = {_text(token) for token in named.values()}
-        by_id = sorted(read_json(folder / "added_tokens.json", missing={}).items(), key=lambda item: item[1])
-        listed = [{"content": text, "normalized": text not in roles} for text, _ in by_id]
+        named |= _tokens_by_role(read_json(folder / "special_tokens_map.json", missing={}))
+        roles = {token["content"] for token in named.values()}
+        added = read_json(folder / "added_tokens.json", missing={})
+        listed = [{"content": text, "normalized": text not in roles} for text in sorted(added, key=added.get)]
         listed += sorted(fast.get("added_tokens", []), key=lambda token: token["id"])
     for key in ("additional_special_tokens", "extra_special_tokens"):
-        listed += config.get(key) or []
+        listed += map(_as_dict, config.get(key) or [])
     # A token's flags come from the list, or else from the last role that names it, as in transformers
-    found = {_text(token): token for token in listed}
-    found |= {_text(token): token for token in named.values() if _text(token) not in found}
-    return {role: _text(token) for role, token in named.items()}, list(map(_added_token, found.values()))
+    special = {token["content"]: token for token in listed}
+    special |= {token["content"]: token for token in named.values() if token["content"] not in special}
+    return {role: token["content"] for role, token in named.items()}, [*map(_added_token, special.values())]
 
 
-def _added_token(token: str | dict) -> AddedToken:
+def _tokens_by_role(config: dict) -> dict[str, dict]:
+    return {key: _as_dict(token) for key, token in config.items()
+            if key.endswith("_token") and isinstance(token, (str, dict))}
+
+
+def _as_dict(token: str | dict) -> dict:
+    """Files write a token as its text, or as a dictionary of text and flags."""
+    return {"content": token} if isinstance(token, str) else token
+
+
+def _added_token(token: dict) -> AddedToken:
     """A token that is cut out of a text before normalising (after, if `normalized`) and splitting."""
-    flags = token if isinstance(token, dict) else {}
-    flags = {key: flags[key] for key in ("single_word", "lstrip", "rstrip", "normalized") if key in flags}
-    return AddedToken(_text(token), special=True, **flags)
-
-
-def _token_fields(config: dict) -> dict:
-    tokens = {key: value for key, value in config.items() if key.endswith("_token")}
-    return {key: value for key, value in tokens.items() if isinstance(value, (str, dict))}
-
-
-def _text(token: str | dict) -> str:
-    return token["content"] if isinstance(token, dict) else token
+    flags = {key: token[key] for key in ("single_word", "lstrip", "rstrip", "normalized") if key in token}
+    return AddedToken(token["content"], special=True, **flags)
 
 
 def _pair(merge: str | list[str]) -> tuple[str, str]:
