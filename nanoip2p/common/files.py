@@ -96,32 +96,35 @@ def read_rows(path: Path, kind: str | None = None,
     """Line number (from 1) and content of every row of a file, without blank lines.
 
     kind: ".jsonl", ".csv" or ".txt" (lines become {"input": line}); by default the file's suffix.
-    Raises ValueError, naming the line, for a line that is not a JSON object or not UTF-8; with `problems`,
-    appends the message to that list instead and goes on.
+    Raises ValueError for a file that cannot be read and for a line that is not a JSON object or not UTF-8. With
+    `problems`, appends the message about a line to that list instead and goes on.
     """
     kind = (kind or path.suffix).lower()
-    if kind == ".csv":
-        try:
+    try:
+        if kind == ".csv":
             with path.open(encoding="utf-8-sig", newline="") as file:
                 reader = csv.DictReader(file, restkey="", restval="")
                 yield from ((reader.line_num, row) for row in reader)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from None
-    else:
-        yield from _parse(path.read_bytes(), path, "JSON" if kind == ".jsonl" else "UTF-8", problems)
+            return
+        content = path.read_bytes()
+    except (OSError, csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    yield from _parse(content, path, kind == ".jsonl", problems)
 
 
-def _parse(content: bytes, path: Path, kind: str, problems: list[str] | None) -> Iterator[tuple[int, dict]]:
+def _parse(content: bytes, path: Path, is_json: bool,
+           problems: list[str] | None) -> Iterator[tuple[int, dict]]:
     for number, line in enumerate(content.splitlines(), start=1):
         try:
             text = line.decode("utf-8-sig")
             if text.strip():
-                row = json.loads(text) if kind == "JSON" else {"input": text}
+                row = json.loads(text) if is_json else {"input": text}
                 if not isinstance(row, dict):
                     raise ValueError(f"holds a JSON {type(row).__name__}, not an object")
                 yield number, row
         except (ValueError, RecursionError) as error:
-            reason = str(error) if type(error) is ValueError else f"is not {kind} ({error})"
+            reason = f"{'is not JSON' if is_json else 'cannot be read'} ({error})"
+            reason = str(error) if type(error) is ValueError else reason
             if problems is None:
                 raise ValueError(f"{path}, line {number} {reason}; correct or delete that line") from None
             problems.append(f"line {number} {reason}")
@@ -133,7 +136,7 @@ def read_jsonl(path: Path) -> list[dict]:
     Leaves out a last line that is incomplete because the process was killed. ValueError as read_rows.
     """
     content = path.read_bytes() if path.exists() else b""
-    return [row for _, row in _parse(content[: _complete(content)], path, "JSON", None)]
+    return [row for _, row in _parse(content[: _complete(content)], path, True, None)]
 
 
 def mend_last_line(path: Path) -> None:
@@ -187,7 +190,7 @@ def claim_folder(folder: Path, marker: str, job: dict, flag: str, notes: dict | 
 
 
 def _difference(there: dict, wanted: dict) -> str | None:
-    """The first entry of `wanted` that `there` lacks or has otherwise, in words."""
+    """The first entry of `wanted` that differs in `there`, in words."""
     for key, value in wanted.items():
         found = there.get(key) if isinstance(there, dict) else None
         if isinstance(value, dict) and (difference := _difference(found, value)):
@@ -201,9 +204,9 @@ def _difference(there: dict, wanted: dict) -> str | None:
 def locked(path: Path, wait: bool = False) -> Iterator[bool]:
     """Try to lock a file, which is made if it is missing; yields whether this process holds the lock.
 
-    wait: until the process that holds it lets go. The system frees the lock of a process that dies. It is
-    lockf's lock: flock's would pass to forked processes that load data, and outlive the process that took it.
-    Within one process it does not exclude: a second call succeeds, and its end frees the lock.
+    wait: until the process that holds the lock releases it. The system releases the lock of a process that
+    dies. Uses lockf, because forked data loaders would inherit flock's lock and hold it longer than their
+    parent lives. Within one process a lock excludes nobody: a second call succeeds, and its end releases it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:

@@ -59,6 +59,9 @@ def test_rows_of_every_kind_of_file(tmp_path):
     (tmp_path / "a.txt").write_bytes(contents["a.jsonl"])
     assert list(read_rows(tmp_path / "a.txt", ".jsonl")) == rows["a.jsonl"]
     assert read_jsonl(tmp_path / "a.txt") == [row for _, row in rows["a.jsonl"]]
+    for name in ("absent.csv", "absent.jsonl"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read: No such file"):
+            list(read_rows(tmp_path / name))
 
 
 @pytest.mark.parametrize("line, reason", [
