@@ -96,8 +96,8 @@ def read_rows(path: Path, kind: str | None = None,
     """Line number (from 1) and content of every row of a file, without blank lines.
 
     kind: ".jsonl", ".csv" or ".txt" (lines become {"input": line}); by default the file's suffix.
-    Raises ValueError for a file that cannot be read and for a line that is not a JSON object or not UTF-8. With
-    `problems`, appends the message about a line to that list instead and goes on.
+    Raises ValueError for a file that cannot be read, and for a line that is not a JSON object or not UTF-8.
+    With `problems`, appends the message about a line to that list instead and goes on.
     """
     kind = (kind or path.suffix).lower()
     try:
