@@ -1,13 +1,14 @@
-"""One edit, three branches: ours, ours with --fast, and diffusers'.
+"""Seconds and memory of one edit: ours, ours with --fast, and diffusers'.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/edit.py --width half --latents 32 --steps 1 --repeat 5
     python tests/benchmarks/edit.py --width full --latents 64 --steps 100 --dtype bf16      # on a GPU
 
-A U-Net like Stable Diffusion 1.5's with random weights, as an Editor and as diffusers' own pipeline, with the
-smallest autoencoder and text encoder, which hardly count. First the pictures: in fp32 all must be diffusers'
-to one level of 255; in half precision ours may be no more than 1.25 times as far from fp32 as diffusers' is.
-Then they take turns. Shares are of what one large product and one large copy reach in the same run, with the
-operations and bytes of the plain network, the bytes as if there were no caches: above 1 is possible.
+A U-Net like Stable Diffusion 1.5's with random weights runs as an Editor and as diffusers' own pipeline. The
+autoencoder and the text encoder are so small that they hardly count. First the pictures are compared: in fp32
+they must agree with diffusers' to one level of 255; in half precision our error against fp32 may be at most
+1.25 times diffusers' error. Then the runs alternate. "matrix" and "copy" are shares of the rate of one large
+product and one large copy, for the operations and bytes of the plain network without any cache; so they can
+exceed 100%.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 
 import measure  # noqa: E402
 from comparing import randomise  # noqa: E402
@@ -35,11 +36,11 @@ from nanoip2p.speed.fast import fast  # noqa: E402
 from nanoip2p.unet import UNet, UNetConfig  # noqa: E402
 
 WIDTHS = {"tiny": 32, "half": 160, "full": 320}  # channels of the first level
-GUIDANCE = (2.0, 1.3)  # low, as random networks take every number to heart
+GUIDANCE = (2.0, 1.3)  # low, because random networks amplify every difference
 
 
 def make_editors(folder: Path, width: int, device: str, dtype: torch.dtype) -> dict:
-    """A function for each that makes a picture, and the network of the plain one."""
+    """Editors and pipelines by name, all with the same weights."""
     write_tiny_editor(folder)
     widths = (width, 2 * width, 4 * width, 4 * width)
     config = UNetConfig(8, block_out_channels=widths, cross_attention_dim=32)
@@ -72,13 +73,13 @@ def edit(editor, picture: Image.Image, steps: int) -> np.ndarray:
 
 
 def check(pictures: dict, exact: dict) -> str:
-    """What they differ by, in words. ValueError if that is too much. exact: the pictures in fp32."""
+    """The errors against diffusers in fp32, in words. ValueError if they are too large. exact: in fp32."""
     apart = {name: np.abs(exact[name] - exact["diffusers"]).max() for name in exact}
     if max(apart.values()) > 1:
-        raise ValueError(f"not the same pictures, so that times would mean nothing: {apart}")
+        raise ValueError(f"not the same pictures, so the times would mean nothing: {apart}")
     off = {name: np.sqrt(np.mean((pictures[name] - exact["diffusers"]) ** 2)) for name in pictures}
     if max(off.values()) > 1.25 * off["diffusers"] + 1:
-        raise ValueError(f"some pictures are farther from those in fp32 than others: {off}")
+        raise ValueError(f"some pictures are much farther from fp32 than others: {off}")
     return "; ".join(f"{name} {off[name]:.2f}" for name in off)
 
 

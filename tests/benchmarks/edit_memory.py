@@ -1,9 +1,9 @@
-"""Peak memory of one edit at Stable Diffusion 1.5's size, counted on tensors without numbers.
+"""Peak memory of one edit with Stable Diffusion 1.5, counted on fake tensors (see live.py).
 
     python tests/benchmarks/edit_memory.py
 
-Counted are the storages that are alive at once: weights, activations, latents. CUDA itself, the workspaces of
-cuDNN and memory in pieces come on top, and no attention may form its map.
+Counts weights, activations and latents that are alive at once. Assumes that no attention kernel stores its
+map. CUDA itself, workspaces of cuDNN and gaps in memory come on top.
 """
 
 import sys
@@ -23,7 +23,7 @@ from nanoip2p.vae import VAE, VAEConfig  # noqa: E402
 
 
 def peaks(side: int, low_memory: bool) -> dict[str, tuple[int, int]]:
-    """Bytes of the weights of each network, and the peak of what it makes of a picture of side x side."""
+    """Bytes of each network's weights, and its peak above them for a picture of side x side pixels."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         torch.set_default_dtype(torch.float16)
         unet, vae, text = UNet(UNetConfig(8)), VAE(VAEConfig()), TextEncoder(CLIPTextConfig())
@@ -31,8 +31,8 @@ def peaks(side: int, low_memory: bool) -> dict[str, tuple[int, int]]:
         picture, ids = torch.empty(1, 3, side, side), torch.zeros(1, 77, dtype=torch.long)
 
         def denoise() -> None:
-            told = {1.0: torch.zeros(1)}
-            guided_denoiser(unet, told, z, context, context, 7.5, 1.5, low_memory)(z.float(), 1.0)
+            timesteps = {1.0: torch.zeros(1)}
+            guided_denoiser(unet, timesteps, z, context, context, 7.5, 1.5, low_memory)(z.float(), 1.0)
 
         parts = {"text": (text, lambda: text(ids)), "denoise": (unet, denoise),
                  "encode": (vae, lambda: (vae.encode_small if low_memory else vae.encode)(picture)),
@@ -51,11 +51,11 @@ def main() -> None:
     for low_memory in (False, True):
         line = f"{'--low-memory' if low_memory else 'as it is':<16}"
         for side in (512, 1024):
-            found = peaks(side, low_memory)
-            held = sum(found[name][0] for name in ("text", "denoise", "decode"))
-            alone = max(sum(part) for part in found.values())  # one network on the device at a time
-            together = held + max(peak for _, peak in found.values())
-            line += f"{(alone if low_memory else together) / 1e9:>10.2f}"
+            parts = peaks(side, low_memory)
+            weights = sum(parts[name][0] for name in ("text", "denoise", "decode"))  # encode has decode's
+            one_at_a_time = max(sum(part) for part in parts.values())
+            together = weights + max(peak for _, peak in parts.values())
+            line += f"{(one_at_a_time if low_memory else together) / 1e9:>10.2f}"
         print(line)
 
 

@@ -1,4 +1,4 @@
-"""How much memory tensors hold, followed from operation to operation, with or without numbers in them."""
+"""The memory that tensors take, followed from operation to operation; also works on fake tensors."""
 
 import weakref
 
@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Live(TorchDispatchMode):
-    """The most bytes that storages made inside have held at one time."""
+    """Counts bytes of the storages that are made inside: `now` alive, and `peak` at the highest."""
 
     def __init__(self):
         super().__init__()
@@ -17,7 +17,7 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         before = {storage._cdata for storage in storages([*args, *(kwargs or {}).values()])}
         made = function(*args, **(kwargs or {}))
-        for storage in storages([made]):  # a view, or what was changed in place, is not new
+        for storage in storages([made]):  # a view or a tensor changed in place has an old storage
             key, size = storage._cdata, storage.nbytes()
             if key not in before and key not in self.known:
                 self.known.add(key)
@@ -27,12 +27,12 @@ class Live(TorchDispatchMode):
         return made
 
     def forget(self, key: int, size: int) -> None:
-        """A storage of so many bytes is gone."""
+        """A storage of `size` bytes was freed."""
         self.known.discard(key)
         self.now -= size
 
 
 def storages(values: list) -> list[torch.UntypedStorage]:
-    """Of the tensors among the arguments or results of an operation; some are lists of them."""
+    """The storages of all tensors, also in lists, among arguments or results of an operation."""
     flat = [one for value in values for one in (value if isinstance(value, (list, tuple)) else [value])]
     return [one.untyped_storage() for one in flat if isinstance(one, Tensor) and not one.is_mkldnn]

@@ -1,10 +1,10 @@
-"""How long opening and converting a full-size checkpoint takes, and how much memory, beside diffusers.
+"""Seconds and memory for opening and converting a full-size checkpoint, compared with diffusers.
 
     python tests/benchmarks/load.py             # random Stable Diffusion 1.5 editor; 13 GB of disk, minutes
 
-Every run is a process of its own, and ours and theirs take turns. Memory is what the process gained over its
-start: "anonymous" is memory proper, "resident" counts the pages of mapped files too, which the system drops
-when it needs them. A conversion's anonymous memory is compared with the largest tensor.
+Every run is a process of its own; our runs and diffusers' alternate. Memory is the growth since the start of
+the process: "anonymous" memory cannot be dropped, "resident" adds the pages of mapped files, which the system
+drops when it needs them. Loading is compared with all weights, a conversion with the largest tensor.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 
 from tiny_configs import tiny_unet  # noqa: E402
 
@@ -36,7 +36,7 @@ from nanoip2p.vae import VAEConfig  # noqa: E402
 
 
 def make_editor(folder: Path) -> None:
-    """A full-size editor with random weights: folders in fp32 and fp16, a single file in fp16."""
+    """Write a full-size editor with random weights: folders in fp32 and fp16, a single file in fp16."""
     networks = [cls(config) for cls, config in zip(
         PARTS.values(), (UNetConfig(in_channels=8), VAEConfig(), CLIPTextConfig()))]
     train_tokenizer(["make it night"] * 3, 600, folder / "tokenizer")
@@ -48,13 +48,13 @@ def make_editor(folder: Path) -> None:
 
 
 def memory(*keys: str) -> int:
-    """The sum of some lines of /proc/self/status, in bytes."""
+    """The sum of these lines of /proc/self/status, in bytes."""
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return sum(1024 * int(lines[key].split()[0]) for key in keys)
 
 
 def measure(work) -> dict:
-    """Seconds, and the highest memory gained, sampled every 2 ms."""
+    """Seconds of work(), and its highest memory above the start, sampled every 2 ms."""
     peak = {"anonymous": 0, "resident": 0}
     before = {"anonymous": memory("RssAnon"), "resident": memory("RssAnon", "RssFile")}
     done = threading.Event()
@@ -67,19 +67,19 @@ def measure(work) -> dict:
     watcher = threading.Thread(target=watch)
     watcher.start()
     began = time.perf_counter()
-    kept = work()
+    result = work()
     seconds = time.perf_counter() - began
     done.set()
     watcher.join()
-    del kept
+    del result
     return {"seconds": seconds, **peak}
 
 
-def ours(path: Path):
+def load_ours(path: Path):
     return load_model(path)
 
 
-def theirs(path: Path):
+def load_diffusers(path: Path):
     import diffusers
     return diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(path, torch_dtype=torch.float32)
 
@@ -93,9 +93,10 @@ def rewrite(path: Path):
 
 
 CASES = {
-    "load fp32 folder, ours": (ours, "fp32"), "load fp32 folder, diffusers": (theirs, "fp32"),
-    "load fp16 folder as fp32, ours": (ours, "fp16"), "load fp16 folder as fp32, diffusers": (theirs, "fp16"),
-    "load fp16 single file as fp32, ours": (ours, "single/model.safetensors"),
+    "load fp32 folder, ours": (load_ours, "fp32"), "load fp32 folder, diffusers": (load_diffusers, "fp32"),
+    "load fp16 folder as fp32, ours": (load_ours, "fp16"),
+    "load fp16 folder as fp32, diffusers": (load_diffusers, "fp16"),
+    "load fp16 single file as fp32, ours": (load_ours, "single/model.safetensors"),
     "convert fp32 folder to fp16 file": (to_single, "fp32"),
     "convert fp16 file to fp16 file": (rewrite, "single/model.safetensors"),
 }
@@ -104,16 +105,16 @@ CASES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="of the random editor, made if not there (temporary)")
+    parser.add_argument("--folder", type=Path, help="of the random editor, made if missing (temporary)")
     parser.add_argument("--case", nargs=2, help="(one run, in a process of its own)")
     args = parser.parse_args()
     if args.case:
         work, path = CASES[args.case[0]]
-        if work is theirs:
+        if work is load_diffusers:
             import diffusers
             assert diffusers.StableDiffusionInstructPix2PixPipeline  # imported before the clock starts
         with torch.device("meta"):
-            UNet(tiny_unet())  # what torch imports for this is no memory of loading
+            UNet(tiny_unet())  # so that torch's imports do not count as memory of loading
         print(json.dumps(measure(lambda: work(Path(args.case[1]) / path))))
         return
     with tempfile.TemporaryDirectory() as temporary:

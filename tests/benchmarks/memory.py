@@ -1,133 +1,104 @@
-"""How much memory a training step needs, counted before it is taken.
+"""Memory of a training step of Stable Diffusion 1.5 at 256 pixels, counted without taking it.
 
-    python -m memory                   # a table for Stable Diffusion 1.5 at 256 pixels
+    python tests/benchmarks/memory.py
 
-The step's own code runs on tensors without storage, and what storages would hold at any moment is added up.
+Runs the forward and backward pass of a micro-batch on tensors without storage, and counts the bytes that are
+alive at once (live.py). Assumes that no attention kernel stores its map. Not counted: CUDA itself, workspaces
+of cuDNN, and gaps between the pieces of memory.
 """
 
-import argparse
 import sys
-from functools import lru_cache
+from pathlib import Path
 
 import torch
 from live import Live
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nanoip2p.checkpoint.tensors import DTYPES
-from nanoip2p.clip import CLIPTextConfig, TextEncoder
-from nanoip2p.common import cli
-from nanoip2p.objective import encode, model_input, noise_losses
-from nanoip2p.unet import UNet, UNetConfig
-from nanoip2p.vae import VAE, VAEConfig
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-USUAL = dict(dtype="bf16", recompute=False, ema_device="same", shard_optimizer=False, fsdp=False,
-             cache="latents", accumulate=8, device="cuda")
-SMALL = {"recompute": True, "ema_device": "cpu"}
-WAYS = {"--dtype fp32": {"dtype": "fp32"}, "bf16": {}, "bf16, no --cache": {"cache": None},
-        "--recompute": {"recompute": True}, "--recompute --ema-device cpu": SMALL,
-        "--recompute --ema-device cpu, no --cache": {**SMALL, "cache": None},
-        "--shard-optimizer, 8 GPUs": {"shard_optimizer": True}, "--fsdp, 8 GPUs": {"fsdp": True},
-        "--fsdp --recompute, 8 GPUs": {"fsdp": True, "recompute": True}}
+from nanoip2p.clip import CLIPTextConfig, TextEncoder  # noqa: E402
+from nanoip2p.objective import encode, model_input, noise_losses  # noqa: E402
+from nanoip2p.unet import UNet, UNetConfig  # noqa: E402
+from nanoip2p.vae import VAE, VAEConfig  # noqa: E402
+
+SD = UNetConfig(in_channels=8), VAEConfig(), CLIPTextConfig()
 BATCHES = (1, 16, 32, 64, 128)
+SMALL = {"recompute": True, "ema_on_cpu": True}
+WAYS = {"--dtype fp32": {"dtype": torch.float32}, "bf16": {}, "bf16, no --cache": {"cache": False},
+        "--recompute": {"recompute": True}, "--recompute --ema-device cpu": SMALL,
+        "--recompute --ema-device cpu, no --cache": {**SMALL, "cache": False}}
 
 
-def norms_in_float32(network: nn.Module) -> None:
-    """Under autocast, CUDA computes norms in float32 and keeps their float32 input; a CPU does not."""
-    for layer in network.modules():
-        if isinstance(layer, (nn.GroupNorm, nn.LayerNorm)):
-            layer.register_forward_pre_hook(lambda _, given: (given[0].float(),))
-
-
-def size_of(*networks: nn.Module) -> int:
+def weights_of(*networks: nn.Module) -> int:
     """Bytes of their weights in fp32."""
     return 4 * sum(weight.numel() for network in networks for weight in network.parameters())
 
 
-@lru_cache
-def count_step(config: UNetConfig, batch: int, side: int, dtype: str, recompute: bool, held: bool,
-               cuda: bool) -> int:
-    """Peak bytes of a micro-batch forward and backward, with its gradients unless they are `held` already."""
-    with FakeTensorMode():
-        unet, latent = UNet(config).train(), (config.out_channels, side, side)
-        if cuda and dtype == "bf16":
-            norms_in_float32(unet)
-        for weight in unet.parameters() if held else ():
-            weight.grad = torch.empty_like(weight)
-        null = torch.empty(77, config.cross_attention_dim)
-        shapes = {"before": (2 * latent[0], *latent[1:]), "after": (2 * latent[0], *latent[1:]), "drop": (),
-                  "noise": latent, "posterior": latent, "offset": (latent[0], 1, 1), "text": null.shape}
-        with Live() as live:
-            given = {name: torch.empty(batch, *shape) for name, shape in shapes.items()}
-            timestep, alphas = torch.zeros(batch, dtype=torch.long), torch.empty(1000)
-            seen = model_input({**given, "timestep": timestep}, null, 1.0, alphas)
-            losses = noise_losses(unet, config.in_channels, seen, timestep, DTYPES[dtype], recompute)
-            del seen
-            losses.mean().backward()
+def count_step(unet: UNet, batch: int, side: int, dtype: torch.dtype, recompute: bool) -> int:
+    """Peak bytes, above the weights, of forward and backward with `batch` samples of side x side latents."""
+    channels, width = unet.config.out_channels, unet.config.cross_attention_dim
+    latent = (batch, channels, side, side)
+    moments = (batch, 2 * channels, side, side)
+    with Live() as live:
+        samples = {"before": torch.empty(moments), "after": torch.empty(moments), "drop": torch.empty(batch),
+                   "noise": torch.empty(latent), "posterior": torch.empty(latent),
+                   "offset": torch.empty(batch, channels, 1, 1), "text": torch.empty(batch, 77, width),
+                   "timestep": torch.zeros(batch, dtype=torch.long)}
+        given = model_input(samples, torch.empty(77, width), 1.0, torch.empty(1000))
+        losses = noise_losses(unet, unet.config.in_channels, given, samples["timestep"], dtype, recompute)
+        del given
+        losses.mean().backward()
     return live.peak
 
 
-@lru_cache
-def count_encoding(vae: VAEConfig, text: CLIPTextConfig, batch: int, side: int, dtype: str,
-                   cuda: bool) -> tuple[int, int]:
-    """Bytes of the encoders' weights, and peak bytes of encoding a micro-batch of pairs and instructions."""
-    with FakeTensorMode():
-        networks = VAE(vae).requires_grad_(False), TextEncoder(text).requires_grad_(False)
-        for network in networks if cuda and dtype == "bf16" else ():
-            norms_in_float32(network)
-        pixels = (batch, 3, side * networks[0].downsampling, side * networks[0].downsampling)
-        with Live() as live, torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
-            ids = torch.zeros(batch, 77, dtype=torch.long)
-            encode({"before": torch.empty(pixels), "after": torch.empty(pixels), "text": ids}, *networks)
-    return size_of(*networks), live.peak
+def count_encoding(vae: VAE, text_encoder: TextEncoder, batch: int, side: int, dtype: torch.dtype) -> int:
+    """Peak bytes of encoding the pictures and texts of a micro-batch, above the weights."""
+    pixels = (batch, 3, side * vae.downsampling, side * vae.downsampling)
+    with Live() as live, torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        encode({"before": torch.empty(pixels), "after": torch.empty(pixels),
+                "text": torch.zeros(batch, 77, dtype=torch.long)}, vae, text_encoder)
+    return live.peak
 
 
-def training_memory(config: UNetConfig, batch: int, side: int, args: argparse.Namespace, ranks: int,
-                    vae: VAEConfig | None = None, text: CLIPTextConfig | None = None) -> dict[str, int]:
-    """Bytes on each device by what they are for; the sum is the peak of a step, whatever it is doing then.
+def norms_in_float32(*networks: nn.Module) -> None:
+    """Under autocast CUDA computes norms in float32 and keeps their float32 input; make a CPU do the same."""
+    for layer in (layer for network in networks for layer in network.modules()):
+        if isinstance(layer, (nn.GroupNorm, nn.LayerNorm)):
+            layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 
-    side: of the latents; args: as train.parse has them; vae, text: the encoders, Stable Diffusion's by
-    default, for runs without --cache. "activations" is what comes on top of the rest at the peak.
-    Assumed: attention never forms its maps (flash and memory-efficient kernels do not), nothing is compiled.
-    Not in it: CUDA itself, workspaces of cuDNN, NCCL's buffers, pieces of memory too small to use. What
-    --fsdp gathers is an estimate.
+
+def training_memory(batch: int, side: int = 32, dtype: torch.dtype = torch.bfloat16, recompute: bool = False,
+                    ema_on_cpu: bool = False, cache: bool = True, configs: tuple = SD) -> dict[str, int]:
+    """Bytes on the GPU by purpose; their sum is the peak of a step. side: of the latents.
+
+    Weights, gradients, Adam's two moments and the average of the weights are fp32; "activations" is the rest
+    of the peak. configs: of UNet, VAE and text encoder.
     """
-    cuda = str(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
-    with torch.device("meta"):
-        unet = UNet(config)
-    whole, held = size_of(unet), args.accumulate > 1 or ranks > 1  # of DDP, buckets hold the gradients
-    share = whole // ranks if args.fsdp else whole
-    sums = whole if args.accumulate > 1 else share  # fully_shard adds micro-batches up before it shares out
-    adam = 2 * whole // (ranks if args.fsdp or args.shard_optimizer else 1)
-    memory = {"weights": share, "gradients": sums, "Adam": adam,
-              "average": 0 if args.ema_device == "cpu" and cuda else share}
-    peak = count_step(config, batch, side, args.dtype, args.recompute, held, cuda)
-    if args.fsdp:  # weights and gradients, whole, of what is outside of layers, and of two layers
-        layers = [size_of(layer) for level in (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
-                  for layer in (*level.resnets, *level.attentions)]
-        peak += 2 * (whole - sum(layers)) + 4 * max(layers)
-    if not args.cache:
-        encoders = (vae or VAEConfig(), text or CLIPTextConfig())
-        memory["encoders"], encoding = count_encoding(*encoders, batch, side, args.dtype, cuda)
-        peak = max(peak, encoding)
-    return memory | {"activations": peak if held else max(0, peak - whole)}
+    with FakeTensorMode():
+        unet = UNet(configs[0]).train()
+        encoders = () if cache else (VAE(configs[1]).requires_grad_(False),
+                                     TextEncoder(configs[2]).requires_grad_(False))
+        if dtype == torch.bfloat16:
+            norms_in_float32(unet, *encoders)
+        for weight in unet.parameters():
+            weight.grad = torch.empty_like(weight)  # of the micro-batches before
+        size, peak = weights_of(unet), count_step(unet, batch, side, dtype, recompute)
+        memory = {"weights": size, "gradients": size, "Adam": 2 * size, "average": 0 if ema_on_cpu else size}
+        if encoders:
+            memory["encoders"] = weights_of(*encoders)
+            peak = max(peak, count_encoding(*encoders, batch, side, dtype))
+    return memory | {"activations": peak}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code, see cli.run."""
-    def work() -> None:
-        cli.make_parser(prog="python -m memory", description=__doc__).parse_args(argv)
-        print("GB on each GPU: Stable Diffusion 1.5, 256 pixels, bf16 and --cache unless said. Counted, not "
-              "measured:\nCUDA itself, workspaces and memory in pieces come on top")
-        print(f"{'micro-batch':<42}" + "".join(f"{batch:>7}" for batch in BATCHES))
-        for name, way in WAYS.items():
-            args, ranks = argparse.Namespace(**USUAL | way), 8 if "8 GPUs" in name else 1
-            sizes = [sum(training_memory(UNetConfig(in_channels=8), batch, 32, args, ranks).values()) / 1e9
-                     for batch in BATCHES]
-            print(f"{name:<42}" + "".join(f"{size:>7.1f}" for size in sizes), flush=True)
-
-    return cli.run(work, "stopped", "close other programs")
+def main() -> None:
+    print("GB on a GPU for Stable Diffusion 1.5, 256 pixels, bf16 and --cache unless said otherwise.\n"
+          "Counted, not measured: CUDA itself, workspaces and gaps in memory come on top.")
+    print(f"{'micro-batch':<42}" + "".join(f"{batch:>7}" for batch in BATCHES))
+    for name, way in WAYS.items():
+        sizes = [sum(training_memory(batch, **way).values()) / 1e9 for batch in BATCHES]
+        print(f"{name:<42}" + "".join(f"{size:>7.1f}" for size in sizes), flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,20 +1,14 @@
 """The benchmarks run, and measure the same computation on both sides."""
 
-import sys
-from pathlib import Path
-
+import edit
+import measure
+import numpy as np
+import pair
 import pytest
 import torch
+import train_step
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
-
-import edit  # noqa: E402
-import measure  # noqa: E402
-import numpy as np  # noqa: E402
-import pair  # noqa: E402
-import train_step  # noqa: E402
-
-from nanoip2p.speed import fast as speed  # noqa: E402
+from nanoip2p.unet import UNet
 
 SMALLEST = ["--width", "tiny", "--batch", "1", "--size", "64", "--repeat", "1", "--device", "cpu"]
 
@@ -54,8 +48,7 @@ def test_an_edit_is_timed_beside_diffusers(dtype, capsys):
 
 
 def test_another_edit_is_not_timed(monkeypatch):
-    monkeypatch.setattr(speed.UNet, "forward", lambda self, *given, plain=speed.UNet.forward: (
-        1.1 * plain(self, *given)))
+    monkeypatch.setattr(UNet, "forward", lambda self, *given, plain=UNet.forward: 1.1 * plain(self, *given))
     with pytest.raises(ValueError, match="not the same pictures"):
         edit.main(FEW)
 

@@ -1,118 +1,75 @@
-"""The memory plan against what a real training step takes on the CPU."""
+"""The memory that is counted without storage is the memory that a real step takes on the CPU."""
 
-import argparse
-import copy
+import functools
 
 import memory
 import pytest
 import torch
+from comparing import randomise
 from live import Live
-from memory import USUAL, training_memory
-from tiny_configs import tiny_unet
-from tiny_editor import write_tiny_editor
+from memory import count_encoding, count_step, training_memory
+from tiny_configs import TINY_VAE, tiny_unet
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nanoip2p.checkpoint.load import load_model
-from nanoip2p.objective import DROP
-from nanoip2p.training.ranks import Ranks
-from nanoip2p.training.samples import draw
-from nanoip2p.training.trainer import Trainer
+from nanoip2p.clip import CLIPTextConfig, TextEncoder
 from nanoip2p.unet import UNet
 from nanoip2p.vae import VAE
 
-BATCH, SIDE = 8, 16
-STEP = dict(lr=1e-4, clip=1.0, steps=9, warmup=0, cooldown=0.0, snr_gamma=0.0, offset_noise=0.0,
-            drop=DROP, ema_decay=0.9, batch_size=BATCH, compile=False)
+CONFIG, TEXT = tiny_unet(8), CLIPTextConfig(600, 12, 24, 2, 4)
+WORK = {
+    "fp32": lambda unet, *_: count_step(unet, 8, 16, torch.float32, recompute=False),
+    "bf16": lambda unet, *_: count_step(unet, 8, 16, torch.bfloat16, recompute=False),
+    "recompute": lambda unet, *_: count_step(unet, 8, 16, torch.bfloat16, recompute=True),
+    "encoding": lambda _, vae, text_encoder: count_encoding(vae, text_encoder, 8, 16, torch.float32),
+}
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    return load_model(write_tiny_editor(tmp_path_factory.mktemp("editor")))
+def networks():
+    made = UNet(CONFIG).train(), VAE(TINY_VAE).requires_grad_(False), TextEncoder(TEXT).requires_grad_(False)
+    for weight in made[0].parameters():
+        weight.grad = torch.empty_like(weight)
+    return made
 
 
-def settings(**way):
-    return argparse.Namespace(**{**USUAL, **STEP, "device": "cpu", **way})
+@pytest.mark.parametrize("name", WORK)
+def test_counted_is_what_a_real_step_takes(name):
+    with FakeTensorMode():
+        counted = WORK[name](*networks())
+    real = WORK[name](*map(randomise, networks()))
+    assert real == pytest.approx(counted, rel=0.03)
 
 
-def batches(args):
-    """As collate makes them: encoded, or with pictures and token ids."""
-    shape, numbers = (4, SIDE, SIDE), list(range(BATCH))
-    drawn = [draw(0, number, shape, 1000) for number in numbers]
-    batch = {key: torch.stack([torch.as_tensor(one[key]) for one in drawn]) for key in drawn[0]}
-    batch["number"] = torch.tensor(numbers)
-    if args.cache:
-        pictures, text = torch.zeros(BATCH, 8, SIDE, SIDE), torch.zeros(BATCH, 77, 32)
-    else:
-        pictures, text = torch.zeros(BATCH, 3, 4 * SIDE, 4 * SIDE), torch.zeros(BATCH, 77, dtype=torch.long)
-    while True:
-        whole = {**batch, "before": pictures, "after": pictures, "text": text}
-        yield {key: value.clone() for key, value in whole.items()} | {"skipped": []}
-
-
-def plan(parts, args, ranks=1, batch=BATCH):
-    return training_memory(parts.unet.config, batch, SIDE, args, ranks, parts.vae.config,
-                           parts.text_encoder.config)
-
-
-@pytest.mark.parametrize("way", [
-    {"dtype": "fp32"}, {}, {"recompute": True}, {"cache": None}, {"cache": None, "recompute": True},
-    {"accumulate": 1}, {"accumulate": 1, "cache": None, "dtype": "fp32"}], ids=str)
-def test_plan_is_what_a_step_takes(parts, way):
-    args = settings(**way)
-    ranks, source = Ranks(0, 1, torch.device("cpu")), batches(args)
-    trainer = Trainer(args, copy.deepcopy(parts), ranks, items=4)
-    trainer.step(source, 0)  # makes Adam's state
+def test_live_follows_storages():
     with Live() as live:
-        trainer.step(source, 1)
-    planned = plan(parts, args)
-    # Without a GPU, loaded pictures stay beside what is made of them, while the network is at work
-    loaded = 0 if args.cache or args.recompute else 4 * 2 * BATCH * 3 * (4 * SIDE) ** 2
-    made = planned["gradients"] + planned["activations"]
-    assert live.peak - loaded == pytest.approx(made, rel=0.03 if args.cache else 0.06)
-    state = [weight for weights in trainer.optimizer.state.values() for weight in weights.values()]
-    assert planned["Adam"] == 4 * sum(weight.numel() for weight in state if weight.ndim)
-    assert planned["weights"] == 4 * sum(weight.numel() for weight in trainer.unet.parameters())
-    assert planned["average"] == planned["weights"]
+        a = torch.zeros(1000)
+        b = a.view(10, 100) + 1  # a view takes no memory
+        a.add_(1)
+        del a, b
+        torch.zeros(1500)
+    assert (live.peak, live.now) == (8000, 0)
 
 
-def test_state_and_its_shares():
-    config = tiny_unet(8)
-    with torch.device("meta"):
-        weights = 4 * sum(weight.numel() for weight in UNet(config).parameters())
+def test_each_way_to_save_saves():
+    @functools.cache
+    def plan(**way):
+        return training_memory(32, 8, configs=(CONFIG, TINY_VAE, TEXT), **way)
 
-    def state(ranks, **way):
-        planned = training_memory(config, 2, 8, argparse.Namespace(**USUAL | way), ranks)
-        return [planned[name] / weights for name in ("weights", "gradients", "Adam", "average")]
+    def total(**way):
+        return sum(plan(**way).values())
 
-    assert state(1) == [1, 1, 2, 1] and state(1, ema_device="cpu") == [1, 1, 2, 0]
-    assert state(1, ema_device="cpu", device="cpu") == [1, 1, 2, 1]  # "there" is where everything is
-    assert state(4, shard_optimizer=True) == pytest.approx([1, 1, 0.5, 1], rel=1e-4)
-    assert state(4, fsdp=True, accumulate=1) == pytest.approx([0.25, 0.25, 0.5, 0.25], rel=1e-4)
-    assert state(4, fsdp=True)[1] == 1  # not shared out before the last micro-batch
-
-
-def test_each_way_to_save_saves(parts):
-    def total(ranks=1, **way):
-        return sum(plan(parts, settings(**way), ranks, batch=32).values())
-
-    assert total(recompute=True) < total() < total(dtype="fp32")
-    assert total(2, shard_optimizer=True) < total(2)
-    assert total(accumulate=1) < total()
-    assert total(2, accumulate=1) == total(2)  # DistributedDataParallel keeps gradients between steps
-    assert total() < total(device="cuda") < total(device="cuda", cache=None)  # norms in float32
-
-
-def test_encoders_count(parts):
-    planned = plan(parts, settings(cache=None))
-    sizes = [4 * sum(weight.numel() for weight in network.parameters())
-             for network in (VAE(parts.vae.config), parts.text_encoder)]
-    assert planned["encoders"] == sum(sizes) and "encoders" not in plan(parts, settings())
+    weights = 4 * sum(weight.numel() for weight in UNet(CONFIG).parameters())
+    assert [plan()[name] / weights for name in ("weights", "gradients", "Adam", "average")] == [1, 1, 2, 1]
+    assert total(ema_on_cpu=True) == total() - weights
+    assert total(recompute=True) < total() < total(dtype=torch.float32)
+    assert total() < total(cache=False)
+    encoders = VAE(TINY_VAE), TextEncoder(TEXT)
+    assert plan(cache=False)["encoders"] == memory.weights_of(*encoders) and "encoders" not in plan()
 
 
 def test_table_is_printed(monkeypatch, capsys):
     monkeypatch.setattr(memory, "BATCHES", (2,))
-    monkeypatch.setattr(memory, "WAYS", {"bf16": {}, "--fsdp, 8 GPUs": {"fsdp": True}})
-    assert memory.main([]) == 0
+    monkeypatch.setattr(memory, "WAYS", {"bf16": {}})
+    memory.main()
     lines = capsys.readouterr().out.splitlines()
-    assert "not" in lines[0] and lines[-2].split()[0] == "bf16"
-    assert 19 < float(lines[-2].split()[-1]) < 20.5 and 8 < float(lines[-1].split()[-1]) < 9
-    assert memory.main(["--batch", "2"]) == 2
+    assert "not measured" in lines[1] and lines[-1].split()[0] == "bf16"
+    assert 19 < float(lines[-1].split()[-1]) < 20.5
