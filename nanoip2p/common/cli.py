@@ -59,7 +59,7 @@ def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
         if "group" in options:
             group = parser.add_argument_group(options.pop("group"))
         if field.default is False:
-            options["action"] = "store_true"
+            options.setdefault("action", "store_true")
         elif field.default not in (None, ""):
             options["help"] += f" (default: {field.default})"
         group.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, **options)

@@ -5,9 +5,10 @@
 The step's own code runs on tensors without storage, and what storages would hold at any moment is added up.
 """
 
-import argparse
 import sys
+from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from live import Live
@@ -18,17 +19,15 @@ from nanoip2p.checkpoint.tensors import DTYPES
 from nanoip2p.clip import CLIPTextConfig, TextEncoder
 from nanoip2p.common import cli
 from nanoip2p.objective import encode, model_input, noise_losses
+from nanoip2p.training.config import TrainConfig
 from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAE, VAEConfig
 
-USUAL = dict(dtype="bf16", recompute=False, ema_device="same", shard_optimizer=False, fsdp=False,
-             cache="latents", accumulate=8, device="cuda")
+USUAL = TrainConfig(dtype="bf16", cache=Path("latents"), accumulate=8, device="cuda")
 SMALL = {"recompute": True, "ema_device": "cpu"}
 WAYS = {"--dtype fp32": {"dtype": "fp32"}, "bf16": {}, "bf16, no --cache": {"cache": None},
         "--recompute": {"recompute": True}, "--recompute --ema-device cpu": SMALL,
-        "--recompute --ema-device cpu, no --cache": {**SMALL, "cache": None},
-        "--shard-optimizer, 8 GPUs": {"shard_optimizer": True}, "--fsdp, 8 GPUs": {"fsdp": True},
-        "--fsdp --recompute, 8 GPUs": {"fsdp": True, "recompute": True}}
+        "--recompute --ema-device cpu, no --cache": {**SMALL, "cache": None}}
 BATCHES = (1, 16, 32, 64, 128)
 
 
@@ -56,7 +55,7 @@ def count_step(config: UNetConfig, batch: int, side: int, dtype: str, recompute:
             weight.grad = torch.empty_like(weight)
         null = torch.empty(77, config.cross_attention_dim)
         shapes = {"before": (2 * latent[0], *latent[1:]), "after": (2 * latent[0], *latent[1:]), "drop": (),
-                  "noise": latent, "posterior": latent, "offset": (latent[0], 1, 1), "text": null.shape}
+                  "noise": latent, "posterior": latent, "text": null.shape}
         with Live() as live:
             given = {name: torch.empty(batch, *shape) for name, shape in shapes.items()}
             timestep, alphas = torch.zeros(batch, dtype=torch.long), torch.empty(1000)
@@ -82,30 +81,22 @@ def count_encoding(vae: VAEConfig, text: CLIPTextConfig, batch: int, side: int, 
     return size_of(*networks), live.peak
 
 
-def training_memory(config: UNetConfig, batch: int, side: int, args: argparse.Namespace, ranks: int,
+def training_memory(config: UNetConfig, batch: int, side: int, args: TrainConfig, ranks: int,
                     vae: VAEConfig | None = None, text: CLIPTextConfig | None = None) -> dict[str, int]:
     """Bytes on each device by what they are for; the sum is the peak of a step, whatever it is doing then.
 
-    side: of the latents; args: as train.parse has them; vae, text: the encoders, Stable Diffusion's by
+    side: of the latents; vae, text: the encoders, Stable Diffusion's by
     default, for runs without --cache. "activations" is what comes on top of the rest at the peak.
     Assumed: attention never forms its maps (flash and memory-efficient kernels do not), nothing is compiled.
-    Not in it: CUDA itself, workspaces of cuDNN, NCCL's buffers, pieces of memory too small to use. What
-    --fsdp gathers is an estimate.
+    Not in it: CUDA itself, workspaces of cuDNN, NCCL's buffers, pieces of memory too small to use.
     """
     cuda = str(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
     with torch.device("meta"):
         unet = UNet(config)
     whole, held = size_of(unet), args.accumulate > 1 or ranks > 1  # of DDP, buckets hold the gradients
-    share = whole // ranks if args.fsdp else whole
-    sums = whole if args.accumulate > 1 else share  # fully_shard adds micro-batches up before it shares out
-    adam = 2 * whole // (ranks if args.fsdp or args.shard_optimizer else 1)
-    memory = {"weights": share, "gradients": sums, "Adam": adam,
-              "average": 0 if args.ema_device == "cpu" and cuda else share}
+    memory = {"weights": whole, "gradients": whole, "Adam": 2 * whole,
+              "average": 0 if args.ema_device == "cpu" and cuda else whole}
     peak = count_step(config, batch, side, args.dtype, args.recompute, held, cuda)
-    if args.fsdp:  # weights and gradients, whole, of what is outside of layers, and of two layers
-        layers = [size_of(layer) for level in (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
-                  for layer in (*level.resnets, *level.attentions)]
-        peak += 2 * (whole - sum(layers)) + 4 * max(layers)
     if not args.cache:
         encoders = (vae or VAEConfig(), text or CLIPTextConfig())
         memory["encoders"], encoding = count_encoding(*encoders, batch, side, args.dtype, cuda)
@@ -121,8 +112,8 @@ def main(argv: list[str] | None = None) -> int:
               "measured:\nCUDA itself, workspaces and memory in pieces come on top")
         print(f"{'micro-batch':<42}" + "".join(f"{batch:>7}" for batch in BATCHES))
         for name, way in WAYS.items():
-            args, ranks = argparse.Namespace(**USUAL | way), 8 if "8 GPUs" in name else 1
-            sizes = [sum(training_memory(UNetConfig(in_channels=8), batch, 32, args, ranks).values()) / 1e9
+            args = replace(USUAL, **way)
+            sizes = [sum(training_memory(UNetConfig(in_channels=8), batch, 32, args, 1).values()) / 1e9
                      for batch in BATCHES]
             print(f"{name:<42}" + "".join(f"{size:>7.1f}" for size in sizes), flush=True)
 
