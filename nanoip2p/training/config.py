@@ -136,8 +136,6 @@ def odd_settings(config: TrainConfig, batch: int, items: int) -> list[str]:
         notes.append(f"a step of {batch} samples visits each of the {items} items more than once")
     if config.warmup > config.steps:
         notes.append(f"--warmup {config.warmup} is longer than the run; the learning rate stays below --lr")
-    late = [name for name in ("log", "validate", "sample", "save")
-            if getattr(config, f"{name}_every") > config.steps]
-    if late:
-        notes.append(f"{', '.join(f'--{name}-every' for name in late)}: longer than the run: only at its end")
+    if config.save_every >= config.steps >= 100:
+        notes.append(f"--save-every {config.save_every}: there is no checkpoint before the end of the run")
     return notes

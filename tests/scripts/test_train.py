@@ -1,8 +1,10 @@
 """train.py: stopping, killing and going on change nothing, and what is wrong is told in one line."""
 
+import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +18,7 @@ from comparing import relative_error
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_editor import write_tiny_editor, write_tiny_painter
+from train_runs import STATE, UNET, rows, state, words, write_pictures
 
 import train
 from nanoip2p.dataset.layouts import read_data
@@ -24,13 +27,10 @@ from nanoip2p.editor import Editor
 from nanoip2p.text_to_image import TextToImage
 from nanoip2p.training import run_folder as runs
 from nanoip2p.training.cache import Cache
-from nanoip2p.training.config import FREE, NOT_STORED, PRESETS, TrainConfig
+from nanoip2p.training.config import FREE, NOT_STORED, PRESETS, TrainConfig, odd_settings
 from nanoip2p.training.samples import order
 from nanoip2p.training.trainer import Trainer, columns_of
 from nanoip2p.world.scenes import random_scene
-
-STATE = ("unet", "ema", "exp_avg", "exp_avg_sq")
-UNET = "weights/unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -57,29 +57,6 @@ def server():
     server.close()
 
 
-def write_pictures(root, count=12):
-    """The original's layout: prompts of one or two pairs each."""
-    seeds, before = [], None
-    for i in range(count):
-        path, names = root / f"{i:07d}", [str(100 + i), str(200 + i)][: 1 + i % 2]
-        path.mkdir(parents=True)
-        (path / "prompt.json").write_text(json.dumps({"input": "a", "edit": "make it night", "output": "b"}))
-        for j, name in enumerate(names):
-            for side in (0, 1):
-                before = random_scene("test", 4 * i + 2 * j + side).render(32)
-                before.save(path / f"{name}_{side}.jpg", quality=95)
-        seeds.append([path.name, names])
-    (root / "seeds.json").write_text(json.dumps(seeds))
-    return root
-
-
-def words(start, out, *more, data="scenes"):
-    given = ["--weights", start, "--data", data, "--pairs", 24, "--out", out, "--batch-size", 4,
-             "--accumulate", 1, "--lr", 1e-3, "--resolution", 32, "--dtype", "fp32", "--device", "cpu",
-             "--sample-every", 0, "--ema-decay", 0.9, *more]
-    return [str(word) for word in given]
-
-
 def run(start, out, *more, data="scenes"):
     return train.main(words(start, out, *more, data=data))
 
@@ -88,19 +65,8 @@ def resume(out, *more):
     return train.main(["--resume", str(out), *map(str, more)])
 
 
-def state(out):
-    """The bytes of everything that goes on: weights, averages and moments, and the exported model."""
-    newest, about = runs.newest_checkpoint(out)
-    files = {name: (newest / f"{name}.safetensors").read_bytes() for name in STATE}
-    return files | {"step": about["step"], "export": (out / UNET).read_bytes()}
-
-
 def errors(capsys):
     return [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-
-
-def rows(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -148,13 +114,16 @@ def test_with_and_without_cache_losses_are_the_same_to_rounding(straight):
         assert one[name] != other[name] and one[name] == pytest.approx(other[name], rel=3e-4), name
 
 
-def test_killed_before_every_write_and_resumed_it_ends_where_it_would_have(start, server, tmp_path):
-    """Process n dies before its nth flush or rename, so together they die in the middle of everything."""
+def test_killed_before_a_write_and_resumed_it_ends_where_it_would_have(start, server, tmp_path):
+    """A process dies before its 3rd flush or rename, the next before its 10th, and so on to the end.
+
+    tests/training/test_run_folder.py ends a write at each of its operations.
+    """
     plain = {"argv": words(start, tmp_path / "plain", "--steps", 4, "--save-every", 2, "--seed", 5)}
     assert server(plain) == [[0]]
     out, wanted, told, codes = tmp_path / "run", state(tmp_path / "plain"), tmp_path / "told", []
     again = words(start, out, "--steps", 4, "--save-every", 2, "--seed", 5)
-    for event in range(1, 90):
+    for event in range(3, 150, 7):
         argv = ["--resume", str(out)] if runs.checkpoints(out) else again
         [[code]] = server({"argv": argv, "event": event, "err": str(told)})
         codes.append(code)
@@ -162,22 +131,22 @@ def test_killed_before_every_write_and_resumed_it_ends_where_it_would_have(start
             break
         if runs.checkpoints(out):
             assert runs.newest_checkpoint(out)[1]["step"] in (2, 4)
-    assert code == 0 and len(codes) > 12, (codes, told.read_text()[-500:])
+    assert code == 0 and len(codes) > 4, (codes, told.read_text()[-500:])
     assert state(out) == wanted
 
 
 def test_killed_at_random_moments_and_resumed_it_ends_where_it_would_have(start, folder, server, tmp_path):
     outs, draw = [tmp_path / name for name in ("online", "cache")], random.Random(3)
     flags = [["--workers", 2], ["--cache", tmp_path / "latents", "--accumulate", 2]]
-    begin = [words(start, out, "--steps", 6, "--save-every", 1, *more, data=folder)
+    begin = [words(start, out, "--steps", 5, "--save-every", 1, *more, data=folder)
              for out, more in zip(outs, flags)]
-    plain = [words(start, tmp_path / f"plain{i}", "--steps", 6, *more, data=folder)
+    plain = [words(start, tmp_path / f"plain{i}", "--steps", 5, *more, data=folder)
              for i, more in enumerate(flags)]
     assert server(*({"argv": argv} for argv in plain)) == [[0], [0]]
     kills, finished = [0, 0], [False, False]
     for attempt in range(40):
         jobs = [{"argv": ["--resume", str(out)] if runs.checkpoints(out) else argv,
-                 "seconds": draw.uniform(0.2, 1.0) * 1.15**attempt, "err": str(tmp_path / "told")}
+                 "seconds": draw.uniform(0.3, 1.0) * 1.3**attempt, "err": str(tmp_path / "told")}
                 for out, argv in zip(outs, begin)]
         for i, [code] in enumerate(server(*jobs)):
             assert code in (0, -signal.SIGALRM)
@@ -193,11 +162,11 @@ def test_killed_at_random_moments_and_resumed_it_ends_where_it_would_have(start,
 def test_a_signal_loses_nothing(start, whole, tmp_path, monkeypatch, capsys, number):
     step, taken, usual = Trainer.step, [], signal.getsignal(number)
 
-    def signalled(self, batches, n, stop):
+    def signalled(self, batches, n, stop, progress):
         if n == 2:
             signal.raise_signal(number)
         taken.append(n)
-        return step(self, batches, n, stop)
+        return step(self, batches, n, stop, progress)
 
     monkeypatch.setattr(Trainer, "step", signalled)
     assert run(start, tmp_path / "run", "--steps", 6) == 130
@@ -627,3 +596,66 @@ def test_paths_of_a_run_survive_json(whole):
     args = train.parse(["--resume", str(whole)])
     assert args.out == whole and args.cache == whole / "latents" and isinstance(args.cache, Path)
     assert settings["kind_weights"] == list(args.kind_weights) and not settings.keys() & NOT_STORED
+
+
+# What a run says about itself
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_bar_shows_loss_and_time_left_from_the_first_step(start, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", screen := Terminal())
+    assert run(start, tmp_path / "run", "--steps", 2, "--accumulate", 3, "--log-every", 1) == 0
+    bars = [line for line in re.split("[\r\n]", screen.getvalue()) if "samples/s" in line and "step" in line]
+    assert re.search(r"step 2/2: 100%.*24/24 \[.*loss=\d\.\d{4}\]", bars[-1])
+    told = capsys.readouterr().out
+    assert "the first step took" in told and "step 1: " in told and "samples/s" not in told
+
+
+def test_a_run_goes_on_in_the_dtype_in_which_it_began(start, tmp_path, monkeypatch, capsys):
+    argv = words(start, tmp_path / "run", "--steps", 1)
+    place = argv.index("--dtype")
+    del argv[place : place + 2]
+    monkeypatch.setattr(train, "pick_dtype", lambda name, device: name or "bf16")
+    assert train.main(argv) == 0
+    assert runs.newest_checkpoint(tmp_path / "run")[1]["settings"]["dtype"] == "bf16"
+    monkeypatch.setattr(train, "pick_dtype", lambda name, device: name or "fp32")  # as on another machine
+    capsys.readouterr()
+    assert resume(tmp_path / "run", "--steps", 2) == 0
+    assert "computed in bf16" in capsys.readouterr().out
+    assert runs.newest_checkpoint(tmp_path / "run")[1]["settings"]["dtype"] == "bf16"
+
+
+@pytest.mark.parametrize("more, items, note", [
+    ({"steps": 10_000, "batch_size": 4, "accumulate": 256}, 18,
+     "568,889 visits.*Try --steps 148 --accumulate 1$"),
+    ({"steps": 10_000, "batch_size": 8}, 200, r"400 visits of each item.*Try --steps 818 --accumulate 1$"),
+    ({"steps": 3, "batch_size": 8}, 200, "ends before it has visited each item once"),
+    ({"steps": 3, "batch_size": 300}, 200, "300 samples visits each of the 200 items more than once"),
+    ({"steps": 90, "warmup": 91, "batch_size": 8}, 200, "--warmup 91 is longer than the run"),
+    ({"steps": 100, "save_every": 100, "batch_size": 8}, 200, "--save-every 100: .* no checkpoint before"),
+    ({"steps": 300, "save_every": 100, "batch_size": 8}, 200, None),
+])
+def test_odd_settings_are_noted(more, items, note):
+    config = TrainConfig(**{"accumulate": 1} | more)
+    notes = odd_settings(config, config.batch_size * config.accumulate, items)
+    assert len(notes) == (note is not None) and all(re.search(note, one) for one in notes)
+
+
+def test_without_clipping_the_gradient_is_used_as_it_is(start, tmp_path):
+    assert train.parse("--preset paper --weights w --data d --out o".split()).clip == 0
+    found = []
+    for clip in (0, 1e9):
+        assert run(start, tmp_path / str(clip), "--steps", 2, "--clip", clip) == 0
+        found.append(state(tmp_path / str(clip)))
+    assert found[0] == found[1]
+
+
+def test_a_run_of_another_version_goes_on_unless_it_used_what_is_gone(whole):
+    settings = runs.newest_checkpoint(whole)[1]["settings"]
+    old = settings | {"fsdp": False, "offset_noise": 0.0}
+    assert TrainConfig.from_json(old) == TrainConfig.from_json(settings)
+    with pytest.raises(ValueError, match="another version.*offset_noise: 0.1"):
+        TrainConfig.from_json(settings | {"offset_noise": 0.1})

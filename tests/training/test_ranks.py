@@ -11,8 +11,8 @@ import torch
 import train_jobs
 from comparing import relative_error
 from safetensors.torch import load_file
-from test_train import STATE, UNET, rows, state, words, write_pictures
 from tiny_editor import write_tiny_editor
+from train_runs import STATE, UNET, rows, state, words, write_pictures
 
 from nanoip2p.training import run_folder as runs
 from nanoip2p.training.samples import order
