@@ -35,14 +35,14 @@ def batches(args):
     shape, numbers = (4, SIDE, SIDE), list(range(BATCH))
     drawn = [draw(0, number, shape, 1000) for number in numbers]
     batch = {key: torch.stack([torch.as_tensor(one[key]) for one in drawn]) for key in drawn[0]}
-    batch |= {"number": torch.tensor(numbers), "pair": [""] * BATCH}
+    batch["number"] = torch.tensor(numbers)
     if args.cache:
         pictures, text = torch.zeros(BATCH, 8, SIDE, SIDE), torch.zeros(BATCH, 77, 32)
     else:
         pictures, text = torch.zeros(BATCH, 3, 4 * SIDE, 4 * SIDE), torch.zeros(BATCH, 77, dtype=torch.long)
     while True:
         whole = {**batch, "before": pictures, "after": pictures, "text": text}
-        yield {key: value.clone() for key, value in whole.items()} | {"skipped": []}
+        yield {key: value.clone() for key, value in whole.items()} | {"skipped": [], "pair": [""] * BATCH}
 
 
 def plan(parts, args, ranks=1, batch=BATCH):
@@ -61,10 +61,8 @@ def test_plan_is_what_a_step_takes(parts, way):
     with Live() as live:
         trainer.step(source, 1)
     planned = plan(parts, args)
-    # Without a GPU, loaded pictures stay beside what is made of them, while the network is at work
-    loaded = 0 if args.cache or args.recompute else 4 * 2 * BATCH * 3 * (4 * SIDE) ** 2
     made = planned["gradients"] + planned["activations"]
-    assert live.peak - loaded == pytest.approx(made, rel=0.03 if args.cache else 0.06)
+    assert live.peak == pytest.approx(made, rel=0.03 if args.cache else 0.06)
     state = [weight for weights in trainer.optimizer.state.values() for weight in weights.values()]
     assert planned["Adam"] == 4 * sum(weight.numel() for weight in state if weight.ndim)
     assert planned["weights"] == 4 * sum(weight.numel() for weight in trainer.unet.parameters())
