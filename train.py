@@ -213,6 +213,7 @@ def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], colu
         try:
             loss = trainer.step(batches, done - 1, stop, bar.update)
         except (ValueError, KeyboardInterrupt) as error:  # raised before the weights changed
+            bar.close()
             if saved < done - 1 and not isinstance(error, Diverged):
                 trainer.save(done - 1)
             raise

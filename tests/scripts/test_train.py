@@ -94,9 +94,8 @@ def straight(start, folder, tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("cache", [False, True], ids=["online", "cache"])
+@pytest.mark.parametrize("cache, workers, accumulate", [  # every pair of values occurs
+    (False, 0, 1), (False, 2, 3), (True, 0, 3), (True, 2, 1)])
 def test_a_resumed_run_equals_one_that_never_stopped(start, folder, straight, tmp_path, cache, workers,
                                                      accumulate):
     more = ["--workers", workers, *(["--cache", tmp_path / "cache"] if cache else [])]
