@@ -19,7 +19,6 @@ import json
 import shutil
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,7 +43,6 @@ from nanoip2p.common.files import check_writable, write_json
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.images import to_tensor
 from nanoip2p.tokenizer import load_tokenizer, train_tokenizer
-from nanoip2p.training import ranks as parallel
 from nanoip2p.training import run_folder as runs
 from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAE, VAEConfig
@@ -106,14 +104,13 @@ def fit(name: str, model: torch.nn.Module, loss_of_step, steps: int, lr: float, 
     """Train with AdamW: 100 steps of warm-up, constant, the last 30% linearly to zero; resumes."""
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
     run, first = folder / f"{name}-run", 0
-    moments = {key: partial(parallel.moments_of, optimizer, model, key) for key in ("exp_avg", "exp_avg_sq")}
-    gather = {"weights": partial(parallel.weights_of, model), **moments}
     if runs.checkpoints(run):
         checkpoint, state = runs.newest_checkpoint(run)
-        weights, *saved = (read_tensors(checkpoint / f"{part}.safetensors") for part in gather)
-        parallel.set_weights(model, weights)
+        saved = {part: read_tensors(checkpoint / f"{part}.safetensors")
+                 for part in ("weights", "exp_avg", "exp_avg_sq")}
+        model.load_state_dict(saved.pop("weights"))
         first = state["step"]
-        parallel.set_moments(optimizer, model, first, *saved)
+        runs.load_adam_moments(optimizer, model, first, saved)
     bar = tqdm(range(first, steps), desc=name, initial=first, total=steps, mininterval=10)
     with cli.stop_between_steps() as stop:
         for step in bar:
@@ -127,7 +124,8 @@ def fit(name: str, model: torch.nn.Module, loss_of_step, steps: int, lr: float, 
             optimizer.step()
             bar.set_postfix_str(note, refresh=False)
             if stop() or (step + 1) % 250 == 0 or step + 1 == steps:
-                runs.write_checkpoint(run, step + 1, gather, {}, keep=1)
+                files = {"weights": model.state_dict(), **runs.adam_moments(optimizer, model)}
+                runs.write_checkpoint(run, step + 1, files, {}, keep=1)
             if stop():
                 raise KeyboardInterrupt
 
@@ -272,7 +270,7 @@ def trained(run: Path, weights: Path, steps: list[int], recipes: tuple, pairs: i
         where = ["--resume", out] if runs.checkpoints(out) else ["--weights", weights, "--out", out]
         recipe = [*where, "--steps", count, "--pairs", pairs, "--device", device, "--data", data,
                   "--cache", out / "latents", *RECIPE, *flags]
-        train.prepare_and_train(train.parse([str(word) for word in recipe]))
+        train.run(train.parse([str(word) for word in recipe]))
         weights = out / "weights"
     return weights
 

@@ -1,67 +1,69 @@
-"""The folder of a training run: checkpoints that appear whole or not at all, the log, and its plot."""
+"""The folder of a training run: checkpoints, which are complete or absent; the log, and its plot."""
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from nanoip2p.checkpoint.tensors import write_tensors
-from nanoip2p.common.files import read_json, replacing
+from nanoip2p.common.files import append, locked, read_json, read_jsonl, replacing
 from nanoip2p.common.plots import plot
 
 CHECKPOINTS = "checkpoints"
 
 
 @contextmanager
-def occupied(run: Path, first: bool) -> Iterator[None]:
-    """Keep other processes out of a run's folder; that of rank 0, the `first`, does it for all of them.
-
-    ValueError when another one is at it. The lock of a process that dies is free, though processes that load
-    its data may live on for seconds: they inherit flock's kind of lock, and not this one.
-    """
-    if not first:
-        yield
-        return
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("a") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise ValueError(f"{run} is being trained by another process; wait for it, or stop it") from None
+def occupied(run: Path) -> Iterator[None]:
+    """Lock a run's folder. ValueError if another process has it."""
+    with locked(run / ".lock") as held:
+        if not held:
+            raise ValueError(f"{run} is being trained by another process; wait for it, or stop it")
         yield
 
 
-def write_checkpoint(run: Path, step: int, parts: dict[str, Callable[[], dict[str, Tensor]]], state: dict,
-                     keep: int, writes: bool = True) -> None:
-    """Write <run>/checkpoints/<step>/<part>.safetensors and state.json; the newest `keep` of all stay.
+def adam_moments(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Adam's "exp_avg" and "exp_avg_sq", each by the names of the network's weights; zero before a step."""
+    return {moment: {name: optimizer.state[weight][moment] if weight in optimizer.state
+                     else torch.zeros_like(weight) for name, weight in network.named_parameters()}
+            for moment in ("exp_avg", "exp_avg_sq")}
 
-    parts: what gives the tensors of each file, one file after another. All ranks have to call, of which one
-    `writes`. Everything is on the disk before the folder gets its name. OSError, with the checkpoints
-    before it untouched, when it cannot be written.
+
+def load_adam_moments(optimizer: torch.optim.Optimizer, network: nn.Module, step: int,
+                      moments: dict[str, dict[str, Tensor]]) -> None:
+    """The opposite of `adam_moments`, for an optimizer that has taken `step` steps."""
+    state = {i: {"step": torch.tensor(float(step)),  # moments in the weight's dtype and memory format
+                 **{key: torch.empty_like(weight).copy_(moment[name]) for key, moment in moments.items()}}
+             for i, (name, weight) in enumerate(network.named_parameters())}
+    groups = [group | {"params": list(state)} for group in optimizer.param_groups]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def write_checkpoint(run: Path, step: int, files: dict[str, dict[str, Tensor]], state: dict,
+                     keep: int) -> None:
+    """Write <run>/checkpoints/<step>/ with <name>.safetensors for each of `files`, and state.json.
+
+    The folder gets its name when everything is on the disk. Then all but the newest `keep` checkpoints are
+    deleted. OSError if it cannot be written; the checkpoints before it stay.
     """
     folder = run / CHECKPOINTS / f"{step:07d}"
     temporary = folder.with_name(f".{folder.name}.tmp")
-    if writes:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     try:
-        files = {}
-        for name, gather in parts.items():
-            tensors, file = gather(), temporary / f"{name}.safetensors"
-            if writes:
-                write_tensors(tensors, file)
-                files[file.name] = digest_of(file)
-                flush(file)
-        if not writes:
-            return
-        state = {"step": step, "files": files, **state}
+        digests = {}
+        for name, tensors in files.items():
+            file = temporary / f"{name}.safetensors"
+            write_tensors(tensors, file)
+            digests[file.name] = digest_of(file)
+            flush(file)
+        state = {"step": step, "files": digests, **state}
         (temporary / "state.json").write_text(json.dumps(state | {"seal": seal_of(state)}, indent=2))
         flush(temporary / "state.json")
         flush(temporary)
@@ -70,16 +72,15 @@ def write_checkpoint(run: Path, step: int, parts: dict[str, Callable[[], dict[st
         flush(folder.parent)
         flush(run)
     finally:
-        if writes:
-            shutil.rmtree(temporary, ignore_errors=True)
-    # Later ones were damaged, or this step would not have been taken again; they must not push out sound ones
+        shutil.rmtree(temporary, ignore_errors=True)
+    # Newer checkpoints are damaged, or this step would not have been taken again: do not count them
     stay = [path for path in checkpoints(run) if path.name <= folder.name][-keep:]
     for other in set(checkpoints(run)) - set(stay):
         shutil.rmtree(other)
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk and would survive a power cut."""
+    """Wait until a file, or the list of names in a folder, is on the disk and would survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -97,7 +98,7 @@ def digest_of(file: Path) -> str:
 
 
 def seal_of(state: dict) -> str:
-    """SHA-256 of what state.json says."""
+    """SHA-256 of the content of state.json."""
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
@@ -107,42 +108,42 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
 
 
-def newest_checkpoint(run: Path) -> tuple[Path, dict]:
-    """The newest checkpoint that is as it was written, and its state.json; damaged ones are warned of.
+def newest_checkpoint(run: Path, tensors: bool = True) -> tuple[Path, dict]:
+    """The newest checkpoint that is intact, and its state.json; warns of damaged ones.
 
-    ValueError when there is none.
+    tensors: False checks state.json only, which takes no time. ValueError if there is none.
     """
     found = checkpoints(run)
     for folder in reversed(found):
         try:
             state = read_json(folder / "state.json")
             broken = ["state.json"] if state.pop("seal", None) != seal_of(state) else [
-                name for name, digest in state["files"].items() if digest_of(folder / name) != digest]
+                name for name, digest in state["files"].items()
+                if tensors and digest_of(folder / name) != digest]
             if not broken:
                 return folder, state
-            reason = f"{broken[0]} is not as it was written"
+            reason = f"{broken[0]} has changed since it was written"
         except (ValueError, KeyError, OSError) as error:
             reason = " ".join(str(error).split())
         warnings.warn(f"{folder} is damaged ({reason}); going back to the checkpoint before it", stacklevel=2)
-    raise ValueError(f"{run} has no {'sound ' if found else ''}checkpoint; --resume wants the --out of a run "
-                     "that has done a step; before that, the command that began it goes on")
+    raise ValueError(f"{run} has no {'intact ' if found else ''}checkpoint; --resume needs the --out of a "
+                     "run that has saved one. Before that, the command that began the run begins it again")
 
 
 class Log:
-    """log.jsonl, a row for each event of a run, and the same for TensorBoard where it is wanted."""
+    """log.jsonl, one row per event, and the same for TensorBoard if wanted."""
 
     def __init__(self, run: Path, first: int, tensorboard: bool = False):
-        """Rows after step `first` are of a future that did not happen; they go."""
+        """Deletes the rows after step `first`, at which the run continues."""
         self.path = run / "log.jsonl"
-        rows = [row for row in read_log(run) if row["step"] <= first]
+        rows = [row for row in read_jsonl(self.path) if row["step"] <= first]
         with replacing(self.path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         self.board = board_class()(run / "tensorboard", purge_step=first + 1) if tensorboard else None
 
     def write(self, row: dict) -> None:
-        """Append a row, which has a "step" and numbers by name, seen by readers at once."""
-        with self.path.open("a") as file:
-            print(json.dumps(row), file=file)
+        """Append a row: "step", and numbers by name."""
+        append(self.path, row)
         if self.board:
             for name, number in row.items():
                 self.board.add_scalar(name, number, row["step"])
@@ -150,7 +151,7 @@ class Log:
 
 
 def board_class() -> type:
-    """TensorBoard's writer. ValueError when it is not installed."""
+    """TensorBoard's writer. ValueError if it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -158,30 +159,16 @@ def board_class() -> type:
     return SummaryWriter
 
 
-def read_log(run: Path) -> list[dict]:
-    """The rows of log.jsonl; a last line that was cut off in the middle is left out."""
-    rows, path = [], run / "log.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
-
-
 def plot_log(run: Path) -> bool:
-    """log.jsonl -> loss.png: training loss, validation with raw and with averaged weights.
-
-    False when matplotlib is not installed.
-    """
-    rows = read_log(run)
+    """Draw loss.png from log.jsonl; False if matplotlib is not installed."""
+    rows = read_jsonl(run / "log.jsonl")
     labels = {"loss": "training", "validation": "validation", "validation_ema": "validation, averaged"}
 
     def draw(axes) -> None:
         for key, label in labels.items():
-            seen = [(row["step"], row[key]) for row in rows if key in row]
-            axes.plot([step for step, _ in seen], [loss for _, loss in seen], label=label, linewidth=1,
-                      marker="" if key == "loss" and len(seen) > 20 else ".")
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            axes.plot([step for step, _ in points], [loss for _, loss in points], label=label, linewidth=1,
+                      marker="" if key == "loss" and len(points) > 20 else ".")
 
     return plot(run / "loss.png", draw, xlabel="optimizer step", ylabel="mean squared error of the noise",
                 yscale="log")

@@ -1,4 +1,9 @@
-"""The samples of a training run: all that is random about them, and where their pictures come from."""
+"""The samples of a training run.
+
+Sample n is the n-th that a run visits: sample i of optimizer step s has the number n = s * batch + i. All its
+random numbers are a function of (seed, n). So a sample is the same on every rank, in every worker and
+micro-batch, and after a restart.
+"""
 
 import hashlib
 from collections.abc import Iterator
@@ -15,16 +20,16 @@ from nanoip2p.tokenizer import Tokenizer
 
 @lru_cache(maxsize=2)
 def order(seed: int, epoch: int, count: int) -> Tensor:
-    """The order in which an epoch visits `count` items: (count,) int64, a function of the arguments alone."""
+    """The order in which an epoch visits `count` items: (count,) int64."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(count, generator=generator)
 
 
 def draw(seed: int, number: int, shape: tuple[int, int, int], timesteps: int) -> dict:
-    """All that is random about sample `number`, on the CPU.
+    """All random numbers of sample `number`, on the CPU.
 
-    shape: of the latents (C, h, w). Returns `posterior` and `noise` (C, h, w) and `offset` (C, 1, 1), unit
-    normal; `timestep` in [0, timesteps), and `which`, `flip` and `drop`, uniform in [0, 1).
+    shape: of the latents (C, h, w). Returns `posterior` and `noise` (C, h, w), unit normal; `timestep` in
+    [0, timesteps); and `which`, `flip` and `drop`, uniform in [0, 1).
     """
     digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -34,12 +39,11 @@ def draw(seed: int, number: int, shape: tuple[int, int, int], timesteps: int) ->
         "timestep": torch.randint(timesteps, (), generator=generator),
         "posterior": torch.randn(shape, generator=generator),
         "noise": torch.randn(shape, generator=generator),
-        "offset": torch.randn(shape[0], 1, 1, generator=generator),
     }
 
 
 class Pictures:
-    """Pairs as pictures and token ids, for a run that encodes them in every step; compare `stored.Stored`."""
+    """Loads pairs as pictures and token ids, for a run without a cache.Cache."""
 
     def __init__(self, resolution: int, tokenizer: Tokenizer):
         self.resolution, self.tokenizer = resolution, tokenizer
@@ -52,11 +56,10 @@ class Pictures:
 
 
 class Samples(Dataset):
-    """Sample n of a run: `draw`'s numbers, and the pair it visits as `source` has it.
+    """Sample n as a dict: its random numbers, and one pair of the item that it visits.
 
-    items: the pairs of a prompt each, of which a visit draws one, as the original. source: `Pictures` or
-    `stored.Stored`. With skip_bad, the next item takes the place of one with a broken picture, and
-    `skipped` says why; without, a sample is {"error": why}, because workers cannot raise across processes.
+    source: a Pictures or a Cache. flips: mirror half of the pairs. shape, timesteps: as in `draw`. skip_bad:
+    a sample with a broken picture visits the next item; without skip_bad, it is {"error": why}.
     """
 
     def __init__(self, items: list[Item], source, seed: int, flips: bool, shape: tuple[int, int, int],
@@ -64,18 +67,14 @@ class Samples(Dataset):
         self.items, self.source, self.seed, self.flips = items, source, seed, flips
         self.shape, self.timesteps, self.skip_bad = shape, timesteps, skip_bad
 
-    def pair(self, number: int, which: float, further: int = 0) -> Pair:
-        """The pair that sample `number` visits, or what stands `further` places behind it in the order."""
-        epoch, place = divmod(number, len(self.items))
-        places = order(self.seed, epoch, len(self.items))
-        item = self.items[places[(place + further) % len(self.items)]]
-        return item[int(which * len(item))]
-
     def __getitem__(self, number: int) -> dict:
-        drawn, skipped = draw(self.seed, number, self.shape, self.timesteps), []
-        for further in range(len(self.items) if self.skip_bad else 1):
+        drawn, skipped, count = draw(self.seed, number, self.shape, self.timesteps), [], len(self.items)
+        epoch, place = divmod(number, count)
+        places = order(self.seed, epoch, count)
+        for further in range(count if self.skip_bad else 1):
+            item = self.items[places[(place + further) % count]]
+            pair = item[int(float(drawn["which"]) * len(item))]
             try:
-                pair = self.pair(number, float(drawn["which"]), further)
                 before, after, text = self.source.get(pair, self.flips and bool(drawn["flip"] < 0.5))
             except ValueError as error:
                 skipped.append(str(error))
@@ -86,7 +85,7 @@ class Samples(Dataset):
 
 
 def collate(samples: list[dict]) -> dict:
-    """Samples -> a batch of tensors (B, ...), with `skipped` a list; or {"error": why}."""
+    """Samples -> a batch of tensors (B, ...), with `skipped` as one list; or {"error": why}."""
     for sample in samples:
         if "error" in sample:
             return sample
@@ -96,15 +95,15 @@ def collate(samples: list[dict]) -> dict:
 
 def sample_numbers(first: int, last: int, accumulate: int, batch: int, rank: int,
                    ranks: int) -> Iterator[list[int]]:
-    """The numbers of this rank's samples, a micro-batch at a time, for optimizer steps first ... last - 1."""
+    """The numbers of this rank's samples for optimizer steps first ... last - 1, one list per micro-batch."""
     for micro in range(first * accumulate, last * accumulate):
         begin = (micro * ranks + rank) * batch
         yield list(range(begin, begin + batch))
 
 
 def validation_batches(samples: Samples, count: int, batch: int) -> Iterator[dict]:
-    """The same `count` samples every time, nothing dropped, at timesteps spread evenly: curves compare."""
+    """The same `count` samples every time, nothing dropped, their timesteps evenly spaced."""
     for numbers in torch.arange(count).split(batch):
-        spread = (numbers + 0.5) * samples.timesteps / count
+        timesteps = (numbers + 0.5) * samples.timesteps / count
         yield collate([samples[number] for number in numbers.tolist()]) | {
-            "drop": torch.ones(len(numbers)), "timestep": spread.long()}
+            "drop": torch.ones(len(numbers)), "timestep": timesteps.long()}

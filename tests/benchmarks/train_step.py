@@ -37,8 +37,9 @@ from live import Live  # noqa: E402
 from nanoip2p.checkpoint.tensors import DTYPES  # noqa: E402
 from nanoip2p.clip import CLIPTextConfig, TextEncoder  # noqa: E402
 from nanoip2p.diffusion import NoiseSchedule  # noqa: E402
-from nanoip2p.objective import DROP, encode  # noqa: E402
+from nanoip2p.objective import encode  # noqa: E402
 from nanoip2p.pipeline import PAPER_DEFAULTS, Model  # noqa: E402
+from nanoip2p.training.config import TrainConfig  # noqa: E402
 from nanoip2p.training.ranks import Ranks  # noqa: E402
 from nanoip2p.training.samples import collate, draw  # noqa: E402
 from nanoip2p.training.trainer import Trainer  # noqa: E402
@@ -67,7 +68,7 @@ def make_batch(size: int, count: int) -> dict:
     def sample(number: int) -> dict:
         before, after = torch.rand(2, 3, size, size, generator=generator) * 2 - 1
         return draw(0, number, (4, size // 8, size // 8), 1000) | {
-            "before": before, "after": after, "number": number, "skipped": [],
+            "before": before, "after": after, "number": number, "skipped": [], "pair": "",
             "text": torch.randint(1000, (77,), generator=generator)}
     return collate([sample(number) for number in range(count)])
 
@@ -81,14 +82,11 @@ class Ours:
     """Trainer.step. cache: on stored latents."""
 
     def __init__(self, args: argparse.Namespace, networks: list, batch: dict, cache: bool):
-        settings = argparse.Namespace(
-            accumulate=1, batch_size=args.batch, cache=cache, lr=1e-4, clip=1.0, steps=10**6, warmup=0,
-            cooldown=0.0, snr_gamma=0.0, offset_noise=0.0, drop=DROP, ema_decay=0.9999, ema_device="same",
-            fsdp=False, shard_optimizer=False, dtype=args.dtype, compile=args.compile,
-            recompute=args.recompute)
+        config = TrainConfig(accumulate=1, batch_size=args.batch, cache=Path("latents") if cache else None,
+                             dtype=args.dtype, compile=args.compile, recompute=args.recompute)
         unet, vae, text_encoder = (copy.deepcopy(network).to(args.device) for network in networks)
         parts = Model(unet, vae, text_encoder, no_words, NoiseSchedule(), PAPER_DEFAULTS, Path())
-        self.trainer = Trainer(settings, parts, Ranks(0, 1, torch.device(args.device)), items=1)
+        self.trainer = Trainer(config, parts, Ranks(0, 1, torch.device(args.device)), items=1)
         self.encoders, self.count = [] if cache else [vae, text_encoder], 0
         self.batch = encode(batch, *networks[1:]) if cache else batch
 

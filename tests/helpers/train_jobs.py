@@ -66,7 +66,7 @@ def run(job: dict, rank: int, port: int) -> int:
 def main() -> None:
     torch.set_num_threads(1)
     torch.nn.Embedding(1, 1, device="meta")  # the first of its kind imports for seconds, as those below
-    for name in ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.optim", "matplotlib.pyplot"):
+    for name in ("torch._dynamo", "torch.distributed.optim", "matplotlib.pyplot"):
         importlib.import_module(name)
     train.VALIDATION_SAMPLES = 8
     for line in sys.stdin:
@@ -93,7 +93,7 @@ OCCUPY = """
 import os, sys
 from pathlib import Path
 from nanoip2p.training import run_folder as runs
-with runs.occupied(Path(sys.argv[1]), first=True):
+with runs.occupied(Path(sys.argv[1])):
     if os.fork():
         print("at it", flush=True)
     sys.stdin.read()

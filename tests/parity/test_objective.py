@@ -1,4 +1,4 @@
-"""The recipe of section 3.2: what is drawn, what is visited, what the network sees and what it is told."""
+"""Section 3.2: the random numbers of a sample, the order of visits, the UNet's input, the loss."""
 
 import math
 from collections import Counter
@@ -56,7 +56,7 @@ def together(drawn):
     return {key: torch.stack([one[key] for one in drawn]) for key in drawn[0]}
 
 
-# What is drawn
+# Random numbers
 
 @pytest.fixture(scope="module")
 def many():
@@ -81,12 +81,12 @@ def test_draws_differ_between_numbers_and_seeds(seed, number):
 
 
 def test_noise_has_the_moments_of_unit_normal_numbers_and_is_not_correlated(many):
-    for key in ("posterior", "noise", "offset"):
+    for key in ("posterior", "noise"):
         numbers = many[key].double().flatten()
         bound = 5 / len(numbers) ** 0.5
         assert abs(numbers.mean()) < bound and abs(numbers.var() - 1) < bound * 2**0.5
         assert abs((numbers**4).mean() - 3) < bound * 96**0.5
-    flat = torch.cat([many[key].flatten(1) for key in ("posterior", "noise", "offset")], 1).double()
+    flat = torch.cat([many[key].flatten(1) for key in ("posterior", "noise")], 1).double()
     flat = torch.cat([flat[:-1], flat[1:]], 1)                  # a sample beside its neighbour
     between = torch.corrcoef(flat.T) - torch.eye(flat.shape[1])
     assert between.abs().max() < 5.5 / len(flat) ** 0.5
@@ -110,7 +110,7 @@ def test_the_other_draws_are_uniform_and_independent(many, key):
     assert torch.corrcoef(others)[0, 1:].abs().max() < 5 / 4000**0.5
 
 
-# What is visited
+# Visits
 
 @pytest.mark.parametrize("count", [1, 2, 24, 25])
 def test_every_epoch_visits_every_item_exactly_once_in_another_order(count):
@@ -233,7 +233,7 @@ def test_validation_is_the_same_every_time_and_spreads_its_timesteps():
     assert torch.equal(whole["noise"], torch.cat([batch["noise"] for batch in first]))
 
 
-# What the network sees, and what it is told
+# The UNet's input
 
 def batch_of(count, logvar, seed=0):
     """Moments whose mean is 1 + i/count before and 2 + i/count after; texts of 1 + i."""
@@ -245,8 +245,8 @@ def batch_of(count, logvar, seed=0):
                     "text": text}
 
 
-def seen(batch, scale=0.5, offset=0.0, shares=DROP):
-    return model_input(batch, torch.zeros(3, 2), scale, ALPHAS, offset, shares)
+def seen(batch, scale=0.5, shares=DROP):
+    return model_input(batch, torch.zeros(3, 2), scale, ALPHAS, shares)
 
 
 def test_text_and_picture_are_dropped_for_five_percent_each_and_both_for_five():
@@ -277,16 +277,6 @@ def test_the_condition_is_the_mode_unscaled_and_the_target_the_scaled_sample_noi
     z_t = a.sqrt() * target + (1 - a).sqrt() * batch["noise"]
     assert relative_error(given["z_in"][:, :4], z_t) < 1e-6
     assert torch.equal(given["noise"], batch["noise"])
-
-
-def test_offset_noise_is_one_constant_a_channel_and_part_of_what_is_to_be_predicted():
-    batch = batch_of(8, -60.0)
-    plain, shifted = seen(batch), seen(batch, offset=0.1)
-    added = (shifted["noise"] - plain["noise"]) / 0.1
-    assert relative_error(added, batch["offset"].expand_as(added)) < 1e-5
-    a = ALPHAS[batch["timestep"]].view(-1, 1, 1, 1)
-    moved = shifted["z_in"][:, :4] - plain["z_in"][:, :4]
-    assert relative_error(moved, 0.1 * (1 - a).sqrt() * batch["offset"].expand_as(added)) < 1e-5
 
 
 def test_min_snr_weights_are_those_of_diffusers():

@@ -72,7 +72,7 @@ def test_all_commands_are_such_as_the_scripts_understand(asked, tmp_path):
     assert {args.steps for args in trained} == {3} and {args.pairs for args in trained} == {400}
     assert {args.batch_size * args.accumulate for args in trained} == {32}
     assert [args.batch_size for args in trained if "0.1" in args.data] == [8]
-    assert sum(args.drop == [0.1, 0, 0] for args in trained) == 1
+    assert sum(args.drop == (0.1, 0, 0) for args in trained) == 1
     assert sum(args.data == "scenes" for args in trained) == 1 and not any(args.flip for args in trained)
     assert sum(args.weights.endswith("untrained") for args in trained) == 1
     assert len(scored) == len(ablate.MEASURES) * len(ablate.VARIANTS)

@@ -1,8 +1,10 @@
 """train.py: stopping, killing and going on change nothing, and what is wrong is told in one line."""
 
+import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +18,7 @@ from comparing import relative_error
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_editor import write_tiny_editor, write_tiny_painter
+from train_runs import STATE, UNET, rows, state, words, write_pictures
 
 import train
 from nanoip2p.dataset.layouts import read_data
@@ -23,13 +26,11 @@ from nanoip2p.dataset.rendered import scene_pairs
 from nanoip2p.editor import Editor
 from nanoip2p.text_to_image import TextToImage
 from nanoip2p.training import run_folder as runs
-from nanoip2p.training.cache import Stored
+from nanoip2p.training.cache import Cache
+from nanoip2p.training.config import FREE, NOT_STORED, PRESETS, TrainConfig, odd_settings
 from nanoip2p.training.samples import order
 from nanoip2p.training.trainer import Trainer, columns_of
 from nanoip2p.world.scenes import random_scene
-
-STATE = ("unet", "ema", "exp_avg", "exp_avg_sq")
-UNET = "weights/unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -56,29 +57,6 @@ def server():
     server.close()
 
 
-def write_pictures(root, count=12):
-    """The original's layout: prompts of one or two pairs each."""
-    seeds, before = [], None
-    for i in range(count):
-        path, names = root / f"{i:07d}", [str(100 + i), str(200 + i)][: 1 + i % 2]
-        path.mkdir(parents=True)
-        (path / "prompt.json").write_text(json.dumps({"input": "a", "edit": "make it night", "output": "b"}))
-        for j, name in enumerate(names):
-            for side in (0, 1):
-                before = random_scene("test", 4 * i + 2 * j + side).render(32)
-                before.save(path / f"{name}_{side}.jpg", quality=95)
-        seeds.append([path.name, names])
-    (root / "seeds.json").write_text(json.dumps(seeds))
-    return root
-
-
-def words(start, out, *more, data="scenes"):
-    given = ["--weights", start, "--data", data, "--pairs", 24, "--out", out, "--batch-size", 4,
-             "--accumulate", 1, "--lr", 1e-3, "--resolution", 32, "--dtype", "fp32", "--device", "cpu",
-             "--sample-every", 0, "--ema-decay", 0.9, *more]
-    return [str(word) for word in given]
-
-
 def run(start, out, *more, data="scenes"):
     return train.main(words(start, out, *more, data=data))
 
@@ -87,19 +65,8 @@ def resume(out, *more):
     return train.main(["--resume", str(out), *map(str, more)])
 
 
-def state(out):
-    """The bytes of everything that goes on: weights, averages and moments, and the exported model."""
-    newest, about = runs.newest_checkpoint(out)
-    files = {name: (newest / f"{name}.safetensors").read_bytes() for name in STATE}
-    return files | {"step": about["step"], "export": (out / UNET).read_bytes()}
-
-
 def errors(capsys):
     return [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-
-
-def rows(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +94,8 @@ def straight(start, folder, tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("cache", [False, True], ids=["online", "cache"])
+@pytest.mark.parametrize("cache, workers, accumulate", [  # every pair of values occurs
+    (False, 0, 1), (False, 2, 3), (True, 0, 3), (True, 2, 1)])
 def test_a_resumed_run_equals_one_that_never_stopped(start, folder, straight, tmp_path, cache, workers,
                                                      accumulate):
     more = ["--workers", workers, *(["--cache", tmp_path / "cache"] if cache else [])]
@@ -147,13 +113,16 @@ def test_with_and_without_cache_losses_are_the_same_to_rounding(straight):
         assert one[name] != other[name] and one[name] == pytest.approx(other[name], rel=3e-4), name
 
 
-def test_killed_before_every_write_and_resumed_it_ends_where_it_would_have(start, server, tmp_path):
-    """Process n dies before its nth flush or rename, so together they die in the middle of everything."""
+def test_killed_before_a_write_and_resumed_it_ends_where_it_would_have(start, server, tmp_path):
+    """A process dies before its 3rd flush or rename, the next before its 10th, and so on to the end.
+
+    tests/training/test_run_folder.py ends a write at each of its operations.
+    """
     plain = {"argv": words(start, tmp_path / "plain", "--steps", 4, "--save-every", 2, "--seed", 5)}
     assert server(plain) == [[0]]
     out, wanted, told, codes = tmp_path / "run", state(tmp_path / "plain"), tmp_path / "told", []
     again = words(start, out, "--steps", 4, "--save-every", 2, "--seed", 5)
-    for event in range(1, 90):
+    for event in range(3, 150, 7):
         argv = ["--resume", str(out)] if runs.checkpoints(out) else again
         [[code]] = server({"argv": argv, "event": event, "err": str(told)})
         codes.append(code)
@@ -161,22 +130,22 @@ def test_killed_before_every_write_and_resumed_it_ends_where_it_would_have(start
             break
         if runs.checkpoints(out):
             assert runs.newest_checkpoint(out)[1]["step"] in (2, 4)
-    assert code == 0 and len(codes) > 12, (codes, told.read_text()[-500:])
+    assert code == 0 and len(codes) > 4, (codes, told.read_text()[-500:])
     assert state(out) == wanted
 
 
 def test_killed_at_random_moments_and_resumed_it_ends_where_it_would_have(start, folder, server, tmp_path):
     outs, draw = [tmp_path / name for name in ("online", "cache")], random.Random(3)
     flags = [["--workers", 2], ["--cache", tmp_path / "latents", "--accumulate", 2]]
-    begin = [words(start, out, "--steps", 6, "--save-every", 1, *more, data=folder)
+    begin = [words(start, out, "--steps", 5, "--save-every", 1, *more, data=folder)
              for out, more in zip(outs, flags)]
-    plain = [words(start, tmp_path / f"plain{i}", "--steps", 6, *more, data=folder)
+    plain = [words(start, tmp_path / f"plain{i}", "--steps", 5, *more, data=folder)
              for i, more in enumerate(flags)]
     assert server(*({"argv": argv} for argv in plain)) == [[0], [0]]
     kills, finished = [0, 0], [False, False]
     for attempt in range(40):
         jobs = [{"argv": ["--resume", str(out)] if runs.checkpoints(out) else argv,
-                 "seconds": draw.uniform(0.2, 1.0) * 1.15**attempt, "err": str(tmp_path / "told")}
+                 "seconds": draw.uniform(0.3, 1.0) * 1.3**attempt, "err": str(tmp_path / "told")}
                 for out, argv in zip(outs, begin)]
         for i, [code] in enumerate(server(*jobs)):
             assert code in (0, -signal.SIGALRM)
@@ -192,11 +161,11 @@ def test_killed_at_random_moments_and_resumed_it_ends_where_it_would_have(start,
 def test_a_signal_loses_nothing(start, whole, tmp_path, monkeypatch, capsys, number):
     step, taken, usual = Trainer.step, [], signal.getsignal(number)
 
-    def signalled(self, batches, n, stop):
+    def signalled(self, batches, n, stop, progress):
         if n == 2:
             signal.raise_signal(number)
         taken.append(n)
-        return step(self, batches, n, stop)
+        return step(self, batches, n, stop, progress)
 
     monkeypatch.setattr(Trainer, "step", signalled)
     assert run(start, tmp_path / "run", "--steps", 6) == 130
@@ -225,14 +194,14 @@ def test_ctrl_c_to_the_whole_group_with_workers_is_one_line(start, folder, tmp_p
 # What goes wrong on the way
 
 def test_a_loss_that_is_not_finite_is_told_before_weights_change(start, tmp_path, monkeypatch, capsys):
-    ninth, get = scene_pairs(24)[order(0, 0, 24)[9]], Stored.get
+    ninth, get = scene_pairs(24)[order(0, 0, 24)[9]], Cache.get
 
     def poisoned(self, pair, flip):
         before, after, text = get(self, pair, flip)
         return (before * torch.nan if pair == ninth else before), after, text
 
     assert run(start, tmp_path / "sound", "--steps", 2) == 0
-    monkeypatch.setattr(Stored, "get", poisoned)
+    monkeypatch.setattr(Cache, "get", poisoned)
     assert run(start, tmp_path / "run", "--steps", 6, "--save-every", 1, "--keep", 9) == 2
     [error] = errors(capsys)
     assert "step 2" in error and f" 9 ('{ninth.edit}'" in error and "not finite" in error
@@ -306,7 +275,7 @@ def test_a_disk_that_is_full_loses_no_checkpoint(start, tmp_path, monkeypatch, c
 def test_the_log_has_a_row_an_event_and_all_there_is_to_see(whole):
     found = rows(whole)
     assert [row["step"] for row in found] == [2, 3, 4, 6]
-    numbers = {"loss", "lr", "grad_norm", "samples_per_second", "process_gb", "seconds_left"}
+    numbers = {"loss", "lr", "grad_norm", "samples_per_second", "seconds_left"}
     assert set(found[0]) == {"step", *numbers} and set(found[1]) == {"step", "validation", "validation_ema"}
     assert set(found[3]) == set(found[0]) | set(found[1])
     assert all(number >= 0 for row in found for number in row.values()) and found[0]["lr"] == 1e-3
@@ -436,11 +405,9 @@ def test_a_broken_picture_is_left_out_of_the_samples_too(start, folder, tmp_path
     data = shutil.copytree(folder, tmp_path / "data")
     held_out = read_data(data, "validation")[0][0]
     held_out.after.write_text("no picture")
-    args = train.parse(words(start, tmp_path / "run", "--steps", 1, "--skip-bad", data=data))
-    assert columns_of(read_data(data, "validation"), args) == []
-    args.skip_bad = False
+    assert columns_of(read_data(data, "validation"), 32, skip_bad=True) == []
     with pytest.raises(ValueError, match=held_out.after.name):
-        columns_of(read_data(data, "validation"), args)
+        columns_of(read_data(data, "validation"), 32, skip_bad=False)
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(start, whole, capsys):
@@ -450,7 +417,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(start, whole, capsys):
         assert "another process" in errors(capsys)[0] and state(whole) == before
         other.kill()
         other.wait()
-        with runs.occupied(whole, first=True):  # at once, though the child of the other is still there
+        with runs.occupied(whole):  # at once, though the child of the other is still there
             pass
     assert resume(whole, "--steps", 3) == 2
     assert "is at step 6 already" in errors(capsys)[0]
@@ -495,15 +462,11 @@ def empty_data(tmp_path, folder):
     (None, ["--kind-weights", *[0] * 7], "--kind-weights"),
     (None, ["--lr", "fast"], "fast"),
     (None, ["--lr", -1], "--lr"),
-    (None, ["--clip", 0], "--clip"),
+    (None, ["--clip", -1], "--clip"),
     (None, ["--ema-decay", 1.5], "--ema-decay"),
     (None, ["--cooldown", -0.1], "--cooldown"),
     (None, ["--drop", 0.5, 0.5, 0.1], "--drop"),
     (None, ["--resolution", 36], "multiples of 8"),
-    (None, ["--fsdp"], "torchrun"),
-    (None, ["--shard-optimizer"], "torchrun"),
-    (None, ["--fsdp", "--shard-optimizer"], "leave out"),
-    (None, ["--fsdp", "--ema-device", "cpu"], "leave out"),
     (None, ["--resume", "nowhere"], "nowhere has no checkpoint"),
     (None, ["--text-to-image"], "this is an editor"),
     (None, ["--step", 3], "--step"),
@@ -541,15 +504,14 @@ def test_a_run_is_not_overwritten(start, whole, capsys):
 
 OTHERS = {"weights": ["elsewhere"], "data": ["elsewhere"], "pairs": [25], "kind-weights": [2, *[1] * 6],
           "seed": [1], "resolution": [64], "ema-decay": [0.5], "clip": [2.0], "snr-gamma": [5],
-          "offset-noise": [0.1], "dtype": ["bf16"], "flip": [], "text-to-image": [], "warmup": [3],
+          "dtype": ["bf16"], "flip": [], "text-to-image": [], "warmup": [3],
           "cooldown": [0.1], "drop": [0, 0, 0], "vae": ["elsewhere"], "tokenizer": ["elsewhere"],
           "raw-weights": []}
 
 
 def test_every_flag_of_the_recipe_is_known_to_the_next_test():
-    flags = vars(train.make_parser().parse_args([]))
-    fixed = {key.replace("_", "-") for key in flags} - {key.replace("_", "-") for key in train.FREE}
-    assert fixed - {"resume", "preset", "check"} == set(OTHERS)
+    fixed = vars(TrainConfig()).keys() - FREE - {"preset"}
+    assert {key.replace("_", "-") for key in fixed} == set(OTHERS)
 
 
 @pytest.mark.parametrize("flag", OTHERS)
@@ -573,7 +535,7 @@ def test_a_run_does_not_go_on_with_more_or_less_data(start, folder, tmp_path, ca
 def test_a_preset_gives_way_to_flags_and_not_to_resume(whole, capsys):
     args = train.parse("--preset 24gb --accumulate 2 --weights w --data d --out o".split())
     assert (args.batch_size, args.accumulate, args.recompute, args.ema_device) == (16, 2, True, "cpu")
-    for name, preset in train.PRESETS.items():
+    for name, preset in PRESETS.items():
         args = vars(train.parse(["--preset", name, *"--weights w --data d --out o".split()]))
         assert {key: args[key] for key in preset} == preset
     assert resume(whole, "--preset", "nano") == 2
@@ -615,7 +577,7 @@ def test_a_text_to_picture_model_learns_captions(base, tmp_path, capsys):
     pictures = [painter.generate([caption])[0].tobytes() for caption in ("a red house", "a tree")]
     assert pictures[0] != pictures[1]
     assert run(base, tmp_path / "run", "--text-to-image", "--data", "somewhere") == 2
-    assert "captions of --data scenes" in errors(capsys)[0] and not (tmp_path / "run").exists()
+    assert "needs --data scenes" in errors(capsys)[0] and not (tmp_path / "run").exists()
 
 
 def test_bf16_products_move_weights_where_fp32_does(start, whole, tmp_path):
@@ -632,4 +594,67 @@ def test_paths_of_a_run_survive_json(whole):
     settings = runs.newest_checkpoint(whole)[1]["settings"]
     args = train.parse(["--resume", str(whole)])
     assert args.out == whole and args.cache == whole / "latents" and isinstance(args.cache, Path)
-    assert settings["kind_weights"] == args.kind_weights and "resume" not in settings
+    assert settings["kind_weights"] == list(args.kind_weights) and not settings.keys() & NOT_STORED
+
+
+# What a run says about itself
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_bar_shows_loss_and_time_left_from_the_first_step(start, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", screen := Terminal())
+    assert run(start, tmp_path / "run", "--steps", 2, "--accumulate", 3, "--log-every", 1) == 0
+    bars = [line for line in re.split("[\r\n]", screen.getvalue()) if "samples/s" in line and "step" in line]
+    assert re.search(r"step 2/2: 100%.*24/24 \[.*loss=\d\.\d{4}\]", bars[-1])
+    told = capsys.readouterr().out
+    assert "the first step took" in told and "step 1: " in told and "samples/s" not in told
+
+
+def test_a_run_goes_on_in_the_dtype_in_which_it_began(start, tmp_path, monkeypatch, capsys):
+    argv = words(start, tmp_path / "run", "--steps", 1)
+    place = argv.index("--dtype")
+    del argv[place : place + 2]
+    monkeypatch.setattr(train, "pick_dtype", lambda name, device: name or "bf16")
+    assert train.main(argv) == 0
+    assert runs.newest_checkpoint(tmp_path / "run")[1]["settings"]["dtype"] == "bf16"
+    monkeypatch.setattr(train, "pick_dtype", lambda name, device: name or "fp32")  # as on another machine
+    capsys.readouterr()
+    assert resume(tmp_path / "run", "--steps", 2) == 0
+    assert "computed in bf16" in capsys.readouterr().out
+    assert runs.newest_checkpoint(tmp_path / "run")[1]["settings"]["dtype"] == "bf16"
+
+
+@pytest.mark.parametrize("more, items, note", [
+    ({"steps": 10_000, "batch_size": 4, "accumulate": 256}, 18,
+     "568,889 visits.*Try --steps 148 --accumulate 1$"),
+    ({"steps": 10_000, "batch_size": 8}, 200, r"400 visits of each item.*Try --steps 818 --accumulate 1$"),
+    ({"steps": 3, "batch_size": 8}, 200, "ends before it has visited each item once"),
+    ({"steps": 3, "batch_size": 300}, 200, "300 samples visits each of the 200 items more than once"),
+    ({"steps": 90, "warmup": 91, "batch_size": 8}, 200, "--warmup 91 is longer than the run"),
+    ({"steps": 100, "save_every": 100, "batch_size": 8}, 200, "--save-every 100: .* no checkpoint before"),
+    ({"steps": 300, "save_every": 100, "batch_size": 8}, 200, None),
+])
+def test_odd_settings_are_noted(more, items, note):
+    config = TrainConfig(**{"accumulate": 1} | more)
+    notes = odd_settings(config, config.batch_size * config.accumulate, items)
+    assert len(notes) == (note is not None) and all(re.search(note, one) for one in notes)
+
+
+def test_without_clipping_the_gradient_is_used_as_it_is(start, tmp_path):
+    assert train.parse("--preset paper --weights w --data d --out o".split()).clip == 0
+    found = []
+    for clip in (0, 1e9):
+        assert run(start, tmp_path / str(clip), "--steps", 2, "--clip", clip) == 0
+        found.append(state(tmp_path / str(clip)))
+    assert found[0] == found[1]
+
+
+def test_a_run_of_another_version_goes_on_unless_it_used_what_is_gone(whole):
+    settings = runs.newest_checkpoint(whole)[1]["settings"]
+    old = settings | {"fsdp": False, "offset_noise": 0.0}
+    assert TrainConfig.from_json(old) == TrainConfig.from_json(settings)
+    with pytest.raises(ValueError, match="another version.*offset_noise: 0.1"):
+        TrainConfig.from_json(settings | {"offset_noise": 0.1})

@@ -1,11 +1,7 @@
-"""The store of latents: what it holds, that it goes on after any end, and what it refuses."""
+"""The cache of latents: its rows, how it continues after any end, and the caches that it refuses."""
 
 import errno
 import os
-import pickle
-import signal
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +19,7 @@ from nanoip2p.dataset.layouts import Pair, load_picture
 from nanoip2p.dataset.rendered import scene_pairs
 from nanoip2p.images import to_tensor
 from nanoip2p.training import cache as module
-from nanoip2p.training.cache import Stored, open_stored, store
+from nanoip2p.training.cache import Cache
 
 HALF = 2e-3  # relative: float16 has 11 bits, so this leaves room for sums in another order
 
@@ -34,9 +30,19 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture
-def networks(tiny):
-    parts = load_model(tiny)
-    return parts.vae, parts.text_encoder, parts.tokenizer
+def model(tiny):
+    return load_model(tiny)
+
+
+def filled(folder, pairs, model, resolution=32, flips=True, skip_bad=False, rank=0, ranks=1):
+    """A cache with the files of one rank."""
+    cache = Cache(folder, pairs, model, resolution, flips, skip_bad)
+    cache.fill(model, rank, ranks)
+    return cache
+
+
+def opened(*about, **settings):
+    return filled(*about, **settings).open()
 
 
 @pytest.fixture
@@ -60,16 +66,15 @@ def one_line(match, work):
     return str(error.value)
 
 
-def test_rows_are_what_the_networks_say_of_each_picture_and_its_mirror_image(networks, pairs, tmp_path):
-    store(tmp_path / "cache", pairs, *networks, 32, flips=True)
-    opened = open_stored(tmp_path / "cache", pairs, *networks, 32, flips=True)
-    vae, text_encoder, tokenizer = networks
-    assert not opened.broken
+def test_rows_are_the_encodings_of_each_picture_and_its_mirror_image(model, pairs, tmp_path):
+    cache = opened(tmp_path / "cache", pairs, model)
+    vae, text_encoder, tokenizer = model.vae, model.text_encoder, model.tokenizer
+    assert not cache.broken
     with torch.no_grad():
-        assert relative_error(opened._row(""), text_encoder(tokenizer([""]))[0]) < HALF
+        assert relative_error(cache.row(""), text_encoder(tokenizer([""]))[0]) < HALF
         for pair in pairs:
             for flip in (False, True):
-                *moments, text = opened.get(pair, flip)
+                *moments, text = cache.get(pair, flip)
                 assert {tensor.dtype for tensor in (*moments, text)} == {torch.float32}
                 assert relative_error(text, text_encoder(tokenizer([pair.edit]))[0]) < HALF
                 for ours, picture in zip(moments, (pair.before, pair.after)):
@@ -77,9 +82,9 @@ def test_rows_are_what_the_networks_say_of_each_picture_and_its_mirror_image(net
                     assert relative_error(ours, torch.cat(vae.encode(image[None]), 1)[0]) < HALF
 
 
-def test_each_picture_and_text_has_one_row_in_order_of_first_appearance(networks, pairs, tmp_path):
+def test_each_picture_and_text_has_one_row_in_order_of_first_appearance(model, pairs, tmp_path):
     pairs = pairs + pairs[:3]
-    store(tmp_path / "cache", pairs, *networks, 32, flips=False)
+    cache = opened(tmp_path / "cache", pairs, model, flips=False)
     shards = {path.stem: load_file(path) for path in sorted((tmp_path / "cache").glob("*.safetensors"))}
     texts = torch.cat([shard["texts"] for name, shard in shards.items() if name.startswith("texts")])
     moments = torch.cat([shard["moments"] for name, shard in shards.items() if name.startswith("pictures")])
@@ -87,58 +92,47 @@ def test_each_picture_and_text_has_one_row_in_order_of_first_appearance(networks
     assert texts.shape == (1 + len({pair.edit for pair in pairs}), 77, 32) and texts.dtype == torch.float16
     assert moments.shape == (len(pictures), 1, 8, 8, 8) and moments.dtype == torch.float16
     assert all(len(*shard.values()) <= 4 for shard in shards.values()) and "pictures-00002" in shards
-    opened = open_stored(tmp_path / "cache", pairs, *networks, 32, flips=False)
-    assert torch.equal(opened._row(""), texts[0].float())
-    assert torch.equal(opened.get(pairs[9], False)[1], moments[pictures.index(pairs[9].after), 0].float())
-
-
-KILLED = """
-import os, pickle, signal, sys
-sys.path[:0] = sys.argv[4:]
-from nanoip2p.training import cache as stored
-from nanoip2p.checkpoint.load import load_model
-stored.SHARD, left, plain = 4, int(sys.argv[3]), os.replace
-def replace(*paths):
-    global left
-    left -= 1
-    if left < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    plain(*paths)
-os.replace = replace
-parts = load_model(sys.argv[1])
-folder, pairs = pickle.loads(bytes.fromhex(sys.argv[2]))
-stored.store(folder, pairs, parts.vae, parts.text_encoder, parts.tokenizer, 32, True)
-"""
+    assert torch.equal(cache.row(""), texts[0].float())
+    assert torch.equal(cache.get(pairs[9], False)[1], moments[pictures.index(pairs[9].after), 0].float())
 
 
 def test_killed_and_started_again_it_is_the_same_and_encodes_only_what_was_missing(
-        tiny, networks, pairs, tmp_path, monkeypatch):
-    store(tmp_path / "whole", pairs, *networks, 32, flips=True)
-    whole = files(tmp_path / "whole")
-    words = [tiny, pickle.dumps((tmp_path / "cache", pairs)).hex(), 5, Path(__file__).parents[2]]
-    done = subprocess.run([sys.executable, "-c", KILLED, *map(str, words)], capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+        model, pairs, tmp_path, monkeypatch):
+    opened(tmp_path / "whole", pairs, model)
+    whole, replace_file, left = files(tmp_path / "whole"), os.replace, iter(range(5))
+
+    def replace(*paths):
+        if next(left, None) is None:
+            os._exit(9)                                         # at once, as by a kill
+        replace_file(*paths)
+
+    child = os.fork()
+    if child == 0:
+        os.replace = replace
+        filled(tmp_path / "cache", pairs, model)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     there = {name for name in files(tmp_path / "cache") if not name.startswith(".")}
     assert len(there) == 5 and "pictures-00000.safetensors" in there
 
-    encode, encoded = networks[0].encode, []
-    monkeypatch.setattr(networks[0], "encode", lambda x: encoded.append(len(x)) or encode(x))
+    encode, encoded = model.vae.encode, []
+    monkeypatch.setattr(model.vae, "encode", lambda x: encoded.append(len(x)) or encode(x))
     bars, tqdm = [], module.tqdm
     monkeypatch.setattr(module, "tqdm", lambda **about: bars.append(about) or tqdm(**about))
-    store(tmp_path / "cache", pairs, *networks, 32, flips=True)
+    filled(tmp_path / "cache", pairs, model)
     result = {name: content for name, content in files(tmp_path / "cache").items() if name[0] != "."}
     assert result == whole
-    rows = sum(len(*load_file(tmp_path / "whole" / name).values()) for name in there - {"store.json"})
+    rows = sum(len(*load_file(tmp_path / "whole" / name).values()) for name in there - {"cache.json"})
     pictures = sum(len(load_file(tmp_path / "whole" / name)["moments"])
                    for name in whole.keys() - there if name.startswith("pictures"))
     assert sum(encoded) == 2 * pictures > 0 and bars[0]["initial"] == rows < bars[0]["total"]
     encoded.clear()
-    store(tmp_path / "cache", pairs, *networks, 32, flips=True)
+    filled(tmp_path / "cache", pairs, model)
     assert not encoded
 
 
-def test_ctrl_c_keeps_finished_shards_and_leaves_nothing_half(networks, pairs, tmp_path, monkeypatch):
-    encode, calls = networks[0].encode, []
+def test_ctrl_c_keeps_finished_files_and_leaves_nothing_half(model, pairs, tmp_path, monkeypatch):
+    encode, calls = model.vae.encode, []
 
     def interrupted(x):
         calls.append(1)
@@ -146,36 +140,34 @@ def test_ctrl_c_keeps_finished_shards_and_leaves_nothing_half(networks, pairs, t
             raise KeyboardInterrupt
         return encode(x)
 
-    monkeypatch.setattr(networks[0], "encode", interrupted)
+    monkeypatch.setattr(model.vae, "encode", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        store(tmp_path / "cache", pairs, *networks, 32, flips=True)
+        filled(tmp_path / "cache", pairs, model)
     there = files(tmp_path / "cache")
     assert "pictures-00000.safetensors" in there and "pictures-00001.safetensors" not in there
     assert not [name for name in there if name.startswith(".")]
 
 
-def test_the_shards_of_two_ranks_are_those_of_one(networks, pairs, tmp_path):
-    store(tmp_path / "one", pairs, *networks, 32, flips=True)
-    store(tmp_path / "two", pairs, *networks, 32, flips=True, rank=1, ranks=2)
+def test_the_files_of_two_ranks_are_those_of_one(model, pairs, tmp_path):
+    filled(tmp_path / "one", pairs, model)
+    one_line("is missing", lambda: opened(tmp_path / "two", pairs, model, rank=1, ranks=2))
     second = files(tmp_path / "two")
-    one_line("is missing", lambda: open_stored(tmp_path / "two", pairs, *networks, 32, flips=True))
-    store(tmp_path / "two", pairs, *networks, 32, flips=True, rank=0, ranks=2)
+    opened(tmp_path / "two", pairs, model, rank=0, ranks=2)
     whole = files(tmp_path / "one")
     assert files(tmp_path / "two") == whole
     assert abs((len(second) - 1) - (len(whole) - 1) / 2) < 1
 
 
-def changed(name, networks, pairs):
-    """The arguments of open_stored after one thing has changed."""
-    vae, text_encoder, tokenizer = networks
+def changed(name, model, pairs):
+    """The arguments of a cache after one thing has changed."""
     resolution, flips = 32, True
     with torch.no_grad():
         if name == "autoencoder":
-            vae.quant_conv.bias[-1] += 1e-3
+            model.vae.quant_conv.bias[-1] += 1e-3
         elif name == "text encoder":
-            text_encoder.text_model.final_layer_norm.weight[-1] += 1e-3
+            model.text_encoder.text_model.final_layer_norm.weight[0] += 1e-3
         elif name == "tokenizer":
-            tokenizer.pad += 1
+            model.tokenizer.pad += 1
         elif name == "file":
             os.utime(pairs[-1].after, ns=(1, 1))
         elif name == "pairs":
@@ -186,32 +178,30 @@ def changed(name, networks, pairs):
             resolution = 16
         elif name == "flips":
             flips = False
-    return pairs, vae, text_encoder, tokenizer, resolution, flips
+    return pairs, model, resolution, flips
 
 
-@pytest.mark.parametrize("name, told", [
-    ("autoencoder", "another autoencoder;"), ("text encoder", "another text encoder;"),
-    ("tokenizer", "another text encoder;"), ("file", "another dataset;"), ("pairs", "another dataset;"),
-    ("text", "another dataset;"), ("resolution", r"another transform \(resolution 32, not 16\);"),
-    ("flips", r"another transform \(flips True, not False\);")])
-def test_a_store_of_something_else_is_refused_and_says_what(networks, pairs, tmp_path, name, told):
+@pytest.mark.parametrize("name, message", [
+    ("autoencoder", "autoencoder"), ("text encoder", "text encoder"), ("tokenizer", "text encoder"),
+    ("file", "dataset"), ("pairs", "dataset"), ("text", "dataset"), ("resolution", "resolution = 32, not 16"),
+    ("flips", "flips = True, not False")])
+def test_a_cache_of_something_else_is_refused_and_says_what(model, pairs, tmp_path, name, message):
     folder = tmp_path / "cache"
-    store(folder, pairs, *networks, 32, flips=True)
-    before, other = files(folder), changed(name, networks, pairs)
-    for work in (store, open_stored):
-        message = one_line(told, lambda work=work: work(folder, *other))
-        assert str(folder) in message and "--cache" in message
+    filled(folder, pairs, model)
+    before, other = files(folder), changed(name, model, pairs)
+    error = one_line(message, lambda: Cache(folder, *other))
+    assert str(folder) in error and "--cache" in error
     assert files(folder) == before
 
 
-def test_a_folder_of_other_things_is_refused(networks, pairs, tmp_path):
+def test_a_folder_of_other_things_is_refused(model, pairs, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "thesis.doc").write_text("all")
-    one_line("thesis.doc", lambda: store(tmp_path / "cache", pairs, *networks, 32, True))
+    one_line("thesis.doc", lambda: filled(tmp_path / "cache", pairs, model))
     assert files(tmp_path / "cache") == {"thesis.doc": b"all"}
-    one_line("store.json is missing", lambda: open_stored(tmp_path / "cache", pairs, *networks, 32, True))
     (tmp_path / "file").touch()
-    one_line("cannot be written", lambda: store(tmp_path / "file", pairs, *networks, 32, True))
+    with pytest.raises(OSError, match="file"):
+        filled(tmp_path / "file", pairs, model)
 
 
 @pytest.mark.parametrize("breakage", [
@@ -219,56 +209,52 @@ def test_a_folder_of_other_things_is_refused(networks, pairs, tmp_path):
     lambda content: content.replace(b'"moments"', b'"momentS"'),
     lambda content: content.replace(b"F16", b"I16"),
     lambda content: content.replace(b'"broken"', b'"Broken"')])
-def test_a_damaged_shard_is_named_with_a_remedy_that_works(networks, pairs, tmp_path, breakage):
+def test_a_damaged_file_is_named_with_a_remedy_that_works(model, pairs, tmp_path, breakage):
     folder = tmp_path / "cache"
-    store(folder, pairs, *networks, 32, True)
+    filled(folder, pairs, model)
     shard, whole = folder / "pictures-00001.safetensors", files(folder)
     shard.write_bytes(breakage(shard.read_bytes()))
     assert shard.read_bytes() != whole[shard.name]
-    for work in (store, open_stored):
-        one_line(f"{shard} is damaged.*delete that file and run again",
-                 lambda work=work: work(folder, pairs, *networks, 32, True))
+    one_line(f"{shard} is damaged.*delete that file and run again", lambda: opened(folder, pairs, model))
     shard.unlink()
-    one_line(f"{shard} is missing", lambda: open_stored(folder, pairs, *networks, 32, True))
-    store(folder, pairs, *networks, 32, True)
+    one_line(f"{shard} is missing", lambda: Cache(folder, pairs, model, 32, True).open())
+    opened(folder, pairs, model)
     assert files(folder) == whole
 
 
-def test_a_shard_of_other_rows_is_damaged(networks, pairs, tmp_path):
-    store(tmp_path / "a", pairs, *networks, 32, True)
-    store(tmp_path / "b", pairs, *networks, 32, False)
+def test_a_file_of_other_rows_is_damaged(model, pairs, tmp_path):
+    filled(tmp_path / "a", pairs, model)
+    filled(tmp_path / "b", pairs, model, flips=False)
     shard = tmp_path / "a" / "pictures-00000.safetensors"
     shard.write_bytes((tmp_path / "b" / shard.name).read_bytes())
-    one_line("is damaged", lambda: open_stored(tmp_path / "a", pairs, *networks, 32, True))
+    one_line("is damaged", lambda: opened(tmp_path / "a", pairs, model))
 
 
-@pytest.mark.parametrize("breakage", [Path.unlink, lambda path: path.write_bytes(b"no picture")])
-def test_broken_pictures_are_named_or_left_out(networks, pairs, tmp_path, breakage):
+def test_broken_pictures_are_named_or_left_out(model, pairs, tmp_path):
     folder, bad = tmp_path / "cache", pairs[-1].before
-    breakage(bad)
-    message = one_line("--skip-bad", lambda: store(folder, pairs, *networks, 32, True))
+    bad.write_bytes(b"no picture")
+    message = one_line("--skip-bad", lambda: filled(folder, pairs, model))
     assert str(bad) in message and "pictures-00000.safetensors" in files(folder)
-    store(folder, pairs, *networks, 32, True, skip_bad=True)
-    opened = open_stored(folder, pairs, *networks, 32, True, skip_bad=True)
-    assert list(opened.broken) == [bad] and str(bad) in opened.broken[bad]
+    cache = opened(folder, pairs, model, skip_bad=True)
+    again = opened(folder, pairs, model, skip_bad=True)         # which reads from the files why it is broken
+    for one in (cache, again):
+        assert list(one.broken) == [bad] and str(bad) in one.broken[bad]
     for pair in pairs[:-1]:
-        assert all(tensor.isfinite().all() for tensor in opened.get(pair, True))
-    one_line(str(bad), lambda: opened.get(pairs[-1], False))
-    one_line(str(bad), lambda: opened.get(Pair(pairs[0].before, "", bad), False))
+        assert all(tensor.isfinite().all() for tensor in again.get(pair, True))
+    one_line(str(bad), lambda: again.get(pairs[-1], False))
+    one_line(str(bad), lambda: again.get(Pair(pairs[0].before, "", bad), False))
     assert sum(row.isnan().all() for path in folder.glob("p*") for row in load_file(path)["moments"]) == 1
-    for work in (store, open_stored):
-        assert str(bad) in one_line("without 1 broken",
-                                    lambda work=work: work(folder, pairs, *networks, 32, True))
+    assert str(bad) in one_line("lacks 1 broken", lambda: opened(folder, pairs, model))
 
 
-def test_numbers_beyond_float16_are_an_error(networks, pairs, tmp_path):
+def test_numbers_beyond_float16_are_an_error(model, pairs, tmp_path):
     with torch.no_grad():
-        networks[0].quant_conv.bias[0] = 7e4
-    one_line("float16", lambda: store(tmp_path / "cache", pairs, *networks, 32, True, skip_bad=True))
+        model.vae.quant_conv.bias[0] = 7e4
+    one_line("float16", lambda: filled(tmp_path / "cache", pairs, model, skip_bad=True))
     assert not [name for name in files(tmp_path / "cache") if name.startswith("pictures")]
 
 
-def test_a_full_disk_is_one_line_and_what_is_there_stays(networks, pairs, tmp_path, monkeypatch):
+def test_finished_files_stay_when_the_disk_is_full(model, pairs, tmp_path, monkeypatch):
     folder, plain = tmp_path / "cache", module.write_tensors
 
     def full(tensors, path, **about):
@@ -278,38 +264,37 @@ def test_a_full_disk_is_one_line_and_what_is_there_stays(networks, pairs, tmp_pa
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "write_tensors", full)
-        assert str(folder) in one_line("No space left", lambda: store(folder, pairs, *networks, 32, True))
+        with pytest.raises(OSError, match="No space left"):
+            filled(folder, pairs, model)
     assert "pictures-00000.safetensors" in files(folder)
-    store(folder, pairs, *networks, 32, True)
-    open_stored(folder, pairs, *networks, 32, True)
+    opened(folder, pairs, model)
 
 
-def test_networks_in_bfloat16_are_used_as_they_are(networks, pairs, tmp_path):
-    low, rows = [networks[0], networks[1], networks[2]], []
+def test_networks_in_bfloat16_are_used_as_they_are(model, pairs, tmp_path):
+    rows = []
     for name, dtype in (("a", torch.float32), ("b", torch.bfloat16)):
-        low[:2] = [network.to(dtype) for network in low[:2]]
-        store(tmp_path / name, pairs, *low, 32, True)
-        rows.append(open_stored(tmp_path / name, pairs, *low, 32, True).get(pairs[0], True))
+        model.vae.to(dtype)
+        model.text_encoder.to(dtype)
+        rows.append(opened(tmp_path / name, pairs, model).get(pairs[0], True))
     for a, b in zip(*rows):
         assert 1e-4 < relative_error(b, a) < 0.1
 
 
 class Visits(Dataset):
-    def __init__(self, opened: Stored, pairs: list[Pair]):
-        self.opened, self.pairs = opened, pairs
+    def __init__(self, cache: Cache, pairs: list[Pair]):
+        self.cache, self.pairs = cache, pairs
 
     def __len__(self):
         return 2 * len(self.pairs)
 
     def __getitem__(self, i):
-        return self.opened.get(self.pairs[i // 2], bool(i % 2))
+        return self.cache.get(self.pairs[i // 2], bool(i % 2))
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_workers_read_the_same_rows(networks, pairs, tmp_path, start):
-    store(tmp_path / "cache", pairs, *networks, 32, True)
-    visits = Visits(open_stored(tmp_path / "cache", pairs, *networks, 32, True), pairs)
-    visits.opened.get(pairs[0], False)  # so that a mapping is there when workers are made
+def test_workers_read_the_same_rows(model, pairs, tmp_path, start):
+    visits = Visits(opened(tmp_path / "cache", pairs, model), pairs)
+    visits.cache.get(pairs[0], False)  # so that a mapping is there when workers are made
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python warns of forks in general
         batches = list(DataLoader(visits, 4, num_workers=2, multiprocessing_context=start))
@@ -328,18 +313,17 @@ def resident(path):
     return total
 
 
-def test_only_the_rows_asked_for_are_read(networks, tmp_path):
+def test_only_the_rows_asked_for_are_read(model, tmp_path):
     pairs = scene_pairs(32)
-    store(tmp_path / "cache", pairs, *networks, 256, True)
-    opened = open_stored(tmp_path / "cache", pairs, *networks, 256, True)
+    cache = opened(tmp_path / "cache", pairs, model, resolution=256)
     path = tmp_path / "cache" / "pictures-00000.safetensors"
     size = path.stat().st_size / 1024
     assert size > 4000 and resident(path) <= size / 4  # the kernel maps some pages around
-    opened.get(pairs[16], True)
+    cache.get(pairs[16], True)
     assert 0 < resident(path) < size / 2
     with torch.no_grad():  # of the second batch that was encoded
-        reference = torch.cat(networks[0].encode(to_tensor(load_picture(pairs[-1].after, 256))[None]), 1)[0]
-    assert relative_error(opened.get(pairs[-1], False)[1], reference) < HALF
+        reference = torch.cat(model.vae.encode(to_tensor(load_picture(pairs[-1].after, 256))[None]), 1)[0]
+    assert relative_error(cache.get(pairs[-1], False)[1], reference) < HALF
     for pair in pairs:  # the measure does see all that is read
-        opened.get(pair, False), opened.get(pair, True)
+        cache.get(pair, False), cache.get(pair, True)
     assert resident(path) > 0.9 * size

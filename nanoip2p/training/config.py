@@ -1,0 +1,141 @@
+"""The settings of a training run. Each is a flag of train.py: its default, help and range are here."""
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanoip2p.common.cli import at_least, finite, flag
+from nanoip2p.objective import DROP
+from nanoip2p.world.scenes import EDIT_KINDS
+
+PAPER_BATCH = 1024  # samples of a step
+PAPER_VISITS = 10_000 * PAPER_BATCH / 313_010  # steps x samples / prompts: 33
+SWITCH = argparse.BooleanOptionalAction  # --no-compile turns off what a preset turned on
+# The batch sizes fit into the memory of such a GPU; --accumulate makes up for smaller batches
+PRESETS = {
+    "paper": {"batch_size": 32, "clip": 0.0},  # on each of 8 GPUs
+    "48gb": {"batch_size": 64},
+    "24gb": {"batch_size": 16, "recompute": True, "ema_device": "cpu"},
+    "nano": {"resolution": 64, "batch_size": 32, "accumulate": 1, "steps": 600, "lr": 1e-3, "warmup": 50,
+             "cooldown": 0.4, "snr_gamma": 1.0, "ema_decay": 0.98, "pairs": 4000, "save_every": 200,
+             "sample_every": 200, "validate_every": 50, "log_every": 25},
+}
+# Settings that may change when a run is resumed. A change of any other would make it another run
+FREE = {"steps", "lr", "batch_size", "accumulate", "recompute", "compile", "device", "ema_device", "workers",
+        "cache", "skip_bad", "save_every", "keep", "sample_every", "validate_every", "log_every",
+        "tensorboard", "out", "resume", "check"}
+NOT_STORED = {"accumulate", "preset", "resume", "check"}  # accumulate follows from the samples of a step
+
+
+def between(low: float, high: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a number from `low` to `high`."""
+    def number(text: str) -> float:
+        if not low <= finite(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
+        return finite(text)
+    return number
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a run. ValueError for settings that do not go together."""
+
+    weights: str | None = flag("editor or text-to-image model to start from: a diffusers folder, a "
+                               ".safetensors or .ckpt file, or a name on the Hub", group="data and output")
+    vae: str | None = flag("use this autoencoder instead of the checkpoint's: a file or folder")
+    tokenizer: str | None = flag("for a single file of weights: a folder or a name on the Hub")
+    raw_weights: bool = flag("use the raw weights of a file that also holds averaged (EMA) weights", False)
+    data: str | None = flag("pairs in the original's layout, MagicBrush's, pairs.jsonl or parquet (a file or "
+                            "its folder); 'scenes' renders pairs")
+    pairs: int = flag("number of pairs that --data scenes renders", 20_000, type=at_least(1))
+    kind_weights: tuple[float, ...] = flag(f"odds of each edit of --data scenes: {', '.join(EDIT_KINDS)}",
+                                           (1.0,) * len(EDIT_KINDS), type=between(0), nargs=len(EDIT_KINDS),
+                                           metavar="ODDS")
+    text_to_image: bool = flag("train a text-to-image model on the captions of --data scenes", False)
+    cache: Path | None = flag("encode all pictures and texts once, into this folder", type=Path)
+    skip_bad: bool = flag("leave out pairs with a broken picture", False)
+    out: Path | None = flag("folder of this run", type=Path)
+    resume: Path | None = flag("continue the run in this folder, with its settings; --steps, --lr, "
+                               "--batch-size and the flags under 'running' may change", type=Path)
+    check: bool = flag("only open the data and print the plan", False)
+
+    preset: str | None = flag("defaults of several flags", choices=PRESETS, group="recipe")
+    steps: int = flag("optimizer steps in all", 10_000, type=at_least(1))
+    batch_size: int = flag("samples of a micro-batch on each device", 16, type=at_least(1))
+    accumulate: int | None = flag("micro-batches of each device in a step (default: as many as make "
+                                  f"{PAPER_BATCH} samples)", type=at_least(1))
+    lr: float = flag("learning rate", 1e-4, type=between(0))
+    warmup: int = flag("first steps, in which the learning rate rises", 0, type=at_least(0))
+    cooldown: float = flag("last share of the steps, in which it falls", 0.0, type=between(0, 1))
+    clip: float = flag("clip the gradient to this norm; 0: off, as in the original and --preset paper", 1.0,
+                       type=between(0))
+    snr_gamma: float = flag("min-SNR weighting of the loss, often 5; 0: off", 0.0, type=between(0))
+    drop: tuple[float, ...] = flag("shares of samples that lack the text, both, or the image, for guidance",
+                                   DROP, type=between(0, 1), nargs=3, metavar=("TEXT", "BOTH", "IMAGE"))
+    ema_decay: float = flag("largest decay of the averaged weights", 0.9999, type=between(0, 1))
+    resolution: int = flag("width and height in pixels", 256, type=at_least(1))
+    flip: bool | None = flag("mirror half of the pairs (default: yes, but not scenes, where left and right "
+                             "have a meaning)", action=SWITCH)
+    seed: int = flag("seed of all random numbers", 0, type=at_least(0))
+    dtype: str | None = flag("of matrix products and convolutions; weights stay in fp32 (default: bf16 if "
+                             "the device is faster in it)", choices=("fp32", "bf16"))
+
+    device: str | None = flag("cuda, mps or cpu (default: the first that works)", group="running")
+    workers: int | None = flag("processes that load data (default: 4 with CUDA, else 0)", type=at_least(0))
+    recompute: bool = flag("gradient checkpointing: slower, with less memory", False, action=SWITCH)
+    ema_device: str = flag("where the averaged weights are kept", "same", choices=("same", "cpu"))
+    compile: bool = flag("torch.compile the network", False, action=SWITCH)
+    log_every: int = flag("steps between two losses in the log", 50, type=at_least(1), metavar="STEPS")
+    validate_every: int = flag("steps between two validations; 0: none", 500, type=at_least(0),
+                              metavar="STEPS")
+    sample_every: int = flag("steps between two sample sheets; 0: none", 1000, type=at_least(0),
+                            metavar="STEPS")
+    save_every: int = flag("steps between two checkpoints", 500, type=at_least(1), metavar="STEPS")
+    keep: int = flag("newest checkpoints to keep", 2, type=at_least(1))
+    tensorboard: bool = flag("also write the log to <out>/tensorboard", False, action=SWITCH)
+
+    def __post_init__(self):
+        if max(self.kind_weights) == 0:
+            raise ValueError("--kind-weights are all zero; one of them has to be positive")
+        if sum(self.drop) > 1:
+            raise ValueError(f"--drop {' '.join(map(str, self.drop))}: the shares add up to more than 1")
+        if self.text_to_image and self.data != "scenes":
+            raise ValueError("--text-to-image needs --data scenes; other data has no captions to train on")
+
+    def to_json(self) -> dict:
+        """The settings that a checkpoint stores."""
+        return {key: str(value) if isinstance(value, Path) else value for key, value in vars(self).items()
+                if key not in NOT_STORED}
+
+    @classmethod
+    def from_json(cls, settings: dict) -> "TrainConfig":
+        """The opposite of `to_json`. ValueError for settings of another version, unless they are off."""
+        types = {field.name: field.metadata.get("type") for field in dataclasses.fields(cls)}
+        for key, value in settings.items():
+            if key not in types and value:
+                raise ValueError(f"the run was begun by another version of train.py (setting {key}: {value})")
+        return cls(**{key: tuple(value) if isinstance(value, list) else
+                      Path(value) if types[key] is Path and value is not None else value
+                      for key, value in settings.items() if key in types})
+
+
+def odd_settings(config: TrainConfig, batch: int, items: int) -> list[str]:
+    """What is odd about a run of `batch` samples a step on `items` items, one sentence each."""
+    visits, notes = config.steps * batch / items, []
+    if visits > 10 * PAPER_VISITS:
+        accumulate = config.accumulate if batch <= items else 1
+        steps = math.ceil(PAPER_VISITS * items * config.accumulate / (batch * accumulate))
+        notes.append(f"{visits:,.0f} visits of each item are more than {items} items can teach; the paper's "
+                     f"run had {PAPER_VISITS:.0f}. Try --steps {steps} --accumulate {accumulate}")
+    elif visits < 1:
+        notes.append("the run ends before it has visited each item once")
+    elif batch > items:
+        notes.append(f"a step of {batch} samples visits each of the {items} items more than once")
+    if config.warmup > config.steps:
+        notes.append(f"--warmup {config.warmup} is longer than the run; the learning rate stays below --lr")
+    if config.save_every >= config.steps >= 100:
+        notes.append(f"--save-every {config.save_every}: there is no checkpoint before the end of the run")
+    return notes

@@ -1,0 +1,43 @@
+"""Small runs of train.py, and what they leave."""
+
+import json
+
+from nanoip2p.training import run_folder as runs
+from nanoip2p.world.scenes import random_scene
+
+STATE = ("unet", "ema", "exp_avg", "exp_avg_sq")
+UNET = "weights/unet/diffusion_pytorch_model.safetensors"
+
+
+def write_pictures(root, count=12):
+    """The original's layout: prompts of one or two pairs each."""
+    seeds, before = [], None
+    for i in range(count):
+        path, names = root / f"{i:07d}", [str(100 + i), str(200 + i)][: 1 + i % 2]
+        path.mkdir(parents=True)
+        (path / "prompt.json").write_text(json.dumps({"input": "a", "edit": "make it night", "output": "b"}))
+        for j, name in enumerate(names):
+            for side in (0, 1):
+                before = random_scene("test", 4 * i + 2 * j + side).render(32)
+                before.save(path / f"{name}_{side}.jpg", quality=95)
+        seeds.append([path.name, names])
+    (root / "seeds.json").write_text(json.dumps(seeds))
+    return root
+
+
+def words(start, out, *more, data="scenes"):
+    given = ["--weights", start, "--data", data, "--pairs", 24, "--out", out, "--batch-size", 4,
+             "--accumulate", 1, "--lr", 1e-3, "--resolution", 32, "--dtype", "fp32", "--device", "cpu",
+             "--sample-every", 0, "--ema-decay", 0.9, *more]
+    return [str(word) for word in given]
+
+
+def state(out):
+    """The bytes of everything that goes on: weights, averages and moments, and the exported model."""
+    newest, about = runs.newest_checkpoint(out)
+    files = {name: (newest / f"{name}.safetensors").read_bytes() for name in STATE}
+    return files | {"step": about["step"], "export": (out / UNET).read_bytes()}
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
