@@ -42,7 +42,7 @@ class NoiseSchedule:
     beta_end: float = 0.012
     beta_schedule: str = "scaled_linear"
     timestep_spacing: str | None = None  # None: as diffusers does by default, leading for ddim, else linspace
-    steps_offset: int = 0                # added to the timesteps, "leading" only
+    steps_offset: int = 1                # added to the timesteps, "leading" only
     set_alpha_to_one: bool = True        # ddim ends at no noise; False: at the noise of timestep 0
     use_karras_sigmas: bool = False      # euler and dpmpp_2m only, as in diffusers
     final_sigmas_type: str = "zero"      # the same choice as set_alpha_to_one, for euler and dpmpp_2m
@@ -59,7 +59,8 @@ class NoiseSchedule:
 
         Raises ValueError, naming the setting, for anything our samplers would not reproduce.
         """
-        if_unsaid = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}  # diffusers' defaults
+        if_unsaid = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear",
+                     "steps_offset": 0}  # diffusers' defaults
         return read_config(cls, if_unsaid | config, FIXED, BOOKKEEPING)
 
     def to_json(self) -> dict:

@@ -62,7 +62,7 @@ def edit(path, change, at=3):
 
 
 def inject(path, opcodes, at=3):
-    """Let a pickle of a dict do something more and keep the outcome; other pickles of a legacy file drop it."""
+    """Let a pickle of a dict do something more and keep the outcome; a legacy file's others drop it."""
     if zipfile.is_zipfile(path) or at == 3:
         edit(path, lambda content: content[:-1] + push("outcome") + opcodes + b"s.", at)
     else:
@@ -144,7 +144,7 @@ def test_foreign_classes_do_not_matter(lightning, tmp_path):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_filled_containers_of_foreign_classes_are_refused_in_one_line(kind, lightning, tmp_path):
-    """torch.load fills dicts and lists only. Files older than PyTorch 1.6 may name no foreign class at all."""
+    """torch.load fills dicts and lists only. A file older than PyTorch 1.6 may name no foreign class."""
     for foreign in (lightning.Attributes(a=1), lightning.Names("ab"), lightning.Callback()):
         path = save(LITTLE | {"foreign": foreign}, tmp_path / "x.pt", kind)
         if kind == "legacy" or not isinstance(foreign, lightning.Callback):
