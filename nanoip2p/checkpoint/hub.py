@@ -128,6 +128,8 @@ def _fetch(name: str, choose: Callable[[list[str]], list[str]], needs: str) -> P
     except Exception as error:
         problem = problem or error
     kind = type(problem).__name__
+    if kind == "HfHubHTTPError" and problem.response.status_code in (401, 403):  # the answer of mirrors
+        kind = "RepositoryNotFoundError"
     first_line = str(problem).partition("\n")[0]
     unknown = f"it is neither in the Hub's cache nor can it be fetched ({kind}: {first_line})"
     raise ValueError(f"there is no file or folder {name}, and {REASONS.get(kind, unknown)}")
