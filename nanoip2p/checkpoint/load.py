@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nanoip2p.checkpoint.folder import StoredNetwork, build_without_memory, open_network
 from nanoip2p.checkpoint.hub import fetch_weights, find_tokenizer
-from nanoip2p.checkpoint.single_file import PARTS, PREFIXES, find_networks, find_vae
+from nanoip2p.checkpoint.single_file import PARTS, find_networks, find_vae
 from nanoip2p.checkpoint.tensors import dtype_names, read_metadata, read_tensors
 from nanoip2p.common.files import read_json
 from nanoip2p.diffusion import NoiseSchedule
@@ -90,14 +90,9 @@ def _open_folder(folder: Path, raw_weights: bool, vae: StoredNetwork | None) -> 
 
 
 def _open_single_file(path: Path, raw_weights: bool, vae: StoredNetwork | None) -> tuple:
-    """The same for a single file. `vae` replaces the file's own autoencoder."""
-    def read() -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in read_tensors(path).items()
-                if not (vae and name.removeprefix("state_dict.").startswith(PREFIXES[VAE]))}
-
+    """The same for a single file. `vae` replaces the file's own autoencoder, which may be missing."""
     metadata = _own_metadata(path)
-    configs = metadata | ({"vae": vae.model.config.to_json()} if vae else {})
-    found, networks = find_networks(read, path, raw_weights, configs)
+    found, networks = find_networks(lambda: read_tensors(path), path, raw_weights, metadata)
     networks |= {"vae": vae} if vae else {}
     return found, networks, metadata.get("schedule", NoiseSchedule().to_json()), metadata["defaults"]
 
@@ -133,12 +128,9 @@ def widen(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
 
     def read() -> dict[str, Tensor]:
-        tensors = unet.read()
-        weight = tensors.get("conv_in.weight")
-        if weight is not None and weight.ndim == 4:  # StoredNetwork.load refuses any other
-            weight = torch.cat([weight, torch.zeros_like(weight)], dim=1)      # (C, 4, 3, 3) -> (C, 8, 3, 3)
-            tensors |= {"conv_in.weight": weight}
-        return tensors
+        return {name: torch.cat([tensor, torch.zeros_like(tensor)], dim=1)     # (C, 4, 3, 3) -> (C, 8, 3, 3)
+                if name == "conv_in.weight" and tensor.ndim == 4 else tensor
+                for name, tensor in unet.read().items()}
 
     config = unet.model.config.to_json() | {"in_channels": 2 * latent}
     wide = StoredNetwork(build_without_memory(UNet, config, unet.path), read, unet.path)

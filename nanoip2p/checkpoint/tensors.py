@@ -19,7 +19,7 @@ from nanoip2p.checkpoint.pickles import read_pickle
 from nanoip2p.common.files import read_json, remedy, replacing
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-SAFETENSORS_NAMES = {  # the floating-point dtypes come first
+SAFETENSORS_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
 
@@ -66,14 +66,14 @@ def find_weights(folder: Path) -> dict[str, Tensor]:
 
 def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
     """ValueError, naming the first few tensors, when they do not fit a network or are not finite."""
-    floats = [*SAFETENSORS_NAMES][:4]
     refuse_names(path, "lacks", [name for name in expected if name not in tensors])
     refuse_names(path, "has unknown", [name for name in tensors if name not in expected])
     refuse_names(path, "does not fit its configuration:",
                  [f"{name} of {tuple(tensor.shape)} for {tuple(expected[name].shape)}"
                   for name, tensor in tensors.items() if tensor.shape != expected[name].shape])
     refuse_names(path, "needs floating-point numbers of 16, 32 or 64 bits in",
-                 [name for name, tensor in tensors.items() if tensor.dtype not in floats])
+                 [name for name, tensor in tensors.items()
+                  if not tensor.is_floating_point() or tensor.itemsize == 1])
     refuse_names(path, "has NaN or infinity in", [name for name in tensors if not _is_finite(tensors[name])])
 
 

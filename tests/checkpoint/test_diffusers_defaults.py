@@ -1,4 +1,4 @@
-"""diffusers' own default call, with no sizes given, on the folders that we ship and write: the same pictures."""
+"""diffusers' default call, with no sizes given, makes our pictures on the folders that we ship and write."""
 
 import json
 import warnings
