@@ -105,7 +105,7 @@ def _folder_of(choose: Callable[[list[str]], list[str]], root: Path) -> Path | N
 
 
 def _fetch(name: str, choose: Callable[[list[str]], list[str]], needs: str) -> Path:
-    """_folder_of a repository on the Hub, in the cache."""
+    """_folder_of a repository on the Hub, in the cache. `needs` says in words what `choose` looks for."""
     from huggingface_hub import HfApi, snapshot_download
 
     match = NAME.fullmatch(name)

@@ -128,6 +128,14 @@ def test_a_file_without_configs_is_stable_diffusion_15_or_its_editor(channels, k
     assert found.startswith(kind) and f"{channels} input channels" in found
 
 
+@pytest.mark.parametrize("unet, message", [
+    (SMALL[0], "has unknown"), (UNetConfig(cross_attention_dim=512), "does not fit its configuration:")])
+def test_a_file_of_other_shapes_without_configs_is_one_line(unet, message):
+    with pytest.raises(ValueError, match=f"^x {message} ") as caught:
+        find_networks(lambda: single(unet, *SMALL[1:]), Path("x"))[1]["unet"].load(None)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("first", [None, torch.zeros(()), torch.zeros(3), torch.zeros(0, 3, 3, 3)])
 def test_a_first_weight_that_is_missing_or_misshapen_is_one_line(first):
     name = "model.diffusion_model.input_blocks.0.0.weight"
