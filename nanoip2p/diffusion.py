@@ -30,7 +30,7 @@ class NoiseSchedule:
     beta_end: float = 0.012
     beta_schedule: str = "scaled_linear"
     timestep_spacing: str | None = None  # None: diffusers' default, "leading" for ddim, else "linspace"
-    steps_offset: int = 0                # added to the timesteps, with "leading" only
+    steps_offset: int = 1                # added to the timesteps, with "leading" only
     set_alpha_to_one: bool = True        # ddim ends without noise; False: with the noise of timestep 0
     use_karras_sigmas: bool = False      # euler and dpmpp_2m only, as in diffusers
     final_sigmas_type: str = "zero"      # as set_alpha_to_one, for euler and dpmpp_2m
@@ -44,7 +44,8 @@ class NoiseSchedule:
     @classmethod
     def from_config(cls, config: dict) -> "NoiseSchedule":
         """Build from any scheduler's scheduler_config.json. ValueError names an unsupported setting."""
-        defaults = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}  # diffusers'
+        defaults = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear",
+                    "steps_offset": 0}  # diffusers'
         return read_config(cls, defaults | config, FIXED["scheduler"], IGNORED["scheduler"])
 
     def to_json(self) -> dict:

@@ -9,11 +9,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from nanoip2p.checkpoint.load import open_checkpoint
-from nanoip2p.checkpoint.save import convert
+from nanoip2p.checkpoint import convert, open_checkpoint
 from nanoip2p.checkpoint.tensors import DTYPES
 from nanoip2p.common import cli
-from nanoip2p.common.cli import add_flags
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,17 +20,18 @@ def main(argv: list[str] | None = None) -> int:
                              formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a folder, a single file, or a name on the Hub")
     parser.add_argument("target", type=Path, nargs="?",
-                        help="a new folder, or a .safetensors file; without it, only look")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the numbers written (as they are)")
-    parser.add_argument("--ema-copy", action="store_true", help="also under the names of averaged weights")
-    add_flags(parser)
+                        help="a new folder or .safetensors file; without a target, only look")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the numbers written; default: unchanged")
+    parser.add_argument("--ema-copy", action="store_true",
+                        help="write the UNet a second time, under the names of averaged weights")
+    cli.add_flags(parser)
 
     def work() -> None:
         args = parser.parse_args(argv)
         checkpoint = open_checkpoint(args.source, args.vae, args.tokenizer, args.raw_weights)
         print(f"{args.source}: {checkpoint.found}")
         for part, network in checkpoint.networks.items():
-            model = network.model if args.target else network.load(None)  # to look is to check
+            model = network.model if args.target else network.load(None)  # loading checks the weights
             print(f"  {part:<13}{sum(p.numel() for p in model.parameters()) / 1e6:>8.1f} M parameters")
         if args.target:
             convert(checkpoint, args.target, DTYPES.get(args.dtype), args.ema_copy)

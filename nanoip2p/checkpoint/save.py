@@ -14,6 +14,7 @@ from nanoip2p.checkpoint.single_file import to_original
 from nanoip2p.checkpoint.tensors import write_tensors
 from nanoip2p.clip import TextEncoder
 from nanoip2p.common.files import replacing, write_json
+from nanoip2p.pipeline import PAPER_DEFAULTS
 from nanoip2p.unet import UNet
 from nanoip2p.vae import VAE
 
@@ -22,20 +23,20 @@ def save_parts(
     folder: str | Path, unet: UNet, vae: VAE, text_encoder: TextEncoder, tokenizer_folder: str | Path,
     scheduler_config: dict, defaults: dict, dtype: torch.dtype | None = torch.float32,
 ) -> None:
-    """Write a weights folder that diffusers' pipeline for such a UNet loads as well.
+    """Write a weights folder that diffusers loads as well.
 
-    tokenizer_folder: copied from there. scheduler_config: the content of scheduler_config.json, its
-    `_class_name` included. defaults: as PAPER_DEFAULTS. dtype: of the files; float16 halves them, None leaves
-    that of each weight.
+    tokenizer_folder: its files are copied. scheduler_config: the content of scheduler_config.json.
+    defaults: settings as in PAPER_DEFAULTS. dtype: of the files; None keeps that of each weight.
     """
-    folder = Path(folder)
-    for part, model in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder)):
-        save_network(model, folder / part, dtype)
+    folder, resolution = Path(folder), (PAPER_DEFAULTS | defaults)["resolution"]
+    save_network(unet, folder / "unet", dtype, sample_size=resolution // vae.downsampling)
+    save_network(vae, folder / "vae", dtype, sample_size=resolution)
+    save_network(text_encoder, folder / "text_encoder", dtype)
     write_json(scheduler_config, folder / "scheduler" / "scheduler_config.json")
     for name in TOKENIZER_FILES:
-        source = Path(tokenizer_folder) / name
-        if source.exists() and source.resolve() != (folder / "tokenizer" / name).resolve():
-            with replacing(folder / "tokenizer" / name) as temporary:
+        source, target = Path(tokenizer_folder) / name, folder / "tokenizer" / name
+        if source.exists() and source.resolve() != target.resolve():
+            with replacing(target) as temporary:
                 shutil.copyfile(source, temporary)
     write_json(defaults, folder / "defaults.json")
     edits = unet.config.in_channels > unet.config.out_channels
@@ -51,27 +52,28 @@ def save_parts(
 
 def convert(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None = None,
             ema: bool = False) -> None:
-    """Write a checkpoint: a single file if `target` ends in .safetensors, else a diffusers folder.
+    """Write a checkpoint to a single file if `target` ends in .safetensors, else to a diffusers folder.
 
-    dtype: None keeps that of each tensor. ema: store the UNet a second time, as averaged weights, which
-    programs of 2022 read. All is checked before anything is written, and tensors go from file to file one at
-    a time. ValueError for a bad checkpoint or target.
+    dtype: None keeps that of each tensor. ema: write the UNet a second time under the names of averaged
+    weights, which programs of 2022 read. Everything is checked before anything is written. Tensors go from
+    file to file one at a time. ValueError for a bad checkpoint or target.
     """
     single, target = target.suffix == ".safetensors", target.resolve()
-    if target.suffix in (".ckpt", ".pt", ".bin") or target.exists() and (
-            single and not target.is_file() or not single and (not target.is_dir() or any(target.iterdir()))):
-        raise ValueError(f"{target} is there, or no folder or .safetensors file; name a new one")
+    occupied = target.exists() and (not target.is_file() if single else
+                                    not target.is_dir() or any(target.iterdir()))
+    if occupied or target.suffix in (".ckpt", ".pt", ".bin"):
+        raise ValueError(f"{target} exists, or is neither a folder nor a .safetensors file; name a new one")
     if target == checkpoint.source.resolve():
-        raise ValueError(f"{target} is what is read; name another target")
+        raise ValueError(f"{target} is the checkpoint itself; name another target")
     if ema and not single:
         raise ValueError("--ema-copy is for single files; a folder holds one set of weights")
     models = {part: network.load(None) for part, network in checkpoint.networks.items()}
     if single:
-        named = {name: tensor for model in models.values() for name, tensor in to_original(model).items()}
-        named |= to_original(models["unet"], ema=True) if ema else {}
-        ours = {part: model.config.to_json() for part, model in models.items()}
-        ours |= {"schedule": checkpoint.schedule, "defaults": checkpoint.defaults}
-        return write_tensors(named, target, dtype, {"nanoip2p": json.dumps(ours)})
+        tensors = {name: tensor for model in models.values() for name, tensor in to_original(model).items()}
+        tensors |= to_original(models["unet"], ema=True) if ema else {}
+        metadata = {part: model.config.to_json() for part, model in models.items()}
+        metadata |= {"schedule": checkpoint.schedule, "defaults": checkpoint.defaults}
+        return write_tensors(tensors, target, dtype, {"nanoip2p": json.dumps(metadata)})
     tokenizer_folder, _ = checkpoint.open_tokenizer()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as unfinished:

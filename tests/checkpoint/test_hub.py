@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from tiny_editor import write_tiny_editor
 
+from nanoip2p.checkpoint import hub, load_model
 from nanoip2p.checkpoint.hub import find_tokenizer, needed_files, tokenizer_files
-from nanoip2p.checkpoint.load import load_model
 from nanoip2p.tokenizer import load_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
+HUB = Path(hub.__file__).parent
 COMMITS = {"main": 40 * "a", "v1": 40 * "b"}
 TINY_FILES = {
     "model_index.json", "defaults.json", "scheduler/scheduler_config.json",
@@ -45,7 +45,7 @@ ANSWERS = {  # to questions about a repository, and for its files: status and X-
 CLIENT = """
 import json, sys
 from pathlib import Path
-from nanoip2p.checkpoint import hub
+import hub  # alone: the package around it imports torch, which takes seconds
 assert not {"torch", "huggingface_hub"} & sys.modules.keys(), "imports that take seconds"
 for name, checkpoint in json.load(sys.stdin):
     hub.TIMEOUT = 1 if name == "silent/model" else 10
@@ -140,7 +140,7 @@ def ask(server, home: Path, *calls: tuple, **environment) -> list[tuple[str, str
     mine = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     port = server.server_port if server else 9  # nobody has listened there in thirty years
     mine |= {"HF_HOME": str(home), "HF_ENDPOINT": f"http://127.0.0.1:{port}", "NO_PROXY": "127.0.0.1",
-             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+             "PYTHONPATH": os.pathsep.join([str(HUB), os.environ.get("PYTHONPATH", "")])}
     calls = json.dumps([(*call, None)[:2] for call in calls])
     done = subprocess.run([sys.executable, "-c", CLIENT], input=calls, env=mine | environment,
                           capture_output=True, text=True, timeout=60)

@@ -1,5 +1,6 @@
 """Pickles of PyTorch: every tensor comes out of them, and whatever else they ask for does not happen."""
 
+import argparse
 import collections
 import copyreg
 import functools
@@ -61,17 +62,19 @@ def edit(path, change, at=3):
 
 
 def inject(path, opcodes, at=3):
-    """Let a pickle do something more, whose outcome it drops, before it goes on as it was."""
-    edit(path, lambda content: content[:2] + opcodes + b"0" + content[2:], at)
+    """Let a pickle of a dict do something more and keep the outcome; a legacy file's others drop it."""
+    if zipfile.is_zipfile(path) or at == 3:
+        edit(path, lambda content: content[:-1] + push("outcome") + opcodes + b"s.", at)
+    else:
+        edit(path, lambda content: content[:2] + opcodes + b"0" + content[2:], at)
 
 
-@pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("kind", FORMATS)
-def test_round_trip(kind, protocol, tmp_path):
+def test_round_trip(kind, tmp_path):
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     model[0].bias.role = "an attribute"
     for content in (TENSORS, model.state_dict(), dict(model.named_parameters())):
-        path = save(content, tmp_path / "x.bin", kind, pickle_protocol=protocol)
+        path = save(content, tmp_path / "x.bin", kind)
         assert same(read_pickle(path), content)
 
 
@@ -100,36 +103,54 @@ def test_state_dict_within_bookkeeping(kind, tmp_path):
 FOREIGN = """
 class Callback: pass
 class Names(list): pass
-class Config(dict):  # like omegaconf's
+class Config:  # like omegaconf's
     def __getstate__(self):
         return {"_content": 1}
     def __setstate__(self, state):
         raise SystemExit("ran")
+class Attributes(dict): pass
 def function(): pass
 """
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")  # torch's own
-@pytest.mark.parametrize("protocol", [2, 4])
-@pytest.mark.parametrize("kind", FORMATS)
-def test_foreign_classes_do_not_matter(kind, protocol, tmp_path, monkeypatch):
+@pytest.fixture
+def lightning(monkeypatch):
+    """A module that is there while a file is written, and no longer when it is read."""
     module = types.ModuleType("pytorch_lightning.callbacks")
     exec(FOREIGN, module.__dict__)
     with monkeypatch.context() as context:
         context.setitem(sys.modules, "pytorch_lightning", types.ModuleType("pytorch_lightning"))
         context.setitem(sys.modules, module.__name__, module)
-        other = {
-            "callbacks": {module.Callback: module.Callback(), module.Callback(): 2},
-            "containers": [module.Config(a=1, b=2), module.Config(a=1), module.Names("ab")],
-            "more": (module.Names("a"), functools.partial(module.function, 1, a=2), Path("a")),
-            "numpy": [numpy.float64(3.5), numpy.arange(3), numpy.dtype("f4"), {numpy.float32(1): 1}],
-            "python": [{1, 2}, frozenset("a"), b"bytes", 2j, collections.defaultdict(list, a=[1]), int, len],
-            "torch": [torch.half, torch.device("cpu"), torch.Size([3]), torch.ones(2).to_sparse(), nn.ReLU()],
-        }
-        path = save(other | {"state_dict": other | TENSORS}, tmp_path / "x", kind, pickle_protocol=protocol)
+        yield module
+
+
+def test_foreign_classes_do_not_matter(lightning, tmp_path):
+    callback = lightning.Callback()
+    callback.best = [numpy.float32(1)]
+    other = {
+        "callbacks": {lightning.Callback: callback, lightning.Callback(): 2},
+        "containers": [lightning.Config(), lightning.Attributes(), lightning.Names()],
+        "more": (functools.partial(lightning.function, 1, a=2), Path("a"), argparse.Namespace(a=1)),
+        "numpy": [numpy.float64(3.5), numpy.arange(3), numpy.dtype("f4"), {numpy.float32(1): 1}],
+        "python": [{1, 2}, frozenset("a"), b"bytes", 2j, collections.defaultdict(list), int, len],
+        "torch": [torch.half, torch.device("cpu"), torch.Size([3]), torch.ones(2).to_sparse(), nn.ReLU()],
+    }
+    path = save(other | {"state_dict": other | TENSORS}, tmp_path / "x", "zip")
+    del sys.modules["pytorch_lightning.callbacks"], sys.modules["pytorch_lightning"]
     with pytest.raises(pickle.UnpicklingError):
         torch.load(path, weights_only=True)
     assert same(read_pickle(path), TENSORS) and "pytorch_lightning" not in sys.modules
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_filled_containers_of_foreign_classes_are_refused_in_one_line(kind, lightning, tmp_path):
+    """torch.load fills dicts and lists only. A file older than PyTorch 1.6 may name no foreign class."""
+    for foreign in (lightning.Attributes(a=1), lightning.Names("ab"), lightning.Callback()):
+        path = save(LITTLE | {"foreign": foreign}, tmp_path / "x.pt", kind)
+        if kind == "legacy" or not isinstance(foreign, lightning.Callback):
+            assert_one_line(path)
+        else:
+            assert same(read_pickle(path), LITTLE)
 
 
 class Opcodes(bytes):
@@ -194,6 +215,8 @@ SILENT = {  # these leave no file, but the interpreter tells
     "library": call("ctypes CDLL", "libc.so.6"), "remove": call("os remove", "bait.py"),
 }
 
+READ = {"Popen", "open", "eval", "exec", "__import__", "runpy", "pickle.loads", "numpy.load", "warning"}
+
 
 @pytest.fixture
 def baits(tmp_path, monkeypatch):
@@ -249,23 +272,16 @@ def test_nothing_runs(name, baits, capfd, recwarn):
         files, modules = sorted(os.listdir()), set(sys.modules)
         inject(save(LITTLE, path, kind), (GADGETS | SILENT)[name], at)
         read, events = watched(path)
-        assert same(read, LITTLE) and events <= innocent
+        assert (isinstance(read, str) or same(read, LITTLE)) and events <= innocent
+        assert name not in READ or kind == "legacy" or same(read, LITTLE)
         assert sorted(os.listdir()) == files and set(sys.modules) == modules
     assert capfd.readouterr() == ("", "") and not recwarn.list
 
 
-EDITS = {
-    "from CUDA": [(b"\3\0\0\0cpu", b"\6\0\0\0cuda:0"), (b"ctorch\nFloat", b"ctorch.cuda\nFloat")],
-    "a number put into a tensor": [(b"u.", push([0]) + push(5) + b"su.")],
-    "a number put into a storage": [(b"QK\0K", b"Q" + push(0) + push(5) + b"sK\0K")],
-}
-
-
 @pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("name", EDITS)
-def test_these_edits_do_not_show(name, kind, tmp_path):
+def test_tensors_saved_on_a_gpu_are_read_on_the_cpu(kind, tmp_path):
     path = save(LITTLE, tmp_path / "x.pt", kind)
-    for old, new in EDITS[name]:
+    for old, new in [(b"\3\0\0\0cpu", b"\6\0\0\0cuda:0"), (b"ctorch\nFloat", b"ctorch.cuda\nFloat")]:
         edit(path, lambda content: content.replace(old, new))  # noqa: B023
         assert new in path.read_bytes()
     assert same(read_pickle(path), LITTLE)
@@ -295,7 +311,7 @@ def test_sources_are_not_patched(tmp_path, monkeypatch, recwarn):
     attributes = {"dump_patches": True, "__name__": "ran"}
     function = call("torch._utils _rebuild_parameter", None, attributes, opcode=b"b")
     inject(path, push(("module", function, "file.py", "source")) + b"Q")
-    assert same(read_pickle(path), LITTLE)
+    assert_one_line(path)
     assert os.listdir() == ["x.pt"] and not recwarn.list
 
 
@@ -306,9 +322,9 @@ def test_torchscript_is_not_run_and_tar_files_are_not_unpacked(tmp_path, monkeyp
         archive.writestr("x/constants.pkl", b"\x80\x02).")
     with tarfile.open(tar, "w") as archive:
         archive.addfile(tarfile.TarInfo("storages"))
-    assert "TorchScript" in watched(script)[0] and not recwarn.list
+    assert "torchscript" in watched(script)[0].lower() and not recwarn.list
     message, events = watched(tar)
-    assert "a tar file" in message and "tempfile.mkdtemp" not in events
+    assert ".tar format" in message and not [event for event in events if "storages" in event[1]]
 
 
 def assert_one_line(path, message="fetch it again"):
@@ -331,7 +347,7 @@ def test_other_files_are_one_line(tmp_path):
 def test_files_without_named_tensors_or_truncated_are_one_line(kind, tmp_path):
     path, nameless = tmp_path / "x.pt", {1: torch.ones(1)}
     for content in (3, {}, nameless, [torch.ones(1)], nn.Linear(1, 1), LITTLE | {"state_dict": nameless}):
-        assert_one_line(save(content, path, kind), "no named tensors")
+        assert_one_line(save(content, path, kind), "no named tensors|GLOBAL torch.nn.modules.linear.Linear")
     content = save({"state_dict": LITTLE}, path, kind).read_bytes()
     for length in {*range(0, len(content), 61), len(content) - 1}:
         path.write_bytes(content[:length])

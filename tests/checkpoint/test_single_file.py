@@ -11,12 +11,13 @@ from tiny_configs import TINY_TEXT, TINY_VAE, tiny_unet
 
 from nanoip2p.checkpoint.single_file import (
     IGNORED,
+    PARTS,
     UNET_WORDS,
     find_networks,
     find_vae,
-    theirs,
+    from_original,
+    original_names,
     to_original,
-    to_ours,
     unet_places,
     vae_name,
 )
@@ -60,14 +61,15 @@ def named(config, tensors, ema=False):
     return to_original(holding(config, tensors), ema)
 
 
-def open_networks(tensors, raw_weights=False):
+def open_networks(tensors, raw_weights=False, configs=()):
     """What a file of these tensors holds: in words, configs and tensors."""
-    found, networks = find_networks(lambda: tensors, Path("x"), raw_weights)
+    configs = {part: config.to_json() for part, config in zip(PARTS, configs)}
+    found, networks = find_networks(lambda: tensors, Path("x"), raw_weights, configs)
     return found, {part: (network.model.config, network.read()) for part, network in networks.items()}
 
 
 def open_vae(tensors):
-    network = find_vae(lambda: tensors, Path("x"))
+    network = find_vae(lambda: tensors, Path("x"), SMALL[1].to_json())
     return network.model.config, network.read()
 
 
@@ -107,7 +109,7 @@ def test_there_and_back_is_bit_exact(config):
     for ema in (False, True) if isinstance(config, UNetConfig) else (False,):
         there = named(config, ours, ema)
         assert len(there) == len(ours) and not set(there) & set(ours)
-        back = to_ours(empty(config), there, ema)
+        back = from_original(empty(config), there, ema)
         assert list(back) == list(ours) and all(torch.equal(back[name], ours[name]) for name in ours)
         assert all(back[name].data_ptr() == ours[name].data_ptr() for name in ours), "copied"
 
@@ -118,14 +120,31 @@ SMALL = (
     VAEConfig(2, 5, 3, (32, 64), 1), CLIPTextConfig(500, 128, 96, 3, 2, 20, projection_dim=128))
 
 
-@pytest.mark.parametrize("unet", [
-    SMALL[0], UNetConfig(3, 2, (32,), ("CrossAttnDownBlock2D",), ("CrossAttnUpBlock2D",), 3, 8, 16),
-    UNetConfig(4, 4, (64, 32), ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "UpBlock2D"), 2)])
-def test_configs_are_read_off_the_shapes(unet):
-    found, parts = open_networks(single(unet, *SMALL[1:]))
-    assert [config for config, _ in parts.values()] == [unet, *SMALL[1:]]
-    assert f"{unet.in_channels} input channels" in found
-    assert ("InstructPix2Pix" in found) == (unet.in_channels > unet.out_channels)
+@pytest.mark.parametrize("channels, kind", [(4, "a Stable Diffusion 1.x"), (8, "an InstructPix2Pix")])
+def test_a_file_without_configs_is_stable_diffusion_15_or_its_editor(channels, kind):
+    configs = UNetConfig(channels), VAEConfig(), CLIPTextConfig()
+    found, parts = open_networks(single(*configs))
+    assert [config for config, _ in parts.values()] == [*configs]
+    assert found.startswith(kind) and f"{channels} input channels" in found
+
+
+@pytest.mark.parametrize("unet, message", [
+    (SMALL[0], "has unknown"), (UNetConfig(cross_attention_dim=512), "does not fit its configuration:")])
+def test_a_file_of_other_shapes_without_configs_is_one_line(unet, message):
+    with pytest.raises(ValueError, match=f"^x {message} ") as caught:
+        find_networks(lambda: single(unet, *SMALL[1:]), Path("x"))[1]["unet"].load(None)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("first", [None, torch.zeros(()), torch.zeros(3), torch.zeros(0, 3, 3, 3)])
+def test_a_first_weight_that_is_missing_or_misshapen_is_one_line(first):
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    tensors = {key: tensor for key, tensor in (single(*SMALL) | {name: first}).items() if tensor is not None}
+    configs = {part: config.to_json() for part, config in zip(PARTS, SMALL)}
+    networks = find_networks(lambda: tensors, Path("x"), configs=configs)[1]
+    with pytest.raises(ValueError, match="^x (lacks|does not fit .*:) conv_in.weight") as caught:
+        networks["unet"].load(None)
+    assert "\n" not in str(caught.value)
 
 
 def test_spellings_of_others_are_understood():
@@ -133,10 +152,10 @@ def test_spellings_of_others_are_understood():
     nested = {f"state_dict.{name}": tensor for name, tensor in tensors.items()}
     shorter = {name.replace("text_model.", ""): tensor for name, tensor in tensors.items()}
     scalars = tensors | {name: torch.zeros(()) for name in ("null_token", "cond_stage_model.x.logit_scale")}
-    parts = open_networks(tensors)[1]
+    parts = open_networks(tensors, configs=SMALL)[1]
     tables = tensors | {name: torch.zeros(1000) for name in ("lvlb_weights", "logvar", "posterior_x")}
     for spelling in (nested, shorter, scalars, tables):
-        again = open_networks(spelling)[1]
+        again = open_networks(spelling, configs=SMALL)[1]
         assert all(shapes(again[part][1]) == shapes(tensors) for part, (_, tensors) in parts.items())
 
 
@@ -149,7 +168,7 @@ def test_a_weight_in_two_spellings_is_refused(name, again):
     tensors = single(*SMALL)
     for doubled in (tensors | {again: tensors[name]}, {again: tensors[name]} | tensors):
         with pytest.raises(ValueError, match=f"^x: {re.escape(name)} comes twice, .*$"):
-            open_networks(doubled)
+            open_networks(doubled, configs=SMALL)
 
 
 @pytest.mark.parametrize("raw_weights, offset, said", [
@@ -158,7 +177,7 @@ def test_averaged_weights_go_before_raw_ones(raw_weights, offset, said):
     config, ours = SMALL[0], marked(SMALL[0])
     averaged = {name: tensor + 1000 for name, tensor in ours.items()}
     file = single(*SMALL) | named(config, ours) | named(config, averaged, ema=True)
-    found, parts = open_networks(file, raw_weights)
+    found, parts = open_networks(file, raw_weights, SMALL)
     assert said in found and parts["unet"][1].keys() == ours.keys()
     assert all(torch.equal(tensor, ours[name] + offset) for name, tensor in parts["unet"][1].items())
 
@@ -186,50 +205,11 @@ def test_an_autoencoder_alone_in_every_spelling(spelling):
     ({"conditioner.embedders.0.bias": torch.zeros(2)}, "x: this is an SDXL checkpoint")])
 def test_what_is_no_autoencoder_of_ours_is_refused(extra, message):
     bare = {name.removeprefix("first_stage_model."): tensor for name, tensor in single(SMALL[1]).items()}
+    config = SMALL[1].to_json()
     with pytest.raises(ValueError, match=message):
-        open_vae(bare | extra)
-    with pytest.raises(ValueError, match="x: .* lacks encoder.conv_in.weight"):
-        open_vae({"fc1.weight": torch.zeros(2)})
-
-
-READ = ["model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.out.2.weight",
-        "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight",
-        "model.diffusion_model.input_blocks.3.0.out_layers.3.weight",
-        "first_stage_model.encoder.conv_in.weight", "first_stage_model.decoder.conv_in.weight",
-        "first_stage_model.decoder.conv_out.weight",
-        "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight",
-        "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight",
-        "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight"]
-
-
-@pytest.mark.parametrize("name", READ)
-def test_what_a_config_is_read_from_may_be_missing_or_misshapen(name):
-    tensors = single(*SMALL)
-    for wrong in (torch.zeros(()), torch.zeros(3), torch.zeros(0, 3, 3, 3), None):
-        file = {key: tensor for key, tensor in (tensors | {name: wrong}).items() if tensor is not None}
-        with pytest.raises(ValueError) as caught:
-            open_networks(file)
-        said = re.fullmatch(r"x: .* it lacks (\S+) or its shape is odd", str(caught.value))
-        assert said and name.endswith(f".{said[1]}"), caught.value
-
-
-@pytest.mark.parametrize("name", ["model.diffusion_model.input_blocks.{}.0.op.weight",
-                                  "model.diffusion_model.input_blocks.0.0.op.weight",
-                                  "first_stage_model.encoder.down.{}.block.0.conv2.weight",
-                                  "first_stage_model.encoder.down.0.block.{}.conv2.weight",
-                                  "cond_stage_model.transformer.text_model.encoder.layers.{}.mlp.fc1.weight"])
-def test_wild_numbers_in_names_cost_nothing(name):
-    """A network as deep as the largest number says would not fit into any memory."""
-    with pytest.raises(ValueError, match="^x") as caught:
-        open_networks(single(*SMALL) | {name.format(10**12): torch.zeros(2, 2)})
-    assert "\n" not in str(caught.value)
-
-
-def test_sizes_beyond_any_memory_are_one_line():
-    """A pickle can say that one number is a tensor of any shape."""
-    name = "model.diffusion_model.input_blocks.0.0.weight"
-    with pytest.raises(ValueError, match="^x: .*overflow"):
-        open_networks(single(*SMALL) | {name: torch.zeros(1).expand(1, 2**61, 1, 1)})
+        find_vae(lambda: bare | extra, Path("x"), config).load(None)
+    with pytest.raises(ValueError, match="x lacks encoder.conv_in.weight"):
+        find_vae(lambda: {"fc1.weight": torch.zeros(2)}, Path("x"), config).load(None)
 
 
 def test_a_wide_kernel_is_no_matrix():
@@ -237,7 +217,7 @@ def test_a_wide_kernel_is_no_matrix():
     tensors = to_original(empty(config))
     tensors = {key: torch.zeros(64, 64, 3, 3) if ".attn_1.q.weight" in key else tensor
                for key, tensor in tensors.items()}
-    assert to_ours(empty(config), tensors)[name].shape == (64, 576)  # which checking refuses
+    assert from_original(empty(config), tensors)[name].shape == (64, 576)  # which checking refuses
 
 
 def marked(config):
@@ -317,7 +297,7 @@ def test_the_readmes_picture_is_true():
     for ours, original in re.findall(r"(decoder\.up_blocks\S+) (decoder\S+)", picture):
         assert vae_name(ours, VAEConfig()) == original
     raw, averaged = re.findall(r"averaged weights: +(\S+) (\S+)", picture)[0]
-    table = {name: ours for ours, name in theirs(empty(UNetConfig())).items()}
-    assert table[raw] in to_ours(empty(UNetConfig()), {averaged: torch.zeros(4)}, ema=True)
+    table = {name: ours for ours, name in original_names(empty(UNetConfig())).items()}
+    assert table[raw] in from_original(empty(UNetConfig()), {averaged: torch.zeros(4)}, ema=True)
 
 

@@ -159,7 +159,7 @@ def test_disk_full_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     write_tensors({"a": torch.ones(2)}, tmp_path / "x.safetensors")
-    monkeypatch.setattr("nanoip2p.checkpoint.tensors.narrowed", full)
+    monkeypatch.setattr("nanoip2p.checkpoint.tensors.cast", full)
     with pytest.raises(OSError, match="No space"):
         write_tensors({"a": torch.zeros(2), "b": torch.zeros(2)}, tmp_path / "x.safetensors")
     monkeypatch.undo()

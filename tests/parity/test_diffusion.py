@@ -30,17 +30,19 @@ def test_alphas_and_added_noise(config):
 
 
 def test_the_defaults_are_stable_diffusions():
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    assert NoiseSchedule() == NoiseSchedule.from_config(betas)
+    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    assert NoiseSchedule() == NoiseSchedule.from_config(config)
+    assert NoiseSchedule.from_config({}).steps_offset == diffusers.DDIMScheduler().config.steps_offset == 0
 
 
+@pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("spacing", [None, "linspace", "leading", "trailing"])
 @pytest.mark.parametrize("sampler", SCHEDULERS)
-def test_timesteps_and_start_for_many_numbers_of_steps(sampler, spacing):
-    schedule = NoiseSchedule(timestep_spacing=spacing)
+def test_timesteps_and_start_for_many_numbers_of_steps(sampler, spacing, offset):
+    schedule = NoiseSchedule(timestep_spacing=spacing, steps_offset=offset)
     config = {key: value for key, value in schedule.to_json().items() if not key.startswith("_")}
     scheduler = SCHEDULERS[sampler].from_config(config)
-    for steps in [*range(1, 151), 333, 500, 666, 999]:
+    for steps in [*range(1, 151), 333, 500, 666, 999 - offset]:
         scheduler.set_timesteps(steps)
         ours = plan(schedule, sampler, steps)
         # diffusers' own arange rounds up to one timestep too many (-1) for some steps with "trailing"
@@ -99,7 +101,7 @@ def test_too_many_or_too_few_steps_are_a_value_error(sampler, steps, settings):
 
 def test_a_thousand_steps_where_there_is_room():
     for sampler in ("euler", "euler_ancestral", "ddim"):
-        assert plan(NoiseSchedule(), sampler, 1000).timesteps == list(range(999, -1, -1))
+        assert plan(NoiseSchedule(steps_offset=0), sampler, 1000).timesteps == list(range(999, -1, -1))
 
 
 @pytest.mark.parametrize("steps", [10, 20, 50, 100])
