@@ -196,7 +196,7 @@ def _difference(there: dict, wanted: dict) -> str | None:
         if isinstance(value, dict) and (difference := _difference(found, value)):
             return difference
         if not isinstance(value, dict) and found != value:
-            return f"another {key}" if len(str(value)) > 30 else f"{key} = {found}, not {value}"
+            return f"other {key}" if len(str(value)) > 12 else f"{key} = {found}, not {value}"
     return None
 
 

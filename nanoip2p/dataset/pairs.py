@@ -16,7 +16,6 @@ is random about a candidate comes from its seed, which comes from --seed and the
 candidate; so neither interruptions nor the number of processes change the result.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -26,14 +25,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 from tqdm import tqdm
 
 from nanoip2p.checkpoint import hub
 from nanoip2p.checkpoint.load import with_defaults
 from nanoip2p.clip_filter import Judge, Thresholds, best
-from nanoip2p.common.files import read_json
+from nanoip2p.common.files import claim_folder, locked, read_json, read_rows, write_json
 from nanoip2p.pipeline import fingerprint
 from nanoip2p.prompt_to_prompt import MODES, PairPainter
 from nanoip2p.text_to_image import TextToImage
@@ -63,35 +61,27 @@ class Prompt:
 
 
 def read_prompts(path: Path) -> tuple[list[Prompt], list[str]]:
-    """The good lines of a JSONL file, and what is wrong with each of the others ("line 3 ...").
+    """The good lines of a JSONL file, and the problem of each bad one ("line 3 ...").
 
     A line is an object of texts: `input` (or `caption`, as the paper's generator wrote), `edit` and `output`,
-    and whatever else. Blank lines are none. ValueError when there is no such file.
+    and anything else. ValueError if there is no such file.
     """
+    prompts, bad = [], []
     try:
-        lines = path.read_bytes().split(b"\n")
+        for number, row in read_rows(path, ".jsonl", bad):
+            source = "input" if "input" in row else "caption"
+            texts = {key: row.get(key) for key in (source, "edit", "output")}
+            missing = [key for key, text in texts.items() if not isinstance(text, str) or not text.strip()]
+            if missing:
+                name = "input" if missing[0] == "caption" else missing[0]
+                bad.append(f"line {number} lacks {name!r}, or it is no text")
+            elif any("\ud800" <= letter <= "\udfff" for letter in "".join(texts.values())):
+                bad.append(f"line {number} has half a character")
+            else:
+                prompts.append(Prompt(number - 1, row[source], row["output"], row))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    prompts, bad = [], []
-    for number, line in enumerate(lines):
-        try:
-            if line.strip():
-                prompts.append(_prompt(number, json.loads(line.decode("utf-8-sig"))))
-        except (ValueError, RecursionError) as error:
-            bad.append(f"line {number + 1} {error if type(error) is ValueError else f'is no JSON: {error}'}")
     return prompts, bad
-
-
-def _prompt(number: int, record: dict) -> Prompt:
-    if not isinstance(record, dict):
-        raise ValueError(f"holds a JSON {type(record).__name__}, not an object")
-    source = "input" if "input" in record else "caption"
-    for key in (source, "edit", "output"):
-        if not isinstance(record.get(key), str) or not record[key].strip():
-            raise ValueError(f"lacks {'input' if key == 'caption' else key!r}, or it is no text")
-        if any("\ud800" <= letter <= "\udfff" for letter in record[key]):
-            raise ValueError(f"has half a character in {key!r}")
-    return Prompt(number, record[source], record["output"], record)
 
 
 def complete(flags: dict, weights: Path, painter_defaults: dict) -> dict:
@@ -192,7 +182,7 @@ def make_pairs(prompts: list[Prompt], out: Path, painter: TextToImage, judge: Ju
     """
     try:
         try:
-            begin_job(out, job_of(painter, judge, settings), names)
+            claim_folder(out, "job.json", {"job": job_of(painter, judge, settings)}, "--out", names)
         except OSError as error:
             reason = error.strerror or error
             raise ValueError(f"{out} cannot be written: {reason}; make room or name another --out") from None
@@ -226,26 +216,6 @@ def job_of(painter: TextToImage, judge: Judge, settings: dict) -> dict:
     return {"networks": networks, **matter}
 
 
-def begin_job(out: Path, job: dict, names: dict) -> None:
-    """Write job.json, or ValueError, in one line, when what is there is of another job."""
-    path = out / "job.json"
-    if not path.exists():
-        others = sorted(entry.name for entry in out.glob("[!.]*")) if out.exists() else []
-        if others and not path.exists():  # still: another process of this job may have been quicker
-            raise ValueError(f"{out} holds {others[0]} but no job.json; choose another --out")
-        (out / UNFINISHED).mkdir(parents=True, exist_ok=True)
-        temporary = out / UNFINISHED / f"job.{os.getpid()}"
-        temporary.write_text(json.dumps({**names, "job": job}, indent=2) + "\n")
-        temporary.replace(path)
-    begun = read_json(path).get("job")
-    if not isinstance(begun, dict):
-        raise ValueError(f"{path} is broken; choose another --out")
-    for key, value in job.items():
-        if begun.get(key) != value:
-            other = f"{key} = {begun.get(key)}" if key in PAPER_DEFAULTS else f"other {key}"
-            raise ValueError(f"{out} was begun with {other}; go on with the same, or choose another --out")
-
-
 def is_finished(out: Path, prompt: Prompt) -> bool:
     """Whether its folder is there. ValueError when that is of another prompt: the file may grow, no more."""
     path = out / prompt.folder / "prompt.json"
@@ -257,17 +227,14 @@ def is_finished(out: Path, prompt: Prompt) -> bool:
 
 @contextmanager
 def claimed(out: Path, name: str) -> Iterator[Path | None]:
-    """Yield an empty folder, which becomes out/name when the block succeeds and goes when it fails.
+    """Yield an empty folder, which becomes out/name if the block succeeds, and is removed if the block fails.
 
-    Yields None when out/name is there or another process is at it. The lock of a process that dies is free.
+    Yields None if out/name is there, or another process is making it.
     """
-    lock = _try_lock(out / UNFINISHED / f"{name}.lock")
-    if lock is None:
-        yield None
-        return
-    with lock:
-        folder = out / UNFINISHED / name
-        if (out / name).exists():  # since the lock was free
+    folder = out / UNFINISHED / name
+    lock = folder.with_suffix(".lock")
+    with locked(lock) as held:
+        if not held or (out / name).exists():
             yield None
             return
         shutil.rmtree(folder, ignore_errors=True)  # of a process that died
@@ -277,33 +244,17 @@ def claimed(out: Path, name: str) -> Iterator[Path | None]:
             folder.rename(out / name)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        Path(lock.name).unlink(missing_ok=True)
-
-
-def _try_lock(path: Path) -> TextIO | None:
-    """A locked file, or None if another process has it. A file and no folder, which NFS would not lock."""
-    try:
-        path.parent.mkdir(exist_ok=True)
-        file = path.open("a")
-    except FileNotFoundError:  # the last process of the job has just cleared up
-        return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
+        lock.unlink(missing_ok=True)
 
 
 def finish_job(out: Path, prompts: list[Prompt]) -> None:
-    """Write seeds.json from what is there, one process at a time: the last to end lists the work of all."""
-    with (out / "job.json").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        temporary = out / ".seeds.json"
-        temporary.write_text(json.dumps(list_seeds(out)))
-        temporary.replace(out / "seeds.json")
+    """Write seeds.json from what is there, one process at a time: the last one lists the work of all."""
+    with locked(out / "job.json", wait=True):
+        write_json(list_seeds(out), out / "seeds.json")
         if all((out / prompt.folder).exists() for prompt in prompts):
             shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+            for temporary in out.glob(".*.tmp"):  # of processes that were killed
+                temporary.unlink()
 
 
 def prompt_folders(root: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from nanoip2p.clip_filter import SIMILARITIES, Thresholds
-from nanoip2p.common.files import read_json, rows_of
+from nanoip2p.common.files import read_json, read_rows
 from nanoip2p.dataset.pairs import prompt_folders
 from nanoip2p.images import grid, open_image
 from nanoip2p.prompt_to_prompt import PairPainter, split_words
@@ -33,6 +33,11 @@ class Kept:
         return open_image(self.folder / f"{self.row['seed']}_{i}.jpg")
 
 
+def read_table(path: Path) -> list[dict]:
+    """The rows of a .jsonl file; none if there is no such file."""
+    return [row for _, row in read_rows(path)] if path.exists() else []
+
+
 def check_numbers(row: dict, keys: Iterable[str], path: Path) -> None:
     """ValueError, naming `path`, when there is not a number under each of the keys."""
     for key in keys:
@@ -48,7 +53,7 @@ def read_pairs(root: Path) -> list[Kept]:
     for folder in prompt_folders(root):
         prompt = read_json(folder / "prompt.json")
         path = folder / "metadata.jsonl"
-        for row in rows_of(path):
+        for row in read_table(path):
             if "seed" not in row or "edit" not in prompt:
                 raise ValueError(f"{folder}: metadata.jsonl lacks seed, or prompt.json lacks edit")
             check_numbers(row, ("p2p_threshold", *SIMILARITIES), path)
@@ -92,7 +97,7 @@ def candidate_lines(root: Path, folders: list[Path], kept: int) -> list[tuple[st
     thresholds, tried, passed, reasons = Thresholds(*map(job.get, keys)), 0, 0, Counter()
     for folder in tqdm(folders, desc="reading", leave=False):
         path = folder / "candidates.jsonl"
-        for row in rows_of(path):
+        for row in read_table(path):
             check_numbers(row, SIMILARITIES, path)
             too_small = thresholds.reasons(row)
             tried, passed = tried + 1, passed + (not too_small)

@@ -125,7 +125,7 @@ def test_a_folder_belongs_to_one_job(tmp_path):
     nested = job["nested"]
     for other, named in (({"size": (1, 3)}, r"size = \[1, 2\], not \[1, 3\]"),
                          ({"nested": nested | {"seed": 1}}, "seed = 0, not 1"),
-                         ({"nested": nested | {"weights": "0" * 64}}, "another weights"),
+                         ({"nested": nested | {"weights": "0" * 64}}, "other weights"),
                          ({"late": True}, "late = None, not True")):
         with pytest.raises(ValueError, match=f"out was begun with {named}.* another --out"):
             claim_folder(folder, "job.json", job | other, "--out")

@@ -12,7 +12,7 @@ from chat_server import KEY, TEXTS, by_input, edit_of, expected, rows_of
 
 import make_dataset
 from nanoip2p.dataset import captions
-from nanoip2p.dataset.fewshot import PROMPT, TRIPLETS
+from nanoip2p.dataset.captions import PROMPT, TRIPLETS
 
 
 def test_every_caption_gets_its_edit(server, ask):

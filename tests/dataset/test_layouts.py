@@ -336,7 +336,7 @@ def test_a_prompt_keeps_its_other_pairs(tmp_path):
 
 
 def test_a_pass_in_order_reads_every_row_group_once_and_one_column_at_a_time(tmp_path, monkeypatch):
-    source, reads = write_parquets(tmp_path, COLUMNS[0]), []
+    items, reads = read_data(write_parquets(tmp_path, COLUMNS[0])), []
     read_row_group = pyarrow.parquet.ParquetFile.read_row_group
 
     def counted(self, group, columns=None, **options):
@@ -344,7 +344,7 @@ def test_a_pass_in_order_reads_every_row_group_once_and_one_column_at_a_time(tmp
         return read_row_group(self, group, columns, **options)
 
     monkeypatch.setattr(pyarrow.parquet.ParquetFile, "read_row_group", counted)
-    for pair, in read_data(source):
+    for pair, in items:
         load_picture(pair.before, 8)
         load_picture(pair.after, 8)
     groups = [(rows, group) for rows, count in ((8, 4), (1, 1), (11, 4)) for group in range(count)]
@@ -410,12 +410,12 @@ def test_scenes_are_rendered_and_flipped():
 
 def test_a_stamp_changes_with_the_file_and_the_place(tmp_path):
     for path in (write_original(tmp_path) / "0000000" / "11_0.jpg", write_parquet(tmp_path / "a.parquet")):
-        picture = path if path.suffix == ".jpg" else Cell(path, 1, "input_image")
+        picture = path if path.suffix == ".jpg" else Cell(path, 0, 1, "input_image", 1)
         first = stamp(picture)
         assert first == stamp(picture) and first[0] == str(path) and hash(first)
         path.write_bytes(path.read_bytes() + b"x")
         assert stamp(picture) != first
-    cells = [Cell(path, row, column) for row in (1, 2) for column in COLUMNS[1][::2]]
+    cells = [Cell(path, 0, row, column, row) for row in (1, 2) for column in COLUMNS[1][::2]]
     assert len({stamp(cell) for cell in cells}) == 4
     scene = random_scene("train", 3)
     assert stamp(scene) == (repr(scene),) != stamp(random_scene("train", 4))

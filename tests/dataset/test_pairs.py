@@ -276,15 +276,15 @@ GOOD = '{"input": "a", "edit": "b", "output": "c"}'
 
 
 @pytest.mark.parametrize("line, reason", [
-    (b"{", "is no JSON"),
+    (b"{", "is not JSON"),
     (b"[1]", "list"),
     (b'{"edit": "b", "output": "c"}', "'input'"),
     (b'{"input": "a", "output": "c"}', "'edit'"),
     (b'{"input": "a", "edit": "b", "output": " "}', "'output'"),
     (b'{"input": 3, "edit": "b", "output": "c"}', "'input'"),
     (b'{"input": "a\\ud800", "edit": "b", "output": "c"}', "half a character"),
-    (b'\xff{"input": "a"}', "is no JSON"),
-    (b"[" * 10**5, "is no JSON"),
+    (b'\xff{"input": "a"}', "is not JSON"),
+    (b"[" * 10**5, "is not JSON"),
 ])
 def test_bad_lines_are_named_before_any_work(tmp_path, capsys, line, reason):
     """Neither weights nor --out are touched; line 2 is blank, which is no mistake."""
@@ -520,7 +520,7 @@ def test_a_picture_that_is_no_number_names_its_prompt_and_a_way_out(tmp_path, mo
 def test_a_broken_job_file_is_one_line(tmp_path):
     fake_job(tmp_path / "out", 1)
     (tmp_path / "out" / "job.json").write_text('{"job": null}')
-    with pytest.raises(ValueError, match="job.json is broken"):
+    with pytest.raises(ValueError, match="begun with other networks"):
         fake_job(tmp_path / "out", 1)
 
 

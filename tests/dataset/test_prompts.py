@@ -13,7 +13,8 @@ import pytest
 from chat_server import TEXTS, by_input, expected, rows_of
 
 import make_dataset
-from nanoip2p.dataset import captions, prompts
+from nanoip2p.common import files
+from nanoip2p.dataset import captions, rendered
 from nanoip2p.world.scenes import EDIT_KINDS, HELD_OUT_THINGS, PHRASINGS, random_scene
 
 
@@ -29,7 +30,7 @@ def test_captions_in_every_form(tmp_path):
     for name, content in forms.items():
         path = tmp_path / name
         path.write_bytes(b"\xef\xbb\xbf" + content.encode())
-        found, repeats = prompts.read_captions(path, "TEXT" if name == "e.csv" else None)
+        found, repeats = captions.read_captions(path, "TEXT" if name == "e.csv" else None)
         urls = [{} if name == "a.txt" else {"url": url} for _, url in rows]
         assert found == [{"input": text, **url} for (text, _), url in zip(rows, urls)] and repeats == 0, name
 
@@ -53,7 +54,7 @@ def test_repeats_are_asked_once_and_urls_are_kept(server, ask, tmp_path):
     ("a.jsonl", b'{"input": 3}\n', [], "line 1"),
     ("a.csv", b"id,TEXT\n1,x\n", [], "there is id, TEXT"),
     ("a.csv", b"id,TEXT\n1,x\n", ["--column", "text"], "no text under text"),
-    ("a.txt", b"caf\xe9\n", [], "cannot be read"),
+    ("a.txt", b"caf\xe9\n", [], "line 1 is not UTF-8"),
     ("a.txt", b"x\n", ["--max-cost", "1"], "--max-cost needs --price-in and --price-out"),
     ("a.txt", b"x\n", ["--price-in", "-1"], "must not be negative"),
     ("a.txt", b"x\n", ["--column", "TEXT"], "no text under TEXT"),
@@ -70,7 +71,7 @@ def test_bad_input_is_one_line(server, tmp_path, capsys, name, content, flags, h
 
 @pytest.mark.parametrize("content", [
     b"a cat", b"a cat\na dog\n", b'{"caption": "x"}\n', b'{"input": "x", "edit": "y"}\n',
-    b'{"input": "x", "edit": "y", "output": "z"}\n\n', b'[{"input": "',
+    b'[{"input": "',
     b'{"input": "x", "edit": 1, "output": ""}',
 ])
 def test_files_that_are_not_ours_stay_as_they_are(server, ask, tmp_path, content):
@@ -133,13 +134,13 @@ def test_kill_minus_nine_loses_nothing_that_was_written(server, tmp_path):
 
 def test_a_full_disk_leaves_whole_lines(tmp_path):
     path = tmp_path / "x.jsonl"
-    prompts.append(path, {"input": "a"})
+    files.append(path, {"input": "a"})
     before = path.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 7, hard))
     try:
         with pytest.raises(OSError):
-            prompts.append(path, {"input": "b" * 100})
+            files.append(path, {"input": "b" * 100})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == before
@@ -149,12 +150,12 @@ def test_a_full_disk_ends_the_run_and_the_next_one_goes_on(server, ask, monkeypa
     def fill_up(path, row):
         if len(rows_of(path)) == 2:
             raise OSError(28, "No space left on device")
-        prompts.append(path, row)
+        files.append(path, row)
 
     monkeypatch.setattr(captions, "append", fill_up)
     code, rows, _, said = ask(TEXTS, "--concurrency", 3)
     assert code == 2 and len(rows) == 2 and said.count("error:") == 1 and "No space left" in said
-    monkeypatch.setattr(captions, "append", prompts.append)
+    monkeypatch.setattr(captions, "append", files.append)
     assert by_input(ask(TEXTS)[1]) == by_input(expected(TEXTS))
 
 
@@ -179,7 +180,7 @@ def test_scenes_need_no_server(tmp_path, monkeypatch):
 
 
 def test_scenes_keep_to_what_training_may_see():
-    rows = prompts.draw_scenes(300, seed=3)
+    rows = rendered.draw_scenes(300, seed=3)
     for kind, colour in HELD_OUT_THINGS:
         assert not [row for row in rows if f"{colour} {kind}" in row["input"] + row["output"]]
     assert not [row for row in rows if "rocket" in row["output"] and "rocket" not in row["input"]
@@ -187,8 +188,8 @@ def test_scenes_keep_to_what_training_may_see():
 
 
 def test_scenes_never_repeat(monkeypatch):
-    monkeypatch.setattr(prompts, "random_scene", lambda split, index: random_scene(split, index % 4))
-    assert len({tuple(row.values()) for row in prompts.draw_scenes(150, seed=0)}) == 150
+    monkeypatch.setattr(rendered, "random_scene", lambda split, index: random_scene(split, index % 4))
+    assert len({tuple(row.values()) for row in rendered.draw_scenes(150, seed=0)}) == 150
 
 
 def fits(edit: str, phrase: str) -> bool:

@@ -84,10 +84,10 @@ def die_before(event: int) -> None:
         if name in FILE_EVENTS and next(count) == event:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def write_by_halves(path, text):
-        write(path, text[: len(text) // 2])
+    def write_by_halves(path, text, **settings):
+        write(path, text[: len(text) // 2], **settings)
         operation("open")
-        write(path, text)
+        write(path, text, **settings)
 
     def save_by_halves(image, path, **settings):
         write(path, "half a picture")
