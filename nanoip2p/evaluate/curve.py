@@ -30,8 +30,7 @@ from nanoip2p.dataset.layouts import SPLITS, Pair, load_picture, read_data
 from nanoip2p.dataset.rendered import EDITS_PER_SCENE, scene_pairs
 from nanoip2p.editor import Editor
 from nanoip2p.samplers import SAMPLERS
-from nanoip2p.sdedit import sdedit, steps_taken
-from nanoip2p.text_to_image import TextToImage
+from nanoip2p.text_to_image import TextToImage, steps_taken
 
 PAPER = {"cfg_text": 7.5, "cfg_images": (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2), "clip": hub.CLIP}  # section 4.1
 NANO = {"cfg_text": 2.0, "cfg_images": (0.2, 0.4, 0.6, 0.8, 1.0, 1.4, 2.0), "clip": "weights/nano-clip"}
@@ -135,8 +134,8 @@ def run(args: argparse.Namespace) -> str:
 
     def edit(point: dict, before: list, part: list[Pair], seeds: list[int]) -> list:
         if point["method"] == "SDEdit":
-            return sdedit(painter, before, [pair.captions[1] for pair in part], point["strength"], seeds,
-                          **settings)
+            return painter.generate([pair.captions[1] for pair in part], seed=seeds, batch=len(part),
+                                    images=before, strength=point["strength"], **settings)
         return editor.edit(before, [pair.edit for pair in part], args.steps, cfg_text, point["cfg_image"],
                            seeds, args.sampler, batch=len(part))
 
