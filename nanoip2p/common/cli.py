@@ -1,6 +1,7 @@
-"""What all commands share: flags that check themselves, and mistakes told in one line."""
+"""What all commands share: parsers, flags that check themselves, errors in one line, signals."""
 
 import argparse
+import dataclasses
 import math
 import signal
 import sys
@@ -8,10 +9,32 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from nanoip2p import __version__
+
+
+@contextmanager
+def slow_imports() -> Iterator[None]:
+    """Imports in this block take seconds. Ctrl-C during them ends the process without a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Adds the default to the help of each flag that has one, and keeps the lines of a description."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
 
 def make_parser(**settings) -> argparse.ArgumentParser:
-    """An ArgumentParser whose complaints are ValueErrors of one line; argparse prints the usage first."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, **settings)
+    """An ArgumentParser with --version. It raises a ValueError of one line where argparse prints the usage.
+
+    settings: those of ArgumentParser. For a parser with commands, pass this function as `parser_class`.
+    """
+    parser = argparse.ArgumentParser(allow_abbrev=False, **{"formatter_class": HelpWithDefaults} | settings)
+    parser.add_argument("--version", action="version", version=f"nanoip2p {__version__}")
 
     def fail(message: str):
         raise ValueError(f"{message} (see --help)")
@@ -20,11 +43,26 @@ def make_parser(**settings) -> argparse.ArgumentParser:
     return parser
 
 
-class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Tells the default of each flag that has one."""
+def flag(help: str, default=None, **options):
+    """A dataclass field for add_settings. options: those of add_argument; `group` begins a group of flags."""
+    return dataclasses.field(default=default, metadata={"help": help, **options})
 
-    def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
+    """Add a flag for each field of a dataclass whose fields `flag` made.
+
+    parse_args then returns only the flags that were given; the dataclass has the defaults of the others.
+    """
+    group = parser
+    for field in dataclasses.fields(settings):
+        options = dict(field.metadata)
+        if "group" in options:
+            group = parser.add_argument_group(options.pop("group"))
+        if field.default is False:
+            options["action"] = "store_true"
+        elif field.default not in (None, ""):
+            options["help"] += f" (default: {field.default})"
+        group.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, **options)
 
 
 def at_least(lowest: int) -> Callable[[str], int]:
@@ -47,9 +85,10 @@ def finite(text: str) -> float:
 
 
 def run(work: Callable[[], None], interrupted: str, memory: str) -> int:
-    """Do the work and return the exit code: 0; 2 for what a person can put right, told in one line; 130.
+    """Do the work and return the exit code: 0, 130 after Ctrl-C, or 2 after an error that the user can fix.
 
-    interrupted: what Ctrl-C leaves behind. memory: what to try when memory runs out.
+    Such an error is printed in one line; all others are raised. interrupted: the line after Ctrl-C. memory:
+    what to try when memory runs out.
     """
     try:
         with warnings.catch_warnings():
@@ -73,15 +112,15 @@ def run(work: Callable[[], None], interrupted: str, memory: str) -> int:
 
 @contextmanager
 def stop_between_steps() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether Ctrl-C (or a SIGTERM) has come; the third Ctrl-C does not wait.
+    """Yield a function that returns True after Ctrl-C or SIGTERM. The third Ctrl-C stops at once.
 
-    In the middle of a step, weights, optimizer and average do not belong together; between two they do.
+    Only between two steps do the weights, the optimizer and the averaged weights belong to one step.
     """
     pressed = []
 
     def press(number: int, _frame) -> None:
         pressed.append(number)
-        if pressed.count(signal.SIGINT) > 2:  # the second may be torchrun's, which passes it on
+        if pressed.count(signal.SIGINT) > 2:  # torchrun passes Ctrl-C on, which makes two of one
             raise KeyboardInterrupt
 
     previous = {number: signal.signal(number, press) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -93,14 +132,14 @@ def stop_between_steps() -> Iterator[Callable[[], bool]]:
 
 
 def leave_signals_to_the_parent(_worker: int) -> None:
-    """For processes that load data: Ctrl-C reaches them, too, and they have to outlive its work."""
+    """For processes that load data: Ctrl-C reaches them too, but the parent needs them for its last step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of open_checkpoint, for every script that opens one."""
-    parser.add_argument("--vae", help="autoencoder to use instead of the checkpoint's: a file or folder")
-    parser.add_argument("--tokenizer", help="its folder or name on the Hub, where a single file stands alone")
+    """The flags of open_checkpoint, for every script that opens a checkpoint."""
+    parser.add_argument("--vae", help="use this autoencoder instead of the checkpoint's: a file or folder")
+    parser.add_argument("--tokenizer", help="for a single file of weights: a folder or a name on the Hub")
     parser.add_argument("--raw-weights", action="store_true", default=None,
-                        help="of a file with averaged (EMA) weights, take the others")
+                        help="use the raw weights of a file that also holds averaged (EMA) weights")
