@@ -43,6 +43,7 @@ from nanoip2p.world.scenes import Scene, Thing, pick, random_scene
 
 HERE = Path(__file__).resolve().parent
 SIZE = 64
+TOKENIZER_SCENES, SCALE_PICTURES = 2000, 512  # from which the byte pairs and the latent scale come
 UNET = dict(
     in_channels=8, block_out_channels=(64, 128, 128), layers_per_block=1, cross_attention_dim=128,
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -151,7 +152,7 @@ def train_phrase(edit, generator) -> str:
 def make_tokenizer(folder: Path) -> None:
     """Byte pairs learned from the nano world's sentences; any other text falls back to shorter pieces."""
     generator, sentences = torch.Generator().manual_seed(0), []
-    for index in range(2000):
+    for index in range(TOKENIZER_SCENES):
         scene = random_scene("train", index)
         sentences += [scene.caption(), *draw_edit(scene, generator).instructions[:-1]]
     train_tokenizer(sentences, 1000, folder)
@@ -208,7 +209,7 @@ def vae_folder(out: Path, device: str, steps: int) -> Path:
         vae = make_vae(out, device, steps).eval()
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
-            x = torch.stack([picture(draw_scene(generator)) for _ in range(512)]).to(device)
+            x = torch.stack([picture(draw_scene(generator)) for _ in range(SCALE_PICTURES)]).to(device)
             scale = 1 / torch.cat([vae.encode(part)[0] for part in x.split(64)]).std().item()
         vae.config = replace(vae.config, scaling_factor=round(scale, 5))
         save_network(vae, folder)
