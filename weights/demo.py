@@ -25,7 +25,7 @@ def run(weights: Path, out: Path, device: str | None = None) -> None:
     editor = Editor.load(weights, device)
     inputs = {name: open_image(weights / "examples" / f"{name}.png") for name in EDITS}
     asked = [(inputs[name], edit) for name, edits in EDITS.items() for edit in edits]
-    edited = iter(editor.edit(*map(list, zip(*asked)), progress=True, batch=len(asked)))
+    edited = iter(editor.edit(*map(list, zip(*asked)), seed=0, progress=True, batch=len(asked)))
     rows = [[inputs[name], *(next(edited) for _ in edits)] for name, edits in EDITS.items()]
     picture = grid(rows, [["input", *edits] for edits in EDITS.values()])
     with replacing(out) as temporary:

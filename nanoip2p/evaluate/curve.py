@@ -93,8 +93,8 @@ def run(args: argparse.Namespace) -> tuple[str, None]:
     pairs, judge = examples(args.data, args.split, args.n), Judge.load(clip, editor.device)
 
     def by_editor(cfg_image: float, before: list, part: list[Pair], seeds: list[int]) -> list:
-        return editor.edit(before, [pair.edit for pair in part], args.steps, cfg_text, cfg_image, seeds,
-                           args.sampler, batch=len(part))
+        return editor.edit(before, [pair.edit for pair in part], steps=args.steps, cfg_text=cfg_text,
+                           cfg_image=cfg_image, seed=seeds, sampler=args.sampler, batch=len(part))
 
     def by_sdedit(strength: float, before: list, part: list[Pair], seeds: list[int]) -> list:
         return sdedit(painter, before, [pair.captions[1] for pair in part], strength, seeds, **settings)
