@@ -1,8 +1,10 @@
 """Lets tests say `from comparing import ...` and `import nanoip2p` wherever pytest is started from."""
 
+import re
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 TESTS = Path(__file__).resolve().parent
@@ -10,3 +12,12 @@ sys.path[:0] = [str(TESTS / "helpers"), str(TESTS / "benchmarks"), str(TESTS.par
                 str(TESTS.parent)]
 torch.set_num_threads(min(torch.get_num_threads(), 2))  # more would only wait on each other
 pytest_plugins = ["chat_server"]  # fixtures: server, ask
+
+FULL_WIDTH = re.compile(r"sd-1\.5|vit-l-14|the_size_of_stable_diffusion")  # in the names of tests
+
+
+def pytest_collection_modifyitems(items):
+    """Marks the tests at the widths of Stable Diffusion, which take minutes, as `full`."""
+    for item in items:
+        if FULL_WIDTH.search(item.nodeid):
+            item.add_marker(pytest.mark.full)
