@@ -1,53 +1,74 @@
-"""The parts of one model, and what editing and painting share."""
+"""What Editor and TextToImage share: the parts of one model, and how pictures, texts and seeds are given."""
 
 import hashlib
+import itertools
+import random
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from nanoip2p.clip import TextEncoder
 from nanoip2p.common.device import pick_device
 from nanoip2p.diffusion import NoiseSchedule
-from nanoip2p.images import fit_size
+from nanoip2p.images import fit_size, open_image, to_pil
 from nanoip2p.samplers import SAMPLERS, Denoise
 from nanoip2p.tokenizer import Tokenizer
 from nanoip2p.unet import UNet
 from nanoip2p.vae import VAE
 
-KEPT = 64  # encoded pictures, and texts, that may come again
+CHECKOUT = Path(__file__).resolve().parents[1]  # of the repository, where the nano weights lie
+Callback = Callable[[int, Tensor], None]
+# Appendix of the paper and edit_cli.py of its code; defaults.json in a weights folder overrides them
+PAPER_DEFAULTS = dict(resolution=512, steps=100, cfg_text=7.5, cfg_image=1.5, sampler="euler_ancestral")
 
 
 class Model:
-    """Networks, tokenizer, noise schedule and default settings. Editor and TextToImage are such models."""
+    """Networks, tokenizer, noise schedule and default settings: the base of Editor and TextToImage."""
 
-    edits = True  # whether its UNet is shown a picture
+    edits = True  # whether the UNet takes a picture
+    default_weights = "weights/nano-ip2p"
 
     def __init__(self, unet: UNet, vae: VAE, text_encoder: TextEncoder, tokenizer: Tokenizer,
                  schedule: NoiseSchedule, defaults: dict, tokenizer_folder: Path | None = None):
-        """All networks on one device and in one dtype. defaults: the keys of PAPER_DEFAULTS, all present."""
+        """All networks on one device and in one dtype. defaults: has every key of PAPER_DEFAULTS."""
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.schedule, self.defaults, self.tokenizer_folder = schedule, defaults, tokenizer_folder
-        self.device = unet.conv_in.weight.device  # where they work; with low_memory, they wait on the CPU
-        self.kept_texts: dict[str, Tensor] = {}  # see encode_texts
-        self.kept_pictures: dict[bytes, Tensor] = {}  # digest of the pixels -> z_image (C, h, w)
+        self.device = unet.conv_in.weight.device  # with low_memory, networks wait on the CPU
+        self.last_seed: int | list[int] | None = None  # of the last call: what makes its pictures again
 
     @classmethod
-    def load(cls, weights, device: str | torch.device | None = None,
+    def load(cls, weights=None, device: str | torch.device | None = None,
              dtype: torch.dtype = torch.float32, low_memory: bool = False) -> "Model":
-        """weights: see checkpoint.open_checkpoint. device None: see pick_device. ValueError if bad.
+        """Load weights: a folder, a single file, a name on the Hub, or an open Checkpoint.
 
-        low_memory: an Editor's networks wait on the CPU for `edit` with low_memory.
+        weights None: the nano weights of the checkout. device None: see pick_device. low_memory: the networks
+        stay on the CPU, for `edit` with low_memory. ValueError, in one line, for anything missing or broken.
         """
-        from nanoip2p.checkpoint.load import load_model  # the core itself knows nothing of files
+        from nanoip2p.checkpoint.load import load_model  # the core itself reads no checkpoints
 
+        weights = cls.default_weights if weights is None else weights
         device = pick_device(device)
-        model = load_model(weights, dtype, cls.edits)
-        for network in (model.unet, model.vae, model.text_encoder):
-            network.to("cpu" if low_memory else device)
+        weights = find_weights(weights) if isinstance(weights, (str, Path)) else weights
+        model = load_model(weights, dtype, cls.edits).to("cpu" if low_memory else device)
         model.device = device
         return model
+
+    def to(self, device: str | torch.device) -> "Model":
+        """Move all networks; returns the model itself."""
+        self.device = pick_device(device)
+        for network in (self.unet, self.vae, self.text_encoder):
+            network.to(self.device)
+        return self
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{key}={value!r}" for key, value in self.defaults.items())
+        millions, dtype = sum(p.numel() for p in self.unet.parameters()) / 1e6, self.unet.conv_in.weight.dtype
+        return f"{type(self).__name__}(UNet of {millions:.1f} M, {dtype}, {self.device}; {settings})"
 
     @property
     def multiple(self) -> int:
@@ -55,46 +76,96 @@ class Model:
         return self.vae.downsampling * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @property
-    def fingerprint(self) -> str:
-        """What tells whether other weights lie at the same path now."""
-        return fingerprint(self.unet, self.vae, self.text_encoder)
-
-    @property
     def side(self) -> int:
-        """Of a square picture in the resolution of the weights."""
+        """The side of a square picture at the default resolution, in pixels."""
         resolution = self.defaults["resolution"]
         return fit_size(resolution, resolution, resolution, self.multiple)[0]
 
+    @property
+    def fingerprint(self) -> str:
+        """A short text that changes when the weights change."""
+        return fingerprint(self.unet, self.vae, self.text_encoder)
+
     def complete(self, settings: dict) -> dict:
-        """`settings` with those of the weights where a value is None. ValueError for an unknown sampler."""
+        """`settings`, with the defaults of the weights instead of None. ValueError for an unknown sampler."""
         settings = {key: self.defaults[key] if value is None else value for key, value in settings.items()}
         if settings["sampler"] not in SAMPLERS:
             raise ValueError(f"no sampler {settings['sampler']!r}; there are {', '.join(SAMPLERS)}")
         return settings
 
+    @torch.inference_mode()
+    def decode(self, latents: Tensor, low_memory: bool = False) -> list[Image.Image]:
+        """Scaled latents (B, C, h, w) -> B pictures. low_memory: large pictures are decoded in tiles."""
+        decode = self.vae.decode_small if low_memory else self.vae.decode
+        pixels = decode((latents / self.vae.scaling_factor).to(self.unet.conv_in.weight.dtype))
+        return [to_pil(picture) for picture in pixels]                                  # (3, H, W) each
 
-def encode_texts(text_encoder: TextEncoder, tokenizer: Tokenizer, texts: list[str],
-                 kept: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Text states (T, D) of each distinct text; the last of them stay in `kept`.
+    def _requests(self, seed: int | list[int] | None, **given) -> tuple[bool, list[list]]:
+        """Single values or lists -> whether none was a list, and all values and seeds as lists of one length.
 
-    One forward for each, because the last bits of a sum depend on how many texts share it: the states of a
-    text must not depend on its company.
+        A single value counts for every picture; a single seed counts up; None draws one. Sets last_seed.
+        """
+        seed = random.randrange(2**31) if seed is None else seed
+        given["seeds"] = seed
+        lengths = {name: len(value) for name, value in given.items() if isinstance(value, (list, tuple))}
+        if len(set(lengths.values())) > 1:
+            counts = ", ".join(f"{length} {name}" for name, length in lengths.items())
+            raise ValueError(f"{counts}: give lists of one length, or a single value for all pictures")
+        n = max(lengths.values(), default=1)
+        *lists, seeds = (list(value) if name in lengths else [value] * n for name, value in given.items())
+        if not all(isinstance(value, int) for value in seeds):
+            raise ValueError(f"seed {seed!r} is neither a whole number nor a list of them")
+        self.last_seed = seed
+        return not lengths, [*lists, seeds if "seeds" in lengths else [seed + i for i in range(n)]]
+
+
+def as_image(picture) -> Image.Image:
+    """A path, an RGB image of PIL, an array (H, W, 3) or a tensor (3, H, W) -> an RGB image of PIL.
+
+    Arrays and tensors hold uint8, or floats in [0, 1]. ValueError for anything else.
     """
-    weight, kept = text_encoder.text_model.final_layer_norm.weight, {} if kept is None else kept
-    states = {
-        text: kept[text].to(weight) if text in kept else text_encoder(tokenizer([text]).to(weight.device))[0]
-        for text in dict.fromkeys(texts)}
-    keep(kept, states)
-    return states
+    if isinstance(picture, (str, Path)):
+        return open_image(picture)
+    if isinstance(picture, Image.Image) and picture.mode == "RGB":
+        return picture
+    pixels = picture
+    if isinstance(picture, Tensor) and picture.ndim == 3:
+        picture = picture.float() if picture.is_floating_point() else picture
+        pixels = picture.detach().cpu().permute(1, 2, 0).numpy()                        # (H, W, 3)
+    if isinstance(pixels, np.ndarray) and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.size:
+        if pixels.dtype.kind == "f" and 0 <= pixels.min() <= pixels.max() <= 1:
+            pixels = (pixels * 255).round().astype(np.uint8)
+        if pixels.dtype == np.uint8:
+            return Image.fromarray(pixels)
+    found = picture.mode if isinstance(picture, Image.Image) else tuple(getattr(picture, "shape", ()))
+    raise ValueError(f"{type(picture).__name__} {found or ''} cannot be used; give a path, an RGB image of "
+                     "PIL, an array (H, W, 3) or a tensor (3, H, W), of uint8 or of floats in [0, 1]")
 
 
-def keep(kept: dict, used: dict) -> None:
-    """Add what was used to what is kept: the KEPT last ones, of those used at once the first ones."""
-    for key in reversed(used):
-        kept.pop(key, None)
-        kept[key] = used[key]
-    for key in list(kept)[:-KEPT]:
-        del kept[key]
+def find_weights(name: str | Path) -> str | Path:
+    """The path `name`, seen from the working directory or else from the checkout; else `name`, for the Hub.
+
+    ValueError for nano weights that are in neither place; they are not on the Hub.
+    """
+    for path in (Path(name), CHECKOUT / name):
+        if path.exists():
+            return path
+    if str(name).startswith("weights/"):
+        raise ValueError(f"there is no {name} here or in {CHECKOUT}; name other weights (scripts: --weights)")
+    return name
+
+
+def encode_texts(text_encoder: TextEncoder, tokenizer: Tokenizer, texts: list[str]) -> dict[str, Tensor]:
+    """The text states (T, D) of each distinct text.
+
+    Each text has its own forward: in a batch, the last bits of a text would depend on the other texts.
+    ValueError for a text that is not a string.
+    """
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"a text is a string, not {type(text).__name__}; give one string or a list")
+    device = text_encoder.text_model.final_layer_norm.weight.device
+    return {text: text_encoder(tokenizer([text]).to(device))[0] for text in dict.fromkeys(texts)}
 
 
 def same_size(sizes: list[tuple[int, ...]], batch: int) -> list[list[int]]:
@@ -105,23 +176,23 @@ def same_size(sizes: list[tuple[int, ...]], batch: int) -> list[list[int]]:
     return [group[k : k + batch] for group in by_size.values() for k in range(0, len(group), batch)]
 
 
-def counted(denoise: Denoise, bar: tqdm) -> Denoise:
-    """The same denoiser, moving a progress bar on at each call."""
-    def counted(x: Tensor, sigma: float) -> Tensor:
+def reporting(denoise: Denoise, bar: tqdm, callback: Callback | None) -> Denoise:
+    """The same denoiser. At each step it moves the bar and calls callback(step, estimate of z_0)."""
+    steps = itertools.count()
+
+    def reporting(x: Tensor, sigma: float) -> Tensor:
         denoised = denoise(x, sigma)
         bar.update()
+        if callback:
+            callback(next(steps), denoised)
         return denoised
-    return counted
-
-
-# Appendix of the paper and edit_cli.py of its code; a weights folder overrides them in defaults.json
-PAPER_DEFAULTS = dict(resolution=512, steps=100, cfg_text=7.5, cfg_image=1.5, sampler="euler_ancestral")
+    return reporting
 
 
 def fingerprint(*networks: nn.Module, begin: bytes = b"") -> str:
-    """Tells networks apart by the first numbers of each tensor, which takes no time and sees a training."""
-    told = hashlib.sha256(begin)
+    """A hash of `begin` and the first 16 numbers of each tensor: quick, and another one after training."""
+    digest = hashlib.sha256(begin)
     for network in networks:
         for name, tensor in network.state_dict().items():
-            told.update(f"{name} {tensor.dtype} {tensor.flatten()[:16].tolist()}".encode())
-    return told.hexdigest()[:16]
+            digest.update(f"{name} {tensor.dtype} {tensor.flatten()[:16].tolist()}".encode())
+    return digest.hexdigest()[:16]

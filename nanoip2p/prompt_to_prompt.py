@@ -69,8 +69,7 @@ class PairPainter:
         if blend and (inject == "none" or self.settings["sampler"] not in ("euler", "euler_ancestral")):
             raise ValueError("a local blend needs injection, and the sampler euler or euler_ancestral")
         with torch.inference_mode():
-            states = encode_texts(
-                painter.text_encoder, painter.tokenizer, [source, edit, negative], painter.kept_texts)
+            states = encode_texts(painter.text_encoder, painter.tokenizer, [source, edit, negative])
         self.captions, self.negative = (source, edit), negative
         self.source, self.edit, self.null = (states[text] for text in (source, edit, negative))  # (T, D)
         rows = painter.tokenizer([source, edit]).tolist()

@@ -1,11 +1,15 @@
 """Caption -> picture: Stable Diffusion (Rombach et al. 2112.10752) with ordinary guidance.
 
-    from nanoip2p.text_to_image import TextToImage
+    from nanoip2p import TextToImage
     painter = TextToImage.load("weights/nano-sd")
-    picture = painter.generate(["a red house in the middle, on grass, clear day"])[0]
+    picture = painter.generate("a red house in the middle, on grass, clear day", seed=0)
 
-This is what editors are trained from, and what the paper's training pictures are made with
-(prompt_to_prompt.py). At equal seed its pictures are those of diffusers' StableDiffusionPipeline.
+Editors are trained from such a model, and it paints the paper's training pictures (prompt_to_prompt.py). At
+equal seed its pictures are those of diffusers' StableDiffusionPipeline.
+
+With `images` and `strength` it is SDEdit (Meng et al. 2108.01073), the paper's baseline: the input gets part
+of the noise and is denoised with the caption of the wanted picture. With more noise, the result follows the
+caption more and the input less.
 """
 
 import torch
@@ -15,18 +19,19 @@ from tqdm import tqdm
 
 from nanoip2p.diffusion import plan
 from nanoip2p.guidance import text_guided_denoiser
-from nanoip2p.images import to_pil
-from nanoip2p.pipeline import Model, counted, encode_texts
+from nanoip2p.images import fit, to_tensor
+from nanoip2p.pipeline import Callback, Model, as_image, encode_texts, reporting
 from nanoip2p.samplers import SAMPLERS, draw_noise
 
 
 class TextToImage(Model):
-    """`generate` does the work."""
+    """A Stable Diffusion model: `generate` does the work."""
 
     edits = False
+    default_weights = "weights/nano-sd"
 
     def complete(self, settings: dict) -> dict:
-        """As Model's, and ValueError for steps and a resolution that cannot be used."""
+        """As Model.complete. ValueError also for steps and a resolution that cannot be used."""
         settings = super().complete(settings)
         if settings["resolution"] < 1 or settings["resolution"] % self.multiple:
             raise ValueError(f"a resolution of {settings['resolution']} does not suit these weights; take a "
@@ -39,47 +44,60 @@ class TextToImage(Model):
         side = resolution // self.vae.downsampling
         return self.unet.config.out_channels, side, side
 
-    def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Scaled latents (B, C, h, w) -> B pictures."""
-        pixels = self.vae.decode((latents / self.vae.scaling_factor).to(self.unet.conv_in.weight.dtype))
-        return [to_pil(picture) for picture in pixels]
-
     @torch.inference_mode()
     def generate(
-        self, captions: list[str], steps: int | None = None, cfg_text: float | list[float] | None = None,
-        seed: int | list[int] = 0, sampler: str | None = None, resolution: int | None = None,
-        negative: str = "", progress: bool = False, batch: int = 8, reuse: bool = True,
-    ) -> list[Image.Image]:
-        """Paint each caption as a square RGB picture of `resolution` pixels.
+        self, captions: str | list[str], steps: int | None = None,
+        cfg_text: float | list[float] | None = None, seed: int | list[int] | None = None,
+        sampler: str | None = None, resolution: int | None = None, negative: str = "", progress: bool = False,
+        batch: int = 8, images=None, strength: float | None = None, callback: Callback | None = None,
+    ) -> Image.Image | list[Image.Image]:
+        """Paint each caption as a square RGB picture. Single values give one picture, a list gives a list.
 
-        None takes the default of the weights. cfg_text: s_T, 1 for no guidance; one number, or one for each
-        picture. seed: one for each picture, or one number, and picture i has seed + i. negative: what to
-        steer away from, in place of no text. Up to `batch` pictures share a forward. reuse: see guidance.py.
-        ValueError for settings that cannot be used.
+        steps, cfg_text (s_T; 1 is no guidance), sampler and resolution (in pixels): None takes the default of
+        the weights. captions, cfg_text, images: one for all pictures, or a list. seed: the same, but with a
+        number picture i has seed + i, and None draws a random one, which `last_seed` keeps.
+        images, strength: for SDEdit, see pipeline.as_image; the share of the steps to take, in (0, 1]. As
+        diffusers' StableDiffusionImg2ImgPipeline, but with the posterior's mode instead of a sample of it.
+        negative: what to steer away from, instead of the empty text. Up to `batch` pictures share a forward.
+        callback(step, latents): see Editor.edit. ValueError for settings and types that cannot be used.
         """
         settings = self.complete({"steps": steps, "cfg_text": cfg_text, "sampler": sampler,
                                   "resolution": resolution})
-        seeds = [seed + i for i in range(len(captions))] if isinstance(seed, int) else seed
-        cfgs = settings["cfg_text"]
-        cfgs = cfgs if isinstance(cfgs, list) else [cfgs] * len(captions)
-        if not len(captions) == len(seeds) == len(cfgs):
-            raise ValueError(f"{len(captions)} captions, {len(seeds)} seeds, {len(cfgs)} values of cfg_text: "
-                             "give one seed (and cfg_text) for each caption")
-        noise_levels = plan(self.schedule, settings["sampler"], settings["steps"])
-        text_states = encode_texts(
-            self.text_encoder, self.tokenizer, [negative, *captions], self.kept_texts)
+        if (images is None) != (strength is None):
+            raise ValueError("SDEdit needs both images and strength; to paint from captions give neither")
+        single, (captions, scales, images, seeds) = self._requests(
+            seed, captions=captions, cfg_text=settings["cfg_text"], images=images)
+        levels = plan(self.schedule, settings["sampler"], settings["steps"])
+        sigmas = levels.sigmas[-steps_taken(settings["steps"], 1 if strength is None else strength):]
+        text_states = encode_texts(self.text_encoder, self.tokenizer, [negative, *captions])
         parts = [range(len(captions))[i : i + batch] for i in range(0, len(captions), batch)]
         pictures = []
-        with tqdm(total=settings["steps"] * len(parts), disable=not progress, unit="step") as bar:
+        with tqdm(total=len(sigmas) * len(parts), disable=not progress, unit="step") as bar:
             for part in parts:
                 context = torch.stack([text_states[captions[i]] for i in part])        # (B, T, D)
                 generators = [torch.Generator().manual_seed(seeds[i]) for i in part]
                 denoise = text_guided_denoiser(
-                    self.unet, noise_levels.timestep_of(context.device), context,
-                    text_states[negative].expand_as(context), torch.tensor([cfgs[i] for i in part]), reuse)
+                    self.unet, levels.timestep_of(context.device), context,
+                    text_states[negative].expand_as(context), torch.tensor([float(scales[i]) for i in part]))
                 noise = draw_noise((len(part), *self.latent_shape(settings["resolution"])), generators)
-                z = SAMPLERS[settings["sampler"]](
-                    counted(denoise, bar), noise_levels.start_scale * noise.to(context.device),
-                    noise_levels.sigmas, generators)
-                pictures += self.decode(z)
-        return pictures
+                x = levels.start_scale * noise.to(context.device)                      # (B, C, h, w)
+                if strength is not None:
+                    z = self._encode([images[i] for i in part], settings["resolution"])
+                    x = z.float() + sigmas[0, 0] * noise.to(context.device)
+                pictures += self.decode(SAMPLERS[settings["sampler"]](
+                    reporting(denoise, bar, callback), x, sigmas, generators))
+        return pictures[0] if single else pictures
+
+    def _encode(self, images: list, resolution: int) -> Tensor:
+        """B pictures -> scaled latents (B, C, h, w)."""
+        pixels = torch.stack([to_tensor(fit(as_image(image), (resolution, resolution))) for image in images])
+        return self.vae.encode(pixels.to(self.unet.conv_in.weight))[0] * self.vae.scaling_factor
+
+
+def steps_taken(steps: int, strength: float) -> int:
+    """How many of `steps` SDEdit takes, counted as diffusers does. ValueError for none, or more than all."""
+    taken = int(steps * strength)
+    if taken < 1 or strength > 1:
+        raise ValueError(f"a strength of {strength} is no share of {steps} steps; take 1 at most, and one "
+                         "step or more")
+    return taken

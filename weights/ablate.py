@@ -20,7 +20,7 @@ from nanoip2p.checkpoint.load import load_model
 from nanoip2p.checkpoint.save import save_parts
 from nanoip2p.common import cli
 from nanoip2p.common.cli import at_least
-from nanoip2p.common.files import append, read_json, rows_of, write_json
+from nanoip2p.common.files import append, read_json, read_jsonl, write_json
 from nanoip2p.evaluate import __main__ as evaluate
 from nanoip2p.unet import UNet
 
@@ -156,14 +156,14 @@ def run(args: argparse.Namespace) -> str:
     for seed in range(args.seeds):
         for number, (name, variant) in enumerate(VARIANTS.items()):
             known = {"variant": name, "seed": seed, **settings}
-            if name not in args.only or any(known.items() <= row.items() for row in rows_of(path)):
+            if name not in args.only or any(known.items() <= row.items() for row in read_jsonl(path)):
                 continue
             print(f"\n{name}, seed {seed}", file=sys.stderr)
             data = make_data(variant, home, args.prompts)
             folder = home / f"{number}-{seed}-{args.steps}"
             weights = train_editor(variant, folder, data, 4 * args.prompts, args.steps, seed)
             append(path, known | score(weights, args.n))
-    return table([row for row in rows_of(path) if settings.items() <= row.items()])
+    return table([row for row in read_jsonl(path) if settings.items() <= row.items()])
 
 
 def main(argv: list[str] | None = None) -> int:

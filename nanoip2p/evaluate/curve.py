@@ -24,13 +24,12 @@ from tqdm import tqdm
 
 from nanoip2p.checkpoint import hub
 from nanoip2p.clip_filter import Judge, similarities
-from nanoip2p.common.files import append, rows_of
+from nanoip2p.common.files import append, read_jsonl
 from nanoip2p.common.plots import plot
 from nanoip2p.dataset.layouts import Pair, load_picture, read_data
 from nanoip2p.dataset.rendered import EDITS_PER_SCENE, scene_pairs
 from nanoip2p.editor import Editor
-from nanoip2p.sdedit import sdedit, steps_taken
-from nanoip2p.text_to_image import TextToImage
+from nanoip2p.text_to_image import TextToImage, steps_taken
 
 PAPER = {"cfg_text": 7.5, "cfg_images": (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2), "clip": hub.CLIP}  # section 4.1
 NANO = {"cfg_text": 2.0, "cfg_images": (0.2, 0.4, 0.6, 0.8, 1.0, 1.4, 2.0), "clip": "weights/nano-clip"}
@@ -97,7 +96,8 @@ def run(args: argparse.Namespace) -> tuple[str, None]:
                            cfg_image=cfg_image, seed=seeds, sampler=args.sampler, batch=len(part))
 
     def by_sdedit(strength: float, before: list, part: list[Pair], seeds: list[int]) -> list:
-        return sdedit(painter, before, [pair.captions[1] for pair in part], strength, seeds, **settings)
+        return painter.generate([pair.captions[1] for pair in part], images=before, strength=strength, seed=seeds,
+                                batch=len(part), **settings)
 
     curves = [("editor", args.weights, editor, cfg_text, args.cfg_images or usual["cfg_images"], by_editor)]
     if args.sdedit:
@@ -115,12 +115,12 @@ def run(args: argparse.Namespace) -> tuple[str, None]:
         for value in values:
             point = {"method": method, "weights": str(weights), "networks": model.fingerprint,
                      "cfg_text": scale, **common, KNOBS[method]: value}
-            if not any(point.items() <= row.items() for row in rows_of(path)):
+            if not any(point.items() <= row.items() for row in read_jsonl(path)):
                 append(path, point | measure(pairs, judge, editor.side, args.batch, args.seed,
                                              partial(edit, value), f"{method} {value}"))
-            rows.append(next(row for row in rows_of(path) if point.items() <= row.items()))
+            rows.append(next(row for row in read_jsonl(path) if point.items() <= row.items()))
     networks = {row["weights"]: row["networks"] for row in rows}  # leaves out points of replaced weights
-    drawn = [row for row in rows_of(path) if common.items() <= row.items()
+    drawn = [row for row in read_jsonl(path) if common.items() <= row.items()
              and row["networks"] == networks.get(row["weights"], row["networks"])]
     is_drawn = plot(args.out / "curve.png", partial(draw, drawn), (10, 7), xlabel=AXES["direction"],
                     ylabel=AXES["image"])

@@ -130,14 +130,14 @@ def test_a_lightning_file_of_2022(tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
     averaged, folder, raw = (
         Editor.load(open_checkpoint(tmp_path / name, raw_weights=raw), "cpu").edit(
-            [image], ["night"], steps=3, resolution=32)[0]
+            image, "night", steps=3, resolution=32, seed=0)
         for name, raw in (("model.ckpt", False), ("folder", False), ("model.ckpt", True)))
     assert np.array_equal(averaged, folder) and not np.array_equal(averaged, raw)
 
 
 def test_the_same_picture_from_every_layout(folder, single):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8))
-    pictures = [Editor.load(path, "cpu").edit([image], ["make it night"], resolution=48)[0]
+    pictures = [Editor.load(path, "cpu").edit(image, "make it night", resolution=48, seed=0)
                 for path in (folder, single)]
     one, other = (np.asarray(picture).astype(int) for picture in pictures)
     assert np.abs(one - other).max() <= 1  # weights are equal, but where they lie in memory changes last bits

@@ -1,5 +1,8 @@
 """The editor against diffusers' StableDiffusionInstructPix2PixPipeline, and against itself."""
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import diffusers
@@ -9,7 +12,9 @@ import torch
 from PIL import Image
 from tiny_editor import DEFAULTS, write_tiny_editor
 
-from nanoip2p import editor as editing
+import nanoip2p
+from nanoip2p import pipeline
+from nanoip2p.checkpoint import hub
 from nanoip2p.checkpoint.load import load_model
 from nanoip2p.common.device import pick_device
 from nanoip2p.diffusion import NoiseSchedule
@@ -140,73 +145,36 @@ def test_pictures_of_one_size_share_a_forward(editor, monkeypatch):
     assert batches == [(6, 8, 8, 12), (6, 8, 8, 12), (3, 8, 8, 12)]
 
 
-def test_each_text_is_encoded_once(tiny, monkeypatch):
-    editor, encoded = Editor.load(tiny, "cpu"), []
+def test_each_text_is_encoded_once(editor, monkeypatch):
+    encoded = []
     forward = type(editor.text_encoder).forward
     monkeypatch.setattr(type(editor.text_encoder), "forward", lambda self, ids: (
         encoded.append(len(ids)), forward(self, ids))[1])
     editor.edit([picture(32, 32, i) for i in range(3)], ["a", "b", "a"], steps=1, batch=1)
-    assert encoded == [1, 1, 1]  # "", "a" and "b"; alone, so that company does not matter
-    editor.edit([picture(32, 32, 0)] * 3, ["a", "b", ""], steps=1, negative="c")
-    assert encoded == [1] * 4  # "c"
-    monkeypatch.setattr(editing, "KEPT", 1)
-    editor.edit([picture(32, 32, 0)] * 2, ["a", "d"], steps=1, negative="")
-    assert encoded == [1] * 5 and list(editor.kept_texts) == [""]
-    editor.edit([picture(32, 32, 0)], ["a"], steps=1)
-    assert encoded == [1] * 6  # "a" had to go, but never ""
+    assert encoded == [1, 1, 1]  # "", "a" and "b": alone, so that no text depends on the others
 
 
-def test_a_picture_is_encoded_once(tiny, monkeypatch):
-    """However often it comes, in whatever batch; and what is edited is each time what came."""
-    editor = Editor.load(tiny, "cpu")
+def test_a_picture_is_encoded_once(editor, monkeypatch):
+    """Even when it occurs in several batches of a call."""
     images = [picture(48, 32, 0), picture(32, 48, 1), picture(48, 32, 2)]
     places, encoded, encode = [0, 1, 0, 2, 0, 0], [], type(editor.vae).encode
     monkeypatch.setattr(type(editor.vae), "encode", lambda self, pixels: (
         encoded.append(len(pixels)), encode(self, pixels))[1])
-    settings = {"instructions": [*TEXTS, TEXTS[1], *TEXTS, TEXTS[0]], "steps": 2, "batch": 2}
-    together = editor.edit([images[i] for i in places], **settings)
+    settings = {"instructions": [*TEXTS, TEXTS[1], *TEXTS, TEXTS[0]], "steps": 2, "seed": 0}
+    together = editor.edit([images[i] for i in places], batch=2, **settings)
     assert encoded == [1, 1, 1]
-    assert editor.edit([images[i].copy() for i in places], **settings) == together
-    assert encoded == [1, 1, 1]  # nor are copies, in another call
-    monkeypatch.setattr(editing, "KEPT", 1)
-    apart = editor.edit([images[i] for i in places], **settings | {"batch": 1})
-    assert len(editor.kept_pictures) == 1 and len(encoded) > 3
+    apart = editor.edit([images[i].copy() for i in places], batch=1, **settings)
+    assert encoded == [1] * 9
     assert max(difference(a, b) for a, b in zip(together, apart)) <= 1
-    smaller = editor.edit([images[0]], TEXTS[:1], steps=2, resolution=32)
-    assert smaller[0].size != together[0].size  # another resolution is another picture
-
-
-def test_equal_bytes_of_another_shape_are_another_picture(tiny):
-    wide, tall = (Image.new("RGB", size, "white") for size in ((48, 32), (32, 48)))
-    edited = Editor.load(tiny, "cpu").edit([wide, tall], TEXTS, steps=1, seed=[0, 0])
-    assert [image.size for image in edited] == [wide.size, tall.size]
-    assert edited[1] == Editor.load(tiny, "cpu").edit([tall], TEXTS[1:], steps=1, seed=[0])[0]
-
-
-def test_what_low_memory_encodes_is_for_low_memory_only(tiny, monkeypatch):
-    """Tiles are not exact, and a picture must not depend on what was asked before it."""
-    monkeypatch.setattr(type(Editor.load(tiny, "cpu").vae), "encode_small",
-                        lambda self, pixels: self.encode(pixels)[0] + 1)
-    fresh, used = Editor.load(tiny, "cpu"), Editor.load(tiny, "cpu")
-    given = {"images": [picture(48, 32, 0)], "instructions": TEXTS[:1], "steps": 1}
-    assert used.edit(**given, low_memory=True) != used.edit(**given) == fresh.edit(**given)
-
-
-@pytest.mark.parametrize("settings", [
-    {}, {"low_memory": True}, {"cfg_image": 1.0}, {"cfg_text": 1.2}], ids=str)
-def test_reuse_changes_nothing(editor, settings):
-    images = [picture(48, 32, 0), picture(48, 32, 1)]
-    reused, plain = (editor.edit(images, TEXTS, reuse=reuse, **settings) for reuse in (True, False))
-    assert max(difference(a, b) for a, b in zip(reused, plain)) <= 1
 
 
 def test_defaults_come_from_the_weights_and_can_be_overridden(editor):
     image, text = picture(48, 48, 0), TEXTS[0]
-    [default] = editor.edit([image], [text])
-    assert editor.edit([image], [text], **DEFAULTS) == [default]
+    default = editor.edit(image, text, seed=0)
+    assert editor.edit(image, text, seed=0, **DEFAULTS) == default
     others = {"resolution": 32, "steps": 7, "cfg_text": 3.5, "cfg_image": 1.6, "sampler": "euler"}
     for key, value in others.items():
-        assert editor.edit([image], [text], **{key: value}) != [default], key
+        assert editor.edit(image, text, seed=0, **{key: value}) != default, key
 
 
 def test_sizes_are_fitted(editor):
@@ -217,7 +185,7 @@ def test_sizes_are_fitted(editor):
 
 def test_half_precision_stays_near_single(editor, tiny):
     image, text = picture(48, 32, 0), TEXTS[0]
-    settings = {"steps": 3, "cfg_text": 1.5, "cfg_image": 1.0, "sampler": "euler"}
+    settings = {"steps": 3, "cfg_text": 1.5, "cfg_image": 1.0, "sampler": "euler", "seed": 0}
     [single] = editor.edit([image], [text], **settings)
     [other] = editor.edit([image], [TEXTS[1]], **settings)
     [half] = Editor.load(tiny, "cpu", torch.bfloat16).edit([image], [text], **settings)
@@ -227,12 +195,88 @@ def test_half_precision_stays_near_single(editor, tiny):
 
 @pytest.mark.parametrize("wrong, message", [
     ({"sampler": "heun"}, "no sampler 'heun'"), ({"steps": 0}, "steps"), ({"resolution": 4}, "resolution"),
-    ({"seed": [1, 2]}, "2 seeds"), ({"instructions": []}, "0 instructions"),
-    ({"images": [Image.new("RGBA", (32, 32))]}, "open_image")], ids=str)
+    ({"seed": [1, 2]}, "1 images, 1 instructions, 2 seeds: give lists of one length"),
+    ({"instructions": []}, "0 instructions"), ({"instructions": [3]}, "a text is a string, not int"),
+    ({"instructions": None}, "not NoneType"), ({"negative": None}, "a text is a string, not NoneType"),
+    ({"seed": "7"}, "seed '7' is neither a whole number"),
+    ({"images": 5}, "int  cannot be used; give a path"),
+    ({"images": [Image.new("RGBA", (32, 32))]}, "Image RGBA cannot be used; .* RGB image of PIL"),
+    ({"images": np.zeros((32, 32), np.uint8)}, r"ndarray \(32, 32\) cannot be used"),
+    ({"images": np.full((8, 8, 3), 200.0)}, r"array \(H, W, 3\).* floats in \[0, 1\]"),
+    ({"images": torch.zeros(1, 3, 8, 8)}, r"Tensor \(1, 3, 8, 8\) cannot be used"),
+    ({"images": "absent.png"}, "there is no picture absent.png")], ids=lambda value: str(value)[:40])
 def test_mistakes_are_value_errors(editor, wrong, message):
     arguments = {"images": [picture(32, 32, 0)], "instructions": ["a"]} | wrong
     with pytest.raises(ValueError, match=message):
         editor.edit(**arguments)
+
+
+def test_single_values_and_lists(editor):
+    """A single value counts for every picture, and only single values give a single picture."""
+    images, settings = [picture(48, 32, 0), picture(48, 32, 1)], {"steps": 1, "seed": 3}
+    both = editor.edit(images, TEXTS, **settings)
+    single = editor.edit(images[0], TEXTS[0], **settings)
+    [listed] = editor.edit(images[:1], TEXTS[0], **settings)
+    assert single == listed and difference(single, both[0]) <= 1
+    alike = [editor.edit(images[0], TEXTS, **settings), editor.edit(images, TEXTS[0], **settings),
+             editor.edit(images[0], TEXTS[0], steps=1, seed=[3, 4])]
+    assert [len(edited) for edited in alike] == [2, 2, 2]
+    assert len({edited[1].tobytes() for edited in [both, *alike]}) == 4
+    for edited in alike:
+        assert difference(edited[0], both[0]) <= 1
+
+
+def test_pictures_are_paths_arrays_or_tensors(editor, tmp_path):
+    image = picture(48, 32, 0)
+    image.save(tmp_path / "a.png")
+    array = np.asarray(image)
+    tensor = torch.tensor(array).permute(2, 0, 1)
+    given = [str(tmp_path / "a.png"), tmp_path / "a.png", array, array / 255, tensor, tensor / 255]
+    edited = editor.edit([image, *given], TEXTS[0], steps=1, seed=[5] * 7)
+    assert max(difference(other, edited[0]) for other in edited[1:]) <= 1
+    assert difference(editor.edit(array[::-1], TEXTS[0], steps=1, seed=5), edited[0]) > 20
+
+
+def test_a_random_seed_is_kept(editor):
+    image = picture(32, 32, 0)
+    first, second = editor.edit(image, TEXTS[0]), editor.edit(image, TEXTS[0])
+    assert first != second == editor.edit(image, TEXTS[0], seed=editor.last_seed)
+
+
+def test_a_callback_sees_every_step(editor):
+    """Its latents are estimates of the result: the last one is the result of samplers that end there."""
+    seen = []
+    images = [picture(48, 32, 0), picture(32, 48, 1), picture(48, 32, 2)]
+    edited = editor.edit(images, TEXTS[0], steps=4, sampler="euler", seed=0,
+                         callback=lambda step, latents: seen.append((step, latents)))
+    assert [step for step, _ in seen] == [0, 1, 2, 3] * 2
+    assert [latents.shape for _, latents in seen] == [(2, 4, 8, 12)] * 4 + [(1, 4, 12, 8)] * 4
+    last, first = (editor.decode(seen[i][1])[0] for i in (3, 0))
+    assert difference(last, edited[0]) <= 1 and difference(first, edited[0]) > 5
+
+
+def test_a_model_says_what_it_is_and_moves(editor):
+    assert re.fullmatch(r"Editor\(UNet of 0\.\d M, torch.float32, cpu; resolution=48, steps=6, cfg_text=3.0, "
+                        r"cfg_image=1.2, sampler='euler_ancestral'\)", repr(editor))
+    assert editor.to("cpu") is editor and editor.device == torch.device("cpu")
+    with pytest.raises(ValueError, match="gpu"):
+        editor.to("gpu")
+
+
+def test_the_nano_weights_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "fetch_weights", lambda name: pytest.fail(f"{name} was looked for on the Hub"))
+    assert nanoip2p.Editor.load(device="cpu").side == nanoip2p.TextToImage.load(device="cpu").side == 64
+    assert Editor.load("weights/nano-ip2p-paper", "cpu").defaults["cfg_image"] > 1
+    monkeypatch.setattr(pipeline, "CHECKOUT", tmp_path / "installed")
+    with pytest.raises(ValueError, match="no weights/nano-ip2p here or in .*installed; .*--weights"):
+        Editor.load()
+    assert not hasattr(nanoip2p, "Painter")
+
+
+def test_importing_the_package_is_quick():
+    code = "import sys, nanoip2p; assert 'torch' not in sys.modules; nanoip2p.Editor"
+    subprocess.run([sys.executable, "-c", code], cwd=NANO.parents[1], check=True)
 
 
 def test_nothing_to_do_is_no_mistake(editor):

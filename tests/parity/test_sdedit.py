@@ -11,7 +11,6 @@ from tiny_editor import write_tiny_editor
 
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.images import to_tensor
-from nanoip2p.sdedit import sdedit
 from nanoip2p.text_to_image import TextToImage
 
 CAPTIONS, SEEDS = ["a red house at night", "turn the boat blue", "a red house at night"], [3, 3, 4]
@@ -43,14 +42,27 @@ def test_equals_diffusers(folder, pictures, sampler, strength):
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     theirs = peer(CAPTIONS, image=z * painter.vae.scaling_factor, strength=strength, num_inference_steps=8,
                   guidance_scale=3.0, generator=generators).images
-    settings = (strength, SEEDS, 8, 3.0, sampler, 32)
-    ours = sdedit(painter, pictures, CAPTIONS, *settings)
+    settings = {"images": pictures, "strength": strength, "seed": SEEDS, "steps": 8, "cfg_text": 3.0,
+                "sampler": sampler, "resolution": 32}
+    ours = painter.generate(CAPTIONS, **settings)
     assert max(difference(a, b) for a, b in zip(ours, theirs)) <= 1
     assert difference(theirs[0], theirs[2]) > 4  # the picture and the seed count
-    assert difference(ours[0], sdedit(painter, pictures, ["turn the boat blue"] * 3, *settings)[0]) > 4
+    assert difference(ours[0], painter.generate("turn the boat blue", **settings)[0]) > 4
 
 
 def test_a_strength_that_is_no_share_is_refused(folder, pictures):
     for strength in (0.1, 1.1):
         with pytest.raises(ValueError, match="no share of 8 steps"):
-            sdedit(TextToImage.load(folder, "cpu"), pictures, CAPTIONS, strength, SEEDS, 8, resolution=32)
+            TextToImage.load(folder, "cpu").generate(
+                CAPTIONS, images=pictures, strength=strength, steps=8, resolution=32)
+
+
+def test_one_picture_for_many_captions_in_batches(folder, pictures):
+    painter = TextToImage.load(folder, "cpu")
+    settings = {"strength": 0.5, "seed": SEEDS, "resolution": 32}
+    steps = []
+    together = painter.generate(CAPTIONS, images=pictures[0], **settings,
+                                callback=lambda step, latents: steps.append(len(latents)))
+    apart = painter.generate(CAPTIONS, images=pictures[:1] * 3, batch=2, **settings)
+    assert steps == [3] * 3  # half of the 6 steps that the weights name
+    assert max(difference(a, b) for a, b in zip(together, apart)) <= 1

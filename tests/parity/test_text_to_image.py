@@ -8,7 +8,6 @@ from tiny_editor import write_tiny_editor
 
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.editor import Editor
-from nanoip2p.prompt_to_prompt import PairPainter
 from nanoip2p.text_to_image import TextToImage
 
 CAPTIONS = ["a red house at night", "turn the boat blue", "a red house at night", ""]
@@ -81,32 +80,13 @@ def test_branches_without_weight_are_not_computed(painter, monkeypatch):
     assert rows == [3, 3, 6, 6, 4, 4, 2, 2]
 
 
-def test_reuse_changes_nothing(painter):
-    reused, plain = (painter.generate(CAPTIONS, cfg_text=[7.5, 1.0, 3.0, 0.0], seed=SEEDS, resolution=32,
-                                      reuse=reuse) for reuse in (True, False))
-    assert max(difference(a, b) for a, b in zip(reused, plain)) <= 1
-
-
-def test_each_text_is_encoded_once(folder, monkeypatch):
-    """By all that paints with one model."""
-    painter, encoded = TextToImage.load(folder, "cpu"), []
-    forward = type(painter.text_encoder).forward
-    monkeypatch.setattr(type(painter.text_encoder), "forward", lambda self, ids: (
-        encoded.append(len(ids)), forward(self, ids))[1])
-    for caption in ("a", "b"):
-        painter.generate([caption], steps=1)
-    for _ in range(2):
-        PairPainter(painter, "a", "b")
-    assert encoded == [1] * 3  # "", "a" and "b"
-
-
 def test_defaults_come_from_the_weights_and_can_be_overridden(painter):
-    [default] = painter.generate(CAPTIONS[:1])
+    default = painter.generate(CAPTIONS[0], seed=0)
     assert default.size == (48, 48)
     assert painter.generate(CAPTIONS[:1], 6, 3.0, 0, "euler_ancestral", 48) == [default]
     others = {"resolution": 32, "steps": 7, "cfg_text": 3.5, "sampler": "euler", "negative": "a", "seed": 1}
     for key, value in others.items():
-        assert painter.generate(CAPTIONS[:1], **{key: value}) != [default], key
+        assert painter.generate(CAPTIONS[0], **{"seed": 0, key: value}) != default, key
     assert painter.generate([]) == []
 
 
@@ -122,9 +102,28 @@ def test_an_editor_and_a_painter_are_told_apart(folder, tmp_path):
     ({"sampler": "heun"}, "no sampler 'heun'; there are euler_ancestral"), ({"steps": 0}, "0 steps"),
     ({"resolution": 36}, "a resolution of 36 does not suit these weights; take a multiple of 8$"),
     ({"resolution": 0}, "a resolution of 0 does not suit"), ({"resolution": -8}, "a resolution of -8"),
-    ({"seed": [1]}, "2 captions, 1 seeds, 2 values of cfg_text: give one seed"),
-    ({"cfg_text": [1.0] * 3}, "2 captions, 2 seeds, 3 values"),
+    ({"seed": [1]}, "2 captions, 1 seeds: give lists of one length, or a single value"),
+    ({"cfg_text": [1.0] * 3}, "2 captions, 3 cfg_text: give lists of one length"),
+    ({"captions": 3}, "a text is a string, not int; give one string or a list"),
+    ({"strength": 0.5}, "SDEdit needs both images and strength"), ({"images": []}, "SDEdit needs both"),
 ], ids=str)
 def test_mistakes_are_value_errors(painter, wrong, message):
     with pytest.raises(ValueError, match=message):
-        painter.generate(CAPTIONS[:2], **wrong)
+        painter.generate(**{"captions": CAPTIONS[:2]} | wrong)
+
+
+def test_single_values_and_lists(painter):
+    settings = {"steps": 1, "seed": 5, "resolution": 32}
+    single, [listed] = painter.generate("a", **settings), painter.generate(["a"], **settings)
+    assert single == listed
+    for many in (painter.generate(["a", "a"], **settings), painter.generate("a", cfg_text=[3, 3], **settings),
+                 painter.generate("a", **settings | {"seed": [5, 6]})):
+        assert len(many) == 2 and difference(many[0], single) <= 1 and difference(many[1], single) > 1
+
+
+def test_a_random_seed_is_kept_and_a_callback_sees_every_step(painter):
+    steps = []
+    first = painter.generate("a", resolution=32, callback=lambda step, latents: steps.append(step))
+    assert steps == [0, 1, 2, 3, 4, 5]
+    seed = painter.last_seed
+    assert first == painter.generate("a", resolution=32, seed=seed) != painter.generate("a", resolution=32)
