@@ -170,7 +170,7 @@ def run_pairs(args: argparse.Namespace) -> None:
     painter = TextToImage.load(checkpoint, device, DTYPES[args.dtype])
     painter.complete({key: settings[key] for key in ("steps", "resolution", "sampler")})
     if args.fast:
-        speed.fast(painter.unet, lambda line: print(line, file=sys.stderr))
+        speed.fast(painter.unet, lambda line: print(line, file=sys.stderr), injects=True)
     try:
         judge = Judge.load(settings["clip"], device)
     except ValueError as error:

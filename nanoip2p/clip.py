@@ -1,32 +1,20 @@
-"""CLIP (Radford et al. 2103.00020): the text encoder that steers the UNet, and the judge of pictures.
+"""CLIP (Radford et al. 2103.00020): the text encoder of Stable Diffusion, and the judge of edited pictures.
 
-Same computation and the same names of weights as transformers' CLIP classes. Published Stable Diffusion
-folders prefix the text encoder's names with `text_model.`; transformers 5 dropped that prefix. Both are
-read, the published one is written.
+Computes the same as transformers' CLIP classes, under the same names of weights. Published Stable Diffusion
+folders prefix the text encoder's names with `text_model.`; transformers 5 dropped the prefix. We read both
+spellings and write the published one.
 """
 
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoip2p.attention import attention
-from nanoip2p.common.config import read_config
+from nanoip2p.common.config import FIXED, IGNORED, read_config
 
-FIXED = {"attention_dropout": 0.0, "dropout": 0.0, "pruned_heads": {}}
-# transformers wrote the whole of its generation settings into every config before 2023
-BOOKKEEPING = frozenset(
-    "architectures model_type torch_dtype dtype transformers_version initializer_range "
-    "initializer_factor bos_token_id pad_token_id text_config_dict vision_config_dict id2label "
-    "label2id return_dict chunk_size_feed_forward tie_word_embeddings diversity_penalty "
-    "encoder_no_repeat_ngram_size length_penalty max_length min_length temperature top_k top_p "
-    "typical_p no_repeat_ngram_size num_beam_groups num_beams num_return_sequences "
-    "repetition_penalty".split()
-)
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
-IGNORED_SUFFIX = ".position_ids"  # 0, 1, 2, …: transformers 4 saved them among the weights
 
 
 def _check(config) -> None:
@@ -34,7 +22,7 @@ def _check(config) -> None:
     if config.hidden_act not in ACTIVATIONS:
         raise ValueError(f"{name}: hidden_act = {config.hidden_act!r} is not one of {sorted(ACTIVATIONS)}")
     if width % heads:
-        raise ValueError(f"{name}: hidden_size = {width} does not divide into {heads} heads")
+        raise ValueError(f"{name}: hidden_size = {width} is not a multiple of {heads} heads")
 
 
 @dataclass(frozen=True)
@@ -50,7 +38,7 @@ class CLIPTextConfig:
     projection_dim: int = 768
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
-    eos_token_id: int = 2  # as published; 2 is wrong but known, see TextTransformer.pool
+    eos_token_id: int = 2  # as published, though no tokenizer has this id: see TextTransformer.pool
 
     __post_init__ = _check
 
@@ -85,8 +73,8 @@ class CLIPVisionConfig:
 class CLIPConfig:
     """Both encoders and the width of the space they share."""
 
-    text_config: CLIPTextConfig = field(default_factory=CLIPTextConfig)
-    vision_config: CLIPVisionConfig = field(default_factory=CLIPVisionConfig)
+    text_config: CLIPTextConfig = CLIPTextConfig()
+    vision_config: CLIPVisionConfig = CLIPVisionConfig()
     projection_dim: int = 768
     logit_scale_init_value: float = 2.6592  # log(1 / 0.07)
 
@@ -96,7 +84,7 @@ class CLIPConfig:
         return {"architectures": ["CLIPModel"], "model_type": "clip", **asdict(self), **nested}
 
 
-# What transformers assumes for a key that a config.json leaves out; it leaves out what equals these
+# transformers leaves settings out of a config.json that equal its own defaults; these differ from ours
 LIBRARY_DEFAULTS = {
     CLIPTextConfig: dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8, projection_dim=512,
                          eos_token_id=49407),
@@ -106,7 +94,7 @@ LIBRARY_DEFAULTS = {
 
 
 def _read(cls: type, config: dict):
-    return read_config(cls, LIBRARY_DEFAULTS[cls] | config, FIXED, BOOKKEEPING)
+    return read_config(cls, LIBRARY_DEFAULTS[cls] | config, FIXED["clip"], IGNORED["clip"])
 
 
 class Attention(nn.Module):
@@ -154,7 +142,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The stack of layers that text and vision have in common."""
+    """The stack of layers of both towers. (B, T, D) -> (B, T, D)."""
 
     def __init__(self, config: CLIPTextConfig | CLIPVisionConfig):
         super().__init__()
@@ -167,13 +155,13 @@ class Encoder(nn.Module):
 
 
 class TextEmbeddings(nn.Module):
-    """Token plus position. ids (B, T) -> (B, T, D)."""
+    """Embeddings of tokens plus positions. ids (B, T) -> (B, T, D)."""
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        nn.init.normal_(self.token_embedding.weight, std=0.02)  # as OpenAI; torch's std of 1 learns slowly
+        nn.init.normal_(self.token_embedding.weight, std=0.02)  # as in OpenAI's code; torch's 1 learns slowly
         nn.init.normal_(self.position_embedding.weight, std=0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -183,7 +171,7 @@ class TextEmbeddings(nn.Module):
 
 
 class VisionEmbeddings(nn.Module):
-    """Patches with a class token before them, plus position. (B, 3, S, S) -> (B, 1 + (S/patch)^2, D)."""
+    """A class token and the patches, plus positions. (B, 3, S, S) -> (B, 1 + (S/patch)^2, D)."""
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
@@ -195,14 +183,14 @@ class VisionEmbeddings(nn.Module):
         nn.init.normal_(self.position_embedding.weight, std=0.02)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        assert pixels.shape[2:] == self.size, f"{tuple(pixels.shape[2:])} pixels, CLIP sees {self.size}"
+        assert pixels.shape[2:] == self.size, f"{tuple(pixels.shape[2:])} pixels, not {self.size}"
         patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)            # (B, patches, D)
         x = torch.cat([self.class_embedding.expand(len(pixels), 1, -1), patches], 1)  # (B, 1 + patches, D)
         return x + self.position_embedding.weight
 
 
 class TextTransformer(nn.Module):
-    """The text tower without projection: transformers' CLIPTextModel."""
+    """The text tower without projection: transformers' CLIPTextModel. ids (B, T) -> (B, T, D)."""
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
@@ -217,21 +205,21 @@ class TextTransformer(nn.Module):
     def pool(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """The state at the first end-of-text token: hidden (B, T, D), ids (B, T) -> (B, D).
 
-        Configs from before mid-2023 name eos_token_id 2, which is no end of text. There, as in OpenAI's code,
-        the end is the largest id of the row.
+        Configs from before mid-2023 wrongly say eos_token_id 2. For these the end is the largest id of the
+        row, as in OpenAI's code.
         """
         end = ids.argmax(1) if self.eos_token_id == 2 else (ids == self.eos_token_id).int().argmax(1)
         return hidden[torch.arange(len(ids), device=ids.device), end]
 
 
 class VisionTransformer(nn.Module):
-    """The vision tower without projection: transformers' CLIPVisionModel."""
+    """The vision tower without projection: transformers' CLIPVisionModel. (B, 3, S, S) -> (B, T, D)."""
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
         width = config.hidden_size
         self.embeddings = VisionEmbeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(width, eps=config.layer_norm_eps)  # sic, in every published file
+        self.pre_layrnorm = nn.LayerNorm(width, eps=config.layer_norm_eps)  # misspelled in published files
         self.encoder = Encoder(config)
         self.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
@@ -243,17 +231,8 @@ class VisionTransformer(nn.Module):
         return self.post_layernorm(hidden[:, 0])
 
 
-def published_names(state_dict: dict, prefix: str) -> dict:
-    """The same tensors, `prefix` put before names that lack it, and without saved position indices."""
-    return {
-        name if name.startswith(prefix) else prefix + name: tensor
-        for name, tensor in state_dict.items()
-        if not name.endswith(IGNORED_SUFFIX)
-    }
-
-
 class TextEncoder(nn.Module):
-    """What Stable Diffusion reads instructions with. Weights are named `text_model.…` as published."""
+    """The text encoder of Stable Diffusion. Weights are named `text_model.…` as published."""
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
@@ -262,39 +241,42 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict) -> "TextEncoder":
-        """Build from the content of text_encoder/config.json. ValueError names what is not supported."""
+        """Build from the content of text_encoder/config.json. ValueError names an unsupported setting."""
         return cls(_read(CLIPTextConfig, config))
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) int64 -> states (B, T, D) after the final layer norm."""
         return self.text_model(ids)
 
-    published_names = staticmethod(partial(published_names, prefix="text_model."))
+    @staticmethod
+    def published_names(state_dict: dict) -> dict:
+        """The same tensors with the prefix `text_model.`, without the position indices of transformers 4."""
+        names = {name: "text_model." + name.removeprefix("text_model.") for name in state_dict}
+        return CLIP.published_names({names[name]: tensor for name, tensor in state_dict.items()})
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
-        """As torch's, and both spellings are understood (see published_names)."""
+        """As torch's; also accepts names without the prefix (see published_names)."""
         return super().load_state_dict(self.published_names(state_dict), strict, assign)
 
 
 class CLIP(nn.Module):
-    """Both towers projected into one space, where the cosine says how well a text fits a picture."""
+    """Both towers with projections into one space, where cosines tell how well text and picture fit."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
         self.config = config
-        self.text_model = TextTransformer(config.text_config)
-        self.vision_model = VisionTransformer(config.vision_config)
-        shared = config.projection_dim
-        self.visual_projection = nn.Linear(config.vision_config.hidden_size, shared, bias=False)
-        self.text_projection = nn.Linear(config.text_config.hidden_size, shared, bias=False)
+        text, vision, shared = config.text_config, config.vision_config, config.projection_dim
+        self.text_model, self.vision_model = TextTransformer(text), VisionTransformer(vision)
+        self.visual_projection = nn.Linear(vision.hidden_size, shared, bias=False)
+        self.text_projection = nn.Linear(text.hidden_size, shared, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
 
     @classmethod
     def from_config(cls, config: dict) -> "CLIP":
-        """Build from a CLIPModel's config.json. ValueError names what is not supported."""
+        """Build from the content of a CLIPModel's config.json. ValueError names an unsupported setting."""
         towers = {}
         for key, tower in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
-            # Files of 2022 hold `text_config_dict` as well, which transformers lets win
+            # Files of 2022 also hold `text_config_dict`, which transformers prefers
             towers[key] = _read(tower, config.get(f"{key}_dict") or config.get(key) or {})
         return cls(_read(CLIPConfig, config | towers))
 
@@ -309,7 +291,10 @@ class CLIP(nn.Module):
         return F.normalize(self.visual_projection(pooled), dim=-1)
 
     def forward(self, ids: Tensor, pixels: Tensor) -> Tensor:
-        """Scaled cosines (pictures, texts): the logits of CLIP's contrastive loss."""
+        """Cosines times the temperature, (pictures, texts): the logits of CLIP's contrastive loss."""
         return self.logit_scale.exp() * self.encode_image(pixels) @ self.encode_text(ids).T
 
-    published_names = staticmethod(partial(published_names, prefix=""))
+    @staticmethod
+    def published_names(state_dict: dict) -> dict:
+        """The same tensors without position indices (0, 1, 2, …), which transformers 4 saved as weights."""
+        return {name: tensor for name, tensor in state_dict.items() if not name.endswith(".position_ids")}

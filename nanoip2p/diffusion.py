@@ -1,9 +1,8 @@
 """The noise schedule: how noise is added for training, and which noise levels a sampler visits.
 
-Stable Diffusion noises a clean latent z_0 as z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps (Ho et al. 2020,
-equation 4) with a_t = prod_{s<=t} (1 - beta_s). Samplers see the same thing divided by sqrt(a_t):
-x = z_0 + sigma eps with sigma = sqrt((1 - a_t) / a_t) (Karras et al. 2022). Everything here agrees with the
-diffusers schedulers.
+Training adds noise to clean latents z_0 as z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps (Ho et al. 2020, equation
+4), with a_t = prod_{s<=t} (1 - beta_s). Samplers work on z_t / sqrt(a_t): x = z_0 + sigma eps with
+sigma = sqrt((1 - a_t) / a_t) (Karras et al. 2022). Everything here agrees with the schedulers of diffusers.
 """
 
 from dataclasses import asdict, dataclass
@@ -13,19 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanoip2p.common.config import read_config
+from nanoip2p.common.config import FIXED, IGNORED, read_config
 
-# What scheduler_config.json may say besides the fields below. Other values compute something we do not.
-FIXED = {
-    "prediction_type": "epsilon", "trained_betas": None, "rescale_betas_zero_snr": False,
-    "clip_sample": False, "thresholding": False, "variance_type": None, "timestep_type": "discrete",
-    "interpolation_type": "linear", "sigma_min": None, "sigma_max": None,
-    "algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint",
-    "lower_order_final": True, "euler_at_final": False, "lambda_min_clipped": -float("inf"),
-}
-# Settings of switched-off features, and of PNDM, whose file every Stable Diffusion 1.x folder carries.
-BOOKKEEPING = frozenset({"clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value",
-                         "skip_prk_steps", "flow_shift", "time_shift_type"})
 CHOICES = {
     "beta_schedule": ("scaled_linear", "linear"),
     "timestep_spacing": (None, "linspace", "leading", "trailing"),
@@ -35,17 +23,17 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """Field names are the keys of diffusers' scheduler_config.json; the betas are Stable Diffusion 1.5's."""
+    """Settings by the names of diffusers' scheduler_config.json; the betas are Stable Diffusion 1.5's."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
     beta_schedule: str = "scaled_linear"
-    timestep_spacing: str | None = None  # None: as diffusers does by default, leading for ddim, else linspace
-    steps_offset: int = 0                # added to the timesteps, "leading" only
-    set_alpha_to_one: bool = True        # ddim ends at no noise; False: at the noise of timestep 0
+    timestep_spacing: str | None = None  # None: diffusers' default, "leading" for ddim, else "linspace"
+    steps_offset: int = 0                # added to the timesteps, with "leading" only
+    set_alpha_to_one: bool = True        # ddim ends without noise; False: with the noise of timestep 0
     use_karras_sigmas: bool = False      # euler and dpmpp_2m only, as in diffusers
-    final_sigmas_type: str = "zero"      # the same choice as set_alpha_to_one, for euler and dpmpp_2m
+    final_sigmas_type: str = "zero"      # as set_alpha_to_one, for euler and dpmpp_2m
 
     def __post_init__(self):
         for key, choices in CHOICES.items():
@@ -55,22 +43,19 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: dict) -> "NoiseSchedule":
-        """Read a scheduler_config.json dict, of whichever scheduler.
-
-        Raises ValueError, naming the setting, for anything our samplers would not reproduce.
-        """
-        if_unsaid = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}  # diffusers' defaults
-        return read_config(cls, if_unsaid | config, FIXED, BOOKKEEPING)
+        """Build from any scheduler's scheduler_config.json. ValueError names an unsupported setting."""
+        defaults = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}  # diffusers'
+        return read_config(cls, defaults | config, FIXED["scheduler"], IGNORED["scheduler"])
 
     def to_json(self) -> dict:
-        """The scheduler_config.json with which diffusers computes the same, whichever scheduler reads it."""
+        """The scheduler_config.json with which every scheduler of diffusers computes the same."""
         config = {key: value for key, value in asdict(self).items() if value is not None}
         return {"_class_name": "EulerAncestralDiscreteScheduler", "prediction_type": "epsilon",
-                "clip_sample": False} | config  # diffusers' DDIM clips unless told not to
+                "clip_sample": False} | config  # which diffusers' DDIM does by default
 
     def alphas_cumprod(self) -> Tensor:
         """The share of signal a_t at each training timestep: (num_train_timesteps,), float32, falling."""
-        if self.beta_schedule == "scaled_linear":  # linear in sqrt(beta): Rombach et al.'s choice
+        if self.beta_schedule == "scaled_linear":  # linear in sqrt(beta), as Rombach et al. chose
             betas = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.num_train_timesteps) ** 2
         else:
             betas = torch.linspace(self.beta_start, self.beta_end, self.num_train_timesteps)
@@ -89,26 +74,26 @@ def add_noise(latents: Tensor, noise: Tensor, timestep: Tensor, alphas_cumprod: 
 class Plan(NamedTuple):
     """The steps that a sampler takes."""
 
-    timesteps: list[float]  # n, falling: what the UNet is told at each step
-    sigmas: Tensor          # (n, 2) float32: each step goes from the noise level sigmas[i, 0] to sigmas[i, 1]
-    start_scale: float      # standard deviation of the start: x = start_scale * unit noise
+    timesteps: list[float]  # n, falling: the UNet's input at each step
+    sigmas: Tensor          # (n, 2) float32: step i goes from noise level sigmas[i, 0] to sigmas[i, 1]
+    start_scale: float      # a sampler starts from x = start_scale * unit noise
 
     def timestep_of(self, device: torch.device | str = "cpu") -> dict[float, Tensor]:
-        """The timestep (1,) of each noise level at which a sampler calls `denoise`: there before the loop."""
+        """The timestep (1,) of each noise level at which a sampler calls `denoise`."""
         return dict(zip(self.sigmas[:, 0].tolist(), torch.tensor(self.timesteps, device=device).split(1)))
 
 
 def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
     """Noise levels for `steps` steps of "euler_ancestral", "euler", "ddim" or "dpmpp_2m".
 
-    Equal to what the diffusers scheduler of that name does with the same settings, its conventions included.
-    One of them: DDIM aims at timestep t - 1000 // steps, which the next step, placed by linspace or
-    trailing, need not start from. That is why a row of `sigmas` need not begin where the one before ended.
-    Raises ValueError when the schedule has no room for that many steps.
+    The same as the diffusers scheduler of that name computes, with its conventions. One of them: DDIM aims at
+    timestep t - 1000 // steps, though "linspace" and "trailing" may start the next step from another one. So
+    a row of `sigmas` need not begin where the row before ends.
+    Raises ValueError if the schedule has no room for that many steps.
     """
     n_train = schedule.num_train_timesteps
     if not 1 <= steps <= n_train:
-        raise ValueError(f"cannot take {steps} steps: choose 1 to {n_train}, the timesteps of training")
+        raise ValueError(f"cannot take {steps} steps: choose 1 to {n_train}, as many as in training")
     a = schedule.alphas_cumprod().numpy()
     table = np.sqrt((1 - a) / a)                                                # (n_train,) rising
     timesteps = _spaced(schedule, sampler, steps)                               # (n,) falling
@@ -128,7 +113,7 @@ def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
     else:
         ends_clean = sampler == "euler_ancestral" or schedule.final_sigmas_type == "zero"
         following = np.append(sigmas[1:], 0.0 if ends_clean else table[0])
-    # Euler starts from noise alone; the others, and Euler with leading, count the data's variance of 1 in.
+    # Euler starts from noise alone. The others, and Euler with "leading", add the data's variance of 1.
     spacing = schedule.timestep_spacing or "linspace"
     only_noise = sampler in ("euler", "euler_ancestral") and spacing != "leading"
     start_scale = float(sigmas[0]) if only_noise else float(np.sqrt(sigmas[0] ** 2 + 1))

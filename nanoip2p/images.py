@@ -1,4 +1,4 @@
-"""Pictures in and out: any file a person may have -> RGB -> tensor in [-1, 1] -> PNG with its recipe."""
+"""Pictures in and out: any picture file -> RGB -> tensor in [-1, 1] -> PNG that carries its recipe."""
 
 import glob
 import json
@@ -15,18 +15,18 @@ from torch import Tensor
 
 from nanoip2p.common.files import replacing
 
-MAX_MEGAPIXELS = 100  # beyond it a file is a mistake or a decompression bomb: 100 need 300 MB as RGB
+MAX_MEGAPIXELS = 100  # 300 MB as RGB; a larger file is a mistake or a decompression bomb
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-RECIPE_KEY = "nanoip2p"  # of the PNG text chunk
-LABEL_WIDTH = 192  # pixels: a grid enlarges smaller pictures to this width, or nobody could read the labels
-LABEL_SIZE = 14
-LABEL_LETTERS = 200
+RECIPE_KEY = "nanoip2p"  # of the PNG text chunk that holds the recipe
+LABEL_WIDTH = 192  # pixels: a grid enlarges smaller pictures to this width, so that their labels can be read
+LABEL_SIZE, LABEL_LETTERS = 14, 200  # pixels; most letters of a label
+GAP = 8  # pixels between the pictures of a grid
 
 
 def find_images(patterns: list[str]) -> list[str]:
-    """Files, globs and folders -> paths, each once, those of a folder sorted.
+    """Files, globs and folders -> paths without duplicates; the files of a folder are sorted.
 
-    Raises ValueError for what matches nothing. Only open_image says whether a file is a picture.
+    Raises ValueError for a pattern without a match. Whether a file is a picture, open_image finds out.
     """
     found = []
     for pattern in patterns:
@@ -44,14 +44,15 @@ def find_images(patterns: list[str]) -> list[str]:
 def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image:
     """Open a picture as people see it: RGB, upright (EXIF), transparency over white, 16 bits scaled to 8.
 
-    content: read instead of the file, for a picture inside another file; `path` is then what to call it.
+    content: a stream to read instead of the file; then `path` only names the picture in messages.
     Raises ValueError, in one line, for a file that is missing, truncated, too large or no picture.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns where we refuse, and of harmless oddities in EXIF
+            warnings.simplefilter("ignore")  # Pillow warns about sizes that we refuse, and about odd EXIF
             with Image.open(content or path) as image:
-                _check_size(image)  # before a single pixel is decoded
+                if image.width * image.height > MAX_MEGAPIXELS * 10**6:  # checked before decoding
+                    raise Image.DecompressionBombError
                 return _to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise ValueError(f"there is no picture {path}") from None
@@ -61,14 +62,9 @@ def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image
         raise ValueError(f"{path} has more than {MAX_MEGAPIXELS} megapixels; shrink it") from None
     except (PermissionError, IsADirectoryError) as error:
         raise ValueError(f"{path} cannot be opened: {error.strerror}") from None
-    except Exception as error:  # decoders of damaged files raise anything: SyntaxError, struct.error, ...
+    except Exception as error:  # a damaged file can raise anything: SyntaxError, struct.error, ...
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} cannot be used: {reason}") from None
-
-
-def _check_size(image: Image.Image) -> None:
-    if image.width * image.height > MAX_MEGAPIXELS * 10**6:
-        raise ValueError(f"{image.width}x{image.height} is more than {MAX_MEGAPIXELS} megapixels; shrink it")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -86,43 +82,41 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def fit_size(width: int, height: int, resolution: int, multiple: int) -> tuple[int, int]:
-    """Size to edit at: aspect kept, both sides multiples of `multiple`, the long one about `resolution`.
+    """Size to edit at: same aspect, both sides multiples of `multiple`, the long side about `resolution`.
 
-    As edit_cli.py of the paper's code means it: the short side is rounded up, the long one down. Its floats
-    lose 64 pixels for 7% of sizes (953x711 -> 512x320); integers do not (-> 512x384).
-    Raises ValueError where the long side would be more than twice the resolution: the picture is too thin.
+    Rounds the short side up and the long side down, as edit_cli.py of the paper's code intends. Its floats
+    lose 64 pixels for 7% of all sizes (953x711 -> 512x320); our integers do not (-> 512x384).
+    Raises ValueError for a thin picture whose long side would be more than twice the resolution.
     """
     if resolution < multiple:
         raise ValueError(f"a resolution of {resolution} is too small; these weights need at least {multiple}")
-    resolution -= resolution % multiple  # so that a size that came out of here fits already
+    resolution -= resolution % multiple  # a size that this function returned stays the same
     short, long = sorted((width, height))
     assert short > 0, (width, height)
     new_short = -(-short * resolution // (long * multiple)) * multiple
     new_long = long * new_short // (short * multiple) * multiple
     if new_long > 2 * resolution:
-        raise ValueError(
-            f"{width}x{height} is too thin a picture for a resolution of {resolution}; crop it to at most "
-            f"{2 * resolution // multiple}:1, or raise the resolution"
-        )
+        raise ValueError(f"{width}x{height} is too thin for a resolution of {resolution}; crop it to at most "
+                         f"{2 * resolution // multiple}:1, or raise the resolution")
     return (new_long, new_short) if width >= height else (new_short, new_long)
 
 
 def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Scale with Lanczos and cut evenly from the edges what exceeds `size` (width, height)."""
+    """Scale with Lanczos to cover `size` (width, height), and crop the rest evenly from both edges."""
     return image if image.size == size else ImageOps.fit(image, size, Image.Resampling.LANCZOS)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
     """RGB picture -> (3, H, W) float32 in [-1, 1]."""
-    assert image.mode == "RGB", f"a picture in mode {image.mode}; open it with open_image"
+    assert image.mode == "RGB", f"a picture in mode {image.mode} is not RGB; open it with open_image"
     pixels = torch.from_numpy(np.asarray(image).copy())           # (H, W, 3) uint8
     return pixels.permute(2, 0, 1).float() / 255 * 2 - 1          # (3, H, W)
 
 
 def to_pil(tensor: Tensor) -> Image.Image:
-    """(3, H, W), [-1, 1] or beyond -> RGB picture, rounded to the nearest of 256 levels.
+    """(3, H, W), clipped to [-1, 1] -> RGB picture, rounded to the nearest of 256 levels.
 
-    Raises ValueError for NaN, which half precision can bring about.
+    Raises ValueError for NaN or infinity, which half precision can cause.
     """
     if not tensor.isfinite().all():
         raise ValueError("the picture came out as NaN or infinity; try --dtype bf16 or fp32")
@@ -131,31 +125,29 @@ def to_pil(tensor: Tensor) -> Image.Image:
 
 
 def grid(rows: list[list[Image.Image]], labels: list[list[str]]) -> Image.Image:
-    """One picture of all, in rows, each with its label below it, wrapped to its width.
+    """One picture of rows of pictures with a label below each, wrapped to the width of its column.
 
-    Rows may differ in length and pictures in size. Small pictures are enlarged so that labels can be read.
+    Rows may differ in length and pictures in size. Small pictures are enlarged.
     """
     assert [len(row) for row in rows] == [len(row) for row in labels], "one label for each picture"
-    font = ImageFont.load_default(LABEL_SIZE)
-    gap, line_height = 8, LABEL_SIZE + 4
+    font, line_height = ImageFont.load_default(LABEL_SIZE), LABEL_SIZE + 4
     rows = [[_enlarge(image) for image in row] for row in rows]
     widths = [max(row[i].width for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
     wrapped = [[_wrap(label, width, font) for label, width in zip(row, widths)] for row in labels]
     heights = [max(image.height for image in row) for row in rows]
     text_heights = [max(len(lines) for lines in row) * line_height for row in wrapped]
-    size = (sum(widths) + gap * (len(widths) + 1), sum(heights) + sum(text_heights) + gap * (len(rows) + 1))
-    canvas = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(canvas)
-    y = gap
+    width = sum(widths) + GAP * (len(widths) + 1)
+    canvas = Image.new("RGB", (width, sum(heights + text_heights) + GAP * (len(rows) + 1)), "white")
+    draw, y = ImageDraw.Draw(canvas), GAP
     for row, texts, height, text_height in zip(rows, wrapped, heights, text_heights):
-        x = gap
+        x = GAP
         for image, lines, width in zip(row, texts, widths):
             canvas.paste(image, (x + (width - image.width) // 2, y))
             for i, line in enumerate(lines):
                 left = x + (width - draw.textlength(line, font=font)) / 2
                 draw.text((left, y + height + i * line_height), line, fill="black", font=font)
-            x += width + gap
-        y += height + text_height + gap
+            x += width + GAP
+        y += height + text_height + GAP
     return canvas
 
 
@@ -166,7 +158,7 @@ def _enlarge(image: Image.Image) -> Image.Image:
 
 
 def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
-    """Break a label into lines that fit `width` pixels, and cut one that would fill a page."""
+    """Break a label into lines that fit `width` pixels; letters beyond LABEL_LETTERS are cut."""
     text = text if len(text) <= LABEL_LETTERS else text[: LABEL_LETTERS - 1] + "…"
     for columns in range(max(len(text), 1), 0, -1):
         lines = textwrap.wrap(text, columns) or [""]
@@ -176,7 +168,7 @@ def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
 
 
 def save_png(image: Image.Image, path: str | Path, recipe: dict) -> None:
-    """Write a PNG that carries `recipe` as JSON text; the file appears whole or not at all."""
+    """Write a PNG whose text chunk RECIPE_KEY holds `recipe` as JSON; it appears whole or not at all."""
     text = PngImagePlugin.PngInfo()
     text.add_text(RECIPE_KEY, json.dumps(recipe))
     with replacing(path) as temporary:
@@ -184,8 +176,8 @@ def save_png(image: Image.Image, path: str | Path, recipe: dict) -> None:
 
 
 def read_recipe(path: str | Path) -> dict:
-    """The recipe that save_png wrote. ValueError when the file is no PNG or carries none."""
-    open_image(path)  # says in one line what may be wrong with the file
+    """The recipe that save_png wrote. ValueError if the file is no picture or carries no recipe."""
+    open_image(path)  # reports a missing or damaged file
     with Image.open(path) as image:
         text = getattr(image, "text", {}).get(RECIPE_KEY)
     try:
@@ -193,5 +185,5 @@ def read_recipe(path: str | Path) -> dict:
     except (TypeError, ValueError):
         recipe = None
     if not isinstance(recipe, dict):
-        raise ValueError(f"{path} carries no recipe; only PNG files that sample.py wrote do")
+        raise ValueError(f"{path} carries no recipe; only PNG files that sample.py wrote carry one")
     return recipe

@@ -1,6 +1,6 @@
 """CLIP's byte-level BPE tokenizer: texts -> token ids, the same ids as transformers' CLIPTokenizer.
 
-The byte-pair merging itself is done by the `tokenizers` library; this file states CLIP's settings of it.
+The `tokenizers` library merges the byte pairs; this file holds the settings with which it does so as CLIP.
 """
 
 import json
@@ -19,14 +19,14 @@ from nanoip2p.common.files import read_json, replacing, write_json
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 ROLES = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-LENGTH = 77  # tokens of a text, where tokenizer_config.json does not say otherwise
+LENGTH = 77  # tokens of a text, unless tokenizer_config.json says otherwise
 WORD_END = "</w>"
-# Letters, single digits and runs of signs are words of their own, as in OpenAI's simple_tokenizer.py
+# A word is a run of letters, one digit, or a run of other signs, as in OpenAI's simple_tokenizer.py
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 class Tokenizer:
-    """Callable: texts -> ids. Made by load_tokenizer."""
+    """Callable: texts -> token ids. Made by load_tokenizer."""
 
     def __init__(self, backend: Backend, start: int, end: int, pad: int, length: int):
         assert length >= 2, f"no room for start and end in {length} tokens"
@@ -36,7 +36,7 @@ class Tokenizer:
     def __call__(self, texts: list[str]) -> Tensor:
         """Texts -> (B, length) int64: start, tokens, end, padding.
 
-        A text that is too long is cut, its end token kept, and a warning quotes what was dropped.
+        Cuts a text that is too long before the end token, with a warning that quotes the dropped part.
         Raises ValueError for a text that is not valid Unicode (bytes of another encoding on a command line).
         """
         assert not isinstance(texts, str), "a list of texts, not one text"
@@ -58,10 +58,10 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Read vocab.json + merges.txt or tokenizer.json, and the settings files beside them where they exist.
+    """Read tokenizer.json, or else vocab.json and merges.txt, and the settings files beside them.
 
     Padding is the end-of-text token unless tokenizer_config.json or special_tokens_map.json names another.
-    Raises ValueError, naming the folder or file, when something is missing or broken.
+    Raises ValueError, naming the folder or file, if something is missing or broken.
     """
     folder = Path(folder)
     config = read_json(folder / "tokenizer_config.json", missing={})
@@ -80,28 +80,26 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def check_fits(tokenizer: Tokenizer, config, folder: Path) -> None:
-    """ValueError when the text encoder of a CLIPTextConfig cannot read all that the tokenizer makes."""
+    """Raise ValueError if a text encoder with this CLIPTextConfig cannot read the tokenizer's output."""
     length, known = config.max_position_embeddings, tokenizer.backend.get_vocab_size()
     if tokenizer.length > length or known > config.vocab_size:
-        raise ValueError(f"{folder}: a tokenizer that makes texts of {tokenizer.length} from {known} tokens, "
-                         f"for a text encoder that reads {length} from {config.vocab_size}; take its own")
+        raise ValueError(f"{folder}: the tokenizer makes {tokenizer.length} tokens out of {known}, the text "
+                         f"encoder reads {length} out of {config.vocab_size}; use that encoder's tokenizer")
 
 
 def train_tokenizer(texts: Iterable[str], size: int, folder: str | Path) -> None:
     """Learn a vocabulary of at most `size` tokens; write vocab.json, merges.txt, tokenizer_config.json.
 
-    Laid out as CLIP's: bytes, bytes that end a word, merges in order, start, end. The end of text has the
-    largest id, on which CLIP's pooling relies. Any text can be encoded, since every byte is a token.
+    The order is CLIP's: bytes, bytes that end a word, merges, start, end. End-of-text has the largest id, as
+    CLIP's pooling expects. Every byte is a token, so any text can be encoded.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = alphabet + [letter + WORD_END for letter in alphabet]
     assert size >= len(tokens) + 2, f"{len(tokens)} bytes and two special tokens do not fit in {size}"
     backend = _backend({}, [], None)
-    # `vocab_size` of the trainer is another count (it makes word-ending bytes as it meets them); cut below
-    trainer = BpeTrainer(
-        vocab_size=size, min_frequency=2, initial_alphabet=alphabet, end_of_word_suffix=WORD_END,
-        show_progress=False,
-    )
+    # The trainer's vocab_size counts only the word-ending bytes that occur, so the merges are cut below
+    trainer = BpeTrainer(vocab_size=size, min_frequency=2, initial_alphabet=alphabet,
+                         end_of_word_suffix=WORD_END, show_progress=False)
     backend.train_from_iterator(texts, trainer)
     merges = [_pair(merge) for merge in json.loads(backend.to_str())["model"]["merges"]]
     merges = merges[: size - len(tokens) - 2]
@@ -117,23 +115,19 @@ def train_tokenizer(texts: Iterable[str], size: int, folder: str | Path) -> None
 
 
 def _backend(vocab: dict[str, int], merges: list[tuple[str, str]], unknown: str | None) -> Backend:
-    """CLIP's pipeline: compose, squeeze white space, lower case; split into words; bytes; merge."""
+    """CLIP's steps: compose Unicode, shorten white space, lower case; split into words; bytes; merge."""
     settings = {} if unknown is None else {"unk_token": unknown}
     backend = Backend(BPE(vocab=vocab, merges=merges, end_of_word_suffix=WORD_END, **settings))
     backend.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+        [pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+         pre_tokenizers.ByteLevel(add_prefix_space=False)])
     return backend
 
 
 def _vocabulary(folder: Path, fast: dict) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Tokens with their ids, and merges by precedence. tokenizer.json goes first, as in transformers."""
+    """Ids by token, and merges by precedence. tokenizer.json takes precedence, as in transformers."""
     if fast:
         model = fast.get("model", {})
         if not {"vocab", "merges"} <= model.keys():
@@ -150,10 +144,10 @@ def _vocabulary(folder: Path, fast: dict) -> tuple[dict[str, int], list[tuple[st
 
 
 def _special_tokens(folder: Path, config: dict, fast: dict) -> tuple[dict[str, str], list[AddedToken]]:
-    """Which token has which role, and every token that is to be found in a text before it is split.
+    """The token of each role, and all tokens that are cut out of a text before it is split into words.
 
-    The files grew over the years: `added_tokens_decoder` in tokenizer_config.json supersedes
-    special_tokens_map.json, added_tokens.json and the list in tokenizer.json.
+    `added_tokens_decoder` in tokenizer_config.json supersedes the older special_tokens_map.json,
+    added_tokens.json and the list in tokenizer.json.
     """
     named = ROLES | _token_fields(config)
     if "added_tokens_decoder" in config:
@@ -167,14 +161,14 @@ def _special_tokens(folder: Path, config: dict, fast: dict) -> tuple[dict[str, s
         listed += sorted(fast.get("added_tokens", []), key=lambda token: token["id"])
     for key in ("additional_special_tokens", "extra_special_tokens"):
         listed += config.get(key) or []
-    # The list decides a token's flags; of the roles that share an unlisted token, the last (as transformers)
+    # A token's flags come from the list, or else from the last role that names it, as in transformers
     found = {_text(token): token for token in listed}
     found |= {_text(token): token for token in named.values() if _text(token) not in found}
     return {role: _text(token) for role, token in named.items()}, list(map(_added_token, found.values()))
 
 
 def _added_token(token: str | dict) -> AddedToken:
-    """A token that is cut out of a text before normalising and splitting (after, if `normalized`)."""
+    """A token that is cut out of a text before normalising (after, if `normalized`) and splitting."""
     flags = token if isinstance(token, dict) else {}
     flags = {key: flags[key] for key in ("single_word", "lstrip", "rstrip", "normalized") if key in flags}
     return AddedToken(_text(token), special=True, **flags)

@@ -1,10 +1,11 @@
 """The variational autoencoder of latent diffusion (Rombach et al. 2112.10752): pixels <-> latents.
 
-Same computation and the same names of weights as diffusers' AutoencoderKL. Two details decide whether
-published weights work: every GroupNorm uses eps 1e-6, and the encoder's strided convolutions pad only
-to the right and below.
+Computes the same as diffusers' AutoencoderKL, under the same names of weights. Two details decide whether
+published weights work: every GroupNorm uses eps 1e-6, and the encoder's strided convolutions pad only to the
+right and below.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -13,17 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoip2p.attention import attention
-from nanoip2p.common.config import read_config
+from nanoip2p.common.config import FIXED, IGNORED, read_config
 
-EPS = 1e-6  # of every GroupNorm here; torch's default of 1e-5 is visible in the picture
+EPS = 1e-6  # of every GroupNorm here; torch's default of 1e-5 changes the picture visibly
 LOGVAR_RANGE = (-30.0, 20.0)
-FIXED = {
-    "act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True,
-    "latents_mean": None, "latents_std": None, "shift_factor": None,
-}
-BOOKKEEPING = frozenset({"sample_size", "force_upcast"})  # a hint for tiling; when to leave half precision
-TILE, OVERLAP = 64, 16  # latent positions along a side of what is coded at once with little memory
-WHOLE = 96  # and so many are not cut up: 768 pixels in SD 1.5
+WHOLE = 96  # latent positions a side (768 pixels in SD 1.5) up to which low memory needs no tiles
+TILE, OVERLAP = 64, 16  # latent positions a side of a tile, and of the strip that two tiles share
 OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -40,24 +36,19 @@ class VAEConfig:
     scaling_factor: float = 0.18215
 
     def __post_init__(self):
-        uneven = [c for c in self.block_out_channels if c % self.norm_num_groups]
-        if uneven or not self.block_out_channels:
-            raise ValueError(
-                f"VAEConfig: block_out_channels = {self.block_out_channels} must be non-empty multiples "
-                f"of norm_num_groups = {self.norm_num_groups}"
-            )
+        widths, groups = self.block_out_channels, self.norm_num_groups
+        if not widths or any(width % groups for width in widths):
+            raise ValueError(f"VAEConfig: block_out_channels = {widths} must be one or more multiples of "
+                             f"norm_num_groups = {groups}")
 
     def to_json(self) -> dict:
         """The config.json from which diffusers builds the same network."""
-        types = _block_types(len(self.block_out_channels))
-        return {"_class_name": "AutoencoderKL", **asdict(self), **types, **FIXED}
+        return {"_class_name": "AutoencoderKL", **asdict(self), **_fixed(len(self.block_out_channels))}
 
 
-def _block_types(levels: int) -> dict:
-    return {
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
-    }
+def _fixed(levels: int) -> dict:
+    return {"down_block_types": ("DownEncoderBlock2D",) * levels,
+            "up_block_types": ("UpDecoderBlock2D",) * levels, **FIXED["vae"]}
 
 
 class ResnetBlock(nn.Module):
@@ -95,7 +86,7 @@ class AttentionBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """The bottom of both halves: residual, attention, residual."""
+    """The lowest level of encoder and decoder: residual block, attention, residual block."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -107,7 +98,7 @@ class MidBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width. The zeros go right and below only, as the published weights were trained."""
+    """Halve height and width. Zeros are added right and below only, as the published weights expect."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -144,6 +135,12 @@ class Level(nn.Module):
         return x
 
 
+def _levels(widths: tuple[int, ...], layers: int, groups: int, resample: str) -> nn.ModuleList:
+    resamples = [resample] * (len(widths) - 1) + [None]
+    return nn.ModuleList(Level(c_in, c_out, layers, groups, change)
+                         for c_in, c_out, change in zip((widths[0], *widths), widths, resamples))
+
+
 class Encoder(nn.Module):
     """(B, C_in, H, W) -> mean and log variance side by side (B, 2 * latent, H/f, W/f)."""
 
@@ -151,19 +148,14 @@ class Encoder(nn.Module):
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            Level(a, b, config.layers_per_block, groups, "down" if i < len(widths) - 1 else None)
-            for i, (a, b) in enumerate(zip((widths[0], *widths), widths))
-        )
+        self.down_blocks = _levels(widths, config.layers_per_block, groups, "down")
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for block in self.down_blocks:
+        for block in (self.conv_in, *self.down_blocks, self.mid_block):
             x = block(x)
-        x = self.mid_block(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
@@ -175,18 +167,14 @@ class Decoder(nn.Module):
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
-        self.up_blocks = nn.ModuleList(
-            Level(a, b, config.layers_per_block + 1, groups, "up" if i < len(widths) - 1 else None)
-            for i, (a, b) in enumerate(zip((widths[0], *widths), widths))
-        )
+        self.up_blocks = _levels(widths, config.layers_per_block + 1, groups, "up")
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(z))
-        for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        for block in (self.conv_in, self.mid_block, *self.up_blocks):
+            z = block(z)
+        return self.conv_out(F.silu(self.conv_norm_out(z)))
 
 
 class VAE(nn.Module):
@@ -194,22 +182,20 @@ class VAE(nn.Module):
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        self.config = config
-        latent = config.latent_channels
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.config, latent = config, config.latent_channels
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
         self.post_quant_conv = nn.Conv2d(latent, latent, 1)
 
     @classmethod
     def from_config(cls, config: dict) -> "VAE":
-        """Build from the content of diffusers' vae/config.json. ValueError names what is not supported."""
+        """Build from the content of diffusers' vae/config.json. ValueError names an unsupported setting."""
         levels = len(config.get("block_out_channels", VAEConfig.block_out_channels))
-        return cls(read_config(VAEConfig, config, {**FIXED, **_block_types(levels)}, BOOKKEEPING))
+        return cls(read_config(VAEConfig, config, _fixed(levels), IGNORED["vae"]))
 
     @property
     def scaling_factor(self) -> float:
-        """Latents times this have about unit variance: what the diffusion model sees (0.18215 in SD 1.5)."""
+        """Factor that gives latents about unit variance for the diffusion model (0.18215 in SD 1.5)."""
         return self.config.scaling_factor
 
     @property
@@ -227,62 +213,61 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(latents))
 
     def encode_small(self, image: Tensor) -> Tensor:
-        """The mean of `encode` with little memory: one picture at a time, and large ones in tiles.
+        """The mean of `encode` with little memory: picture by picture, in tiles above WHOLE latent positions.
 
-        Tiles are not exact, for norms and attention see no farther; where two overlap, one fades into the
-        other, and there is no edge. Pictures up to WHOLE latent positions a side are not cut up.
+        Tiles change the result a little, because norms and attention see one tile only. Neighbouring tiles
+        fade into each other where they overlap, so no edge is visible.
         """
-        return by_parts(lambda part: self.encode(part)[0], image, self.downsampling, 1)
+        return in_tiles(lambda part: self.encode(part)[0], image, self.downsampling, 1)
 
     def decode_small(self, latents: Tensor) -> Tensor:
-        """`decode` with little memory, as `encode_small` does it."""
-        return by_parts(self.decode, latents, 1, self.downsampling)
+        """`decode` with little memory, see `encode_small`."""
+        return in_tiles(self.decode, latents, 1, self.downsampling)
 
     @staticmethod
     def published_names(state_dict: dict) -> dict:
-        """The same tensors under the names used here: until 2023 diffusers called to_q `query` and so on."""
-        renamed = {}
-        for name, tensor in state_dict.items():
-            stem, _, leaf = name.rpartition(".")
-            parent, _, layer = stem.rpartition(".")
-            if "attentions." in parent and layer in OLD_ATTENTION_NAMES:
-                name = f"{parent}.{OLD_ATTENTION_NAMES[layer]}.{leaf}"
-            renamed[name] = tensor
-        return renamed
+        """Rename the attention weights of before 2023, when diffusers called to_q `query` and so on."""
+        def rename(name: str) -> str:
+            return re.sub(r"(?<=attentions\.0\.)\w+", lambda m: OLD_ATTENTION_NAMES.get(m[0], m[0]), name)
+
+        return {rename(name): tensor for name, tensor in state_dict.items()}
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
-        """As torch's, and old attention names are understood (see published_names)."""
+        """As torch's; also accepts the old names of attention weights (see published_names)."""
         return super().load_state_dict(self.published_names(state_dict), strict, assign)
 
 
-def by_parts(code: Callable[[Tensor], Tensor], x: Tensor, size_in: int, size_out: int) -> Tensor:
-    """`code` of each picture alone, in tiles where it is large. Sizes: of a latent position, in and out."""
-    h, w = (-(-side // size_in) for side in x.shape[2:])
+def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, scale_in: int, scale_out: int) -> Tensor:
+    """Apply `function` to each picture alone, and to tiles of a large one. (B, C, h, w) -> (B, C', h', w').
+
+    scale_in, scale_out: entries of input and output along one side of a latent position.
+    """
     if len(x) > 1:
-        return torch.cat([by_parts(code, one, size_in, size_out) for one in x.split(1)])
+        return torch.cat([in_tiles(function, picture, scale_in, scale_out) for picture in x.split(1)])
+    h, w = (-(-side // scale_in) for side in x.shape[2:])               # latent positions
     if max(h, w) <= WHOLE:
-        return code(x)
+        return function(x)
     total = weights = 0
     for top in tile_starts(h):
         for left in tile_starts(w):
-            tile = x[:, :, top * size_in : (top + TILE) * size_in, left * size_in : (left + TILE) * size_in]
-            made = code(tile)
-            down, right = (fade(side, OVERLAP * size_out).to(x.device) for side in made.shape[2:])
-            weight = down[:, None] * right                              # (tile's height, its width)
-            left_out, top_out = left * size_out, top * size_out
-            around = (left_out, w * size_out - left_out - weight.shape[1],
-                      top_out, h * size_out - top_out - weight.shape[0])
-            total, weights = total + F.pad(made * weight, around), weights + F.pad(weight, around)
+            rows, columns = (slice(start * scale_in, (start + TILE) * scale_in) for start in (top, left))
+            tile = function(x[:, :, rows, columns])
+            fade_y, fade_x = (fade(side, OVERLAP * scale_out).to(x.device) for side in tile.shape[2:])
+            weight = fade_y[:, None] * fade_x                           # (tile height, tile width)
+            before_x, before_y = left * scale_out, top * scale_out
+            place = (before_x, w * scale_out - before_x - weight.shape[1],
+                     before_y, h * scale_out - before_y - weight.shape[0])
+            total, weights = total + F.pad(tile * weight, place), weights + F.pad(weight, place)
     return (total / weights).to(x.dtype)
 
 
 def tile_starts(length: int) -> list[int]:
-    """Where tiles begin so that they cover `length` evenly, and overlap by OVERLAP at least."""
+    """Where tiles begin so that they cover `length` evenly and overlap by OVERLAP at least."""
     gaps = max(0, -(-(length - TILE) // (TILE - OVERLAP)))
     return [round(i * (length - TILE) / gaps) for i in range(gaps + 1)] if gaps else [0]
 
 
-def fade(length: int, over: int) -> Tensor:
-    """(length,) rising from the edges to 1 within `over`."""
+def fade(length: int, width: int) -> Tensor:
+    """Weights (length,) of a tile's rows: rising from both edges, 1 from `width` on."""
     rise = torch.arange(1, length + 1)
-    return (torch.minimum(rise, rise.flip(0)) / over).clamp(max=1)
+    return (torch.minimum(rise, rise.flip(0)) / width).clamp(max=1)

@@ -1,33 +1,58 @@
-"""One rule for reading the config.json files that diffusers and transformers write.
+"""Which config.json files of diffusers and transformers we accept, and how they are read.
 
-Each network keeps a frozen dataclass whose fields are the keys it honours. Every other key must hold
-the one value our code assumes, listed next to the network as `FIXED`; anything else is refused by name,
-because a silently ignored `use_linear_projection: true` is a wrong picture and no error.
+Each network has a frozen dataclass whose fields are the settings that it honours. FIXED lists the other
+settings that change the computation, with the one value that our code computes. IGNORED lists the settings
+that change nothing here. `read_config` refuses everything else by name: overlooking a setting such as
+`use_linear_projection: true` would give a wrong picture and no error.
 """
 
 import dataclasses
 
+FIXED = {
+    "vae": {
+        "act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True,
+        "mid_block_add_attention": True, "latents_mean": None, "latents_std": None, "shift_factor": None,
+    },
+    "clip": {"attention_dropout": 0.0, "dropout": 0.0, "pruned_heads": {}},
+    "scheduler": {
+        "prediction_type": "epsilon", "trained_betas": None, "rescale_betas_zero_snr": False,
+        "clip_sample": False, "thresholding": False, "variance_type": None, "timestep_type": "discrete",
+        "interpolation_type": "linear", "sigma_min": None, "sigma_max": None,
+        "algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint",
+        "lower_order_final": True, "euler_at_final": False, "lambda_min_clipped": -float("inf"),
+    },
+}
+IGNORED = {
+    "vae": {"sample_size", "force_upcast"},  # a hint for tiling; when to leave half precision
+    # Initialisation, names of tokens, and the generation settings that transformers wrote before 2023
+    "clip": set(
+        "architectures model_type torch_dtype dtype transformers_version initializer_range "
+        "initializer_factor bos_token_id pad_token_id text_config_dict vision_config_dict id2label "
+        "label2id return_dict chunk_size_feed_forward tie_word_embeddings diversity_penalty "
+        "encoder_no_repeat_ngram_size length_penalty max_length min_length temperature top_k top_p "
+        "typical_p no_repeat_ngram_size num_beam_groups num_beams num_return_sequences "
+        "repetition_penalty".split()
+    ),
+    # Settings of features that are off, and of PNDM, whose file every Stable Diffusion 1.x folder carries
+    "scheduler": {"clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "skip_prk_steps",
+                  "flow_shift", "time_shift_type"},
+}
 
-def read_config(cls: type, config: dict, fixed: dict, bookkeeping: frozenset = frozenset()):
-    """Build the dataclass `cls` from a config.json dict.
 
-    Fields of `cls` missing from `config` keep their default. `fixed` maps the other known keys to the one
-    value supported. Keys in `bookkeeping`, and keys starting with "_", say nothing about the computation
-    and are skipped. Unknown keys pass only when they are off (None or False).
+def read_config(cls: type, config: dict, fixed: dict, ignored: set[str] | frozenset[str] = frozenset()):
+    """Build the dataclass `cls` from the content of a config.json; fields that it lacks keep their default.
 
-    Raises ValueError, naming the key and its value, for anything our code would not reproduce.
+    Ignores keys that begin with "_", and unknown keys that are off (None or False). Raises ValueError, naming
+    the key and its value, for a `fixed` key with another value and for any other unknown key.
     """
     fields = {field.name for field in dataclasses.fields(cls)}
-    known = {}
+    honoured = {}
     for key, value in config.items():
         value = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
         if key in fields:
-            known[key] = value
-        elif key.startswith("_") or key in bookkeeping:
-            continue
-        elif key in fixed:
-            if value != fixed[key]:
-                raise ValueError(f"{cls.__name__}: {key} = {value!r} is not supported, only {fixed[key]!r}")
-        elif value is not None and value is not False:
+            honoured[key] = value
+        elif key in fixed and value != fixed[key]:
+            raise ValueError(f"{cls.__name__}: {key} = {value!r} is not supported, only {fixed[key]!r}")
+        elif not (key in fixed or key in ignored or key.startswith("_") or value is None or value is False):
             raise ValueError(f"{cls.__name__}: unknown setting {key} = {value!r}; not Stable Diffusion 1.x")
-    return cls(**known)
+    return cls(**honoured)

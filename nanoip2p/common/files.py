@@ -1,6 +1,7 @@
-"""Files: what is read may be missing or broken, and what is written is never seen half done."""
+"""Files that are written whole or not at all, and read with one clear line about what is wrong in them."""
 
 import csv
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -10,10 +11,10 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; what was written there takes its place when the block succeeds.
+    """Yield a temporary path beside `path`, which replaces `path` when the block succeeds.
 
-    When the block fails or is interrupted, the temporary file goes and `path` is as it was. Missing folders
-    are made. Raises ValueError for something that is there and no plain file (a folder, /dev/null).
+    If the block fails or is interrupted, `path` stays as it was. Makes missing folders. Raises ValueError if
+    `path` is not a plain file (but a folder or /dev/null).
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -28,27 +29,30 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise ValueError now, and not after an hour's work, when `replacing(path)` could not write there."""
+    """Raise ValueError now, and not after an hour's work, if `replacing(path)` could not write there."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _beside(path).touch()
         _beside(path).unlink()
-        there = path.exists()  # fails for a name that is too long
+        usable = not path.exists() or path.is_file() and os.access(path, os.W_OK)
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror}") from None
-    if there and not (path.is_file() and os.access(path, os.W_OK)):
+    if not usable:
         raise ValueError(f"{path} is not a file that can be replaced; name another output")
 
 
 def _beside(path: Path) -> Path:
-    # Same folder, because a rename is atomic only within one file system. Hidden, so that *.png skips it. The
-    # host's name, because processes on two machines that share a disk may have one number.
+    # In the same folder: a rename is atomic only within a file system. Hidden: *.png skips it. With the name of
+    # the host: processes on two machines that share a disk can have the same number.
     return path.with_name(f".{path.name[:60]}.{os.uname().nodename[:20]}.{os.getpid()}.tmp")
 
 
 def read_json(path: Path, missing: dict | None = None, kind: type = dict) -> dict | list:
-    """The JSON object (or list) in a file, or `missing`. ValueError if there is none or it is broken."""
+    """The JSON object (or list) in a file, or `missing` if there is no file.
+
+    Raises ValueError for a broken file, another kind of content, and without `missing` for an absent file.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -64,93 +68,96 @@ def read_json(path: Path, missing: dict | None = None, kind: type = dict) -> dic
 
 
 def write_json(content: dict | list, path: Path) -> None:
-    """Write JSON, or leave the file as it was."""
+    """Write JSON; if that fails, the file stays as it was."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def remedy(folder: Path) -> str:
-    """What to do about a file that is not in `folder`."""
+    """The files in `folder`, in words, for messages about a missing one."""
     if not folder.is_dir():
         return f"there is no folder {folder}"
     found = sorted(entry.name for entry in folder.iterdir())
     return f"{folder} holds {', '.join(found[:6]) or 'nothing'}{' …' if len(found) > 6 else ''}"
 
 
-BEGINNING = b'{"input": "'  # of every line that is written here
-
-
 def tidy(text: str) -> str:
-    """On one line, and sayable in UTF-8: a lone surrogate becomes a question mark."""
+    """The text on one line and valid in UTF-8: a lone surrogate becomes a question mark."""
     return " ".join(text.encode(errors="replace").decode().split())
 
 
 def fold(text: str) -> str:
-    """What two captions have in common that are the same but for case, spaces and the final stop."""
+    """The text without case, extra spaces and final stop: equal for captions that say the same."""
     return tidy(text).strip(" .!?").lower()
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
-    """Line number and content of every row of .jsonl, .csv or text; lines of a text are under "input".
+def read_rows(path: Path, kind: str | None = None,
+              problems: list[str] | None = None) -> Iterator[tuple[int, dict]]:
+    """Line number (from 1) and content of every row of a file, without blank lines.
 
-    Raises ValueError naming the line that is not a JSON object, or the file that is not UTF-8.
+    kind: ".jsonl", ".csv" or ".txt" (lines become {"input": line}); by default the file's suffix.
+    Raises ValueError, naming the line, for a line that is not a JSON object or not UTF-8; with `problems`,
+    appends the message to that list instead and goes on.
     """
-    kind = path.suffix.lower()
-    try:
-        with path.open(encoding="utf-8-sig", newline="" if kind == ".csv" else None) as file:
-            if kind == ".csv":
+    kind = (kind or path.suffix).lower()
+    if kind == ".csv":
+        try:
+            with path.open(encoding="utf-8-sig", newline="") as file:
                 reader = csv.DictReader(file, restkey="", restval="")
                 yield from ((reader.line_num, row) for row in reader)
-                return
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                row = json.loads(line) if kind == ".jsonl" else {"input": line}
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from None
+    else:
+        yield from _parse(path.read_bytes(), path, "JSON" if kind == ".jsonl" else "UTF-8", problems)
+
+
+def _parse(content: bytes, path: Path, kind: str, problems: list[str] | None) -> Iterator[tuple[int, dict]]:
+    for number, line in enumerate(content.splitlines(), start=1):
+        try:
+            text = line.decode("utf-8-sig")
+            if text.strip():
+                row = json.loads(text) if kind == "JSON" else {"input": text}
                 if not isinstance(row, dict):
-                    raise ValueError(f"{path}, line {number} is not a JSON object")
+                    raise ValueError(f"holds a JSON {type(row).__name__}, not an object")
                 yield number, row
-    except (csv.Error, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number} is not JSON ({error}); mend or delete that line") from None
+        except (ValueError, RecursionError) as error:
+            reason = str(error) if type(error) is ValueError else f"is not {kind} ({error})"
+            if problems is None:
+                raise ValueError(f"{path}, line {number} {reason}; correct or delete that line") from None
+            problems.append(f"line {number} {reason}")
 
 
-def rows_of(path: Path) -> list[dict]:
-    """The rows of .jsonl, none where there is no such file. ValueError as read_rows."""
-    return [row for _, row in read_rows(path)] if path.exists() else []
+def read_jsonl(path: Path) -> list[dict]:
+    """The rows that `append` wrote to a file; none if there is no such file.
 
-
-def finished(path: Path, keys: tuple[str, ...]) -> set[str]:
-    """The captions, folded, in a JSONL file that an earlier run wrote; a last line torn by a kill is mended.
-
-    Raises ValueError, and changes nothing, when a line is not an object of strings under `keys`.
+    Leaves out a last line that is incomplete because the process was killed. ValueError as read_rows.
     """
-    *lines, rest = (path.read_bytes() if path.exists() else b"").split(b"\n")
-    torn = rest
-    if rest and not (BEGINNING.startswith(rest[: len(BEGINNING)]) and _parse(rest) is None):
-        lines, torn = [*lines, rest], b""
-    rows = [_parse(line) for line in lines]
-    for number, row in enumerate(rows, start=1):
-        if not (isinstance(row, dict) and all(isinstance(row.get(key), str) for key in keys)):
-            raise ValueError(f"{path}, line {number} is not {{{', '.join(keys)}}}; name another --out")
-    if torn:
-        os.truncate(path, path.stat().st_size - len(torn))
-    elif rest:
+    content = path.read_bytes() if path.exists() else b""
+    return [row for _, row in _parse(content[: _complete(content)], path, "JSON", None)]
+
+
+def mend_last_line(path: Path) -> None:
+    """Prepare a file for `append` after a kill: delete an incomplete last line, or add its line break."""
+    content = path.read_bytes() if path.exists() else b""
+    if _complete(content) < len(content):
+        os.truncate(path, _complete(content))
+    elif content and not content.endswith(b"\n"):
         with path.open("ab") as file:
             file.write(b"\n")
-    return {fold(row["input"]) for row in rows}
 
 
-def _parse(line: bytes):
-    """What a line of JSON holds, or None: no beginning of an object is JSON by itself."""
+def _complete(content: bytes) -> int:
+    """Bytes before an incomplete last line: the beginning of a JSON object, without a line break."""
+    last = content[content.rfind(b"\n") + 1 :]
     try:
-        return json.loads(line)
+        json.loads(last or "0")
     except (ValueError, RecursionError):
-        return None
+        return len(content) - len(last) if b'{"'.startswith(last[:2]) else len(content)
+    return len(content)
 
 
 def append(path: Path, row: dict) -> None:
-    """Add a line, or, when the disk is full, nothing."""
+    """Add a row to a .jsonl file; if the disk is full, the file stays as it was."""
     size = path.stat().st_size if path.exists() else 0
     try:
         with path.open("a", encoding="utf-8") as file:
@@ -159,3 +166,64 @@ def append(path: Path, row: dict) -> None:
         if path.exists():
             os.truncate(path, size)
         raise
+
+
+def claim_folder(folder: Path, marker: str, job: dict, flag: str, notes: dict | None = None) -> None:
+    """Reserve a folder for one job: write `job` as JSON to folder/marker, or compare it with what is there.
+
+    job: settings that decide what the folder will hold. notes: further entries for people, never compared.
+    flag: the option that names the folder, for messages. Several processes of one job may call this at once.
+    Raises ValueError, naming the first setting that differs, if the folder belongs to another job, and if it
+    holds files but no marker.
+    """
+    path, job = folder / marker, json.loads(json.dumps(job))  # tuples become lists, as in the file
+    if not path.exists():
+        foreign = sorted(entry.name for entry in folder.glob("[!.]*"))
+        if foreign and not path.exists():  # another process of this job may just have written it
+            raise ValueError(f"{folder} holds {foreign[0]} but no {marker}; choose another {flag}")
+        write_json({**(notes or {}), **job}, path)
+    if difference := _difference(read_json(path), job):
+        raise ValueError(f"{folder} was begun with {difference}; use the same setting, or another {flag}")
+
+
+def _difference(there: dict, wanted: dict) -> str | None:
+    """The first entry of `wanted` that `there` lacks or has otherwise, in words."""
+    for key, value in wanted.items():
+        found = there.get(key) if isinstance(there, dict) else None
+        if isinstance(value, dict) and (difference := _difference(found, value)):
+            return difference
+        if not isinstance(value, dict) and found != value:
+            return f"another {key}" if len(str(value)) > 30 else f"{key} = {found}, not {value}"
+    return None
+
+
+@contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Try to lock a file, which is made if it is missing; yields whether this process holds the lock.
+
+    wait: until the process that holds it lets go. The system frees the lock of a process that dies. It is
+    lockf's lock: flock's would pass to forked processes that load data, and outlive the process that took it.
+    Within one process it does not exclude: a second call succeeds, and its end frees the lock.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except (BlockingIOError, PermissionError):  # either one, depending on the system
+            held = False
+        yield held
+
+
+# Old names, until their callers are merged
+rows_of = read_jsonl
+
+
+def finished(path: Path, keys: tuple[str, ...]) -> set[str]:
+    """Old: the captions, folded, of a file that an earlier run wrote."""
+    rows = read_jsonl(path)
+    for number, row in enumerate(rows, start=1):
+        if not all(isinstance(row.get(key), str) for key in keys):
+            raise ValueError(f"{path}, line {number} is not {{{', '.join(keys)}}}; name another --out")
+    mend_last_line(path)
+    return {fold(row["input"]) for row in rows}

@@ -1,4 +1,4 @@
-"""Curves as pictures, where matplotlib is installed (pip install 'nanoip2p[plots]')."""
+"""Plots as PNG files, if matplotlib is installed (pip install 'nanoip2p[plots]')."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,18 +7,16 @@ from nanoip2p.common.files import replacing
 
 
 def plot(path: Path, draw: Callable, size: tuple[float, float] = (8, 4.5), **labels: str) -> bool:
-    """Let `draw` draw on axes with these labels (xlabel, ylabel, yscale), and write a PNG. size: inches.
+    """Call draw(axes), set the axes' `labels` (xlabel, ylabel, yscale), write a PNG of `size` in inches.
 
-    False when matplotlib is not installed.
+    Returns False if matplotlib is not installed.
     """
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=size)
+    figure = Figure(figsize=size)
+    axes = figure.subplots()
     draw(axes)
     axes.set(**labels)
     axes.grid(alpha=0.3, which="both")
@@ -26,5 +24,4 @@ def plot(path: Path, draw: Callable, size: tuple[float, float] = (8, 4.5), **lab
     figure.tight_layout()
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
-    pyplot.close(figure)
     return True

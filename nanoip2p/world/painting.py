@@ -1,7 +1,7 @@
-"""How a `Scene` looks: every brush stroke of the nano world, drawn with Pillow.
+"""How a `Scene` of the nano world looks, drawn with Pillow.
 
-Nothing here is random. A picture is a function of the scene alone, so the result of an edit is known to the
-pixel. Drawing happens at four times the wanted size; averaging down gives the anti-aliasing.
+Nothing here is random: the scene alone decides every pixel, so the right result of an edit is known exactly.
+`Scene.render` draws at four times the wanted size and averages, which smooths the edges.
 """
 
 import math
@@ -13,25 +13,23 @@ COLOURS = {
     "blue": (44, 98, 216), "purple": (134, 62, 178), "pink": (246, 136, 186), "white": (244, 244, 240),
 }
 
-TINT = {"day": (1.0, 1.0, 1.0), "sunset": (1.0, 0.80, 0.70), "night": (0.62, 0.64, 0.86)}  # of the light
-SKY = {  # top, horizon
-    "day": ((70, 148, 232), (196, 228, 250)),
-    "sunset": ((92, 62, 138), (255, 164, 84)),
-    "night": ((10, 14, 44), (46, 56, 110)),
-}
+LIGHT = {"day": (1.0, 1.0, 1.0), "sunset": (1.0, 0.80, 0.70), "night": (0.62, 0.64, 0.86)}  # red, green, blue
+SKY = {"day": ((70, 148, 232), (196, 228, 250)),  # top, horizon
+       "sunset": ((92, 62, 138), (255, 164, 84)),
+       "night": ((10, 14, 44), (46, 56, 110))}
 GREY_SKY = {"day": (166, 176, 188), "sunset": (156, 122, 122), "night": (42, 46, 62)}
-GROUND_COLOUR = {
-    "grass": (98, 178, 74), "sand": (236, 206, 138), "snow": (238, 244, 252), "dirt": (138, 98, 66),
-}
+GROUND_COLOUR = {"grass": (98, 178, 74), "sand": (236, 206, 138), "snow": (238, 244, 252),
+                 "dirt": (138, 98, 66)}
 FOG = {"day": (226, 230, 234), "sunset": (232, 196, 172), "night": (104, 110, 132)}
-HORIZON = 0.62
-BASE = 0.86  # where things stand
+OVERCAST = {"clear": 0.0, "cloudy": 0.45, "rainy": 0.85, "foggy": 0.5}  # share of grey in the sky
+HORIZON = 0.62  # of the picture's height, from the top; the same for BASE, where things stand
+BASE = 0.86
 HEIGHT = {"small": 0.27, "medium": 0.31, "large": 0.35}
 OUTLINE = (52, 42, 50)
 
 
 def paint(scene, pixels: int) -> Image.Image:
-    """Paint a `Scene` as a square RGB picture, from the sky forward to the weather."""
+    """Paint a `Scene` as a square RGB picture, from back to front."""
     pen = Pen(pixels, scene.time, scene.weather)
     paint_sky(pen, scene)
     paint_ground(pen, scene)
@@ -46,50 +44,48 @@ def mix(a: tuple, b: tuple, share: float) -> tuple:
 
 
 class Pen:
-    """Draws in unit coordinates (x to the right, y down, 0..1) on a square canvas, under one light.
+    """Fills shapes on a square canvas, in the light of one time of day.
 
-    `at(x, y, s)` moves the origin to a thing's foot: u runs to the right and v up, both in units of s.
+    Shapes have coordinates u to the right and v upwards from an origin, in a unit, both of which `at` sets.
     """
 
     def __init__(self, pixels: int, time: str, weather: str):
-        self.pixels = pixels
+        self.pixels, self.time = pixels, time
         self.image = Image.new("RGB", (pixels, pixels))
         self.draw = ImageDraw.Draw(self.image)
-        self.time = time
-        self.tint = tuple(t * (0.86 if weather == "rainy" else 1.0) for t in TINT[time])
+        self.light = tuple(part * (0.86 if weather == "rainy" else 1.0) for part in LIGHT[time])
         self.at(0.0, 1.0, 1.0)
 
-    def at(self, x: float, y: float, s: float) -> None:
-        """Put the origin of u, v at x, y (shares of the picture, downwards), a unit being s."""
-        self.x, self.y, self.s = x, y, s
+    def at(self, x: float, y: float, unit: float) -> None:
+        """Set origin and unit as shares of the picture; x counts to the right and y downwards."""
+        self.x, self.y, self.unit = x, y, unit
 
     def points(self, uv) -> list[tuple[float, float]]:
-        """Places (u to the right, v upwards) in pixels."""
-        return [((self.x + u * self.s) * self.pixels, (self.y - v * self.s) * self.pixels) for u, v in uv]
+        """Points (u, v) in pixels."""
+        return [((self.x + u * self.unit) * self.pixels, (self.y - v * self.unit) * self.pixels)
+                for u, v in uv]
 
     def lit(self, colour: tuple, glow: bool) -> tuple:
-        """A colour in the light of the hour, in which what glows does not stand."""
-        return colour if glow else tuple(round(c * t) for c, t in zip(colour, self.tint))
+        """A colour as it looks in this light; a colour that glows looks the same at any time."""
+        return colour if glow else tuple(round(c * part) for c, part in zip(colour, self.light))
 
     def polygon(self, colour: tuple, *uv: tuple[float, float], glow: bool = False) -> None:
-        """Fill between corners."""
+        """Fill a polygon with these corners."""
         self.draw.polygon(self.points(uv), fill=self.lit(colour, glow))
 
     def box(self, colour: tuple, u0: float, v0: float, u1: float, v1: float, glow: bool = False) -> None:
-        """Fill from one corner to the opposite one."""
+        """Fill the rectangle between two opposite corners."""
         self.polygon(colour, (u0, v0), (u1, v0), (u1, v1), (u0, v1), glow=glow)
 
     def disc(self, colour: tuple, u: float, v: float, ru: float, rv: float = 0.0, glow: bool = False) -> None:
-        """Fill an ellipse about u, v; without rv a circle."""
+        """Fill an ellipse with centre u, v and radii ru, rv; without rv a circle."""
         (x0, y1), (x1, y0) = self.points([(u - ru, v - (rv or ru)), (u + ru, v + (rv or ru))])
         self.draw.ellipse((x0, y0, x1, y1), fill=self.lit(colour, glow))
 
 
 def paint_sky(pen: Pen, scene) -> None:
     """A vertical gradient, the sun or the moon and stars, clouds, and two rows of hills."""
-    top, horizon = SKY[scene.time]
-    overcast = {"clear": 0.0, "cloudy": 0.45, "rainy": 0.85, "foggy": 0.5}[scene.weather]
-    grey = GREY_SKY[scene.time]
+    (top, horizon), grey, overcast = SKY[scene.time], GREY_SKY[scene.time], OVERCAST[scene.weather]
     rows = int(pen.pixels * (HORIZON + 0.06))
     for row in range(0, rows, 2):
         colour = mix(mix(top, horizon, row / rows), grey, overcast)
@@ -124,7 +120,7 @@ def paint_sky(pen: Pen, scene) -> None:
 
 
 def paint_ground(pen: Pen, scene) -> None:
-    """A gently curved field, darker towards the viewer, with sparse marks that tell grass from sand."""
+    """A curved field that darkens towards the viewer, with sparse marks for grass, dirt and sand."""
     pen.at(0.0, 1.0, 1.0)
     colour = GROUND_COLOUR[scene.ground]
     for band in range(5):
@@ -143,7 +139,7 @@ def paint_ground(pen: Pen, scene) -> None:
 
 
 def paint_weather(pen: Pen, scene) -> Image.Image:
-    """Rain falls in front of everything and fog veils it."""
+    """Rain in front of everything, or fog over it."""
     if scene.weather == "rainy":
         pen.at(0.0, 1.0, 1.0)
         for i in range(44):
@@ -156,7 +152,7 @@ def paint_weather(pen: Pen, scene) -> Image.Image:
 
 
 def paint_thing(pen: Pen, thing) -> None:
-    """Draw one thing with its shadow. The balloon hangs in the air; all others stand on the ground."""
+    """Draw a thing and its shadow. A balloon hangs in the air; other things stand on the ground."""
     x, size = 0.19 + 0.31 * thing.slot + thing.dx, HEIGHT[thing.size]
     pen.at(x, BASE + thing.dy, size)
     pen.disc((44, 50, 52), 0.0, 0.0, 0.36, 0.06)
@@ -165,8 +161,7 @@ def paint_thing(pen: Pen, thing) -> None:
     colour = COLOURS[thing.colour]
     dark, light = mix(colour, OUTLINE, 0.45), mix(colour, (255, 255, 255), 0.45)
     window = (255, 226, 120) if pen.time == "night" else (206, 232, 246)
-    {"house": _house, "tree": _tree, "car": _car, "tent": _tent, "mushroom": _mushroom, "flower": _flower,
-     "rocket": _rocket, "balloon": _balloon}[thing.kind](pen, colour, dark, light, window)
+    PAINTERS[thing.kind](pen, colour, dark, light, window)
 
 
 def _house(pen, colour, dark, light, window):
@@ -244,3 +239,7 @@ def _balloon(pen, colour, dark, light, window):
     pen.disc(colour, 0.0, 0.66, 0.34)
     pen.disc(light, 0.0, 0.66, 0.12, 0.34)
     pen.box((150, 100, 56), -0.10, 0.0, 0.10, 0.14)
+
+
+PAINTERS = {"house": _house, "tree": _tree, "car": _car, "tent": _tent, "mushroom": _mushroom,
+            "flower": _flower, "rocket": _rocket, "balloon": _balloon}

@@ -1,16 +1,16 @@
-"""A small painted world in which every edit has a known right answer.
+"""The nano world: a small painted world in which every edit has a known right answer.
 
-The paper learns from 454,445 generated pairs and can only judge its results by eye or by CLIP. Here a `Scene`
-is a handful of choices (time, weather, ground, up to three things), it can be drawn with Pillow at any size,
-and it can list every single edit of itself as (instructions, edited caption, edited scene). So the nano
-models have unlimited training data, and an edit can be *scored*: see `nanoip2p/evaluate.py`.
+The paper learns from 454,445 generated pairs and can judge results only by eye or by CLIP. Here a `Scene` is
+a few choices: time, weather, ground and up to three things. It can be drawn at any size, and it lists all of
+its edits with instructions, edited caption and edited scene. So the nano models have unlimited training data,
+and edits can be scored (evaluate/scenes.py).
 
-    scene = random_scene("train", 7)        # the same scene on every machine, for ever
+    scene = random_scene("train", 7)        # the same scene on every machine
     scene.render(64)                        # a PIL picture
     for edit in scene.edits(): print(edit.kind, edit.instructions[0], "->", edit.caption)
 
-How many: 3 slots hold at least one of 8 kinds x 8 colours x 3 sizes, so over 10^6 arrangements, times 3 times
-of day, 4 weathers, 4 grounds and 10^4 landscapes; the jitter of every thing comes on top.
+There are over 10^6 arrangements of things (3 slots, 8 kinds, 8 colours, 3 sizes), times 3 times of day, 4
+weathers, 4 grounds and 10^4 landscapes; every thing is also shifted a little.
 """
 
 import random
@@ -29,8 +29,8 @@ SIZES = ("small", "medium", "large")
 
 KINDS = ("house", "tree", "car", "tent", "mushroom", "flower", "rocket", "balloon")
 
-# How each edit is said. The last phrasing of every list is held out: training never sees it, though every
-# word of it occurs in some other phrasing (a nano text encoder cannot know a word it never read).
+# The instructions for each edit. Training never sees the last phrasing of a list, but each of its words is
+# in another phrasing, because a nano text encoder cannot know a word that it never read.
 PHRASINGS = {
     "recolour": ("make the {old} {new}", "paint the {old} {new}", "turn the {old} {new}",
                  "change the color of the {old} to {new}", "change the {old} to {new}"),
@@ -49,8 +49,8 @@ PHRASINGS = {
 }
 EDIT_KINDS = tuple(PHRASINGS)
 
-# Combinations that editors are not trained on, only on each part of them: see `seen_edits`. nano-clip and
-# nano-sd, which come before them, have seen all, as CLIP and Stable Diffusion have seen nearly everything
+# Combinations that the nano editors are not trained on, though on each part of them: see `seen_edits`.
+# nano-clip and nano-sd are trained on all, as CLIP and Stable Diffusion have seen nearly everything.
 HELD_OUT_THINGS = {("house", "purple"), ("tree", "white"), ("car", "pink"), ("tent", "orange"),
                    ("mushroom", "blue"), ("flower", "green"), ("rocket", "red"), ("balloon", "yellow")}
 HELD_OUT_EDITS = {("recolour", "flower"), ("replace", "tent"), ("add", "rocket"), ("remove", "mushroom")}
@@ -69,16 +69,16 @@ class Thing:
 
     @property
     def name(self) -> str:
-        """As captions have it: "a red house"."""
+        """The thing's name in captions: "a red house"."""
         article = "an" if self.colour == "orange" else "a"
         return f"{article} {self.colour} {self.kind}"
 
 
 @dataclass(frozen=True)
 class Edit:
-    """A single edit of a scene: all `instructions` say the same; the last one is never used in training.
+    """One edit of a scene. All `instructions` mean the same; training never uses the last one.
 
-    `thing` is the kind of thing that is recoloured, replaced, added or removed; "" for the other edits.
+    `thing` is the kind of thing that is recoloured, replaced, added or removed, and "" for other edits.
     """
 
     kind: str
@@ -90,7 +90,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class Scene:
-    """All that a picture shows. No two things share a kind or a slot, so "the house" is never ambiguous."""
+    """The content of a picture. No two things share a kind or a slot, so "the house" is never ambiguous."""
 
     time: str
     weather: str
@@ -99,20 +99,20 @@ class Scene:
     landscape: int  # 0..9999, shapes the hills
 
     def __post_init__(self):
-        # One order, so that two scenes that look the same are equal.
+        # One order of things, so that scenes that look the same are equal
         object.__setattr__(self, "things", tuple(sorted(self.things, key=lambda thing: thing.slot)))
 
     def caption(self) -> str:
-        """The picture in words, things from left to right: what the paper calls the input caption."""
+        """The picture in words, things from left to right. The paper calls it the input caption."""
         things = [f"{thing.name} {SLOTS[thing.slot]}" for thing in self.things]
         listed = " and ".join(things) if things else "an empty place"
         return f"{listed}, on {self.ground}, {self.weather} {self.time}"
 
     def edits(self, only: str | None = None) -> list[Edit]:
-        """Every single edit of this scene (of one of EDIT_KINDS only), each with its own result, in order."""
+        """All edits of this scene in a fixed order, or those of one of EDIT_KINDS."""
         found = []
 
-        def say(kind: str, scene: Scene, thing: str = "", **words: str) -> None:
+        def add(kind: str, scene: Scene, thing: str = "", **words: str) -> None:
             instructions = tuple(phrase.format(**words) for phrase in PHRASINGS[kind])
             found.append(Edit(kind, thing, instructions, scene.caption(), scene))
 
@@ -122,57 +122,52 @@ class Scene:
             for colour in COLOURS:
                 if colour != thing.colour:
                     recoloured = replace(thing, colour=colour)
-                    say("recolour", replace(self, things=others + (recoloured,)), thing.kind,
+                    add("recolour", replace(self, things=others + (recoloured,)), thing.kind,
                         old=thing.kind, new=colour)
             for kind in KINDS:
                 if kind not in kinds:
                     swapped = replace(thing, kind=kind)
-                    say("replace", replace(self, things=others + (swapped,)), thing.kind,
+                    add("replace", replace(self, things=others + (swapped,)), thing.kind,
                         old=thing.kind, new=kind)
-            say("remove", replace(self, things=others), thing.kind, old=thing.kind)
+            add("remove", replace(self, things=others), thing.kind, old=thing.kind)
         for slot in sorted(set(range(len(SLOTS))) - {thing.slot for thing in self.things}):
             for kind in KINDS:
                 for colour in COLOURS if kind not in kinds else ():
                     new = Thing(kind, colour, slot=slot)
-                    say("add", replace(self, things=self.things + (new,)), kind, new=new.name,
+                    add("add", replace(self, things=self.things + (new,)), kind, new=new.name,
                         where=SLOTS[slot])
-        for time in TIMES:
-            if time != self.time:
-                say("time", replace(self, time=time), old=self.time, new=time)
-        for weather in WEATHERS:
-            if weather != self.weather:
-                say("weather", replace(self, weather=weather), new=weather)
-        for ground in GROUNDS:
-            if ground != self.ground:
-                say("ground", replace(self, ground=ground), old=self.ground, new=ground)
+        for kind, options in (("time", TIMES), ("weather", WEATHERS), ("ground", GROUNDS)):
+            old = getattr(self, kind)
+            for new in options:
+                if new != old:
+                    add(kind, replace(self, **{kind: new}), old=old, new=new)
         return [edit for edit in found if only in (None, edit.kind)]
 
     def render(self, size: int = 64) -> Image.Image:
-        """Draw the scene as a square RGB picture of `size` pixels: four times as large, then averaged."""
+        """Draw the scene as an RGB picture of size x size pixels."""
         return paint(self, 4 * size).reduce(4)
 
 
 def held_out(scene: Scene, edit: Edit) -> bool:
-    """Whether an edit of `scene` shows a thing in a colour, or does to a thing, what editors never learn."""
+    """Whether an edit, or its result, is one of the combinations that the nano editors are not trained on."""
     shown = {(thing.kind, thing.colour) for thing in scene.things + edit.scene.things}
     return not shown.isdisjoint(HELD_OUT_THINGS) or (edit.kind, edit.thing) in HELD_OUT_EDITS
 
 
 def seen_edits(scene: Scene) -> list[Edit]:
-    """The edits that editors are trained on; none for a scene that shows what is held out itself."""
+    """The edits that the nano editors are trained on; none if the scene shows a held-out thing itself."""
     return [edit for edit in scene.edits() if not held_out(scene, edit)]
 
 
 def pick(options: list, generator: torch.Generator):
-    """One of the options, all equally likely."""
+    """One of the options, drawn uniformly."""
     return options[int(torch.randint(len(options), (), generator=generator))]
 
 
 def random_scene(split: str, index: int) -> Scene:
-    """Scene number `index` of a split ("train", "test", any word). The same on every machine.
+    """Scene number `index` of a split ("train", "test", any word), with one to three things.
 
-    One, two or three things in distinct slots. Only `random.Random.random` is used, whose stream Python
-    promises not to change.
+    It is the same on every machine: only `random.Random.random` is used, and Python guarantees its sequence.
     """
     rng = random.Random(f"nanoip2p {split} {index}")
 

@@ -312,7 +312,7 @@ def test_bad_lines_are_skipped_on_demand(weights, prompts, finished, tmp_path, c
 
 def test_fast_makes_the_same_pairs_and_the_same_job(finished, weights, prompts, tmp_path, monkeypatch):
     used, fast = [], speed.fast
-    monkeypatch.setattr(speed, "fast", lambda unet, say: used.append(fast(unet, say)))
+    monkeypatch.setattr(speed, "fast", lambda unet, say, injects: used.append(fast(unet, say)))
     assert make_dataset.main(argv(weights, prompts, tmp_path / "out", "--fast")) == 0 and len(used) == 1
     made, plain = content(tmp_path / "out"), content(finished)
     assert made.keys() == plain.keys() and made["job.json"] == plain["job.json"]

@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from nanoip2p.common.files import check_writable, replacing
 from nanoip2p.images import (
     find_images,
     fit,
@@ -270,31 +269,6 @@ def test_without_a_recipe(tmp_path):
     for name in ("plain.png", "plain.jpg", "list.png"):
         with pytest.raises(ValueError, match="no recipe"):
             read_recipe(tmp_path / name)
-
-
-def test_an_interrupted_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-    for interruption in (KeyboardInterrupt, OSError):
-        with pytest.raises(interruption), replacing(path) as temporary:
-            temporary.write_text("ne")
-            raise interruption
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with replacing(path) as temporary:
-        temporary.write_text("new")
-    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
-
-
-def test_unwritable_places(tmp_path):
-    (tmp_path / "file").touch()
-    for path in (tmp_path, tmp_path / "file" / "a.png", tmp_path / ("x" * 300 + ".png"), "/dev/null"):
-        with pytest.raises(ValueError) as caught:
-            check_writable(path)
-        assert str(path) in str(caught.value)
-    with pytest.raises(ValueError, match="/dev/null"), replacing("/dev/null"):
-        pass
-    check_writable(tmp_path / "new" / "a.png")
-    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_find_images(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from tiny_configs import TINY_VAE
 import nanoip2p.vae
 from nanoip2p.checkpoint.folder import load_network
 from nanoip2p.images import to_tensor
-from nanoip2p.vae import OVERLAP, TILE, VAE, VAEConfig, by_parts, tile_starts
+from nanoip2p.vae import OVERLAP, TILE, VAE, VAEConfig, in_tiles, tile_starts
 
 CONFIGS = {
     "tiny": TINY_VAE,
@@ -29,11 +29,12 @@ def seed():
 
 
 def twins(config: VAEConfig) -> tuple[VAE, AutoencoderKL]:
-    """Our network and diffusers' with the same random weights."""
+    """Our network and diffusers' with the same random weights, which they share."""
     theirs = randomise(AutoencoderKL.from_config(config.to_json()))
-    ours = VAE.from_config(dict(theirs.config)).eval()
+    with torch.device("meta"):
+        ours = VAE.from_config(dict(theirs.config)).eval()
     assert ours.config == config
-    ours.load_state_dict(theirs.state_dict(), strict=True)
+    ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
     return ours, theirs
 
 
@@ -80,8 +81,7 @@ def test_gradients_equal_diffusers():
 @torch.no_grad()
 def test_log_variance_is_clamped():
     ours, theirs = twins(TINY_VAE)
-    for vae in (ours, theirs):
-        vae.quant_conv.weight.mul_(100)
+    theirs.quant_conv.weight.mul_(100)  # and so ours
     image = torch.randn(2, 3, 8, 8)
     logvar = ours.encode(image)[1]
     assert logvar.min() == -30 and logvar.max() == 20
@@ -158,12 +158,12 @@ def small_tiles(monkeypatch):
 def test_tiles_are_exact_for_what_looks_no_farther(small_tiles, h, w):
     sizes, enlarge = [], torch.nn.Upsample(scale_factor=4)
     latents = torch.randn(2, 4, h, w)
-    made = by_parts(lambda x: (sizes.append(tuple(x.shape)), enlarge(x))[1], latents, 1, 4)
+    made = in_tiles(lambda x: (sizes.append(tuple(x.shape)), enlarge(x))[1], latents, 1, 4)
     assert relative_error(made, enlarge(latents)) < 1e-6
     assert len(sizes) > 2 and max(max(size[2:]) for size in sizes) == 24
     assert {size[0] for size in sizes} == {1}
-    assert relative_error(by_parts(torch.nn.AvgPool2d(4), made, 4, 1), latents) < 1e-6
-    assert by_parts(torch.nn.Identity(), latents.bfloat16(), 1, 1).dtype == torch.bfloat16
+    assert relative_error(in_tiles(torch.nn.AvgPool2d(4), made, 4, 1), latents) < 1e-6
+    assert in_tiles(torch.nn.Identity(), latents.bfloat16(), 1, 1).dtype == torch.bfloat16
 
 
 @torch.no_grad()

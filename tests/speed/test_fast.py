@@ -1,25 +1,20 @@
 """Faster networks against the plain ones: the same numbers, and the same state dict."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
 from comparing import randomise, relative_error
+from PIL import Image
 from tiny_configs import TINY_VAE, tiny_unet
+from tiny_editor import write_tiny_editor
 from torch import nn
 
-import nanoip2p.speed.fast as speed
 from nanoip2p.checkpoint.folder import load_network, save_network
-from nanoip2p.unet import Attention, UNet, UNetConfig
+from nanoip2p.editor import Editor
+from nanoip2p.speed.fast import Packed, Winograd, compiled, fast, repack
+from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAE
-
-WAYS = {
-    "channels_last": speed.channels_last, "fused": speed.fused_projections,
-    "packed": speed.packed_products,
-    "convolutions": lambda model: speed.fast_convolutions(model, least=8),
-}
-WAYS["all"] = lambda model: WAYS["channels_last"](WAYS["packed"](WAYS["convolutions"](model)))
 
 
 @pytest.fixture
@@ -27,29 +22,28 @@ def unet():
     return randomise(UNet(tiny_unet(in_channels=8)))
 
 
-def inputs(height=12, width=8, rows=3, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+def inputs(height=12, width=8, rows=3):
+    generator = torch.Generator().manual_seed(0)
     return (torch.randn(rows, 8, height, width, generator=generator), torch.tensor([431.5]),
             torch.randn(rows, 7, 12, generator=generator))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("min_channels", [8, 1000], ids=["winograd", "packed only"])
 @pytest.mark.parametrize("size", [(12, 8), (7, 9), (2, 2), (64, 48)], ids=str)
-def test_equals_the_plain_network(unet, way, size):
+def test_equals_the_plain_network(unet, min_channels, size):
     given = inputs(*size)
     plain = unet(*given)
-    made = WAYS[way](copy.deepcopy(unet))
+    made = repack(copy.deepcopy(unet), min_channels)
     assert relative_error(made(*given), plain) < 1e-5
     assert relative_error(made(given[0].flip(0), *given[1:]), plain) > 0.1
     assert relative_error(made(*given[:2], given[2].flip(0)), plain) > 1e-3
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("way", WAYS)
-def test_weights_are_saved_as_before(unet, way, tmp_path):
+def test_weights_are_saved_as_before(unet, tmp_path):
     before = {name: weight.clone() for name, weight in unet.state_dict().items()}
-    made = WAYS[way](unet)
+    made = repack(unet, min_channels=8)
     assert made is unet and list(made.state_dict()) == list(before)
     save_network(made, tmp_path)
     again = load_network(UNet, tmp_path)
@@ -62,14 +56,13 @@ def test_weights_are_saved_as_before(unet, way, tmp_path):
     ((1, 1), (3, 5), 2), ((5, 8), (4, 4), 1), ((33, 70), (6, 2), 3), ((2, 700), (2, 3), 1)], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_winograd_equals_convolution(size, channels, rows, layout):
-    """In float64 to its rounding: it is the same number, summed otherwise. Large ones come in strips."""
+    """In float64 to its rounding: the same sum in another order. Large pictures are computed in strips."""
     generator = torch.Generator().manual_seed(0)
     convolution = randomise(nn.Conv2d(*channels, 3, padding=1)).double()
     x = torch.randn(rows, channels[0], *size, generator=generator, dtype=torch.float64)
     x = x.contiguous(memory_format=layout)
-    wanted = convolution(x)
-    made = speed.fast_convolutions(nn.Sequential(convolution), least=1)(x)
-    assert type(convolution) is speed.Winograd and relative_error(made, wanted) < 1e-14
+    model = repack(nn.Sequential(convolution), min_channels=1)
+    assert type(model[0]) is Winograd and relative_error(model(x), convolution(x)) < 1e-14
 
 
 @torch.no_grad()
@@ -82,116 +75,50 @@ def test_half_precision_is_hardly_farther_from_single():
     half = copy.deepcopy(unet).bfloat16()
     given = latents.bfloat16(), step, text.bfloat16()
     plain = relative_error(half(*given), wanted)
-    fast = relative_error(speed.fast(half, print)(*given), wanted)
-    assert 1e-3 < plain and fast < 1.5 * plain, (plain, fast)
+    quick = relative_error(fast(half, print)(*given), wanted)
+    assert 1e-3 < plain and quick < 1.5 * plain, (plain, quick)
 
 
-def test_what_has_no_such_convolution_stays(unet):
-    vae = speed.fast_convolutions(randomise(VAE(TINY_VAE)), least=8)
-    for model in (vae, speed.fast_convolutions(unet, least=8)):
-        kinds = {name: type(layer) for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
-        assert {kinds[name] for name in kinds if name.endswith(("conv1", "conv2"))} == {speed.Winograd}
-        assert {kinds[name] for name in kinds if "downsamplers" in name or "shortcut" in name} == {nn.Conv2d}
+def test_only_layers_that_compute_the_same_are_replaced(unet):
+    vae = repack(randomise(VAE(TINY_VAE)), min_channels=8)
+    for model in (vae, repack(unet, min_channels=8)):
+        kinds = {name: type(layer) for name, layer in model.named_modules()}
+        assert {kinds[name] for name in kinds if name.endswith(("conv1", "conv2"))} == {Winograd}
+        assert {kinds[name] for name in kinds if name.endswith("to_q")} == {Packed}
+        assert {kinds[name] for name in kinds if name.endswith("downsamplers.0.conv")} == {nn.Conv2d}
         assert kinds.get("conv_out", kinds.get("decoder.conv_out")) is nn.Conv2d
-    assert all(type(layer) is nn.Conv2d or layer.in_channels >= 64 for layer in speed.fast_convolutions(
-        randomise(UNet(tiny_unet()))).modules() if isinstance(layer, nn.Conv2d))
-
-
-@torch.no_grad()
-def test_fused_projections_are_one_product_and_heed_another_attend(unet):
-    layer, x = speed.fused_projections(unet).down_blocks[1].attentions[0].transformer_blocks[0], inputs()[0]
-    x, seen = torch.randn(2, 5, 16), []
-    layer.attn1.to_q.register_forward_hook(lambda *_: seen.append("q"))
-    plain = layer.attn1(x, x)
-    assert seen == [] and type(layer.attn1) is speed.FusedAttention and type(layer.attn2) is Attention
-    assert relative_error(layer.attn1(x, x.clone()), plain) < 1e-6 and seen == ["q"]
-    assert torch.equal(layer.attn1(x, x, lambda layer, x, context: torch.zeros_like(x)),
-                       layer.attn1.to_out[0].bias.expand(2, 5, 16))
-    storage = layer.attn1.qkv.untyped_storage()  # no memory besides
-    assert layer.attn1.to_v.weight.untyped_storage().data_ptr() == storage.data_ptr()
+        assert nn.Linear not in kinds.values()
+    kinds = {type(layer) for layer in repack(randomise(UNet(tiny_unet()))).modules()}
+    assert Packed in kinds and Winograd not in kinds
 
 
 def test_a_fast_network_neither_trains_nor_takes_other_weights(unet):
-    """Both would go unnoticed where something else has been made of the weights."""
+    """Both would go unnoticed, because the layers compute with copies of their weights."""
     other = {name: weight + 1 for name, weight in unet.state_dict().items()}
-    for change in (speed.fused_projections, speed.packed_products, partial(speed.fast_convolutions, least=8)):
-        fast = change(copy.deepcopy(unet))
-        with pytest.raises(RuntimeError, match="plain one"):
-            fast.load_state_dict(other)
-        assert not fast(*inputs()).requires_grad
+    quick = repack(copy.deepcopy(unet))
+    with pytest.raises(RuntimeError, match="before speed.fast"):
+        quick.load_state_dict(other)
+    assert not quick(*inputs()).requires_grad
     unet.load_state_dict(other)
 
 
-def test_compiled_for_more_shapes_than_torch_would(monkeypatch):
-    class Small(nn.Module):
-        def forward(self, latents, timestep, context, inject=None, recompute=False):
-            return latents * timestep + context.mean()
-
-    graphs, real = [], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **settings: real(
-        f, dynamic=False, backend=lambda graph, _: (graphs.append(graph), graph.forward)[1]))
+def test_an_edit_compiles_once_for_each_size(tmp_path, monkeypatch):
+    """Neither the timestep nor the text may be a constant of what is compiled."""
+    graphs, real, lines = [], torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic, mode: real(
+        f, dynamic=dynamic, fullgraph=True,
+        backend=lambda graph, _: (graphs.append(graph), graph.forward)[1]))
     torch._dynamo.reset()
-    made = speed.compiled(Small(), lambda line: None)
-    for side in [*range(2, 14)] * 2:
-        made(torch.ones(1, 4, side, side), 3.0, torch.zeros(1, 2, 2))
-    assert len(graphs) == 12
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # `compiled` has to raise it
+    editor = Editor.load(write_tiny_editor(tmp_path), "cpu")
 
+    def edit(side, text):
+        return editor.edit([Image.new("RGB", (side, side), "red")], [text], 3, resolution=side)[0]
 
-@torch.no_grad()
-def test_compiled_once_for_a_shape_and_told_so(unet, monkeypatch):
-    lines, given = [], inputs()
-    plain, injected = unet(*given), []
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **settings: real(f, backend="eager", fullgraph=True))
-    made = speed.compiled(unet, lines.append)
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for timestep in (431.5, torch.tensor([431.5]), torch.tensor(431.5)):
-            assert relative_error(made(given[0], timestep, given[2]), plain) < 1e-6
-        assert relative_error(made(given[0], 7.0, given[2]), plain) > 1e-3
-    assert len(lines) == 1 and "(3, 8, 12, 8)" in lines[0]
-    with torch._dynamo.config.patch(error_on_recompile=False):
-        made(*inputs(8, 8))
-    assert len(lines) == 2
-
-    class Inject:
-        def to_picture(self, layer, x, context):
-            injected.append(len(x))
-            return layer.to_q(x)
-
-        to_text = to_picture
-    made(*given, Inject())
-    assert injected and len(lines) == 2
-
-
-class FakeGraph:
-    """What a CUDA graph does: runs again on the same memory, and writes to the same memory."""
-
-    def __init__(self):
-        self.captures = self.replays = 0
-
-    def capture(self, run, device):
-        self.captures += 1
-        made = torch.full_like(run(), float("nan"))  # capturing computes nothing
-
-        def replay():
-            self.replays += 1
-            made.copy_(run())
-        return replay, made
-
-
-@torch.no_grad()
-def test_a_graph_is_captured_for_a_shape_and_replayed_on_new_inputs(unet):
-    plain, graph = copy.deepcopy(unet), FakeGraph()
-    made = speed.cuda_graph(unet, graph.capture)
-    first, second = inputs(), inputs(seed=1)
-    results = [made(*first), made(*second), made(first[0], 12.0, first[2]), made(*first)]
-    wanted = [plain(*first), plain(*second), plain(first[0], 12.0, first[2]), plain(*first)]
-    for a, b in zip(results, wanted):  # all still there: a result is not the memory that replays write to
-        assert relative_error(a, b) < 1e-6
-    assert (graph.captures, graph.replays) == (1, 4)
-    assert relative_error(made(*inputs(8, 8)), plain(*inputs(8, 8))) < 1e-6
-    assert relative_error(made(*first), wanted[0]) < 1e-6
-    assert (graph.captures, graph.replays) == (3, 6)
-    made(*first, recompute=True)
-    assert graph.replays == 6
+    plain = edit(32, "make it night")
+    names = list(editor.unet.state_dict())
+    assert compiled(editor.unet, lines.append) is editor.unet and list(editor.unet.state_dict()) == names
+    assert edit(32, "make it night") == plain and len(graphs) == 1
+    assert edit(32, "turn the house red") != plain and len(graphs) == 1
+    edit(40, "make it night")
+    assert len(graphs) == 2 and len(lines) == 1

@@ -1,0 +1,156 @@
+"""Files are written whole or not at all, read with errors that name the line, and claimed by one job."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanoip2p.common.files import (
+    append,
+    check_writable,
+    claim_folder,
+    locked,
+    mend_last_line,
+    read_jsonl,
+    read_rows,
+    replacing,
+)
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    for interruption in (KeyboardInterrupt, OSError):
+        with pytest.raises(interruption), replacing(path) as temporary:
+            temporary.write_text("ne")
+            raise interruption
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_unwritable_places(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "a.png", tmp_path / ("x" * 300 + ".png"), "/dev/null"):
+        with pytest.raises(ValueError) as caught:
+            check_writable(path)
+        assert str(path) in str(caught.value)
+    with pytest.raises(ValueError, match="/dev/null"), replacing("/dev/null"):
+        pass
+    check_writable(tmp_path / "new" / "a.png")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_rows_of_every_kind_of_file(tmp_path):
+    contents = {"a.jsonl": b'\xef\xbb\xbf{"input": "x", "n": 1}\r\n\n {"input": "\xc3\xbc"}',
+                "a.csv": '"input",n\n"two\nlines",1\nü,2,3\n'.encode(), "a.txt": "x\n \rü\n".encode()}
+    rows = {}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        rows[name] = list(read_rows(tmp_path / name))
+    assert rows["a.jsonl"] == [(1, {"input": "x", "n": 1}), (3, {"input": "ü"})]
+    assert [(number, row["input"]) for number, row in rows["a.csv"]] == [(3, "two\nlines"), (4, "ü")]
+    assert rows["a.txt"] == [(1, {"input": "x"}), (3, {"input": "ü"})]
+    (tmp_path / "a.txt").write_bytes(contents["a.jsonl"])
+    assert list(read_rows(tmp_path / "a.txt", ".jsonl")) == rows["a.jsonl"]
+    assert read_jsonl(tmp_path / "a.txt") == [row for _, row in rows["a.jsonl"]]
+
+
+@pytest.mark.parametrize("line, reason", [
+    (b"[1]", "holds a JSON list"), (b'{"a": ', "is not JSON"), (b'{"a": "\xff"}', "is not JSON"),
+    (b"[" * 100_000, "is not JSON")], ids=["list", "cut", "latin", "deep"])
+def test_a_broken_line_is_named_or_collected(line, reason, tmp_path):
+    path, problems = tmp_path / "a.jsonl", []
+    path.write_bytes(b'{"a": 1}\n' + line + b'\n{"a": 3}\n')
+    with pytest.raises(ValueError, match=f"a.jsonl, line 2 {reason}"):
+        list(read_rows(path))
+    assert list(read_rows(path, problems=problems)) == [(1, {"a": 1}), (3, {"a": 3})]
+    assert len(problems) == 1 and problems[0].startswith(f"line 2 {reason}")
+
+
+def test_after_a_kill_at_any_byte_whole_rows_stay(tmp_path):
+    path, rows = tmp_path / "a.jsonl", [{"input": "a"}, {"input": "ü", "n": [1]}]
+    assert read_jsonl(path) == []
+    mend_last_line(path)
+    assert not path.exists()
+    for row in rows:
+        append(path, row)
+    content = path.read_bytes()
+    first = content.index(b"\n")
+    for cut in range(len(content) + 1):
+        path.write_bytes(content[:cut])
+        whole = rows[: (cut >= first) + (cut >= len(content) - 1)]
+        assert read_jsonl(path) == whole
+        mend_last_line(path)
+        assert path.read_bytes() == b"".join(content.splitlines(True)[: len(whole)])
+
+
+@pytest.mark.parametrize("content", [b"a cat", b'{"a": 1}\n[{"a": ', b'{"a": \n'])
+def test_other_broken_files_are_refused_and_left_alone(content, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="line"):
+        read_jsonl(path)
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    append(path, {"input": "a"})
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 7, hard))
+    try:
+        with pytest.raises(OSError):
+            append(path, {"input": "b" * 100})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+
+
+def test_a_folder_belongs_to_one_job(tmp_path):
+    folder, job = tmp_path / "new" / "out", {"size": (1, 2), "nested": {"seed": 0, "weights": "f" * 64}}
+    claim_folder(folder, "job.json", job, "--out", {"made by": "me"})
+    before = json.loads((folder / "job.json").read_text())
+    assert before == {"made by": "me", "size": [1, 2], "nested": job["nested"]}
+    (folder / "result").touch()
+    claim_folder(folder, "job.json", job, "--out", {"made by": "you"})
+    nested = job["nested"]
+    for other, named in (({"size": (1, 3)}, r"size = \[1, 2\], not \[1, 3\]"),
+                         ({"nested": nested | {"seed": 1}}, "seed = 0, not 1"),
+                         ({"nested": nested | {"weights": "0" * 64}}, "another weights"),
+                         ({"late": True}, "late = None, not True")):
+        with pytest.raises(ValueError, match=f"out was begun with {named}.* another --out"):
+            claim_folder(folder, "job.json", job | other, "--out")
+    assert json.loads((folder / "job.json").read_text()) == before
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(ValueError, match="holds mine.txt but no job.json"):
+        claim_folder(tmp_path, "job.json", job, "--out")
+
+
+def test_a_lock_excludes_other_processes_but_not_beyond_death(tmp_path):
+    path = tmp_path / "new" / ".lock"
+    code = ("import sys, time; from pathlib import Path; from nanoip2p.common.files import locked\n"
+            "with locked(Path(sys.argv[1])) as held: print(held, flush=True); time.sleep(60 * held)")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+
+    def start():
+        return subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True,
+                                env=environment)
+
+    first = start()
+    assert first.stdout.readline() == "True\n"
+    with locked(path) as held:
+        assert not held
+    first.kill()
+    first.communicate()
+    with locked(path, wait=True) as held:
+        assert held and start().communicate()[0] == "False\n"
+        if not (child := os.fork()):  # inherits no lock, and must not free its parent's when it closes files
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert start().communicate()[0] == "False\n"
