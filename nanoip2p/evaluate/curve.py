@@ -96,8 +96,8 @@ def run(args: argparse.Namespace) -> tuple[str, None]:
                            cfg_image=cfg_image, seed=seeds, sampler=args.sampler, batch=len(part))
 
     def by_sdedit(strength: float, before: list, part: list[Pair], seeds: list[int]) -> list:
-        return painter.generate([pair.captions[1] for pair in part], images=before, strength=strength, seed=seeds,
-                                batch=len(part), **settings)
+        return painter.generate([pair.captions[1] for pair in part], images=before, strength=strength,
+                                seed=seeds, batch=len(part), **settings)
 
     curves = [("editor", args.weights, editor, cfg_text, args.cfg_images or usual["cfg_images"], by_editor)]
     if args.sdedit:

@@ -21,7 +21,8 @@ ROWS = [row.split("|")[2].strip() for row in TABLE.splitlines()]
 SCRIPTS = {path.name for path in ROOT.glob("*.py")}
 CORE = {path.name for path in (ROOT / "nanoip2p").glob("*.py")} - {"__init__.py", "__main__.py"}
 FOLDERS = {path.parent.name for path in (ROOT / "nanoip2p").glob("*/__init__.py")}
-INSTALLED = {"nanoip2p-edit": "sample.py", "nanoip2p-train": "train.py", "nanoip2p-dataset": "make_dataset.py"}
+INSTALLED = {"nanoip2p-edit": "sample.py", "nanoip2p-train": "train.py",
+             "nanoip2p-dataset": "make_dataset.py"}
 
 
 def module(path: Path):
@@ -100,7 +101,7 @@ def test_every_file_that_is_named_exists(page):
 
 @pytest.mark.parametrize("command", sorted({line for page in PAGES for line in commands(page)}))
 def test_every_command_parses(command, monkeypatch):
-    """By the parser of the command itself. Nothing runs; files in it need not exist; "..." stands for flags."""
+    """By its own parser. Nothing runs; files in it need not exist; "..." stands for more flags."""
     program, *words = shlex.split(command.replace("<", "").replace(">", ""), comments=True)
     words = [word for word in words if word != "..."]
     if program == "make":
