@@ -1,17 +1,18 @@
 # make demo      edit a dozen pictures with the shipped weights -> out/demo.png
 # make dataset   captions -> pairs of pictures -> the best of them, in the nano world -> data/nano
-# make train     an editor from the text-to-picture model, in the nano world -> runs/first; again: goes on
+# make train     an editor from the text-to-picture model, in the nano world -> runs/first; resumes a stopped run
 # make test      the whole test suite
-# make docs      every picture in the README anew; half an hour of one core, three quarters beside other jobs
+# make test-fast the core at small widths against diffusers and transformers, under a minute
+# make docs      every picture of README.md and docs/ anew; half an hour on one core
 # make reproduce the whole paper in the nano world, from nothing: weights, data, scores, figure 8, ablations -> runs
-# make bench     the benchmarks, small enough for a CPU; tests/benchmarks/RESULTS.md has what they printed
+# make bench     the benchmarks at sizes for a CPU; tests/benchmarks/RESULTS.md has their output
 # make lint      ruff
-# The first of them builds .venv, a later one rebuilds it after a change of pyproject.toml or constraints.txt.
+# The first target builds .venv; a target rebuilds .venv after a change of pyproject.toml or constraints.txt.
 
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo dataset train docs reproduce test bench lint
+.PHONY: demo dataset train docs reproduce test test-fast bench lint
 
 demo: .venv/runtime
 	.venv/bin/python weights/demo.py --out out/demo.png
@@ -52,6 +53,9 @@ reproduce: .venv/test
 
 test: .venv/test
 	.venv/bin/python -m pytest
+
+test-fast: .venv/test
+	.venv/bin/python -m pytest tests/parity -m "not full"
 
 bench: export OMP_NUM_THREADS = 1
 bench: .venv/test

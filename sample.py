@@ -299,11 +299,11 @@ def draw_grid(
     return grid(rows, labels)
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Returns the exit code, see cli.run."""
     return cli.run(lambda: run(complete(argv)), "interrupted; pictures already named are whole",
                    "try --low-memory, --batch 1 or a smaller --resolution")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

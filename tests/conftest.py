@@ -1,8 +1,10 @@
 """Lets tests say `from comparing import ...` and `import nanoip2p` wherever pytest is started from."""
 
+import re
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 TESTS = Path(__file__).resolve().parent
@@ -10,3 +12,14 @@ sys.path[:0] = [str(TESTS / "helpers"), str(TESTS / "benchmarks"), str(TESTS.par
                 str(TESTS.parent)]
 torch.set_num_threads(min(torch.get_num_threads(), 2))  # more would only wait on each other
 pytest_plugins = ["chat_server"]  # fixtures: server, ask
+
+# Names of tests at the widths of Stable Diffusion, and of tests that repeat a comparison in many slow cases
+FULL = re.compile(r"sd-1\.5|vit-l-14|the_size_of_stable_diffusion|on_the_shipped_nano_weights|"
+                  r"maps_of_hertz(_with_every_setting|_with_settings_in|\[(?!more words))")
+
+
+def pytest_collection_modifyitems(items):
+    """Marks these tests as `full`; `make test-fast` leaves them out."""
+    for item in items:
+        if FULL.search(item.nodeid):
+            item.add_marker(pytest.mark.full)

@@ -30,7 +30,7 @@ def run(weights: Path, out: Path, device: str | None = None) -> None:
     picture = grid(rows, [["input", *edits] for edits in EDITS.values()])
     with replacing(out) as temporary:
         picture.save(temporary, format="PNG")
-    print(f"wrote {out}: on the left the inputs, right of them what the editor made of the instructions")
+    print(f"wrote {out}: the inputs on the left, the edits right of them")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,17 +1,16 @@
 """The recipe of the shipped weights: from nothing to nano-clip, nano-sd and both editors in one command.
 
-    python weights/make_nano.py                  # all stages; goes on where an earlier run stopped
-    python weights/make_nano.py --ship weights   # and replaces the shipped weights by its own
+    python weights/make_nano.py                  # all stages; after a stop, goes on from there
+    python weights/make_nano.py --ship weights   # and replaces the shipped weights
     python weights/make_nano.py --editor-steps 3700 40000        # train the editor longer, then export it
 
-Stages: tokenizer (byte pairs of the world's own sentences), CLIP, autoencoder, the text-to-picture model
-(through train.py); then an editor the paper's way, who never sees a rendered target: captions, pairs by
-Prompt-to-Prompt and the CLIP filter (both through make_dataset.py), training from the text-to-picture model;
-then one from rendered pairs, and export. Each reads what the ones before wrote under --out, and a stage
-whose result is there is skipped. Everything is a function of the seed and the step, so with the same flags a
-resumed run equals an uninterrupted one. Runs are not part of the repository: in a fresh clone, `python
-train.py --weights weights/nano-ip2p --data scenes ...` trains the shipped editor on (the README has the
-command).
+The stages are: tokenizer (byte pairs of the sentences of the nano world), CLIP, autoencoder, text-to-picture
+model (by train.py); an editor made as in the paper, from captions, Prompt-to-Prompt pairs and the CLIP
+filter (by make_dataset.py), trained from the text-to-picture model and never on a rendered edit; an editor
+trained on rendered pairs; export. Each stage reads what the earlier stages wrote to --out and is skipped if
+its result is there. Everything depends on the seed and the step only: a resumed run gives the same weights as
+an uninterrupted one. The repository does not hold these runs. In a fresh clone, `python train.py --weights
+weights/nano-ip2p --data scenes ...` trains the shipped editor further.
 """
 
 import argparse
@@ -21,35 +20,30 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import demo
 import torch
 import torch.nn.functional as F
+from run_scripts import make_pairs, train_run
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import demo
-
-import make_dataset
-import train
 from nanoip2p.checkpoint.folder import load_network, save_network
 from nanoip2p.checkpoint.load import load_model
 from nanoip2p.checkpoint.save import save_parts
-from nanoip2p.checkpoint.tensors import read_tensors
 from nanoip2p.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, TextEncoder
 from nanoip2p.common import cli
 from nanoip2p.common.cli import at_least
 from nanoip2p.common.device import pick_device
-from nanoip2p.common.files import check_writable, write_json
+from nanoip2p.common.files import check_writable, replacing, write_json
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.images import to_tensor
 from nanoip2p.tokenizer import load_tokenizer, train_tokenizer
-from nanoip2p.training import run_folder as runs
 from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAE, VAEConfig
 from nanoip2p.world.scenes import Scene, Thing, pick, random_scene
 
 HERE = Path(__file__).resolve().parent
 SIZE = 64
+TOKENIZER_SCENES, SCALE_PICTURES = 2000, 512  # from which the byte pairs and the latent scale come
 UNET = dict(
     in_channels=8, block_out_channels=(64, 128, 128), layers_per_block=1, cross_attention_dim=128,
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -62,15 +56,15 @@ RECIPE = ["--resolution", 64, "--batch-size", 32, "--accumulate", 1,
           "--warmup", 200, "--cooldown", 0.4,
           "--snr-gamma", 1, "--ema-decay", 0.999]
 SD_RUNS = (["--lr", 1e-3, "--text-to-image", "--dtype", "bf16"],)
-# The second run starts from the first one's weights, and practises more of what that still confused
+# The second run starts from the weights of the first run and has more of the edits that still failed
 RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--kind-weights", 1.2, 2, 2, 1, 0.8, 1, 0.8],
         ["--lr", 8e-4, "--dtype", "fp32", "--kind-weights", 1.6, 2, 2, 1.6, 0.5, 0.7, 0.6])
-# The editor that is made the paper's way starts from nano-sd and has fewer, generated pairs
+# The editor made as in the paper starts from nano-sd and has fewer pairs, which nano-sd painted
 PAPER_RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--no-flip"],)
 DEFAULTS = {"resolution": 64, "steps": 20, "cfg_text": 2.0, "cfg_image": 1.0, "sampler": "euler_ancestral"}
 PAPER_DEFAULTS = DEFAULTS | {"cfg_image": 1.5}
 SD_DEFAULTS = DEFAULTS | {"cfg_text": 3.0}
-# What `make_dataset.py pairs` does with nano-sd where no flag says otherwise; nano CLIP has its own scales
+# Defaults of `make_dataset.py pairs` for nano-sd; nano CLIP's similarities are larger than CLIP's
 PAIRS = {"clip": "../nano-clip", "clip_threshold": 0.8, "clip_dir_threshold": 0.7, "clip_img_threshold": 0.5,
          "min_cfg": 2.0, "max_cfg": 5.0, "n_samples": 20, "batch": 20, "steps": 10, "inject": "both"}
 EXAMPLES = {
@@ -101,16 +95,16 @@ def draw_scene(generator):
 
 
 def fit(name: str, model: torch.nn.Module, loss_of_step, steps: int, lr: float, folder: Path) -> None:
-    """Train with AdamW: 100 steps of warm-up, constant, the last 30% linearly to zero; resumes."""
+    """Train with AdamW: 100 steps of warm-up, constant, the last 30% linearly to zero.
+
+    Saves every 250 steps and after Ctrl-C to <folder>/<name>-run.pt, from which the next call goes on.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
-    run, first = folder / f"{name}-run", 0
-    if runs.checkpoints(run):
-        checkpoint, state = runs.newest_checkpoint(run)
-        saved = {part: read_tensors(checkpoint / f"{part}.safetensors")
-                 for part in ("weights", "exp_avg", "exp_avg_sq")}
-        model.load_state_dict(saved.pop("weights"))
-        first = state["step"]
-        runs.load_adam_moments(optimizer, model, first, saved)
+    path, first = folder / f"{name}-run.pt", 0
+    if path.exists():
+        first, *states = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(states[0])
+        optimizer.load_state_dict(states[1])
     bar = tqdm(range(first, steps), desc=name, initial=first, total=steps, mininterval=10)
     with cli.stop_between_steps() as stop:
         for step in bar:
@@ -124,8 +118,8 @@ def fit(name: str, model: torch.nn.Module, loss_of_step, steps: int, lr: float, 
             optimizer.step()
             bar.set_postfix_str(note, refresh=False)
             if stop() or (step + 1) % 250 == 0 or step + 1 == steps:
-                files = {"weights": model.state_dict(), **runs.adam_moments(optimizer, model)}
-                runs.write_checkpoint(run, step + 1, files, {}, keep=1)
+                with replacing(path) as temporary:
+                    torch.save((step + 1, model.state_dict(), optimizer.state_dict()), temporary)
             if stop():
                 raise KeyboardInterrupt
 
@@ -158,7 +152,7 @@ def train_phrase(edit, generator) -> str:
 def make_tokenizer(folder: Path) -> None:
     """Byte pairs learned from the nano world's sentences; any other text falls back to shorter pieces."""
     generator, sentences = torch.Generator().manual_seed(0), []
-    for index in range(2000):
+    for index in range(TOKENIZER_SCENES):
         scene = random_scene("train", index)
         sentences += [scene.caption(), *draw_edit(scene, generator).instructions[:-1]]
     train_tokenizer(sentences, 1000, folder)
@@ -215,7 +209,7 @@ def vae_folder(out: Path, device: str, steps: int) -> Path:
         vae = make_vae(out, device, steps).eval()
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
-            x = torch.stack([picture(draw_scene(generator)) for _ in range(512)]).to(device)
+            x = torch.stack([picture(draw_scene(generator)) for _ in range(SCALE_PICTURES)]).to(device)
             scale = 1 / torch.cat([vae.encode(part)[0] for part in x.split(64)]).std().item()
         vae.config = replace(vae.config, scaling_factor=round(scale, 5))
         save_network(vae, folder)
@@ -246,32 +240,23 @@ def start_folder(folder: Path, unet_settings: dict, defaults: dict, out: Path, v
         unet = UNet(UNetConfig(**unet_settings))
         torch.nn.init.zeros_(unet.conv_out.weight)
         save_parts(folder, unet, load_network(VAE, vae), text_encoder, out / "tokenizer",
-                    NoiseSchedule().to_json(), defaults)
+                   NoiseSchedule().to_json(), defaults)
     return folder
 
 
 def paired(out: Path, painter: Path, clip: Path, prompts: int, device: str) -> Path:
-    """Captions, and pairs of pictures of them that the CLIP filter lets pass, through make_dataset.py."""
+    """Captions, and the pairs of pictures of them that pass the CLIP filter."""
     write_json(PAIRS | {"clip": str(clip.resolve())}, painter / "pairs.json")
-    listed = out / "prompts.jsonl"
-    for words in (["captions", "--backend", "scenes", "--n", prompts, "--out", listed],
-                  ["pairs", "--prompts", listed, "--out", out / "pairs", "--weights", painter,
-                   "--device", device, "--dtype", "bf16"]):
-        args = make_dataset.parse([str(word) for word in words])
-        args.run(args)
-    return out / "pairs"
+    return make_pairs(out / "prompts.jsonl", prompts, out / "pairs", painter, "--device", device)
 
 
 def trained(run: Path, weights: Path, steps: list[int], recipes: tuple, pairs: int, device: str,
             data: str | Path = "scenes") -> Path:
-    """Train from `weights` in one run after another, through train.py; returns the last one's weights."""
+    """Train from `weights` in one run after another; returns the weights of the last run."""
     for number, (count, flags) in enumerate(zip(steps, recipes), start=1):
         out = run.with_name(f"{run.name}-{number}")
-        where = ["--resume", out] if runs.checkpoints(out) else ["--weights", weights, "--out", out]
-        recipe = [*where, "--steps", count, "--pairs", pairs, "--device", device, "--data", data,
-                  "--cache", out / "latents", *RECIPE, *flags]
-        train.run(train.parse([str(word) for word in recipe]))
-        weights = out / "weights"
+        weights = train_run(out, weights, count, "--pairs", pairs, "--device", device, "--data", data,
+                            "--cache", out / "latents", *RECIPE, *flags)
     return weights
 
 
@@ -295,7 +280,7 @@ def export(tokenizer: Path, editor: Path, paper_editor: Path, painter: Path, cli
 
 
 def make(args: argparse.Namespace) -> None:
-    """All stages, each of which goes on from what it finds."""
+    """All stages."""
     device = str(pick_device(args.device))
     check_writable(args.out / "tokenizer" / "vocab.json")
     if not (args.out / "tokenizer" / "tokenizer_config.json").exists():

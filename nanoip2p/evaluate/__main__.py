@@ -1,4 +1,4 @@
-"""Score an editor, or a text-to-picture model."""
+"""Score an editor or a text-to-picture model."""
 
 import argparse
 import sys
@@ -8,84 +8,99 @@ from nanoip2p.clip_filter import Judge
 from nanoip2p.common import cli
 from nanoip2p.common.cli import at_least, finite
 from nanoip2p.common.files import check_writable, write_json
+from nanoip2p.dataset.layouts import SPLITS
 from nanoip2p.editor import Editor
-from nanoip2p.evaluate import curve, magicbrush
-from nanoip2p.evaluate.captions import CHOICES, captioned, score_captions
-from nanoip2p.evaluate.scenes import questions, rate, score_scenes, table
+from nanoip2p.evaluate import captions, curve, magicbrush, scenes
 from nanoip2p.images import grid, save_png
 from nanoip2p.samplers import SAMPLERS
 from nanoip2p.text_to_image import TextToImage
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Flags of `python -m nanoip2p.evaluate`."""
-    parser = cli.make_parser(prog="python -m nanoip2p.evaluate", description=__doc__.splitlines()[0])
-    what = parser.add_subparsers(dest="what", required=True, parser_class=cli.make_parser)
-    scenes = what.add_parser("scenes", help="edit success and preservation on rendered scenes")
-    scenes.add_argument("--weights", type=Path, default=Path("weights/nano-ip2p"))
-    scenes.add_argument("--n", type=at_least(1), default=500, help="number of edits")
-    scenes.add_argument("--phrasings", choices=("held-out", "seen"), default="held-out")
-    scenes.add_argument("--combinations", choices=("seen", "held-out"), default="seen",
-                        help="of things, colours and edits")
-    scenes.add_argument("--cfg-image", type=finite, help="as in sample.py; by default what the weights name")
-    captions = what.add_parser("captions", help="how often CLIP finds the caption of a painted picture")
-    captions.add_argument("--weights", type=Path, default=Path("weights/nano-sd"))
-    captions.add_argument("--clip", default="weights/nano-clip", help="the judge: folder or Hub name")
-    captions.add_argument("--n", type=at_least(1), default=320, help="captions, in multiples of 32")
-    for each in (scenes, captions):
-        each.add_argument("--split", default="test", help="which stream of scenes; training uses 'train'")
-        each.add_argument("--out", type=Path, help="folder for scores.json and failed.png, some failures")
-        each.add_argument("--device")
-        for name, kind in (("steps", at_least(1)), ("cfg-text", finite)):
-            each.add_argument(f"--{name}", type=kind, help="as in sample.py; by default of the weights")
-        each.add_argument("--sampler", choices=sorted(SAMPLERS), help="the same")
-    curve.add_flags(what.add_parser("curve", help="the paper's figure 8, and SDEdit, its baseline"))
-    magicbrush.add_flags(what.add_parser("magicbrush", help="MagicBrush's metrics, of a local copy of it"))
-    return parser.parse_args(argv)
+def make_parser() -> argparse.ArgumentParser:
+    """Flags of the four commands; `run` is the function of the chosen command."""
+    parser = cli.make_parser(prog="python -m nanoip2p.evaluate", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=cli.make_parser)
+
+    def add(name: str, run, text: str, weights: str = "nano-ip2p", n: int | None = None, **out):
+        command = commands.add_parser(name, help=text, description=text, formatter_class=cli.HelpWithDefaults)
+        command.set_defaults(run=run)
+        command.add_argument("--weights", default=f"weights/{weights}", help="as in sample.py")
+        command.add_argument("--out", type=Path, **out)
+        command.add_argument("--n", type=at_least(1), default=n, help="how many edits, captions or sessions")
+        for flag, kind in (("--steps", at_least(1)), ("--cfg-text", finite)):
+            command.add_argument(flag, type=kind, help="as in sample.py; the weights name the default")
+        command.add_argument("--sampler", choices=sorted(SAMPLERS), help="the weights name the default")
+        command.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
+        return command.add_argument
+
+    flag = add("scenes", run_scenes, "edit success and preservation on rendered scenes", n=500,
+               help="folder for scores.json and failed.png, which shows some failures")
+    flag("--phrasings", choices=("held-out", "seen"), default="held-out", help="wording of the instructions")
+    flag("--combinations", choices=("seen", "held-out"), default="seen", help="of things, colours and edits")
+    flag("--cfg-image", type=finite, help="as in sample.py; the weights name the default")
+
+    flag = add("captions", run_captions, "how often CLIP finds the caption of a painted picture", n=320,
+               weights="nano-sd", help="folder for scores.json")
+    flag("--clip", default="weights/nano-clip", help="folder or Hub name")
+
+    flag = add("curve", curve.run, "figure 8 of the paper: the editor, and SDEdit as the baseline", n=300,
+               default=Path("runs/curve"), help="folder; points in it are not measured again")
+    flag("--sdedit", type=Path, metavar="WEIGHTS", help="text-to-picture model for the SDEdit baseline")
+    flag("--data", default="scenes", help="as in train.py; both pictures of a pair need captions")
+    flag("--split", choices=list(SPLITS), default="test", help="of the data")
+    flag("--clip", help=f"folder or Hub name ({curve.PAPER['clip']}; {curve.NANO['clip']} for nano)")
+    flag("--cfg-images", type=finite, nargs="+", metavar="CFG", help="(1.0 ... 2.2; 0.2 ... 2.0 for nano)")
+    flag("--strengths", type=finite, nargs="+", default=curve.STRENGTHS, metavar="SHARE", help="of SDEdit")
+    flag("--seed", type=at_least(0), default=0, help="edit i has seed + i")
+    flag("--batch", type=at_least(1), default=30, help="edits that share a forward pass")
+
+    flag = add("magicbrush", magicbrush.run, "MagicBrush's metrics on a local copy of it", required=True,
+               help="folder for scores.json and edited/; pictures in it are not made again")
+    flag("--data", type=Path, required=True,
+         help="folder of a split, with edit_turns.json, global_descriptions.json and images/")
+    flag("--clip", default=magicbrush.CLIP, help="folder or Hub name; MagicBrush uses the default")
+    flag("--turns", choices=("single", "multi", "both"), default="both",
+         help="edit the dataset's picture, or the editor's own picture of the turn before")
+    flag("--cfg-image", type=finite, help="as in sample.py; the weights name the default")
+    flag("--seed", type=at_least(0), default=0, help="of every edit, as in MagicBrush")
+    return parser
 
 
-def run(args: argparse.Namespace) -> None:
-    """Ask, score, print; with --out keep the numbers and some failures."""
-    if args.what not in ("scenes", "captions"):
-        print({"curve": curve, "magicbrush": magicbrush}[args.what].run(args))
-        return
-    if args.out:
-        check_writable(args.out / "scores.json")
-    rows, text, numbers, labels = (run_scenes if args.what == "scenes" else run_captions)(args)
-    print(text)
-    if args.out:
-        failed = [row for row in rows if not row["success"]][:16]
-        if failed:
-            sheet = grid([list(row["pictures"]) for row in failed], [labels(row) for row in failed])
-            save_png(sheet, args.out / "failed.png", {})
-        write_json(numbers, args.out / "scores.json")
+def run_scenes(args: argparse.Namespace) -> tuple[str, dict]:
+    """Scores of an editor on rendered scenes, as text and as numbers; writes failed.png to --out."""
+    editor = Editor.load(args.weights, args.device)
+    questions = scenes.questions(args.n, args.phrasings, args.combinations)
+    settings = {key: getattr(args, key) for key in ("steps", "cfg_text", "cfg_image", "sampler")}
+    rows = scenes.score_scenes(editor, questions, settings)
+    failed = [row for row in rows if not row["success"]][:16]
+    if args.out and failed:
+        labels = [["input", row["instruction"], "right answer"] for row in failed]
+        save_png(grid([list(row["pictures"]) for row in failed], labels), args.out / "failed.png", {})
+    return scenes.table(rows)
 
 
-def run_captions(args: argparse.Namespace) -> tuple:
-    """Rows, text and numbers of `captions`, and how to label a row's pictures."""
+def run_captions(args: argparse.Namespace) -> tuple[str, dict]:
+    """Scores of a text-to-picture model on captions of rendered scenes, as text and as numbers."""
     painter = TextToImage.load(args.weights, args.device)
     judge = Judge.load(args.clip, painter.device)
     settings = {key: getattr(args, key) for key in ("steps", "cfg_text", "sampler")}
-    rows = score_captions(painter, judge, captioned(args.n, args.split), settings)
-    numbers, lines = {"n": len(rows)}, [f"the true caption comes first of {CHOICES}, of {len(rows)} pictures"]
-    for key, kind in (("success", "painted"), ("true_success", "true renders")):
-        numbers[kind], error = rate([row[key] for row in rows])
-        lines.append(f"  {kind:<14}{numbers[kind]:>6.1%} ± {error:.1%}")
-    return rows, "\n".join(lines), numbers, lambda row: [row["caption"], "a true picture"]
+    return captions.score_captions(painter, judge, captions.captioned(args.n), settings)
 
 
-def run_scenes(args: argparse.Namespace) -> tuple:
-    """The same of `scenes`."""
-    editor = Editor.load(args.weights, args.device)
-    asked = questions(args.n, args.phrasings, args.combinations, args.split)
-    settings = {key: getattr(args, key) for key in ("steps", "cfg_text", "cfg_image", "sampler")}
-    rows = score_scenes(editor, asked, settings)
-    return rows, *table(rows), lambda row: ["input", row["instruction"], "true answer"]
+def score(argv: list[str] | None) -> str:
+    """Run a command, write scores.json to --out if the command gives numbers; returns the text to print."""
+    args = make_parser().parse_args(argv)
+    if args.out:
+        check_writable(args.out / "scores.json")
+    text, numbers = args.run(args)
+    if args.out and numbers:
+        write_json(numbers, args.out / "scores.json")
+    return text
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code, see cli.run."""
-    return cli.run(lambda: run(parse(argv)), "interrupted; what is in --out is whole",
+    return cli.run(lambda: print(score(argv)), "interrupted; files in --out are complete",
                    "try a smaller --n or --device cpu")
 
 

@@ -3,13 +3,14 @@
     python -m nanoip2p.evaluate curve --sdedit weights/nano-sd --out runs/curve
     python -m nanoip2p.evaluate curve --weights instruct-pix2pix.safetensors --data data/pairs --out runs/real
 
-A point is a setting: the editor's cfg_image, or with --sdedit the strength of SDEdit on a text-to-picture
-model. To the right, CLIP's directional similarity (Gal et al. 2021): the change of the picture against the
-change of its captions. Upwards, the similarity of the edited picture and the input. Further up and to the
-right is better. A line of <out>/curve.jsonl is a point, and one that is there is not made again. All points
-of the same data and judge are drawn: another call, with other --weights and the same --out, adds a curve.
+A point is one setting: a cfg_image of the editor or, with --sdedit, a strength of SDEdit on a text-to-picture
+model. Its x is CLIP's directional similarity (Gal et al. 2021): the change of the pictures against the change
+of their captions. Its y is CLIP's similarity of the edited picture and the input. Larger is better for both.
 
-Pictures reach CLIP in the range it was trained on; the script of the original gives it another.
+Each point is a line of <out>/curve.jsonl; a point with a line is not measured again. The plot shows all
+points of the same data and CLIP: a second call with other --weights and the same --out adds a curve.
+
+CLIP gets pixels in the range it was trained on; the script of the original gives it another range.
 """
 
 import argparse
@@ -23,36 +24,31 @@ from tqdm import tqdm
 
 from nanoip2p.checkpoint import hub
 from nanoip2p.clip_filter import Judge, similarities
-from nanoip2p.common.cli import at_least, finite
-from nanoip2p.common.files import append, check_writable, rows_of
+from nanoip2p.common.files import append, read_jsonl
 from nanoip2p.common.plots import plot
-from nanoip2p.dataset.layouts import SPLITS, Pair, load_picture, read_data
+from nanoip2p.dataset.layouts import Pair, load_picture, read_data
 from nanoip2p.dataset.rendered import EDITS_PER_SCENE, scene_pairs
 from nanoip2p.editor import Editor
-from nanoip2p.samplers import SAMPLERS
 from nanoip2p.text_to_image import TextToImage, steps_taken
 
 PAPER = {"cfg_text": 7.5, "cfg_images": (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2), "clip": hub.CLIP}  # section 4.1
 NANO = {"cfg_text": 2.0, "cfg_images": (0.2, 0.4, 0.6, 0.8, 1.0, 1.4, 2.0), "clip": "weights/nano-clip"}
 STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-KNOBS = {"editor": "cfg_image", "SDEdit": "strength"}  # what changes along a curve
-CURVE = ("method", "weights", "cfg_text")              # and what does not
-LABELS_APART = 0.02  # where points crowd, some go without
+KNOBS = {"editor": "cfg_image", "SDEdit": "strength"}  # the setting that changes along a curve
 AXES = {"direction": "CLIP's directional similarity", "image": "CLIP's similarity to the input"}
 
 
 def examples(data: str, split: str, n: int) -> list[Pair]:
-    """A pair of each of up to n items (or scenes) with captions. ValueError when there are none, or one.
+    """One pair with captions of each of up to n items or scenes: standard errors need independent pairs.
 
-    One of each, because the standard errors take them as independent.
+    ValueError when fewer than two items have captions.
     """
-    if data == "scenes":
-        return scene_pairs(n * EDITS_PER_SCENE, split)[::EDITS_PER_SCENE]
-    items = read_data(data, split)
+    items = zip(scene_pairs(n * EDITS_PER_SCENE, split)[::EDITS_PER_SCENE]) if data == "scenes" else (
+        read_data(data, split))
     pairs = [item[0] for item in items if item[0].captions][:n]
     if len(pairs) < 2:
-        raise ValueError(f"{data} has {len(pairs) or 'no'} pairs with captions of both pictures in its "
-                         f"{split} split, of two that are needed; try another --split, or see data.py")
+        raise ValueError(f"{data} has {len(pairs) or 'no'} pairs with captions in its {split} split; two are "
+                         "needed, try another --split")
     return pairs
 
 
@@ -60,101 +56,76 @@ def measure(pairs: list[Pair], judge: Judge, resolution: int, batch: int, seed: 
             name: str) -> dict:
     """Means and standard errors of both similarities. edit: (pictures, pairs, seeds) -> edited pictures."""
     rows = []
-    for begin in tqdm(range(0, len(pairs), batch), desc=name, leave=False):
-        part = pairs[begin : begin + batch]
+    for start in tqdm(range(0, len(pairs), batch), desc=name, leave=False):
+        part = pairs[start : start + batch]
         before = [load_picture(pair.before, resolution) for pair in part]
-        after = edit(before, part, [seed + begin + i for i in range(len(part))])
-        seen = judge.encode_pictures([*before, *after]).chunk(2)                       # (B, P) each
-        read = [judge.encode_texts(list(texts)) for texts in zip(*(pair.captions for pair in part))]
-        rows.append(similarities(*seen, *read)[:, 2:])                                 # (B, 2)
+        after = edit(before, part, [seed + start + i for i in range(len(part))])
+        images = judge.encode_pictures([*before, *after]).chunk(2)                     # (B, P) each
+        texts = [judge.encode_texts(list(captions)) for captions in zip(*(pair.captions for pair in part))]
+        rows.append(similarities(*images, *texts)[:, 2:])                              # (B, 2)
     table = torch.cat(rows).double()
     means, errors = table.mean(0).tolist(), (table.std(0) / len(table) ** 0.5).tolist()
     return dict(zip(AXES, means)) | dict(zip(("direction_error", "image_error"), errors))
 
 
 def draw(rows: list[dict], axes) -> None:
-    """A curve for each of the weights and cfg_text, with standard errors, points with their settings."""
-    keys, curve = ("direction", "image", "image_error", "direction_error"), itemgetter(*CURVE)
-    for method, weights, cfg_text in dict.fromkeys(map(curve, rows)):
+    """One curve for each method, weights and cfg_text, with standard errors; both ends show their setting."""
+    curves = {}
+    for row in rows:
+        curves.setdefault((row["method"], row["weights"], row["cfg_text"]), []).append(row)
+    for (method, weights, cfg_text), curve in curves.items():
         knob = KNOBS[method]
-        own = sorted((row for row in rows if curve(row) == (method, weights, cfg_text)), key=itemgetter(knob))
-        axes.errorbar(*([row[key] for row in own] for key in keys), marker=".", capsize=2,
+        curve = sorted(curve, key=itemgetter(knob))
+        keys = ("direction", "image", "image_error", "direction_error")
+        x, y, y_error, x_error = zip(*map(itemgetter(*keys), curve))
+        axes.errorbar(x, y, y_error, x_error, marker=".", capsize=2,
                       label=f"{method}, {Path(weights).name}, cfg_text {cfg_text:g}, by {knob}")
-        labelled = (-1.0, -1.0)
-        for row in own:
-            place = row["direction"], row["image"]
-            if max(abs(a - b) for a, b in zip(place, labelled)) > LABELS_APART:
-                axes.annotate(f"{row[knob]:g}", place, (4, 4), fontsize=8, textcoords="offset points")
-                labelled = place
+        for i in {0, len(curve) - 1}:
+            axes.annotate(f"{curve[i][knob]:g}", (x[i], y[i]), (4, 4), fontsize=8, textcoords="offset points")
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of `evaluate curve`."""
-    parser.add_argument("--weights", type=Path, default=Path("weights/nano-ip2p"), help="the editor")
-    parser.add_argument("--sdedit", type=Path, metavar="WEIGHTS", help="the baseline, on these")
-    parser.add_argument("--data", default="scenes", help="as of train.py; it has to have captions")
-    parser.add_argument("--split", choices=list(SPLITS), default="test")
-    parser.add_argument("--n", type=at_least(2), default=300, help="edits for each point, at most")
-    parser.add_argument("--clip", help=f"the judge ({hub.CLIP}; {NANO['clip']} for nano)")
-    parser.add_argument("--cfg-text", type=finite, help="(7.5; 2 for nano)")
-    parser.add_argument("--cfg-images", type=finite, nargs="+", metavar="CFG",
-                        help="(1.0 ... 2.2; 0.2 ... 2.0 for nano)")
-    parser.add_argument("--strengths", type=finite, nargs="+", default=list(STRENGTHS), metavar="SHARE",
-                        help="of SDEdit")
-    parser.add_argument("--steps", type=at_least(1), help="as in sample.py; by default of the weights")
-    parser.add_argument("--sampler", choices=sorted(SAMPLERS), help="the same")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="picture i has seed + i")
-    parser.add_argument("--batch", type=at_least(1), default=30, help="pictures that share a forward")
-    parser.add_argument("--device")
-    parser.add_argument("--out", type=Path, default=Path("runs/curve"), help="folder; goes on in it")
-
-
-def run(args: argparse.Namespace) -> str:
-    """Measure the points that are missing, plot all; returns a table."""
-    path = args.out / "curve.jsonl"
-    check_writable(path)
-    editor = Editor.load(args.weights, args.device)
+def run(args: argparse.Namespace) -> tuple[str, None]:
+    """Measure the missing points, plot all of them; returns a table. args: flags, see __main__.py."""
+    path, editor = args.out / "curve.jsonl", Editor.load(args.weights, args.device)
     usual = NANO if editor.side < 256 else PAPER
     clip, cfg_text = args.clip or usual["clip"], usual["cfg_text"] if args.cfg_text is None else args.cfg_text
     pairs, judge = examples(args.data, args.split, args.n), Judge.load(clip, editor.device)
-    common = {"data": args.data, "split": args.split, "clip": clip, "n": len(pairs), "steps": args.steps,
-              "sampler": args.sampler, "seed": args.seed}
-    base = {"method": "editor", "weights": str(args.weights), "networks": editor.fingerprint,
-            "cfg_text": cfg_text, **common}
-    points = [base | {"cfg_image": value} for value in args.cfg_images or usual["cfg_images"]]
+
+    def by_editor(cfg_image: float, before: list, part: list[Pair], seeds: list[int]) -> list:
+        return editor.edit(before, [pair.edit for pair in part], steps=args.steps, cfg_text=cfg_text,
+                           cfg_image=cfg_image, seed=seeds, sampler=args.sampler, batch=len(part))
+
+    def by_sdedit(strength: float, before: list, part: list[Pair], seeds: list[int]) -> list:
+        return painter.generate([pair.captions[1] for pair in part], images=before, strength=strength,
+                                seed=seeds, batch=len(part), **settings)
+
+    curves = [("editor", args.weights, editor, cfg_text, args.cfg_images or usual["cfg_images"], by_editor)]
     if args.sdedit:
         painter = TextToImage.load(args.sdedit, args.device)
         settings = painter.complete({"steps": args.steps, "cfg_text": None, "sampler": args.sampler,
                                      "resolution": editor.side})
-        for value in args.strengths:  # told now, and not after the editor's points
-            steps_taken(settings["steps"], value)
-        base = {"method": "SDEdit", "weights": str(args.sdedit), "networks": painter.fingerprint,
-                "cfg_text": settings["cfg_text"], **common}
-        points += [base | {"strength": value} for value in args.strengths]
+        for strength in args.strengths:  # a bad strength is an error before the long work
+            steps_taken(settings["steps"], strength)
+        curves.append(("SDEdit", args.sdedit, painter, settings["cfg_text"], args.strengths, by_sdedit))
 
-    def edit(point: dict, before: list, part: list[Pair], seeds: list[int]) -> list:
-        if point["method"] == "SDEdit":
-            return painter.generate([pair.captions[1] for pair in part], seed=seeds, batch=len(part),
-                                    images=before, strength=point["strength"], **settings)
-        return editor.edit(before, [pair.edit for pair in part], args.steps, cfg_text, point["cfg_image"],
-                           seeds, args.sampler, batch=len(part))
-
-    rows, known = [], rows_of(path)
-    for point in points:
-        row = next((row for row in known if point.items() <= row.items()), None)
-        if row is None:
-            name = f"{point['method']} {point[KNOBS[point['method']]]}"
-            row = point | measure(pairs, judge, editor.side, args.batch, args.seed, partial(edit, point),
-                                  name)
-            append(path, row)
-        rows.append(row)
-    now = {point["weights"]: point["networks"] for point in points}
-    drawn = [row for row in rows_of(path) if common.items() <= row.items()  # of other weights as well
-             and row["networks"] == now.get(row["weights"], row["networks"])]
+    rows = []
+    common = {"data": args.data, "split": args.split, "clip": clip, "n": len(pairs), "steps": args.steps,
+              "sampler": args.sampler, "seed": args.seed}
+    for method, weights, model, scale, values, edit in curves:
+        for value in values:
+            point = {"method": method, "weights": str(weights), "networks": model.fingerprint,
+                     "cfg_text": scale, **common, KNOBS[method]: value}
+            if not any(point.items() <= row.items() for row in read_jsonl(path)):
+                append(path, point | measure(pairs, judge, editor.side, args.batch, args.seed,
+                                             partial(edit, value), f"{method} {value}"))
+            rows.append(next(row for row in read_jsonl(path) if point.items() <= row.items()))
+    networks = {row["weights"]: row["networks"] for row in rows}  # leaves out points of replaced weights
+    drawn = [row for row in read_jsonl(path) if common.items() <= row.items()
+             and row["networks"] == networks.get(row["weights"], row["networks"])]
     is_drawn = plot(args.out / "curve.png", partial(draw, drawn), (10, 7), xlabel=AXES["direction"],
                     ylabel=AXES["image"])
-    return (f"{table(rows)}\n{len(pairs)} edits; points are in {path}"
-            + "; pip install matplotlib to see them drawn" * (not is_drawn))
+    missing = "" if is_drawn else "; pip install matplotlib for a plot"
+    return f"{table(rows)}\n{len(pairs)} edits; points are in {path}{missing}", None
 
 
 def table(rows: list[dict]) -> str:

@@ -1,21 +1,15 @@
-"""Score an editor, or a text-to-picture model, where the right answer is known.
+"""Edit success and preservation on rendered scenes, where the right answer is known.
 
     python -m nanoip2p.evaluate scenes --weights weights/nano-ip2p --n 500
-    python -m nanoip2p.evaluate captions --weights weights/nano-sd --n 320
-    python -m nanoip2p.evaluate curve --sdedit weights/nano-sd    # figure 8 of the paper: curve.py
-    python -m nanoip2p.evaluate ablate --seeds 2                  # what each part of the recipe is worth
-    python -m nanoip2p.evaluate magicbrush --data MagicBrush/dev --out runs/dev            # magicbrush.py
 
-`captions` asks how often CLIP, shown a picture painted for a caption, ranks that caption first among 32, next
-to the same for true renders.
+Training never uses these scenes nor, unless --phrasings seen, these phrasings of the instructions. With
+--combinations held-out, the edits show combinations of things, colours and edits on which editors are not
+trained (nano-sd, from which they start, was trained on all of them).
 
-Of `scenes`, the scenes and, unless --phrasings seen, the wordings are ones that training never used; with
---combinations held-out, editors are not trained on such a thing in that colour, nor on doing that to such a
-thing (nano-sd, from which they start, has painted all of them). An edit succeeds when, among the renders of
-all single edits of the scene and of the scene itself, the true one is nearest to the editor's picture in mean
-absolute distance. What should not change is measured as PSNR over the pixels that the two renders have in
-common, next to what the autoencoder alone makes of the true one: the ceiling. A change of the time of day
-leaves too few such pixels.
+Success: among the renders of the scene and of all its single edits, the right one is nearest to the edited
+picture in mean absolute distance. Preservation: PSNR over the pixels that are equal in the two renders.
+"Ceiling" is the PSNR of the right render after the autoencoder alone. Edits of the time of day leave too few
+equal pixels.
 """
 
 from dataclasses import dataclass
@@ -30,12 +24,12 @@ from nanoip2p.editor import Editor
 from nanoip2p.images import to_pil, to_tensor
 from nanoip2p.world.scenes import EDIT_KINDS, Edit, Scene, held_out, pick, random_scene
 
-LEAST_UNCHANGED = 0.05  # a smaller share of common pixels says nothing about preservation
+LEAST_UNCHANGED = 0.05  # smallest share of equal pixels for which PSNR is measured
 
 
 @dataclass(frozen=True)
 class Question:
-    """A scene, one edit of it, and the wording the editor is given."""
+    """A scene, one edit of it, and the instruction for the editor."""
 
     scene: Scene
     edit: Edit
@@ -44,21 +38,20 @@ class Question:
 
 def questions(n: int, phrasings: str = "held-out", combinations: str = "seen",
               split: str = "test") -> list[Question]:
-    """`n` questions, the kinds of edit in turn, each about a scene of its own. The same on every machine.
+    """`n` questions, each about another scene; the kinds of edit take turns. The same on every machine.
 
-    phrasings: "held-out" (the wording that training never sees) or "seen" (the first one). combinations: the
-    edits are "held-out" or "seen" as scenes.held_out has it.
+    phrasings: "held-out" (the phrasing that training never uses) or "seen" (the first one). combinations:
+    edits for which scenes.held_out is true ("held-out") or false ("seen").
     """
-    generator, asked = torch.Generator().manual_seed(0), []
+    generator, chosen = torch.Generator().manual_seed(0), []
     for index in count():
-        if len(asked) == n:
-            return asked
-        scene, kind = random_scene(split, index), EDIT_KINDS[len(asked) % len(EDIT_KINDS)]
-        unseen = combinations == "held-out"
-        fitting = [edit for edit in scene.edits(kind) if held_out(scene, edit) == unseen]
-        if fitting:
-            edit = pick(fitting, generator)
-            asked.append(Question(scene, edit, edit.instructions[-1 if phrasings == "held-out" else 0]))
+        if len(chosen) == n:
+            return chosen
+        scene, kind = random_scene(split, index), EDIT_KINDS[len(chosen) % len(EDIT_KINDS)]
+        edits = [edit for edit in scene.edits(kind) if held_out(scene, edit) == (combinations == "held-out")]
+        if edits:
+            edit = pick(edits, generator)
+            chosen.append(Question(scene, edit, edit.instructions[-1 if phrasings == "held-out" else 0]))
 
 
 def nearest_edit(picture: Image.Image, scene: Scene) -> Scene:
@@ -72,7 +65,7 @@ def nearest_edit(picture: Image.Image, scene: Scene) -> Scene:
 def unchanged_psnr(picture: Image.Image, before: Image.Image, after: Image.Image) -> float | None:
     """PSNR in dB (peak 255) of `picture` against `after`, over the pixels where `before` and `after` agree.
 
-    None where those are less than 5% of the picture.
+    None if they agree on less than 5% of the picture.
     """
     picture, before, after = (np.asarray(image, np.float64) for image in (picture, before, after))
     same = (before == after).all(-1)
@@ -83,26 +76,25 @@ def unchanged_psnr(picture: Image.Image, before: Image.Image, after: Image.Image
 
 @torch.inference_mode()
 def round_trip(editor: Editor, image: Image.Image) -> Image.Image:
-    """What the autoencoder alone makes of a picture."""
+    """A picture after the autoencoder alone."""
     weight = editor.unet.conv_in.weight
     mean, _ = editor.vae.encode(to_tensor(image)[None].to(weight.device, weight.dtype))
     return to_pil(editor.vae.decode(mean)[0])
 
 
 def score_scenes(editor: Editor, asked: list[Question], settings: dict, batch: int = 35) -> list[dict]:
-    """Let the editor answer every question, with `settings` for `Editor.edit` (None: the weights' defaults).
+    """Let the editor answer every question, with `settings` for Editor.edit (None: the default).
 
-    Returns rows of kind, instruction, success, psnr, ceiling, and pictures: (before, edited, true answer).
+    Returns rows of kind, instruction, success, psnr, ceiling, pictures: (before, edited, right answer).
     """
-    size, rows = editor.side, []
+    rows = []
     for i in tqdm(range(0, len(asked), batch), desc=f"editing, {batch} at a time"):
         part = asked[i : i + batch]
-        inputs = [question.scene.render(size) for question in part]
-        seeds = list(range(i, i + len(part)))
-        texts = [question.instruction for question in part]
-        pictures = editor.edit(inputs, texts, seed=seeds, batch=batch, **settings)
+        inputs = [question.scene.render(editor.side) for question in part]
+        pictures = editor.edit(inputs, [question.instruction for question in part],
+                               seed=list(range(i, i + len(part))), batch=batch, **settings)
         for question, before, picture in zip(part, inputs, pictures):
-            after = question.edit.scene.render(size)
+            after = question.edit.scene.render(editor.side)
             rows.append({
                 "kind": question.edit.kind, "instruction": question.instruction,
                 "success": nearest_edit(picture, question.scene) == question.edit.scene,
@@ -119,20 +111,19 @@ def table(rows: list[dict]) -> tuple[str, dict]:
     numbers = {}
     for kind in (*EDIT_KINDS, "all"):
         chosen = [row for row in rows if kind in (row["kind"], "all")]
-        if not chosen:
-            continue
-        share, error = rate([row["success"] for row in chosen])
-        measured = [row for row in chosen if row["psnr"] is not None]
-        means = {key: float(np.mean([row[key] for row in measured])) if measured else None
-                 for key in ("psnr", "ceiling")}
-        psnr, ceiling = (f"{mean:.1f} dB" if measured else "-" for mean in means.values())
-        lines.append(f"{kind:<10} {len(chosen):>5} {share:>8.1%} ± {error:<4.1%} {psnr:>16} {ceiling:>12}")
-        numbers[kind] = {"n": len(chosen), "success": share, **means}
+        if chosen:
+            share, error = rate([row["success"] for row in chosen])
+            measured = [row for row in chosen if row["psnr"] is not None]
+            means = {key: float(np.mean([row[key] for row in measured])) if measured else None
+                     for key in ("psnr", "ceiling")}
+            psnr, ceiling = (f"{mean:.1f} dB" if measured else "-" for mean in means.values())
+            rate_text = f"{share:>8.1%} ± {error:<4.1%}"
+            lines.append(f"{kind:<10} {len(chosen):>5} {rate_text} {psnr:>16} {ceiling:>12}")
+            numbers[kind] = {"n": len(chosen), "success": share, **means}
     return "\n".join(lines), numbers
 
 
 def rate(hits: list[bool]) -> tuple[float, float]:
-    """Share of hits, and its standard error (Laplace's, because 71 of 71 is no certainty)."""
+    """Share of hits, and its standard error by Laplace's estimate, which is above 0 for 71 hits of 71."""
     likely = (sum(hits) + 1) / (len(hits) + 2)
     return sum(hits) / len(hits), (likely * (1 - likely) / len(hits)) ** 0.5
-

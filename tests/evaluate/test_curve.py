@@ -14,8 +14,8 @@ from nanoip2p.common.files import read_rows
 from nanoip2p.dataset.layouts import Pair, load_picture
 from nanoip2p.dataset.rendered import scene_pairs
 from nanoip2p.editor import Editor
+from nanoip2p.evaluate import __main__ as evaluate
 from nanoip2p.evaluate import curve
-from nanoip2p.evaluate import scenes as evaluate
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def weights(tmp_path_factory):
 def measured(weights, out, *flags) -> str:
     flags = ["--weights", weights.editor, "--clip", weights.clip, "--steps", 2, "--n", 3, "--out", out,
              *flags]
-    return curve.run(evaluate.parse(["curve", *map(str, flags)]))
+    return evaluate.score(["curve", *map(str, flags)])
 
 
 def test_a_point_is_the_mean_of_the_cosines(weights):
@@ -118,7 +118,7 @@ def test_sdedit_paints_in_the_size_of_the_editor(weights, tmp_path):
 
 
 @pytest.mark.parametrize("strength", [0, 0.4, 1.5])
-def test_a_bad_strength_is_told_before_the_work(weights, tmp_path, monkeypatch, strength):
+def test_a_bad_strength_is_an_error_before_the_work(weights, tmp_path, monkeypatch, strength):
     monkeypatch.setattr(Editor, "edit", lambda *_, **__: pytest.fail("worked in vain"))
     with pytest.raises(ValueError, match=f"strength of {strength}.* of 2"):
         measured(weights, tmp_path, "--sdedit", weights.painter, "--strengths", 0.5, strength)
@@ -137,8 +137,8 @@ def test_every_network_has_its_curve_in_the_order_of_its_setting(weights, tmp_pa
     rows = [row for _, row in read_rows(tmp_path / "curve.jsonl")]
     rows = {(row["weights"], row["cfg_image"]): row["direction"] for row in rows}
     first = [rows[str(weights.editor), cfg] for cfg in (1, 2)]
-    assert drawn == [("editor, editor, cfg_text 2, by cfg_image", first),
-                     ("editor, other, cfg_text 2, by cfg_image", [rows[str(other), 1]])]
+    assert drawn == [("editor, editor, cfg_text 2, by cfg_image", tuple(first)),
+                     ("editor, other, cfg_text 2, by cfg_image", (rows[str(other), 1],))]
     drawn.clear()
     measured(weights, tmp_path, "--cfg-images", 1, "--cfg-text", 3)
     assert [(label, len(points)) for label, points in drawn] == [
@@ -146,13 +146,16 @@ def test_every_network_has_its_curve_in_the_order_of_its_setting(weights, tmp_pa
         ("editor, editor, cfg_text 3, by cfg_image", 1)]
 
 
-def test_crowded_points_go_without_their_setting():
-    told = []
-    axes = SimpleNamespace(errorbar=lambda *_, **__: None, annotate=lambda text, *_, **__: told.append(text))
+def test_both_ends_of_a_curve_show_their_setting():
+    labels = []
+    axes = SimpleNamespace(errorbar=lambda *_, **__: None,
+                           annotate=lambda *args, **_: labels.append(args[:2]))
     row = {"method": "editor", "weights": "x", "cfg_text": 2, "image_error": 0, "direction_error": 0}
-    curve.draw([row | {"cfg_image": k, "direction": x, "image": 0.5}
-                for k, x in enumerate((0.5, 0.51, 0.53, 0.54))], axes)
-    assert told == ["0", "2"]
+    curve.draw([row | {"cfg_image": k, "direction": k / 10, "image": 0.5} for k in (2, 0, 1)], axes)
+    assert sorted(labels) == [("0", (0, 0.5)), ("2", (0.2, 0.5))]
+    labels.clear()
+    curve.draw([row | {"cfg_image": 1, "direction": 0.1, "image": 0.5}], axes)
+    assert labels == [("1", (0.1, 0.5))]
 
 
 def test_examples_have_captions(tmp_path):
@@ -168,3 +171,5 @@ def test_examples_have_captions(tmp_path):
     assert curve.examples(str(tmp_path), "test", 9) == [Pair(picture, "x", picture, ("one", "two"))] * 2
     with pytest.raises(ValueError, match="no pairs with captions"):
         curve.examples(str(tmp_path), "train", 9)
+    with pytest.raises(ValueError, match="scenes has 1 pairs with captions.* two are needed"):
+        curve.examples("scenes", "test", 1)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,9 +13,8 @@ from tiny_editor import write_tiny_clip, write_tiny_editor
 
 from nanoip2p.clip_filter import Judge
 from nanoip2p.editor import Editor
-from nanoip2p.evaluate import magicbrush
-from nanoip2p.evaluate import scenes as evaluate
-from nanoip2p.evaluate.magicbrush import chained, clip_view, read_sessions, score
+from nanoip2p.evaluate import __main__ as evaluate
+from nanoip2p.evaluate.magicbrush import clip_view, read_sessions, score
 from nanoip2p.images import read_recipe
 
 # Grey levels of the pictures of each session: the input, and what the dataset has after each turn
@@ -25,17 +23,17 @@ LEVELS = {"12": (0, 51, 153), "7": (102, 0)}
 
 def write_split(root):
     """The folder of a split, whose true pictures are of another size than the inputs."""
-    sessions, captions = {}, {}
+    turns, captions = [], {}
     for name, levels in LEVELS.items():
         (root / "images" / name).mkdir(parents=True)
         names = [f"{name}-input.png", *(f"{name}-output{i}.png" for i in range(1, len(levels)))]
         for i, level in enumerate(levels):
             Image.new("RGB", (16, 24) if i else (8, 12), (level,) * 3).save(root / "images" / name / names[i])
-        sessions[name] = [
+        turns += [
             {"input": before, "mask": "", "output": after, "instruction": f"turn {i} of {name}"}
             for i, (before, after) in enumerate(zip(names, names[1:]), 1)]
         captions[name] = {picture: str(level) for picture, level in zip(names, levels)}
-    (root / "edit_sessions.json").write_text(json.dumps(sessions))
+    (root / "edit_turns.json").write_text(json.dumps(turns))
     (root / "global_descriptions.json").write_text(json.dumps(captions))
     return root
 
@@ -146,24 +144,25 @@ def test_pictures_survive_ctrl_c_and_are_not_made_again(tmp_path, brighter, monk
 def change(name, **entries):
     def broken(root):
         content = json.loads((root / name).read_text())
-        (root / name).write_text(json.dumps(content | entries))
+        if isinstance(content, list):
+            content[-1] |= entries
+        else:
+            content |= entries
+        (root / name).write_text(json.dumps(content))
     return broken
 
 
-TURN = {"input": "7-input.png", "output": "7-output1.png", "instruction": "a text"}
 BROKEN = {
-    "no folder": (shutil.rmtree, "global_descriptions.json is missing; there is no folder"),
-    "no sessions": (lambda root: (root / "edit_sessions.json").unlink(), "edit_sessions.json is missing"),
-    "a list": (lambda root: (root / "edit_sessions.json").write_text("[]"), "holds a JSON list"),
-    "nothing": (lambda root: (root / "edit_sessions.json").write_text("{}"), "holds no session"),
-    "no picture": (lambda root: (root / "images/7/7-output1.png").unlink(), "7-output1.png; "),
-    "no caption": (change("global_descriptions.json", **{"12": {}}), "session 12, turn 1, wants texts"),
-    "caption": (change("global_descriptions.json", **{"7": {"7-output1.png": 3}}),
-                "7, turn 1, wants texts"),
-    "no turns": (change("edit_sessions.json", **{"7": []}), "session 7, turn 1, wants texts"),
-    "turns": (change("edit_sessions.json", **{"7": 3}), "session 7, turn 1, wants texts"),
-    "no text": (change("edit_sessions.json", **{"7": [TURN | {"instruction": None}]}), "turn 1, wants texts"),
-    "number": (change("edit_sessions.json", **{"7": [TURN | {"input": 1}]}), "turn 1, wants texts"),
+    "no folder": (shutil.rmtree, "there is no "),
+    "no turns": (lambda root: (root / "edit_turns.json").unlink(), "is no training data"),
+    "an object": (lambda root: (root / "edit_turns.json").write_text("{}"), "holds a JSON dict"),
+    "nothing": (lambda root: (root / "edit_turns.json").write_text("[]"), "has no pairs"),
+    "no picture": (lambda root: (root / "images/7/7-output1.png").unlink(), "7-output1.png (pairs"),
+    "no captions": (lambda root: (root / "global_descriptions.json").unlink(), "no caption of 12-input.png"),
+    "no caption": (change("global_descriptions.json", **{"12": {}}), "no caption of 12-input.png"),
+    "a number": (change("global_descriptions.json", **{"7": {"7-output1.png": 3}}), "or 7-output1.png"),
+    "no text": (change("edit_turns.json", instruction=None), 'no text under "instruction"'),
+    "no name": (change("edit_turns.json", input=1), 'no text under "input"'),
 }
 
 
@@ -186,8 +185,8 @@ def test_clip_scores_are_those_of_transformers(size, tmp_path):
                 for width, height in ((40, 45), size)]
     for name, picture in zip(("edited", "truth"), pictures):
         picture.save(tmp_path / f"{name}.png")
-    turn = magicbrush.Turn(Path(), "", tmp_path / "edited.png", tmp_path / "truth.png", "a cat on a sofa")
-    found = score(Judge.load(folder), turn)
+    caption = "a cat on a sofa"
+    found = score(Judge.load(folder), tmp_path / "edited.png", tmp_path / "truth.png", caption)
 
     model, tokenizer = (kind.from_pretrained(folder) for kind in (
         transformers.CLIPModel, transformers.CLIPTokenizer))
@@ -195,10 +194,10 @@ def test_clip_scores_are_those_of_transformers(size, tmp_path):
     processor = transformers.CLIPImageProcessorPil(**settings, crop_size=32)
     with torch.no_grad():
         output = model(pixel_values=processor(pictures, return_tensors="pt")["pixel_values"],
-                       **tokenizer([turn.caption], padding="max_length", return_tensors="pt"))
+                       **tokenizer([caption], padding="max_length", return_tensors="pt"))
     edited, truth = output.image_embeds
-    [caption] = output.text_embeds
-    expected = [edited @ truth, edited @ caption, truth @ caption]
+    [text] = output.text_embeds
+    expected = [edited @ truth, edited @ text, truth @ text]
     assert [found[key] for key in ("clip_i", "clip_t", "clip_t_truth")] == pytest.approx(
         [float(value) for value in expected], abs=1e-5)
     edited, truth = (np.asarray(picture, float) for picture in (pictures[0].resize(size), pictures[1]))
@@ -213,10 +212,9 @@ def test_the_middle_is_cut_as_openai_does():
 
 
 def test_sessions_keep_the_order_of_the_dataset(tmp_path):
-    sessions = read_sessions(write_split(tmp_path / "dev"), tmp_path / "edited")
-    assert [[turn.caption for turn in session] for session in sessions] == [["51", "153"], ["0"]]
-    first, second = chained(sessions[0])
-    assert second.source == first.edited and first == sessions[0][0] and second.truth == sessions[0][1].truth
+    sessions = read_sessions(write_split(tmp_path / "dev"))
+    assert list(sessions) == ["12", "7"]
+    assert [[pair.captions[1] for pair in session] for session in sessions.values()] == [["51", "153"], ["0"]]
 
 
 def test_as_a_command_with_real_networks(tmp_path, capsys):

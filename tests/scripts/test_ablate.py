@@ -7,7 +7,9 @@ from pathlib import Path
 
 import ablate
 import pytest
+import run_scripts
 import torch
+from parsed import parsed
 from PIL import Image
 
 import make_dataset
@@ -15,7 +17,9 @@ import train
 from nanoip2p.checkpoint.load import load_model
 from nanoip2p.common.files import read_rows
 from nanoip2p.dataset.layouts import read_data
-from nanoip2p.evaluate import scenes as evaluate
+from nanoip2p.evaluate import __main__ as evaluate
+
+SCRIPTS = {make_dataset.main: "make_dataset.py", train.main: "train.py", evaluate.main: "evaluate"}
 
 
 @pytest.fixture
@@ -23,8 +27,8 @@ def asked(monkeypatch):
     """The commands that are run, none of which runs; those that write are done by hand."""
     commands = []
 
-    def run(*words):
-        words = [str(word) for word in words]
+    def run(main, *words):
+        words = [SCRIPTS[main], *map(str, words)]
         commands.append(words)
         if words[:2] == ["make_dataset.py", "pairs"]:
             out = Path(words[words.index("--out") + 1])
@@ -34,18 +38,18 @@ def asked(monkeypatch):
                 for side in (0, 1):
                     Image.new("RGB", (64, 64)).save(out / name / f"7_{side}.jpg")
             (out / "seeds.json").write_text(json.dumps([["0000000", ["7"]], ["0000001", ["7"]]] * 10))
-        if "scenes" in words[2:3]:
+        if words[0] == "evaluate":
             out = Path(words[words.index("--out") + 1])
             out.mkdir(parents=True, exist_ok=True)
             (out / "scores.json").write_text('{"all": {"success": 0.5, "psnr": 20.0}}')
 
-    monkeypatch.setattr(ablate, "command", run)
+    monkeypatch.setattr(run_scripts, "call", run)
     monkeypatch.setattr(ablate, "untrained", lambda out: out)
     return commands
 
 
 def evaluated(*flags) -> str:
-    return ablate.run(evaluate.parse(["ablate", *map(str, flags)]))
+    return ablate.run(ablate.make_parser().parse_args([*map(str, flags)]))
 
 
 def test_every_variant_differs_from_the_first_by_one_choice():
@@ -54,29 +58,30 @@ def test_every_variant_differs_from_the_first_by_one_choice():
         assert sum(getattr(first, field.name) != getattr(other, field.name) for field in fields(other)) == 1
 
 
-def test_all_commands_are_such_as_the_scripts_understand(asked, tmp_path):
+def test_the_scripts_understand_all_commands(asked, tmp_path, monkeypatch):
     evaluated("--out", tmp_path, "--seeds", 1, "--prompts", 100, "--steps", 3)
     runs, trained, scored = [], [], []
     for words in asked:
-        if words[0] == "make_dataset.py":
-            args = make_dataset.parse(words[1:])
-            if words[1] == "pairs":
-                runs.append(args)
+        main = next(main for main, name in SCRIPTS.items() if name == words[0])
+        args = vars(parsed(main, words[1:], monkeypatch))  # may lack flags that are not given
+        if words[1] == "pairs":
+            runs.append(args)
         elif words[0] == "train.py":
-            trained.append(train.parse(words[1:]))
-        else:
-            scored.append(evaluate.parse(words[2:]))
-    assert {args.inject for args in runs} == {None, "self", "cross", "none"}
-    assert [args.n_samples for args in runs if args.clip_dir_threshold == -1] == [4]
-    assert len(trained) == len({args.out for args in trained}) == len(ablate.VARIANTS)
-    assert {args.steps for args in trained} == {3} and {args.pairs for args in trained} == {400}
-    assert {args.batch_size * args.accumulate for args in trained} == {32}
-    assert [args.batch_size for args in trained if "0.1" in args.data] == [8]
-    assert sum(args.drop == (0.1, 0, 0) for args in trained) == 1
-    assert sum(args.data == "scenes" for args in trained) == 1 and not any(args.flip for args in trained)
-    assert sum(args.weights.endswith("untrained") for args in trained) == 1
+            trained.append(args)
+        elif words[0] == "evaluate":
+            scored.append(args)
+    assert {args.get("inject") for args in runs} == {None, "self", "cross", "none"}
+    assert [args["n_samples"] for args in runs if args.get("clip_dir_threshold") == -1] == [4]
+    assert len(trained) == len({args["out"] for args in trained}) == len(ablate.VARIANTS)
+    assert {args["steps"] for args in trained} == {3} and {args["pairs"] for args in trained} == {400}
+    assert {args["batch_size"] * args["accumulate"] for args in trained} == {32}
+    assert [args["batch_size"] for args in trained if "0.1" in str(args["data"])] == [8]
+    assert sum(list(args.get("drop") or []) == [0.1, 0, 0] for args in trained) == 1
+    assert not any(args["flip"] for args in trained)
+    assert sum(args["data"] == "scenes" for args in trained) == 1
+    assert sum(str(args["weights"]).endswith("untrained") for args in trained) == 1
     assert len(scored) == len(ablate.MEASURES) * len(ablate.VARIANTS)
-    assert {args.combinations for args in scored} == {"seen", "held-out"}
+    assert {args["combinations"] for args in scored} == {"seen", "held-out"}
 
 
 def test_a_tenth_is_data_that_training_reads(asked, tmp_path):
@@ -129,6 +134,21 @@ def test_an_untrained_network_knows_nothing_of_nano_sd(tmp_path):
     assert parts.unet.conv_out.weight.abs().max() == 0
 
 
-def test_a_command_that_fails_ends_it(tmp_path):
+def test_a_script_that_fails_or_is_stopped_ends_it(tmp_path, capsys):
     with pytest.raises(ValueError, match="exit code 2"):
-        ablate.command("sample.py", "--input", tmp_path / "nowhere.png", "--edit", "x")
+        run_scripts.call(make_dataset.main, "pairs", "--prompts", tmp_path / "none", "--out", tmp_path,
+                         "--weights", "x")
+    assert "none" in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        run_scripts.call(lambda words: 130, "a")
+
+
+def test_a_run_that_has_checkpoints_is_resumed(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(run_scripts, "call", lambda main, *words: commands.append(words))
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for _ in range(2):
+        assert run_scripts.train_run(tmp_path / "run", "start", 9, "--lr", 1) == tmp_path / "run" / "weights"
+        (tmp_path / "run" / "checkpoints" / "0000005").mkdir(exist_ok=True)
+    assert commands == [("--weights", "start", "--out", tmp_path / "run", "--steps", 9, "--lr", 1),
+                        ("--resume", tmp_path / "run", "--steps", 9, "--lr", 1)]

@@ -27,12 +27,17 @@ def test_from_nothing_to_folders_that_edit(make_nano, tmp_path, monkeypatch):
     folder = tmp_path / "ship" / "nano-ip2p"
     least = {f"clip_{name}threshold": -1.0 for name in ("", "dir_", "img_")}  # nothing is learned in a step
     monkeypatch.setattr(make_nano, "PAIRS", make_nano.PAIRS | least | {"n_samples": 1, "steps": 1})
+    monkeypatch.setattr(make_nano, "RECIPE", [*make_nano.RECIPE, "--sample-every", 0, "--validate-every", 0])
+    monkeypatch.setattr(make_nano, "TOKENIZER_SCENES", 100)
+    monkeypatch.setattr(make_nano, "SCALE_PICTURES", 16)
+    monkeypatch.setattr(make_nano.demo, "EDITS", {"house": ("make it night",)})
 
     def make(*editor_steps):
-        make_nano.main([str(word) for word in (
-            "--out", tmp_path / "runs", "--ship", folder.parent, "--vae-steps", 3, "--clip-steps", 2,
+        code = make_nano.main([str(word) for word in (
+            "--out", tmp_path / "runs", "--ship", folder.parent, "--vae-steps", 2, "--clip-steps", 1,
             "--sd-steps", 1, "--captions", 32, "--editor-steps", *editor_steps, "--pairs", 32,
             "--prompts", 40, "--paper-steps", 1, "--device", "cpu")])
+        assert code == 0
         return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
 
     def written():

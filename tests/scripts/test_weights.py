@@ -37,15 +37,16 @@ def test_small_enough():
 def test_nano_sd_paints_what_nano_clip_reads_and_what_diffusers_paints():
     painter = TextToImage.load(WEIGHTS / "nano-sd", "cpu")
     chosen = complete({}, WEIGHTS / "nano-sd", painter.defaults)
-    rows = score_captions(painter, Judge.load(chosen["clip"]), captioned(32), {"steps": 8})
-    assert sum(row["success"] for row in rows) >= 28
+    scenes = captioned(32)
+    numbers = score_captions(painter, Judge.load(chosen["clip"]), scenes, {"steps": 8})[1]
+    assert numbers["painted"] * 32 >= 28
 
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(WEIGHTS / "nano-sd")
     pipeline.set_progress_bar_config(disable=True)
-    caption = rows[0]["caption"]
+    caption = scenes[0].caption()
     theirs = pipeline(caption, height=64, width=64, num_inference_steps=5, guidance_scale=3.0,
                       generator=torch.Generator().manual_seed(7)).images[0]
-    ours, other = painter.generate([caption, rows[1]["caption"]], steps=5, cfg_text=3.0, seed=7)
+    ours, other = painter.generate([caption, scenes[1].caption()], steps=5, cfg_text=3.0, seed=7)
     assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
     assert np.abs(np.asarray(ours, int) - np.asarray(other, int)).max() > 50
 

@@ -1,0 +1,41 @@
+"""Runs train.py, make_dataset.py and evaluate in this process, for make_nano.py and ablate.py."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import make_dataset
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def call(main: Callable[[list[str]], int], *words) -> None:
+    """Run the `main` of a script with `words` as its arguments.
+
+    Raises ValueError when the script ends with an error, which it has printed, and KeyboardInterrupt when
+    Ctrl-C stopped it.
+    """
+    code = main([str(word) for word in words])
+    if code == 130:
+        raise KeyboardInterrupt
+    if code:
+        raise ValueError(f"{main.__module__} {' '.join(map(str, words))}: exit code {code}, see above")
+
+
+def make_pairs(prompts: Path, count: int, out: Path, painter: Path, *flags) -> Path:
+    """Write `count` captions of scenes to `prompts` and make pairs of pictures from them; returns `out`."""
+    call(make_dataset.main, "captions", "--backend", "scenes", "--n", count, "--out", prompts)
+    call(make_dataset.main, "pairs", "--prompts", prompts, "--out", out, "--weights", painter,
+         "--dtype", "bf16", *flags)
+    return out
+
+
+def train_run(out: Path, weights: Path, steps: int, *flags) -> Path:
+    """Train from `weights` in the run folder `out`, or resume the run there; returns its weights."""
+    begun = any(out.glob("checkpoints/[0-9]*"))
+    start = ["--resume", out] if begun else ["--weights", weights, "--out", out]
+    call(train.main, *start, "--steps", steps, *flags)
+    return out / "weights"
