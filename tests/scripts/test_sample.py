@@ -16,6 +16,7 @@ from tiny_editor import DEFAULTS, write_tiny_editor
 
 import nanoip2p
 import sample
+from nanoip2p import pipeline
 from nanoip2p.editor import Editor
 from nanoip2p.images import grid, open_image, read_recipe, save_png
 from nanoip2p.speed import fast as speed
@@ -171,8 +172,8 @@ def test_pictures_of_one_size_share_a_forward(run, monkeypatch):
 def test_an_input_is_encoded_once_for_all_its_edits(run, monkeypatch):
     encoded, encode = [], VAE.encode
     monkeypatch.setattr(VAE, "encode", lambda self, x: (encoded.append(len(x)), encode(self, x))[1])
-    assert run(*one("--n", "5", "--batch", "2", "--edit", "make it day", output="out/")) == 0
-    assert encoded == [1] and len(files("out")) == 10
+    assert run(*one("--n", "4", "--edit", "make it day", output="out/")) == 0
+    assert encoded == [1] and len(files("out")) == 8
 
 
 def test_turns_follow_each_other(run):
@@ -276,8 +277,8 @@ def test_a_long_instruction_is_cut_with_a_note(run, capsys):
     assert len(notes) == 1 and "tail" in notes[0]
 
 
-def test_weights_are_also_found_beside_the_script(run, weights, monkeypatch):
-    monkeypatch.setattr(sample, "HERE", weights.parent)
+def test_weights_are_also_found_in_the_checkout(run, weights, monkeypatch):
+    monkeypatch.setattr(pipeline, "CHECKOUT", weights.parent)
     assert sample.main(one("--weights", weights.name, "--steps", "1")) == 0
     assert read_recipe("out.png")["weights"] == weights.name
 
