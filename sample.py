@@ -99,7 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
     lines = [textwrap.fill(f"  {name:<11}{', '.join(known)}", 100, subsequent_indent=" " * 13)
              for name, known in words.items()]
     parser = cli.make_parser(description=__doc__, epilog="\n".join(
-        ["The default (nano) weights know a small painted world and no photographs. They often miss the place:",
+        ["The default (nano) weights know a small painted world, no photographs. They often miss the place:",
          *lines]))
     cli.add_settings(parser, Settings)
     return parser

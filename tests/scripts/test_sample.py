@@ -1,5 +1,6 @@
 """sample.py as people use it: in this process for speed, and once as a command."""
 
+import os
 import re
 import shutil
 import signal
@@ -465,3 +466,30 @@ def test_ctrl_c_stops_a_command(run, weights):
     assert process.returncode == 130 and printed == ""
     assert rest.splitlines()[-1].startswith("interrupted") and "Traceback" not in rest
     assert "out.png" not in files() and not [name for name in files() if name.endswith(".tmp")]
+
+
+def test_the_nano_weights_say_what_they_do_not_know(run, capsys):
+    Image.new("RGB", (300, 200)).save("photo.png")
+    flags = ["--edit", "make it a Cyborg", "--steps", "1", "--device", "cpu", "--output", "out/"]
+    assert sample.main(["--input", "photo.png", "house.png", *flags]) == 0
+    world = "note: the nano weights know a small painted world; "
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")] == [
+        f"{world}unknown here: cyborg",
+        f"{world}photo.png is 300x200, larger than its pictures: photographs do not work"]
+    assert run("--input", "photo.png", *flags) == 0
+    assert "note: " not in capsys.readouterr().err, "other weights"
+
+
+def test_help_names_the_defaults_and_the_painted_world(capsys):
+    with pytest.raises(SystemExit):
+        sample.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for part in ("share a forward (default: 8)", "default: weights/nano-ip2p", "mushroom", "remove the {old}"):
+        assert part in text
+
+
+def test_ctrl_c_during_imports_prints_no_traceback(run):
+    Path("torch.py").write_text("raise KeyboardInterrupt")
+    done = subprocess.run([sys.executable, str(SCRIPT)], env=os.environ | {"PYTHONPATH": "."},
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "")
