@@ -29,7 +29,7 @@ SIMILARITIES = ("clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image")  #
 
 @dataclass(frozen=True)
 class Thresholds:
-    """The lowest similarities that pass, in [-1, 1]: of the two pictures, of the direction, of each caption."""
+    """The lowest similarities that pass, in [-1, 1]: of pictures, of direction, of each caption."""
 
     image: float = 0.7
     direction: float = 0.2
@@ -112,7 +112,7 @@ class Judge:
         return (pixels - self.mean) / self.std
 
     def score(self, before: list[Image.Image], after: list[Image.Image], captions: Tensor) -> list[dict]:
-        """B pictures, B edited pictures and encode_texts([before, after]) (2, P) -> SIMILARITIES of each pair."""
+        """B pictures, B edited ones, encode_texts([before, after]) (2, P) -> SIMILARITIES of each pair."""
         features = self.encode_pictures([*before, *after]).chunk(2)                       # (B, P) each
         rows = similarities(*features, captions[:1], captions[1:])
         return [dict(zip(SIMILARITIES, row)) for row in rows.tolist()]
