@@ -1,8 +1,9 @@
 """Edit pictures by instruction.
 
     python sample.py --input house.png --edit "make it night" --output night.png
-    python sample.py --input photos --edit "make it snow" --output snowy/
-    python sample.py --input house.png --edit "make it night" --edit "add a tree" --grid --output grid.png
+    python sample.py --input pictures --edit "turn the ground into snow" --output snowy/
+    python sample.py --input house.png --edit "make it night" \\
+        --edit "turn the house blue" --grid --output grid.png
     python sample.py --input house.png --edit "make it night" --sweep --output sweep.png
     python sample.py --recipe night.png --output again.png
 """
@@ -11,41 +12,73 @@ import argparse
 import os
 import random
 import sys
-from dataclasses import dataclass
-from itertools import product
+import textwrap
+from dataclasses import asdict, dataclass
+from itertools import count, product
 from pathlib import Path
 
-import torch
-from PIL import Image
-from tqdm import tqdm
-
-import nanoip2p
-from nanoip2p.checkpoint.load import open_checkpoint
-from nanoip2p.checkpoint.tensors import DTYPES
+from nanoip2p import __version__
 from nanoip2p.common import cli
-from nanoip2p.common.cli import add_flags, at_least, finite
-from nanoip2p.common.files import check_writable
-from nanoip2p.editor import Editor
-from nanoip2p.images import find_images, fit, fit_size, grid, open_image, read_recipe, save_png
-from nanoip2p.pipeline import same_size
-from nanoip2p.samplers import SAMPLERS
-from nanoip2p.speed import fast as speed
+from nanoip2p.common.cli import at_least, finite, flag
 
-HERE = Path(__file__).resolve().parent
-# What a recipe holds: the flags that make one file again. What is not given is None until `complete`.
-RECIPE_FLAGS = (
-    "input", "edit", "turns", "n", "seed", "steps", "cfg_text", "cfg_image", "sampler", "resolution",
-    "negative", "weights", "vae", "tokenizer", "raw_weights", "dtype", "keep_size", "grid", "sweep",
-    "batch", "low_memory",
-)
-DEFAULTS = {
-    "n": 1, "negative": "", "weights": "weights/nano-ip2p", "dtype": "fp32", "batch": 8, "turns": False,
-    "keep_size": False, "grid": False, "sweep": False, "low_memory": False, "raw_weights": False,
-    "fast": False,
-}
-# What --sweep draws around the chosen scales: around the paper's, cfg_text 3 ... 12 and cfg_image 1 ... 2
+with cli.slow_imports():
+    import torch
+    from PIL import Image
+    from tqdm import tqdm
+
+    from nanoip2p.checkpoint.load import open_checkpoint
+    from nanoip2p.checkpoint.tensors import DTYPES
+    from nanoip2p.common.files import check_writable
+    from nanoip2p.editor import Editor
+    from nanoip2p.images import find_images, fit, fit_size, grid, open_image, read_recipe, save_png
+    from nanoip2p.pipeline import find_weights, same_size
+    from nanoip2p.samplers import SAMPLERS
+    from nanoip2p.speed import fast as speed
+    from nanoip2p.world import scenes
+
+NOT_IN_RECIPE = ("output", "recipe", "device", "fast")  # do not change the picture
+# --sweep draws a grid around the chosen scales. Around the paper's: cfg_text 3 ... 12 and cfg_image 1 ... 2
 SWEEP_FACTORS = (0.4, 0.7, 1, 1.3, 1.6)      # of cfg_text
 SWEEP_STEPS = (-0.5, -0.25, 0, 0.25, 0.5)    # on top of cfg_image
+NANO_RESOLUTION, NANO_WORDS, PHOTO = 64, 1000, 256  # pixels; tokens at most; pixels of a picture too large
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The flags with their defaults, and what the recipe in a PNG holds (without NOT_IN_RECIPE)."""
+
+    input: list[str] | None = flag("pictures, globs or folders", nargs="+", action="extend",
+                                   group="what to edit, and how")
+    edit: list[str] | None = flag('an instruction, as "make it night"; repeat for more', action="append")
+    turns: bool = flag("apply the instructions one after another, not each to the input", False)
+    n: int = flag("samples of each edit, with seeds s, s + 1, ...", 1, type=at_least(1))
+    negative: str = flag("what to steer away from", "")
+    steps: int | None = flag("denoising steps", type=at_least(1),
+                             group="sampling (the weights have the defaults, or else the paper)")
+    resolution: int | None = flag("of the longer side, about, in pixels", type=at_least(1))
+    cfg_text: float | None = flag("how much the instruction counts (s_T)", type=finite)
+    cfg_image: float | None = flag("how much the input picture counts (s_I)", type=finite)
+    sampler: str | None = flag("how to step from noise to a picture", choices=sorted(SAMPLERS))
+    seed: int | None = flag("one seed makes one picture (default: a random one)", type=at_least(0))
+    output: str | None = flag("a PNG file; for several inputs a folder", group="what to write")
+    keep_size: bool = flag("scale the result to the size of the input", False)
+    grid: bool = flag("one labelled picture: input | edits", False)
+    sweep: bool = flag("one labelled picture of one edit at 5 x 5 scales of guidance, around --cfg-text "
+                       "(down) and --cfg-image (across)", False)
+    recipe: str | None = flag("a PNG that sample.py wrote, to make again; other flags override its settings")
+    weights: str = flag("a diffusers folder, a .safetensors or .ckpt file, or a name on the Hub",
+                        "weights/nano-ip2p", group="weights and device")
+    vae: str | None = flag("use this autoencoder instead of the checkpoint's: a file or folder")
+    tokenizer: str | None = flag("for a single file of weights: a folder or a name on the Hub")
+    raw_weights: bool = flag("use the raw weights of a file that also holds averaged (EMA) weights", False)
+    device: str | None = flag("cuda, cuda:1, mps or cpu (default: the first that works)")
+    dtype: str = flag("half precision is faster on a GPU", "fp32", choices=sorted(DTYPES))
+    batch: int = flag("pictures of one size that share a forward", 8, type=at_least(1))
+    low_memory: bool = flag("compute one branch of guidance at a time, keep one network on the device, and "
+                            "use tiles in the VAE above 768 pixels, which changes pictures a little", False)
+    fast: bool = flag("the same picture to rounding, in less time. CPU: Winograd's convolutions, which need "
+                      "more memory. CUDA: channels last, fused projections, compiled (a minute at first), "
+                      "CUDA graphs", False)
 
 
 @dataclass(frozen=True)
@@ -59,249 +92,193 @@ class Picture:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """All flags. None has a default here, so that a recipe and the weights folder can fill the gaps."""
-    parser = cli.make_parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = parser.add_argument_group("what to edit, and how")
-    group.add_argument("--input", nargs="+", action="extend", help="pictures, globs or folders")
-    group.add_argument("--edit", action="append", help='an instruction, as "make it night"; repeat for more')
-    group.add_argument("--turns", action="store_true", default=None,
-                       help="apply the instructions one after another, not each to the input")
-    group.add_argument("--n", type=at_least(1), help="samples of each edit, with seeds s, s + 1, ... (1)")
-    group.add_argument("--negative", help="what to steer away from (nothing)")
-
-    # Defaults of these come from the weights folder, and in its absence from the paper
-    group = parser.add_argument_group("sampling")
-    group.add_argument("--steps", type=at_least(1), help="denoising steps")
-    group.add_argument("--resolution", type=at_least(1), help="of the longer side, about")
-    group.add_argument("--cfg-text", type=finite, help="how much the instruction counts (s_T)")
-    group.add_argument("--cfg-image", type=finite, help="how much the input picture counts (s_I)")
-    group.add_argument("--sampler", choices=sorted(SAMPLERS))
-    group.add_argument("--seed", type=at_least(0), help="one seed makes one picture (random)")
-
-    group = parser.add_argument_group("what to write")
-    group.add_argument("--output", help="a PNG file; for several inputs a folder")
-    group.add_argument("--keep-size", action="store_true", default=None, help="in the size of the input")
-    group.add_argument("--grid", action="store_true", default=None,
-                       help="one labelled picture: input | edits")
-    group.add_argument("--sweep", action="store_true", default=None,
-                       help="one labelled picture of one edit at 5 x 5 scales of guidance, around --cfg-text "
-                            "(down) and --cfg-image (across)")
-    group.add_argument("--recipe", help="a PNG that sample.py wrote, to make again; other flags override it")
-
-    group = parser.add_argument_group("with what")
-    group.add_argument("--weights", help="a diffusers folder, a .safetensors or .ckpt file, or a name on the "
-                                         f"Hub ({DEFAULTS['weights']})")
-    add_flags(group)
-    group.add_argument("--device", help="cuda, cuda:1, mps, cpu (the best there is)")
-    group.add_argument("--dtype", choices=sorted(DTYPES), help="the halves are quicker on a GPU (fp32)")
-    group.add_argument("--batch", type=at_least(1), help="pictures of one size that share a forward (8)")
-    group.add_argument("--low-memory", action="store_true", default=None,
-                       help="one branch of guidance and one network on the device at a time, and pictures "
-                            "above 768 pixels in tiles for the VAE, which changes them a little")
-    group.add_argument("--fast", action="store_true", default=None,
-                       help="the same to rounding, in less time: on a CPU, convolutions by Winograd's method "
-                            "(with more memory); on CUDA, channels last, fused projections, compiled (a "
-                            "minute at first) and replayed as a CUDA graph")
+    """All flags of Settings. The help ends with the words that the nano weights know."""
+    words = {"things": scenes.KINDS, "colours": scenes.COLOURS, "times": scenes.TIMES,
+             "weathers": scenes.WEATHERS, "grounds": scenes.GROUNDS, "places": scenes.SLOTS,
+             "phrasings": dict.fromkeys(phrases[0] for phrases in scenes.PHRASINGS.values())}
+    lines = [textwrap.fill(f"  {name:<11}{', '.join(known)}", 100, subsequent_indent=" " * 13)
+             for name, known in words.items()]
+    parser = cli.make_parser(description=__doc__, epilog="\n".join(
+        ["The default (nano) weights know a small painted world, no photographs. They often miss the place:",
+         *lines]))
+    cli.add_settings(parser, Settings)
     return parser
 
 
-def complete(argv: list[str]) -> argparse.Namespace:
-    """Flags as given, else from the recipe, else DEFAULTS. ValueError when what is left cannot work."""
+def parse(argv: list[str] | None) -> Settings:
+    """Flags as given, else from the recipe, else the defaults. ValueError when they cannot work together."""
     parser = make_parser()
     flags = vars(parser.parse_args(argv))
-    if flags["recipe"] is not None:
-        stored = vars(parser.parse_args(as_flags(read_recipe(flags["recipe"]))))
-        flags = {key: stored[key] if value is None else value for key, value in flags.items()}
-    flags |= {key: default for key, default in DEFAULTS.items() if flags[key] is None}
-    if flags["seed"] is None:
-        flags["seed"] = random.randrange(1_000_000)
-    missing = [f"--{key}" for key in ("input", "edit", "output") if flags[key] is None]
+    if "recipe" in flags:
+        flags = vars(parser.parse_args(as_flags(read_recipe(flags["recipe"])))) | flags
+    settings = Settings(**{"seed": random.randrange(1_000_000)} | flags)
+    missing = [f"--{key}" for key in ("input", "edit", "output") if getattr(settings, key) is None]
     if missing:
         raise ValueError(f"needed, but not given: {', '.join(missing)} (see --help)")
-    if flags["fast"] and flags["low_memory"]:
+    if settings.fast and settings.low_memory:
         raise ValueError("--fast keeps more in memory; leave it or --low-memory out")
-    if not all(edit.strip() for edit in flags["edit"]):
+    if not all(edit.strip() for edit in settings.edit):
         raise ValueError('an instruction is empty; say what to change, as --edit "make it night"')
-    return argparse.Namespace(**flags)
+    return settings
 
 
 def as_flags(recipe: dict) -> list[str]:
     """A recipe as a command line, so that its values pass the same checks as typed ones."""
     argv = []
-    for key in RECIPE_FLAGS:
-        value, flag = recipe.get(key), "--" + key.replace("_", "-")
-        if isinstance(value, list):
-            argv += [f"{flag}={item}" for item in value]
-        elif value is True:
-            argv.append(flag)
+    for key in [key for key in vars(Settings()) if key not in NOT_IN_RECIPE]:
+        value, name = recipe.get(key), "--" + key.replace("_", "-")
+        if value is True:
+            argv.append(name)
         elif value is not None and value is not False:
-            argv.append(f"{flag}={value}")
+            argv += [f"{name}={item}" for item in (value if isinstance(value, list) else [value])]
     return argv
 
 
-def plan_pictures(args: argparse.Namespace, inputs: list[str]) -> list[Picture]:
+def plan_pictures(settings: Settings, inputs: list[str]) -> list[Picture]:
     """Every picture to make, in the order input, edit, sample. ValueError when --output does not suit."""
-    edits = [tuple(args.edit)] if args.turns else [(edit,) for edit in args.edit]
-    variants = [(edit, args.seed + i) for edit in edits for i in range(args.n)]
-    output = Path(args.output)
-    to_folder = output.is_dir() or args.output.endswith(("/", os.sep)) or not output.suffix
+    edits = [tuple(settings.edit)] if settings.turns else [(edit,) for edit in settings.edit]
+    variants = [(edit, settings.seed + i) for edit in edits for i in range(settings.n)]
+    output, one = Path(settings.output), settings.grid or settings.sweep
+    to_folder = output.is_dir() or settings.output.endswith(("/", os.sep)) or not output.suffix
     if not to_folder and output.suffix.lower() != ".png":
-        raise ValueError(f"{args.output} should end in .png (or in / for a folder); only PNG is written")
-    if args.sweep and (len(inputs) * len(args.edit) * args.n > 1 or args.grid or args.keep_size):
+        raise ValueError(f"{output} should end in .png (or in / for a folder); only PNG is written")
+    several = len(inputs) * len(settings.edit) * settings.n > 1
+    if settings.sweep and (several or settings.grid or settings.keep_size):
         raise ValueError("--sweep draws one --edit of one --input, without --n, --grid and --keep-size")
-    if (args.grid or args.sweep) and to_folder:
-        flag = "--grid" if args.grid else "--sweep"
-        raise ValueError(f"{flag} writes one picture, so --output {args.output} must end in .png")
-    if not args.grid and not to_folder and len(inputs) > 1:
-        raise ValueError(f"{len(inputs)} inputs need a folder as --output, not {args.output}")
-    suffix = ".png" if to_folder else output.suffix
-    bases = [output.with_suffix("")] * len(inputs)
-    if to_folder:
-        bases = [output / stem for stem in unique_stems(inputs)]
-    digits = len(str(len(variants)))
-    numbers = [f"_{k:0{digits}d}" for k in range(1, len(variants) + 1)]
-    if len(variants) == 1 or args.grid:
+    if one and to_folder:
+        name = "--grid" if settings.grid else "--sweep"
+        raise ValueError(f"{name} writes one picture, so --output {settings.output} must end in .png")
+    if not settings.grid and not to_folder and len(inputs) > 1:
+        raise ValueError(f"{len(inputs)} inputs need a folder as --output, not {output}")
+    bases = [output / stem for stem in unique_stems(inputs)] if to_folder else (
+        [output.with_suffix("")] * len(inputs))
+    numbers = [f"_{k:0{len(str(len(variants)))}d}" for k in range(1, len(variants) + 1)]
+    if len(variants) == 1 or settings.grid:
         numbers = [""] * len(variants)
-    return [
-        Picture(path, edit, seed, f"{base}{number}{suffix}")
-        for path, base in zip(inputs, bases)
-        for (edit, seed), number in zip(variants, numbers)
-    ]
-
-
-def unique_stems(paths: list[str]) -> list[str]:
-    """Names for outputs: a/house.png and b/house.jpg -> house and house-2, on any file system."""
-    stems = []
-    for path in paths:
-        stem, k = Path(path).stem, 2
-        while stem.lower() in [known.lower() for known in stems]:
-            stem, k = f"{Path(path).stem}-{k}", k + 1
-        stems.append(stem)
-    return stems
-
-
-def edit_batch(editor: Editor, batch: list[Picture], size: tuple[int, int], settings: dict,
-               keep_size: bool) -> list[list[Image.Image]]:
-    """Pictures of a batch -> for each, [input, after the first instruction, after the second, ...].
-
-    Inputs of other proportions than `size` are cut at the edges; to get their own size back, with keep_size,
-    they are squeezed instead, so that nothing is lost and the edit lies exactly over the input.
-    """
-    originals = {path: open_image(path) for path in {picture.input for picture in batch}}
-    squeezed = {
-        path: image.resize(size, Image.Resampling.LANCZOS) if keep_size else fit(image, size)
-        for path, image in originals.items()
-    }
-    stages = [[squeezed[picture.input] for picture in batch]]
-    for turn in range(len(batch[0].edits)):
-        instructions = [picture.edits[turn] for picture in batch]
-        seeds = [picture.seed for picture in batch]
-        stages.append(editor.edit(stages[-1], instructions, seed=seeds, batch=len(batch), **settings))
-    made = [list(of_one) for of_one in zip(*stages)]
-    if keep_size:
-        made = [[image.resize(originals[picture.input].size, Image.Resampling.LANCZOS) for image in images]
-                for picture, images in zip(batch, made)]
-    return made
-
-
-def run(args: argparse.Namespace) -> None:
-    """Check everything that can be checked, then edit, writing each batch as soon as it is done."""
-    inputs = find_images(args.input)
-    pictures = plan_pictures(args, inputs)
-    check_outputs(pictures, inputs)
-    original_sizes = {path: open_image(path).size for path in inputs}  # a bad one shows before the long work
-
-    checkpoint = open_checkpoint(find_weights(args.weights), args.vae, args.tokenizer, args.raw_weights)
-    print(f"opened {args.weights}: {checkpoint.found}", file=sys.stderr)
-    editor = Editor.load(checkpoint, args.device, DTYPES[args.dtype], args.low_memory)
-    if args.fast:
-        speed.fast(editor.unet, lambda line: print(line, file=sys.stderr))
-    chosen = {key: getattr(args, key) for key in editor.defaults}
-    chosen = {key: editor.defaults[key] if value is None else value for key, value in chosen.items()}
-    settings = chosen | {"negative": args.negative, "low_memory": args.low_memory, "progress": True}
-    sizes = {path: fitted(path, size, chosen["resolution"], editor.multiple)
-             for path, size in original_sizes.items()}
-    recipe = {key: getattr(args, key) for key in RECIPE_FLAGS} | chosen
-    recipe |= {"version": nanoip2p.__version__, "torch": torch.__version__}
-
-    if args.sweep:
-        [picture] = pictures
-        save_png(sweep(editor, picture, sizes[picture.input], settings), args.output, recipe)
-        print(f"{args.output}  {args.edit[0]}, by cfg_text and cfg_image  (seed {args.seed})")
-        return
-    made = {}
-    for places in same_size([sizes[picture.input] for picture in pictures], args.batch):
-        batch = [pictures[i] for i in places]
-        results = edit_batch(editor, batch, sizes[batch[0].input], settings, args.keep_size)
-        for picture, stages in zip(batch, results):
-            if args.grid:
-                made[picture] = stages
-            else:
-                own = {"input": [picture.input], "edit": list(picture.edits), "n": 1, "seed": picture.seed}
-                save_png(stages[-1], picture.output, recipe | own)
-                print(f"{picture.output}  {', then '.join(picture.edits)}  (seed {picture.seed})")
-    if args.grid:
-        save_png(draw_grid(pictures, made, inputs), args.output, recipe | {"input": inputs})
-        edits = sum(len(picture.edits) for picture in pictures)
-        print(f"{args.output}  {edits} edit{'s' * (edits > 1)}  (seed {args.seed})")
-
-
-def sweep(editor: Editor, picture: Picture, size: tuple[int, int], settings: dict) -> Image.Image:
-    """The input; below it the edit, with a row for each cfg_text around that of `settings` (Editor.edit's),
-    and in it a column for each cfg_image, all from one seed."""
-    texts = [round(settings["cfg_text"] * factor, 4) for factor in SWEEP_FACTORS]
-    images = [round(settings["cfg_image"] + step, 4) for step in SWEEP_STEPS]
-    before, cells = fit(open_image(picture.input), size), []
-    for text, image in tqdm(list(product(texts, images)), unit="edit"):
-        scales = {"cfg_text": text, "cfg_image": image, "progress": False}
-        cells += editor.edit([before], list(picture.edits), seed=[picture.seed], **settings | scales)
-    across = len(images)
-    rows = [cells[i : i + across] for i in range(0, len(cells), across)]
-    labels = [[f"cfg_text {text:g}, cfg_image {image:g}" for image in images] for text in texts]
-    return grid([[before], *rows], [["input"], *labels])
-
-
-def check_outputs(pictures: list[Picture], inputs: list[str]) -> None:
-    """ValueError when an output cannot be written or is one of the inputs."""
+    suffix = ".png" if to_folder else output.suffix
+    pictures = [Picture(path, edit, seed, f"{base}{number}{suffix}")
+                for path, base in zip(inputs, bases) for (edit, seed), number in zip(variants, numbers)]
     sources = {os.path.realpath(path) for path in inputs}
     for path in dict.fromkeys(picture.output for picture in pictures):
         if os.path.realpath(path) in sources:
             raise ValueError(f"--output {path} would overwrite an input; name another")
         check_writable(path)
+    return pictures
 
 
-def find_weights(name: str) -> str:
-    """The weights as named from here, else from where sample.py lies."""
-    return str(HERE / name) if not os.path.exists(name) and (HERE / name).exists() else name
+def unique_stems(paths: list[str]) -> list[str]:
+    """Names for outputs: a/house.png and b/House.jpg -> house and House-2, unique on any file system."""
+    stems = {}
+    for stem in (Path(path).stem for path in paths):
+        names = (stem if k == 1 else f"{stem}-{k}" for k in count(1))
+        name = next(name for name in names if name.lower() not in stems)
+        stems[name.lower()] = name
+    return list(stems.values())
 
 
-def fitted(path: str, size: tuple[int, int], resolution: int, multiple: int) -> tuple[int, int]:
-    """images.fit_size, whose complaints begin with the path."""
-    try:
-        return fit_size(*size, resolution, multiple)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+def run(settings: Settings) -> None:
+    """Check everything that can be checked, then edit, and write each batch as soon as it is done."""
+    inputs = find_images(settings.input)
+    pictures = plan_pictures(settings, inputs)
+    sizes = {path: open_image(path).size for path in inputs}  # shows a bad picture before the long work
+    checkpoint = open_checkpoint(
+        find_weights(settings.weights), settings.vae, settings.tokenizer, settings.raw_weights)
+    print(f"opened {settings.weights}: {checkpoint.found}", file=sys.stderr)
+    editor = Editor.load(checkpoint, settings.device, DTYPES[settings.dtype], settings.low_memory)
+    if settings.fast:
+        speed.fast(editor.unet, lambda line: print(line, file=sys.stderr))
+    for note in nano_notes(editor, settings.edit, sizes):
+        print(note, file=sys.stderr)
+    sampling = editor.complete({key: getattr(settings, key) for key in editor.defaults})
+    for path, size in sizes.items():
+        try:
+            sizes[path] = fit_size(*size, sampling["resolution"], editor.multiple)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    recipe = {key: value for key, value in asdict(settings).items() if key not in NOT_IN_RECIPE}
+    recipe |= sampling | {"version": __version__, "torch": torch.__version__}
+    sampling |= {"negative": settings.negative, "low_memory": settings.low_memory, "progress": True}
+
+    if settings.sweep:
+        [picture] = pictures
+        save_png(sweep(editor, picture, sizes[picture.input], sampling), settings.output, recipe)
+        print(f"{settings.output}  {settings.edit[0]}, by cfg_text and cfg_image  (seed {settings.seed})")
+        return
+    stages = {}
+    for places in same_size([sizes[picture.input] for picture in pictures], settings.batch):
+        batch = [pictures[i] for i in places]
+        edited = edit_batch(editor, batch, sizes[batch[0].input], sampling, settings.keep_size)
+        stages |= zip(batch, edited) if settings.grid else ()
+        for picture, made in zip(batch, edited) if not settings.grid else ():
+            own = {"input": [picture.input], "edit": list(picture.edits), "n": 1, "seed": picture.seed}
+            save_png(made[-1], picture.output, recipe | own)
+            print(f"{picture.output}  {', then '.join(picture.edits)}  (seed {picture.seed})")
+    if settings.grid:
+        save_png(draw_grid(pictures, stages), settings.output, recipe | {"input": inputs})
+        edits = sum(len(picture.edits) for picture in pictures)
+        print(f"{settings.output}  {edits} edit{'s' * (edits > 1)}  (seed {settings.seed})")
 
 
-def draw_grid(
-    pictures: list[Picture], made: dict[Picture, list[Image.Image]], inputs: list[str]
-) -> Image.Image:
-    """One row for each input: the input, then every edit of it (with turns, every turn)."""
+def nano_notes(editor: Editor, edits: list[str], sizes: dict[str, tuple[int, int]]) -> list[str]:
+    """For the nano weights, notes about words and pictures that they cannot know; none for other weights."""
+    words = editor.tokenizer.backend.get_vocab_size()  # CLIP's own tokenizer has 49,408
+    if editor.defaults["resolution"] != NANO_RESOLUTION or words > NANO_WORDS:
+        return []
+    unknown = scenes.unknown_words(" ".join(edits))
+    notes = [f"unknown here: {', '.join(unknown)}"] if unknown else []
+    notes += [f"{path} is {width}x{height}, larger than its pictures: photographs do not work"
+              for path, (width, height) in sizes.items() if max(width, height) > PHOTO]
+    return [f"note: the nano weights know a small painted world; {note}" for note in notes]
+
+
+def edit_batch(editor: Editor, batch: list[Picture], size: tuple[int, int], sampling: dict,
+               keep_size: bool) -> list[list[Image.Image]]:
+    """Pictures of a batch -> for each, [input, after the first instruction, after the second, ...].
+
+    Inputs of other proportions than `size` are cut at the edges. With keep_size they are squeezed instead and
+    scaled back at the end, so that nothing is lost and the edit lies exactly over the input.
+    """
+    originals = {path: open_image(path) for path in {picture.input for picture in batch}}
+    fitted = {path: image.resize(size, Image.Resampling.LANCZOS) if keep_size else fit(image, size)
+              for path, image in originals.items()}
+    stages = [[fitted[picture.input] for picture in batch]]
+    for turn in range(len(batch[0].edits)):
+        stages.append(editor.edit(stages[-1], [picture.edits[turn] for picture in batch], batch=len(batch),
+                                  seed=[picture.seed for picture in batch], **sampling))
+    if keep_size:
+        stages = [[image.resize(originals[picture.input].size, Image.Resampling.LANCZOS)
+                   for picture, image in zip(batch, stage)] for stage in stages]
+    return [list(of_one) for of_one in zip(*stages)]
+
+
+def sweep(editor: Editor, picture: Picture, size: tuple[int, int], sampling: dict) -> Image.Image:
+    """The input above a grid of edits from one seed: a row for each cfg_text, a column for each cfg_image."""
+    texts = [round(sampling["cfg_text"] * factor, 4) for factor in SWEEP_FACTORS]
+    images = [round(sampling["cfg_image"] + step, 4) for step in SWEEP_STEPS]
+    before, cells = fit(open_image(picture.input), size), []
+    for text, image in tqdm(list(product(texts, images)), unit="edit"):
+        scales = {"cfg_text": text, "cfg_image": image, "progress": False}
+        cells.append(editor.edit(before, picture.edits[0], seed=picture.seed, **sampling | scales))
+    rows = [cells[i : i + len(images)] for i in range(0, len(cells), len(images))]
+    labels = [[f"cfg_text {text:g}, cfg_image {image:g}" for image in images] for text in texts]
+    return grid([[before], *rows], [["input"], *labels])
+
+
+def draw_grid(pictures: list[Picture], stages: dict[Picture, list[Image.Image]]) -> Image.Image:
+    """One row for each input: the input, then every edit of it (with --turns, every turn)."""
     several = len({picture.seed for picture in pictures}) > 1
-    rows, labels = [], []
-    for path in inputs:
-        of_input = [picture for picture in pictures if picture.input == path]
-        rows.append([made[of_input[0]][0]])
-        labels.append(["input"])
-        for picture in of_input:
-            rows[-1] += made[picture][1:]
-            labels[-1] += [f"{edit} (seed {picture.seed})" if several else edit for edit in picture.edits]
-    return grid(rows, labels)
+    rows, labels = {}, {}
+    for picture in pictures:
+        before, *edited = stages[picture]
+        rows.setdefault(picture.input, [before]).extend(edited)
+        labels.setdefault(picture.input, ["input"]).extend(
+            f"{edit} (seed {picture.seed})" if several else edit for edit in picture.edits)
+    return grid(list(rows.values()), list(labels.values()))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code, see cli.run."""
-    return cli.run(lambda: run(complete(argv)), "interrupted; pictures already named are whole",
+    return cli.run(lambda: run(parse(argv)), "interrupted; the pictures printed above are complete",
                    "try --low-memory, --batch 1 or a smaller --resolution")
 
 

@@ -7,8 +7,8 @@ StyleGAN-NADA (Gal et al. 2108.00946, equation 4),
     cos(E_I(after) - E_I(before), E_T(caption after) - E_T(caption before))
 
 Names, thresholds and preprocessing are those of the paper's code (metrics/clip_similarity.py and
-dataset_creation/generate_img_dataset.py there), where the paper's text has 0.75 for pictures. Judged are
-pictures of 8 bits before they become JPEGs, where the code has floats; and in float32, not half precision.
+dataset_creation/generate_img_dataset.py there); the paper's text has 0.75 for pictures. CLIP gets 8-bit
+pictures before they become JPEGs, and computes in float32; the paper's code has float pictures and float16.
 """
 
 from dataclasses import dataclass
@@ -29,20 +29,20 @@ SIMILARITIES = ("clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image")  #
 
 @dataclass(frozen=True)
 class Thresholds:
-    """The least similarity that passes, in [-1, 1]: of the pictures, of direction, of each caption."""
+    """The lowest similarities that pass, in [-1, 1]: of pictures, of direction, of each caption."""
 
     image: float = 0.7
     direction: float = 0.2
     caption: float = 0.2
 
     def reasons(self, scores: dict[str, float]) -> list[str]:
-        """Which of SIMILARITIES are too small; none for a pair that passes. NaN is too small."""
+        """The names of the SIMILARITIES that are too low; none for a pair that passes. NaN is too low."""
         least = zip(SIMILARITIES, (self.caption, self.caption, self.direction, self.image))
         return [name for name, threshold in least if not scores[name] >= threshold]
 
 
 def best(candidates: list, most: int) -> list:
-    """At most `most` of (row, ...) tuples, the best direction first, and of equal ones the larger seed."""
+    """At most `most` of the (row, ...) tuples, by falling direction; at equal direction, by falling seed."""
     def rank(candidate: tuple) -> tuple:
         return candidate[0]["clip_sim_dir"], candidate[0]["seed"]
     return sorted(candidates, key=rank, reverse=True)[:most]
@@ -60,7 +60,7 @@ def similarities(before: Tensor, after: Tensor, text_before: Tensor, text_after:
 
 
 class Judge:
-    """CLIP with its tokenizer and its way of looking at a picture."""
+    """CLIP with its tokenizer and the preprocessing of its pictures."""
 
     def __init__(self, clip: CLIP, tokenizer: Tokenizer, mean: list[float], std: list[float]):
         """mean, std: of the three colours of pixels in [0, 1], as preprocessor_config.json has them."""
@@ -69,9 +69,9 @@ class Judge:
 
     @classmethod
     def load(cls, name: str | Path, device: str | torch.device = "cpu") -> "Judge":
-        """name: a folder as transformers writes it for a CLIPModel, or one on the Hub. Computes in float32.
+        """name: a folder that transformers wrote for a CLIPModel, or a name on the Hub. Computes in float32.
 
-        Raises ValueError, in one line, for anything that is missing or broken.
+        ValueError, in one line, for anything that is missing or broken.
         """
         from nanoip2p.checkpoint.folder import load_network
         from nanoip2p.checkpoint.hub import fetch_clip
@@ -93,8 +93,8 @@ class Judge:
     def encode_texts(self, texts: list[str]) -> Tensor:
         """Captions -> unit vectors (B, P).
 
-        OpenAI's own tokenize, which the paper's code used, pads with 0 where ours pads with the end of text.
-        That changes nothing: the feature is read at the first end of text, which sees only what is before it.
+        The paper's code used OpenAI's tokenize, which pads with 0; ours pads with the end of text. The result
+        is the same: CLIP reads the feature at the first end of text, which attends only to earlier tokens.
         """
         return self.clip.encode_text(self.tokenizer(texts).to(self.clip.logit_scale.device))
 
@@ -104,7 +104,7 @@ class Judge:
         return self.clip.encode_image(self.prepare(pictures).to(self.clip.logit_scale.device))
 
     def prepare(self, pictures: list[Image.Image]) -> Tensor:
-        """RGB pictures of one size -> what CLIP sees: (B, 3, S, S), S from its configuration."""
+        """RGB pictures of one size -> CLIP's input (B, 3, S, S), with S from its configuration."""
         pixels = torch.stack([to_tensor(picture) for picture in pictures]) / 2 + 0.5      # (B, 3, H, W)
         size = self.clip.vision_model.embeddings.size
         # No antialias, unlike CLIP's own preprocessing: the paper's thresholds were chosen on such pictures
@@ -112,10 +112,7 @@ class Judge:
         return (pixels - self.mean) / self.std
 
     def score(self, before: list[Image.Image], after: list[Image.Image], captions: Tensor) -> list[dict]:
-        """Judge pairs of one prompt: B pictures, B edited ones, and encode_texts([before, after]) (2, P).
-
-        Returns for each pair its SIMILARITIES by name.
-        """
+        """B pictures, B edited ones, encode_texts([before, after]) (2, P) -> SIMILARITIES of each pair."""
         features = self.encode_pictures([*before, *after]).chunk(2)                       # (B, P) each
         rows = similarities(*features, captions[:1], captions[1:])
         return [dict(zip(SIMILARITIES, row)) for row in rows.tolist()]

@@ -60,9 +60,10 @@ class Model:
 
     def to(self, device: str | torch.device) -> "Model":
         """Move all networks; returns the model itself."""
-        self.device = pick_device(device)
+        device = pick_device(device)
         for network in (self.unet, self.vae, self.text_encoder):
-            network.to(self.device)
+            network.to(device)
+        self.device = device
         return self
 
     def __repr__(self) -> str:

@@ -14,6 +14,7 @@ weathers, 4 grounds and 10^4 landscapes; every thing is also shifted a little.
 """
 
 import random
+import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -146,6 +147,15 @@ class Scene:
     def render(self, size: int = 64) -> Image.Image:
         """Draw the scene as an RGB picture of size x size pixels."""
         return paint(self, 4 * size).reduce(4)
+
+
+def unknown_words(text: str) -> list[str]:
+    """The words of `text` that no instruction or caption of this world contains, each once."""
+    blank = dict.fromkeys(("old", "new", "where"), "")
+    said = [phrase.format(**blank) for phrases in PHRASINGS.values() for phrase in phrases]
+    said += [*KINDS, *COLOURS, *TIMES, *WEATHERS, *GROUNDS, *SLOTS, "a an empty place on and"]
+    known = set(re.findall(r"\w+", " ".join(said)))
+    return [word for word in dict.fromkeys(re.findall(r"\w+", text.lower())) if word not in known]
 
 
 def held_out(scene: Scene, edit: Edit) -> bool:

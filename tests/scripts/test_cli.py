@@ -5,6 +5,8 @@ import warnings
 
 import pytest
 
+import nanoip2p
+from nanoip2p import __main__ as package
 from nanoip2p.common import cli
 
 
@@ -54,3 +56,15 @@ def test_flags_check_themselves(words, capsys):
     assert run(lambda: parser.parse_args(words)) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and words[0] in error and "--help" in error
+
+
+def test_every_parser_has_a_version(capsys):
+    for main in (package.main, cli.make_parser().parse_args):
+        with pytest.raises(SystemExit):
+            main(["--version"])
+        assert capsys.readouterr().out == f"nanoip2p {nanoip2p.__version__}\n"
+
+
+def test_the_package_lists_its_commands(capsys):
+    assert package.main([]) == 0
+    assert "nanoip2p-edit" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """sample.py as people use it: in this process for speed, and once as a command."""
 
+import os
 import re
 import shutil
 import signal
@@ -16,6 +17,7 @@ from tiny_editor import DEFAULTS, write_tiny_editor
 
 import nanoip2p
 import sample
+from nanoip2p import pipeline
 from nanoip2p.editor import Editor
 from nanoip2p.images import grid, open_image, read_recipe, save_png
 from nanoip2p.speed import fast as speed
@@ -171,8 +173,8 @@ def test_pictures_of_one_size_share_a_forward(run, monkeypatch):
 def test_an_input_is_encoded_once_for_all_its_edits(run, monkeypatch):
     encoded, encode = [], VAE.encode
     monkeypatch.setattr(VAE, "encode", lambda self, x: (encoded.append(len(x)), encode(self, x))[1])
-    assert run(*one("--n", "5", "--batch", "2", "--edit", "make it day", output="out/")) == 0
-    assert encoded == [1] and len(files("out")) == 10
+    assert run(*one("--n", "4", "--edit", "make it day", output="out/")) == 0
+    assert encoded == [1] and len(files("out")) == 8
 
 
 def test_turns_follow_each_other(run):
@@ -276,8 +278,8 @@ def test_a_long_instruction_is_cut_with_a_note(run, capsys):
     assert len(notes) == 1 and "tail" in notes[0]
 
 
-def test_weights_are_also_found_beside_the_script(run, weights, monkeypatch):
-    monkeypatch.setattr(sample, "HERE", weights.parent)
+def test_weights_are_also_found_in_the_checkout(run, weights, monkeypatch):
+    monkeypatch.setattr(pipeline, "CHECKOUT", weights.parent)
     assert sample.main(one("--weights", weights.name, "--steps", "1")) == 0
     assert read_recipe("out.png")["weights"] == weights.name
 
@@ -464,3 +466,30 @@ def test_ctrl_c_stops_a_command(run, weights):
     assert process.returncode == 130 and printed == ""
     assert rest.splitlines()[-1].startswith("interrupted") and "Traceback" not in rest
     assert "out.png" not in files() and not [name for name in files() if name.endswith(".tmp")]
+
+
+def test_the_nano_weights_say_what_they_do_not_know(run, capsys):
+    Image.new("RGB", (300, 200)).save("photo.png")
+    flags = ["--edit", "make it a Cyborg", "--steps", "1", "--device", "cpu", "--output", "out/"]
+    assert sample.main(["--input", "photo.png", "house.png", *flags]) == 0
+    world = "note: the nano weights know a small painted world; "
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")] == [
+        f"{world}unknown here: cyborg",
+        f"{world}photo.png is 300x200, larger than its pictures: photographs do not work"]
+    assert run("--input", "photo.png", *flags) == 0
+    assert "note: " not in capsys.readouterr().err, "other weights"
+
+
+def test_help_names_the_defaults_and_the_painted_world(capsys):
+    with pytest.raises(SystemExit):
+        sample.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for part in ("a forward (default: 8)", "default: weights/nano-ip2p", "mushroom", "remove the {old}"):
+        assert part in text
+
+
+def test_ctrl_c_during_imports_prints_no_traceback(run):
+    Path("torch.py").write_text("raise KeyboardInterrupt")
+    done = subprocess.run([sys.executable, str(SCRIPT)], env=os.environ | {"PYTHONPATH": "."},
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "")

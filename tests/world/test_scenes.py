@@ -18,6 +18,7 @@ from nanoip2p.world.scenes import (
     held_out,
     random_scene,
     seen_edits,
+    unknown_words,
 )
 
 PINNED = "an orange balloon on the left and a blue flower in the middle, on dirt, foggy day"
@@ -114,3 +115,10 @@ def test_words_of_held_out_phrasings_are_known_from_others():
     for phrases in PHRASINGS.values():
         assert phrases[-1] not in phrases[:-1]
         assert set(phrases[-1].replace(",", "").split()) <= known
+
+
+def test_unknown_words_are_those_of_no_sentence_of_the_world():
+    for scene in (random_scene("train", i) for i in range(20)):
+        sentences = [scene.caption(), *(text for edit in scene.edits() for text in edit.instructions)]
+        assert unknown_words(" ".join(sentences)) == []
+    assert unknown_words("Add a large cyborg, a Cyborg {new}") == ["large", "cyborg", "new"]
