@@ -77,7 +77,7 @@ class Settings:
     low_memory: bool = flag("compute one branch of guidance at a time, keep one network on the device, and "
                             "use tiles in the VAE above 768 pixels, which changes pictures a little", False)
     fast: bool = flag("the same picture to rounding, in less time. CPU: Winograd's convolutions, which need "
-                      "more memory. CUDA: channels last, compiled into CUDA graphs (a minute at first)", False)
+                      "more memory. CUDA: channels last, compiled to CUDA graphs (a minute at first)", False)
 
 
 @dataclass(frozen=True)
