@@ -7,6 +7,7 @@ alive at once (live.py). Assumes that no attention kernel stores its map. Not co
 of cuDNN, and gaps between the pieces of memory.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -91,7 +92,8 @@ def training_memory(batch: int, side: int = 32, dtype: torch.dtype = torch.bfloa
     return memory | {"activations": peak}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args(argv)
     print("GB on a GPU for Stable Diffusion 1.5, 256 pixels, bf16 and --cache unless said otherwise.\n"
           "Counted, not measured: CUDA itself, workspaces and gaps in memory come on top.")
     print(f"{'micro-batch':<42}" + "".join(f"{batch:>7}" for batch in BATCHES))
