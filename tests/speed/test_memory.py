@@ -69,7 +69,7 @@ def test_each_way_to_save_saves():
 def test_table_is_printed(monkeypatch, capsys):
     monkeypatch.setattr(memory, "BATCHES", (2,))
     monkeypatch.setattr(memory, "WAYS", {"bf16": {}})
-    memory.main()
+    memory.main([])
     lines = capsys.readouterr().out.splitlines()
     assert "not measured" in lines[1] and lines[-1].split()[0] == "bf16"
     assert 19 < float(lines[-1].split()[-1]) < 20.5
