@@ -63,12 +63,13 @@ def draw(rows: list[dict], axes) -> None:
     """One curve for each method, weights and cfg_text, with standard errors; both ends show their setting."""
     curves = {}
     for row in rows:
-        curves.setdefault((KNOBS[row["method"]], row["networks"], row["cfg_text"]), []).append(row)
-    for (knob, _, cfg_text), curve in curves.items():
+        key = row["method"], row["weights"], row["networks"], row["cfg_text"]
+        curves.setdefault(key, []).append(row)
+    for (method, weights, _, cfg_text), curve in curves.items():
+        knob, keys = KNOBS[method], ("direction", "image", "image_error", "direction_error")
         curve.sort(key=itemgetter(knob))
-        keys = ("direction", "image", "image_error", "direction_error")
         x, y, y_error, x_error = zip(*map(itemgetter(*keys), curve))
-        label = f"{curve[0]['method']}, {Path(curve[0]['weights']).name}, cfg_text {cfg_text:g}, by {knob}"
+        label = f"{method}, {Path(weights).name}, cfg_text {cfg_text:g}, by {knob}"
         axes.errorbar(x, y, y_error, x_error, marker=".", capsize=2, label=label)
         for i in {0, len(curve) - 1}:
             axes.annotate(f"{curve[i][knob]:g}", (x[i], y[i]), (4, 4), fontsize=8, textcoords="offset points")
