@@ -33,9 +33,9 @@ KNOBS = {"editor": "cfg_image", "SDEdit": "strength"}  # the setting that change
 
 
 def examples(data: str, split: str, n: int) -> list[Pair]:
-    """One pair with captions of each of up to n items or scenes: standard errors need independent pairs.
+    """Up to n pairs with captions, each of another item or scene, so that they are independent.
 
-    ValueError when fewer than two items have captions.
+    ValueError when there are fewer than two.
     """
     pairs = scene_pairs(n * EDITS_PER_SCENE, split)[::EDITS_PER_SCENE] if data == "scenes" else [
         item[0] for item in read_data(data, split) if item[0].captions]
@@ -82,30 +82,28 @@ def run(args: argparse.Namespace) -> tuple[str, None]:
     clip, cfg_text = args.clip or usual["clip"], usual["cfg_text"] if args.cfg_text is None else args.cfg_text
     pairs, judge = examples(args.data, args.split, args.n), Judge.load(clip, editor.device)
 
-    def by_editor(cfg_image: float, before: list, part: list[Pair], seed: int) -> list:
-        return editor.edit(before, [pair.edit for pair in part], steps=args.steps, cfg_text=cfg_text,
-                           cfg_image=cfg_image, seed=seed, sampler=args.sampler, batch=len(part))
+    def edit(model: Editor | TextToImage, value: float, before: list, part: list[Pair], seed: int) -> list:
+        settings = {"steps": args.steps, "sampler": args.sampler, "seed": seed, "batch": len(part)}
+        if model is editor:
+            edits = [pair.edit for pair in part]
+            return editor.edit(before, edits, cfg_text=cfg_text, cfg_image=value, **settings)
+        return model.generate([pair.captions[1] for pair in part], images=before, strength=value,
+                              resolution=editor.side, **settings)
 
-    def by_sdedit(strength: float, before: list, part: list[Pair], seed: int) -> list:
-        return painter.generate([pair.captions[1] for pair in part], steps=args.steps, sampler=args.sampler,
-                                resolution=editor.side, images=before, strength=strength, seed=seed,
-                                batch=len(part))
-
-    curves = [("editor", args.weights, editor, cfg_text, args.cfg_images or usual["cfg_images"], by_editor)]
+    curves = [("editor", args.weights, editor, cfg_text, args.cfg_images or usual["cfg_images"])]
     if args.sdedit:
         painter = TextToImage.load(args.sdedit, args.device)
-        scale = painter.defaults["cfg_text"]
-        curves.append(("SDEdit", args.sdedit, painter, scale, args.strengths, by_sdedit))
+        curves.append(("SDEdit", args.sdedit, painter, painter.defaults["cfg_text"], args.strengths))
     common = {"data": args.data, "split": args.split, "clip": clip, "n": len(pairs), "steps": args.steps,
               "sampler": args.sampler, "seed": args.seed}
     lines = [f"{'':<8}{'setting':>16}{'direction':>18}{'image':>18}"]
-    for method, weights, model, scale, values, edit in curves:
+    for method, weights, model, scale, values in curves:
         for value in values:
             point = {"method": method, "weights": str(weights), "networks": model.fingerprint,
                      "cfg_text": scale, **common, KNOBS[method]: value}
             if not any(point.items() <= row.items() for row in read_jsonl(path)):
                 append(path, point | measure(pairs, judge, editor.side, args.batch, args.seed,
-                                             partial(edit, value)))
+                                             partial(edit, model, value)))
             row = next(row for row in read_jsonl(path) if point.items() <= row.items())
             lines.append(f"{method:<8}{KNOBS[method]:>10} {value:>5g}" + "".join(
                 f"{row[key]:>10.3f} ± {row[f'{key}_error']:.3f}" for key in ("direction", "image")))
