@@ -1,5 +1,7 @@
 """How often CLIP finds the caption of a painted picture among 32 captions; the same for true renders."""
 
+import argparse
+
 from PIL import Image
 from tqdm import tqdm
 
@@ -11,11 +13,11 @@ from nanoip2p.world.scenes import Scene, random_scene
 GROUP = 32  # captions among which CLIP looks for the right one
 
 
-def captioned(n: int, split: str = "test") -> list[Scene]:
-    """`n` scenes of a split whose captions all differ; `n` is rounded up to a multiple of GROUP."""
+def captioned(n: int) -> list[Scene]:
+    """`n` scenes of the test split whose captions all differ; `n` is rounded up to a multiple of GROUP."""
     scenes, index = {}, 0
     while len(scenes) < -(-n // GROUP) * GROUP:
-        scene, index = random_scene(split, index), index + 1
+        scene, index = random_scene("test", index), index + 1
         scenes.setdefault(scene.caption(), scene)
     return list(scenes.values())
 
@@ -31,15 +33,14 @@ def ranked_first(judge: Judge, pictures: list[Image.Image], captions: list[str])
     return hits
 
 
-def score_captions(painter: TextToImage, judge: Judge, scenes: list[Scene],
-                   settings: dict) -> tuple[str, dict]:
-    """Shares of hits for painted pictures and true renders, with standard errors: as text and as numbers.
-
-    settings: of TextToImage.generate (None: the default).
-    """
+def run(args: argparse.Namespace) -> tuple[str, dict]:
+    """Shares of hits with standard errors, as text and as numbers. args: flags, see __main__.py."""
+    painter = TextToImage.load(args.weights, args.device)
+    judge, scenes = Judge.load(args.clip, painter.device), captioned(args.n)
     captions, painted = [scene.caption() for scene in scenes], []
     for i in tqdm(range(0, len(scenes), GROUP), desc=f"painting, {GROUP} at a time"):
-        painted += painter.generate(captions[i : i + GROUP], seed=i, batch=GROUP, **settings)
+        painted += painter.generate(captions[i : i + GROUP], seed=i, batch=GROUP, steps=args.steps,
+                                    cfg_text=args.cfg_text, sampler=args.sampler)
     renders = [scene.render(painter.defaults["resolution"]) for scene in scenes]
     numbers = {"n": len(scenes)}
     lines = [f"the true caption comes first of {GROUP}, of {len(scenes)} pictures"]

@@ -12,10 +12,10 @@ from PIL import Image
 from tiny_editor import write_tiny_clip, write_tiny_editor
 
 from nanoip2p.clip_filter import Judge
+from nanoip2p.dataset.layouts import Pair
 from nanoip2p.editor import Editor
 from nanoip2p.evaluate import __main__ as evaluate
-from nanoip2p.evaluate.magicbrush import clip_view, read_sessions, score
-from nanoip2p.images import read_recipe
+from nanoip2p.evaluate.magicbrush import COLUMNS, clip_view, read_sessions, score
 
 # Grey levels of the pictures of each session: the input, and what the dataset has after each turn
 LEVELS = {"12": (0, 51, 153), "7": (102, 0)}
@@ -44,11 +44,14 @@ class Brighter:
     defaults = {"resolution": 64, "steps": 3, "cfg_text": 2.0, "cfg_image": 1.5, "sampler": "ddim"}
 
     def __init__(self):
-        self.device, self.fingerprint, self.asked = "cpu", "a", []
+        self.device, self.asked = "cpu", []
 
-    def edit(self, images, instructions, **settings):
-        self.asked += instructions
-        return [image.point(lambda level: level + 51) for image in images]
+    def complete(self, settings):
+        return {key: self.defaults[key] if value is None else value for key, value in settings.items()}
+
+    def edit(self, image, instruction, **settings):
+        self.asked.append(instruction)
+        return image.point(lambda level: level + 51)
 
 
 class Levels:
@@ -90,55 +93,27 @@ def test_scores_by_hand(tmp_path, brighter, capsys):
         assert found.pop("n") == len(chosen) and found.pop("clip_t_truth") == pytest.approx(1)
         assert list(found.values()) == pytest.approx(np.mean(chosen, 0), abs=1e-6)
         assert list(found) == ["l1", "l2", "clip_i", "clip_t"]
-    settings = Brighter.defaults | {"steps": 4, "seed": 5, "weights": "weights/nano-ip2p"}
+    settings = {"steps": 4, "cfg_image": 1.5, "seed": 5, "weights": "weights/nano-ip2p"}
     assert settings.items() <= scores.items() and scores["clip"] == "openai/clip-vit-base-patch32"
     printed = capsys.readouterr().out.splitlines()
     assert printed[1].split() == ["single-turn", "3", "0.2667", "0.1333", "0.6220", "0.6220", "1.0000"]
     assert printed[2].split()[:3] == ["multi-turn", "2", "0.4000"] and printed[3].endswith("patch32")
-    assert read_recipe(tmp_path / "out/edited/12/12_iter_2.png")["input"] == ["12_1.png"]
 
 
 def test_multi_turn_edits_its_own_pictures(tmp_path, brighter, monkeypatch):
     write_split(tmp_path / "dev")
-    monkeypatch.setattr(brighter, "edit", lambda images, *_, **settings: (
-        [image.point(lambda level: 255 - level // 3) for image in images]))
+    monkeypatch.setattr(brighter, "edit", lambda image, *_, **__: image.point(lambda level: 255 - level // 3))
     assert command(tmp_path) == 0
     levels = {path.stem: Image.open(path).getpixel((0, 0))[0] for path in (tmp_path / "out").rglob("*.png")}
     assert levels == {"12_1": 255, "12_inde_2": 255 - 17, "12_iter_2": 255 - 85, "7_1": 255 - 34}
 
 
-@pytest.mark.parametrize("turns, other", [("single", "iter"), ("multi", "inde")])
-def test_one_way_and_the_first_sessions(turns, other, tmp_path, brighter):
+def test_the_first_sessions(tmp_path, brighter):
     write_split(tmp_path / "dev")
-    assert command(tmp_path, "--turns", turns, "--n", "1") == 0
+    assert command(tmp_path, "--n", "1") == 0
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
-    assert scores[f"{turns}-turn"]["n"] == (2 if turns == "single" else 1)
-    assert [key for key in scores if key.endswith("-turn")] == [f"{turns}-turn"]
-    assert brighter.asked == ["turn 1 of 12", "turn 2 of 12"]
-    assert not list((tmp_path / "out").rglob(f"*{other}*"))
-
-
-def test_pictures_survive_ctrl_c_and_are_not_made_again(tmp_path, brighter, monkeypatch, capsys):
-    write_split(tmp_path / "dev")
-    edit = brighter.edit
-
-    def interrupted(images, instructions, **settings):
-        if len(brighter.asked) == 2:
-            raise KeyboardInterrupt
-        return edit(images, instructions, **settings)
-
-    monkeypatch.setattr(brighter, "edit", interrupted)
-    assert command(tmp_path) == 130
-    assert len(list((tmp_path / "out").rglob("*.png"))) == 2 and not (tmp_path / "out/scores.json").exists()
-    monkeypatch.setattr(brighter, "edit", edit)
-    assert command(tmp_path) == 0 and len(brighter.asked) == 4
-    assert command(tmp_path) == 0 and len(brighter.asked) == 4
-    capsys.readouterr()
-    assert command(tmp_path, "--seed", "1") == 2
-    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert "12_1.png was made with other weights or settings; name another --out" in line
-    brighter.fingerprint = "b"  # other weights at the same path
-    assert command(tmp_path) == 2
+    assert (scores["single-turn"]["n"], scores["multi-turn"]["n"]) == (2, 1)
+    assert brighter.asked == ["turn 1 of 12", "turn 2 of 12", "turn 2 of 12"]  # the first turn serves both
 
 
 def change(name, **entries):
@@ -183,10 +158,10 @@ def test_clip_scores_are_those_of_transformers(size, tmp_path):
     chance = np.random.default_rng(0)
     pictures = [Image.fromarray(chance.integers(0, 256, (height, width, 3), dtype=np.uint8))
                 for width, height in ((40, 45), size)]
-    for name, picture in zip(("edited", "truth"), pictures):
-        picture.save(tmp_path / f"{name}.png")
-    caption = "a cat on a sofa"
-    found = score(Judge.load(folder), tmp_path / "edited.png", tmp_path / "truth.png", caption)
+    truth, caption = tmp_path / "truth.png", "a cat on a sofa"
+    pictures[1].save(truth)
+    pair = Pair(truth, "add a cat", truth, ("a sofa", caption))
+    found = dict(zip(COLUMNS, score(Judge.load(folder), pictures[0], pair)))
 
     model, tokenizer = (kind.from_pretrained(folder) for kind in (
         transformers.CLIPModel, transformers.CLIPTokenizer))
@@ -222,7 +197,5 @@ def test_as_a_command_with_real_networks(tmp_path, capsys):
     words = ["--weights", str(write_tiny_editor(tmp_path / "tiny")), "--steps", "1", "--device", "cpu",
              "--clip", str(write_tiny_clip(tmp_path / "clip"))]
     assert command(tmp_path, *words) == 0
-    first = (tmp_path / "out/scores.json").read_bytes()
-    (tmp_path / "out/edited/12/12_1.png").unlink()
-    assert command(tmp_path, *words) == 0
-    assert (tmp_path / "out/scores.json").read_bytes() == first
+    assert json.loads((tmp_path / "out/scores.json").read_text())["multi-turn"]["n"] == 2
+    assert len(list((tmp_path / "out/edited").rglob("*.png"))) == 4

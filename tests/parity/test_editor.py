@@ -204,7 +204,8 @@ def test_half_precision_stays_near_single(editor, tiny):
     ({"images": np.zeros((32, 32), np.uint8)}, r"ndarray \(32, 32\) cannot be used"),
     ({"images": np.full((8, 8, 3), 200.0)}, r"array \(H, W, 3\).* floats in \[0, 1\]"),
     ({"images": torch.zeros(1, 3, 8, 8)}, r"Tensor \(1, 3, 8, 8\) cannot be used"),
-    ({"images": "absent.png"}, "there is no picture absent.png")], ids=lambda value: str(value)[:40])
+    ({"images": "absent.png"}, "there is no picture absent.png")],
+    ids=lambda value: value[:40] if isinstance(value, str) else next(iter(value)))
 def test_mistakes_are_value_errors(editor, wrong, message):
     arguments = {"images": [picture(32, 32, 0)], "instructions": ["a"]} | wrong
     with pytest.raises(ValueError, match=message):

@@ -471,7 +471,7 @@ def empty_data(tmp_path, folder):
     (None, ["--text-to-image"], "this is an editor"),
     (None, ["--step", 3], "--step"),
     (None, ["--preset", "huge"], "huge"),
-], ids=str)
+], ids=lambda value: getattr(value, "__name__", str(value)))
 def test_bad_input_is_one_line_and_exit_code_2(start, folder, tmp_path, capsys, make, more, named):
     data = make(tmp_path, folder) if make else "scenes"
     assert run(start, tmp_path / "run", *more, data=data) == 2

@@ -13,10 +13,10 @@ from PIL import Image
 
 from nanoip2p.checkpoint.folder import load_network
 from nanoip2p.clip import CLIP, TextEncoder
-from nanoip2p.clip_filter import Judge
 from nanoip2p.dataset.pairs import complete
 from nanoip2p.editor import Editor
-from nanoip2p.evaluate.captions import captioned, score_captions
+from nanoip2p.evaluate import __main__ as evaluate
+from nanoip2p.evaluate.captions import captioned
 from nanoip2p.evaluate.scenes import questions, score_scenes, table
 from nanoip2p.images import to_tensor
 from nanoip2p.text_to_image import TextToImage
@@ -38,8 +38,9 @@ def test_nano_sd_paints_what_nano_clip_reads_and_what_diffusers_paints():
     painter = TextToImage.load(WEIGHTS / "nano-sd", "cpu")
     chosen = complete({}, WEIGHTS / "nano-sd", painter.defaults)
     scenes = captioned(32)
-    numbers = score_captions(painter, Judge.load(chosen["clip"]), scenes, {"steps": 8})[1]
-    assert numbers["painted"] * 32 >= 28
+    args = evaluate.make_parser().parse_args(
+        ["captions", "--clip", str(chosen["clip"]), "--n", "32", "--steps", "8", "--device", "cpu"])
+    assert args.run(args)[1]["painted"] * 32 >= 28
 
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(WEIGHTS / "nano-sd")
     pipeline.set_progress_bar_config(disable=True)
