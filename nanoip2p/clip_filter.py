@@ -1,14 +1,12 @@
 """The CLIP filter (section 3.1.2): of many generated pairs, which show the edit that their captions describe?
 
 Four cosines of CLIP's features judge a pair: each caption against its picture, the two pictures against each
-other, and the change of the pictures against the change of the captions: the directional similarity of
-StyleGAN-NADA (Gal et al. 2108.00946, equation 4),
+other, and the directional similarity of StyleGAN-NADA (Gal et al. 2108.00946, equation 4),
 
     cos(E_I(after) - E_I(before), E_T(caption after) - E_T(caption before))
 
 Names, thresholds and preprocessing are those of the paper's code (metrics/clip_similarity.py and
-dataset_creation/generate_img_dataset.py there); the paper's text has 0.75 for pictures. CLIP gets 8-bit
-pictures before they become JPEGs, and computes in float32; the paper's code has float pictures and float16.
+dataset_creation/generate_img_dataset.py there); the paper's text has 0.75 for pictures.
 """
 
 from dataclasses import dataclass
@@ -43,9 +41,7 @@ class Thresholds:
 
 def best(candidates: list, most: int) -> list:
     """At most `most` of the (row, ...) tuples, by falling direction; at equal direction, by falling seed."""
-    def rank(candidate: tuple) -> tuple:
-        return candidate[0]["clip_sim_dir"], candidate[0]["seed"]
-    return sorted(candidates, key=rank, reverse=True)[:most]
+    return sorted(candidates, key=lambda one: (one[0]["clip_sim_dir"], one[0]["seed"]), reverse=True)[:most]
 
 
 def similarities(before: Tensor, after: Tensor, text_before: Tensor, text_after: Tensor) -> Tensor:
@@ -77,25 +73,18 @@ class Judge:
         from nanoip2p.checkpoint.hub import fetch_clip
 
         folder = Path(name) if Path(name).exists() else fetch_clip(str(name))
-        clip, tokenizer = load_network(CLIP, folder), load_tokenizer(folder)
+        clip, tokenizer = load_network(CLIP, folder).to(device), load_tokenizer(folder)
         check_fits(tokenizer, clip.config.text_config, folder)
         path = folder / "preprocessor_config.json"
         settings = read_json(path)
         try:
-            mean, std = ([float(x) for x in settings[key]] for key in ("image_mean", "image_std"))
-            if not len(mean) == len(std) == 3 or not min(std) > 0:
-                raise ValueError(f"mean {mean}, standard deviation {std}")
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: wants image_mean and image_std of three colours ({error})") from None
-        return cls(clip.to(device), tokenizer, mean, std)
+            return cls(clip, tokenizer, settings["image_mean"], settings["image_std"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path}: image_mean and image_std should be three numbers ({error})") from None
 
     @torch.inference_mode()
     def encode_texts(self, texts: list[str]) -> Tensor:
-        """Captions -> unit vectors (B, P).
-
-        The paper's code used OpenAI's tokenize, which pads with 0; ours pads with the end of text. The result
-        is the same: CLIP reads the feature at the first end of text, which attends only to earlier tokens.
-        """
+        """Captions -> unit vectors (B, P). OpenAI's tokenizer pads in another way, with the same result."""
         return self.clip.encode_text(self.tokenizer(texts).to(self.clip.logit_scale.device))
 
     @torch.inference_mode()

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from nanoip2p.clip import TextEncoder
 from nanoip2p.common.device import pick_device
 from nanoip2p.diffusion import NoiseSchedule
-from nanoip2p.images import fit_size, open_image, to_pil
+from nanoip2p.images import open_image, to_pil
 from nanoip2p.samplers import SAMPLERS, Denoise
 from nanoip2p.tokenizer import Tokenizer
 from nanoip2p.unet import UNet
@@ -46,13 +46,13 @@ class Model:
              dtype: torch.dtype = torch.float32, low_memory: bool = False) -> "Model":
         """Load weights: a folder, a single file, a name on the Hub, or an open Checkpoint.
 
-        weights None: the nano weights of the checkout. device None: see pick_device. low_memory: the networks
-        stay on the CPU, for `edit` with low_memory. ValueError, in one line, for anything missing or broken.
+        None: the nano weights of the checkout; the device of pick_device. low_memory: the networks stay on
+        the CPU, for `edit` with low_memory. ValueError, in one line, for anything missing or broken.
         """
         from nanoip2p.checkpoint.load import load_model  # the core itself reads no checkpoints
 
-        weights = cls.default_weights if weights is None else weights
         device = pick_device(device)
+        weights = cls.default_weights if weights is None else weights
         weights = find_weights(weights) if isinstance(weights, (str, Path)) else weights
         model = load_model(weights, dtype, cls.edits).to("cpu" if low_memory else device)
         model.device = device
@@ -66,11 +66,6 @@ class Model:
         self.device = device
         return self
 
-    def __repr__(self) -> str:
-        settings = ", ".join(f"{key}={value!r}" for key, value in self.defaults.items())
-        millions, dtype = sum(p.numel() for p in self.unet.parameters()) / 1e6, self.unet.conv_in.weight.dtype
-        return f"{type(self).__name__}(UNet of {millions:.1f} M, {dtype}, {self.device}; {settings})"
-
     @property
     def multiple(self) -> int:
         """Both sides of a picture are multiples of this: 64 in SD 1.5, 8 for the VAE times 8 for the UNet."""
@@ -79,8 +74,7 @@ class Model:
     @property
     def side(self) -> int:
         """The side of a square picture at the default resolution, in pixels."""
-        resolution = self.defaults["resolution"]
-        return fit_size(resolution, resolution, resolution, self.multiple)[0]
+        return self.defaults["resolution"] // self.multiple * self.multiple
 
     @property
     def fingerprint(self) -> str:
@@ -102,21 +96,17 @@ class Model:
         return [to_pil(picture) for picture in pixels]                                  # (3, H, W) each
 
     def _requests(self, seed: int | list[int] | None, **given) -> tuple[bool, list[list]]:
-        """Single values or lists -> whether none was a list, and all values and seeds as lists of one length.
+        """Single values or lists -> (whether none was a list, lists of one length: the values, the seeds).
 
         A single value counts for every picture; a single seed counts up; None draws one. Sets last_seed.
         """
-        seed = random.randrange(2**31) if seed is None else seed
-        given["seeds"] = seed
+        self.last_seed = given["seeds"] = seed = random.randrange(2**31) if seed is None else seed
         lengths = {name: len(value) for name, value in given.items() if isinstance(value, (list, tuple))}
         if len(set(lengths.values())) > 1:
             counts = ", ".join(f"{length} {name}" for name, length in lengths.items())
             raise ValueError(f"{counts}: give lists of one length, or a single value for all pictures")
         n = max(lengths.values(), default=1)
         *lists, seeds = (list(value) if name in lengths else [value] * n for name, value in given.items())
-        if not all(isinstance(value, int) for value in seeds):
-            raise ValueError(f"seed {seed!r} is neither a whole number nor a list of them")
-        self.last_seed = seed
         return not lengths, [*lists, seeds if "seeds" in lengths else [seed + i for i in range(n)]]
 
 
@@ -130,23 +120,21 @@ def as_image(picture) -> Image.Image:
     if isinstance(picture, Image.Image) and picture.mode == "RGB":
         return picture
     pixels = picture
-    if isinstance(picture, Tensor) and picture.ndim == 3:
-        picture = picture.float() if picture.is_floating_point() else picture
-        pixels = picture.detach().cpu().permute(1, 2, 0).numpy()                        # (H, W, 3)
-    if isinstance(pixels, np.ndarray) and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.size:
-        if pixels.dtype.kind == "f" and 0 <= pixels.min() <= pixels.max() <= 1:
-            pixels = (pixels * 255).round().astype(np.uint8)
-        if pixels.dtype == np.uint8:
-            return Image.fromarray(pixels)
-    found = picture.mode if isinstance(picture, Image.Image) else tuple(getattr(picture, "shape", ()))
-    raise ValueError(f"{type(picture).__name__} {found or ''} cannot be used; give a path, an RGB image of "
-                     "PIL, an array (H, W, 3) or a tensor (3, H, W), of uint8 or of floats in [0, 1]")
+    if isinstance(picture, np.ndarray) and picture.ndim == 3:
+        pixels = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)       # (3, H, W)
+    if isinstance(pixels, Tensor) and pixels.ndim == 3 and len(pixels) == 3 and pixels.numel():
+        if pixels.is_floating_point() and 0 <= pixels.min() <= pixels.max() <= 1:
+            pixels = (pixels.detach().float() * 255).round().byte()
+        if pixels.dtype == torch.uint8:
+            return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+    raise ValueError(f"this {type(picture).__name__} cannot be used; give a path, an RGB image of PIL, an "
+                     "array (H, W, 3) or a tensor (3, H, W), of uint8 or of floats in [0, 1]")
 
 
 def find_weights(name: str | Path) -> str | Path:
-    """The path `name`, seen from the working directory or else from the checkout; else `name`, for the Hub.
+    """The path `name` in the working directory or in the checkout; else `name`, for the Hub.
 
-    ValueError for nano weights that are in neither place; they are not on the Hub.
+    ValueError for nano weights that are in neither folder; the Hub does not have them.
     """
     for path in (Path(name), CHECKOUT / name):
         if path.exists():
@@ -160,11 +148,7 @@ def encode_texts(text_encoder: TextEncoder, tokenizer: Tokenizer, texts: list[st
     """The text states (T, D) of each distinct text.
 
     Each text has its own forward: in a batch, the last bits of a text would depend on the other texts.
-    ValueError for a text that is not a string.
     """
-    for text in texts:
-        if not isinstance(text, str):
-            raise ValueError(f"a text is a string, not {type(text).__name__}; give one string or a list")
     device = text_encoder.text_model.final_layer_norm.weight.device
     return {text: text_encoder(tokenizer([text]).to(device))[0] for text in dict.fromkeys(texts)}
 
@@ -187,6 +171,7 @@ def reporting(denoise: Denoise, bar: tqdm, callback: Callback | None) -> Denoise
         if callback:
             callback(next(steps), denoised)
         return denoised
+
     return reporting
 
 

@@ -4,12 +4,8 @@
     painter = TextToImage.load("weights/nano-sd")
     picture = painter.generate("a red house in the middle, on grass, clear day", seed=0)
 
-Editors are trained from such a model, and it paints the paper's training pictures (prompt_to_prompt.py). At
-equal seed its pictures are those of diffusers' StableDiffusionPipeline.
-
 With `images` and `strength` it is SDEdit (Meng et al. 2108.01073), the paper's baseline: the input gets part
-of the noise and is denoised with the caption of the wanted picture. With more noise, the result follows the
-caption more and the input less.
+of the noise and is denoised with the caption of the wanted picture.
 """
 
 import torch
@@ -34,8 +30,7 @@ class TextToImage(Model):
         """As Model.complete. ValueError also for steps and a resolution that cannot be used."""
         settings = super().complete(settings)
         if settings["resolution"] < 1 or settings["resolution"] % self.multiple:
-            raise ValueError(f"a resolution of {settings['resolution']} does not suit these weights; take a "
-                             f"multiple of {self.multiple}")
+            raise ValueError(f"resolution {settings['resolution']} is no multiple of {self.multiple}")
         plan(self.schedule, settings["sampler"], settings["steps"])
         return settings
 
@@ -53,13 +48,10 @@ class TextToImage(Model):
     ) -> Image.Image | list[Image.Image]:
         """Paint each caption as a square RGB picture. Single values give one picture, a list gives a list.
 
-        steps, cfg_text (s_T; 1 is no guidance), sampler and resolution (in pixels): None takes the default of
-        the weights. captions, cfg_text, images: one for all pictures, or a list. seed: the same, but with a
-        number picture i has seed + i, and None draws a random one, which `last_seed` keeps.
-        images, strength: for SDEdit, see pipeline.as_image; the share of the steps to take, in (0, 1]. As
-        diffusers' StableDiffusionImg2ImgPipeline, but with the posterior's mode instead of a sample of it.
-        negative: what to steer away from, instead of the empty text. Up to `batch` pictures share a forward.
-        callback(step, latents): see Editor.edit. ValueError for settings and types that cannot be used.
+        captions, cfg_text (s_T; 1 is no guidance), images: one for all pictures, or a list. Up to `batch`
+        pictures share a forward. images (see pipeline.as_image) and strength, the share of the steps to take,
+        in (0, 1], are for SDEdit; z_0 is the mode of the VAE's posterior, where diffusers draws a sample.
+        See Editor.edit for the other arguments. ValueError for settings that cannot be used.
         """
         settings = self.complete({"steps": steps, "cfg_text": cfg_text, "sampler": sampler,
                                   "resolution": resolution})
@@ -95,9 +87,8 @@ class TextToImage(Model):
 
 
 def steps_taken(steps: int, strength: float) -> int:
-    """How many of `steps` SDEdit takes, counted as diffusers does. ValueError for none, or more than all."""
+    """The number of steps that SDEdit takes, as in diffusers. ValueError for none, or more than all."""
     taken = int(steps * strength)
     if taken < 1 or strength > 1:
-        raise ValueError(f"a strength of {strength} is no share of {steps} steps; take 1 at most, and one "
-                         "step or more")
+        raise ValueError(f"strength {strength} of {steps} steps: take at least one step and at most all")
     return taken
