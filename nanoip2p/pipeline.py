@@ -121,7 +121,7 @@ def as_image(picture) -> Image.Image:
         return picture
     pixels = picture
     if isinstance(picture, np.ndarray) and picture.ndim == 3:
-        pixels = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)       # (3, H, W)
+        pixels = torch.tensor(np.ascontiguousarray(picture)).permute(2, 0, 1)       # (3, H, W)
     if isinstance(pixels, Tensor) and pixels.ndim == 3 and len(pixels) == 3 and pixels.numel():
         if pixels.is_floating_point() and 0 <= pixels.min() <= pixels.max() <= 1:
             pixels = (pixels.detach().float() * 255).round().byte()

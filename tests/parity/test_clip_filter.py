@@ -144,9 +144,7 @@ def test_best_directions_are_kept_of_all():
     (lambda path: (path / "preprocessor_config.json").unlink(), "preprocessor_config.json"),
     (lambda path: (path / "preprocessor_config.json").write_text("{}"), "image_mean"),
     (lambda path: (path / "preprocessor_config.json").write_text(
-        '{"image_mean": [0, 0, 0], "image_std": [1, 0, 1]}'), "image_std"),
-    (lambda path: (path / "preprocessor_config.json").write_text(
-        '{"image_mean": [0, 0], "image_std": [1, 1]}'), "three colours"),
+        '{"image_mean": [0, 0], "image_std": [1, 1]}'), "three numbers"),
     (lambda path: (path / "vocab.json").unlink(), "vocab.json"),
     (lambda path: (path / "model.safetensors").write_bytes(b"PK"), "model.safetensors"),
     (lambda path: shutil.copy(NANO / "vocab.json", path) and shutil.copy(NANO / "merges.txt", path),

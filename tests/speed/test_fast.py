@@ -6,6 +6,7 @@ import pytest
 import torch
 from comparing import randomise, relative_error
 from PIL import Image
+from test_editor import difference
 from tiny_configs import TINY_VAE, tiny_unet
 from tiny_editor import write_tiny_editor
 from torch import nn
@@ -118,7 +119,7 @@ def test_an_edit_compiles_once_for_each_size(tmp_path, monkeypatch):
     plain = edit(32, "make it night")
     names = list(editor.unet.state_dict())
     assert compiled(editor.unet, lines.append) is editor.unet and list(editor.unet.state_dict()) == names
-    assert edit(32, "make it night") == plain and len(graphs) == 1
-    assert edit(32, "turn the house red") != plain and len(graphs) == 1
+    assert difference(edit(32, "make it night"), plain) <= 1 and len(graphs) == 1
+    assert difference(edit(32, "turn the house red"), plain) > 1 and len(graphs) == 1
     edit(40, "make it night")
     assert len(graphs) == 2 and len(lines) == 1
