@@ -1,10 +1,9 @@
 """Attention: softmax(q k^T / sqrt(d)) v, with d the width of one head. Every network computes it here.
 
-`attention` runs on torch's fused kernels. `attention_reference` computes the same, one operation a line.
-speed/kernels.py has kernels of our own, which take the place of `attention` in the layers of a UNet.
+`attention` runs on torch's fused kernels. speed/kernels.py has a kernel of our own, which takes the place of
+`attention` in the layers of a UNet. tests/helpers/attention_reference.py computes the map, step by step.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,20 +22,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False,
         q, k = (x.index_select(0, map_from) for x in (q, k))
     q, k, v = (_split(x, heads) for x in (q, k, v))
     return _merge(F.scaled_dot_product_attention(q, k, v, is_causal=causal))
-
-
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False,
-                        map_from: Tensor | None = None) -> Tensor:
-    """Computes what `attention` computes. It is slow, and its map takes B * heads * Tq * Tk numbers."""
-    check_shapes(q, k, v, heads, causal, map_from)
-    if map_from is not None:
-        q, k = q[map_from], k[map_from]
-    q, k, v = (_split(x, heads) for x in (q, k, v))
-    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5               # (B, heads, Tq, Tk)
-    if causal:
-        future = torch.ones_like(scores, dtype=torch.bool).triu(1)
-        scores = scores.masked_fill(future, float("-inf"))
-    return _merge(scores.softmax(dim=-1) @ v)
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool, map_from: Tensor | None) -> None:

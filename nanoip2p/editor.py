@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nanoip2p.diffusion import Plan, plan
+from nanoip2p.diffusion import plan
 from nanoip2p.guidance import guided_denoiser
 from nanoip2p.images import fit, fit_size, to_tensor
 from nanoip2p.pipeline import Callback, Model, as_image, encode_texts, reporting, same_size
@@ -56,11 +56,16 @@ class Editor(Model):
                 new = [key for key in dict.fromkeys(keys[i] for i in group) if key not in z_images]
                 if new:
                     z_images |= zip(new, self._encode(torch.stack([pixels[key] for key in new]), low_memory))
-                z = self._denoise(
-                    torch.stack([z_images[keys[i]] for i in group]),
-                    torch.stack([text_states[instructions[i]] for i in group]), text_states[negative],
-                    [torch.Generator().manual_seed(seeds[i]) for i in group], noise_levels, settings,
-                    low_memory, bar, callback)
+                z_image = torch.stack([z_images[keys[i]] for i in group])              # (B, C, h, w)
+                context = torch.stack([text_states[instructions[i]] for i in group])   # (B, T, D)
+                generators = [torch.Generator().manual_seed(seeds[i]) for i in group]
+                start = noise_levels.start_scale * draw_noise(z_image.shape, generators).to(self.device)
+                denoise = guided_denoiser(
+                    self._on_device(self.unet, low_memory), noise_levels.timestep_of(z_image.device), z_image,
+                    context, text_states[negative].expand_as(context), settings["cfg_text"],
+                    settings["cfg_image"], low_memory)
+                z = SAMPLERS[settings["sampler"]](
+                    reporting(denoise, bar, callback), start, noise_levels.sigmas, generators)
                 self._on_device(self.vae, low_memory)
                 edited |= zip(group, self.decode(z, low_memory))
         return edited[0] if single else [edited[i] for i in range(len(images))]
@@ -75,17 +80,6 @@ class Editor(Model):
         x = pixels.to(self.device, self.unet.conv_in.weight.dtype)
         vae = self._on_device(self.vae, low_memory)
         return vae.encode_small(x) if low_memory else vae.encode(x)[0]
-
-    def _denoise(self, z_image: Tensor, context: Tensor, null_text: Tensor, generators: list[torch.Generator],
-                 noise_levels: Plan, settings: dict, low_memory: bool, bar: tqdm,
-                 callback: Callback | None) -> Tensor:
-        """z_image (B, C, h, w), context (B, T, D), null_text (T, D) -> scaled latents (B, C, h, w)."""
-        start = noise_levels.start_scale * draw_noise(z_image.shape, generators).to(self.device)
-        denoise = guided_denoiser(
-            self._on_device(self.unet, low_memory), noise_levels.timestep_of(z_image.device), z_image,
-            context, null_text.expand_as(context), settings["cfg_text"], settings["cfg_image"], low_memory)
-        return SAMPLERS[settings["sampler"]](
-            reporting(denoise, bar, callback), start, noise_levels.sigmas, generators)
 
     def _on_device(self, network: nn.Module, low_memory: bool) -> nn.Module:
         """Move the network to the device; with low_memory, first move the other networks to the CPU."""

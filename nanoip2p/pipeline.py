@@ -132,10 +132,7 @@ def as_image(picture) -> Image.Image:
 
 
 def find_weights(name: str | Path) -> str | Path:
-    """The path `name` in the working directory or in the checkout; else `name`, for the Hub.
-
-    ValueError for nano weights that are in neither folder; the Hub does not have them.
-    """
+    """The path in the working directory or the checkout; else the name, for the Hub (without nano weights)."""
     for path in (Path(name), CHECKOUT / name):
         if path.exists():
             return path
@@ -145,10 +142,7 @@ def find_weights(name: str | Path) -> str | Path:
 
 
 def encode_texts(text_encoder: TextEncoder, tokenizer: Tokenizer, texts: list[str]) -> dict[str, Tensor]:
-    """The text states (T, D) of each distinct text.
-
-    Each text has its own forward: in a batch, the last bits of a text would depend on the other texts.
-    """
+    """The text states (T, D) of each distinct text, each from its own forward: a batch changes last bits."""
     device = text_encoder.text_model.final_layer_norm.weight.device
     return {text: text_encoder(tokenizer([text]).to(device))[0] for text in dict.fromkeys(texts)}
 

@@ -128,8 +128,6 @@ class PairPainter:
         guidance = torch.tensor(cfg_text * 2, device=device)[:, None, None, None]
         steps, timestep_of, heat = len(self.plan.timesteps), self.plan.timestep_of(device), None
         progress_of = {sigma: step / max(1, steps - 1) for step, sigma in enumerate(timestep_of)}
-        active_of = dict(zip(progress_of, torch.tensor(
-            [[p > progress for p in shares] for progress in progress_of.values()], device=device)))
         if words is not None:
             words = torch.stack(words[::-1]).repeat_interleave(pairs, dim=0)               # (2 B, T, W)
             heat = torch.zeros(2 * pairs, math.prod(self.coarse), words.shape[2], device=device)
@@ -139,7 +137,8 @@ class PairPainter:
             if words is None and progress >= max(shares) and not any(
                     begin <= progress < end for _, begin, end in self.windows):
                 return None  # an ordinary step, which speed/fast.py can compile
-            return self.injection(progress, active_of[sigma], words, heat)
+            active = torch.tensor([progress < p for p in shares], device=device)
+            return self.injection(progress, active, words, heat)
 
         def combine(eps: list[Tensor]) -> Tensor:
             if bar is not None:
@@ -265,12 +264,10 @@ def token_map(source: list[int], edit: list[int], end: int) -> Tensor:
     Column j of M holds the source tokens whose maps token j of the edited caption takes. It is zero for an
     added token, which keeps its own map (refine). A common token takes its source's map. In a swapped block
     (replace), equally many tokens take maps one by one; otherwise each takes an equal share of all, so that
-    the attention to the block stays the same. Two deviations from the authors' code:
+    the attention to the block stays the same.
 
-    - After a swap of words with unequal numbers of tokens, their mapper goes on along the diagonal. Here each
-      later word takes its own map, as the paper describes it.
-    - In a shorter edited caption, their refine gives the first padding tokens the maps of source words. Here
-      a token that is padding only in the edited caption keeps its own map.
+    The authors' code differs twice: after a swap of unequally many tokens its mapper goes on along the
+    diagonal, and in a shorter edited caption the first padding tokens take the maps of source words.
     """
     mapping = torch.zeros(len(edit), len(edit))
     n_source, n_edit = source.index(end) + 1, edit.index(end) + 1

@@ -10,7 +10,6 @@ of the noise and is denoised with the caption of the wanted picture.
 
 import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from nanoip2p.diffusion import plan
@@ -74,16 +73,13 @@ class TextToImage(Model):
                 noise = draw_noise((len(part), *self.latent_shape(settings["resolution"])), generators)
                 x = levels.start_scale * noise.to(context.device)                      # (B, C, h, w)
                 if strength is not None:
-                    z = self._encode([images[i] for i in part], settings["resolution"])
+                    square = (settings["resolution"], settings["resolution"])
+                    pixels = torch.stack([to_tensor(fit(as_image(images[i]), square)) for i in part])
+                    z = self.vae.encode(pixels.to(self.unet.conv_in.weight))[0] * self.vae.scaling_factor
                     x = z.float() + sigmas[0, 0] * noise.to(context.device)
                 pictures += self.decode(SAMPLERS[settings["sampler"]](
                     reporting(denoise, bar, callback), x, sigmas, generators))
         return pictures[0] if single else pictures
-
-    def _encode(self, images: list, resolution: int) -> Tensor:
-        """B pictures -> scaled latents (B, C, h, w)."""
-        pixels = torch.stack([to_tensor(fit(as_image(image), (resolution, resolution))) for image in images])
-        return self.vae.encode(pixels.to(self.unet.conv_in.weight))[0] * self.vae.scaling_factor
 
 
 def steps_taken(steps: int, strength: float) -> int:
