@@ -132,7 +132,7 @@ def as_image(picture) -> Image.Image:
 
 
 def find_weights(name: str | Path) -> str | Path:
-    """The path in the working directory or the checkout; else the name, for the Hub (without nano weights)."""
+    """The path in the working directory or the checkout; else the name, for the Hub. ValueError if neither."""
     for path in (Path(name), CHECKOUT / name):
         if path.exists():
             return path
