@@ -132,7 +132,7 @@ def as_image(picture) -> Image.Image:
 
 
 def find_weights(name: str | Path) -> str | Path:
-    """The path in the working directory or the checkout; else the name, for the Hub. ValueError if neither."""
+    """The path, in the working directory or in the checkout; for other weights the name, for the Hub."""
     for path in (Path(name), CHECKOUT / name):
         if path.exists():
             return path
