@@ -21,6 +21,7 @@ Generators = torch.Generator | list[torch.Generator] | None
 def draw_noise(shape: tuple[int, ...], generator: Generators) -> Tensor:
     """Unit noise (B, C, h, w), float32 on the CPU. Each of a list of B generators draws one picture's."""
     if isinstance(generator, list):
+        assert len(generator) == shape[0], f"{len(generator)} generators for {shape[0]} pictures"
         return torch.cat([torch.randn((1, *shape[1:]), generator=g) for g in generator])
     return torch.randn(shape, generator=generator)
 
