@@ -6,7 +6,7 @@
     python -m nanoip2p.checkpoint          look into a checkpoint, or convert it
     python -m nanoip2p.evaluate            score an editor or a text-to-picture model
 
-Each has --help. The other modules are a library and do nothing as commands.
+Each has --help.
 """
 
 import sys

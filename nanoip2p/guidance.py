@@ -2,11 +2,9 @@
 
     e~ = e(z, 0, 0) + s_I (e(z, c_I, 0) - e(z, 0, 0)) + s_T (e(z, c_I, c_T) - e(z, c_I, 0))
 
-Gathered by branch, the weights are s_T for [text + image], s_I - s_T for [image] and 1 - s_I for [none];
-they sum to 1. A branch of weight 0 is never computed: s_I = 1 saves a third of the work, s_T = s_I another.
-Branches that have the same input latents are one row until the first attention to the text
-(`UNet.project_context`). "No image" is zeros in latent space, as in training. "No text" is the encoding of
-"". A negative prompt replaces "" in both branches without text, as in diffusers.
+Gathered by branch, the weights are s_T for [text + image], s_I - s_T for [image] and 1 - s_I for [none].
+A branch of weight 0 is never computed: s_I = 1 saves a third of the work, s_T = s_I another. "No image" is
+zeros in latent space, as in training. "No text" is the encoding of "", or of a negative prompt.
 """
 
 import math
@@ -46,11 +44,9 @@ def make_denoiser(unet: UNet, timestep_of: dict[float, Tensor], dtype: torch.dty
 def guided_denoiser(unet: UNet, timestep_of: dict[float, Tensor], z_image: Tensor, context: Tensor,
                     null_context: Tensor, cfg_text: float, cfg_image: float,
                     low_memory: bool = False) -> Denoise:
-    """The denoiser of an editor, by equation 3.
+    """The denoiser of an editor, by equation 3. It runs the branches as one batch, or one after another.
 
-    z_image (B, C, h, w): mode of the VAE's posterior, not scaled. context, null_context (B, T, D): encoded
-    instructions, and "" or the negative prompt. The branches run as one batch of up to 3 B rows, or with
-    low_memory one after another. The UNet computes in the dtype of z_image.
+    z_image (B, C, h, w): mode of the VAE's posterior, not scaled. context, null_context (B, T, D).
     """
     branches = [(cfg_text, 0, context), (cfg_image - cfg_text, 0, null_context),
                 (1.0 - cfg_image, 1, null_context)]          # weight, index into images, text

@@ -37,8 +37,7 @@ def model_input(batch: dict, null: Tensor, scale: float, alphas: Tensor,
     mean, logvar = batch["after"].chunk(2, dim=1)                                    # (B, C, h, w) each
     target = scale * (mean + (0.5 * logvar).exp() * batch["posterior"])
     z_image = batch["before"].chunk(2, dim=1)[0]                                     # the mean, not scaled
-    # One number in [0, 1) decides both drops. By default, as in the original: no text below 0.10, no image
-    # from 0.05 to 0.15
+    # One number in [0, 1) decides both drops: by default no text below 0.10, no image from 0.05 to 0.15
     drop, (text, both, image) = batch["drop"].view(-1, 1, 1), shares
     context = torch.where(drop < text + both, null, batch["text"])
     z_image = z_image * ~((drop >= text) & (drop < text + both + image))[..., None]
@@ -66,10 +65,7 @@ def loss_weight(timestep: Tensor, alphas: Tensor, gamma: float) -> Tensor:
 
 
 def learning_rate(step: int, steps: int, lr: float, warmup: int, cooldown: float) -> float:
-    """Linear warm-up over `warmup` steps, then constant as in the paper.
-
-    Over the last share `cooldown` of all steps it falls linearly to zero.
-    """
+    """Linear warm-up over `warmup` steps, then constant; linear to zero over the last share `cooldown`."""
     warm = min(1.0, (step + 1) / max(1, warmup))
     cool = min(1.0, (steps - step) / (cooldown * steps)) if cooldown else 1.0
     return lr * warm * cool

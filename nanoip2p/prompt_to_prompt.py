@@ -4,9 +4,8 @@
     [(source, edited)] = pair_painter.paint(seeds=[0], shares=[0.5], cfg_text=[3.0])
 
 Both captions are painted in one batch, from the same noise. In the first share p of the steps the edited
-picture takes the attention maps A = softmax(q k^T / sqrt(d)) of the source instead of its own (Hertz et al.
-2208.01626, section 3.1). Every change of A can be made to the values or to the choice of q and k, on either
-side of the fused attention A(q, k) v. So no map is ever stored:
+picture takes the attention maps A = softmax(q k^T / sqrt(d)) of the source (Hertz et al. 2208.01626, section
+3.1). Every change of A is made to the values, or to the rows of q and k, so that no map is ever stored:
 
     self-attention (algorithm 1)    A_src v_edit = A(q_src, k_src) v_edit: `attention` with map_from
     replace, word swap (3.2)        (A_src M) v_edit = A_src (M v_edit), with M (T, T) from `token_map`
@@ -17,9 +16,9 @@ side of the fused attention A(q, k) v. So no map is ever stored:
     local blend (3.2, "local")      the attention to a word w is A 1_w: one more column of values
 
 Modes: "self" injects self-attention in every layer, with and without caption, as InstructPix2Pix's own code
-does (section 3.1.2 of its paper; p is drawn anew for each pair). "cross" injects text attention in the rows
-with a caption. "both" is the whole method of Hertz et al.: "cross", and self-attention of the rows with a
-caption in layers of at most 16 x 16 positions (of 64 x 64 latents). "none": two separate runs.
+does (section 3.1.2). "cross" injects text attention in the rows with a caption. "both" is Hertz et al.'s
+method: "cross", and self-attention of the rows with a caption in layers of at most 16 x 16 positions (of
+64 x 64 latents). "none": two separate runs.
 """
 
 import math
@@ -40,8 +39,7 @@ from nanoip2p.tokenizer import WORD_END, Tokenizer
 from nanoip2p.unet import DOWN_TYPES, Attention, Context, repeat_rows
 
 MODES = ("self", "cross", "both", "none")
-# The local blend cuts at this share of the maximum, and starts after this share of the steps. Its start is
-# that of the authors' later notebook; the limit of 16 x 16 for self-attention is that of their first one.
+# The local blend cuts at this share of the maximum, and starts after this share of the steps
 BLEND_THRESHOLD, BLEND_FROM = 0.3, 0.2
 
 
@@ -59,7 +57,7 @@ class PairPainter:
         With "cross" and "both", reweight {word of `edit`: factor} scales the attention to words, and windows
         {word of `edit`: (from, to)} gives the shares of the steps between which a word takes maps, instead of
         0 to p. blend (word of `source`, word of `edit`): change the picture only where one of the two is
-        attended to. Raises ValueError for words that do not occur and settings that cannot be used.
+        attended to. ValueError for words that do not occur and settings that cannot be used.
         """
         if inject not in MODES:
             raise ValueError(f"no way to inject {inject!r}; there are {', '.join(MODES)}")
@@ -74,8 +72,8 @@ class PairPainter:
             states = encode_texts(painter.text_encoder, painter.tokenizer, [source, edit, negative])
         self.source, self.edit, self.null = (states[text] for text in (source, edit, negative))  # (T, D)
         tokenizer, device = painter.tokenizer, self.null.device
-        maps = token_map(*tokenizer([source, edit]).tolist(), tokenizer.end)
-        self.mapping, self.taken = (x.to(device) for x in maps)                 # (T, T), (T,)
+        self.mapping = token_map(*tokenizer([source, edit]).tolist(), tokenizer.end).to(device)  # (T, T)
+        self.taken = self.mapping.any(0).float()                                # (T,)
         self.weights = torch.ones_like(self.taken)                              # (T,): c of each token
         for word, factor in (reweight or {}).items():
             self.weights[find_words(tokenizer, edit, word)] = factor
@@ -92,7 +90,7 @@ class PairPainter:
         self.share_prefix = inject != "both" or any(has_text[:level])
 
     def columns(self, words: list[list[int]]) -> Tensor:
-        """Token positions of each of W words -> (T, W), a column for each word with ones at its tokens."""
+        """Token positions of each of W words -> (T, W), with ones at the tokens of a word."""
         columns = torch.zeros(len(self.taken), len(words), device=self.taken.device)
         for column, tokens in enumerate(words):
             columns[tokens, column] = 1
@@ -130,8 +128,6 @@ class PairPainter:
         guidance = torch.tensor(cfg_text * 2, device=device)[:, None, None, None]
         steps, timestep_of, heat = len(self.plan.timesteps), self.plan.timestep_of(device), None
         progress_of = {sigma: step / max(1, steps - 1) for step, sigma in enumerate(timestep_of)}
-        active_of = dict(zip(progress_of, torch.tensor(
-            [[p > progress for p in shares] for progress in progress_of.values()], device=device)))
         if words is not None:
             words = torch.stack(words[::-1]).repeat_interleave(pairs, dim=0)               # (2 B, T, W)
             heat = torch.zeros(2 * pairs, math.prod(self.coarse), words.shape[2], device=device)
@@ -141,7 +137,8 @@ class PairPainter:
             if words is None and progress >= max(shares) and not any(
                     begin <= progress < end for _, begin, end in self.windows):
                 return None  # an ordinary step, which speed/fast.py can compile
-            return self.injection(progress, active_of[sigma], words, heat)
+            active = torch.tensor([progress < p for p in shares], device=device)
+            return self.injection(progress, active, words, heat)
 
         def combine(eps: list[Tensor]) -> Tensor:
             if bar is not None:
@@ -163,13 +160,12 @@ class PairPainter:
     def injection(self, progress: float, active: Tensor, words: Tensor | None = None,
                   heat: Tensor | None = None) -> "Injection":
         """The injection after a share `progress` of the steps. active (B,): the pairs with progress < p."""
-        pairs, coarse = len(active), math.prod(self.coarse)
-        injection = Injection(pairs, coarse, words, heat)
+        pairs, coarse, both = len(active), math.prod(self.coarse), self.inject == "both"
+        injection = Injection(pairs, coarse, words, heat, self_limit=coarse if both else math.inf)
         if self.inject in ("self", "both"):
             rows = torch.arange(4 * pairs, device=active.device, dtype=torch.int32).view(2, 2, pairs)
-            rows[: 1 if self.inject == "both" else 2, 0] += pairs * active  # [caption or not, edit]
+            rows[: 1 if both else 2, 0] += pairs * active                       # [caption or not, edit]
             injection.self_from = rows.flatten()
-            injection.self_limit = coarse if self.inject == "both" else math.inf
         if self.inject in ("cross", "both"):
             now = active.float()[:, None].repeat(1, len(self.taken))            # (B, T): 1 if a token takes
             for tokens, begin, end in self.windows:
@@ -253,57 +249,47 @@ def align(source: list[int], edit: list[int]) -> list[tuple[range, range]]:
     while i < n and j < m:
         if source[i] == edit[j]:
             blocks += [(range(i_from, i), range(j_from, j)), (range(i, i + 1), range(j, j + 1))]
-            i, j = i + 1, j + 1
-            i_from, j_from = i, j
+            i, j = i_from, j_from = i + 1, j + 1
         elif common[i + 1][j] >= common[i][j + 1]:
             i += 1
         else:
             j += 1
     blocks.append((range(i_from, n), range(j_from, m)))
-    return [(in_source, in_edit) for in_source, in_edit in blocks if in_source or in_edit]
+    return [block for block in blocks if any(block)]
 
 
-def token_map(source: list[int], edit: list[int], end: int) -> tuple[Tensor, Tensor]:
-    """M (T, T) and a (T,), both float32, from the T token ids of each caption, `end` and padding included.
+def token_map(source: list[int], edit: list[int], end: int) -> Tensor:
+    """M (T, T), float32, from the T token ids of each caption, `end` and padding included.
 
-    Column j of M holds the source tokens whose maps token j of the edited caption takes; a_j is 1 if it takes
-    any, and 0 for an added token, which keeps its own map (refine). A common token takes its source's. In a
-    swapped block, equally many tokens take maps one by one; otherwise each takes an equal share of all, so
-    that the attention to the block stays the same (replace). Two deviations from the authors' code:
+    Column j of M holds the source tokens whose maps token j of the edited caption takes. It is zero for an
+    added token, which keeps its own map (refine). A common token takes its source's map. In a swapped block
+    (replace), equally many tokens take maps one by one; otherwise each takes an equal share of all, so that
+    the attention to the block stays the same.
 
-    - After a swap of words with unequal numbers of tokens, their mapper goes on along the diagonal. Here each
-      later word takes its own map, as the paper describes it.
-    - In a shorter edited caption, their refine gives the first padding tokens the maps of source words. Here
-      a token that is padding only in the edited caption keeps its own map.
+    The authors' code differs twice: after a swap of unequally many tokens its mapper goes on along the
+    diagonal, and in a shorter edited caption the first padding tokens take the maps of source words.
     """
-    length = len(edit)
-    mapping, taken = torch.zeros(length, length), torch.zeros(length)
+    mapping = torch.zeros(len(edit), len(edit))
     n_source, n_edit = source.index(end) + 1, edit.index(end) + 1
     for rows, columns in align(source[:n_source], edit[:n_edit]):
         if len(rows) == len(columns):
             mapping[list(rows), list(columns)] = 1
         elif rows and columns:
             mapping[rows.start : rows.stop, columns.start : columns.stop] = 1 / len(columns)
-        if rows and columns:
-            taken[list(columns)] = 1
-    for j in range(max(n_source, n_edit), length):  # padding in both captions
-        mapping[j, j] = taken[j] = 1
-    return mapping, taken
+    padding = range(max(n_source, n_edit), len(edit))  # in both captions
+    mapping[padding, padding] = 1
+    return mapping
 
 
-def find_words(tokenizer: Tokenizer, text: str, words: str) -> list[int]:
-    """Positions of a word's or phrase's tokens in a text, at every occurrence; the start token is at 0.
-
-    Raises ValueError if it does not occur.
-    """
-    tokens, wanted = (tokenizer.backend.encode(part, add_special_tokens=False).tokens
-                      for part in (text, words))
-    tokens = [WORD_END, *tokens[: tokenizer.length - 2]]
-    found = [i for i in range(1, len(tokens))
-             if tokens[i : i + len(wanted)] == wanted and tokens[i - 1].endswith(WORD_END)]  # whole words
-    if not wanted or not found:
-        raise ValueError(f"{words!r} is not in {text!r}; name a word of it")
-    return [j for i in found for j in range(i, i + len(wanted))]
+def find_words(tokenizer: Tokenizer, text: str, phrase: str) -> list[int]:
+    """Positions of the tokens of a word or phrase, at every occurrence. ValueError if it does not occur."""
+    wanted = [word.lower() for word, _ in split_words(tokenizer, phrase)]
+    words = split_words(tokenizer, text)
+    found = [i for i in range(len(words))
+             if wanted and [word.lower() for word, _ in words[i : i + len(wanted)]] == wanted]
+    if not found:
+        raise ValueError(f"{phrase!r} is not in {text!r}; name a word of it")
+    return [j for i in found for _, tokens in words[i : i + len(wanted)] for j in tokens]
 
 
 def split_words(tokenizer: Tokenizer, text: str) -> list[tuple[str, list[int]]]:

@@ -2,11 +2,10 @@
 
     sampler(denoise, x, sigmas, generator) -> latents (B, C, h, w) float32
 
-`x` (B, C, h, w) are noised latents as Karras et al. 2022 write them, x = z_0 + sigma eps. They start as unit
-noise times `start_scale`, and stay float32 in any dtype of the networks. `denoise(x, sigma: float)` returns
-the estimate of z_0. `sigmas` (n, 2) has a row (from, to) for each step; `diffusion.plan` makes it, and
-`start_scale`. `generator` is a CPU torch.Generator, or a list with one for each picture, so that a picture
-does not depend on its batch. Noise is drawn on the CPU: one seed gives one picture, on any device.
+`x` (B, C, h, w) are noised latents as Karras et al. 2022 write them, x = z_0 + sigma eps, in float32 with any
+dtype of the networks. `denoise(x, sigma: float)` returns the estimate of z_0. `sigmas` (n, 2), from
+`diffusion.plan`, has a row (from, to) for each step. `generator` is a CPU torch.Generator, or a list with one
+for each picture. Noise is drawn on the CPU: one seed gives one picture, on any device and in any batch.
 """
 
 import math
@@ -62,8 +61,7 @@ def euler_ancestral(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Gene
 def ddim(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = None, eta: float = 0) -> Tensor:
     """Song et al. 2020, equation 12. eta = 0 is deterministic; eta = 1 is the ancestral sampler of DDPM.
 
-    Its state is that of the paper, z = sqrt(a) x with a = 1 / (1 + sigma^2). If the last row ends above
-    sigma = 0, it returns z and not z / sqrt(a), as diffusers does.
+    Its state is z = sqrt(a) x with a = 1 / (1 + sigma^2), which it returns, as diffusers does.
     """
     z = x.float() / math.sqrt(1 + float(sigmas[0, 0]) ** 2)
     for sigma, sigma_next in sigmas.tolist():
@@ -81,9 +79,8 @@ def ddim(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = No
 def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = None) -> Tensor:
     """DPM-Solver++(2M), Lu et al. 2022 (2211.01095), algorithm 2, with lambda = -log sigma.
 
-    The first step is of first order, because there is no earlier estimate. So is the last step if it ends at
-    sigma = 0, where lambda is infinite, or if there are fewer than 15 (the authors' advice). It returns
-    latents as `ddim` does.
+    The first step is of first order: it has no earlier estimate. So is the last step if it ends at sigma = 0,
+    where lambda is infinite, or if there are fewer than 15 (the authors' advice). It returns z, as `ddim`.
     """
     x = x.float()
     rows = sigmas.tolist()

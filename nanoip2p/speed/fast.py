@@ -1,9 +1,8 @@
-"""`--fast`: a U-Net that predicts the same noise in less time.
+"""`--fast`: a UNet that predicts the same noise, to rounding, in less time; for inference at SD's widths.
 
-On a CPU, 3x3 convolutions use Winograd's method, and the weights of all matrix products are packed for oneDNN
-once. On CUDA, torch.compile fuses the operations and replays them as a CUDA graph. The results agree with the
-plain network's to rounding; Winograd's method rounds more, because it adds before it multiplies. This is for
-inference at Stable Diffusion's widths; nano networks get no faster.
+On a CPU, 3x3 convolutions use Winograd's method, which rounds more because it adds before it multiplies, and
+the weights of all matrix products are packed for oneDNN once. On CUDA, torch.compile fuses the operations and
+replays them as a CUDA graph.
 """
 
 from collections.abc import Callable
@@ -19,20 +18,17 @@ TRANSFORM = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1
 
 
 def fast(unet: UNet, say: Callable[[str], None], injects: bool = False) -> UNet:
-    """Change the network in place, as fits the device of its weights, and return it. Load weights before.
+    """Change the network in place, as fits its device, and return it. Load weights before.
 
     say: receives one line if something takes long. injects: whether most calls pass `inject`; these are not
     compiled, because the compiler would start anew at every step. The state dict stays as it was.
     """
     device = unet.conv_in.weight.device.type
-    if device == "cpu":
-        return repack(unet)
     if device == "cuda":
-        unet.to(memory_format=torch.channels_last)  # the layout that tensor cores read
         from nanoip2p.speed.kernels import measured_kernels  # needs triton, as torch.compile does
-        measured_kernels(unet)
+        measured_kernels(unet.to(memory_format=torch.channels_last))  # the layout that tensor cores read
         return unet if injects else compiled(unet, say)
-    return unet
+    return repack(unet) if device == "cpu" else unet
 
 
 def compiled(unet: UNet, say: Callable[[str], None]) -> UNet:
@@ -44,9 +40,9 @@ def compiled(unet: UNet, say: Callable[[str], None]) -> UNet:
 
 
 def repack(model: nn.Module, min_channels: int = 128) -> nn.Module:
-    """Replace layers for the CPU: `Packed` linear layers and 1x1 convolutions, `Winograd` 3x3 convolutions.
+    """Replace linear layers and 1x1 convolutions by `Packed`, 3x3 convolutions by `Winograd`; for a CPU.
 
-    Winograd's method pays off from `min_channels` on. Both keep a copy of the weights in another layout (for
+    Winograd's method pays off from `min_channels` on. Both layers compute with a copy of the weights (for
     Winograd 16/9 times as large), so the model is frozen: new weights would not reach the copy.
     """
     for parent in list(model.modules()):
@@ -54,8 +50,7 @@ def repack(model: nn.Module, min_channels: int = 128) -> nn.Module:
             kernel = layer.kernel_size if isinstance(layer, nn.Conv2d) and layer.stride == (1, 1) else None
             if isinstance(layer, nn.Linear) or kernel == (1, 1):
                 setattr(parent, name, Packed(layer))
-            elif (kernel == (3, 3) and layer.padding == (1, 1)
-                  and min(layer.in_channels, layer.out_channels) >= min_channels):
+            elif kernel == (3, 3) and min(layer.in_channels, layer.out_channels) >= min_channels:
                 setattr(parent, name, Winograd(layer))
 
     def refuse(*_) -> None:
@@ -66,14 +61,11 @@ def repack(model: nn.Module, min_channels: int = 128) -> nn.Module:
 
 
 def packed_product(weight: Tensor) -> Callable[..., Tensor]:
-    """F.linear with a fixed weight (C_out, C_in): a function of x (..., C_in) and, optionally, bias (C_out,).
-
-    oneDNN copies the weight into its own layout here, once, as code from torch.compile does too.
-    """
+    """F.linear with a fixed weight (C_out, C_in), which oneDNN copies into its own layout once."""
     packable = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
     if not packable or not torch.backends.mkldnn.is_available():
         return lambda x, bias=None: F.linear(x, weight, bias)
-    onednn = torch.ops.mkldnn
+    onednn = torch.ops.mkldnn  # as code from torch.compile uses it
     packed = onednn._reorder_linear_weight(weight.contiguous(), TILES_AT_ONCE)
     return lambda x, bias=None: onednn._linear_pointwise(x.contiguous(), packed, bias, "none", [], "")
 

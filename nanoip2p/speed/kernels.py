@@ -1,9 +1,7 @@
-"""Attention in Triton for CUDA, without gradients: heads of 40, 80, 160 columns, and texts of few keys.
+"""Attention in Triton for CUDA, without gradients, for heads of 40, 80 and 160 columns.
 
-    unet = measured_kernels(unet)
-
-Triton's blocks are powers of two, and tensor cores multiply 16 columns of bf16 at a time. So our kernels cut
-a head in two: 40 is 32 + 16 (8 of them zeros, which are not read), 80 is 64 + 16, 160 is 128 + 32. Padding to
+Blocks are powers of two, and tensor cores multiply 16 columns of bf16 at a time. So the kernel cuts each
+head in two: 40 is 32 + 16 (8 of them zeros, which are not read), 80 is 64 + 16, 160 is 128 + 32. Padding to
 64, 128 and 256 would do 1.33, 1.6 and 1.6 times the work.
 """
 
@@ -18,8 +16,6 @@ from nanoip2p.attention import attention, check_shapes
 from nanoip2p.unet import Attention, UNet
 
 LOG2_E = 1.4426950408889634  # 2^(x log2 e) = e^x: the hardware's exponential has base 2
-SHORT = 128  # so many keys fit on chip at once: `_short` reads them once
-QUERY_BLOCKS = 4  # blocks of queries for each program of `_short`
 Tile = tuple[int, int, int, int]  # queries and keys of a block, warps, stages
 # `case` -> the tile with which our kernel was faster than each of torch's, as tests/benchmarks/attention.py
 # prints it. The table is empty because no GPU has been measured yet.
@@ -33,7 +29,7 @@ def case(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple:
 
 
 def measured_kernels(unet: UNet, faster: dict[tuple, Tile] = FASTER) -> UNet:
-    """Let the attention layers of a UNet on CUDA use our kernels for the cases in `faster`."""
+    """Let the attention layers of a UNet on CUDA use our kernel for the cases in `faster`."""
     for layer in unet.modules():
         if faster and isinstance(layer, Attention):
             layer.attention = partial(fastest_attention, faster)
@@ -52,7 +48,7 @@ def fastest_attention(faster: dict[tuple, Tile], q: Tensor, k: Tensor, v: Tensor
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, tile: Tile,
                     map_from: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """`attention` by our kernels, into `out` if given. Heads of 8, 16, ... 160 columns; any strides.
+    """`attention` by our kernel, into `out` if given. Heads of 8, 16, ... 160 columns; any strides.
 
     The indices in map_from are not checked: that would wait for the GPU.
     """
@@ -62,13 +58,11 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, tile: Tile,
     assert q.dtype == k.dtype == v.dtype, (q.dtype, k.dtype, v.dtype)
     assert map_from is None or map_from.dtype == torch.int32, map_from.dtype
     out = q.new_empty(len(v), *q.shape[1:]) if out is None else out
-    kernel, blocks = (_long, 1) if keys > SHORT else (_short, QUERY_BLOCKS)
-    bn = bn if keys > SHORT else max(16, triton.next_power_of_2(keys))  # of `_short`: all keys
     with torch.cuda.device_of(q):
-        kernel[(triton.cdiv(q.shape[1], bm * blocks) * len(v) * heads,)](
+        _attention[(triton.cdiv(q.shape[1], bm) * len(v) * heads,)](
             q, k, v, out, out if map_from is None else map_from.contiguous(), *q.stride(), *k.stride(),
             *v.stride(), *out.stride(), LOG2_E * d**-0.5, q.shape[1], keys, heads, d, *pieces(d),
-            map_from is not None, bm, bn, blocks, keys % bn > 0, num_warps=warps, num_stages=stages)
+            map_from is not None, bm, bn, keys % bn > 0, num_warps=warps, num_stages=stages)
     return out
 
 
@@ -103,23 +97,16 @@ def _put(tile, x, rows, end, row_stride, column_stride, FROM: tl.constexpr, WIDT
 
 
 @triton.jit
-def _place(q, k, v, out, map_from, qb, qc, kb, kc, vb, vc, ob, oc, programs, heads, D: tl.constexpr,
-           INDEXED: tl.constexpr):
-    """Pointers to one row of the batch and one head; every head has so many programs."""
+def _attention(q, k, v, out, map_from, qb, qt, qc, kb, kt, kc, vb, vt, vc, ob, ot, oc, scale, Tq, Tk, heads,
+               D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, INDEXED: tl.constexpr, BM: tl.constexpr,
+               BN: tl.constexpr, CHECK: tl.constexpr):
+    """BM queries of one head over all keys, with a running maximum (Milakov and Gimelshein 1805.02867)."""
+    programs = tl.cdiv(Tq, BM)                                          # of each head of each row
     head = tl.program_id(0) // programs % heads
     b = (tl.program_id(0) // programs // heads).to(tl.int64)            # rows may lie 2^31 numbers apart
     a = tl.load(map_from + b).to(tl.int64) if INDEXED else b
     q, k = q + a * qb + head * D * qc, k + a * kb + head * D * kc
-    return q, k, v + b * vb + head * D * vc, out + b * ob + head * D * oc
-
-
-@triton.jit
-def _long(q, k, v, out, map_from, qb, qt, qc, kb, kt, kc, vb, vt, vc, ob, ot, oc, scale, Tq, Tk, heads,
-          D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, INDEXED: tl.constexpr, BM: tl.constexpr,
-          BN: tl.constexpr, BLOCKS: tl.constexpr, CHECK: tl.constexpr):
-    """BM queries of one head over all keys, with a running maximum (Milakov and Gimelshein 1805.02867)."""
-    programs = tl.cdiv(Tq, BM)
-    q, k, v, out = _place(q, k, v, out, map_from, qb, qc, kb, kc, vb, vc, ob, oc, programs, heads, D, INDEXED)
+    v, out = v + b * vb + head * D * vc, out + b * ob + head * D * oc
     queries = tl.program_id(0) % programs * BM + tl.arange(0, BM)
     q0 = _tile(q, queries, Tq, qt, qc, 0, D0, D, True)
     q1 = _tile(q, queries, Tq, qt, qc, D0, D1, D, True) if D1 > 0 else q0
@@ -145,30 +132,3 @@ def _long(q, k, v, out, map_from, qb, qt, qc, kb, kt, kc, vb, vt, vc, ob, ot, oc
     _put(sum0 / total[:, None], out, queries, Tq, ot, oc, 0, D0, D)
     if D1 > 0:
         _put(sum1 / total[:, None], out, queries, Tq, ot, oc, D0, D1, D)
-
-
-@triton.jit
-def _short(q, k, v, out, map_from, qb, qt, qc, kb, kt, kc, vb, vt, vc, ob, ot, oc, scale, Tq, Tk, heads,
-           D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, INDEXED: tl.constexpr, BM: tl.constexpr,
-           BN: tl.constexpr, BLOCKS: tl.constexpr, CHECK: tl.constexpr):
-    """BLOCKS x BM queries of one head over at most BN keys, which are loaded once."""
-    programs = tl.cdiv(Tq, BM * BLOCKS)
-    q, k, v, out = _place(q, k, v, out, map_from, qb, qc, kb, kc, vb, vc, ob, oc, programs, heads, D, INDEXED)
-    keys = tl.arange(0, BN)
-    k0 = tl.trans(_tile(k, keys, Tk, kt, kc, 0, D0, D, True))
-    k1 = tl.trans(_tile(k, keys, Tk, kt, kc, D0, D1, D, True)) if D1 > 0 else k0
-    v0 = _tile(v, keys, Tk, vt, vc, 0, D0, D, True)
-    v1 = _tile(v, keys, Tk, vt, vc, D0, D1, D, True) if D1 > 0 else v0
-    first = tl.program_id(0) % programs * BM * BLOCKS
-    for start in range(first, min(first + BM * BLOCKS, Tq), BM):
-        queries = start + tl.arange(0, BM)
-        s = tl.dot(_tile(q, queries, Tq, qt, qc, 0, D0, D, True), k0, input_precision="ieee")
-        if D1 > 0:
-            s = tl.dot(_tile(q, queries, Tq, qt, qc, D0, D1, D, True), k1, s, input_precision="ieee")
-        s = tl.where((keys < Tk)[None, :], s, float("-inf"))            # (BM, BN)
-        p = tl.exp2((s - tl.max(s, 1)[:, None]) * scale)
-        share = 1 / tl.sum(p, 1)[:, None]
-        p = p.to(v0.dtype)
-        _put(tl.dot(p, v0, input_precision="ieee") * share, out, queries, Tq, ot, oc, 0, D0, D)
-        if D1 > 0:
-            _put(tl.dot(p, v1, input_precision="ieee") * share, out, queries, Tq, ot, oc, D0, D1, D)

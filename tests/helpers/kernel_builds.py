@@ -37,21 +37,15 @@ def build(kernel, capability, dtype="bf16", warps=4, stages=2, **values):
 def attention_values(d, **more):
     sizes = {"scale": 0.1, "Tq": 4096, "Tk": 4096, "heads": 8, "map_from": "*i32", "INDEXED": True}
     widths = dict(zip(("D", "D0", "D1"), (d, *kernels.pieces(d))))
-    return sizes | widths | {"BM": 64, "BN": 64, "BLOCKS": 4, "CHECK": False} | more
+    return sizes | widths | {"BM": 64, "BN": 64, "CHECK": False} | more
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("d", [40, 80, 160])
-def test_long(capability, d):
-    ptx = build(kernels._long, capability, **attention_values(d))
+def test_builds_for_a_card(capability, d):
+    ptx = build(kernels._attention, capability, **attention_values(d))
     check_tensor_cores(ptx, capability)
     assert "cp.async" in ptx  # keys and values of the next block are fetched meanwhile
-
-
-@pytest.mark.parametrize("capability", [80, 90])
-def test_short(capability):
-    ptx = build(kernels._short, capability, dtype="fp16", **attention_values(40, Tk=77, BN=128))
-    check_tensor_cores(ptx, capability)
 
 
 def check_tensor_cores(ptx, capability):
@@ -63,5 +57,4 @@ def check_tensor_cores(ptx, capability):
 def test_sizes_of_one():
     """Triton compiles another kernel for an argument that is 1, with a constant for it."""
     values = attention_values(40, heads=1, Tq=1, Tk=1, BN=16, INDEXED=False)
-    for kernel in (kernels._long, kernels._short):
-        build(kernel, 90, **values)
+    build(kernels._attention, 90, **values)

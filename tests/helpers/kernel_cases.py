@@ -71,19 +71,8 @@ def expect(q, k, v, heads, map_from=None):
     return attention_reference(q.double(), k.double(), v.double(), heads, map_from=map_from)
 
 
-def long_attention(q, k, v, heads, map_from=None, out=None):
-    """By the kernel for many keys, however few there are."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "SHORT", 0)
-        return fused_attention(q, k, v, heads, TILE, map_from, out)
-
-
-def short_attention(q, k, v, heads, map_from=None, out=None):
-    assert k.shape[1] <= kernels.SHORT
+def our_attention(q, k, v, heads, map_from=None, out=None):
     return fused_attention(q, k, v, heads, TILE, map_from, out)
-
-
-both_kernels = pytest.mark.parametrize("kernel", [long_attention, short_attention])
 
 
 def check_within(out, whole):
@@ -99,7 +88,7 @@ def test_heads_are_cut_with_little_padding():
 
 
 @pytest.mark.parametrize("d", range(8, 168, 8))
-def test_long_equals_float64_at_every_width(d):
+def test_equals_float64_at_every_width(d):
     choose = random.Random(d)
     dtype = choose.choice(list(BOUNDS))
     batch, heads, queries, keys = (choose.randint(1, n) for n in (2, 2, 40, 50))
@@ -107,68 +96,46 @@ def test_long_equals_float64_at_every_width(d):
     shapes = [(batch, tokens, heads * d) for tokens in (queries, keys, keys)]
     q, k, v = draw(d, *shapes, dtype=dtype, layouts=layouts)
     out, whole = surrounded(shapes[0], dtype, layouts[3])
-    assert long_attention(q, k, v, heads, out=out) is out
+    assert our_attention(q, k, v, heads, out=out) is out
     assert relative_error(out, expect(q, k, v, heads)) < BOUNDS[dtype], (dtype, shapes, layouts)
     check_within(out, whole)
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("d, keys", [(40, 1), (40, 33), (80, 16), (160, 33)])
-def test_long_equals_float64_in_every_dtype(d, keys, dtype):
+def test_equals_float64_in_every_dtype(d, keys, dtype):
     q, k, v = draw(keys, (1, 17, 2 * d), (1, keys, 2 * d), (1, keys, 2 * d), dtype=dtype)
-    assert relative_error(long_attention(q, k, v, 2), expect(q, k, v, 2)) < BOUNDS[dtype]
+    assert relative_error(our_attention(q, k, v, 2), expect(q, k, v, 2)) < BOUNDS[dtype]
 
 
-@pytest.mark.parametrize("keys", [1, 16, 77, 128])
-@pytest.mark.parametrize("d", [8, 40, 80, 160])
-def test_short_equals_float64(d, keys):
-    choose = random.Random(d * keys)
-    dtype, layouts = choose.choice(list(BOUNDS)), choose.choices(("plain", "fused", "turned"), k=4)
-    queries = choose.randint(1, 2 * 16 * kernels.QUERY_BLOCKS)  # one or two programs a head
-    q, k, v = draw(d, *[(2, tokens, 2 * d) for tokens in (queries, keys, keys)], dtype=dtype, layouts=layouts)
-    out, whole = surrounded(q.shape, dtype, layouts[3])
-    short_attention(q, k, v, 2, out=out)
-    assert relative_error(out, expect(q, k, v, 2)) < BOUNDS[dtype], (dtype, queries, layouts)
-    check_within(out, whole)
-
-
-def test_more_keys_than_short_has_room_for_take_the_other_kernel():
-    q, k, v = draw(0, (1, 3, 8), (1, 129, 8), (1, 129, 8))
-    assert relative_error(fused_attention(q, k, v, 1, TILE), expect(q, k, v, 1)) < 2e-6
-
-
-@both_kernels
-def test_a_map_from_another_row(kernel):
+def test_a_map_from_another_row():
     map_from = torch.tensor([3, 3, 0, 1, 2], dtype=torch.int32, device=DEVICE)
     q, k, v = draw(1, (4, 7, 48), (4, 35, 48), (5, 35, 48), layouts=("turned", "fused", "plain"))
     for some in (map_from, map_from.repeat_interleave(2)[::2]):
-        assert relative_error(kernel(q, k, v, 2, some), expect(q, k, v, 2, map_from)) < 2e-6
+        assert relative_error(our_attention(q, k, v, 2, some), expect(q, k, v, 2, map_from)) < 2e-6
     for wrong in (map_from[:4], map_from.long()):
         with pytest.raises(AssertionError):
-            kernel(q, k, v, 2, wrong)
+            our_attention(q, k, v, 2, wrong)
 
 
-@both_kernels
 @pytest.mark.parametrize("size, bound", [(0.0, 1e-6), (30.0, 1e-4), (1e3, 1e-2)])
-def test_extreme_scores_neither_overflow_nor_vanish(kernel, size, bound):
+def test_extreme_scores_neither_overflow_nor_vanish(size, bound):
     """Up to 1e7, which e^x knows nothing of; float32 scores of that size are wrong by 1 themselves."""
     q, k, v = draw(3, (1, 20, 80), (1, 45, 80), (1, 45, 80))
     q, k = size * q, size * k
-    assert relative_error(kernel(q, k, v, 2), expect(q, k, v, 2)) < bound
+    assert relative_error(our_attention(q, k, v, 2), expect(q, k, v, 2)) < bound
 
 
-@both_kernels
-def test_keys_that_are_not_there_have_no_weight(kernel):
+def test_keys_that_are_not_there_have_no_weight():
     """Where all scores are very low, a score of 0 for padding would take everything."""
     q, k, v = draw(4, (1, 5, 40), (1, 21, 40), (1, 21, 40))
     q, k = q.abs(), -20 * k.abs()
-    assert relative_error(kernel(q, k, v, 1), expect(q, k, v, 1)) < 1e-5
+    assert relative_error(our_attention(q, k, v, 1), expect(q, k, v, 1)) < 1e-5
 
 
-@both_kernels
-def test_the_same_every_time(kernel):
+def test_the_same_every_time():
     q, k, v = draw(6, (1, 20, 80), (1, 77, 80), (1, 77, 80), dtype=torch.float16)
-    assert torch.equal(kernel(q, k, v, 2), kernel(q, k, v, 2))
+    assert torch.equal(our_attention(q, k, v, 2), our_attention(q, k, v, 2))
 
 
 def test_a_unet_takes_our_kernels_where_they_are_faster(monkeypatch):
