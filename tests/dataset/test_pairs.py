@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,7 +67,8 @@ def start():
 
 
 def argv(weights, prompts, out, *more):
-    words = ["pairs", "--weights", weights, "--prompts", prompts, "--out", out, "--device", "cpu", *more]
+    words = ["pairs", "--weights", weights, "--prompts", prompts, "--out", out, "--device", "cpu",
+             "--dtype", "fp32", *more]
     return [str(word) for word in words]
 
 
@@ -230,11 +232,11 @@ def test_nothing_of_a_process_that_died_is_taken_over(tmp_path):
 
 def test_candidates_are_drawn_from_their_own_seeds():
     prompt = pairs.Prompt(7, "a", "b", {})
-    settings = SETTINGS | {"seed": 3}
+    settings = replace(SETTINGS, seed=3)
     drawn = [candidate(prompt, k, settings) for k in range(2000)]
     assert len({row["seed"] for row in drawn}) == 2000 and drawn[5] == candidate(prompt, 5, settings)
     for other, seed in ((prompt, 4), (pairs.Prompt(8, "a", "b", {}), 3)):
-        assert candidate(other, 0, SETTINGS | {"seed": seed})["seed"] != drawn[0]["seed"]
+        assert candidate(other, 0, replace(SETTINGS, seed=seed))["seed"] != drawn[0]["seed"]
     for key, low, high in (("p2p_threshold", 0.1, 0.9), ("cfg_scale", 7.5, 15.0)):
         values = torch.tensor([row[key] for row in drawn], dtype=torch.float64)
         values = (values - low) / (high - low)
@@ -365,15 +367,14 @@ def test_other_prompts_weights_or_clip_do_not_mix_with_these(finished, weights, 
 def test_settings_come_from_flags_then_the_weights_folder_then_the_paper(tmp_path):
     painter = {"steps": 7, "resolution": 64, "sampler": "ddim", "cfg_text": 1.0}
     paper = complete({}, tmp_path, painter)
-    assert paper == pairs.PAPER_DEFAULTS | {"steps": 7, "resolution": 64, "sampler": "ddim"}
-    assert (paper["n_samples"], paper["max_out_samples"], paper["clip"]) == (
-        100, 4, "openai/clip-vit-large-patch14")
+    assert paper == pairs.PairSettings(steps=7, resolution=64, sampler="ddim")
+    assert (paper.n_samples, paper.max_out_samples, paper.clip) == (100, 4, "openai/clip-vit-large-patch14")
     (tmp_path / "nano-clip").mkdir()
     (tmp_path / "weights").mkdir()
     chosen = {"clip": "../nano-clip", "max_cfg": 9, "steps": 5, "clip_threshold": 0.1}
     (tmp_path / "weights" / "pairs.json").write_text(json.dumps(chosen))
-    settings = complete({"steps": 3, "seed": None, "out": "x"}, tmp_path / "weights", painter)
-    changed = {key: value for key, value in settings.items() if value != paper[key]}
+    settings = complete({"steps": 3, "out": "x"}, tmp_path / "weights", painter)
+    changed = {key: value for key, value in asdict(settings).items() if value != getattr(paper, key)}
     where = str(tmp_path / "weights" / "../nano-clip")
     assert changed == {"clip": where, "max_cfg": 9, "steps": 3, "clip_threshold": 0.1}
 
@@ -449,12 +450,11 @@ def test_show_prints_statistics_and_a_contact_sheet(finished, tmp_path, capsys):
     kept = [row for path in finished.glob("*/metadata.jsonl") for row in rows(path)]
     tried = [row for path in finished.glob("*/candidates.jsonl") for row in rows(path)]
     passing = sum(row["clip_sim_dir"] >= 0 for row in tried) / len(tried)
-    size = sum(path.stat().st_size for path in finished.glob("*/*")) / 1e6
     mean = sum(row["p2p_threshold"] for row in kept) / len(kept)
     for part in (f"surviving pairs {len(kept)}, {len(kept) / 3:.2f} a prompt",
                  f"p of survivors mean {mean:.3f}",
                  f"candidates {len(tried)}, {passing:.1%} pass, {len(kept) / len(tried):.1%} survive",
-                 f"direction {1 - passing:.1%}", f"on disk {size:.1f} MB", "3 finished"):
+                 "3 finished"):
         assert part in text
     for i, name in enumerate(("caption before", "caption after", "direction", "pictures")):
         assert f"{name} {sum(row[SIMILARITIES[i]] for row in kept) / len(kept):.3f}" in text
@@ -529,9 +529,6 @@ def test_a_broken_job_file_is_one_line(tmp_path):
     ("metadata.jsonl", {"p2p_threshold": "x"}, "p2p_threshold = 'x' should be a number"),
     ("metadata.jsonl", {"p2p_threshold": float("inf")}, "p2p_threshold should lie in 0 ... 1"),
     ("candidates.jsonl", {"clip_sim_0": None}, "clip_sim_0 = None should be a number"),
-    ("job.json", {"job": None}, "job = None should be an object"),
-    ("job.json", {"job": dict.fromkeys(["clip_threshold", "clip_dir_threshold", "clip_img_threshold"], "x")},
-     "clip_img_threshold = 'x' should be a number"),
 ])
 def test_show_says_in_one_line_what_is_no_number(name, content, hint, tmp_path, capsys):
     folder, row = tmp_path / "0000000", dict.fromkeys(("seed", "p2p_threshold", *SIMILARITIES), 1)

@@ -38,7 +38,7 @@ def test_nano_sd_paints_what_nano_clip_reads_and_what_diffusers_paints():
     painter = TextToImage.load(WEIGHTS / "nano-sd", "cpu")
     chosen = complete({}, WEIGHTS / "nano-sd", painter.defaults)
     scenes = captioned(32)
-    numbers = score_captions(painter, Judge.load(chosen["clip"]), scenes, {"steps": 8})[1]
+    numbers = score_captions(painter, Judge.load(chosen.clip), scenes, {"steps": 8})[1]
     assert numbers["painted"] * 32 >= 28
 
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(WEIGHTS / "nano-sd")
