@@ -113,8 +113,8 @@ def add_pairs(subparsers) -> None:
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Where and in which precision to paint."""
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first that works)")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the painting networks (default: bf16 if the "
-                                                                "device is faster, else fp32)")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the networks that paint (default: bf16 "
+                                                                "if the device is faster, else fp32)")
 
 
 def run_pairs(args: argparse.Namespace) -> None:
@@ -136,23 +136,20 @@ def run_pairs(args: argparse.Namespace) -> None:
     dtype = args.dtype or (job.get("dtype", "fp32") if job else pick_dtype(None, device))
     if first:
         print(f"opened {args.weights}: {checkpoint.found}; paints in {dtype}", file=sys.stderr)
-        print(f"{len(prompts)} prompts ({len(bad)} bad lines left out), {settings.n_samples} candidates of "
-              "each", file=sys.stderr)
+        print(f"{len(prompts)} prompts, {len(bad)} bad lines, {settings.n_samples} candidates of each prompt",
+              file=sys.stderr)
     painter = TextToImage.load(checkpoint, device, DTYPES[dtype])
     painter.complete({key: getattr(settings, key) for key in ("steps", "resolution", "sampler")})
     if args.fast:
         speed.fast(painter.unet, lambda line: print(line, file=sys.stderr), injects=True)
-    try:
-        judge = Judge.load(settings.clip, device)
-    except ValueError as error:
-        raise ValueError(f"--clip {settings.clip}: {error}") from None
+    judge = Judge.load(settings.clip, device)
     notes = {"weights": args.weights, "clip": settings.clip, "dtype": dtype}
     make_pairs(prompts, args.out, painter, judge, settings, notes, progress=first)
     if first:
-        kept = [seeds for _, seeds in list_seeds(args.out)]
         done = sum((args.out / prompt.folder).exists() for prompt in prompts)
-        print(f"{args.out}: {done} of {len(prompts)} prompts finished, {sum(map(len, kept))} pairs of "
-              f"{len(kept)} prompts; to see them, python make_dataset.py show {args.out}")
+        pairs = sum(len(seeds) for _, seeds in list_seeds(args.out))
+        print(f"{args.out}: {done} of {len(prompts)} prompts finished, {pairs} pairs kept; to see them: "
+              f"python make_dataset.py show {args.out}")
 
 
 def add_pair(subparsers) -> None:

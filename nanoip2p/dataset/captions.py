@@ -20,19 +20,11 @@ import openai
 from openai import OpenAI
 from tqdm import tqdm
 
+from nanoip2p.common import files
 from nanoip2p.common.cli import at_least, finite, flag
-from nanoip2p.common.files import (
-    append,
-    check_writable,
-    fold,
-    mend_last_line,
-    read_json,
-    read_jsonl,
-    read_rows,
-    tidy,
-)
+from nanoip2p.common.files import fold, read_json, tidy
 
-FREQUENCY_PENALTY = 0.1  # this, ANSWER_TOKENS, RETRIES and DELIMITER: generate_txt_dataset.py of the original
+FREQUENCY_PENALTY = 0.1  # the first four are from the original's generate_txt_dataset.py
 ANSWER_TOKENS = 256      # of the longest answer
 RETRIES = 3              # further questions after an unusable answer
 DELIMITER = "\n%%\n"     # between instruction and caption, in the answers of a fine-tuned model
@@ -70,12 +62,12 @@ class Settings:
 def read_captions(path: Path, column: str | None = None) -> tuple[list[dict], int]:
     """Captions of a text file (one a line), .jsonl or .csv as {"input"} or {"input", "url"}, without repeats.
 
-    column: the key or column of the caption ("input" or "caption" by default). Also returns the number of
-    repeats: rows whose caption or url an earlier row has. ValueError names the line that has no caption.
+    column: the key or column of the caption. Also returns the number of repeats: rows whose caption or url an
+    earlier row has. ValueError names the line that has no caption.
     """
     keys = (column,) if column else ("input", "caption")
     captions, known, repeats = [], set(), 0
-    for number, row in read_rows(path):
+    for number, row in files.read_rows(path):
         text = next((row[key] for key in keys if key in row), None)
         if not isinstance(text, str):
             raise ValueError(f"{path}, line {number}: no text under {' or '.join(keys)} (--column); there is "
@@ -109,26 +101,23 @@ def question(caption: str, settings: Settings) -> dict:
 
 
 def read_answer(reply, caption: str) -> tuple[str, str]:
-    """(instruction, edited caption) of a chat completion, in JSON or in a fine-tuned model's format.
-
-    Raises Unusable.
-    """
+    """(instruction, edited caption) of a chat completion, or of a fine-tuned model's. Raises Unusable."""
     try:
         choice = reply.choices[0]
         if choice.message.refusal or choice.finish_reason == "content_filter":
             raise Unusable("refused")
         content = choice.message.content
         if choice.finish_reason == "length":  # a fine-tuned model's answer would look complete
-            raise Unusable("malformed")
+            raise ValueError
         if DELIMITER in content:  # JSON on one line has no line breaks
             edit, output = map(tidy, content.split(DELIMITER))
         else:
             answer = json.loads(content)
             edit, output = tidy(answer["edit"]), tidy(answer["output"])
+        if not edit or not fold(output):
+            raise ValueError
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise Unusable("malformed") from None
-    if not edit or not fold(output):
-        raise Unusable("malformed")
     if fold(output) == fold(caption):
         raise Unusable("unchanged")
     return edit, output
@@ -212,11 +201,11 @@ class Job:
                 self.counts[f"retried {reason}"] += attempt < RETRIES
                 continue
             with self.lock:
-                append(self.out, {"input": text, "edit": edit, "output": output, **caption})
+                files.append(self.out, {"input": text, "edit": edit, "output": output, **caption})
                 self.counts["written"] += 1
             return
         with self.lock:
-            append(dropped_path(self.out), {"input": text, "why": reason})
+            files.append(dropped_path(self.out), {"input": text, "why": reason})
             self.counts[f"dropped {reason}"] += 1
 
     def reply(self, text: str):
@@ -281,14 +270,14 @@ def ask_all(captions: list[dict], settings: Settings, out: Path) -> str:
     captions: from `read_captions`. OPENAI_API_KEY and OPENAI_BASE_URL name the server. Raises ValueError, in
     one line, for a server that fails. Ctrl-C and SIGTERM: see Job.run.
     """
-    check_writable(out)
+    files.check_writable(out)
     known = set()
     for path, keys in ((out, ("input", "edit", "output")), (dropped_path(out), ("input", "why"))):
-        for number, row in enumerate(read_jsonl(path), start=1):
+        for number, row in enumerate(files.read_jsonl(path), start=1):
             if not all(isinstance(row.get(key), str) for key in keys):
                 raise ValueError(f"{path}, line {number} is not {{{', '.join(keys)}}}; name another --out")
             known.add(fold(row["input"]))
-        mend_last_line(path)
+        files.mend_last_line(path)
     todo, client = [caption for caption in captions if fold(caption["input"]) not in known], connect()
     with tqdm(total=len(captions), initial=len(captions) - len(todo), desc="captions", unit="caption") as bar:
         job = Job(client, settings, todo, out, bar)
@@ -308,8 +297,7 @@ def connect() -> OpenAI:
             raise openai.OpenAIError("the key is empty")  # some releases accept it
         return client
     except openai.OpenAIError:
-        raise ValueError("set OPENAI_API_KEY to your key (to any word for a server that needs none, and "
-                         "OPENAI_BASE_URL to its address)") from None
+        raise ValueError("set OPENAI_API_KEY to your key, or to any word if the server needs none") from None
     except Exception as error:  # of the HTTP library
         raise ValueError(f"OPENAI_BASE_URL: {error}") from None
 

@@ -1,19 +1,11 @@
-"""Caption pairs -> picture pairs that pass the CLIP filter (section 3.1.2 of the paper).
+"""Caption pairs -> picture pairs that pass the CLIP filter (section 3.1.2), laid out as in the original.
 
-    prompts.jsonl      {"input", "edit", "output"} on each line
+    out/job.json, seeds.json       settings of this job; the prompts that kept pairs, with their seeds
+    out/0000000/prompt.json        the first line of the prompts; the folder appears when it is finished
+    out/0000000/<seed>_0.jpg, _1.jpg, metadata.jsonl, candidates.jsonl       kept pairs; all candidates
 
-    out/job.json       settings of this job, so that two jobs do not mix
-    out/0000000/       of the first line; appears when the prompt is finished, and is never painted again
-        prompt.json        the line
-        <seed>_0.jpg  <seed>_1.jpg      before and after, of the pairs that were kept
-        metadata.jsonl     their seeds, p, guidance and similarities, the best first
-        candidates.jsonl   the same of every candidate
-    out/seeds.json     [["0000000", ["1234", ...]], ...]: the prompts that kept pairs
-
-The paper's code writes the same but job.json and candidates.jsonl. Several processes may work on one folder;
-each takes the next prompt that no other process has claimed. All random numbers of a candidate come from
---seed and the numbers of prompt and candidate. So neither interruptions nor the number of processes change
-the result.
+Processes share a folder: each takes the next prompt that no other has claimed. All random numbers of a
+candidate follow from --seed and its place, so that interruptions do not change the result.
 """
 
 import hashlib
@@ -65,16 +57,13 @@ class PairSettings:
     batch: int = flag("candidates in one batch", 8, type=at_least(1), group="running")
 
     def __post_init__(self):
-        for key in ("n_samples", "max_out_samples", "batch"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} = {getattr(self, key)}: at least 1 is needed")
+        if min(self.n_samples, self.max_out_samples, self.batch) < 1:
+            raise ValueError("n_samples, max_out_samples and batch: at least 1 is needed")
         if not 0 <= self.min_p2p <= self.max_p2p <= 1:
             raise ValueError(f"min_p2p = {self.min_p2p}, max_p2p = {self.max_p2p}: shares of the steps, "
                              "from min_p2p to max_p2p, in 0 ... 1")
         if self.min_cfg > self.max_cfg:
             raise ValueError(f"min_cfg = {self.min_cfg} is more than max_cfg = {self.max_cfg}")
-        if self.inject not in MODES:
-            raise ValueError(f"inject = {self.inject!r} is unknown; take one of {', '.join(MODES)}")
 
 
 @dataclass(frozen=True)
@@ -95,8 +84,7 @@ class Prompt:
 def read_prompts(path: Path) -> tuple[list[Prompt], list[str]]:
     """The good lines of a JSONL file, and the problem of each bad line ("line 3 ...").
 
-    A line holds the texts `input` (or `caption`, as in the paper's files), `edit` and `output`, and any other
-    entries. ValueError if the file cannot be read.
+    A line holds the texts `input` (or `caption`, as in the paper's files), `edit` and `output`.
     """
     prompts, bad = [], []
     for number, row in read_rows(path, ".jsonl", bad):
@@ -115,8 +103,7 @@ def read_prompts(path: Path) -> tuple[list[Prompt], list[str]]:
 def complete(flags: dict, weights: Path, painter_defaults: dict) -> PairSettings:
     """Settings from `flags`, else from pairs.json in the weights folder, else the defaults.
 
-    steps, resolution and sampler default to those of the painter. `clip` in pairs.json is a path relative to
-    the folder, or a name on the Hub. Other keys of `flags` are ignored. ValueError for a wrong setting.
+    `clip` in pairs.json is relative to that folder, or a name on the Hub. ValueError for a wrong setting.
     """
     of_painter = {key: painter_defaults[key] for key in ("steps", "resolution", "sampler")}
     known = asdict(PairSettings()) | of_painter
@@ -149,10 +136,10 @@ def make_candidates(prompt: Prompt, painter: TextToImage, judge: Judge,
                                settings.sampler, settings.resolution)
     captions = judge.encode_texts([prompt.source, prompt.output])                          # (2, P)
     thresholds = Thresholds(settings.clip_img_threshold, settings.clip_dir_threshold, settings.clip_threshold)
+    candidates = [candidate(prompt, k, settings) for k in range(settings.n_samples)]
     rows, kept, passed = [], [], 0
     for begin in range(0, settings.n_samples, settings.batch):
-        numbers = range(begin, min(begin + settings.batch, settings.n_samples))
-        drawn = [candidate(prompt, k, settings) for k in numbers]
+        drawn = candidates[begin : begin + settings.batch]
         try:
             pairs = pair_painter.paint(*zip(*(row.values() for row in drawn)))
         except ValueError as error:  # half precision can end in NaN
@@ -169,9 +156,8 @@ def make_candidates(prompt: Prompt, painter: TextToImage, judge: Judge,
 
 def write_prompt(folder: Path, prompt: Prompt, rows: list[dict], kept: list[tuple[dict, tuple]]) -> None:
     """Write the result of `make_candidates` into the prompt's folder."""
-    files = {"prompt.json": [prompt.record], "candidates.jsonl": rows,
-             "metadata.jsonl": [row for row, _ in kept]}
-    for name, records in files.items():
+    for name, records in (("prompt.json", [prompt.record]), ("candidates.jsonl", rows),
+                          ("metadata.jsonl", [row for row, _ in kept])):
         if records:
             (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
     for row, pair in kept:
@@ -183,8 +169,7 @@ def make_pairs(prompts: list[Prompt], out: Path, painter: TextToImage, judge: Ju
                notes: dict, progress: bool = False) -> None:
     """Finish every prompt that no other process has claimed, then write seeds.json.
 
-    settings: from `complete`. notes: further entries of job.json, for people. ValueError when `out` holds
-    another job or cannot be written; finished prompts stay.
+    notes: further entries of job.json. ValueError when `out` holds another job or cannot be written.
     """
     try:
         claim_folder(out, "job.json", {"job": job_of(painter, judge, settings)}, "--out", notes)

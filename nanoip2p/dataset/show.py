@@ -2,7 +2,6 @@
 
 import random
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,19 +18,6 @@ WORDS = dict(zip(SIMILARITIES, ("caption before", "caption after", "direction", 
 BAR = 40  # letters of the longest bar of a histogram
 
 
-@dataclass(frozen=True)
-class Kept:
-    """A pair that was kept: its prompt's folder, the line of its prompt, its row of metadata.jsonl."""
-
-    folder: Path
-    prompt: dict
-    row: dict
-
-    def picture(self, i: int) -> Image.Image:
-        """Before (0) or after (1)."""
-        return open_image(self.folder / f"{self.row['seed']}_{i}.jpg")
-
-
 def read_table(path: Path, keys: tuple[str, ...]) -> list[dict]:
     """The rows of a .jsonl file, none if it is missing. ValueError for a row without numbers at the keys."""
     rows = [row for _, row in read_rows(path)] if path.exists() else []
@@ -42,24 +28,24 @@ def read_table(path: Path, keys: tuple[str, ...]) -> list[dict]:
     return rows
 
 
-def read_pairs(root: Path) -> list[Kept]:
-    """Every pair that was kept, by prompt, best first. ValueError for what is missing or broken."""
+def read_pairs(root: Path) -> list[dict]:
+    """Every kept pair, the best of a prompt first: entries of prompt.json, of metadata.jsonl, "folder"."""
     if not root.is_dir() or not prompt_folders(root):
         raise ValueError(f"{root}: there is no such folder, or no finished prompt (0000000, ...) in it")
     pairs = []
     for folder in prompt_folders(root):
-        prompt = {"edit": "", **read_json(folder / "prompt.json")}
+        prompt = read_json(folder / "prompt.json") | {"folder": folder}
         for row in read_table(folder / "metadata.jsonl", ("seed", "p2p_threshold", *SIMILARITIES)):
             if not 0 <= row["p2p_threshold"] <= 1:
                 raise ValueError(f"{folder / 'metadata.jsonl'}: p2p_threshold should lie in 0 ... 1")
-            pairs.append(Kept(folder, prompt, row))
+            pairs.append(prompt | row)
     return pairs
 
 
-def statistics(root: Path, pairs: list[Kept]) -> str:
+def statistics(root: Path, pairs: list[dict]) -> str:
     """How many pairs survive and how good they are, as text. Candidates only where pairs.py lists them."""
     folders = prompt_folders(root)
-    with_survivors = len({pair.folder for pair in pairs})
+    with_survivors = len({pair["folder"] for pair in pairs})
     lines = [("prompts", f"{len(folders)} finished, {with_survivors} of them with survivors"),
              ("surviving pairs", f"{len(pairs)}, {len(pairs) / len(folders):.2f} a prompt")]
     job = read_json(root / "job.json", missing={}).get("job")
@@ -70,9 +56,9 @@ def statistics(root: Path, pairs: list[Kept]) -> str:
         lines.append(("candidates", f"{len(rows)}, {passed / len(rows):.1%} pass, "
                                     f"{len(pairs) / len(rows):.1%} survive"))
     if pairs:
-        means = {word: sum(pair.row[name] for pair in pairs) / len(pairs) for name, word in WORDS.items()}
+        means = {word: sum(pair[name] for pair in pairs) / len(pairs) for name, word in WORDS.items()}
         lines.append(("mean similarity", ", ".join(f"{word} {mean:.3f}" for word, mean in means.items())))
-        shares = [pair.row["p2p_threshold"] for pair in pairs]
+        shares = [pair["p2p_threshold"] for pair in pairs]
         counts = Counter(min(int(share * 10), 9) for share in shares)
         lines.append(("p of survivors", f"mean {sum(shares) / len(shares):.3f}"))
         for bin in range(10):
@@ -81,19 +67,19 @@ def statistics(root: Path, pairs: list[Kept]) -> str:
     return "\n".join(f"{name:<17}{text}" for name, text in lines)
 
 
-def contact_sheet(pairs: list[Kept], rows: int, seed: int) -> Image.Image:
+def contact_sheet(pairs: list[dict], rows: int, seed: int) -> Image.Image:
     """Rows of before | after twice: on the left the best pairs, one of a prompt, on the right random ones."""
-    first_of_prompt = {pair.folder: pair for pair in reversed(pairs)}.values()
-    best = sorted(first_of_prompt, key=lambda pair: -pair.row["clip_sim_dir"])[:rows]
+    first_of_prompt = {pair["folder"]: pair for pair in reversed(pairs)}.values()
+    best = sorted(first_of_prompt, key=lambda pair: -pair["clip_sim_dir"])[:rows]
     pictures, labels = [], []
     for line in zip(best, random.Random(seed).sample(pairs, len(best))):
-        pictures.append([pair.picture(i) for pair in line for i in (0, 1)])
+        pictures.append([open_image(pair["folder"] / f"{pair['seed']}_{i}.jpg")
+                         for pair in line for i in (0, 1)])
         labels.append([])
         for sort, pair in zip(("best", "random"), line):
-            row, prompt = pair.row, pair.prompt
-            scores = ", ".join(f"{word} {row[name]:.2f}" for name, word in WORDS.items())
-            labels[-1] += [f"{sort}: {prompt.get('input', prompt.get('caption'))}",
-                           f"{prompt['edit']} ({scores}, p {row['p2p_threshold']:.2f})"]
+            scores = ", ".join(f"{word} {pair[name]:.2f}" for name, word in WORDS.items())
+            labels[-1] += [f"{sort}: {pair.get('input', pair.get('caption'))}",
+                           f"{pair.get('edit')} ({scores}, p {pair['p2p_threshold']:.2f})"]
     return grid(pictures, labels)
 
 

@@ -308,7 +308,7 @@ def test_bad_lines_are_skipped_on_demand(weights, prompts, finished, tmp_path, c
     assert make_dataset.main(argv(weights, path, tmp_path / "out", "--skip-bad")) == 0
     out, error = capsys.readouterr()
     kept = [seeds for _, seeds in json.loads((tmp_path / "out" / "seeds.json").read_text())]
-    assert "2 bad lines" in error and f"{sum(map(len, kept))} pairs of {len(kept)} prompts" in out
+    assert "2 bad lines" in error and f"{sum(map(len, kept))} pairs kept" in out
     assert content(tmp_path / "out").keys() == content(finished).keys()
 
 
@@ -334,6 +334,29 @@ def test_another_job_does_not_mix_with_this_one(finished, weights, prompts, caps
     assert make_dataset.main(argv(weights, prompts, finished, *words)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert named in error and str(finished) in error and content(finished) == before
+
+
+def test_a_job_keeps_the_dtype_that_the_device_chose(
+        finished, weights, prompts, tmp_path, monkeypatch, capsys):
+    few, words = tmp_path / "prompts.jsonl", argv(weights, tmp_path / "prompts.jsonl", tmp_path / "out")
+    few.write_text(prompts.read_text().splitlines()[0])
+    at = words.index("--dtype")
+    chosen = words[:at] + words[at + 2 :]
+    for faster in ("bf16", "fp32"):  # as if the device had changed before the second run
+        monkeypatch.setattr(make_dataset, "pick_dtype", lambda name, device, faster=faster: name or faster)
+        assert make_dataset.main(chosen) == 0
+        assert "; paints in bf16\n" in capsys.readouterr().err
+        job = json.loads((tmp_path / "out" / "job.json").read_text())
+        assert job["dtype"] == "bf16" and "dtype" not in job["job"]
+    plain = json.loads((finished / "job.json").read_text())
+    assert plain["dtype"] == "fp32" and plain["job"]["networks"] != job["job"]["networks"]
+    assert make_dataset.main(words) == 2 and "other networks" in capsys.readouterr().err
+    del plain["dtype"]  # of a version that painted in fp32
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "job.json").write_text(json.dumps(plain))
+    monkeypatch.setattr(make_dataset, "pick_dtype", lambda name, device: "bf16")
+    assert make_dataset.main([word.replace("/out", "/old") for word in chosen]) == 0
+    assert "; paints in fp32\n" in capsys.readouterr().err
 
 
 def test_prompts_may_follow(finished, weights, prompts, start, tmp_path):
@@ -383,7 +406,6 @@ def test_settings_come_from_flags_then_the_weights_folder_then_the_paper(tmp_pat
     ({"clips": "x"}, "clips"), ({"n_samples": "many"}, "n_samples"), ({"n_samples": 2.5}, "n_samples"),
     ({"n_samples": True}, "n_samples"), ({"n_samples": 0}, "at least 1"), ({"min_p2p": 0.95}, "max_p2p"),
     ({"min_cfg": 16}, "max_cfg"), ({"max_p2p": 1.5}, "share"), ({"min_p2p": -0.1}, "share"),
-    ({"inject": "all"}, "inject"),
 ])
 def test_settings_that_cannot_be_used_are_named(tmp_path, chosen, named):
     (tmp_path / "pairs.json").write_text(json.dumps(chosen))

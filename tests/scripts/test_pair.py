@@ -56,7 +56,18 @@ def test_the_command_paints_the_pair(painter, folder, tmp_path, capsys, flags, s
     model = PairPainter(painter, *CAPTIONS, steps=2, **settings)
     [pair] = model.paint(*([value] for value in drawn))
     assert list(out.parent.iterdir()) == [out]
-    assert Image.open(out).convert("RGB") == grid([list(pair)], [CAPTIONS])
+    assert np.array_equal(Image.open(out), grid([list(pair)], [CAPTIONS]))
+
+
+@pytest.mark.parametrize("faster", ["bf16", "fp32"])
+def test_the_device_chooses_the_dtype(folder, tmp_path, monkeypatch, capsys, faster):
+    loaded, load = [], TextToImage.load
+    monkeypatch.setattr(make_dataset, "pick_dtype", lambda name, device: name or faster)
+    monkeypatch.setattr(TextToImage, "load", lambda *args: (loaded.append(args[2]), load(*args))[1])
+    words = ["--weights", str(folder), "--out", str(tmp_path / "pair.png"), "--steps", "1", "--device", "cpu"]
+    assert make_dataset.main(["pair", *CAPTIONS, *words]) == 0
+    assert f"; paints in {faster}\n" in capsys.readouterr().err
+    assert loaded == [torch.bfloat16 if faster == "bf16" else torch.float32]
 
 
 @pytest.mark.parametrize("flags", [[], ["--blend", "red", "boat", "--inject", "both"]], ids=str)
