@@ -20,7 +20,7 @@ demo: .venv/runtime
 dataset: .venv/runtime
 	.venv/bin/python make_dataset.py captions --backend scenes --n 24 --out data/nano/prompts.jsonl
 	.venv/bin/python make_dataset.py pairs --prompts data/nano/prompts.jsonl --out data/nano/pairs \
-		--weights weights/nano-sd
+		--weights weights/nano-sd --dtype fp32
 	.venv/bin/python make_dataset.py show data/nano/pairs --rows 4
 
 train: .venv/runtime

@@ -10,9 +10,9 @@ captions and pairs go on where an earlier run with the same flags stopped.
 """
 
 import argparse
-import json
 import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -23,11 +23,11 @@ from nanoip2p.checkpoint.tensors import DTYPES
 from nanoip2p.clip_filter import Judge
 from nanoip2p.common import cli
 from nanoip2p.common.cli import add_flags, at_least, finite
-from nanoip2p.common.device import pick_device
-from nanoip2p.common.files import check_writable, replacing
+from nanoip2p.common.device import pick_device, pick_dtype
+from nanoip2p.common.files import check_writable, read_json
 from nanoip2p.dataset import finetune
 from nanoip2p.dataset.captions import Settings, ask_all, read_captions
-from nanoip2p.dataset.pairs import complete, make_pairs, read_prompts
+from nanoip2p.dataset.pairs import PairSettings, complete, list_seeds, make_pairs, read_prompts
 from nanoip2p.dataset.rendered import write_scenes
 from nanoip2p.dataset.show import contact_sheet, draw_heatmaps, read_pairs, statistics
 from nanoip2p.images import grid, save_png
@@ -36,66 +36,48 @@ from nanoip2p.samplers import SAMPLERS
 from nanoip2p.speed import fast as speed
 from nanoip2p.text_to_image import TextToImage
 
-BASE_MODEL = "gpt-4o-mini-2024-07-18"  # to be tuned; such need the date in their name
-
 
 def add_captions(subparsers) -> None:
     """`captions`, and below it the paper's way: `prepare-finetune` and `finetune`."""
     parser = subparsers.add_parser("captions", help="captions -> instructions and edited captions",
                                    description="OPENAI_API_KEY and, for servers other than OpenAI's, "
-                                               "OPENAI_BASE_URL say whom to ask.")
+                                               "OPENAI_BASE_URL name the server.")
     parser.add_argument("--input", type=Path, help="captions: a text file, .jsonl (input or caption) or .csv")
     parser.add_argument("--column", help="key or column of the caption")
     parser.add_argument("--out", type=Path, default=Path("data/prompts.jsonl"),
-                        help="what is there is not asked again, nor what .dropped.jsonl beside it lists")
+                        help="captions in this file, or in .dropped.jsonl beside it, are not asked again")
     parser.add_argument("--backend", choices=("openai", "scenes"), default="openai",
                         help="a language model, or the nano world's own grammar")
     parser.add_argument("--n", type=at_least(1), help="the first N captions (all), or N scenes (1000)")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the scenes")
-    asking = parser.add_argument_group("asking a language model")
-    asking.add_argument("--model", default="gpt-4o-mini", help="ft:... is asked as it was tuned")
-    asking.add_argument("--temperature", type=finite, default=0.7)
-    asking.add_argument("--concurrency", type=at_least(1), default=8, help="questions at a time")
-    asking.add_argument("--moderate", action="store_true",
-                        help="have captions and answers moderated, as the original")
-    asking.add_argument("--max-tokens", type=at_least(0),
-                        help="in and out, in this run; nothing is asked that could pass it")
-    asking.add_argument("--max-cost", type=finite, help="the same in dollars; needs both prices")
-    asking.add_argument("--price-in", type=finite, help="dollars for a million tokens in")
-    asking.add_argument("--price-out", type=finite, help="and out")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the scenes")
+    cli.add_settings(parser, Settings)
     parser.set_defaults(run=run_captions)
 
     below = parser.add_subparsers(title="the paper's way", parser_class=cli.make_parser)
     prepare = below.add_parser("prepare-finetune", help="hand-written triplets -> training data")
     prepare.add_argument("human", type=Path, help=".jsonl of input, edit, output; the paper wrote 700")
-    prepare.add_argument("--chats", type=Path, help="where to write (human.chat.jsonl)")
+    prepare.add_argument("--chats", type=Path, help="where to write (default: human.chat.jsonl)")
     prepare.set_defaults(run=run_prepare)
     tune = below.add_parser("finetune", help="upload training data, start a job, print its id")
-    tune.add_argument("chats", type=Path, help="what prepare-finetune wrote")
-    tune.add_argument("--model", default=BASE_MODEL)
-    tune.add_argument("--epochs", type=at_least(1), default=1)
+    tune.add_argument("chats", type=Path, help="the file that prepare-finetune wrote")
+    tune.add_argument("--model", default="gpt-4o-mini-2024-07-18", help="model to fine-tune, with its date")
+    tune.add_argument("--epochs", type=at_least(1), default=1, help="epochs of the training")
     tune.set_defaults(run=run_finetune)
 
 
 def run_captions(args: argparse.Namespace) -> None:
-    """Ask for, or draw, what `pairs` reads."""
+    """Ask a language model for edits of captions, or draw scenes with their edits."""
     if args.backend == "scenes":
         check_writable(args.out)
         write_scenes(args.out, args.n or 1000, args.seed)
         print(f"{args.n or 1000} edits of scenes written to {args.out}")
         return
-    prices = (args.price_in, args.price_out)
     if args.input is None:
         raise ValueError("--input is needed (or --backend scenes)")
-    if args.max_cost is not None and None in prices:
-        raise ValueError("--max-cost needs --price-in and --price-out")
-    if min(0, *(price or 0 for price in prices)) < 0:
-        raise ValueError("--price-in and --price-out must not be negative")
     captions, repeats = read_captions(args.input, args.column)
     print(f"{args.input}: {len(captions)} captions, {repeats} repeats left out")
-    settings = Settings(args.model, args.temperature, args.concurrency, args.moderate, args.max_tokens,
-                        args.max_cost, args.price_in or 0.0, args.price_out or 0.0)
-    print(ask_all(captions[: args.n], settings, args.out))
+    given = {field.name: getattr(args, field.name) for field in fields(Settings) if field.name in args}
+    print(ask_all(captions[: args.n], Settings(**given), args.out))
 
 
 def run_prepare(args: argparse.Namespace) -> None:
@@ -105,111 +87,95 @@ def run_prepare(args: argparse.Namespace) -> None:
 
 
 def run_finetune(args: argparse.Namespace) -> None:
-    """Start a job, whose id is the last line."""
+    """Start to fine-tune a model, and print the id of the job as the last line."""
     job = finetune.start(args.chats, args.model, args.epochs)
     print("started; when it is done, the server names the model for captions --model ft:...", file=sys.stderr)
     print(job)
 
 
 def add_pairs(subparsers) -> None:
-    """Section 3.1.2. Settings have no default here, so that the weights folder can fill the gaps."""
-    parser = subparsers.add_parser("pairs", help="caption pairs -> picture pairs that the CLIP filter passes")
-    group = parser.add_argument_group("from what, and where to")
-    group.add_argument("--prompts", type=Path, required=True, help="JSONL of input, edit and output")
-    group.add_argument("--out", type=Path, required=True, help="folder; a stopped job in it goes on")
-    group.add_argument("--weights", required=True, help="a text-to-picture model: a diffusers folder, a "
-                                                        ".safetensors or .ckpt file, or a name on the Hub")
-    add_flags(group)
-    group.add_argument("--clip", help="folder or name on the Hub (the one that pairs.json beside the weights "
-                                      "names, else openai/clip-vit-large-patch14)")
-    group.add_argument("--skip-bad", action="store_true", help="leave out lines that are no prompts")
-    # Names and defaults as in the paper's code; pairs.json in the weights folder has others
-    group = parser.add_argument_group("candidates of each prompt")
-    group.add_argument("--n-samples", type=at_least(1), help="how many (100)")
-    group.add_argument("--early-stop", type=at_least(0), metavar="N", help="stop when N pass (0: never)")
-    group.add_argument("--inject", choices=MODES, help="whose attention the edit takes over (self)")
-    group.add_argument("--min-p2p", type=finite, help="least share of steps with injection (0.1)")
-    group.add_argument("--max-p2p", type=finite, help="largest share (0.9)")
-    group.add_argument("--min-cfg", type=finite, help="least guidance by the text (7.5)")
-    group.add_argument("--max-cfg", type=finite, help="largest guidance (15)")
-    group.add_argument("--steps", type=at_least(1), help="denoising steps (100)")
-    group.add_argument("--resolution", type=at_least(1), help="of the square pictures (512)")
-    group.add_argument("--seed", type=at_least(0), help="one seed makes one dataset (0)")
-    group = parser.add_argument_group("the filter: least similarities, and how many to keep")
-    group.add_argument("--clip-threshold", type=finite, help="of each caption and its picture (0.2)")
-    group.add_argument("--clip-dir-threshold", type=finite, help="of the changes in both (0.2)")
-    group.add_argument("--clip-img-threshold", type=finite, help="of the two pictures (0.7)")
-    group.add_argument("--max-out-samples", type=at_least(1), help="pairs kept of a prompt (4)")
-    group = parser.add_argument_group("running")
-    group.add_argument("--batch", type=at_least(1), help="candidates that share a forward (8)")
-    group.add_argument("--device", help="cuda, cuda:1, mps, cpu (the best there is)")
-    group.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="of painting; CLIP is fp32")
-    group.add_argument("--fast", action="store_true", help="see speed.py; not for nano networks")
+    """Section 3.1.2 of the paper."""
+    parser = subparsers.add_parser("pairs", help="caption pairs -> picture pairs that the CLIP filter passes",
+                                   description="A file pairs.json in the weights folder can set other "
+                                               "defaults for the flags from --n-samples on.")
+    parser.add_argument("--prompts", type=Path, required=True, help="JSONL of input, edit and output")
+    parser.add_argument("--out", type=Path, required=True, help="folder; a stopped job in it goes on")
+    parser.add_argument("--weights", required=True, help="a text-to-image model: a diffusers folder, a "
+                                                         ".safetensors or .ckpt file, or a name on the Hub")
+    add_flags(parser)
+    parser.add_argument("--skip-bad", action="store_true", help="leave out lines that are no prompts")
+    parser.add_argument("--fast", action="store_true", help="see speed.py; not for nano networks")
+    add_device(parser)
+    cli.add_settings(parser, PairSettings)
     parser.set_defaults(run=run_pairs)
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Where and in which precision to paint."""
+    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first that works)")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the networks that paint (default: bf16 "
+                                                                "if the device is faster, else fp32)")
+
+
 def run_pairs(args: argparse.Namespace) -> None:
-    """Check everything that can be checked, then paint. Under torchrun, one process for each GPU."""
+    """Check all inputs, then paint. Under torchrun, one process for each GPU."""
     prompts, bad = read_prompts(args.prompts)
     if bad and not args.skip_bad:
-        more = f" (and {len(bad) - 1} more bad lines)" if len(bad) > 1 else ""
-        raise ValueError(f"{args.prompts}: {bad[0]}{more}; mend it, or leave out such lines with --skip-bad")
+        raise ValueError(f"{args.prompts}: {bad[0]} (bad lines: {len(bad)}); correct them, or leave them out "
+                         "with --skip-bad")
     if not prompts:
         raise ValueError(f"{args.prompts}: there is no prompt in it")
-    first = os.environ.get("RANK", "0") == "0"
-    device = args.device
-    if device in (None, "cuda") and torch.cuda.is_available():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    device = pick_device(device)
+    first, name = os.environ.get("RANK", "0") == "0", args.device
+    if name in (None, "cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = pick_device(name)
     checkpoint = open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
     settings = complete(vars(args), checkpoint.source, checkpoint.defaults)
+    # A job that goes on keeps its dtype; one without a record is older than this choice, and painted in fp32
+    job = read_json(args.out / "job.json", missing={})
+    dtype = args.dtype or (job.get("dtype", "fp32") if job else pick_dtype(None, device))
     if first:
-        skipped = f", {len(bad)} bad lines skipped" if bad else ""
-        print(f"opened {args.weights}: {checkpoint.found}", file=sys.stderr)
-        print(f"{len(prompts)} prompts{skipped}, {settings['n_samples']} candidates of each", file=sys.stderr)
-    painter = TextToImage.load(checkpoint, device, DTYPES[args.dtype])
-    painter.complete({key: settings[key] for key in ("steps", "resolution", "sampler")})
+        print(f"opened {args.weights}: {checkpoint.found}; paints in {dtype}", file=sys.stderr)
+        print(f"{len(prompts)} prompts, {len(bad)} bad lines, {settings.n_samples} candidates of each prompt",
+              file=sys.stderr)
+    painter = TextToImage.load(checkpoint, device, DTYPES[dtype])
+    painter.complete({key: getattr(settings, key) for key in ("steps", "resolution", "sampler")})
     if args.fast:
         speed.fast(painter.unet, lambda line: print(line, file=sys.stderr), injects=True)
-    try:
-        judge = Judge.load(settings["clip"], device)
-    except ValueError as error:
-        raise ValueError(f"the judge, --clip {settings['clip']}: {error}") from None
-    names = {"weights": args.weights, "clip": settings["clip"]}
-    make_pairs(prompts, args.out, painter, judge, settings, names, progress=first)
+    judge = Judge.load(settings.clip, device)
+    notes = {"weights": args.weights, "clip": settings.clip, "dtype": dtype}
+    make_pairs(prompts, args.out, painter, judge, settings, notes, progress=first)
     if first:
-        kept = [seeds for _, seeds in json.loads((args.out / "seeds.json").read_text())]
         done = sum((args.out / prompt.folder).exists() for prompt in prompts)
-        others = "" if done == len(prompts) else ", others are at the rest or the same command goes on"
-        print(f"{args.out}: {done} of {len(prompts)} prompts finished, {sum(map(len, kept))} pairs of "
-              f"{len(kept)} prompts{others}; to see them, python make_dataset.py show {args.out}")
+        pairs = sum(len(seeds) for _, seeds in list_seeds(args.out))
+        print(f"{args.out}: {done} of {len(prompts)} prompts finished, {pairs} pairs kept; to see them: "
+              f"python make_dataset.py show {args.out}")
 
 
 def add_pair(subparsers) -> None:
-    """One pair, to try Prompt-to-Prompt on."""
+    """One pair, to try Prompt-to-Prompt."""
     parser = subparsers.add_parser("pair", help="two captions -> two pictures that differ only by the edit")
     parser.add_argument("source", help="the caption of the first picture")
-    parser.add_argument("edit", help="the caption of the second")
-    parser.add_argument("--weights", default="weights/nano-sd", help="a text-to-picture model")
+    parser.add_argument("edit", help="the caption of the second picture")
+    parser.add_argument("--weights", default="weights/nano-sd", help="a text-to-image model")
     add_flags(parser)
-    parser.add_argument("--out", type=Path, default=Path("out/pair.png"))
-    parser.add_argument("--heatmaps", action="store_true", help="show what each word was attended to as well")
-    parser.add_argument("--inject", choices=MODES, default="self")
+    parser.add_argument("--out", type=Path, default=Path("out/pair.png"), help="the PNG to write")
+    parser.add_argument("--heatmaps", action="store_true", help="also show the attention to each word")
+    parser.add_argument("--inject", choices=MODES, default="self", help="which attention the edit takes over")
     parser.add_argument("--p", type=finite, default=0.5, help="share of the steps that inject")
     parser.add_argument("--blend", nargs=2, metavar=("WORD", "WORD"),
-                        help="change the picture only where the source's and the edit's word are seen")
+                        help="change only where the source's or the edit's word is attended to")
     parser.add_argument("--reweight", nargs=2, action="append", default=[], metavar=("WORD", "FACTOR"),
-                        help="with cross or both: how much a word of the edited caption counts")
+                        help="with cross or both: scale the attention to a word of the edited caption")
     parser.add_argument("--window", nargs=3, action="append", default=[], metavar=("WORD", "FROM", "TO"),
-                        help="with cross or both: a word's own time, in shares of the steps, instead of --p")
-    parser.add_argument("--cfg-text", type=finite, help="guidance (of the weights)")
+                        help="with cross or both: inject a word between these shares of the steps, not --p")
+    parser.add_argument("--cfg-text", type=finite, help="guidance by the text (default: of the weights)")
     for name in ("steps", "resolution"):
-        parser.add_argument(f"--{name}", type=at_least(1), help="(of the weights)")
-    parser.add_argument("--sampler", choices=sorted(SAMPLERS), help="(of the weights)")
-    parser.add_argument("--negative", default="", help="what to steer away from (nothing)")
-    parser.add_argument("--seed", type=at_least(0), default=0)
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
-    parser.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
+        parser.add_argument(f"--{name}", type=at_least(1), help="(default: of the weights)")
+    parser.add_argument("--sampler", choices=sorted(SAMPLERS), help="(default: of the weights)")
+    parser.add_argument("--negative", default="", help="text to steer away from")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of all random numbers")
+    add_device(parser)
     parser.set_defaults(run=run_pair)
 
 
@@ -219,19 +185,18 @@ def run_pair(args: argparse.Namespace) -> None:
         raise ValueError("a caption is empty; say what each picture shows")
     if args.heatmaps and args.inject == "none":
         raise ValueError("--heatmaps shows a run with injection; with --p 0 nothing is injected")
-    try:
-        args.reweight = {word: finite(factor) for word, factor in args.reweight}
-        args.window = {word: (finite(begin), finite(end)) for word, begin, end in args.window}
-    except argparse.ArgumentTypeError as error:
-        raise ValueError(str(error)) from None
-    if not all(0 <= begin <= end for begin, end in [(args.p, 1), *args.window.values()]):
+    reweight = {word: float(factor) for word, factor in args.reweight}
+    windows = {word: (float(begin), float(end)) for word, begin, end in args.window}
+    if not all(0 <= begin <= end for begin, end in [(args.p, 1), *windows.values()]):
         raise ValueError("--p is a share of the steps, 0 to 1, and a --window goes from one to a later one")
     check_writable(args.out)
     checkpoint = open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
-    print(f"opened {args.weights}: {checkpoint.found}", file=sys.stderr)
-    painter = TextToImage.load(checkpoint, args.device, DTYPES[args.dtype])
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    print(f"opened {args.weights}: {checkpoint.found}; paints in {dtype}", file=sys.stderr)
+    painter = TextToImage.load(checkpoint, device, DTYPES[dtype])
     model = PairPainter(painter, args.source, args.edit, args.inject, args.steps, args.sampler,
-                        args.resolution, args.negative, args.reweight, args.window, args.blend)
+                        args.resolution, args.negative, reweight, windows, args.blend)
     cfg_text = painter.defaults["cfg_text"] if args.cfg_text is None else args.cfg_text
     with tqdm(total=model.settings["steps"], unit="step", disable=args.inject == "none") as bar:
         if args.heatmaps:
@@ -239,19 +204,8 @@ def run_pair(args: argparse.Namespace) -> None:
         else:
             pair = model.paint([args.seed], [args.p], [cfg_text], bar)[0]
             picture = grid([list(pair)], [[args.source, args.edit]])
-    with replacing(args.out) as temporary:
-        picture.save(temporary, format="PNG")
+    save_png(picture, args.out, {})
     print(f"{args.out}  {args.source} -> {args.edit}  (seed {args.seed})")
-
-
-def add_show(subparsers) -> None:
-    """What came out."""
-    parser = subparsers.add_parser("show", help="a contact sheet and statistics of a folder of pairs")
-    parser.add_argument("folder", type=Path, help="the --out of pairs, or the paper's own dataset")
-    parser.add_argument("--sheet", type=Path, help="the PNG to write (contact-sheet.png in the folder)")
-    parser.add_argument("--rows", type=at_least(1), default=8, help="pairs of each sort on the sheet")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="another one draws other random pairs")
-    parser.set_defaults(run=run_show)
 
 
 def run_show(args: argparse.Namespace) -> None:
@@ -272,7 +226,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_captions(subparsers)
     add_pairs(subparsers)
     add_pair(subparsers)
-    add_show(subparsers)
+    show = subparsers.add_parser("show", help="a contact sheet and statistics of a folder of pairs")
+    show.add_argument("folder", type=Path, help="the --out of pairs, or the paper's own dataset")
+    show.add_argument("--sheet", type=Path, help="PNG to write (default: contact-sheet.png in the folder)")
+    show.add_argument("--rows", type=at_least(1), default=8, help="best and random pairs on the sheet")
+    show.add_argument("--seed", type=at_least(0), default=0, help="seed of the random pairs")
+    show.set_defaults(run=run_show)
     return parser.parse_args(argv)
 
 

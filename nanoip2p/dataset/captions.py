@@ -1,12 +1,10 @@
 """Captions -> instructions and edited captions, by a language model (section 3.1.1 of the paper).
 
-The paper fine-tunes GPT-3 on 700 hand-written triplets and samples it at temperature 0.7 with a frequency
-penalty of 0.1. Here any server that speaks OpenAI's chat API is asked. An ordinary model gets the prompt and
-thirty examples of fewshot.json, and answers in a JSON schema. A model whose name begins with "ft:" was
-fine-tuned by finetune.py, and gets the caption alone.
+Any server with OpenAI's chat API will do. An ordinary model gets the examples of fewshot.json and answers
+in a JSON schema. A model named "ft:..." was fine-tuned by finetune.py, and gets the caption alone.
 
-Each answer is appended to a file as soon as it comes: OUT.jsonl holds the triplets, OUT.dropped.jsonl the
-captions that gave none, with the reason. A caption that is in either file is not asked again.
+Each answer is appended to a file at once: OUT.jsonl holds the triplets, OUT.dropped.jsonl the captions that
+gave no triplet, with the reason. A caption in either file is not asked again.
 """
 
 import json
@@ -22,18 +20,11 @@ import openai
 from openai import OpenAI
 from tqdm import tqdm
 
-from nanoip2p.common.files import (
-    append,
-    check_writable,
-    fold,
-    mend_last_line,
-    read_json,
-    read_jsonl,
-    read_rows,
-    tidy,
-)
+from nanoip2p.common import files
+from nanoip2p.common.cli import at_least, finite, flag
+from nanoip2p.common.files import fold, read_json, tidy
 
-FREQUENCY_PENALTY = 0.1  # this, ANSWER_TOKENS, RETRIES and DELIMITER: generate_txt_dataset.py of the original
+FREQUENCY_PENALTY = 0.1  # the first four are from the original's generate_txt_dataset.py
 ANSWER_TOKENS = 256      # of the longest answer
 RETRIES = 3              # further questions after an unusable answer
 DELIMITER = "\n%%\n"     # between instruction and caption, in the answers of a fine-tuned model
@@ -53,36 +44,30 @@ class Unusable(Exception):
 
 
 class OverBudget(Exception):
-    """The next question could cost more than the limit leaves."""
+    """The next question could need more tokens than --max-tokens leaves."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to ask. Prices are dollars per million tokens; the limits hold for one run."""
+    """How to ask a language model."""
 
-    model: str
-    temperature: float = 0.7
-    concurrency: int = 8
-    moderate: bool = False  # captions before the question, then the answers, as the original
-    max_tokens: int | None = None
-    max_cost: float | None = None
-    price_in: float = 0.0
-    price_out: float = 0.0
-
-    def cost(self, tokens: Counter) -> float:
-        """Dollars for tokens["in"] and tokens["out"]."""
-        return (tokens["in"] * self.price_in + tokens["out"] * self.price_out) / 1e6
+    model: str = flag("model to ask; ft:... is a model that `finetune` made", "gpt-4o-mini",
+                      group="asking a language model")
+    temperature: float = flag("sampling temperature", 0.7, type=finite)
+    concurrency: int = flag("questions at a time", 8, type=at_least(1))
+    moderate: bool = flag("moderate captions and answers, as in the original", False)
+    max_tokens: int | None = flag("most tokens, in and out, of this run", type=at_least(0))
 
 
 def read_captions(path: Path, column: str | None = None) -> tuple[list[dict], int]:
     """Captions of a text file (one a line), .jsonl or .csv as {"input"} or {"input", "url"}, without repeats.
 
-    column: the key or column of the caption ("input" or "caption" by default). Also returns the number of
-    repeats: rows whose caption or url an earlier row has. ValueError names the line that has no caption.
+    column: the key or column of the caption. Also returns the number of repeats: rows whose caption or url an
+    earlier row has. ValueError names the line that has no caption.
     """
     keys = (column,) if column else ("input", "caption")
     captions, known, repeats = [], set(), 0
-    for number, row in read_rows(path):
+    for number, row in files.read_rows(path):
         text = next((row[key] for key in keys if key in row), None)
         if not isinstance(text, str):
             raise ValueError(f"{path}, line {number}: no text under {' or '.join(keys)} (--column); there is "
@@ -116,26 +101,23 @@ def question(caption: str, settings: Settings) -> dict:
 
 
 def read_answer(reply, caption: str) -> tuple[str, str]:
-    """(instruction, edited caption) of a chat completion, in JSON or in a fine-tuned model's format.
-
-    Raises Unusable.
-    """
+    """(instruction, edited caption) of a chat completion, or of a fine-tuned model's. Raises Unusable."""
     try:
         choice = reply.choices[0]
         if choice.message.refusal or choice.finish_reason == "content_filter":
             raise Unusable("refused")
         content = choice.message.content
         if choice.finish_reason == "length":  # a fine-tuned model's answer would look complete
-            raise Unusable("malformed")
+            raise ValueError
         if DELIMITER in content:  # JSON on one line has no line breaks
             edit, output = map(tidy, content.split(DELIMITER))
         else:
             answer = json.loads(content)
             edit, output = tidy(answer["edit"]), tidy(answer["output"])
+        if not edit or not fold(output):
+            raise ValueError
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise Unusable("malformed") from None
-    if not edit or not fold(output):
-        raise Unusable("malformed")
     if fold(output) == fold(caption):
         raise Unusable("unchanged")
     return edit, output
@@ -146,10 +128,12 @@ class Job:
 
     def __init__(self, client: OpenAI, settings: Settings, todo: list[dict], out: Path, bar: tqdm):
         self.client, self.settings, self.todo, self.out, self.bar = client, settings, deque(todo), out, bar
-        self.counts, self.used, self.reserved = Counter(), Counter(), Counter()  # outcomes; tokens
+        self.counts, self.used = Counter(), Counter()  # outcomes; tokens in and out
+        self.reserved = 0    # tokens of questions under way
+        self.prompt = 0      # tokens of the first question, of which the examples are the largest part
         self.unanswered = 0  # captions in a row
         self.problem: Exception | None = None
-        self.deadline = math.inf  # set by Ctrl-C: when to wait no longer, by time.monotonic()
+        self.deadline = math.inf  # set by Ctrl-C: the end of all waiting, by time.monotonic()
         self.lock = threading.RLock()
 
     def run(self) -> None:
@@ -165,9 +149,10 @@ class Job:
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            for work, count in ((self.next, 1), (self.work, self.settings.concurrency)):
+            for captions, count in ((1, 1), (len(self.todo), self.settings.concurrency)):
                 # Daemon threads: the process does not wait for them when it ends
-                threads = [threading.Thread(target=work, daemon=True) for _ in range(count)]
+                threads = [threading.Thread(target=self.work, args=(captions,), daemon=True)
+                           for _ in range(count)]
                 for thread in threads:
                     thread.start()
                 while any(thread.is_alive() for thread in threads) and time.monotonic() < self.deadline:
@@ -179,72 +164,62 @@ class Job:
         if self.deadline < math.inf:
             raise KeyboardInterrupt
 
-    def work(self) -> None:
-        """Take caption after caption."""
-        while self.next():
-            pass
-
-    def next(self) -> bool:
-        """Take one caption, if there is one that may be asked. Returns whether there was."""
-        with self.lock:
-            if not self.todo or self.deadline < math.inf or self.problem:
-                return False
-            caption = self.todo.popleft()
-        try:
-            self.ask(caption)
-        except OverBudget:
+    def work(self, captions: int) -> None:
+        """Ask for at most this number of captions, until the run has to stop."""
+        for _ in range(captions):
             with self.lock:
+                if not self.todo or self.deadline < math.inf or self.problem:
+                    return
+                caption = self.todo.popleft()
+            try:
+                self.ask(caption)
+            except OverBudget:  # questions under way may need less than reserved; their threads go on
                 self.todo.appendleft(caption)
-            return False  # questions under way may turn out cheaper than reserved; their threads go on
-        except openai.APIError as error:
-            with self.lock:
-                self.counts["unanswered"] += 1
-                self.unanswered += 1
-                hopeless = FINAL if self.used else (*FINAL, openai.APIConnectionError)
-                if isinstance(error, hopeless) or self.unanswered >= PATIENCE:
-                    self.problem = error
-        except OSError as error:  # the disk is full
-            self.problem = error
-        self.bar.update()
-        return True
+                return
+            except openai.APIError as error:
+                with self.lock:
+                    self.counts["unanswered"] += 1
+                    self.unanswered += 1
+                    hopeless = FINAL if self.used else (*FINAL, openai.APIConnectionError)
+                    if isinstance(error, hopeless) or self.unanswered >= PATIENCE:
+                        self.problem = error
+            except OSError as error:  # the disk is full
+                self.problem = error
+            self.bar.update()
 
     def ask(self, caption: dict) -> None:
-        """Ask until the answer is an edit, at most 1 + RETRIES times, and write the outcome down."""
-        text, reason = caption["input"], "flagged"
-        for attempt in range(1 + RETRIES):
-            if attempt == 0 and self.settings.moderate and self.flagged([text]):
-                break
+        """Ask until the answer is an edit, at most 1 + RETRIES times, and append the outcome to a file."""
+        text, moderate, reason = caption["input"], self.settings.moderate, "flagged"
+        attempts = 0 if moderate and self.flagged([text]) else 1 + RETRIES
+        for attempt in range(attempts):
             try:
                 edit, output = read_answer(self.reply(text), text)
-                if self.settings.moderate and self.flagged([edit, output]):
+                if moderate and self.flagged([edit, output]):
                     raise Unusable("flagged")
             except Unusable as error:
                 reason = str(error)
                 self.counts[f"retried {reason}"] += attempt < RETRIES
                 continue
             with self.lock:
-                append(self.out, {"input": text, "edit": edit, "output": output, **caption})
+                files.append(self.out, {"input": text, "edit": edit, "output": output, **caption})
                 self.counts["written"] += 1
             return
         with self.lock:
-            append(dropped_path(self.out), {"input": text, "why": reason})
+            files.append(dropped_path(self.out), {"input": text, "why": reason})
             self.counts[f"dropped {reason}"] += 1
 
     def reply(self, text: str):
-        """The server's answer to one question. Raises OverBudget if the question could pass a limit."""
+        """The server's answer to one question. Raises OverBudget if the question could pass the limit."""
         request, client = question(text, self.settings), self.client
-        most = Counter({"in": len(str(request).encode()), "out": ANSWER_TOKENS})  # a token is at least a byte
         with self.lock:
-            if "in" in self.used:  # the examples are the same as before; only the caption differs
-                most["in"] = self.fixed + len(text.encode())
-            else:  # nobody wants to wait long for a server that is not there
+            # A token is a byte or more
+            tokens_in = self.prompt + len(text.encode()) if self.prompt else len(str(request).encode())
+            reserved, limit = tokens_in + ANSWER_TOKENS, self.settings.max_tokens
+            if limit is not None and self.used.total() + self.reserved + reserved > limit:
+                raise OverBudget
+            self.reserved += reserved
+            if not self.prompt:  # do not wait long for a server that does not run
                 client = client.with_options(max_retries=2)
-            total, limits = self.used + self.reserved + most, self.settings
-            if limits.max_tokens is not None and total.total() > limits.max_tokens:
-                raise OverBudget
-            if limits.max_cost is not None and limits.cost(total) > limits.max_cost:
-                raise OverBudget
-            self.reserved += most
         try:
             reply = client.chat.completions.create(**request)
         except openai.BadRequestError as error:
@@ -253,15 +228,14 @@ class Job:
             raise
         finally:
             with self.lock:
-                self.reserved -= most
+                self.reserved -= reserved
         if isinstance(reply, str):  # the client returns a web page as text
             raise openai.APIError("the answer is no chat completion", request=None, body=None)
-        tokens = Counter({"in": getattr(reply.usage, "prompt_tokens", None) or most["in"],
-                          "out": getattr(reply.usage, "completion_tokens", None) or most["out"]})
         with self.lock:
-            if not self.used:
-                self.fixed = tokens["in"]
-            self.used += tokens
+            tokens_in = getattr(reply.usage, "prompt_tokens", None) or tokens_in
+            tokens_out = getattr(reply.usage, "completion_tokens", None) or ANSWER_TOKENS
+            self.used += Counter({"in": tokens_in, "out": tokens_out})
+            self.prompt = self.prompt or tokens_in
             self.unanswered = 0
         return reply
 
@@ -275,19 +249,14 @@ class Job:
     def summary(self) -> str:
         """The outcome of this run, in some lines."""
         def listed(kind: str) -> str:
-            some = {name: n for name, n in sorted(self.counts.items()) if name.startswith(kind) and n}
-            return ", ".join(f"{n} {name.removeprefix(kind)}" for name, n in some.items()) or "none"
+            return ", ".join(f"{n} {name.removeprefix(kind)}" for name, n in sorted(self.counts.items())
+                             if name.startswith(kind) and n) or "none"
 
-        cost, used = self.settings.cost(self.used), self.used
-        lines = [
-            f"{self.counts['written']} edits written to {self.out}",
-            f"captions dropped: {listed('dropped ')}; answers asked for once more: {listed('retried ')}",
-            f"tokens: {used['in']:,} in, {used['out']:,} out" + (f", ${cost:.4f}" if cost else "")]
-        if self.todo:
-            lines.append(f"stopped with {len(self.todo)} captions left: one more could pass the limit")
-        if self.counts["unanswered"]:
-            lines.append(f"{self.counts['unanswered']} captions had no answer; the same command asks again")
-        return "\n".join(lines)
+        return (f"{self.counts['written']} edits written to {self.out}\n"
+                f"captions dropped: {listed('dropped ')}; answers asked for once more: {listed('retried ')}\n"
+                f"tokens: {self.used['in']:,} in, {self.used['out']:,} out\n"
+                f"captions left for the same command: {len(self.todo)} not asked (--max-tokens), "
+                f"{self.counts['unanswered']} without an answer")
 
 
 def dropped_path(out: Path) -> Path:
@@ -299,16 +268,16 @@ def ask_all(captions: list[dict], settings: Settings, out: Path) -> str:
     """Ask for every caption that no file lists yet, and return a summary of some lines.
 
     captions: from `read_captions`. OPENAI_API_KEY and OPENAI_BASE_URL name the server. Raises ValueError, in
-    one line, for a server that does not serve. Ctrl-C and SIGTERM: see Job.run.
+    one line, for a server that fails. Ctrl-C and SIGTERM: see Job.run.
     """
-    check_writable(out)
+    files.check_writable(out)
     known = set()
     for path, keys in ((out, ("input", "edit", "output")), (dropped_path(out), ("input", "why"))):
-        for number, row in enumerate(read_jsonl(path), start=1):
+        for number, row in enumerate(files.read_jsonl(path), start=1):
             if not all(isinstance(row.get(key), str) for key in keys):
                 raise ValueError(f"{path}, line {number} is not {{{', '.join(keys)}}}; name another --out")
             known.add(fold(row["input"]))
-        mend_last_line(path)
+        files.mend_last_line(path)
     todo, client = [caption for caption in captions if fold(caption["input"]) not in known], connect()
     with tqdm(total=len(captions), initial=len(captions) - len(todo), desc="captions", unit="caption") as bar:
         job = Job(client, settings, todo, out, bar)
@@ -328,21 +297,19 @@ def connect() -> OpenAI:
             raise openai.OpenAIError("the key is empty")  # some releases accept it
         return client
     except openai.OpenAIError:
-        raise ValueError("set OPENAI_API_KEY to your key (to any word for a server that needs none, and "
-                         "OPENAI_BASE_URL to its address)") from None
+        raise ValueError("set OPENAI_API_KEY to your key, or to any word if the server needs none") from None
     except Exception as error:  # of the HTTP library
         raise ValueError(f"OPENAI_BASE_URL: {error}") from None
 
 
 def explain(error: openai.APIError, client: OpenAI) -> str:
     """The server's problem and a remedy, in one line without the key (if the key has 8 letters or more)."""
-    remedies = {openai.APIConnectionError: "; does OPENAI_BASE_URL name a server that runs?",
-                openai.AuthenticationError: "; is OPENAI_API_KEY right for this server?",
-                openai.PermissionDeniedError: "; is OPENAI_API_KEY right for this server?",
-                openai.NotFoundError: "; does this server have that model?"}
-    remedy = next((remedy for kind, remedy in remedies.items() if isinstance(error, kind)), "")
-    cause = f" ({error.__cause__})" if error.__cause__ else ""
-    message, key = f"{error.message[:300]}{cause}", client.api_key.strip()
+    remedy = ""
+    if isinstance(error, openai.APIConnectionError):
+        remedy = f" ({error.__cause__}); does OPENAI_BASE_URL name a server that runs?"
+    elif isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
+        remedy = "; is OPENAI_API_KEY right for this server?"
+    message, key = error.message[:300] + remedy, client.api_key.strip()
     if len(key) >= 8:  # a shorter one is no secret, and may be part of any word
         message = message.replace(key, "***")
-    return f"{client.base_url} says: {message}{remedy}"
+    return f"{client.base_url} says: {message}"

@@ -1,7 +1,7 @@
 """Fine-tune a language model on hand-written triplets (section 3.1.1 of the paper, which wrote 700).
 
-The original tuned a completion model on input + "\\n##\\n" -> edit + "\\n%%\\n" + output + "\\nEND". In a
-chat, roles mark where a text begins and ends, so only the mark in the middle is left.
+The original tuned a completion model, with marks around each text. In a chat, only the mark between
+instruction and edited caption is needed.
 """
 
 import json
@@ -22,12 +22,9 @@ def prepare(human: Path, out: Path) -> int:
     """
     chats = []
     for number, row in read_rows(human, ".jsonl"):
-        try:
-            before = row.get("input", row.get("caption"))
-            texts = [tidy(text) for text in (before, row["edit"], row["output"])]
-        except (LookupError, AttributeError):
-            texts = [""]
-        if "" in texts:
+        found = (row.get("input", row.get("caption")), row.get("edit"), row.get("output"))
+        texts = [tidy(text) for text in found if isinstance(text, str) and text.strip()]
+        if len(texts) < 3:
             raise ValueError(f"{human}, line {number} is not {{input, edit, output}}, three texts")
         chats.append({"messages": [{"role": "user", "content": texts[0]},
                                    {"role": "assistant", "content": DELIMITER.join(texts[1:])}]})

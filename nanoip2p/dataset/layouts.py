@@ -1,15 +1,12 @@
-"""Training pairs on disk, in the layouts people have, and the transform of one picture.
+"""Training pairs on disk, and the transform of one picture. `read_data` reads these layouts:
 
-`read_data` finds, in a folder or as the file itself:
-
-    seeds.json        the original's layout: 0000000/prompt.json, 0000000/<seed>_0.jpg, 0000000/<seed>_1.jpg
+    seeds.json        the original's: 0000000/prompt.json, 0000000/<seed>_0.jpg, 0000000/<seed>_1.jpg
     pairs.jsonl       {"input": path, "edit": text, "output": path}, paths relative to its folder; optionally
                       with captions of both pictures, "input_caption" and "output_caption"
     *.parquet         also in data/, with the columns of one of three datasets on the Hub, see COLUMNS
     edit_turns.json   MagicBrush: with images/<id>/ beside it, also in train/, dev/ and test/
 """
 
-import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -74,46 +71,55 @@ def read_data(source: str | Path, split: str = "train", skip_bad: bool = False) 
 
     A dataset with separate files for dev or test keeps its splits; any other is cut contiguously. Raises
     ValueError for an unknown layout, a broken list, a missing text, column or picture, and an empty train
-    split. skip_bad: leaves pairs without their pictures out, with a warning that counts them.
+    split. skip_bad: leaves out pairs without their pictures, with a warning that counts them.
     """
     source = Path(source)
-    if not source.exists():
-        raise ValueError(f"there is no {source} to read training pairs from")
-    items = _with_pictures(_read(source, split), skip_bad)
+    items = _read(source, split)
+    problems = {picture: f"there is no picture {picture}" for picture in _pictures(items)
+                if isinstance(picture, Path) and not picture.is_file()}
+    if problems:
+        first, sound = next(iter(problems.values())), _without(items, problems)
+        count = sum(map(len, items)) - sum(map(len, sound))
+        if not skip_bad:
+            raise ValueError(f"{first} (pairs that lack one: {count}); --skip-bad leaves them out")
+        warnings.warn(f"pairs left out: {count}; for the first {first}", stacklevel=2)
+        items = sound
     if not items and split == "train":
         raise ValueError(f"{source} has no pairs in its train split (the first 90%, if it comes unsplit)")
     return items
 
 
+def _pictures(items: list[Item]) -> dict[Picture, None]:
+    """Every picture once, in order."""
+    return dict.fromkeys(picture for item in items for pair in item for picture in (pair.after, pair.before))
+
+
+def _without(items: list[Item], problems: dict[Picture, str]) -> list[Item]:
+    """The items without the pairs that have a picture among `problems`."""
+    kept = (tuple(pair for pair in item if not {pair.before, pair.after} & problems.keys()) for item in items)
+    return [item for item in kept if item]
+
+
 def _read(source: Path, split: str) -> list[Item]:
+    if not source.exists():
+        raise ValueError(f"there is no {source} to read training pairs from")
     if (source / "seeds.json").exists():
-        return _original(source, SPLITS[split])
-    for path in (source, source / "pairs.jsonl"):
-        if path.suffix == ".jsonl" and path.exists():
-            return _jsonl(path, SPLITS[split])
-    for reader, *patterns in ((_parquet, "*.parquet", "data/*.parquet"),
+        return _original(source / "seeds.json", split)
+    single = {".jsonl": _jsonl, ".parquet": _parquet}.get(source.suffix)
+    for reader, *patterns in ((_jsonl, "pairs.jsonl"), (_parquet, "*.parquet", "data/*.parquet"),
                               (_magicbrush, "edit_turns.json", "*/edit_turns.json")):
-        files = [source] if reader is _parquet and source.suffix == ".parquet" else sorted(
+        files = [source] if reader is single else sorted(
             file for pattern in patterns for file in source.glob(pattern))
+        own = [OWN_SPLIT.search(file.relative_to(source).as_posix()) for file in files]
+        if any(own):
+            names = ["train" if not name else "validation" if name[1] else "test" for name in own]
+            files = [file for file, name in zip(files, names) if name == split]
+            return [item for file in files for item in reader(file)]
         if files:
-            files, share = _own_split(source, files, split)
-            return _cut([item for file in files for item in reader(file)], share)
+            return _cut([item for file in files for item in reader(file)], split)
     raise ValueError(f"{source} is no training data: that is a .jsonl or .parquet file, or a folder with "
                      "seeds.json, pairs.jsonl, *.parquet (also in data/) or edit_turns.json (also in train/ "
                      f"and dev/); {remedy(source)}")
-
-
-def _own_split(root: Path, files: list[Path], split: str) -> tuple[list[Path], tuple[float, float]]:
-    """The files that hold the split, and the split's share of their pairs."""
-    names = [OWN_SPLIT.search(file.relative_to(root).as_posix()) for file in files]
-    if not any(names):
-        return files, SPLITS[split]
-    splits = ["train" if not name else "validation" if name[1] else "test" for name in names]
-    return [file for file, own in zip(files, splits) if own == split], (0.0, 1.0)
-
-
-def _cut(rows: list, share: tuple[float, float]) -> list:
-    return rows[int(share[0] * len(rows)) : int(share[1] * len(rows))]
 
 
 def _texts(row, keys: tuple[str, ...], where: str) -> list[str]:
@@ -129,13 +135,18 @@ def _captions(row, keys: tuple[str, str]) -> tuple[str, str] | None:
     return texts if all(isinstance(text, str) for text in texts) else None
 
 
-def _original(root: Path, share: tuple[float, float]) -> list[Item]:
+def _cut(rows: list, split: str) -> list:
+    begin, end = SPLITS[split]
+    return rows[int(begin * len(rows)) : int(end * len(rows))]
+
+
+def _original(path: Path, split: str) -> list[Item]:
     """As in the original, a prompt without surviving pairs counts in the split, and is skipped after it."""
     items = []
-    for entry in _cut(read_json(root / "seeds.json", kind=list), share):
+    for entry in _cut(read_json(path, kind=list), split):
         if not isinstance(entry, list) or [type(part) for part in entry] != [str, list]:
-            raise ValueError(f'{root / "seeds.json"}: {entry!r} is not ["0000000", ["seed", ...]]')
-        folder, seeds = root / entry[0], entry[1]
+            raise ValueError(f'{path}: {entry!r} is not ["0000000", ["seed", ...]]')
+        folder, seeds = path.parent / entry[0], entry[1]
         if seeds:
             prompt = read_json(folder / "prompt.json")
             edit, = _texts(prompt, ("edit",), str(folder / "prompt.json"))
@@ -145,13 +156,11 @@ def _original(root: Path, share: tuple[float, float]) -> list[Item]:
     return items
 
 
-def _jsonl(path: Path, share: tuple[float, float]) -> list[Item]:
-    items = []
-    for number, row in read_rows(path):
+def _jsonl(path: Path) -> Iterator[Item]:
+    for number, row in read_rows(path, ".jsonl"):
         before, edit, after = _texts(row, ("input", "edit", "output"), f"{path}, line {number}")
         captions = _captions(row, JSONL_CAPTIONS)
-        items.append((Pair(path.parent / before, edit, path.parent / after, captions),))
-    return _cut(items, share)
+        yield (Pair(path.parent / before, edit, path.parent / after, captions),)
 
 
 def _magicbrush(path: Path) -> Iterator[Item]:
@@ -206,20 +215,6 @@ def _content(cell: Cell) -> BytesIO:
     return BytesIO(content.get("bytes") if isinstance(content, dict) else content)  # None: an empty file
 
 
-def _with_pictures(items: list[Item], skip_bad: bool) -> list[Item]:
-    """The items without the pairs that lack a file; such pairs raise ValueError unless skip_bad."""
-    missing = {pair: path for item in items for pair in item for path in (pair.after, pair.before)
-               if isinstance(path, Path) and not os.path.isfile(path)}
-    if not missing:
-        return items
-    first = f"there is no picture {next(iter(missing.values()))}"
-    if not skip_bad:
-        raise ValueError(f"{first} (pairs that lack one: {len(missing)}); --skip-bad leaves them out")
-    warnings.warn(f"pairs left out: {len(missing)}; for the first {first}", stacklevel=3)
-    kept = (tuple(pair for pair in item if pair not in missing) for item in items)
-    return [item for item in kept if item]
-
-
 def load_picture(picture: Picture, resolution: int, flip: bool = False) -> Image.Image:
     """A square RGB picture: the short side resized to `resolution` (LANCZOS), the middle kept.
 
@@ -244,15 +239,14 @@ def stamp(picture: Picture) -> tuple:
 
 
 def broken_pictures(source: str | Path, resolution: int) -> tuple[int, int, list[str]]:
-    """Opens every picture of every split. Returns how many there are, the number of sound pairs, problems."""
+    """Open every picture of every split. Returns the numbers of pictures and of sound pairs, and problems."""
     with warnings.catch_warnings(record=True) as missing:
         items = [item for split in SPLITS for item in read_data(source, split, skip_bad=True)]
-    pairs, broken = [pair for item in items for pair in item], {}
-    pictures = dict.fromkeys(picture for pair in pairs for picture in (pair.before, pair.after))
+    pictures, broken = _pictures(items), {}
     for picture in tqdm(pictures, desc="opening pictures", unit="picture"):
         try:
             load_picture(picture, resolution)
         except ValueError as error:
             broken[picture] = str(error)
-    sound = sum(not {pair.before, pair.after} & broken.keys() for pair in pairs)
-    return len(pictures), sound, [*(str(warning.message) for warning in missing), *broken.values()]
+    problems = [*(str(warning.message) for warning in missing), *broken.values()]
+    return len(pictures), sum(map(len, _without(items, broken))), problems

@@ -1,9 +1,7 @@
-"""What a folder of pairs holds, of pairs.py or the paper's own: a contact sheet and statistics."""
+"""Look at a folder of pairs, of pairs.py or the paper's own: statistics, a contact sheet, heat maps."""
 
 import random
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,117 +18,68 @@ WORDS = dict(zip(SIMILARITIES, ("caption before", "caption after", "direction", 
 BAR = 40  # letters of the longest bar of a histogram
 
 
-@dataclass(frozen=True)
-class Kept:
-    """A pair that was kept: its prompt's folder, the line of its prompt, its row of metadata.jsonl."""
-
-    folder: Path
-    prompt: dict
-    row: dict
-
-    def picture(self, i: int) -> Image.Image:
-        """Before (0) or after (1)."""
-        return open_image(self.folder / f"{self.row['seed']}_{i}.jpg")
+def read_table(path: Path, keys: tuple[str, ...]) -> list[dict]:
+    """The rows of a .jsonl file, none if it is missing. ValueError for a row without numbers at the keys."""
+    rows = [row for _, row in read_rows(path)] if path.exists() else []
+    for row in rows:
+        for key in keys:
+            if not isinstance(row.get(key), int | float):
+                raise ValueError(f"{path}: {key} = {row.get(key)!r} should be a number")
+    return rows
 
 
-def read_table(path: Path) -> list[dict]:
-    """The rows of a .jsonl file; none if there is no such file."""
-    return [row for _, row in read_rows(path)] if path.exists() else []
-
-
-def check_numbers(row: dict, keys: Iterable[str], path: Path) -> None:
-    """ValueError, naming `path`, when there is not a number under each of the keys."""
-    for key in keys:
-        if not isinstance(row.get(key), int | float):
-            raise ValueError(f"{path}: {key} = {row.get(key)!r} should be a number")
-
-
-def read_pairs(root: Path) -> list[Kept]:
-    """Every pair that was kept, by prompt, best first. ValueError for what is missing or broken."""
+def read_pairs(root: Path) -> list[dict]:
+    """Every kept pair, the best of a prompt first: entries of prompt.json, of metadata.jsonl, "folder"."""
     if not root.is_dir() or not prompt_folders(root):
         raise ValueError(f"{root}: there is no such folder, or no finished prompt (0000000, ...) in it")
     pairs = []
     for folder in prompt_folders(root):
-        prompt = read_json(folder / "prompt.json")
-        path = folder / "metadata.jsonl"
-        for row in read_table(path):
-            if "seed" not in row or "edit" not in prompt:
-                raise ValueError(f"{folder}: metadata.jsonl lacks seed, or prompt.json lacks edit")
-            check_numbers(row, ("p2p_threshold", *SIMILARITIES), path)
+        prompt = read_json(folder / "prompt.json") | {"folder": folder}
+        for row in read_table(folder / "metadata.jsonl", ("seed", "p2p_threshold", *SIMILARITIES)):
             if not 0 <= row["p2p_threshold"] <= 1:
-                raise ValueError(f"{path}: p2p_threshold should lie in 0 ... 1")
-            pairs.append(Kept(folder, prompt, row))
+                raise ValueError(f"{folder / 'metadata.jsonl'}: p2p_threshold should lie in 0 ... 1")
+            pairs.append(prompt | row)
     return pairs
 
 
-def statistics(root: Path, pairs: list[Kept]) -> str:
-    """How many survive and how good they are, as text; about others only if pairs.py wrote them."""
+def statistics(root: Path, pairs: list[dict]) -> str:
+    """How many pairs survive and how good they are, as text. Candidates only where pairs.py lists them."""
     folders = prompt_folders(root)
-    survivors = Counter(pair.folder for pair in pairs)
-    by_count = sorted(Counter(survivors[folder] for folder in folders).items())
-    size = sum(path.stat().st_size for folder in folders for path in folder.iterdir())
-    lines = [
-        ("prompts", f"{len(folders)} finished, {len(survivors)} of them with survivors"),
-        ("surviving pairs", f"{len(pairs)}, {len(pairs) / len(folders):.2f} a prompt ("
-                            + ", ".join(f"{many}: {prompts}" for many, prompts in by_count) + " prompts)"),
-        *candidate_lines(root, folders, len(pairs))]
+    with_survivors = len({pair["folder"] for pair in pairs})
+    lines = [("prompts", f"{len(folders)} finished, {with_survivors} of them with survivors"),
+             ("surviving pairs", f"{len(pairs)}, {len(pairs) / len(folders):.2f} a prompt")]
+    job = read_json(root / "job.json", missing={}).get("job")
+    rows = [row for folder in folders for row in read_table(folder / "candidates.jsonl", SIMILARITIES)]
+    if job and rows:
+        thresholds = Thresholds(*(float(job[f"clip_{name}threshold"]) for name in ("img_", "dir_", "")))
+        passed = sum(not thresholds.reasons(row) for row in rows)
+        lines.append(("candidates", f"{len(rows)}, {passed / len(rows):.1%} pass, "
+                                    f"{len(pairs) / len(rows):.1%} survive"))
     if pairs:
-        means = [sum(pair.row[name] for pair in pairs) / len(pairs) for name in SIMILARITIES]
-        lines.append(("mean similarity", ", ".join(
-            f"{word} {mean:.3f}" for word, mean in zip(WORDS.values(), means))))
-        shares = [pair.row["p2p_threshold"] for pair in pairs]
+        means = {word: sum(pair[name] for pair in pairs) / len(pairs) for name, word in WORDS.items()}
+        lines.append(("mean similarity", ", ".join(f"{word} {mean:.3f}" for word, mean in means.items())))
+        shares = [pair["p2p_threshold"] for pair in pairs]
+        counts = Counter(min(int(share * 10), 9) for share in shares)
         lines.append(("p of survivors", f"mean {sum(shares) / len(shares):.3f}"))
-        lines += [("", line) for line in histogram(shares)]
-    lines.append(("on disk", f"{size / 1e6:.1f} MB"))
+        for bin in range(10):
+            bar = "#" * round(BAR * counts[bin] / max(counts.values()))
+            lines.append(("", f"{bin / 10:.1f} ... {(bin + 1) / 10:.1f} {bar:<{BAR}} {counts[bin]}"))
     return "\n".join(f"{name:<17}{text}" for name, text in lines)
 
 
-def candidate_lines(root: Path, folders: list[Path], kept: int) -> list[tuple[str, str]]:
-    """How many candidates passed and what was too small of the others; [] where only survivors are known."""
-    path, keys = root / "job.json", [f"clip_{name}threshold" for name in ("img_", "dir_", "")]
-    job = read_json(path, missing={}).get("job", {})
-    if not isinstance(job, dict):
-        raise ValueError(f"{path}: job = {job!r} should be an object")
-    if not job.keys() >= {*keys}:
-        return []
-    check_numbers(job, keys, path)
-    thresholds, tried, passed, reasons = Thresholds(*map(job.get, keys)), 0, 0, Counter()
-    for folder in tqdm(folders, desc="reading", leave=False):
-        path = folder / "candidates.jsonl"
-        for row in read_table(path):
-            check_numbers(row, SIMILARITIES, path)
-            too_small = thresholds.reasons(row)
-            tried, passed = tried + 1, passed + (not too_small)
-            reasons.update(too_small)
-    if not tried:
-        return []
-    failed = ", ".join(f"{word} {reasons[name] / tried:.1%}" for name, word in WORDS.items())
-    return [("candidates", f"{tried}, {passed / tried:.1%} pass, {kept / tried:.1%} survive"),
-            ("too small", failed)]
-
-
-def histogram(values: list[float]) -> list[str]:
-    """Counts in tenths of [0, 1], as bars."""
-    counts = Counter(min(int(value * 10), 9) for value in values)
-    longest = max(counts.values())
-    return [f"{bin / 10:.1f} ... {(bin + 1) / 10:.1f} {'#' * round(BAR * counts[bin] / longest):<{BAR}} "
-            f"{counts[bin]}" for bin in range(10)]
-
-
-def contact_sheet(pairs: list[Kept], rows: int, seed: int) -> Image.Image:
+def contact_sheet(pairs: list[dict], rows: int, seed: int) -> Image.Image:
     """Rows of before | after twice: on the left the best pairs, one of a prompt, on the right random ones."""
-    first_of_prompt = {pair.folder: pair for pair in reversed(pairs)}.values()
-    best = sorted(first_of_prompt, key=lambda pair: -pair.row["clip_sim_dir"])[:rows]
-    drawn = random.Random(seed).sample(pairs, len(best))
+    first_of_prompt = {pair["folder"]: pair for pair in reversed(pairs)}.values()
+    best = sorted(first_of_prompt, key=lambda pair: -pair["clip_sim_dir"])[:rows]
     pictures, labels = [], []
-    for line in zip(best, drawn):
-        pictures.append([pair.picture(i) for pair in line for i in (0, 1)])
+    for line in zip(best, random.Random(seed).sample(pairs, len(best))):
+        pictures.append([open_image(pair["folder"] / f"{pair['seed']}_{i}.jpg")
+                         for pair in line for i in (0, 1)])
         labels.append([])
         for sort, pair in zip(("best", "random"), line):
-            row, prompt = pair.row, pair.prompt
-            scores = ", ".join(f"{word} {row[name]:.2f}" for name, word in WORDS.items())
-            labels[-1] += [f"{sort}: {prompt.get('input', prompt.get('caption'))}",
-                           f"{prompt['edit']} ({scores}, p {row['p2p_threshold']:.2f})"]
+            scores = ", ".join(f"{word} {pair[name]:.2f}" for name, word in WORDS.items())
+            labels[-1] += [f"{sort}: {pair.get('input', pair.get('caption'))}",
+                           f"{pair.get('edit')} ({scores}, p {pair['p2p_threshold']:.2f})"]
     return grid(pictures, labels)
 
 

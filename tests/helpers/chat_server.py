@@ -121,9 +121,13 @@ class Server(BaseHTTPRequestHandler):
         """Keep quiet."""
 
 
+class ManyClients(ThreadingHTTPServer):
+    request_queue_size = 64  # with 5, the sixth client that connects at once waits for a second
+
+
 @pytest.fixture
 def server(monkeypatch):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    server = ManyClients(("127.0.0.1", 0), Server)
     server.handle_error = lambda *_: None  # clients that were killed
     server.plan, server.asked, server.requests, server.uploads = {}, [], [], []
     server.lock, server.closing, server.before = threading.Lock(), threading.Event(), lambda text: None

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -25,7 +26,7 @@ from nanoip2p.dataset import pairs
 
 FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "fcntl.flock", "shutil.rmtree"}
 SETTINGS = pairs.complete({}, Path("nowhere"), {"steps": 2, "resolution": 32, "sampler": "euler"})
-FEW = SETTINGS | {"n_samples": 5, "batch": 2, "max_out_samples": 2, "clip_dir_threshold": 0.0}
+FEW = replace(SETTINGS, n_samples=5, batch=2, max_out_samples=2, clip_dir_threshold=0.0)
 
 
 class FakePainter:
@@ -70,7 +71,7 @@ def fake_job(out, count=3, log=None, **settings):
                               tokenizer=FakeJudge.tokenizer, schedule="a schedule")
     prompts = [pairs.Prompt(n, f"a {n}", f"b {n}", {"input": f"a {n}", "edit": "e", "output": f"b {n}"})
                for n in range(count)]
-    settings = FEW | settings
+    settings = replace(FEW, **settings)
     with mock.patch.object(pairs, "PairPainter", FakePainter):
         pairs.make_pairs(prompts, Path(out), painter, FakeJudge(), settings, {"weights": "w", "clip": "c"})
 
