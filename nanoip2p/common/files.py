@@ -89,7 +89,7 @@ def read_rows(path: Path, kind: str | None = None,
     """Line number (from 1) and content of every row of a file, without blank lines.
 
     kind: ".jsonl", ".csv" or ".txt" (lines become {"input": line}); by default the file's suffix.
-    ValueError for an unreadable file or a bad line. With `problems`, messages about bad lines go to that list.
+    ValueError for an unreadable file or a bad line; `problems` collects messages about bad lines instead.
     """
     kind = (kind or path.suffix).lower()
     try:
