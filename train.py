@@ -6,8 +6,7 @@
     python train.py --check --data my-pairs                      # opens the data, prints the plan
     python train.py --text-to-image --data scenes ...            # a text-to-image model from captions
 
-Writes to --out: checkpoints/ (to resume), weights/ (the averaged editor, which sample.py opens), log.jsonl,
-loss.png and samples-*.png.
+Writes to --out: checkpoints/, weights/ (the averaged model), log.jsonl, loss.png and samples-*.png.
 """
 
 import sys
@@ -78,14 +77,6 @@ def read_items(config: TrainConfig) -> tuple[list[Item], list[Item]]:
     return tuple([(pair,) for pair in pairs] for pairs in splits)
 
 
-def check_pictures(config: TrainConfig) -> None:
-    """Open every picture and print which are broken. ValueError if some are, unless --skip-bad is given."""
-    pictures, pairs, problems = broken_pictures(config.data, config.resolution)
-    print(f"pictures  {pictures}; sound pairs in all splits: {pairs}", *problems[:20], sep="\n          ")
-    if problems and not config.skip_bad:
-        raise ValueError("pictures are broken or missing, see above; --skip-bad leaves out their pairs")
-
-
 def decide(config: TrainConfig, ranks: Ranks, items: int) -> TrainConfig:
     """The config with `accumulate` and `dtype` decided. ValueError if it does not fit the resumed run."""
     state = runs.newest_checkpoint(config.out)[1] if config.resume else {"batch": PAPER_BATCH}
@@ -114,14 +105,17 @@ def print_plan(config: TrainConfig, items: list[Item], validation: list[Item], r
 
 
 def run(config: TrainConfig) -> None:
-    """Open data and weights, print the plan, fill the cache, train."""
+    """Open data and weights, print the plan, train."""
     if not config.resume and config.out and runs.checkpoints(config.out):
         raise ValueError(f"{config.out} already holds a run; --resume continues it, or choose another --out")
     if config.tensorboard and not find_spec("tensorboard"):
         raise ValueError("--tensorboard needs a package that is missing; pip install tensorboard")
     with started(config.device) as ranks:
         if config.check and config.data != "scenes":
-            check_pictures(config)
+            pictures, pairs, problems = broken_pictures(config.data, config.resolution)
+            print(f"pictures  {pictures}; sound pairs in all splits: {pairs}", *problems[:20], sep="\n  ")
+            if problems and not config.skip_bad:
+                raise ValueError("pictures are broken or missing; --skip-bad leaves out their pairs")
         items, validation = read_items(config)
         config, model, found = decide(config, ranks, len(items)), None, "none"
         if config.weights:
@@ -135,25 +129,19 @@ def run(config: TrainConfig) -> None:
             print_plan(config, items, validation, ranks.count, found)
         if config.check:
             return
-        source = open_source(config, model.to(ranks.device), items + validation, ranks)
-        with runs.occupied(config.out) if ranks.rank == 0 else nullcontext():
-            train(config, model, items, validation, source, ranks)
-
-
-def open_source(config: TrainConfig, model: Model, items: list[Item], ranks: Ranks) -> Pictures | Cache:
-    """The pictures themselves, or the cache, filled by all ranks together."""
-    if not config.cache:
-        return Pictures(config.resolution, model.tokenizer)
-    pairs = [pair for item in items for pair in item]
-    cache = Cache(config.cache, pairs, model, config.resolution, config.flip, config.skip_bad)
-    cache.fill(model, ranks.rank, ranks.count, progress=ranks.rank == 0)
-    ranks.largest(0)  # wait for all ranks
-    return cache.open()
+        train(config, model.to(ranks.device), items, validation, ranks)
 
 
 def train(config: TrainConfig, model: Model, items: list[Item], validation_items: list[Item],
-          source: Pictures | Cache, ranks: Ranks) -> None:
-    """Make the trainer, or load it from the newest checkpoint, and the batches; run the loop."""
+          ranks: Ranks) -> None:
+    """Fill the cache; make the trainer, or load the newest checkpoint; make the batches; run the loop."""
+    source = Pictures(config.resolution, model.tokenizer)
+    if config.cache:
+        pairs = [pair for item in items + validation_items for pair in item]
+        source = Cache(config.cache, pairs, model, config.resolution, config.flip, config.skip_bad)
+        source.fill(model, ranks.rank, ranks.count, progress=ranks.rank == 0)
+        ranks.largest(0)  # wait for all ranks
+        source.open()
     trainer, first, cuda = Trainer(config, model, ranks, len(items)), 0, ranks.device.type == "cuda"
     if config.resume:
         checkpoint, state = runs.newest_checkpoint(config.out)
@@ -174,7 +162,7 @@ def train(config: TrainConfig, model: Model, items: list[Item], validation_items
                   for batch in validation_batches(fixed, VALIDATION_SAMPLES, config.batch_size)]
     chosen = validation_items[:: max(1, len(validation_items) // SHEET_COLUMNS)][:SHEET_COLUMNS]
     columns = columns_of(chosen, config.resolution, config.skip_bad)
-    with cli.stop_between_steps() as stop:
+    with runs.occupied(config.out) if ranks.rank == 0 else nullcontext(), cli.stop_between_steps() as stop:
         loop(trainer, iter(batches), validation, columns, first, stop)
     if ranks.rank == 0 and not runs.plot_log(config.out):
         print(f"the losses are in {config.out / 'log.jsonl'}; pip install matplotlib for loss.png")
@@ -183,7 +171,7 @@ def train(config: TrainConfig, model: Model, items: list[Item], validation_items
 def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], columns: list, first: int,
          stop: Callable[[], bool]) -> None:
     """Take the steps first + 1 ... config.steps: step, validate, log, save, draw samples."""
-    config, ranks, saved, recent = trainer.config, trainer.ranks, first, []
+    config, ranks, recent = trainer.config, trainer.ranks, []
     log = runs.Log(config.out, first, config.tensorboard) if ranks.rank == 0 else None
     bar = tqdm(total=config.steps * trainer.batch, initial=first * trainer.batch, unit=" samples",
                disable=None if log else True)  # None: no bar where the output is no terminal
@@ -194,7 +182,7 @@ def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], colu
             loss = trainer.step(batches, done - 1, stop)
         except (ValueError, KeyboardInterrupt) as error:  # raised before the weights changed
             bar.close()
-            if saved < done - 1 and not isinstance(error, Diverged):
+            if done - 1 > first and not isinstance(error, Diverged):
                 trainer.save(done - 1)
             raise
         recent.append(loss)
@@ -219,7 +207,6 @@ def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], colu
             tqdm.write(f"step {done}: " + ", ".join(f"{name} {number:.4g}" for name, number in row.items()))
         if due(config.save_every):
             trainer.save(done)
-            saved = done
         if columns and log and due(config.sample_every):
             save_png(trainer.sample_sheet(columns), config.out / f"samples-{done:06d}.png", {"step": done})
     bar.close()

@@ -189,7 +189,7 @@ def test_losses_are_drawn_where_matplotlib_is(tmp_path, monkeypatch):
     log = runs.Log(tmp_path, 0)
     log.write({"step": 1, "loss": 1.0, "lr": 0.1})
     log.write({"step": 2, "loss": 0.5, "validation": 0.6, "validation_ema": 0.7})
-    monkeypatch.setitem(sys.modules, "matplotlib", None)        # as if it were not installed
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
     assert runs.plot_log(tmp_path) is False and not (tmp_path / "loss.png").exists()
     monkeypatch.undo()
     from matplotlib.axes import Axes
