@@ -142,13 +142,10 @@ def train(config: TrainConfig, model: Model, items: list[Item], validation_items
         source.fill(model, ranks.rank, ranks.count, progress=ranks.rank == 0)
         ranks.largest(0)  # wait for all ranks
         source.open()
-    trainer, first, cuda = Trainer(config, model, ranks, len(items)), 0, ranks.device.type == "cuda"
-    if config.resume:
-        checkpoint, state = runs.newest_checkpoint(config.out)
-        first = state["step"]
-        if first > config.steps:
-            raise ValueError(f"--steps {config.steps}: {config.out} is at step {first} already")
-        trainer.load(checkpoint, first)
+    trainer, cuda = Trainer(config, model, ranks, len(items)), ranks.device.type == "cuda"
+    first = trainer.load() if config.resume else 0
+    if first > config.steps:
+        raise ValueError(f"--steps {config.steps}: {config.out} is at step {first} already")
     side, timesteps = config.resolution // model.vae.downsampling, model.schedule.num_train_timesteps
     shape = (model.unet.config.out_channels, side, side)
     samples = Samples(items, source, config.seed, config.flip, shape, timesteps, config.skip_bad)
@@ -165,7 +162,7 @@ def train(config: TrainConfig, model: Model, items: list[Item], validation_items
     with runs.occupied(config.out) if ranks.rank == 0 else nullcontext(), cli.stop_between_steps() as stop:
         loop(trainer, iter(batches), validation, columns, first, stop)
     if ranks.rank == 0 and not runs.plot_log(config.out):
-        print(f"the losses are in {config.out / 'log.jsonl'}; pip install matplotlib for loss.png")
+        print("pip install matplotlib for loss.png")
 
 
 def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], columns: list, first: int,
@@ -214,9 +211,7 @@ def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], colu
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code, see cli.run."""
-    return cli.run(lambda: run(parse(argv)),
-                   "stopped; go on with --resume and the --out folder, or, before the first checkpoint, with "
-                   "the same command",
+    return cli.run(lambda: run(parse(argv)), "stopped; go on with --resume and the --out folder",
                    "try a smaller --batch-size with more --accumulate, --recompute, or --ema-device cpu")
 
 

@@ -15,8 +15,7 @@ from pathlib import Path
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which replaces `path` when the block succeeds.
 
-    If the block fails or is interrupted, `path` stays as it was. Makes missing folders. ValueError if `path`
-    is a folder or a device.
+    Makes missing folders. ValueError if `path` is a folder or a device.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -71,7 +70,7 @@ def remedy(folder: Path) -> str:
     if not folder.is_dir():
         return f"there is no folder {folder}"
     found = sorted(entry.name for entry in folder.iterdir())
-    return f"{folder} holds {', '.join(found[:6]) or 'nothing'}{' …' if len(found) > 6 else ''}"
+    return f"{folder} holds {', '.join(found[:6]) or 'nothing'}"
 
 
 def tidy(text: str) -> str:
@@ -104,8 +103,7 @@ def read_rows(path: Path, kind: str | None = None,
     yield from _parse(content, path, kind == ".jsonl", problems)
 
 
-def _parse(content: bytes, path: Path, is_json: bool,
-           problems: list[str] | None) -> Iterator[tuple[int, dict]]:
+def _parse(content: bytes, path: Path, is_json: bool, problems: list | None) -> Iterator[tuple[int, dict]]:
     for number, line in enumerate(content.splitlines(), start=1):
         try:
             text = line.decode("utf-8-sig")
@@ -124,27 +122,19 @@ def _parse(content: bytes, path: Path, is_json: bool,
 def read_jsonl(path: Path) -> list[dict]:
     """The rows that `append` wrote to a file, without an incomplete last line; [] if there is no file."""
     content = path.read_bytes() if path.exists() else b""
-    return [row for _, row in _parse(content[: _complete(content)], path, True, None)]
+    return [row for _, row in _parse(_complete(content), path, True, None)]
 
 
 def mend_last_line(path: Path) -> None:
-    """Prepare a file for `append` after a kill: delete an incomplete last line, or add its line break."""
-    content = path.read_bytes() if path.exists() else b""
-    if _complete(content) < len(content):
-        os.truncate(path, _complete(content))
-    elif content and not content.endswith(b"\n"):
-        with path.open("ab") as file:
-            file.write(b"\n")
+    """Delete an incomplete last line, as a kill leaves it, so that `append` can go on."""
+    if path.exists():
+        os.truncate(path, len(_complete(path.read_bytes())))
 
 
-def _complete(content: bytes) -> int:
-    """Bytes before an incomplete last line: the beginning of a JSON object, without a line break."""
-    last = content[content.rfind(b"\n") + 1 :]
-    try:
-        json.loads(last or "0")
-    except (ValueError, RecursionError):
-        return len(content) - len(last) if b'{"'.startswith(last[:2]) else len(content)
-    return len(content)
+def _complete(content: bytes) -> bytes:
+    # Without a last line that begins as a JSON object and has no line break
+    end = content.rfind(b"\n") + 1
+    return content[:end] if b'{"'.startswith(content[end : end + 2]) else content
 
 
 def append(path: Path, row: dict) -> None:
@@ -156,8 +146,8 @@ def append(path: Path, row: dict) -> None:
 def claim_folder(folder: Path, marker: str, job: dict, flag: str, notes: dict | None = None) -> None:
     """Reserve a folder for one job: write `job` as JSON to folder/marker, or compare it with what is there.
 
-    flag: the option that names the folder, for messages. notes: entries for people, not compared. Several
-    processes of one job may call this at once. ValueError if the folder holds another job or other files.
+    flag: the option that names the folder. notes: entries for people, not compared. Several processes of one
+    job may call this at once. ValueError if the folder holds another job or other files.
     """
     path, job = folder / marker, json.loads(json.dumps(job))  # tuples become lists, as in the file
     foreign = sorted(entry.name for entry in folder.glob("[!.]*"))

@@ -111,14 +111,11 @@ class Cache:
         return self
 
     def get(self, pair: Pair, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Moments before and after (2C, h, w), and text states (77, D): float32, on the CPU.
-
-        ValueError if a picture is broken.
-        """
+        """Moments before and after (2C, h, w), and text states (77, D): float32, on the CPU."""
         return self.row(pair.before, int(flip)), self.row(pair.after, int(flip)), self.row(pair.edit)
 
     def row(self, item: str | Picture, *within: int) -> Tensor:
-        """The row of a picture or text, or part of it."""
+        """The row of a picture or text, or part of it. ValueError if the picture is broken."""
         shard, row = self.rows[item]
         file = self.files[shard.path] = self.files.get(shard.path) or safe_open(shard.path, "pt")
         content = file.get_slice(shard.tensor)[(row, *within)].float()

@@ -42,12 +42,11 @@ def between(low: float, high: float = math.inf) -> Callable[[str], float]:
 class TrainConfig:
     """Settings of a run. ValueError for settings that do not go together."""
 
-    weights: str | None = flag("model to start from: a diffusers folder, a .safetensors or .ckpt file, or a "
-                               "name on the Hub", group="data and output")
+    weights: str | None = flag("model to train: a folder, file or name on the Hub", group="data and output")
     vae: str | None = flag("use this autoencoder instead of the checkpoint's: a file or folder")
     tokenizer: str | None = flag("for a single file of weights: a folder or a name on the Hub")
     raw_weights: bool = flag("use the raw weights of a file that also holds averaged (EMA) weights", False)
-    data: str | None = flag("pairs: a folder, pairs.jsonl or parquet file; 'scenes' renders pairs")
+    data: str | None = flag("pairs: a folder, a pairs.jsonl or parquet file; 'scenes' renders pairs")
     pairs: int = flag("number of pairs that --data scenes renders", 20_000, type=at_least(1))
     kind_weights: tuple[float, ...] = flag(f"odds of each edit of --data scenes: {', '.join(EDIT_KINDS)}",
                                            (1.0,) * len(EDIT_KINDS), type=between(0), nargs=len(EDIT_KINDS))
@@ -55,15 +54,13 @@ class TrainConfig:
     cache: Path | None = flag("encode all pictures and texts once, into this folder", type=Path)
     skip_bad: bool = flag("leave out pairs with a broken picture", False)
     out: Path | None = flag("folder of this run", type=Path)
-    resume: Path | None = flag("continue the run in this folder; --steps, --lr, --batch-size and the flags "
-                               "under 'running' may change", type=Path)
+    resume: Path | None = flag("continue the run in this folder, with its recipe", type=Path)
     check: bool = flag("only open the data and print the plan", False)
 
     preset: str | None = flag("defaults of several flags", choices=PRESETS, group="recipe")
     steps: int = flag("optimizer steps in all", 10_000, type=at_least(1))
     batch_size: int = flag("samples of a micro-batch on each device", 16, type=at_least(1))
-    accumulate: int | None = flag("micro-batches of each device in a step (default: as many as make "
-                                  f"{PAPER_BATCH} samples)", type=at_least(1))
+    accumulate: int | None = flag("micro-batches of a step (default: for 1024 samples)", type=at_least(1))
     lr: float = flag("learning rate", 1e-4, type=between(0))
     warmup: int = flag("first steps, in which the learning rate rises", 0, type=at_least(0))
     cooldown: float = flag("last share of the steps, in which it falls", 0.0, type=between(0, 1))
@@ -75,8 +72,7 @@ class TrainConfig:
     resolution: int = flag("width and height in pixels", 256, type=at_least(1))
     flip: bool | None = flag("mirror half of the pairs (default: all data but scenes)", action=SWITCH)
     seed: int = flag("seed of all random numbers", 0, type=at_least(0))
-    dtype: str | None = flag("of matrix products; weights stay in fp32 (default: bf16 if it is faster)",
-                             choices=("fp32", "bf16"))
+    dtype: str | None = flag("of matrix products (default: bf16 if faster)", choices=("fp32", "bf16"))
 
     device: str | None = flag("cuda, mps or cpu (default: the first that works)", group="running")
     workers: int | None = flag("processes that load data (default: 4 with CUDA, else 0)", type=at_least(0))
@@ -114,7 +110,7 @@ class TrainConfig:
 
 
 def odd_settings(config: TrainConfig, batch: int, items: int) -> list[str]:
-    """What is odd about a run of `batch` samples a step on `items` items, one sentence each."""
+    """Notes on a run of `batch` samples a step on `items` items, one sentence each."""
     visits, steps = config.steps * batch / items, math.ceil(PAPER_VISITS * items / batch)
     notes = {
         f"{visits:,.0f} visits of each item; the paper's run had {PAPER_VISITS:.0f}, as with --steps {steps}":

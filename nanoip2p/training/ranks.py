@@ -43,10 +43,7 @@ class Ranks:
 
 @contextmanager
 def started(device: str | None) -> Iterator[Ranks]:
-    """Join the other processes, if torchrun started this one, and leave them at the end.
-
-    device: the value of --device. With CUDA, each process of a machine takes its own GPU.
-    """
+    """Join the other processes, if torchrun started this one. With CUDA, each takes its own GPU."""
     count, chosen = int(os.environ.get("WORLD_SIZE", 1)), pick_device(device)
     if count == 1:
         yield Ranks(0, 1, chosen)

@@ -5,7 +5,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -33,10 +32,7 @@ class Trainer:
     """The UNet in training, the average of its weights, Adam, and the frozen encoders."""
 
     def __init__(self, config: TrainConfig, model: Model, ranks: Ranks, items: int):
-        """config: with `accumulate` and `dtype` decided. model: its UNet is trained. items: their number.
-
-        Batches hold latents if config.cache is set, else pictures and token ids.
-        """
+        """config: with `accumulate` and `dtype` decided. items: their number, which checkpoints note."""
         self.config, self.model, self.ranks, self.device = config, model, ranks, ranks.device
         self.items, self.batch = items, config.batch_size * config.accumulate * ranks.count
         with torch.no_grad():
@@ -127,8 +123,8 @@ class Trainer:
 
     def averaged_unet(self) -> UNet:
         """The average as a network on the device."""
-        same = self.config.ema_device == "same"
-        return self.average if same else copy.deepcopy(self.average).to(self.device)
+        on_cpu = self.config.ema_device == "cpu"
+        return copy.deepcopy(self.average).to(self.device) if on_cpu else self.average
 
     @torch.no_grad()
     def validate(self, batches: list[dict]) -> dict[str, float]:
@@ -137,17 +133,19 @@ class Trainer:
         return {name: torch.cat([self.losses(unet, batch) for batch in batches]).double().mean().item()
                 for name, unet in networks.items()}
 
-    def load(self, checkpoint: Path, step: int) -> None:
-        """Continue from a checkpoint of `step` steps."""
+    def load(self) -> int:
+        """Continue from the newest checkpoint of the run; returns its number of steps."""
+        checkpoint, state = runs.newest_checkpoint(self.config.out)
         unet, average, first, second = (read_tensors(checkpoint / f"{name}.safetensors")
                                         for name in runs.FILES)
         self.unet.load_state_dict(unet)
         self.average.load_state_dict(average)
         for name, weight in self.unet.named_parameters():
             self.optimizer.state[weight] = {  # moments in the memory format of the weight
-                "step": torch.tensor(float(step), device=self.device),
+                "step": torch.tensor(float(state["step"]), device=self.device),
                 "exp_avg": torch.empty_like(weight).copy_(first[name]),
                 "exp_avg_sq": torch.empty_like(weight).copy_(second[name])}
+        return state["step"]
 
     def save(self, step: int) -> None:
         """Write the averaged model to <out>/weights, then a checkpoint of `step` steps; rank 0 only."""
