@@ -113,7 +113,7 @@ def _parse(content: bytes, path: Path, is_json: bool, problems: list | None) -> 
                     raise ValueError(f"but a {type(row).__name__}")
                 yield number, row
         except (ValueError, RecursionError) as error:
-            reason = f"line {number} is not {'JSON of one object' if is_json else 'text in UTF-8'} ({error})"
+            reason = f"line {number} is not {'JSON of one object' if is_json else 'UTF-8'} ({error})"
             if problems is None:
                 raise ValueError(f"{path}, {reason}; correct or delete that line") from None
             problems.append(reason)
