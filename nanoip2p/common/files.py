@@ -126,15 +126,21 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def mend_last_line(path: Path) -> None:
-    """Delete an incomplete last line, as a kill leaves it, so that `append` can go on."""
+    """Prepare a file for `append` after a kill: delete an incomplete last line, or add its line break."""
     if path.exists():
-        os.truncate(path, len(_complete(path.read_bytes())))
+        with replacing(path) as temporary:
+            temporary.write_bytes(_complete(path.read_bytes()))
 
 
 def _complete(content: bytes) -> bytes:
-    # Without a last line that begins as a JSON object and has no line break
+    """Without an incomplete last line, which begins as a JSON object, and with a final line break."""
     end = content.rfind(b"\n") + 1
-    return content[:end] if b'{"'.startswith(content[end : end + 2]) else content
+    last = content[end:]
+    try:
+        json.loads(last or b"0")
+        return content + b"\n" if last else content
+    except (ValueError, RecursionError):
+        return content[:end] if b'{"'.startswith(last[:2]) else content
 
 
 def append(path: Path, row: dict) -> None:

@@ -87,7 +87,7 @@ def test_after_a_kill_at_any_byte_whole_rows_stay(tmp_path):
     first = content.index(b"\n")
     for cut in range(len(content) + 1):
         path.write_bytes(content[:cut])
-        whole = rows[: (cut > first) + (cut == len(content))]
+        whole = rows[: (cut >= first) + (cut >= len(content) - 1)]
         assert read_jsonl(path) == whole
         mend_last_line(path)
         assert path.read_bytes() == b"".join(content.splitlines(True)[: len(whole)])
