@@ -6,8 +6,7 @@
     python train.py --check --data my-pairs                      # opens the data, prints the plan
     python train.py --text-to-image --data scenes ...            # a text-to-image model from captions
 
-Writes to --out: checkpoints/ (to resume), weights/ (the averaged editor, which sample.py opens), log.jsonl,
-loss.png and samples-*.png.
+Writes to --out: checkpoints/, weights/ (the averaged model), log.jsonl, loss.png and samples-*.png.
 """
 
 import sys
@@ -15,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib.util import find_spec
 
 from nanoip2p.common import cli
 
@@ -46,62 +46,45 @@ def parse(argv: list[str] | None) -> TrainConfig:
     given = {key: tuple(value) if isinstance(value, list) else value
              for key, value in vars(parser.parse_args(argv)).items()}
     if "resume" in given:
-        run = given["out"] = given["resume"]
-        if "preset" in given:
-            raise ValueError(f"--preset: {run} has its own settings; leave it out")
-        config = TrainConfig.from_json(runs.newest_checkpoint(run, tensors=False)[1]["settings"])
-        for key, value in given.items():
-            if key not in FREE and value != getattr(config, key):
-                raise ValueError(f"--{key.replace('_', '-')} {value}: {run} was begun with "
-                                 f"{getattr(config, key)}; leave it out, or begin another run")
-        return replace(config, **given)
+        begun = TrainConfig.from_json(runs.newest_checkpoint(given["resume"])[1]["settings"])
+        config = replace(begun, **given | {"out": given["resume"]})
+        for key in vars(config).keys() - FREE:
+            if getattr(config, key) != getattr(begun, key):
+                raise ValueError(f"--{key.replace('_', '-')} cannot change: {config.out} was begun with "
+                                 f"{getattr(begun, key)}; leave it out, or begin another run")
+        return config
     config = TrainConfig(**PRESETS.get(given.get("preset"), {}) | given)
     for name in ("data",) if config.check else ("weights", "data", "out"):
         if getattr(config, name) is None:
             raise ValueError(f"--{name} is needed (or --resume RUN)")
-    scenes, flip, cache = config.data == "scenes", config.flip, config.cache
-    if scenes and config.out:
-        cache = cache or config.out / "latents"  # to render a scene takes longer than to train on it
-    return replace(config, cache=cache, flip=not scenes if flip is None else flip)
+    scenes, cache = config.data == "scenes", config.cache
+    if scenes and config.out and not cache:
+        cache = config.out / "latents"  # to render a scene takes longer than to train on it
+    return replace(config, cache=cache, flip=not scenes if config.flip is None else config.flip)
 
 
 def read_items(config: TrainConfig) -> tuple[list[Item], list[Item]]:
     """Training and validation items; data that is too small to be split is used for both."""
-    if config.data == "scenes":
-        if config.text_to_image:
-            splits = captioned_scenes(config.pairs), captioned_scenes(VALIDATION_SAMPLES, "validation")
-        else:
-            splits = (scene_pairs(config.pairs, weights=config.kind_weights),
-                      scene_pairs(VALIDATION_SAMPLES, "validation"))
-        return tuple([(pair,) for pair in pairs] for pairs in splits)
-    items = read_data(config.data, skip_bad=config.skip_bad)
-    validation = read_data(config.data, "validation", skip_bad=config.skip_bad)[:VALIDATION_SAMPLES]
-    return items, validation or items[:VALIDATION_SAMPLES]
-
-
-def check_pictures(config: TrainConfig) -> None:
-    """Open every picture and print which are broken. ValueError if some are, unless --skip-bad is given."""
-    pictures, pairs, problems = broken_pictures(config.data, config.resolution)
-    print(f"pictures  {pictures}; pairs that are sound: {pairs}, with those held out")
-    print("".join(f"          {problem}\n" for problem in problems[:20]), end="")
-    if problems and not config.skip_bad:
-        raise ValueError("pictures are broken or missing, see above; --skip-bad leaves out their pairs")
+    if config.text_to_image:
+        splits = captioned_scenes(config.pairs), captioned_scenes(VALIDATION_SAMPLES, "validation")
+    elif config.data == "scenes":
+        splits = (scene_pairs(config.pairs, weights=config.kind_weights),
+                  scene_pairs(VALIDATION_SAMPLES, "validation"))
+    else:
+        items = read_data(config.data, skip_bad=config.skip_bad)
+        validation = read_data(config.data, "validation", skip_bad=config.skip_bad)[:VALIDATION_SAMPLES]
+        return items, validation or items[:VALIDATION_SAMPLES]
+    return tuple([(pair,) for pair in pairs] for pairs in splits)
 
 
 def decide(config: TrainConfig, ranks: Ranks, items: int) -> TrainConfig:
-    """The config with `accumulate` and `dtype` decided. ValueError if the batch fits neither data nor run."""
-    if config.batch_size > items:
-        raise ValueError(f"--batch-size {config.batch_size} is more than {config.data} has to train on; take "
-                         f"at most {items}")
-    state = runs.newest_checkpoint(config.out, tensors=False)[1] if config.resume else {}
-    if state.get("items", items) != items:
-        raise ValueError(f"{config.data} has {items} items to train on; the run was begun with "
-                         f"{state['items']}")
-    micro, wanted = config.batch_size * ranks.count, state.get("batch", PAPER_BATCH)
-    accumulate = config.accumulate or max(1, wanted // micro)
-    if config.resume and micro * accumulate != wanted:
-        raise ValueError(f"--batch-size {config.batch_size} x --accumulate {accumulate} x {ranks.count} "
-                         f"processes are not the {wanted} samples a step with which {config.out} was begun")
+    """The config with `accumulate` and `dtype` decided. ValueError if it does not fit the resumed run."""
+    state = runs.newest_checkpoint(config.out)[1] if config.resume else {"batch": PAPER_BATCH}
+    micro = config.batch_size * ranks.count
+    accumulate = config.accumulate or max(1, state["batch"] // micro)
+    if config.resume and (items, micro * accumulate) != (state["items"], state["batch"]):
+        raise ValueError(f"{items} items and {micro * accumulate} samples a step: {config.out} was begun "
+                         f"with {state['items']} items and {state['batch']} samples a step")
     return replace(config, accumulate=accumulate, dtype=pick_dtype(config.dtype, ranks.device))
 
 
@@ -109,73 +92,60 @@ def print_plan(config: TrainConfig, items: list[Item], validation: list[Item], r
                found: str) -> None:
     """Print the plan of a run, before it begins. found: what the weights are."""
     batch = config.batch_size * config.accumulate * ranks
-    samples, held_out = config.steps * batch, "none" if validation[0] in items else len(validation)
+    samples, held_out = config.steps * batch, 0 if validation[0] in items else len(validation)
     print(f"weights   {found}\n"
           f"data      {config.data}: {len(items)} items to train on, {sum(map(len, items))} pairs; held out "
           f"for validation: {held_out}\n"
           f"batch     {config.batch_size} x {config.accumulate} accumulated x {ranks} devices = {batch}, "
           f"computed in {config.dtype}\n"
           f"run       {config.steps} steps = {samples} samples = {samples / len(items):,.1f} visits of each "
-          "item\n"
-          f"writes    {config.out or 'into --out'}: weights, log.jsonl, loss.png, samples, and a checkpoint "
-          f"every {config.save_every} steps (the newest {config.keep} stay)")
+          f"item, written to {config.out or '--out'}")
     for note in odd_settings(config, batch, len(items)):
         print(f"note      {note}")
 
 
 def run(config: TrainConfig) -> None:
-    """Open data and weights, print the plan, fill the cache, train."""
+    """Open data and weights, print the plan, train."""
     if not config.resume and config.out and runs.checkpoints(config.out):
         raise ValueError(f"{config.out} already holds a run; --resume continues it, or choose another --out")
-    if config.tensorboard:
-        runs.board_class()
+    if config.tensorboard and not find_spec("tensorboard"):
+        raise ValueError("--tensorboard needs a package that is missing; pip install tensorboard")
     with started(config.device) as ranks:
         if config.check and config.data != "scenes":
-            check_pictures(config)
+            pictures, pairs, problems = broken_pictures(config.data, config.resolution)
+            print(f"pictures  {pictures}; sound pairs in all splits: {pairs}", *problems[:20], sep="\n  ")
+            if problems and not config.skip_bad:
+                raise ValueError("pictures are broken or missing; --skip-bad leaves out their pairs")
         items, validation = read_items(config)
-        config, model, found = decide(config, ranks, len(items)), None, "none: Stable Diffusion 1.5"
+        config, model, found = decide(config, ranks, len(items)), None, "none"
         if config.weights:
             checkpoint = open_checkpoint(config.weights, config.vae, config.tokenizer, config.raw_weights)
             checkpoint = checkpoint if config.text_to_image else widen(checkpoint)
             model = load_model(checkpoint, edits=not config.text_to_image)
             found = f"{config.weights}: {checkpoint.found}"
-        multiple = model.multiple if model else 64
-        if config.resolution % multiple:
-            raise ValueError(f"--resolution {config.resolution}: these weights take multiples of {multiple}")
+        if model and config.resolution % model.multiple:
+            raise ValueError(f"--resolution {config.resolution}: not a multiple of {model.multiple}")
         if ranks.rank == 0:
             print_plan(config, items, validation, ranks.count, found)
         if config.check:
             return
-        source = open_source(config, model, items + validation, ranks)
-        with runs.occupied(config.out) if ranks.rank == 0 else nullcontext():
-            train(config, model, items, validation, source, ranks)
-
-
-def open_source(config: TrainConfig, model: Model, items: list[Item], ranks: Ranks) -> Pictures | Cache:
-    """The pictures themselves, or the cache, filled by all ranks together."""
-    model.vae.to(ranks.device)
-    model.text_encoder.to(ranks.device)
-    if not config.cache:
-        return Pictures(config.resolution, model.tokenizer)
-    pairs = [pair for item in items for pair in item]
-    cache = Cache(config.cache, pairs, model, config.resolution, config.flip, config.skip_bad)
-    cache.fill(model, ranks.rank, ranks.count, progress=ranks.rank == 0)
-    ranks.largest(0)  # wait for all ranks
-    return cache.open()
+        train(config, model.to(ranks.device), items, validation, ranks)
 
 
 def train(config: TrainConfig, model: Model, items: list[Item], validation_items: list[Item],
-          source: Pictures | Cache, ranks: Ranks) -> None:
-    """Make the trainer, or load it from the newest checkpoint, and the batches; run the loop."""
-    trainer, first, cuda = Trainer(config, model, ranks, len(items)), 0, ranks.device.type == "cuda"
-    if config.resume:
-        checkpoint, state = runs.newest_checkpoint(config.out)
-        first = state["step"]
-        if first > config.steps:
-            raise ValueError(f"--steps {config.steps}: {config.out} is at step {first} already")
-        if ranks.largest(first) != first or ranks.largest(-first) != -first:
-            raise ValueError(f"processes found different checkpoints in {config.out}; they have to share it")
-        trainer.load(checkpoint, first)
+          ranks: Ranks) -> None:
+    """Fill the cache; make the trainer, or load the newest checkpoint; make the batches; run the loop."""
+    source = Pictures(config.resolution, model.tokenizer)
+    if config.cache:
+        pairs = [pair for item in items + validation_items for pair in item]
+        source = Cache(config.cache, pairs, model, config.resolution, config.flip, config.skip_bad)
+        source.fill(model, ranks.rank, ranks.count, progress=ranks.rank == 0)
+        ranks.largest(0)  # wait for all ranks
+        source.open()
+    trainer, cuda = Trainer(config, model, ranks, len(items)), ranks.device.type == "cuda"
+    first = trainer.load() if config.resume else 0
+    if first > config.steps:
+        raise ValueError(f"--steps {config.steps}: {config.out} is at step {first} already")
     side, timesteps = config.resolution // model.vae.downsampling, model.schedule.num_train_timesteps
     shape = (model.unet.config.out_channels, side, side)
     samples = Samples(items, source, config.seed, config.flip, shape, timesteps, config.skip_bad)
@@ -189,21 +159,16 @@ def train(config: TrainConfig, model: Model, items: list[Item], validation_items
                   for batch in validation_batches(fixed, VALIDATION_SAMPLES, config.batch_size)]
     chosen = validation_items[:: max(1, len(validation_items) // SHEET_COLUMNS)][:SHEET_COLUMNS]
     columns = columns_of(chosen, config.resolution, config.skip_bad)
-    with cli.stop_between_steps() as stop:
+    with runs.occupied(config.out) if ranks.rank == 0 else nullcontext(), cli.stop_between_steps() as stop:
         loop(trainer, iter(batches), validation, columns, first, stop)
-    if ranks.rank > 0:
-        return
-    if first == config.steps:
-        trainer.export()  # the process may have been killed between its last checkpoint and the export
-        print(f"{config.out} has done all its {first} steps; --steps makes it longer")
-    if not runs.plot_log(config.out):
-        print(f"the losses are in {config.out / 'log.jsonl'}; pip install matplotlib for loss.png")
+    if ranks.rank == 0 and not runs.plot_log(config.out):
+        print("pip install matplotlib for loss.png")
 
 
 def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], columns: list, first: int,
          stop: Callable[[], bool]) -> None:
     """Take the steps first + 1 ... config.steps: step, validate, log, save, draw samples."""
-    config, ranks, saved, recent, smooth = trainer.config, trainer.ranks, first, [], None
+    config, ranks, recent = trainer.config, trainer.ranks, []
     log = runs.Log(config.out, first, config.tensorboard) if ranks.rank == 0 else None
     bar = tqdm(total=config.steps * trainer.batch, initial=first * trainer.batch, unit=" samples",
                disable=None if log else True)  # None: no bar where the output is no terminal
@@ -211,28 +176,27 @@ def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], colu
     for done in range(first + 1, config.steps + 1):
         bar.set_description(f"step {done}/{config.steps}")
         try:
-            loss = trainer.step(batches, done - 1, stop, bar.update)
+            loss = trainer.step(batches, done - 1, stop)
         except (ValueError, KeyboardInterrupt) as error:  # raised before the weights changed
             bar.close()
-            if saved < done - 1 and not isinstance(error, Diverged):
+            if done - 1 > first and not isinstance(error, Diverged):
                 trainer.save(done - 1)
             raise
         recent.append(loss)
-        smooth = loss if smooth is None else 0.95 * smooth + 0.05 * loss
-        bar.set_postfix(loss=f"{smooth:.4f}")
+        bar.update(trainer.batch)
+        bar.set_postfix(loss=f"{loss:.4f}")
 
         def due(every: int, done=done) -> bool:
             return every > 0 and (done % every == 0 or done == config.steps)
 
         memory = {"memory_gb": torch.cuda.max_memory_allocated() / 1e9} if ranks.device.type == "cuda" else {}
         if log and done == first + 1:
-            peak = "".join(f", at most {gb:.1f} GB of GPU memory" for gb in memory.values())
-            tqdm.write(f"the first step took {time.perf_counter() - began:.1f} s{peak}")
-        row = trainer.validate(validation, done) if due(config.validate_every) else {}
+            tqdm.write(f"the first step took {time.perf_counter() - began:.1f} s {memory or ''}")
+        row = trainer.validate(validation) if due(config.validate_every) else {}
         if due(config.log_every):
             pace = (time.perf_counter() - began) / (done - begun_at)
             row |= {"loss": ranks.mean(sum(recent) / len(recent)), "lr": trainer.lr,
-                    "grad_norm": trainer.norm.item(), "samples_per_second": trainer.batch / pace,
+                    "grad_norm": trainer.norm, "samples_per_second": trainer.batch / pace,
                     **memory, "seconds_left": pace * (config.steps - done)}
             recent, began, begun_at = [], time.perf_counter(), done
         if row and log:
@@ -240,7 +204,6 @@ def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], colu
             tqdm.write(f"step {done}: " + ", ".join(f"{name} {number:.4g}" for name, number in row.items()))
         if due(config.save_every):
             trainer.save(done)
-            saved = done
         if columns and log and due(config.sample_every):
             save_png(trainer.sample_sheet(columns), config.out / f"samples-{done:06d}.png", {"step": done})
     bar.close()
@@ -248,9 +211,7 @@ def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], colu
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code, see cli.run."""
-    return cli.run(lambda: run(parse(argv)),
-                   "stopped; go on with --resume and the --out folder, or, before the first checkpoint, with "
-                   "the same command",
+    return cli.run(lambda: run(parse(argv)), "stopped; go on with --resume and the --out folder",
                    "try a smaller --batch-size with more --accumulate, --recompute, or --ema-device cpu")
 
 

@@ -29,10 +29,7 @@ class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescr
 
 
 def make_parser(**settings) -> argparse.ArgumentParser:
-    """An ArgumentParser with --version. It raises a ValueError of one line where argparse prints the usage.
-
-    settings: those of ArgumentParser. For a parser with commands, pass this function as `parser_class`.
-    """
+    """An ArgumentParser with --version, whose errors are a ValueError of one line."""
     parser = argparse.ArgumentParser(allow_abbrev=False, **{"formatter_class": HelpWithDefaults} | settings)
     parser.add_argument("--version", action="version", version=f"nanoip2p {__version__}")
 
@@ -44,15 +41,12 @@ def make_parser(**settings) -> argparse.ArgumentParser:
 
 
 def flag(help: str, default=None, **options):
-    """A dataclass field for add_settings. options: those of add_argument; `group` begins a group of flags."""
+    """A dataclass field for add_settings. options: of add_argument; `group` begins a group of flags."""
     return dataclasses.field(default=default, metadata={"help": help, **options})
 
 
 def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
-    """Add a flag for each field of a dataclass whose fields `flag` made.
-
-    parse_args then returns only the flags that were given; the dataclass has the defaults of the others.
-    """
+    """Add a flag for each field of a dataclass made by `flag`. parse_args returns only the flags given."""
     group = parser
     for field in dataclasses.fields(settings):
         options = dict(field.metadata)
@@ -68,9 +62,9 @@ def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
 def at_least(lowest: int) -> Callable[[str], int]:
     """An argparse type: a whole number from `lowest` up."""
     def number(text: str) -> int:
-        if not text.isascii() or not text.removeprefix("-").isdigit() or not lowest <= int(text) < 2**63:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {lowest} up")
-        return int(text)
+        if lowest <= int(text) < 2**63:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {lowest} up")
     return number
 
 
@@ -87,8 +81,7 @@ def finite(text: str) -> float:
 def run(work: Callable[[], None], interrupted: str, memory: str) -> int:
     """Do the work and return the exit code: 0, 130 after Ctrl-C, or 2 after an error that the user can fix.
 
-    Such an error is printed in one line; all others are raised. interrupted: the line after Ctrl-C. memory:
-    what to try when memory runs out.
+    interrupted: the line printed after Ctrl-C. memory: what to try when memory runs out.
     """
     try:
         with warnings.catch_warnings():
@@ -100,8 +93,6 @@ def run(work: Callable[[], None], interrupted: str, memory: str) -> int:
         return 130
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         message = " ".join(str(error).split())
-        if isinstance(error, OSError) and error.filename:
-            message = f"{error.filename}: {error.strerror}"
         if isinstance(error, MemoryError) or "out of memory" in message or "allocate memory" in message:
             message = f"out of memory; {memory}"
         elif isinstance(error, RuntimeError):
@@ -112,10 +103,7 @@ def run(work: Callable[[], None], interrupted: str, memory: str) -> int:
 
 @contextmanager
 def stop_between_steps() -> Iterator[Callable[[], bool]]:
-    """Yield a function that returns True after Ctrl-C or SIGTERM. The third Ctrl-C stops at once.
-
-    Only between two steps do the weights, the optimizer and the averaged weights belong to one step.
-    """
+    """Yield a function that returns True after Ctrl-C or SIGTERM. The third Ctrl-C stops at once."""
     pressed = []
 
     def press(number: int, _frame) -> None:
@@ -132,7 +120,7 @@ def stop_between_steps() -> Iterator[Callable[[], bool]]:
 
 
 def leave_signals_to_the_parent(_worker: int) -> None:
-    """For processes that load data: Ctrl-C reaches them too, but the parent needs them for its last step."""
+    """For processes that load data: Ctrl-C reaches them too, but the parent needs data for its last step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

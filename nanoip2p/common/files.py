@@ -2,8 +2,10 @@
 
 import csv
 import fcntl
+import io
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +15,15 @@ from pathlib import Path
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which replaces `path` when the block succeeds.
 
-    If the block fails or is interrupted, `path` stays as it was. Makes missing folders. Raises ValueError if
-    `path` is not a plain file (but a folder or /dev/null).
+    Makes missing folders. ValueError if `path` is a folder or a device.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a file that can be replaced; name another output")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path)
+    # In the same folder, because a rename is atomic only within a file system. Hidden from *.png. With the
+    # name of the host: processes on two machines that share a disk can have the same number.
+    temporary = path.with_name(f".{path.name[:60]}.{os.uname().nodename[:20]}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -29,30 +32,20 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise ValueError now, and not after an hour's work, if `replacing(path)` could not write there."""
+    """Raise ValueError before an hour's work if `replacing(path)` could not write there."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _beside(path).touch()
-        _beside(path).unlink()
-        usable = not path.exists() or path.is_file() and os.access(path, os.W_OK)
+        with tempfile.TemporaryFile(dir=path.parent):
+            usable = not path.exists() or path.is_file()
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror}") from None
     if not usable:
         raise ValueError(f"{path} is not a file that can be replaced; name another output")
 
 
-def _beside(path: Path) -> Path:
-    # In the same folder: a rename is atomic only within a file system. Hidden: *.png skips it. With the name
-    # of the host: processes on two machines that share a disk can have the same number.
-    return path.with_name(f".{path.name[:60]}.{os.uname().nodename[:20]}.{os.getpid()}.tmp")
-
-
 def read_json(path: Path, missing: dict | None = None, kind: type = dict) -> dict | list:
-    """The JSON object (or list) in a file, or `missing` if there is no file.
-
-    Raises ValueError for a broken file, another kind of content, and without `missing` for an absent file.
-    """
+    """The JSON object (or list) in a file, or `missing` if there is no file. ValueError for a bad file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -62,8 +55,7 @@ def read_json(path: Path, missing: dict | None = None, kind: type = dict) -> dic
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(content, kind):
-        wanted = "an object" if kind is dict else "a list"
-        raise ValueError(f"{path} holds a JSON {type(content).__name__}, not {wanted}")
+        raise ValueError(f"{path} holds a JSON {type(content).__name__}, not a {kind.__name__}")
     return content
 
 
@@ -78,7 +70,7 @@ def remedy(folder: Path) -> str:
     if not folder.is_dir():
         return f"there is no folder {folder}"
     found = sorted(entry.name for entry in folder.iterdir())
-    return f"{folder} holds {', '.join(found[:6]) or 'nothing'}{' …' if len(found) > 6 else ''}"
+    return f"{folder} holds {', '.join(found[:6]) or 'nothing'}"
 
 
 def tidy(text: str) -> str:
@@ -96,93 +88,77 @@ def read_rows(path: Path, kind: str | None = None,
     """Line number (from 1) and content of every row of a file, without blank lines.
 
     kind: ".jsonl", ".csv" or ".txt" (lines become {"input": line}); by default the file's suffix.
-    Raises ValueError for a file that cannot be read, and for a line that is not a JSON object or not UTF-8.
-    With `problems`, appends the message about a line to that list instead and goes on.
+    ValueError for an unreadable file or a bad line; `problems` collects messages about bad lines instead.
     """
     kind = (kind or path.suffix).lower()
     try:
-        if kind == ".csv":
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                reader = csv.DictReader(file, restkey="", restval="")
-                yield from ((reader.line_num, row) for row in reader)
-            return
         content = path.read_bytes()
+        if kind == ".csv":
+            file = io.StringIO(content.decode("utf-8-sig"), newline="")
+            reader = csv.DictReader(file, restkey="", restval="")
+            yield from ((reader.line_num, row) for row in reader)
+            return
     except (OSError, csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     yield from _parse(content, path, kind == ".jsonl", problems)
 
 
-def _parse(content: bytes, path: Path, is_json: bool,
-           problems: list[str] | None) -> Iterator[tuple[int, dict]]:
+def _parse(content: bytes, path: Path, is_json: bool, problems: list | None) -> Iterator[tuple[int, dict]]:
     for number, line in enumerate(content.splitlines(), start=1):
         try:
             text = line.decode("utf-8-sig")
             if text.strip():
                 row = json.loads(text) if is_json else {"input": text}
                 if not isinstance(row, dict):
-                    raise ValueError(f"holds a JSON {type(row).__name__}, not an object")
+                    raise ValueError(f"but a {type(row).__name__}")
                 yield number, row
         except (ValueError, RecursionError) as error:
-            reason = f"{'is not JSON' if is_json else 'cannot be read'} ({error})"
-            reason = str(error) if type(error) is ValueError else reason
+            reason = f"line {number} is not {'JSON of one object' if is_json else 'UTF-8'} ({error})"
             if problems is None:
-                raise ValueError(f"{path}, line {number} {reason}; correct or delete that line") from None
-            problems.append(f"line {number} {reason}")
+                raise ValueError(f"{path}, {reason}; correct or delete that line") from None
+            problems.append(reason)
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The rows that `append` wrote to a file; none if there is no such file.
-
-    Leaves out a last line that is incomplete because the process was killed. ValueError as read_rows.
-    """
+    """The rows that `append` wrote to a file, without an incomplete last line; [] if there is no file."""
     content = path.read_bytes() if path.exists() else b""
-    return [row for _, row in _parse(content[: _complete(content)], path, True, None)]
+    return [row for _, row in _parse(_complete(content), path, True, None)]
 
 
 def mend_last_line(path: Path) -> None:
     """Prepare a file for `append` after a kill: delete an incomplete last line, or add its line break."""
-    content = path.read_bytes() if path.exists() else b""
-    if _complete(content) < len(content):
-        os.truncate(path, _complete(content))
-    elif content and not content.endswith(b"\n"):
-        with path.open("ab") as file:
-            file.write(b"\n")
+    if path.exists():
+        with replacing(path) as temporary:
+            temporary.write_bytes(_complete(path.read_bytes()))
 
 
-def _complete(content: bytes) -> int:
-    """Bytes before an incomplete last line: the beginning of a JSON object, without a line break."""
-    last = content[content.rfind(b"\n") + 1 :]
+def _complete(content: bytes) -> bytes:
+    """Without an incomplete last line, which begins as a JSON object, and with a final line break."""
+    end = content.rfind(b"\n") + 1
+    last = content[end:]
     try:
-        json.loads(last or "0")
+        json.loads(last or b"0")
+        return content + b"\n" if last else content
     except (ValueError, RecursionError):
-        return len(content) - len(last) if b'{"'.startswith(last[:2]) else len(content)
-    return len(content)
+        return content[:end] if b'{"'.startswith(last[:2]) else content
 
 
 def append(path: Path, row: dict) -> None:
-    """Add a row to a .jsonl file; if the disk is full, the file stays as it was."""
-    size = path.stat().st_size if path.exists() else 0
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    except OSError:
-        if path.exists():
-            os.truncate(path, size)
-        raise
+    """Add a row to a .jsonl file. A kill or a full disk can leave an incomplete last line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def claim_folder(folder: Path, marker: str, job: dict, flag: str, notes: dict | None = None) -> None:
     """Reserve a folder for one job: write `job` as JSON to folder/marker, or compare it with what is there.
 
-    job: settings that decide what the folder will hold. notes: further entries for people, never compared.
-    flag: the option that names the folder, for messages. Several processes of one job may call this at once.
-    Raises ValueError, naming the first setting that differs, if the folder belongs to another job, and if it
-    holds files but no marker.
+    flag: the option that names the folder. notes: entries for people, not compared. Several processes of one
+    job may call this at once. ValueError if the folder holds another job or other files.
     """
     path, job = folder / marker, json.loads(json.dumps(job))  # tuples become lists, as in the file
-    if not path.exists():
-        foreign = sorted(entry.name for entry in folder.glob("[!.]*"))
-        if foreign and not path.exists():  # another process of this job may just have written it
+    foreign = sorted(entry.name for entry in folder.glob("[!.]*"))
+    if not path.exists():  # looked up after the other files, because another process may write it now
+        if foreign:
             raise ValueError(f"{folder} holds {foreign[0]} but no {marker}; choose another {flag}")
         write_json({**(notes or {}), **job}, path)
     if difference := _difference(read_json(path), job):
@@ -192,10 +168,11 @@ def claim_folder(folder: Path, marker: str, job: dict, flag: str, notes: dict | 
 def _difference(there: dict, wanted: dict) -> str | None:
     """The first entry of `wanted` that differs in `there`, in words."""
     for key, value in wanted.items():
-        found = there.get(key) if isinstance(there, dict) else None
-        if isinstance(value, dict) and (difference := _difference(found, value)):
-            return difference
-        if not isinstance(value, dict) and found != value:
+        found = there.get(key)
+        if isinstance(value, dict) and isinstance(found, dict):
+            if difference := _difference(found, value):
+                return difference
+        elif found != value:
             return f"other {key}" if len(str(value)) > 12 else f"{key} = {found}, not {value}"
     return None
 
@@ -204,29 +181,14 @@ def _difference(there: dict, wanted: dict) -> str | None:
 def locked(path: Path, wait: bool = False) -> Iterator[bool]:
     """Try to lock a file, which is made if it is missing; yields whether this process holds the lock.
 
-    wait: until the process that holds the lock releases it. The system releases the lock of a process that
-    dies. Uses lockf, because forked data loaders would inherit flock's lock and hold it longer than their
-    parent lives. Within one process a lock excludes nobody: a second call succeeds, and its end releases it.
+    wait: until the holder releases it; the system does so for a process that dies. lockf, not flock, because
+    forked data loaders would inherit flock's lock. Within one process a lock excludes nobody.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
+        held = True
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            held = True
         except (BlockingIOError, PermissionError):  # either one, depending on the system
             held = False
         yield held
-
-
-# Old names, until their callers are merged
-rows_of = read_jsonl
-
-
-def finished(path: Path, keys: tuple[str, ...]) -> set[str]:
-    """Old: the captions, folded, of a file that an earlier run wrote."""
-    rows = read_jsonl(path)
-    for number, row in enumerate(rows, start=1):
-        if not all(isinstance(row.get(key), str) for key in keys):
-            raise ValueError(f"{path}, line {number} is not {{{', '.join(keys)}}}; name another --out")
-    mend_last_line(path)
-    return {fold(row["input"]) for row in rows}

@@ -2,13 +2,12 @@
 
     cache.json                    the data and the networks that the rows belong to
     texts-00000.safetensors       text states (n, 77, D) float16; the first row is the empty text's
-    pictures-00000.safetensors    moments (n, F, 2C, h, w) float16: mean and log-variance, not scaled, so that
-                                  targets can be sampled. F = 2 with flips: the picture and its mirror image
+    pictures-00000.safetensors    moments (n, F, 2C, h, w) float16: mean and log-variance, not scaled.
+                                  F = 2 with flips: the picture and its mirror image
 Each distinct text and picture has one row, by first appearance. A file is complete or absent.
 """
 
 import hashlib
-import json
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -26,7 +25,7 @@ from nanoip2p.images import to_tensor
 from nanoip2p.pipeline import Model, fingerprint
 
 SHARD = 256  # rows of a file: 8 MB of pictures (256 pixels, flips) or 30 MB of texts
-Shard = namedtuple("Shard", "path tensor shape items")  # name of its tensor, shape of a row, an item per row
+Shard = namedtuple("Shard", "path tensor items")  # the name of its tensor, and an item per row
 
 
 class Cache:
@@ -48,14 +47,11 @@ class Cache:
             "text encoder": fingerprint(text_encoder, begin=repr(words).encode()),
             "dataset": hashlib.sha256(repr((texts, [*map(stamp, pictures)])).encode()).hexdigest()[:16],
             "resolution": resolution, "flips": flips}, "--cache")
-        side = resolution // vae.downsampling
-        kinds = (("texts", "texts", (tokenizer.length, text_encoder.config.hidden_size), texts),
-                 ("pictures", "moments", (1 + flips, 2 * vae.config.latent_channels, side, side), pictures))
-        self.shards = [Shard(folder / f"{name}-{i // SHARD:05d}.safetensors", *about, items[i : i + SHARD])
-                       for name, *about, items in kinds for i in range(0, len(items), SHARD)]
+        kinds = ("texts", "texts", texts), ("pictures", "moments", pictures)
+        self.shards = [Shard(folder / f"{name}-{i // SHARD:05d}.safetensors", tensor, items[i : i + SHARD])
+                       for name, tensor, items in kinds for i in range(0, len(items), SHARD)]
         self.rows = {item: (shard, row) for shard in self.shards for row, item in enumerate(shard.items)}
-        self.folder, self.resolution, self.flips, self.skip_bad = folder, resolution, flips, skip_bad
-        self.broken: dict[Picture, str] = {}  # pictures that cannot be opened, and why
+        self.resolution, self.flips, self.skip_bad = resolution, flips, skip_bad
         self.files = {}  # the mapped file of each shard
 
     def __getstate__(self) -> dict:
@@ -65,10 +61,9 @@ class Cache:
     def fill(self, model: Model, rank: int = 0, ranks: int = 1, progress: bool = True) -> None:
         """Write the missing files among those of this rank (rank, rank + ranks, ...).
 
-        ValueError for a broken picture, and for an encoding beyond float16. With skip_bad, the row of a
-        broken picture is NaN, and the file's metadata says why.
+        ValueError for a broken picture, whose row is NaN with skip_bad, and for an encoding beyond float16.
         """
-        vae, text_encoder, mine = model.vae, model.text_encoder, self.shards[rank::ranks]
+        vae, text_encoder = model.vae, model.text_encoder
         weight, ids_device = vae.quant_conv.weight, next(text_encoder.parameters()).device
 
         def moments(images: Tensor) -> Tensor:
@@ -80,24 +75,19 @@ class Cache:
         steps = {"texts": (lambda text: model.tokenizer([text])[0],
                            lambda ids: text_encoder(ids.to(ids_device)), 64),
                  "moments": (self._image, moments, size)}
-        todo = [shard for shard in mine if not shard.path.exists()]
-        total, rest = (sum(len(shard.items) for shard in shards) for shards in (mine, todo))
-        quiet = not (progress and todo)
-        with (tqdm(total=total, initial=total - rest, desc="encoding", disable=quiet) as bar,
-              ThreadPoolExecutor(8) as pool):
-            for shard in todo:
-                load, encode, size = steps[shard.tensor]
-                loaded, rows = pool.map(load, shard.items), []
+        todo = [shard for shard in self.shards[rank::ranks] if not shard.path.exists()]
+        total, quiet = sum(len(shard.items) for shard in todo), not (progress and todo)
+        with tqdm(total=total, desc="encoding", disable=quiet) as bar, ThreadPoolExecutor(8) as pool:
+            for path, tensor, items in todo:
+                load, encode, size = steps[tensor]
+                loaded, rows = pool.map(load, items), []
                 while batch := list(islice(loaded, size)):
                     rows.append(encode(torch.stack(batch)).half().cpu())
+                    sound = torch.stack([one.isfinite().all() for one in batch])     # (B,)
+                    if not rows[-1][sound].isfinite().all():
+                        raise ValueError(f"{path}: an encoding is NaN or beyond float16; try fp32 weights")
                     bar.update(len(batch))
-                rows, why = torch.cat(rows), {}
-                for i, item in enumerate(shard.items):
-                    if item in self.broken:
-                        why[i] = self.broken[item]
-                    elif not rows[i].isfinite().all():
-                        raise ValueError(f"{item}: its encoding is NaN or beyond float16; try fp32 weights")
-                write_tensors({shard.tensor: rows}, shard.path, metadata={"broken": json.dumps(why)})
+                write_tensors({tensor: torch.cat(rows)}, path)
 
     def _image(self, picture: Picture) -> Tensor:
         try:
@@ -105,39 +95,30 @@ class Cache:
         except ValueError as error:
             if not self.skip_bad:
                 raise ValueError(f"{error}; --skip-bad leaves out its pairs") from None
-            self.broken[picture] = str(error)
             return torch.full((3, self.resolution, self.resolution), torch.nan)
 
     def open(self) -> "Cache":
-        """Map all files. ValueError if one is missing or damaged, or lacks pictures without skip_bad."""
-        for path, tensor, shape, items in self.shards:
+        """Map all files. ValueError if one is missing or damaged."""
+        for path, tensor, items in self.shards:
             if not path.exists():
                 raise ValueError(f"{path} is missing; run again to make it")
             try:
-                file = self.files[path] = safe_open(path, "pt")
-                rows = file.get_slice(tensor)
-                if (rows.get_dtype(), *rows.get_shape()) != ("F16", len(items), *shape):
-                    raise ValueError(f"{rows.get_dtype()} of {rows.get_shape()}")
-                broken = json.loads(file.metadata()["broken"])
-                self.broken |= {items[int(row)]: reason for row, reason in broken.items()}
-            except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
+                self.files[path] = safe_open(path, "pt")
+                if self.files[path].get_slice(tensor).get_shape()[0] != len(items):
+                    raise ValueError("it has other rows")
+            except (SafetensorError, OSError, ValueError) as error:
                 raise ValueError(f"{path} is damaged ({error}); delete that file and run again") from None
-        if self.broken and not self.skip_bad:
-            raise ValueError(f"{self.folder} lacks {len(self.broken)} broken pictures, the first: "
-                             f"{[*self.broken.values()][0]}; --skip-bad leaves out their pairs")
         return self
 
     def get(self, pair: Pair, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Moments before and after (2C, h, w), and text states (77, D): float32, on the CPU.
-
-        ValueError if a picture is broken.
-        """
+        """Moments before and after (2C, h, w), and text states (77, D): float32, on the CPU."""
         return self.row(pair.before, int(flip)), self.row(pair.after, int(flip)), self.row(pair.edit)
 
     def row(self, item: str | Picture, *within: int) -> Tensor:
-        """The row of a picture or text, or part of it."""
-        if item in self.broken:
-            raise ValueError(self.broken[item])
+        """The row of a picture or text, or part of it. ValueError if the picture is broken."""
         shard, row = self.rows[item]
         file = self.files[shard.path] = self.files.get(shard.path) or safe_open(shard.path, "pt")
-        return file.get_slice(shard.tensor)[(row, *within)].float()
+        content = file.get_slice(shard.tensor)[(row, *within)].float()
+        if content.isnan().any():
+            raise ValueError(f"{item} was broken when its latents were made")
+        return content

@@ -1,7 +1,6 @@
 """The settings of a training run. Each is a flag of train.py: its default, help and range are here."""
 
 import argparse
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ PRESETS = {
              "cooldown": 0.4, "snr_gamma": 1.0, "ema_decay": 0.98, "pairs": 4000, "save_every": 200,
              "sample_every": 200, "validate_every": 50, "log_every": 25},
 }
-# Settings that may change when a run is resumed. A change of any other would make it another run
+# Settings that may change when a run is resumed
 FREE = {"steps", "lr", "batch_size", "accumulate", "recompute", "compile", "device", "ema_device", "workers",
         "cache", "skip_bad", "save_every", "keep", "sample_every", "validate_every", "log_every",
         "tensorboard", "out", "resume", "check"}
@@ -43,57 +42,47 @@ def between(low: float, high: float = math.inf) -> Callable[[str], float]:
 class TrainConfig:
     """Settings of a run. ValueError for settings that do not go together."""
 
-    weights: str | None = flag("editor or text-to-image model to start from: a diffusers folder, a "
-                               ".safetensors or .ckpt file, or a name on the Hub", group="data and output")
+    weights: str | None = flag("model to train: a folder, file or name on the Hub", group="data and output")
     vae: str | None = flag("use this autoencoder instead of the checkpoint's: a file or folder")
     tokenizer: str | None = flag("for a single file of weights: a folder or a name on the Hub")
     raw_weights: bool = flag("use the raw weights of a file that also holds averaged (EMA) weights", False)
-    data: str | None = flag("pairs in the original's layout, MagicBrush's, pairs.jsonl or parquet (a file or "
-                            "its folder); 'scenes' renders pairs")
+    data: str | None = flag("pairs: a folder, a pairs.jsonl or parquet file; 'scenes' renders pairs")
     pairs: int = flag("number of pairs that --data scenes renders", 20_000, type=at_least(1))
     kind_weights: tuple[float, ...] = flag(f"odds of each edit of --data scenes: {', '.join(EDIT_KINDS)}",
-                                           (1.0,) * len(EDIT_KINDS), type=between(0), nargs=len(EDIT_KINDS),
-                                           metavar="ODDS")
+                                           (1.0,) * len(EDIT_KINDS), type=between(0), nargs=len(EDIT_KINDS))
     text_to_image: bool = flag("train a text-to-image model on the captions of --data scenes", False)
     cache: Path | None = flag("encode all pictures and texts once, into this folder", type=Path)
     skip_bad: bool = flag("leave out pairs with a broken picture", False)
     out: Path | None = flag("folder of this run", type=Path)
-    resume: Path | None = flag("continue the run in this folder, with its settings; --steps, --lr, "
-                               "--batch-size and the flags under 'running' may change", type=Path)
+    resume: Path | None = flag("continue the run in this folder, with its recipe", type=Path)
     check: bool = flag("only open the data and print the plan", False)
 
     preset: str | None = flag("defaults of several flags", choices=PRESETS, group="recipe")
     steps: int = flag("optimizer steps in all", 10_000, type=at_least(1))
     batch_size: int = flag("samples of a micro-batch on each device", 16, type=at_least(1))
-    accumulate: int | None = flag("micro-batches of each device in a step (default: as many as make "
-                                  f"{PAPER_BATCH} samples)", type=at_least(1))
+    accumulate: int | None = flag("micro-batches of a step (default: for 1024 samples)", type=at_least(1))
     lr: float = flag("learning rate", 1e-4, type=between(0))
     warmup: int = flag("first steps, in which the learning rate rises", 0, type=at_least(0))
     cooldown: float = flag("last share of the steps, in which it falls", 0.0, type=between(0, 1))
-    clip: float = flag("clip the gradient to this norm; 0: off, as in the original and --preset paper", 1.0,
-                       type=between(0))
+    clip: float = flag("clip the gradient to this norm; 0: off, as in the paper", 1.0, type=between(0))
     snr_gamma: float = flag("min-SNR weighting of the loss, often 5; 0: off", 0.0, type=between(0))
-    drop: tuple[float, ...] = flag("shares of samples that lack the text, both, or the image, for guidance",
+    drop: tuple[float, ...] = flag("shares of samples without the text, without both, without the image",
                                    DROP, type=between(0, 1), nargs=3, metavar=("TEXT", "BOTH", "IMAGE"))
     ema_decay: float = flag("largest decay of the averaged weights", 0.9999, type=between(0, 1))
     resolution: int = flag("width and height in pixels", 256, type=at_least(1))
-    flip: bool | None = flag("mirror half of the pairs (default: yes, but not scenes, where left and right "
-                             "have a meaning)", action=SWITCH)
+    flip: bool | None = flag("mirror half of the pairs (default: all data but scenes)", action=SWITCH)
     seed: int = flag("seed of all random numbers", 0, type=at_least(0))
-    dtype: str | None = flag("of matrix products and convolutions; weights stay in fp32 (default: bf16 if "
-                             "the device is faster in it)", choices=("fp32", "bf16"))
+    dtype: str | None = flag("of matrix products (default: bf16 if faster)", choices=("fp32", "bf16"))
 
     device: str | None = flag("cuda, mps or cpu (default: the first that works)", group="running")
     workers: int | None = flag("processes that load data (default: 4 with CUDA, else 0)", type=at_least(0))
     recompute: bool = flag("gradient checkpointing: slower, with less memory", False, action=SWITCH)
     ema_device: str = flag("where the averaged weights are kept", "same", choices=("same", "cpu"))
     compile: bool = flag("torch.compile the network", False, action=SWITCH)
-    log_every: int = flag("steps between two losses in the log", 50, type=at_least(1), metavar="STEPS")
-    validate_every: int = flag("steps between two validations; 0: none", 500, type=at_least(0),
-                              metavar="STEPS")
-    sample_every: int = flag("steps between two sample sheets; 0: none", 1000, type=at_least(0),
-                            metavar="STEPS")
-    save_every: int = flag("steps between two checkpoints", 500, type=at_least(1), metavar="STEPS")
+    log_every: int = flag("steps between two losses in the log", 50, type=at_least(1))
+    validate_every: int = flag("steps between two validations; 0: none", 500, type=at_least(0))
+    sample_every: int = flag("steps between two sample sheets; 0: none", 1000, type=at_least(0))
+    save_every: int = flag("steps between two checkpoints", 500, type=at_least(1))
     keep: int = flag("newest checkpoints to keep", 2, type=at_least(1))
     tensorboard: bool = flag("also write the log to <out>/tensorboard", False, action=SWITCH)
 
@@ -113,29 +102,21 @@ class TrainConfig:
     @classmethod
     def from_json(cls, settings: dict) -> "TrainConfig":
         """The opposite of `to_json`. ValueError for settings of another version, unless they are off."""
-        types = {field.name: field.metadata.get("type") for field in dataclasses.fields(cls)}
-        for key, value in settings.items():
-            if key not in types and value:
-                raise ValueError(f"the run was begun by another version of train.py (setting {key}: {value})")
-        return cls(**{key: tuple(value) if isinstance(value, list) else
-                      Path(value) if types[key] is Path and value is not None else value
-                      for key, value in settings.items() if key in types})
+        known = {key: tuple(value) if isinstance(value, list) else value
+                 for key, value in settings.items() if key in cls.__dataclass_fields__}
+        if unknown := {key: value for key, value in settings.items() if key not in known and value}:
+            raise ValueError(f"the run was begun by another version of train.py, with {unknown}")
+        return cls(**known | {key: Path(known[key]) for key in ("cache", "out") if known.get(key)})
 
 
 def odd_settings(config: TrainConfig, batch: int, items: int) -> list[str]:
-    """What is odd about a run of `batch` samples a step on `items` items, one sentence each."""
-    visits, notes = config.steps * batch / items, []
-    if visits > 10 * PAPER_VISITS:
-        accumulate = config.accumulate if batch <= items else 1
-        steps = math.ceil(PAPER_VISITS * items * config.accumulate / (batch * accumulate))
-        notes.append(f"{visits:,.0f} visits of each item are more than {items} items can teach; the paper's "
-                     f"run had {PAPER_VISITS:.0f}. Try --steps {steps} --accumulate {accumulate}")
-    elif visits < 1:
-        notes.append("the run ends before it has visited each item once")
-    elif batch > items:
-        notes.append(f"a step of {batch} samples visits each of the {items} items more than once")
-    if config.warmup > config.steps:
-        notes.append(f"--warmup {config.warmup} is longer than the run; the learning rate stays below --lr")
-    if config.save_every >= config.steps >= 100:
-        notes.append(f"--save-every {config.save_every}: there is no checkpoint before the end of the run")
-    return notes
+    """Notes on a run of `batch` samples a step on `items` items, one sentence each."""
+    visits, steps = config.steps * batch / items, math.ceil(PAPER_VISITS * items / batch)
+    notes = {
+        f"{visits:,.0f} visits of each item; the paper's run had {PAPER_VISITS:.0f}, as with --steps {steps}":
+            visits > 10 * PAPER_VISITS,
+        "the run ends before it has visited each item once": visits < 1,
+        f"a step of {batch} samples visits each of the {items} items more than once": batch > items,
+        f"--warmup {config.warmup} is longer than the run": config.warmup > config.steps,
+        "there is no checkpoint before the end of the run": config.save_every >= config.steps >= 100}
+    return [note for note, applies in notes.items() if applies]

@@ -28,34 +28,28 @@ class Ranks:
 
     def largest(self, number: int) -> int:
         """The largest `number` of all ranks. Every rank has to call this, which waits for the last one."""
-        return int(self._reduced(torch.tensor(number), dist.ReduceOp.MAX))
+        return int(self._reduced(number, dist.ReduceOp.MAX))
 
     def mean(self, number: float) -> float:
         """The mean `number` of all ranks. Every rank has to call this."""
-        return self._reduced(torch.tensor(number, dtype=torch.float64), dist.ReduceOp.SUM).item() / self.count
+        return self._reduced(number, dist.ReduceOp.SUM) / self.count
 
-    def _reduced(self, number: torch.Tensor, operation) -> torch.Tensor:
+    def _reduced(self, number: float, operation) -> float:
+        reduced = torch.tensor(number, dtype=torch.float64)
         if self.count > 1:
-            dist.all_reduce(number, operation, group=self.group)
-        return number
+            dist.all_reduce(reduced, operation, group=self.group)
+        return reduced.item()
 
 
 @contextmanager
 def started(device: str | None) -> Iterator[Ranks]:
-    """Join the other processes, if torchrun started this one, and leave them at the end.
-
-    device: the value of --device; with CUDA, each process of a machine takes its own GPU. ValueError if there
-    are fewer GPUs than processes.
-    """
+    """Join the other processes, if torchrun started this one. With CUDA, each takes its own GPU."""
     count, chosen = int(os.environ.get("WORLD_SIZE", 1)), pick_device(device)
     if count == 1:
         yield Ranks(0, 1, chosen)
         return
     if chosen.type == "cuda":
-        local, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= cards:
-            raise ValueError(f"{local + 1} processes for {cards} GPUs; torchrun --nproc-per-node {cards}")
-        chosen = torch.device("cuda", local)
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:

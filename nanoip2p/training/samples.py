@@ -26,10 +26,10 @@ def order(seed: int, epoch: int, count: int) -> Tensor:
 
 
 def draw(seed: int, number: int, shape: tuple[int, int, int], timesteps: int) -> dict:
-    """All random numbers of sample `number`, on the CPU.
+    """All random numbers of sample `number`, on the CPU. shape: of the latents (C, h, w).
 
-    shape: of the latents (C, h, w). Returns `posterior` and `noise` (C, h, w), unit normal; `timestep` in
-    [0, timesteps); and `which`, `flip` and `drop`, uniform in [0, 1).
+    Returns `posterior` and `noise`, unit normal of that shape; `timestep` in [0, timesteps); and `which`,
+    `flip` and `drop`, uniform in [0, 1).
     """
     digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -58,8 +58,8 @@ class Pictures:
 class Samples(Dataset):
     """Sample n as a dict: its random numbers, and one pair of the item that it visits.
 
-    source: a Pictures or a Cache. flips: mirror half of the pairs. shape, timesteps: as in `draw`. skip_bad:
-    a sample with a broken picture visits the next item; without skip_bad, it is {"error": why}.
+    source: Pictures or Cache. flips: mirror half of the pairs. shape, timesteps: as in `draw`. skip_bad: a
+    sample with a broken picture visits the next item; without skip_bad, it is {"error": why}.
     """
 
     def __init__(self, items: list[Item], source, seed: int, flips: bool, shape: tuple[int, int, int],
@@ -76,19 +76,17 @@ class Samples(Dataset):
             pair = item[int(float(drawn["which"]) * len(item))]
             try:
                 before, after, text = self.source.get(pair, self.flips and bool(drawn["flip"] < 0.5))
+                return drawn | {"before": before, "after": after, "text": text, "skipped": skipped,
+                                "name": f"{number} ('{pair.edit}' on {pair.before})"}
             except ValueError as error:
                 skipped.append(str(error))
-                continue
-            return drawn | {"before": before, "after": after, "text": text, "skipped": skipped,
-                            "number": number, "pair": f"'{pair.edit}' on {pair.before}"}
         return {"error": f"{skipped[0]} (--skip-bad leaves such pairs out)"}
 
 
 def collate(samples: list[dict]) -> dict:
-    """Samples -> a batch of tensors (B, ...), with `skipped` as one list; or {"error": why}."""
-    for sample in samples:
-        if "error" in sample:
-            return sample
+    """Samples -> a batch of tensors (B, ...), with `skipped` as one list; or the first {"error": why}."""
+    if errors := [sample for sample in samples if "error" in sample]:
+        return errors[0]
     skipped = [reason for sample in samples for reason in sample.pop("skipped")]
     return default_collate(samples) | {"skipped": skipped}
 

@@ -4,8 +4,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from pathlib import Path
+from contextlib import nullcontext, suppress
 
 import torch
 from PIL import Image
@@ -14,11 +13,9 @@ from torch import Tensor, nn
 from nanoip2p.checkpoint.save import save_parts
 from nanoip2p.checkpoint.tensors import DTYPES, read_tensors
 from nanoip2p.dataset.layouts import Item, load_picture
-from nanoip2p.editor import Editor
 from nanoip2p.images import grid
 from nanoip2p.objective import encode, learning_rate, loss_weight, model_input, noise_losses
 from nanoip2p.pipeline import Model, encode_texts
-from nanoip2p.text_to_image import TextToImage
 from nanoip2p.training import run_folder as runs
 from nanoip2p.training.config import TrainConfig
 from nanoip2p.training.ranks import Ranks
@@ -28,25 +25,19 @@ Column = tuple[Image.Image, str, Image.Image]  # of a sample sheet: before, edit
 
 
 class Diverged(ValueError):
-    """A loss or a gradient is not finite. The weights since the last checkpoint may be damaged."""
+    """A loss or a gradient is not finite."""
 
 
 class Trainer:
     """The UNet in training, the average of its weights, Adam, and the frozen encoders."""
 
     def __init__(self, config: TrainConfig, model: Model, ranks: Ranks, items: int):
-        """config: with `accumulate` and `dtype` decided. model: its UNet is trained. items: their number.
-
-        Batches hold latents if config.cache is set, else pictures and token ids.
-        """
+        """config: with `accumulate` and `dtype` decided. items: their number, which checkpoints note."""
         self.config, self.model, self.ranks, self.device = config, model, ranks, ranks.device
         self.items, self.batch = items, config.batch_size * config.accumulate * ranks.count
-        for encoder in (model.vae, model.text_encoder):
-            encoder.requires_grad_(False)
-        [null] = encode_texts(model.text_encoder, model.tokenizer, [""]).values()
-        if config.cache:
-            model.vae.to("cpu")
-            model.text_encoder.to("cpu")
+        with torch.no_grad():
+            [null] = encode_texts(model.text_encoder, model.tokenizer, [""]).values()
+        self.rest_encoders()
         layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         self.unet = model.unet.to(self.device, memory_format=layout).train()
         average = copy.deepcopy(self.unet).requires_grad_(False).eval()
@@ -57,7 +48,12 @@ class Trainer:
             self.unet, gradient_as_bucket_view=True)
         self.forward = torch.compile(self.parallel) if config.compile else self.parallel
         self.alphas, self.null = model.schedule.alphas_cumprod().to(self.device), null.to(self.device)
-        self.skipped, self.lr, self.norm = set(), 0.0, None  # the last two: of the last step
+        self.skipped, self.lr, self.norm = set(), 0.0, 0.0  # the last two: of the last step
+
+    def rest_encoders(self) -> None:
+        """Freeze the encoders, and keep them on the CPU if a cache has their results."""
+        for encoder in (self.model.vae, self.model.text_encoder):
+            encoder.requires_grad_(False).to("cpu" if self.config.cache else self.device)
 
     def losses(self, unet: nn.Module, batch: dict, recompute: bool = False) -> Tensor:
         """Equation 1 for each sample of a batch from `to_device`: (B,)."""
@@ -86,34 +82,29 @@ class Trainer:
             batch = encode(batch, self.model.vae, self.model.text_encoder)
         return batch | {key: batch[key].float() for key in ("before", "after", "text")}
 
-    def step(self, batches: Iterator[dict], step: int, stop: Callable[[], bool] = bool,
-             progress: Callable[[int], object] = bool) -> float:
+    def step(self, batches: Iterator[dict], step: int, stop: Callable[[], bool] = bool) -> float:
         """Take optimizer step number `step` (from 0); returns this rank's mean loss, unweighted.
 
-        stop: asked before each micro-batch. progress: called after each one with its samples on all ranks.
-        With the weights unchanged: ValueError for a broken picture, Diverged for a loss that is not finite,
-        KeyboardInterrupt to stop.
+        stop: asked before each micro-batch. Raises, with the weights unchanged, ValueError for a broken
+        picture, Diverged, or KeyboardInterrupt to stop.
         """
-        config, losses, numbers, pairs = self.config, [], [], []
+        config, losses, names = self.config, [], []
         for micro in range(config.accumulate):
             batch = self.to_device(next(batches), stop())
             exchange = micro == config.accumulate - 1 or self.ranks.count == 1  # else only add up gradients
             with nullcontext() if exchange else self.parallel.no_sync():
-                loss = self.losses(self.forward, batch, config.recompute)
+                loss = self.losses(self.forward, batch, config.recompute)                # (B,)
                 weight = loss_weight(batch["timestep"], self.alphas, config.snr_gamma)
                 ((loss * weight).mean() / config.accumulate).backward()
             losses.append(loss.detach())
-            numbers.append(batch["number"])
-            pairs += batch["pair"]
-            progress(len(loss) * self.ranks.count)
-        losses, numbers = torch.cat(losses).cpu(), torch.cat(numbers).tolist()       # (accumulate * B,)
-        bad = (~losses.isfinite()).nonzero().flatten().tolist()
-        if self.ranks.largest(len(bad)):
-            self.check_gradient(step - 1)
-            names = ", ".join(f"{numbers[i]} ({pairs[i]})" for i in bad[:3]) or "on another process"
-            raise Diverged(f"step {step}: The loss of samples {names} is not finite. Check these pairs, or "
-                           "--resume from the last checkpoint with a smaller --lr.")
-        self.norm = nn.utils.clip_grad_norm_(self.unet.parameters(), config.clip or math.inf).detach()
+            names += batch["name"]
+        losses = torch.cat(losses).cpu()                                                 # (accumulate * B,)
+        self.norm = nn.utils.clip_grad_norm_(self.unet.parameters(), config.clip or math.inf).item()
+        bad = [name for name, loss in zip(names, losses.tolist()) if not math.isfinite(loss)]
+        if self.ranks.largest(bool(bad) or not math.isfinite(self.norm)):
+            found = f"loss of samples {', '.join(bad[:3])}" if bad else "gradient"
+            raise Diverged(f"step {step}: the {found} is not finite. Check the pairs, or --resume from the "
+                           "last checkpoint with a smaller --lr")
         self.lr = learning_rate(step, config.steps, config.lr, config.warmup, config.cooldown)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
@@ -121,12 +112,6 @@ class Trainer:
         self.optimizer.zero_grad()  # frees the gradients' memory for validation
         self.update_average(step + 1)
         return losses.double().mean().item()
-
-    def check_gradient(self, step: int) -> None:
-        """Diverged if the gradient of `step`, the last one taken, was not finite: the weights are damaged."""
-        if self.norm is not None and not self.norm.isfinite():
-            raise Diverged(f"step {step}: the gradient is not finite; --resume from the last checkpoint with "
-                           "a smaller --lr")
 
     @torch.no_grad()
     def update_average(self, n: int) -> None:
@@ -138,58 +123,56 @@ class Trainer:
 
     def averaged_unet(self) -> UNet:
         """The average as a network on the device."""
-        same = self.config.ema_device == "same"
-        return self.average if same else copy.deepcopy(self.average).to(self.device)
+        on_cpu = self.config.ema_device == "cpu"
+        return copy.deepcopy(self.average).to(self.device) if on_cpu else self.average
 
     @torch.no_grad()
-    def validate(self, batches: list[dict], step: int) -> dict[str, float]:
-        """Mean loss after `step` steps over batches of `to_device`, with the raw and the averaged weights."""
-        self.check_gradient(step - 1)
+    def validate(self, batches: list[dict]) -> dict[str, float]:
+        """Mean loss over batches of `to_device`, with the raw and with the averaged weights."""
         networks = {"validation": self.unet, "validation_ema": self.averaged_unet()}
         return {name: torch.cat([self.losses(unet, batch) for batch in batches]).double().mean().item()
                 for name, unet in networks.items()}
 
-    def load(self, checkpoint: Path, step: int) -> None:
-        """Continue from a checkpoint of `step` steps."""
-        unet, average, *moments = (read_tensors(checkpoint / f"{name}.safetensors")
-                                   for name in ("unet", "ema", "exp_avg", "exp_avg_sq"))
+    def load(self) -> int:
+        """Continue from the newest checkpoint of the run; returns its number of steps."""
+        checkpoint, state = runs.newest_checkpoint(self.config.out)
+        unet, average, first, second = (read_tensors(checkpoint / f"{name}.safetensors")
+                                        for name in runs.FILES)
         self.unet.load_state_dict(unet)
         self.average.load_state_dict(average)
-        runs.load_adam_moments(self.optimizer, self.unet, step, dict(zip(("exp_avg", "exp_avg_sq"), moments)))
+        for name, weight in self.unet.named_parameters():
+            self.optimizer.state[weight] = {  # moments in the memory format of the weight
+                "step": torch.tensor(float(state["step"]), device=self.device),
+                "exp_avg": torch.empty_like(weight).copy_(first[name]),
+                "exp_avg_sq": torch.empty_like(weight).copy_(second[name])}
+        return state["step"]
 
     def save(self, step: int) -> None:
-        """Write a checkpoint of `step` steps, and the averaged model to <out>/weights; rank 0 only.
-
-        Diverged, with nothing written, if the last gradient was not finite.
-        """
-        self.check_gradient(step - 1)
-        if self.ranks.rank == 0:
-            files = {"unet": self.unet.state_dict(), "ema": self.average.state_dict(),
-                     **runs.adam_moments(self.optimizer, self.unet)}
-            state = {"batch": self.batch, "items": self.items, "settings": self.config.to_json()}
-            runs.write_checkpoint(self.config.out, step, files, state, self.config.keep)
-            self.export()
-
-    def export(self) -> None:
-        """Write the averaged model to <out>/weights."""
+        """Write the averaged model to <out>/weights, then a checkpoint of `step` steps; rank 0 only."""
+        if self.ranks.rank > 0:
+            return
         model = self.model
         save_parts(self.config.out / "weights", self.average, model.vae, model.text_encoder,
                    model.tokenizer_folder, model.schedule.to_json(), model.defaults)
+        moments = [{name: self.optimizer.state[weight][key] for name, weight in self.unet.named_parameters()}
+                   for key in ("exp_avg", "exp_avg_sq")]
+        files = dict(zip(runs.FILES, (self.unet.state_dict(), self.average.state_dict(), *moments)))
+        state = {"batch": self.batch, "items": self.items, "settings": self.config.to_json()}
+        runs.write_checkpoint(self.config.out, step, files, state, self.config.keep)
 
     def sample_sheet(self, columns: list[Column]) -> Image.Image:
         """Each pair as a column: the input, the picture that the averaged model makes, the target."""
-        model, resolution, home = self.model, self.config.resolution, self.model.vae.quant_conv.weight.device
-        networks = (self.averaged_unet(), model.vae.to(self.device), model.text_encoder.to(self.device),
-                    model.tokenizer, model.schedule, model.defaults)
+        model, resolution = copy.copy(self.model), self.config.resolution  # an Editor or a TextToImage
+        model.unet = self.averaged_unet()
+        model.to(self.device)
         inputs, texts, targets = map(list, zip(*columns))
         if self.config.text_to_image:
-            painted = TextToImage(*networks).generate(texts, seed=0, resolution=resolution)
+            painted = model.generate(texts, seed=0, resolution=resolution)
             rows, labels = [painted, targets], [texts, ["a true picture"] * len(texts)]
         else:
-            edits = Editor(*networks).edit(inputs, texts, seed=0, resolution=resolution)
+            edits = model.edit(inputs, texts, seed=0, resolution=resolution)
             rows, labels = [inputs, edits, targets], [["input"] * len(texts), texts, ["target"] * len(texts)]
-        for encoder in (model.vae, model.text_encoder):
-            encoder.to(home)
+        self.rest_encoders()
         return grid(rows, labels)
 
 
@@ -197,10 +180,7 @@ def columns_of(items: list[Item], resolution: int, skip_bad: bool) -> list[Colum
     """The first pair of each item, for a sample sheet. skip_bad: leaves out broken pictures."""
     columns = []
     for [pair, *_] in items:
-        try:
+        with suppress(ValueError) if skip_bad else nullcontext():
             before, after = (load_picture(picture, resolution) for picture in (pair.before, pair.after))
             columns.append((before, pair.edit, after))
-        except ValueError:
-            if not skip_bad:
-                raise
     return columns

@@ -68,7 +68,7 @@ def make_batch(size: int, count: int) -> dict:
     def sample(number: int) -> dict:
         before, after = torch.rand(2, 3, size, size, generator=generator) * 2 - 1
         return draw(0, number, (4, size // 8, size // 8), 1000) | {
-            "before": before, "after": after, "number": number, "skipped": [], "pair": "",
+            "before": before, "after": after, "skipped": [], "name": "",
             "text": torch.randint(1000, (77,), generator=generator)}
     return collate([sample(number) for number in range(count)])
 

@@ -65,7 +65,7 @@ def test_rows_of_every_kind_of_file(tmp_path):
 
 
 @pytest.mark.parametrize("line, reason", [
-    (b"[1]", "holds a JSON list"), (b'{"a": ', "is not JSON"), (b'{"a": "\xff"}', "is not JSON"),
+    (b"[1]", "is not JSON of one object"), (b'{"a": ', "is not JSON"), (b'{"a": "\xff"}', "is not JSON"),
     (b"[" * 100_000, "is not JSON")], ids=["list", "cut", "latin", "deep"])
 def test_a_broken_line_is_named_or_collected(line, reason, tmp_path):
     path, problems = tmp_path / "a.jsonl", []
@@ -101,7 +101,7 @@ def test_other_broken_files_are_refused_and_left_alone(content, tmp_path):
         read_jsonl(path)
 
 
-def test_a_full_disk_leaves_whole_lines(tmp_path):
+def test_a_full_disk_loses_no_row(tmp_path):
     path = tmp_path / "a.jsonl"
     append(path, {"input": "a"})
     before = path.read_bytes()
@@ -112,6 +112,8 @@ def test_a_full_disk_leaves_whole_lines(tmp_path):
             append(path, {"input": "b" * 100})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert read_jsonl(path) == [{"input": "a"}]
+    mend_last_line(path)
     assert path.read_bytes() == before
 
 

@@ -2,7 +2,6 @@
 
 import json
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -128,20 +127,6 @@ def test_kill_minus_nine_loses_nothing_that_was_written(server, tmp_path):
         twice += [text for text in server.asked[first:] if text in written]
         assert process.returncode == (-signal.SIGKILL if fatal else 0)
     assert by_input(rows_of(out)) == by_input(expected(TEXTS)) and not twice
-
-
-def test_a_full_disk_leaves_whole_lines(tmp_path):
-    path = tmp_path / "x.jsonl"
-    files.append(path, {"input": "a"})
-    before = path.read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 7, hard))
-    try:
-        with pytest.raises(OSError):
-            files.append(path, {"input": "b" * 100})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert path.read_bytes() == before
 
 
 def test_a_full_disk_ends_the_run_and_the_next_one_goes_on(server, ask, monkeypatch):

@@ -23,7 +23,7 @@ def fail(error):
 @pytest.mark.parametrize("error, code, line", [
     (ValueError("no such\nfolder"), 2, "error: no such folder"),
     (OSError(28, "No space left on device"), 2, "error: [Errno 28] No space left on device"),
-    (FileNotFoundError(2, "No such file", "a.txt"), 2, "error: a.txt: No such file"),
+    (FileNotFoundError(2, "No such file", "a.txt"), 2, "error: [Errno 2] No such file: 'a.txt'"),
     (MemoryError(), 2, "error: out of memory; try less"),
     (RuntimeError("CUDA out of memory. Tried to allocate\n2 GiB"), 2, "error: out of memory; try less"),
     (KeyboardInterrupt(), 130, "stopped"),

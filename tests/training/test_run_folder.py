@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from nanoip2p.common.files import read_jsonl
 from nanoip2p.training import run_folder as runs
 
-FILES = ("unet.safetensors", "ema.safetensors")
+FILES = [f"{name}.safetensors" for name in runs.FILES]
 
 
 def write(run, step, keep=2):
-    """A checkpoint of two files whose numbers are all the step."""
-    files = {name.split(".")[0]: {"w": torch.full((5,), float(step))} for name in FILES}
+    """A checkpoint whose numbers are all the step."""
+    files = {name: {"w": torch.full((5,), float(step))} for name in runs.FILES}
     runs.write_checkpoint(run, step, files, {"batch": 4, "settings": {"lr": 1e-3}}, keep)
 
 
@@ -53,7 +53,7 @@ class Crash(BaseException):
     """As a power cut: nothing in nanoip2p may catch it and go on."""
 
 
-OPERATIONS = [(runs, "write_tensors"), (runs, "digest_of"), (runs, "flush"), (os, "fsync"), (os, "replace"),
+OPERATIONS = [(runs, "write_tensors"), (runs, "flush"), (os, "fsync"), (os, "replace"),
               (runs.Path, "write_text"), (runs.Path, "mkdir"), (runs.shutil, "rmtree")]
 
 
@@ -112,26 +112,17 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def flip(path, place=-3):
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1
-    path.write_bytes(content)
-
-
 def text(content):
     return lambda path: path.write_text(content)
 
 
 DAMAGES = {
-    "cut": ("ema.safetensors", cut), "flipped": ("ema.safetensors", flip),
+    "cut": ("ema.safetensors", cut),
     "gone": ("unet.safetensors", os.remove), "empty": ("unet.safetensors", text("")),
     "no state": ("state.json", os.remove),
     "cut state": ("state.json", cut), "empty state": ("state.json", text("")),
     "bytes": ("state.json", lambda path: path.write_bytes(b"\xff\xfe\x00")),
-    "list": ("state.json", text("[]")), "object": ("state.json", text("{}")),
-    "files": ("state.json", text('{"step": 2, "files": 3}')),
-    "no files": ("state.json", text('{"step": 2, "files": {}}')),
-    "other step": ("state.json", lambda path: path.write_text(path.read_text().replace(': 2,', ': 7,'))),
+    "list": ("state.json", text("[]")),
 }
 
 
@@ -142,31 +133,12 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(tmp_path, damag
     name, harm = DAMAGES[damage]
     harm(tmp_path / runs.CHECKPOINTS / "0000002" / name)
     step, [told] = newest(tmp_path)
-    assert step == 1 and "0000002 is damaged" in told and "\n" not in told
+    assert step == 1 and f"0000002/{name}" in told and "going back" in told and "\n" not in told
     harm_all = tmp_path / runs.CHECKPOINTS / "0000001" / "state.json"
     harm_all.unlink()
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="no intact checkpoint") as error:
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="no checkpoint") as error:
         runs.newest_checkpoint(tmp_path)
     assert "\n" not in str(error.value)
-
-
-def test_no_flipped_byte_goes_unnoticed(tmp_path):
-    """Anywhere in state.json, and here and there in the tensors: a sound state, or the checkpoint before."""
-    write(tmp_path, 1)
-    write(tmp_path, 2)
-    folder = tmp_path / runs.CHECKPOINTS / "0000002"
-    sound = json.loads((folder / "state.json").read_text())
-    for name, stride in (("state.json", 1), *((name, 17) for name in FILES)):
-        content = (folder / name).read_bytes()
-        for place in range(0, len(content), stride):
-            flip(folder / name, place)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                found, state = runs.newest_checkpoint(tmp_path)
-            if found == folder:                                 # white space may be another white space
-                assert {key: state[key] for key in sound if key != "seal"}.items() <= sound.items(), place
-            (folder / name).write_bytes(content)
-    assert newest(tmp_path) == (2, [])
 
 
 def test_damaged_checkpoints_do_not_push_out_sound_ones(tmp_path):
@@ -192,7 +164,7 @@ def test_a_folder_without_checkpoints_is_one_line(tmp_path, there):
         (tmp_path / runs.CHECKPOINTS / ".0000003.tmp").mkdir(parents=True)
         (tmp_path / runs.CHECKPOINTS / "notes").mkdir()
     assert runs.checkpoints(tmp_path) == []
-    with pytest.raises(ValueError, match="has no checkpoint; --resume needs the --out") as error:
+    with pytest.raises(ValueError, match="has no checkpoint to resume from") as error:
         runs.newest_checkpoint(tmp_path)
     assert "\n" not in str(error.value)
 
@@ -217,7 +189,7 @@ def test_losses_are_drawn_where_matplotlib_is(tmp_path, monkeypatch):
     log = runs.Log(tmp_path, 0)
     log.write({"step": 1, "loss": 1.0, "lr": 0.1})
     log.write({"step": 2, "loss": 0.5, "validation": 0.6, "validation_ema": 0.7})
-    monkeypatch.setitem(sys.modules, "matplotlib", None)        # as if it were not installed
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
     assert runs.plot_log(tmp_path) is False and not (tmp_path / "loss.png").exists()
     monkeypatch.undo()
     from matplotlib.axes import Axes
@@ -225,8 +197,7 @@ def test_losses_are_drawn_where_matplotlib_is(tmp_path, monkeypatch):
     monkeypatch.setattr(Axes, "plot", lambda self, x, y, **how: drawn.update({how["label"]: (x, y)})
                         or plot(self, x, y, **how))
     assert runs.plot_log(tmp_path) is True
-    assert drawn == {"training": ([1, 2], [1.0, 0.5]), "validation": ([2], [0.6]),
-                     "validation, averaged": ([2], [0.7])}
+    assert drawn == {"loss": ([1, 2], [1.0, 0.5]), "validation": ([2], [0.6]), "validation_ema": ([2], [0.7])}
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "loss.png"]
     shutil.rmtree(tmp_path)
