@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from run_scripts import make_pairs, train_run
 from tqdm import tqdm
+from train_tokenizer import train_tokenizer
 
 from nanoip2p.checkpoint.folder import load_network, save_network
 from nanoip2p.checkpoint.load import load_model
@@ -36,7 +37,7 @@ from nanoip2p.common.device import pick_device
 from nanoip2p.common.files import check_writable, replacing, write_json
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.images import to_tensor
-from nanoip2p.tokenizer import load_tokenizer, train_tokenizer
+from nanoip2p.tokenizer import load_tokenizer
 from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAE, VAEConfig
 from nanoip2p.world.scenes import Scene, Thing, pick, random_scene
