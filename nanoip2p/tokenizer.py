@@ -48,7 +48,7 @@ class Tokenizer:
         ids, room = encoded.ids, self.length - 2
         if len(ids) > room:
             dropped = text[encoded.offsets[room][0] :].strip()
-            warnings.warn(f"{len(ids) - room} of the text's {len(ids)} tokens do not fit, dropped: {dropped!r}",
+            warnings.warn(f"{len(ids) - room} of {len(ids)} tokens do not fit, dropped: {dropped!r}",
                           stacklevel=4)
         row = [self.start, *ids[:room], self.end]
         return row + [self.pad] * (self.length - len(row))

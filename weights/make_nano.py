@@ -212,7 +212,8 @@ def vae_folder(out: Path, device: str, steps: int) -> Path:
         with torch.no_grad():
             x = torch.stack([picture(draw_scene(generator)) for _ in range(SCALE_PICTURES)]).to(device)
             scale = 1 / torch.cat([vae.encode(part)[0] for part in x.split(64)]).std().item()
-        vae.config = replace(vae.config, scaling_factor=round(scale, 5))
+        vae.scaling_factor = round(scale, 5)
+        vae.config = replace(vae.config, scaling_factor=vae.scaling_factor)
         save_network(vae, folder)
     return folder
 
