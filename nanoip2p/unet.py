@@ -34,7 +34,6 @@ from torch.utils.checkpoint import checkpoint
 from nanoip2p.attention import attention
 from nanoip2p.common.config import FIXED, IGNORED, read_config
 
-TRANSFORMER_EPS = 1e-6  # of the GroupNorm before a transformer; the residual blocks use config.norm_eps
 DOWN_TYPES = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # name in config.json -> has attention
 UP_TYPES = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 
@@ -66,9 +65,9 @@ class UNetConfig:
             if not isinstance(getattr(self, key), int) or getattr(self, key) < 1:
                 raise ValueError(f"UNetConfig: {key} = {getattr(self, key)!r} must be one whole number")
         if any(width % self.norm_num_groups for width in widths):
-            raise ValueError(f"UNetConfig: block_out_channels = {widths} must be multiples of norm_num_groups")
+            raise ValueError(f"UNetConfig: block_out_channels = {widths}: not multiples of norm_num_groups")
         if len(self.heads) != levels or any(not h or c % h for c, h in zip(widths, self.heads)):
-            raise ValueError(f"UNetConfig: attention_head_dim = {self.attention_head_dim} must divide {widths}")
+            raise ValueError(f"UNetConfig: attention_head_dim = {self.heads} must divide {widths}")
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -125,7 +124,7 @@ class ResnetBlock(nn.Module):
 
 
 class Projected(NamedTuple):
-    """A text's keys and values in each layer. They are the same in every step: `UNet.project_context`."""
+    """A text's keys and values in each layer, from `UNet.project_context`."""
     layers: dict  # layer that attends to text -> keys and values (R, L, C) each
     rows: Tensor  # (R,): for each row of text, its row of the latents
 
@@ -203,7 +202,7 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, channels: int, heads: int, config: UNetConfig):
         super().__init__()
-        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=TRANSFORMER_EPS)
+        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)  # not config.norm_eps
         self.proj_in = nn.Conv2d(channels, channels, 1)
         block = TransformerBlock(channels, config.cross_attention_dim, heads)
         self.transformer_blocks = nn.ModuleList([block])
@@ -229,8 +228,7 @@ class Resample(nn.Module):
 class Level(nn.Module):
     """The blocks at one resolution: a row of the table above.
 
-    c_ins: input channels of each residual block. The first `transformers` blocks have a transformer after
-    them. resample: "down", "up" or None.
+    c_ins: input channels of each residual block. transformers: how many blocks have one. resample: "down", "up".
     """
 
     def __init__(self, c_ins: list[int], c_out: int, transformers: int, heads: int, resample: str | None,
@@ -303,10 +301,9 @@ class UNet(nn.Module):
         """Latents (B, C_in, h, w), timestep, text (B, L, D) -> predicted noise (B, C_out, h, w).
 
         latents: any h and w. timestep: a number, a tensor (1,) or (B,), not only integers (Karras sigmas), or
-        a value of `project_timesteps`. context: from `project_context` it may have R rows; latents are repeated
-        to R rows at the first attention to text, and the result has R rows. inject: replaces `attend` in every
-        layer. recompute: compute activations again in the backward pass (Chen et al. 1604.06174), which takes
-        a third more time and much less memory.
+        a value of `project_timesteps`. context: one of R rows from `project_context` gives R rows of noise.
+        inject: replaces `attend` in every layer. recompute: compute activations again in the backward pass
+        (Chen et al. 1604.06174), which takes a third more time and much less memory.
         """
         assert isinstance(context, Projected) or len(context) == len(latents), "one text for each row"
         time = timestep if isinstance(timestep, dict) else self.time_embedding(timestep)    # (B, 4 C_0)
@@ -321,8 +318,8 @@ class UNet(nn.Module):
                 x = downsample(x)                                       # (B, C, h/2, w/2)
                 skips.append(x)
 
-        x = self.mid_block.block(0, x, time, context, inject, recompute)
-        x = self.mid_block.block(1, x, time, context, inject, recompute)
+        for i in range(2):
+            x = self.mid_block.block(i, x, time, context, inject, recompute)
 
         for level in self.up_blocks:
             for i in range(len(level.resnets)):

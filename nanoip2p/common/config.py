@@ -34,11 +34,11 @@ IGNORED = {
     "vae": {"sample_size", "force_upcast"},  # a hint for tiling; when to leave half precision
     # Initialisation, names of tokens, and the generation settings that transformers wrote before 2023
     "clip": set(
-        "architectures model_type torch_dtype dtype transformers_version initializer_range initializer_factor "
-        "bos_token_id pad_token_id text_config_dict vision_config_dict id2label label2id return_dict "
-        "chunk_size_feed_forward tie_word_embeddings diversity_penalty encoder_no_repeat_ngram_size "
-        "length_penalty max_length min_length temperature top_k top_p typical_p no_repeat_ngram_size "
-        "num_beam_groups num_beams num_return_sequences repetition_penalty".split()),
+        "architectures model_type torch_dtype dtype transformers_version initializer_range "
+        "initializer_factor bos_token_id pad_token_id text_config_dict vision_config_dict id2label label2id "
+        "return_dict chunk_size_feed_forward tie_word_embeddings diversity_penalty "
+        "encoder_no_repeat_ngram_size length_penalty max_length min_length temperature top_k top_p typical_p "
+        "no_repeat_ngram_size num_beam_groups num_beams num_return_sequences repetition_penalty".split()),
     # Settings of features that are off, and of PNDM, whose file every Stable Diffusion 1.x folder carries
     "scheduler": {"clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "skip_prk_steps",
                   "flow_shift", "time_shift_type"},
