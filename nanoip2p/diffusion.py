@@ -94,8 +94,8 @@ def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
     timesteps = _spaced(schedule, sampler, steps)                               # (n,) falling
     sigmas = np.interp(timesteps, np.arange(n_train), table)                    # (n,)
     if schedule.use_karras_sigmas and sampler in ("euler", "dpmpp_2m"):
-        ends = sigmas[[0, -1]] if sampler == "euler" else table[[-1, 0]]
-        sigmas = _karras(*ends, steps)
+        first, last = (sigmas[[0, -1]] if sampler == "euler" else table[[-1, 0]]) ** (1 / 7.0)
+        sigmas = (first + np.linspace(0, 1, steps) * (last - first)) ** 7.0     # Karras et al., equation 5
         timesteps = np.interp(np.log(sigmas), np.log(table), np.arange(n_train))
         timesteps = timesteps.round() if sampler == "dpmpp_2m" else timesteps
     elif timesteps[0] > n_train - 1 or len(set(timesteps)) < steps:
@@ -127,9 +127,3 @@ def _spaced(schedule: NoiseSchedule, sampler: str, steps: int) -> np.ndarray:
         return (np.arange(points)[::-1][:steps] * (n_train // points) + schedule.steps_offset).astype(float)
     timesteps = np.linspace(0, n_train - 1, points)[::-1][:steps]
     return timesteps.astype(np.float32).astype(float) if sampler.startswith("euler") else timesteps.round()
-
-
-def _karras(sigma_max: float, sigma_min: float, steps: int, rho: float = 7.0) -> np.ndarray:
-    """Noise levels (n,) of Karras et al. 2022, equation 5: evenly spaced in sigma ** (1 / rho)."""
-    ramp = np.linspace(0, 1, steps)
-    return (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho

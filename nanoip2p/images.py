@@ -18,7 +18,7 @@ from nanoip2p.common.files import replacing
 MAX_MEGAPIXELS = 100  # 300 MB as RGB; a larger file is a mistake or a decompression bomb
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 RECIPE_KEY = "nanoip2p"  # of the PNG text chunk that holds the recipe
-LABEL_WIDTH = 192  # pixels: a grid enlarges smaller pictures to this width, so that their labels can be read
+LABEL_WIDTH = 192  # pixels; a grid enlarges smaller pictures, so that their labels can be read
 LABEL_SIZE, LABEL_LETTERS = 14, 200  # pixels; most letters of a label
 GAP = 8  # pixels between the pictures of a grid
 
@@ -43,8 +43,8 @@ def find_images(patterns: list[str]) -> list[str]:
 def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image:
     """Open a picture as people see it: RGB, upright (EXIF), transparency over white, 16 bits scaled to 8.
 
-    content: a stream to read instead of the file; then `path` only names the picture in messages.
-    Raises ValueError, in one line, for a file that is missing, truncated, too large or no picture.
+    content: a stream to read instead of the file. Raises ValueError, in one line, for a file that is missing,
+    truncated, too large or no picture.
     """
     try:
         with warnings.catch_warnings():
@@ -115,10 +115,7 @@ def to_pil(tensor: Tensor) -> Image.Image:
 
 
 def grid(rows: list[list[Image.Image]], labels: list[list[str]]) -> Image.Image:
-    """One picture of rows of pictures with a label below each, wrapped to the width of its column.
-
-    Rows may differ in length and pictures in size. Small pictures are enlarged.
-    """
+    """Rows of pictures, of any sizes, with a label below each; small pictures are enlarged."""
     font, line_height = ImageFont.load_default(LABEL_SIZE), LABEL_SIZE + 4
     rows = [[ImageOps.scale(image, max(1, -(-LABEL_WIDTH // image.width)), Image.Resampling.LANCZOS)
              for image in row] for row in rows]

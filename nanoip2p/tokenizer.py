@@ -1,7 +1,4 @@
-"""CLIP's byte-level BPE tokenizer: texts -> token ids, the same ids as transformers' CLIPTokenizer.
-
-The `tokenizers` library merges the byte pairs; this file holds the settings with which it does so as CLIP.
-"""
+"""CLIP's byte-level BPE tokenizer: texts -> token ids, the same ids as transformers' CLIPTokenizer."""
 
 import warnings
 from pathlib import Path
@@ -26,15 +23,13 @@ class Tokenizer:
     """Callable: texts -> token ids. Made by load_tokenizer."""
 
     def __init__(self, backend: Backend, start: int, end: int, pad: int, length: int):
-        assert length >= 2, f"no room for start and end in {length} tokens"
         self.backend, self.length = backend, length
         self.start, self.end, self.pad = start, end, pad
 
     def __call__(self, texts: list[str]) -> Tensor:
         """Texts -> (B, length) int64: start, tokens, end, padding.
 
-        Cuts a text that is too long before the end token, with a warning that quotes the dropped part.
-        Raises ValueError for a text that is not valid Unicode (bytes of another encoding on a command line).
+        Cuts a text that is too long, with a warning. Raises ValueError for a text that is not valid Unicode.
         """
         assert not isinstance(texts, str), "a list of texts, not one text"
         return torch.tensor([self._row(text) for text in texts], dtype=torch.int64).reshape(-1, self.length)

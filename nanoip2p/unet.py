@@ -88,7 +88,7 @@ def timestep_embedding(timestep: Tensor, width: int, flip_sin_to_cos: bool, freq
 
 
 class TimeEmbedding(nn.Module):
-    """Timesteps (B,), or a number -> (B, 4 C_0). Every residual block has a projection of its own for it."""
+    """Timesteps (B,), or a number -> (B, 4 C_0), which every residual block projects."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -228,7 +228,7 @@ class Resample(nn.Module):
 class Level(nn.Module):
     """The blocks at one resolution: a row of the table above.
 
-    c_ins: input channels of each residual block. transformers: how many blocks have one. resample: "down", "up".
+    c_ins: input channels of each residual block. transformers: how many blocks have one.
     """
 
     def __init__(self, c_ins: list[int], c_out: int, transformers: int, heads: int, resample: str | None,
