@@ -94,7 +94,8 @@ def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
     timesteps = _spaced(schedule, sampler, steps)                               # (n,) falling
     sigmas = np.interp(timesteps, np.arange(n_train), table)                    # (n,)
     if schedule.use_karras_sigmas and sampler in ("euler", "dpmpp_2m"):
-        first, last = (sigmas[[0, -1]] if sampler == "euler" else table[[-1, 0]]) ** (1 / 7.0)
+        ends = sigmas[[0, -1]] if sampler == "euler" else table[[-1, 0]]
+        first, last = (sigma ** (1 / 7.0) for sigma in ends)
         sigmas = (first + np.linspace(0, 1, steps) * (last - first)) ** 7.0     # Karras et al., equation 5
         timesteps = np.interp(np.log(sigmas), np.log(table), np.arange(n_train))
         timesteps = timesteps.round() if sampler == "dpmpp_2m" else timesteps
