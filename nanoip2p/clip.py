@@ -156,6 +156,7 @@ class VisionEmbeddings(nn.Module):
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
         width, patch = config.hidden_size, config.patch_size
+        self.size = (config.image_size, config.image_size)
         self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
         self.patch_embedding = nn.Conv2d(config.num_channels, width, patch, stride=patch, bias=False)
         self.position_embedding = nn.Embedding((config.image_size // patch) ** 2 + 1, width)

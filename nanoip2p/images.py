@@ -131,8 +131,8 @@ def grid(rows: list[list[Image.Image]], labels: list[list[str]]) -> Image.Image:
         for image, lines, width in zip(row, texts, widths):
             canvas.paste(image, (x + (width - image.width) // 2, y))
             for i, line in enumerate(lines):
-                place = (x + width / 2, y + height + i * line_height)
-                draw.text(place, line, fill="black", font=font, anchor="ma")  # centred, below this point
+                left = x + (width - draw.textlength(line, font=font)) / 2
+                draw.text((left, y + height + i * line_height), line, fill="black", font=font)
             x += width + GAP
         y += height + text_height + GAP
     return canvas
