@@ -1,8 +1,7 @@
 """CLIP (Radford et al. 2103.00020): the text encoder of Stable Diffusion, and the judge of edited pictures.
 
-Computes the same as transformers' CLIP classes, under the same names of weights. Published Stable Diffusion
-folders prefix the text encoder's names with `text_model.`; transformers 5 dropped the prefix. We read both
-spellings and write the published one.
+It computes the same as transformers' CLIP classes, with the same weight names. Published names of the text
+encoder begin with `text_model.`, transformers 5 writes none: we read both and write the published names.
 """
 
 from dataclasses import asdict, dataclass
@@ -17,18 +16,21 @@ from nanoip2p.common.config import FIXED, IGNORED, read_config
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
 
 
-def _check(config) -> None:
-    name, width, heads = type(config).__name__, config.hidden_size, config.num_attention_heads
-    if config.hidden_act not in ACTIVATIONS:
-        raise ValueError(f"{name}: hidden_act = {config.hidden_act!r} is not one of {sorted(ACTIVATIONS)}")
-    if width % heads:
-        raise ValueError(f"{name}: hidden_size = {width} is not a multiple of {heads} heads")
+class _Config:
+    """The base of the three configs below; `library` is (class, model_type) in transformers."""
+
+    library = ("", "")
+
+    def to_json(self) -> dict:
+        """The config.json from which transformers builds the same network."""
+        return {"architectures": [self.library[0]], "model_type": self.library[1], **asdict(self)}
 
 
 @dataclass(frozen=True)
-class CLIPTextConfig:
+class CLIPTextConfig(_Config):
     """Shape of the text encoder; the names are those of transformers' config.json, the defaults SD 1.5's."""
 
+    library = ("CLIPTextModel", "clip_text_model")
     vocab_size: int = 49408
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -40,61 +42,38 @@ class CLIPTextConfig:
     layer_norm_eps: float = 1e-5
     eos_token_id: int = 2  # as published, though no tokenizer has this id: see TextTransformer.pool
 
-    __post_init__ = _check
-
-    def to_json(self) -> dict:
-        """The config.json from which transformers builds the same text encoder."""
-        return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **asdict(self)}
-
 
 @dataclass(frozen=True)
-class CLIPVisionConfig:
-    """Shape of the vision encoder; names as in transformers' config.json, defaults those of ViT-L/14."""
+class CLIPVisionConfig(_Config):
+    """Shape of the vision encoder; names and defaults as in transformers, which are those of ViT-B/32."""
 
+    library = ("CLIPVisionModel", "clip_vision_model")
     image_size: int = 224
-    patch_size: int = 14
+    patch_size: int = 32
     num_channels: int = 3
-    hidden_size: int = 1024
-    intermediate_size: int = 4096
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 16
-    projection_dim: int = 768
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    projection_dim: int = 512
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
 
-    __post_init__ = _check
-
-    def to_json(self) -> dict:
-        """The config.json from which transformers builds the same vision encoder."""
-        return {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", **asdict(self)}
-
 
 @dataclass(frozen=True)
-class CLIPConfig:
+class CLIPConfig(_Config):
     """Both encoders and the width of the space they share."""
 
-    text_config: CLIPTextConfig = CLIPTextConfig()
-    vision_config: CLIPVisionConfig = CLIPVisionConfig()
-    projection_dim: int = 768
+    library = ("CLIPModel", "clip")
+    text_config: CLIPTextConfig
+    vision_config: CLIPVisionConfig
+    projection_dim: int = 512
     logit_scale_init_value: float = 2.6592  # log(1 / 0.07)
 
-    def to_json(self) -> dict:
-        """The config.json from which transformers builds the same pair."""
-        nested = {"text_config": self.text_config.to_json(), "vision_config": self.vision_config.to_json()}
-        return {"architectures": ["CLIPModel"], "model_type": "clip", **asdict(self), **nested}
 
-
-# transformers leaves settings out of a config.json that equal its own defaults; these differ from ours
-LIBRARY_DEFAULTS = {
-    CLIPTextConfig: dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8, projection_dim=512,
-                         eos_token_id=49407),
-    CLIPVisionConfig: dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, projection_dim=512,
-                           num_attention_heads=12, patch_size=32),
-    CLIPConfig: dict(projection_dim=512)}
-
-
-def _read(cls: type, config: dict):
-    return read_config(cls, LIBRARY_DEFAULTS[cls] | config, FIXED["clip"], IGNORED["clip"])
+# transformers leaves out of a config.json what equals its own defaults, which are not Stable Diffusion 1.5's
+TEXT_DEFAULTS = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8,
+                 "projection_dim": 512, "eos_token_id": 49407}
 
 
 class Attention(nn.Module):
@@ -130,8 +109,11 @@ class Layer(nn.Module):
 
     def __init__(self, config: CLIPTextConfig | CLIPVisionConfig):
         super().__init__()
-        width = config.hidden_size
-        self.self_attn = Attention(width, config.num_attention_heads)
+        width, heads = config.hidden_size, config.num_attention_heads
+        if width % heads or config.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"CLIP: hidden_size = {width} must be a multiple of {heads} heads, and "
+                             f"hidden_act = {config.hidden_act!r} one of {sorted(ACTIVATIONS)}")
+        self.self_attn = Attention(width, heads)
         self.layer_norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.mlp = MLP(width, config.intermediate_size, config.hidden_act)
         self.layer_norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
@@ -165,9 +147,7 @@ class TextEmbeddings(nn.Module):
         nn.init.normal_(self.position_embedding.weight, std=0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
-        positions = self.position_embedding.weight
-        assert ids.shape[1] <= len(positions), f"{ids.shape[1]} tokens, but only {len(positions)} positions"
-        return self.token_embedding(ids) + positions[: ids.shape[1]]
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
 
 
 class VisionEmbeddings(nn.Module):
@@ -183,7 +163,6 @@ class VisionEmbeddings(nn.Module):
         nn.init.normal_(self.position_embedding.weight, std=0.02)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        assert pixels.shape[2:] == self.size, f"{tuple(pixels.shape[2:])} pixels, not {self.size}"
         patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)            # (B, patches, D)
         x = torch.cat([self.class_embedding.expand(len(pixels), 1, -1), patches], 1)  # (B, 1 + patches, D)
         return x + self.position_embedding.weight
@@ -203,11 +182,8 @@ class TextTransformer(nn.Module):
         return self.final_layer_norm(self.encoder(self.embeddings(ids), causal=True))
 
     def pool(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """The state at the first end-of-text token: hidden (B, T, D), ids (B, T) -> (B, D).
-
-        Configs from before mid-2023 wrongly say eos_token_id 2. For these the end is the largest id of the
-        row, as in OpenAI's code.
-        """
+        """The state at the first end-of-text token: hidden (B, T, D), ids (B, T) -> (B, D)."""
+        # Configs from before mid-2023 wrongly say 2; then the largest id ends a text, as in OpenAI's code
         end = ids.argmax(1) if self.eos_token_id == 2 else (ids == self.eos_token_id).int().argmax(1)
         return hidden[torch.arange(len(ids), device=ids.device), end]
 
@@ -242,7 +218,7 @@ class TextEncoder(nn.Module):
     @classmethod
     def from_config(cls, config: dict) -> "TextEncoder":
         """Build from the content of text_encoder/config.json. ValueError names an unsupported setting."""
-        return cls(_read(CLIPTextConfig, config))
+        return cls(read_config(CLIPTextConfig, TEXT_DEFAULTS | config, FIXED["clip"], IGNORED["clip"]))
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) int64 -> states (B, T, D) after the final layer norm."""
@@ -251,12 +227,8 @@ class TextEncoder(nn.Module):
     @staticmethod
     def published_names(state_dict: dict) -> dict:
         """The same tensors with the prefix `text_model.`, without the position indices of transformers 4."""
-        names = {name: "text_model." + name.removeprefix("text_model.") for name in state_dict}
-        return CLIP.published_names({names[name]: tensor for name, tensor in state_dict.items()})
-
-    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
-        """As torch's; also accepts names without the prefix (see published_names)."""
-        return super().load_state_dict(self.published_names(state_dict), strict, assign)
+        return {"text_model." + name.removeprefix("text_model."): tensor
+                for name, tensor in CLIP.published_names(state_dict).items()}
 
 
 class CLIP(nn.Module):
@@ -274,11 +246,12 @@ class CLIP(nn.Module):
     @classmethod
     def from_config(cls, config: dict) -> "CLIP":
         """Build from the content of a CLIPModel's config.json. ValueError names an unsupported setting."""
-        towers = {}
-        for key, tower in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
+        towers = (("text_config", CLIPTextConfig, TEXT_DEFAULTS), ("vision_config", CLIPVisionConfig, {}))
+        for key, tower, defaults in towers:
             # Files of 2022 also hold `text_config_dict`, which transformers prefers
-            towers[key] = _read(tower, config.get(f"{key}_dict") or config.get(key) or {})
-        return cls(_read(CLIPConfig, config | towers))
+            given = defaults | (config.get(f"{key}_dict") or config.get(key) or {})
+            config = config | {key: read_config(tower, given, FIXED["clip"], IGNORED["clip"])}
+        return cls(read_config(CLIPConfig, config, FIXED["clip"], IGNORED["clip"]))
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) int64 -> unit vectors (B, P)."""

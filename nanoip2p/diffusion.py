@@ -1,8 +1,7 @@
 """The noise schedule: how noise is added for training, and which noise levels a sampler visits.
 
-Training adds noise to clean latents z_0 as z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps (Ho et al. 2020, equation
-4), with a_t = prod_{s<=t} (1 - beta_s). Samplers work on z_t / sqrt(a_t): x = z_0 + sigma eps with
-sigma = sqrt((1 - a_t) / a_t) (Karras et al. 2022). Everything here agrees with the schedulers of diffusers.
+Training adds noise to clean latents z_0 by `add_noise`, with a_t = prod_{s<=t} (1 - beta_s). Samplers work on
+x = z_t / sqrt(a_t) = z_0 + sigma eps, sigma = sqrt((1 - a_t) / a_t) (Karras et al. 2022), as in diffusers.
 """
 
 from dataclasses import asdict, dataclass
@@ -14,11 +13,8 @@ from torch import Tensor
 
 from nanoip2p.common.config import FIXED, IGNORED, read_config
 
-CHOICES = {
-    "beta_schedule": ("scaled_linear", "linear"),
-    "timestep_spacing": (None, "linspace", "leading", "trailing"),
-    "final_sigmas_type": ("zero", "sigma_min"),
-}
+CHOICES = {"beta_schedule": ("scaled_linear", "linear"), "final_sigmas_type": ("zero", "sigma_min"),
+           "timestep_spacing": (None, "linspace", "leading", "trailing")}
 
 
 @dataclass(frozen=True)
@@ -44,8 +40,7 @@ class NoiseSchedule:
     @classmethod
     def from_config(cls, config: dict) -> "NoiseSchedule":
         """Build from any scheduler's scheduler_config.json. ValueError names an unsupported setting."""
-        defaults = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear",
-                    "steps_offset": 0}  # diffusers'
+        defaults = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "steps_offset": 0}
         return read_config(cls, defaults | config, FIXED["scheduler"], IGNORED["scheduler"])
 
     def to_json(self) -> dict:
@@ -87,9 +82,8 @@ class Plan(NamedTuple):
 def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
     """Noise levels for `steps` steps of "euler_ancestral", "euler", "ddim" or "dpmpp_2m".
 
-    The same as the diffusers scheduler of that name computes, with its conventions. One of them: DDIM aims at
-    timestep t - 1000 // steps, though "linspace" and "trailing" may start the next step from another one. So
-    a row of `sigmas` need not begin where the row before ends.
+    The same as diffusers' schedulers. DDIM aims at timestep t - 1000 // steps, though the next step may start
+    from another one: a row of `sigmas` need not begin where the row before ends.
     Raises ValueError if the schedule has no room for that many steps.
     """
     n_train = schedule.num_train_timesteps
@@ -101,7 +95,8 @@ def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
     sigmas = np.interp(timesteps, np.arange(n_train), table)                    # (n,)
     if schedule.use_karras_sigmas and sampler in ("euler", "dpmpp_2m"):
         ends = sigmas[[0, -1]] if sampler == "euler" else table[[-1, 0]]
-        sigmas = _karras(*ends, steps)
+        first, last = (sigma ** (1 / 7.0) for sigma in ends)
+        sigmas = (first + np.linspace(0, 1, steps) * (last - first)) ** 7.0     # Karras et al., equation 5
         timesteps = np.interp(np.log(sigmas), np.log(table), np.arange(n_train))
         timesteps = timesteps.round() if sampler == "dpmpp_2m" else timesteps
     elif timesteps[0] > n_train - 1 or len(set(timesteps)) < steps:
@@ -133,9 +128,3 @@ def _spaced(schedule: NoiseSchedule, sampler: str, steps: int) -> np.ndarray:
         return (np.arange(points)[::-1][:steps] * (n_train // points) + schedule.steps_offset).astype(float)
     timesteps = np.linspace(0, n_train - 1, points)[::-1][:steps]
     return timesteps.astype(np.float32).astype(float) if sampler.startswith("euler") else timesteps.round()
-
-
-def _karras(sigma_max: float, sigma_min: float, steps: int, rho: float = 7.0) -> np.ndarray:
-    """Noise levels (n,) of Karras et al. 2022, equation 5: evenly spaced in sigma ** (1 / rho)."""
-    ramp = np.linspace(0, 1, steps)
-    return (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho

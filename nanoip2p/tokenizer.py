@@ -1,21 +1,15 @@
-"""CLIP's byte-level BPE tokenizer: texts -> token ids, the same ids as transformers' CLIPTokenizer.
+"""CLIP's byte-level BPE tokenizer: texts -> token ids, the same ids as transformers' CLIPTokenizer."""
 
-The `tokenizers` library merges the byte pairs; this file holds the settings with which it does so as CLIP.
-"""
-
-import json
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 
-from nanoip2p.common.files import read_json, replacing, write_json
+from nanoip2p.common.files import read_json
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 ROLES = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
@@ -29,15 +23,13 @@ class Tokenizer:
     """Callable: texts -> token ids. Made by load_tokenizer."""
 
     def __init__(self, backend: Backend, start: int, end: int, pad: int, length: int):
-        assert length >= 2, f"no room for start and end in {length} tokens"
         self.backend, self.length = backend, length
         self.start, self.end, self.pad = start, end, pad
 
     def __call__(self, texts: list[str]) -> Tensor:
         """Texts -> (B, length) int64: start, tokens, end, padding.
 
-        Cuts a text that is too long before the end token, with a warning that quotes the dropped part.
-        Raises ValueError for a text that is not valid Unicode (bytes of another encoding on a command line).
+        Cuts a text that is too long, with a warning. Raises ValueError for a text that is not valid Unicode.
         """
         assert not isinstance(texts, str), "a list of texts, not one text"
         return torch.tensor([self._row(text) for text in texts], dtype=torch.int64).reshape(-1, self.length)
@@ -51,8 +43,8 @@ class Tokenizer:
         ids, room = encoded.ids, self.length - 2
         if len(ids) > room:
             dropped = text[encoded.offsets[room][0] :].strip()
-            message = f"{len(ids) - room} of the text's {len(ids)} tokens do not fit, dropped: {dropped!r}"
-            warnings.warn(message, stacklevel=4)
+            warnings.warn(f"{len(ids) - room} of {len(ids)} tokens do not fit, dropped: {dropped!r}",
+                          stacklevel=4)
         row = [self.start, *ids[:room], self.end]
         return row + [self.pad] * (self.length - len(row))
 
@@ -68,15 +60,14 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     fast = read_json(folder / "tokenizer.json", missing={})
     vocab, merges = _vocabulary(folder, fast)
     roles, special = _special_tokens(folder, config, fast)
-    for role in ("bos_token", "eos_token"):
-        if roles[role] not in vocab:
-            raise ValueError(f"{folder}: the vocabulary lacks {roles[role]!r}, so it is not CLIP's")
-    backend = _backend(vocab, merges, roles["unk_token"])
+    if missing := {roles["bos_token"], roles["eos_token"]} - vocab.keys():
+        raise ValueError(f"{folder}: the vocabulary lacks {min(missing)!r}, so it is not CLIP's")
+    backend = clip_backend(vocab, merges, roles["unk_token"])
     backend.add_tokens(special)
     length = config.get("model_max_length") or LENGTH
     length = length if length < 10**6 else LENGTH  # transformers writes 1e30 for "not set"
-    start, end, pad = (backend.token_to_id(roles[role]) for role in ("bos_token", "eos_token", "pad_token"))
-    return Tokenizer(backend, start, end, pad, int(length))
+    ids = (backend.token_to_id(roles[role]) for role in ("bos_token", "eos_token", "pad_token"))
+    return Tokenizer(backend, *ids, int(length))
 
 
 def check_fits(tokenizer: Tokenizer, config, folder: Path) -> None:
@@ -87,37 +78,9 @@ def check_fits(tokenizer: Tokenizer, config, folder: Path) -> None:
                          f"encoder reads {length} out of {config.vocab_size}; use that encoder's tokenizer")
 
 
-def train_tokenizer(texts: Iterable[str], size: int, folder: str | Path) -> None:
-    """Learn a vocabulary of at most `size` tokens; write vocab.json, merges.txt, tokenizer_config.json.
-
-    The order is CLIP's: bytes, bytes that end a word, merges, start, end. End-of-text has the largest id, as
-    CLIP's pooling expects. Every byte is a token, so any text can be encoded.
-    """
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = alphabet + [letter + WORD_END for letter in alphabet]
-    assert size >= len(tokens) + 2, f"{len(tokens)} bytes and two special tokens do not fit in {size}"
-    backend = _backend({}, [], None)
-    # The trainer's vocab_size counts only the word-ending bytes that occur, so the merges are cut below
-    trainer = BpeTrainer(vocab_size=size, min_frequency=2, initial_alphabet=alphabet,
-                         end_of_word_suffix=WORD_END, show_progress=False)
-    backend.train_from_iterator(texts, trainer)
-    merges = [_pair(merge) for merge in json.loads(backend.to_str())["model"]["merges"]]
-    merges = merges[: size - len(tokens) - 2]
-    tokens += [first + second for first, second in merges] + [START, END]
-
-    folder = Path(folder)
-    write_json({token: index for index, token in enumerate(tokens)}, folder / "vocab.json")
-    with replacing(folder / "merges.txt") as temporary:
-        lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    config = {**ROLES, "model_max_length": LENGTH, "tokenizer_class": "CLIPTokenizer"}
-    write_json(config, folder / "tokenizer_config.json")
-
-
-def _backend(vocab: dict[str, int], merges: list[tuple[str, str]], unknown: str | None) -> Backend:
+def clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]], unknown: str | None) -> Backend:
     """CLIP's steps: compose Unicode, shorten white space, lower case; split into words; bytes; merge."""
-    settings = {} if unknown is None else {"unk_token": unknown}
-    backend = Backend(BPE(vocab=vocab, merges=merges, end_of_word_suffix=WORD_END, **settings))
+    backend = Backend(BPE(vocab=vocab, merges=merges, end_of_word_suffix=WORD_END, unk_token=unknown))
     backend.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -132,15 +95,11 @@ def _vocabulary(folder: Path, fast: dict) -> tuple[dict[str, int], list[tuple[st
         model = fast.get("model", {})
         if not {"vocab", "merges"} <= model.keys():
             raise ValueError(f"{folder / 'tokenizer.json'} has no BPE vocabulary, so it is not CLIP's")
-        return model["vocab"], [_pair(merge) for merge in model["merges"]]
-    vocab_file, merges_file = folder / "vocab.json", folder / "merges.txt"
-    for file in (vocab_file, merges_file):
-        if not file.is_file():
-            raise ValueError(f"{file} is missing; needed are vocab.json and merges.txt, or tokenizer.json")
+        return model["vocab"], [split_merge(merge) for merge in model["merges"]]
     try:
-        return BPE.read_file(str(vocab_file), str(merges_file))
+        return BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{vocab_file} or {merges_file.name} is broken: {error}") from None
+        raise ValueError(f"{folder}: vocab.json or merges.txt is missing or broken: {error}") from None
 
 
 def _special_tokens(folder: Path, config: dict, fast: dict) -> tuple[dict[str, str], list[AddedToken]]:
@@ -162,9 +121,11 @@ def _special_tokens(folder: Path, config: dict, fast: dict) -> tuple[dict[str, s
     for key in ("additional_special_tokens", "extra_special_tokens"):
         listed += map(_as_dict, config.get(key) or [])
     # A token's flags come from the list, or else from the last role that names it, as in transformers
-    special = {token["content"]: token for token in listed}
-    special |= {token["content"]: token for token in named.values() if token["content"] not in special}
-    return {role: token["content"] for role, token in named.items()}, [*map(_added_token, special.values())]
+    special = {token["content"]: token for token in [*listed, *named.values(), *listed]}
+    flags = ("single_word", "lstrip", "rstrip", "normalized")
+    return ({role: token["content"] for role, token in named.items()},
+            [AddedToken(text, special=True, **{flag: token[flag] for flag in flags if flag in token})
+             for text, token in special.items()])
 
 
 def _tokens_by_role(config: dict) -> dict[str, dict]:
@@ -177,13 +138,6 @@ def _as_dict(token: str | dict) -> dict:
     return {"content": token} if isinstance(token, str) else token
 
 
-def _added_token(token: dict) -> AddedToken:
-    """A token that is cut out of a text before normalising (after, if `normalized`) and splitting."""
-    flags = {key: token[key] for key in ("single_word", "lstrip", "rstrip", "normalized") if key in token}
-    return AddedToken(token["content"], special=True, **flags)
-
-
-def _pair(merge: str | list[str]) -> tuple[str, str]:
+def split_merge(merge: str | list[str]) -> tuple[str, str]:
     """Files before 2024 write a merge as "a b", later ones as ["a", "b"]."""
-    first, second = merge.split(" ") if isinstance(merge, str) else merge
-    return first, second
+    return tuple(merge.split(" ") if isinstance(merge, str) else merge)

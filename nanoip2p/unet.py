@@ -17,8 +17,8 @@ R is a residual block, RT one with a transformer after it. For a picture of 512 
     up_blocks.3     64 x 64    RT 960 -> 320, RT 640 -> 320, RT 640 -> 320
     conv_out        64 x 64    320 -> 4
 
-conv_in, every block on the way down and every halving leave a skip, 12 in all. Each block on the way up takes
-the last skip left and concatenates it to its input: hence 2560 = 1280 + 1280 and 1920 = 1280 + 640.
+conv_in, every block on the way down and every halving leave a skip, 12 in all. Each block on the way up
+concatenates the last skip left to its input: 2560 = 1280 + 1280 and 1920 = 1280 + 640.
 """
 
 import math
@@ -32,20 +32,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanoip2p.attention import attention
-from nanoip2p.common.config import read_config
+from nanoip2p.common.config import FIXED, IGNORED, read_config
 
-TRANSFORMER_EPS = 1e-6  # of the GroupNorm before a transformer; the residual blocks use config.norm_eps
 DOWN_TYPES = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}  # name in config.json -> has attention
 UP_TYPES = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
-FIXED = {
-    "act_fn": "silu", "center_input_sample": False, "downsample_padding": 1, "mid_block_scale_factor": 1,
-    "mid_block_type": "UNetMidBlock2DCrossAttn", "dropout": 0.0, "transformer_layers_per_block": 1,
-    "num_attention_heads": None, "use_linear_projection": False, "only_cross_attention": False,
-    "dual_cross_attention": False, "upcast_attention": False, "attention_type": "default",
-    "resnet_time_scale_shift": "default", "resnet_skip_time_act": False, "resnet_out_scale_factor": 1.0,
-    "time_embedding_type": "positional", "conv_in_kernel": 3, "conv_out_kernel": 3,
-}
-BOOKKEEPING = frozenset({"sample_size", "addition_embed_type_num_heads"})  # they change no computation
 
 
 @dataclass(frozen=True)
@@ -66,21 +56,18 @@ class UNetConfig:
     freq_shift: int = 0
 
     def __post_init__(self):
-        for key in "in_channels out_channels layers_per_block cross_attention_dim norm_num_groups".split():
-            value = getattr(self, key)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"UNetConfig: {key} = {value!r} must be one whole number for all levels")
-        widths, heads = self.block_out_channels, self.heads
+        widths, levels = self.block_out_channels, len(self.block_out_channels)
         for key, known in (("down_block_types", DOWN_TYPES), ("up_block_types", UP_TYPES)):
             names = getattr(self, key)
-            if len(names) != len(widths) or not set(names) <= set(known):
-                raise ValueError(f"UNetConfig: {key} = {names} must be {len(widths)} out of {sorted(known)}")
-        if any(c % self.norm_num_groups for c in widths) or widths[0] % 2:
-            raise ValueError(f"UNetConfig: block_out_channels = {widths} must be multiples of "
-                             f"norm_num_groups = {self.norm_num_groups}, and the first one even")
-        if len(heads) != len(widths) or any(not isinstance(h, int) or c % h for c, h in zip(widths, heads)):
-            raise ValueError(f"UNetConfig: attention_head_dim = {self.attention_head_dim} must be a number "
-                             f"of heads, or one per level, that divides block_out_channels = {widths}")
+            if len(names) != levels or not set(names) <= set(known):
+                raise ValueError(f"UNetConfig: {key} = {names} must be {levels} out of {sorted(known)}")
+        for key in ("in_channels", "layers_per_block", "cross_attention_dim", "norm_num_groups"):
+            if not isinstance(getattr(self, key), int) or getattr(self, key) < 1:
+                raise ValueError(f"UNetConfig: {key} = {getattr(self, key)!r} must be one whole number")
+        if any(width % self.norm_num_groups for width in widths):
+            raise ValueError(f"UNetConfig: block_out_channels = {widths}: not multiples of norm_num_groups")
+        if len(self.heads) != levels or any(not h or c % h for c, h in zip(widths, self.heads)):
+            raise ValueError(f"UNetConfig: attention_head_dim = {self.heads} must divide {widths}")
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -90,7 +77,7 @@ class UNetConfig:
 
     def to_json(self) -> dict:
         """The config.json from which diffusers builds the same network."""
-        return {"_class_name": "UNet2DConditionModel", **asdict(self), **FIXED}
+        return {"_class_name": "UNet2DConditionModel", **asdict(self), **FIXED["unet"]}
 
 
 def timestep_embedding(timestep: Tensor, width: int, flip_sin_to_cos: bool, freq_shift: int) -> Tensor:
@@ -101,7 +88,7 @@ def timestep_embedding(timestep: Tensor, width: int, flip_sin_to_cos: bool, freq
 
 
 class TimeEmbedding(nn.Module):
-    """Timesteps (B,), or a number -> (B, 4 C_0). Every residual block has a projection of its own for it."""
+    """Timesteps (B,), or a number -> (B, 4 C_0), which every residual block projects."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -137,7 +124,7 @@ class ResnetBlock(nn.Module):
 
 
 class Projected(NamedTuple):
-    """A text's keys and values in each layer. They are the same in every step: `UNet.project_context`."""
+    """A text's keys and values in each layer, from `UNet.project_context`."""
     layers: dict  # layer that attends to text -> keys and values (R, L, C) each
     rows: Tensor  # (R,): for each row of text, its row of the latents
 
@@ -215,7 +202,7 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, channels: int, heads: int, config: UNetConfig):
         super().__init__()
-        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=TRANSFORMER_EPS)
+        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)  # not config.norm_eps
         self.proj_in = nn.Conv2d(channels, channels, 1)
         block = TransformerBlock(channels, config.cross_attention_dim, heads)
         self.transformer_blocks = nn.ModuleList([block])
@@ -241,8 +228,7 @@ class Resample(nn.Module):
 class Level(nn.Module):
     """The blocks at one resolution: a row of the table above.
 
-    c_ins: input channels of each residual block. transformers: so many blocks, counted from the first, have a
-    transformer after them. resample: "down", "up" or None.
+    c_ins: input channels of each residual block. transformers: how many blocks have one.
     """
 
     def __init__(self, c_ins: list[int], c_out: int, transformers: int, heads: int, resample: str | None,
@@ -295,7 +281,7 @@ class UNet(nn.Module):
     @classmethod
     def from_config(cls, config: dict) -> "UNet":
         """Build from diffusers' unet/config.json. ValueError names a setting that is not supported."""
-        return cls(read_config(UNetConfig, config, FIXED, BOOKKEEPING))
+        return cls(read_config(UNetConfig, config, FIXED["unet"], IGNORED["unet"]))
 
     def project_context(self, context: Tensor, rows: Tensor | None = None) -> Projected:
         """Project a text (R, L, D) once for all steps. rows: see Projected; None means 0 ... R - 1."""
@@ -314,16 +300,12 @@ class UNet(nn.Module):
                 inject: Attend | None = None, recompute: bool = False) -> Tensor:
         """Latents (B, C_in, h, w), timestep, text (B, L, D) -> predicted noise (B, C_out, h, w).
 
-        latents: any h and w; each level halves them, rounding up. timestep: a number, a tensor (1,) for all
-        rows or (B,), not only integers (Karras sigmas), or a value of `project_timesteps`. context: a text
-        from `project_context` may have R rows for B latents. Rows that differ only by their text are then one
-        row until the first attention to it, and the result has R rows. inject: replaces `attend` in every
-        layer; see prompt_to_prompt.Injection. recompute: compute activations again in the backward pass
+        latents: any h and w. timestep: a number, a tensor (1,) or (B,), not only integers (Karras sigmas), or
+        a value of `project_timesteps`. context: one of R rows from `project_context` gives R rows of noise.
+        inject: replaces `attend` in every layer. recompute: compute activations again in the backward pass
         (Chen et al. 1604.06174), which takes a third more time and much less memory.
         """
-        shapes, config = [tuple(x.shape) for x in (latents, context) if isinstance(x, Tensor)], self.config
-        assert latents.shape[1] == config.in_channels, shapes
-        assert len(shapes) == 1 or shapes[1][::2] == (len(latents), config.cross_attention_dim), shapes
+        assert isinstance(context, Projected) or len(context) == len(latents), "one text for each row"
         time = timestep if isinstance(timestep, dict) else self.time_embedding(timestep)    # (B, 4 C_0)
 
         x = self.conv_in(latents)
@@ -336,8 +318,8 @@ class UNet(nn.Module):
                 x = downsample(x)                                       # (B, C, h/2, w/2)
                 skips.append(x)
 
-        x = self.mid_block.block(0, x, time, context, inject, recompute)
-        x = self.mid_block.block(1, x, time, context, inject, recompute)
+        for i in range(2):
+            x = self.mid_block.block(i, x, time, context, inject, recompute)
 
         for level in self.up_blocks:
             for i in range(len(level.resnets)):

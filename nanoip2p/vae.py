@@ -1,8 +1,7 @@
 """The variational autoencoder of latent diffusion (Rombach et al. 2112.10752): pixels <-> latents.
 
-Computes the same as diffusers' AutoencoderKL, under the same names of weights. Two details decide whether
-published weights work: every GroupNorm uses eps 1e-6, and the encoder's strided convolutions pad only to the
-right and below.
+It computes the same as diffusers' AutoencoderKL, with the same weight names. Every GroupNorm uses eps 1e-6,
+and the encoder's strided convolutions pad only right and below.
 """
 
 import re
@@ -34,12 +33,6 @@ class VAEConfig:
     layers_per_block: int = 2
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215
-
-    def __post_init__(self):
-        widths, groups = self.block_out_channels, self.norm_num_groups
-        if not widths or any(width % groups for width in widths):
-            raise ValueError(f"VAEConfig: block_out_channels = {widths} must be one or more multiples of "
-                             f"norm_num_groups = {groups}")
 
     def to_json(self) -> dict:
         """The config.json from which diffusers builds the same network."""
@@ -97,25 +90,17 @@ class MidBlock(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-class Downsample(nn.Module):
-    """Halve height and width. Zeros are added right and below only, as the published weights expect."""
+class Resample(nn.Module):
+    """A convolution that halves height and width (`down`), or one after doubling them."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, down: bool):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.down = down
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2 if down else 1, padding=0 if down else 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Double height and width by nearest neighbour, then smooth."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
+        if self.down:
+            return self.conv(F.pad(x, (0, 1, 0, 1)))  # zeros only right and below
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -126,8 +111,8 @@ class Level(nn.Module):
         super().__init__()
         widths = [c_in] + [c_out] * layers
         self.resnets = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:]))
-        self.downsamplers = nn.ModuleList([Downsample(c_out)] if resample == "down" else [])
-        self.upsamplers = nn.ModuleList([Upsample(c_out)] if resample == "up" else [])
+        self.downsamplers = nn.ModuleList([Resample(c_out, True)] if resample == "down" else [])
+        self.upsamplers = nn.ModuleList([Resample(c_out, False)] if resample == "up" else [])
 
     def forward(self, x: Tensor) -> Tensor:
         for block in (*self.resnets, *self.downsamplers, *self.upsamplers):
@@ -178,11 +163,13 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """Autoencoder with a Gaussian posterior. `f` below is 2 ** (levels - 1): 8 for SD 1.5."""
+    """Autoencoder with a Gaussian posterior. `f` below is `downsampling`, 8 for SD 1.5."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
         self.config, latent = config, config.latent_channels
+        self.scaling_factor = config.scaling_factor  # gives latents about unit variance
+        self.downsampling = 2 ** (len(config.block_out_channels) - 1)  # pixels a side of a latent position
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
         self.post_quant_conv = nn.Conv2d(latent, latent, 1)
@@ -192,16 +179,6 @@ class VAE(nn.Module):
         """Build from the content of diffusers' vae/config.json. ValueError names an unsupported setting."""
         levels = len(config.get("block_out_channels", VAEConfig.block_out_channels))
         return cls(read_config(VAEConfig, config, _fixed(levels), IGNORED["vae"]))
-
-    @property
-    def scaling_factor(self) -> float:
-        """Factor that gives latents about unit variance for the diffusion model (0.18215 in SD 1.5)."""
-        return self.config.scaling_factor
-
-    @property
-    def downsampling(self) -> int:
-        """Pixels along one side of a latent position (f)."""
-        return 2 ** (len(self.config.block_out_channels) - 1)
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Image (B, 3, H, W) in [-1, 1] -> mean and log variance, each (B, latent, H/f, W/f), unscaled."""
@@ -213,10 +190,9 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(latents))
 
     def encode_small(self, image: Tensor) -> Tensor:
-        """The mean of `encode` with little memory: picture by picture, in tiles above WHOLE latent positions.
+        """The mean of `encode` with little memory: picture by picture, and large pictures in tiles.
 
-        Tiles change the result a little, because norms and attention see one tile only. Neighbouring tiles
-        fade into each other where they overlap, so no edge is visible.
+        Tiles change the result a little, because norms and attention see one tile only.
         """
         return in_tiles(lambda part: self.encode(part)[0], image, self.downsampling, 1)
 
@@ -227,14 +203,9 @@ class VAE(nn.Module):
     @staticmethod
     def published_names(state_dict: dict) -> dict:
         """Rename the attention weights of before 2023, when diffusers called to_q `query` and so on."""
-        def rename(name: str) -> str:
-            return re.sub(r"(?<=attentions\.0\.)\w+", lambda m: OLD_ATTENTION_NAMES.get(m[0], m[0]), name)
-
-        return {rename(name): tensor for name, tensor in state_dict.items()}
-
-    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
-        """As torch's; also accepts the old names of attention weights (see published_names)."""
-        return super().load_state_dict(self.published_names(state_dict), strict, assign)
+        old = re.compile(rf"(?<=attentions\.0\.)({'|'.join(OLD_ATTENTION_NAMES)})\b")
+        return {old.sub(lambda match: OLD_ATTENTION_NAMES[match[0]], name): tensor
+                for name, tensor in state_dict.items()}
 
 
 def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, scale_in: int, scale_out: int) -> Tensor:
@@ -254,9 +225,8 @@ def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, scale_in: int, sca
             tile = function(x[:, :, rows, columns])
             fade_y, fade_x = (fade(side, OVERLAP * scale_out).to(x.device) for side in tile.shape[2:])
             weight = fade_y[:, None] * fade_x                           # (tile height, tile width)
-            before_x, before_y = left * scale_out, top * scale_out
-            place = (before_x, w * scale_out - before_x - weight.shape[1],
-                     before_y, h * scale_out - before_y - weight.shape[0])
+            x0, y0 = left * scale_out, top * scale_out
+            place = (x0, w * scale_out - x0 - len(fade_x), y0, h * scale_out - y0 - len(fade_y))
             total, weights = total + F.pad(tile * weight, place), weights + F.pad(weight, place)
     return (total / weights).to(x.dtype)
 

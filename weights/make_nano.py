@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from run_scripts import make_pairs, train_run
 from tqdm import tqdm
+from train_tokenizer import train_tokenizer
 
 from nanoip2p.checkpoint.folder import load_network, save_network
 from nanoip2p.checkpoint.load import load_model
@@ -36,7 +37,7 @@ from nanoip2p.common.device import pick_device
 from nanoip2p.common.files import check_writable, replacing, write_json
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.images import to_tensor
-from nanoip2p.tokenizer import load_tokenizer, train_tokenizer
+from nanoip2p.tokenizer import load_tokenizer
 from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAE, VAEConfig
 from nanoip2p.world.scenes import Scene, Thing, pick, random_scene
@@ -211,7 +212,8 @@ def vae_folder(out: Path, device: str, steps: int) -> Path:
         with torch.no_grad():
             x = torch.stack([picture(draw_scene(generator)) for _ in range(SCALE_PICTURES)]).to(device)
             scale = 1 / torch.cat([vae.encode(part)[0] for part in x.split(64)]).std().item()
-        vae.config = replace(vae.config, scaling_factor=round(scale, 5))
+        vae.scaling_factor = round(scale, 5)
+        vae.config = replace(vae.config, scaling_factor=vae.scaling_factor)
         save_network(vae, folder)
     return folder
 

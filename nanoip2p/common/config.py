@@ -1,14 +1,21 @@
 """Which config.json files of diffusers and transformers we accept, and how they are read.
 
-Each network has a frozen dataclass whose fields are the settings that it honours. FIXED lists the other
-settings that change the computation, with the one value that our code computes. IGNORED lists the settings
-that change nothing here. `read_config` refuses everything else by name: overlooking a setting such as
-`use_linear_projection: true` would give a wrong picture and no error.
+Each network has a frozen dataclass of the settings that it honours. FIXED lists other settings, with the one
+value that our code computes; IGNORED lists settings that change nothing here. `read_config` refuses all else:
+an overlooked `use_linear_projection: true` would give a wrong picture and no error.
 """
 
 import dataclasses
 
 FIXED = {
+    "unet": {
+        "act_fn": "silu", "center_input_sample": False, "downsample_padding": 1, "mid_block_scale_factor": 1,
+        "mid_block_type": "UNetMidBlock2DCrossAttn", "dropout": 0.0, "transformer_layers_per_block": 1,
+        "num_attention_heads": None, "use_linear_projection": False, "only_cross_attention": False,
+        "dual_cross_attention": False, "upcast_attention": False, "attention_type": "default",
+        "resnet_time_scale_shift": "default", "resnet_skip_time_act": False, "resnet_out_scale_factor": 1.0,
+        "time_embedding_type": "positional", "conv_in_kernel": 3, "conv_out_kernel": 3,
+    },
     "vae": {
         "act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True,
         "mid_block_add_attention": True, "latents_mean": None, "latents_std": None, "shift_factor": None,
@@ -23,23 +30,22 @@ FIXED = {
     },
 }
 IGNORED = {
+    "unet": {"sample_size", "addition_embed_type_num_heads"},
     "vae": {"sample_size", "force_upcast"},  # a hint for tiling; when to leave half precision
     # Initialisation, names of tokens, and the generation settings that transformers wrote before 2023
     "clip": set(
         "architectures model_type torch_dtype dtype transformers_version initializer_range "
-        "initializer_factor bos_token_id pad_token_id text_config_dict vision_config_dict id2label "
-        "label2id return_dict chunk_size_feed_forward tie_word_embeddings diversity_penalty "
-        "encoder_no_repeat_ngram_size length_penalty max_length min_length temperature top_k top_p "
-        "typical_p no_repeat_ngram_size num_beam_groups num_beams num_return_sequences "
-        "repetition_penalty".split()
-    ),
+        "initializer_factor bos_token_id pad_token_id text_config_dict vision_config_dict id2label label2id "
+        "return_dict chunk_size_feed_forward tie_word_embeddings diversity_penalty "
+        "encoder_no_repeat_ngram_size length_penalty max_length min_length temperature top_k top_p typical_p "
+        "no_repeat_ngram_size num_beam_groups num_beams num_return_sequences repetition_penalty".split()),
     # Settings of features that are off, and of PNDM, whose file every Stable Diffusion 1.x folder carries
     "scheduler": {"clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "skip_prk_steps",
                   "flow_shift", "time_shift_type"},
 }
 
 
-def read_config(cls: type, config: dict, fixed: dict, ignored: set[str] | frozenset[str] = frozenset()):
+def read_config(cls: type, config: dict, fixed: dict, ignored: set[str]):
     """Build the dataclass `cls` from the content of a config.json; fields that it lacks keep their default.
 
     Ignores keys that begin with "_", and unknown keys that are off (None or False). Raises ValueError, naming

@@ -1,7 +1,6 @@
 """How a `Scene` of the nano world looks, drawn with Pillow.
 
 Nothing here is random: the scene alone decides every pixel, so the right result of an edit is known exactly.
-`Scene.render` draws at four times the wanted size and averages, which smooths the edges.
 """
 
 import math
@@ -44,10 +43,7 @@ def mix(a: tuple, b: tuple, share: float) -> tuple:
 
 
 class Pen:
-    """Fills shapes on a square canvas, in the light of one time of day.
-
-    Shapes have coordinates u to the right and v upwards from an origin, in a unit, both of which `at` sets.
-    """
+    """Fills shapes on a square canvas in the light of a time of day: u to the right, v upwards, see `at`."""
 
     def __init__(self, pixels: int, time: str, weather: str):
         self.pixels, self.time = pixels, time
@@ -90,7 +86,6 @@ def paint_sky(pen: Pen, scene) -> None:
     for row in range(0, rows, 2):
         colour = mix(mix(top, horizon, row / rows), grey, overcast)
         pen.draw.rectangle((0, row, pen.pixels, row + 2), fill=colour)
-    pen.at(0.0, 1.0, 1.0)
     if scene.time == "night" and scene.weather == "clear":
         for i in range(26):
             u, v = (i * 0.754878 + 0.05) % 1.0, 0.52 + 0.46 * ((i * 0.569840 + 0.3) % 1.0)
@@ -121,7 +116,6 @@ def paint_sky(pen: Pen, scene) -> None:
 
 def paint_ground(pen: Pen, scene) -> None:
     """A curved field that darkens towards the viewer, with sparse marks for grass, dirt and sand."""
-    pen.at(0.0, 1.0, 1.0)
     colour = GROUND_COLOUR[scene.ground]
     for band in range(5):
         edge = 1 - HORIZON - 0.085 * band

@@ -1,16 +1,8 @@
 """The nano world: a small painted world in which every edit has a known right answer.
 
-The paper learns from 454,445 generated pairs and can judge results only by eye or by CLIP. Here a `Scene` is
-a few choices: time, weather, ground and up to three things. It can be drawn at any size, and it lists all of
-its edits with instructions, edited caption and edited scene. So the nano models have unlimited training data,
-and edits can be scored (evaluate/scenes.py).
-
-    scene = random_scene("train", 7)        # the same scene on every machine
-    scene.render(64)                        # a PIL picture
-    for edit in scene.edits(): print(edit.kind, edit.instructions[0], "->", edit.caption)
-
-There are over 10^6 arrangements of things (3 slots, 8 kinds, 8 colours, 3 sizes), times 3 times of day, 4
-weathers, 4 grounds and 10^4 landscapes; every thing is also shifted a little.
+A `Scene` is a few choices: time, weather, ground and up to three things. It can be drawn at any size, and it
+lists all of its edits with instructions, edited caption and edited scene. So the nano models have unlimited
+training data, and edits can be scored (evaluate/scenes.py).
 """
 
 import random
@@ -77,13 +69,10 @@ class Thing:
 
 @dataclass(frozen=True)
 class Edit:
-    """One edit of a scene. All `instructions` mean the same; training never uses the last one.
-
-    `thing` is the kind of thing that is recoloured, replaced, added or removed, and "" for other edits.
-    """
+    """One edit of a scene. All `instructions` mean the same; training never uses the last one."""
 
     kind: str
-    thing: str
+    thing: str  # kind of the thing that is recoloured, replaced, added or removed; "" for other edits
     instructions: tuple[str, ...]
     caption: str
     scene: "Scene"
@@ -106,7 +95,7 @@ class Scene:
     def caption(self) -> str:
         """The picture in words, things from left to right. The paper calls it the input caption."""
         things = [f"{thing.name} {SLOTS[thing.slot]}" for thing in self.things]
-        listed = " and ".join(things) if things else "an empty place"
+        listed = " and ".join(things) or "an empty place"
         return f"{listed}, on {self.ground}, {self.weather} {self.time}"
 
     def edits(self, only: str | None = None) -> list[Edit]:
@@ -120,16 +109,11 @@ class Scene:
         kinds = {thing.kind for thing in self.things}
         for thing in self.things:
             others = tuple(other for other in self.things if other is not thing)
-            for colour in COLOURS:
-                if colour != thing.colour:
-                    recoloured = replace(thing, colour=colour)
-                    add("recolour", replace(self, things=others + (recoloured,)), thing.kind,
-                        old=thing.kind, new=colour)
-            for kind in KINDS:
-                if kind not in kinds:
-                    swapped = replace(thing, kind=kind)
-                    add("replace", replace(self, things=others + (swapped,)), thing.kind,
-                        old=thing.kind, new=kind)
+            for kind, field, options in (("recolour", "colour", COLOURS), ("replace", "kind", KINDS)):
+                for new in options:
+                    if new != thing.colour and new not in kinds:
+                        changed = replace(self, things=others + (replace(thing, **{field: new}),))
+                        add(kind, changed, thing.kind, old=thing.kind, new=new)
             add("remove", replace(self, things=others), thing.kind, old=thing.kind)
         for slot in sorted(set(range(len(SLOTS))) - {thing.slot for thing in self.things}):
             for kind in KINDS:

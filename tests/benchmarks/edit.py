@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers"), str(ROOT / "weights")]
 
 import measure  # noqa: E402
 from comparing import randomise  # noqa: E402

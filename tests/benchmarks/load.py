@@ -21,16 +21,16 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers"), str(ROOT / "weights")]
 
 from tiny_configs import tiny_unet  # noqa: E402
+from train_tokenizer import train_tokenizer  # noqa: E402
 
 from nanoip2p.checkpoint.load import load_model, open_checkpoint  # noqa: E402
 from nanoip2p.checkpoint.save import convert, save_parts  # noqa: E402
 from nanoip2p.checkpoint.single_file import PARTS  # noqa: E402
 from nanoip2p.clip import CLIPTextConfig  # noqa: E402
 from nanoip2p.diffusion import NoiseSchedule  # noqa: E402
-from nanoip2p.tokenizer import train_tokenizer  # noqa: E402
 from nanoip2p.unet import UNet, UNetConfig  # noqa: E402
 from nanoip2p.vae import VAEConfig  # noqa: E402
 

@@ -15,6 +15,7 @@ from comparing import randomise, relative_error
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_editor import write_tiny_editor
+from train_tokenizer import train_tokenizer
 
 from nanoip2p.checkpoint import convert, load_model, open_checkpoint, save_parts
 from nanoip2p.checkpoint.__main__ import main
@@ -25,7 +26,6 @@ from nanoip2p.checkpoint.tensors import read_metadata, read_tensors
 from nanoip2p.clip import CLIPTextConfig
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.editor import Editor
-from nanoip2p.tokenizer import train_tokenizer
 from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAE, VAEConfig
 

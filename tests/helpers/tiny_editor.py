@@ -5,13 +5,13 @@ from pathlib import Path
 import torch
 from comparing import randomise
 from tiny_configs import TINY_VAE
+from train_tokenizer import train_tokenizer
 
 from nanoip2p.checkpoint.folder import save_network
 from nanoip2p.checkpoint.save import save_parts
 from nanoip2p.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, TextEncoder
 from nanoip2p.common.files import write_json
 from nanoip2p.diffusion import NoiseSchedule
-from nanoip2p.tokenizer import train_tokenizer
 from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAE
 

@@ -126,14 +126,14 @@ def huge_png(width, height):
 
 
 BROKEN = {
-    "empty": (b"", "not a picture"),
-    "text": (b"just some words\n" * 50, "not a picture"),
+    "empty": (b"", "cannot be used"),
+    "text": (b"just some words\n" * 50, "cannot be used"),
     "truncated png": (truncated("PNG"), "truncated"),
     "truncated jpeg": (truncated("JPEG"), "truncated"),
-    "truncated webp": (truncated("WEBP"), "cannot be used|not a picture"),
+    "truncated webp": (truncated("WEBP"), "cannot be used"),
     "no pixels": (huge_png(20, 20), "cannot be used"),
     "large": (huge_png(10_001, 10_000), "100 megapixels"),
-    "bomb": (huge_png(60_000, 60_000), "100 megapixels"),
+    "bomb": (huge_png(60_000, 60_000), "exceeds limit"),
     "garbled": (truncated("PNG")[:60] + b"\xff" * 400, "cannot be used"),
 }
 
@@ -169,7 +169,7 @@ def test_damaged_files_never_raise_anything_else(tmp_path):
 def test_absent_files_are_one_line(tmp_path):
     with pytest.raises(ValueError, match="no picture"):
         open_image(tmp_path / "absent.png")
-    with pytest.raises(ValueError, match="cannot be opened: Is a directory"):
+    with pytest.raises(ValueError, match="Is a directory"):
         open_image(tmp_path)
 
 
@@ -207,7 +207,7 @@ def test_fit_size_keeps_its_promises():
 
 
 def test_fit_size_refuses_what_would_vanish():
-    with pytest.raises(ValueError, match="30000x20 is too thin .* at most 16:1"):
+    with pytest.raises(ValueError, match="30000x20 is too thin.* at most 16:1"):
         fit_size(30_000, 20, 512, 64)
     with pytest.raises(ValueError, match="at least 64"):
         fit_size(100, 100, 63, 64)

@@ -289,7 +289,7 @@ WRONG = {
     "nothing": ([], "--input, --edit, --output"),
     "absent": (one(name="absent.png"), "there is no picture at absent.png"),
     "no glob": (one(name="*.bmp"), r"\*.bmp"),
-    "empty folder": (one(name="void"), "there is no picture in the folder void"),
+    "empty folder": (one(name="void"), "there is no picture at void"),
     "empty edit": (one("--edit", " "), "instruction is empty"),
     "no quotes": (["--edit", "make", "it", "night", "--input", "house.png"], "arguments: it night"),
     "bytes": (["--input", "house.png", "--edit", "\udcff", "--output", "o.png"], "not valid Unicode"),
