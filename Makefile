@@ -73,7 +73,7 @@ lint: .venv/test
 .venv/runtime: pyproject.toml constraints.txt
 	@echo "Setting up .venv (some minutes, mostly for torch)"
 	$(PYTHON) -m venv .venv
-	$(PIP) --editable .
+	$(PIP) --editable '.[plots]'
 	@touch $@
 
 .venv/test: .venv/runtime

@@ -15,26 +15,28 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
-from nanoip2p.checkpoint.load import open_checkpoint
-from nanoip2p.checkpoint.tensors import DTYPES
-from nanoip2p.clip_filter import Judge
 from nanoip2p.common import cli
-from nanoip2p.common.cli import add_flags, at_least, finite
-from nanoip2p.common.device import pick_device, pick_dtype
-from nanoip2p.common.files import check_writable, read_json
-from nanoip2p.dataset import finetune
-from nanoip2p.dataset.captions import Settings, ask_all, read_captions
-from nanoip2p.dataset.pairs import PairSettings, complete, list_seeds, make_pairs, read_prompts
-from nanoip2p.dataset.rendered import write_scenes
-from nanoip2p.dataset.show import contact_sheet, draw_heatmaps, read_pairs, statistics
-from nanoip2p.images import grid, save_png
-from nanoip2p.prompt_to_prompt import MODES, PairPainter
-from nanoip2p.samplers import SAMPLERS
-from nanoip2p.speed import fast as speed
-from nanoip2p.text_to_image import TextToImage
+
+with cli.slow_imports():
+    import torch
+    from tqdm import tqdm
+
+    from nanoip2p.checkpoint.load import open_checkpoint
+    from nanoip2p.checkpoint.tensors import DTYPES
+    from nanoip2p.clip_filter import Judge
+    from nanoip2p.common.cli import add_flags, at_least, finite
+    from nanoip2p.common.device import pick_device, pick_dtype
+    from nanoip2p.common.files import check_writable, read_json
+    from nanoip2p.dataset import finetune
+    from nanoip2p.dataset.captions import Settings, ask_all, read_captions
+    from nanoip2p.dataset.pairs import PairSettings, complete, list_seeds, make_pairs, read_prompts
+    from nanoip2p.dataset.rendered import write_scenes
+    from nanoip2p.dataset.show import contact_sheet, draw_heatmaps, read_pairs, statistics
+    from nanoip2p.images import grid, save_png
+    from nanoip2p.prompt_to_prompt import MODES, PairPainter
+    from nanoip2p.samplers import SAMPLERS
+    from nanoip2p.speed import fast as speed
+    from nanoip2p.text_to_image import TextToImage
 
 
 def add_captions(subparsers) -> None:

@@ -92,9 +92,10 @@ class Picture:
 
 def make_parser() -> argparse.ArgumentParser:
     """All flags of Settings. The help ends with the words that the nano weights know."""
+    edits = {edit.kind: edit.instructions[0] for edit in scenes.random_scene("train", 0).edits()}
     words = {"things": scenes.KINDS, "colours": scenes.COLOURS, "times": scenes.TIMES,
              "weathers": scenes.WEATHERS, "grounds": scenes.GROUNDS, "places": scenes.SLOTS,
-             "phrasings": dict.fromkeys(phrases[0] for phrases in scenes.PHRASINGS.values())}
+             "edits": edits.values()}
     lines = [textwrap.fill(f"  {name:<11}{', '.join(known)}", 100, subsequent_indent=" " * 13)
              for name, known in words.items()]
     parser = cli.make_parser(description=__doc__, epilog="\n".join(
@@ -225,7 +226,7 @@ def nano_notes(editor: Editor, edits: list[str], sizes: dict[str, tuple[int, int
         return []
     unknown = scenes.unknown_words(" ".join(edits))
     notes = [f"unknown here: {', '.join(unknown)}"] if unknown else []
-    notes += [f"{path} is {width}x{height}, larger than its pictures: photographs do not work"
+    notes += [f"{path} is {width}x{height}, larger than its pictures: photographs need other --weights"
               for path, (width, height) in sizes.items() if max(width, height) > PHOTO]
     return [f"note: the nano weights know a small painted world; {note}" for note in notes]
 

@@ -230,6 +230,10 @@ class TextEncoder(nn.Module):
         return {"text_model." + name.removeprefix("text_model."): tensor
                 for name, tensor in CLIP.published_names(state_dict).items()}
 
+    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
+        """As torch's; reads both spellings of the names, see published_names."""
+        return super().load_state_dict(self.published_names(state_dict), strict, assign)
+
 
 class CLIP(nn.Module):
     """Both towers with projections into one space, where cosines tell how well text and picture fit."""

@@ -31,7 +31,7 @@ class Editor(Model):
     ) -> Image.Image | list[Image.Image]:
         """Edit pictures as the instructions say. Single values give one RGB picture, a list gives a list.
 
-        images: one or a list. A picture is a path, an RGB image of PIL, an array (H, W, 3) or a tensor
+        images: one or a list. A picture is a path, an image of PIL, an array (H, W, 3) or a tensor
         (3, H, W) of uint8 or of floats in [0, 1]. The result has the size it was edited at (images.fit_size).
         instructions: one for all pictures, or a list of as many.
         seed: a list has one for each picture; with a number, picture i has seed + i; None draws a random one,

@@ -52,7 +52,7 @@ def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image
             with Image.open(content or path) as image:
                 if image.width * image.height > MAX_MEGAPIXELS * 10**6:  # checked before decoding
                     raise ValueError(f"more than {MAX_MEGAPIXELS} megapixels; shrink it")
-                return _to_rgb(ImageOps.exif_transpose(image))
+                return to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise ValueError(f"there is no picture {path}") from None
     except Exception as error:  # a damaged file can raise anything: SyntaxError, struct.error, ...
@@ -60,7 +60,8 @@ def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image
         raise ValueError(f"{path} cannot be used: {reason}") from None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode -> RGB. ValueError for pixels without an agreed range (32 bits, floats)."""
     if image.mode == "F":
         raise ValueError("floating-point pixels have no agreed range; save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # 16-bit grey: PNG gives "I;16" or, in older Pillow, "I"

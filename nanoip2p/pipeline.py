@@ -15,7 +15,7 @@ from tqdm import tqdm
 from nanoip2p.clip import TextEncoder
 from nanoip2p.common.device import pick_device
 from nanoip2p.diffusion import NoiseSchedule
-from nanoip2p.images import fit_size, open_image, to_pil
+from nanoip2p.images import fit_size, open_image, to_pil, to_rgb
 from nanoip2p.samplers import SAMPLERS, Denoise
 from nanoip2p.tokenizer import Tokenizer
 from nanoip2p.unet import UNet
@@ -53,7 +53,10 @@ class Model:
 
         weights = cls.default_weights if weights is None else weights
         device = pick_device(device)
-        weights = find_weights(weights) if isinstance(weights, (str, Path)) else weights
+        if isinstance(weights, (str, Path)):
+            weights = find_weights(weights)
+        elif not hasattr(weights, "networks"):
+            raise ValueError(f"weights {weights!r}: give a folder, a file, a name on the Hub or a Checkpoint")
         model = load_model(weights, dtype, cls.edits).to("cpu" if low_memory else device)
         model.device = device
         return model
@@ -88,8 +91,13 @@ class Model:
         return fingerprint(self.unet, self.vae, self.text_encoder)
 
     def complete(self, settings: dict) -> dict:
-        """`settings`, with the defaults of the weights instead of None. ValueError for an unknown sampler."""
+        """`settings`, with the weights' defaults instead of None. ValueError for a wrong type or sampler."""
         settings = {key: self.defaults[key] if value is None else value for key, value in settings.items()}
+        for key, value in settings.items():
+            wanted = type(PAPER_DEFAULTS[key])
+            for one in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(one, bool) or not isinstance(one, (int, float) if wanted is float else wanted):
+                    raise ValueError(f"{key} = {value!r} should be of type {wanted.__name__}")
         if settings["sampler"] not in SAMPLERS:
             raise ValueError(f"no sampler {settings['sampler']!r}; there are {', '.join(SAMPLERS)}")
         return settings
@@ -121,14 +129,14 @@ class Model:
 
 
 def as_image(picture) -> Image.Image:
-    """A path, an RGB image of PIL, an array (H, W, 3) or a tensor (3, H, W) -> an RGB image of PIL.
+    """A path, an image of PIL, an array (H, W, 3) or a tensor (3, H, W) -> an RGB image of PIL.
 
     Arrays and tensors hold uint8, or floats in [0, 1]. ValueError for anything else.
     """
     if isinstance(picture, (str, Path)):
         return open_image(picture)
-    if isinstance(picture, Image.Image) and picture.mode == "RGB":
-        return picture
+    if isinstance(picture, Image.Image):
+        return to_rgb(picture)
     pixels = picture
     if isinstance(picture, Tensor) and picture.ndim == 3:
         picture = picture.float() if picture.is_floating_point() else picture
@@ -138,9 +146,9 @@ def as_image(picture) -> Image.Image:
             pixels = (pixels * 255).round().astype(np.uint8)
         if pixels.dtype == np.uint8:
             return Image.fromarray(pixels)
-    found = picture.mode if isinstance(picture, Image.Image) else tuple(getattr(picture, "shape", ()))
-    raise ValueError(f"{type(picture).__name__} {found or ''} cannot be used; give a path, an RGB image of "
-                     "PIL, an array (H, W, 3) or a tensor (3, H, W), of uint8 or of floats in [0, 1]")
+    shape = f" {tuple(picture.shape)}" if hasattr(picture, "shape") else ""
+    raise ValueError(f"{type(picture).__name__}{shape} cannot be used; give a path, an image of PIL, an "
+                     "array (H, W, 3) or a tensor (3, H, W), of uint8 or of floats in [0, 1]")
 
 
 def find_weights(name: str | Path) -> str | Path:

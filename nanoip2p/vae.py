@@ -207,6 +207,10 @@ class VAE(nn.Module):
         return {old.sub(lambda match: OLD_ATTENTION_NAMES[match[0]], name): tensor
                 for name, tensor in state_dict.items()}
 
+    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
+        """As torch's; reads both spellings of the attention weights, see published_names."""
+        return super().load_state_dict(self.published_names(state_dict), strict, assign)
+
 
 def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, scale_in: int, scale_out: int) -> Tensor:
     """Apply `function` to each picture alone, and to tiles of a large one. (B, C, h, w) -> (B, C', h', w').

@@ -4,7 +4,13 @@
     convert(open_checkpoint("in.ckpt"), Path("folder"))                # a single file -> a diffusers folder
 """
 
-from nanoip2p.checkpoint.load import load_model, open_checkpoint
-from nanoip2p.checkpoint.save import convert, save_parts
 
-__all__ = ["convert", "load_model", "open_checkpoint", "save_parts"]
+def __getattr__(name: str):
+    """Imports the functions, and with them torch, when they are first used."""
+    if name in ("load_model", "open_checkpoint"):
+        from nanoip2p.checkpoint import load as module
+    elif name in ("convert", "save_parts"):
+        from nanoip2p.checkpoint import save as module
+    else:
+        raise AttributeError(f"module 'nanoip2p.checkpoint' has no attribute {name!r}")
+    return getattr(module, name)

@@ -9,9 +9,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from nanoip2p.checkpoint import convert, open_checkpoint
-from nanoip2p.checkpoint.tensors import DTYPES
 from nanoip2p.common import cli
+
+with cli.slow_imports():
+    from nanoip2p.checkpoint.load import open_checkpoint
+    from nanoip2p.checkpoint.save import convert
+    from nanoip2p.checkpoint.tensors import DTYPES
 
 
 def main(argv: list[str] | None = None) -> int:

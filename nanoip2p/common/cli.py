@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+import os
 import signal
 import sys
 import warnings
@@ -14,11 +15,17 @@ from nanoip2p import __version__
 
 @contextmanager
 def slow_imports() -> Iterator[None]:
-    """Imports in this block take seconds. Ctrl-C during them ends the process without a traceback."""
+    """Imports in this block take seconds. Ctrl-C during them ends the process at once, without a traceback.
+
+    A KeyboardInterrupt would not do: torch's C code imports numpy, and loses the exception.
+    """
+    before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # an extension may set a handler of its own
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -62,8 +69,11 @@ def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
 def at_least(lowest: int) -> Callable[[str], int]:
     """An argparse type: a whole number from `lowest` up."""
     def number(text: str) -> int:
-        if lowest <= int(text) < 2**63:
-            return int(text)
+        try:
+            if lowest <= int(text) < 2**63:
+                return int(text)
+        except ValueError:
+            pass
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {lowest} up")
     return number
 

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from nanoip2p.common import cli
 from nanoip2p.common.cli import at_least, finite
-from nanoip2p.common.files import check_writable, write_json
-from nanoip2p.dataset.layouts import SPLITS
-from nanoip2p.evaluate import captions, curve, magicbrush, scenes
-from nanoip2p.samplers import SAMPLERS
+
+with cli.slow_imports():
+    from nanoip2p.common.files import check_writable, write_json
+    from nanoip2p.dataset.layouts import SPLITS
+    from nanoip2p.evaluate import captions, curve, magicbrush, scenes
+    from nanoip2p.samplers import SAMPLERS
 
 DEFAULT = "as in sample.py; the weights name the default"
 

@@ -24,9 +24,10 @@ MAY_IMPORT = {
 MAY_IMPORT["training"] = MAY_IMPORT["evaluate"] = MAY_IMPORT["dataset"] | {"dataset"}
 MAY_IMPORT["scripts"] = MAY_IMPORT["training"] | {"training", "evaluate"}
 MAY_IMPORT["weights"] = MAY_IMPORT["scripts"] | {"scripts"}
-# These import when they are called: `load` opens a checkpoint, `from nanoip2p import Editor` imports torch
+# These import when they are called: `load` opens checkpoints, `__getattr__` imports torch, `fast` triton
 LATE = {("nanoip2p/pipeline.py", "load"), ("nanoip2p/clip_filter.py", "load"),
-        ("nanoip2p/__init__.py", "__getattr__")}
+        ("nanoip2p/__init__.py", "__getattr__"), ("nanoip2p/checkpoint/__init__.py", "__getattr__"),
+        ("nanoip2p/speed/fast.py", "fast")}
 STEPS = {name.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): name for name in FILES}
 
 

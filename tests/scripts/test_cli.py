@@ -1,13 +1,18 @@
 """What every command promises: checked flags, one line for a mistake, exit codes."""
 
 import argparse
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
 import nanoip2p
 from nanoip2p import __main__ as package
 from nanoip2p.common import cli
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(work):
@@ -68,3 +73,20 @@ def test_every_parser_has_a_version(capsys):
 def test_the_package_lists_its_commands(capsys):
     assert package.main([]) == 0
     assert "nanoip2p-edit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module, code", [
+    ("nanoip2p", 0), ("nanoip2p.unet", 2), ("nanoip2p.dataset.pairs", 2)])
+def test_a_module_that_is_no_command_says_so(module, code):
+    done = subprocess.run([sys.executable, "-m", module], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code
+    assert (done.stderr == "") if code == 0 else (f"{module} is no command" in done.stderr)
+    assert done.stderr.count("\n") == (code > 0)
+
+
+def test_ctrl_c_during_slow_imports_is_silent():
+    code = ("import os, signal\nfrom nanoip2p.common.cli import slow_imports\nwith slow_imports():\n"
+            "    try:\n        os.kill(os.getpid(), signal.SIGINT)\n    except KeyboardInterrupt: pass\n"
+            "print('went on')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -475,7 +475,7 @@ def test_the_nano_weights_say_what_they_do_not_know(run, capsys):
     world = "note: the nano weights know a small painted world; "
     assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")] == [
         f"{world}unknown here: cyborg",
-        f"{world}photo.png is 300x200, larger than its pictures: photographs do not work"]
+        f"{world}photo.png is 300x200, larger than its pictures: photographs need other --weights"]
     assert run("--input", "photo.png", *flags) == 0
     assert "note: " not in capsys.readouterr().err, "other weights"
 
@@ -484,7 +484,7 @@ def test_help_names_the_defaults_and_the_painted_world(capsys):
     with pytest.raises(SystemExit):
         sample.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for part in ("a forward (default: 8)", "default: weights/nano-ip2p", "mushroom", "remove the {old}"):
+    for part in ("a forward (default: 8)", "default: weights/nano-ip2p", "mushroom", "remove the car"):
         assert part in text
 
 
