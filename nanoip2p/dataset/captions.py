@@ -220,24 +220,24 @@ class Job:
             self.reserved += reserved
             if not self.prompt:  # do not wait long for a server that does not run
                 client = client.with_options(max_retries=2)
+        spent = Counter()
         try:
             reply = client.chat.completions.create(**request)
+            if isinstance(reply, str):  # the client returns a web page as text
+                raise openai.APIError("the answer is no chat completion", request=None, body=None)
+            spent["in"] = getattr(reply.usage, "prompt_tokens", None) or tokens_in
+            spent["out"] = getattr(reply.usage, "completion_tokens", None) or ANSWER_TOKENS
+            return reply
         except openai.BadRequestError as error:
             if error.code in ("content_filter", "content_policy_violation"):
                 raise Unusable("refused") from None
             raise
         finally:
-            with self.lock:
+            with self.lock:  # both at once: between them, another question could pass the limit
                 self.reserved -= reserved
-        if isinstance(reply, str):  # the client returns a web page as text
-            raise openai.APIError("the answer is no chat completion", request=None, body=None)
-        with self.lock:
-            tokens_in = getattr(reply.usage, "prompt_tokens", None) or tokens_in
-            tokens_out = getattr(reply.usage, "completion_tokens", None) or ANSWER_TOKENS
-            self.used += Counter({"in": tokens_in, "out": tokens_out})
-            self.prompt = self.prompt or tokens_in
-            self.unanswered = 0
-        return reply
+                self.used += spent
+                if spent:
+                    self.prompt, self.unanswered = self.prompt or spent["in"], 0
 
     def flagged(self, texts: list[str]) -> bool:
         """Whether OpenAI's moderation objects to any of the texts."""

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from nanoip2p.editor import Editor
-from nanoip2p.images import grid, save_png
+from nanoip2p.images import grid, save_png, to_pil, to_tensor
 from nanoip2p.world.scenes import EDIT_KINDS, Edit, Scene, held_out, pick, random_scene
 
 BATCH = 35  # edits that share a forward pass
@@ -57,11 +57,20 @@ def unchanged_psnr(picture: Image.Image, before: Image.Image, after: Image.Image
     return float(10 * np.log10(255**2 / max(((picture - after)[same] ** 2).mean(), 1e-3)))
 
 
+@torch.inference_mode()
+def round_trip(editor: Editor, picture: Image.Image) -> Image.Image:
+    """The picture, encoded and decoded by the autoencoder."""
+    weight = editor.unet.conv_in.weight
+    mean, _ = editor.vae.encode(to_tensor(picture)[None].to(weight.device, weight.dtype))
+    return to_pil(editor.vae.decode(mean)[0])
+
+
 def score_scenes(editor: Editor, asked: list[tuple[Scene, Edit]], settings: dict) -> list[dict]:
     """Let the editor make every edit, with `settings` for Editor.edit (None: the default).
 
-    Returns rows of kind, instruction, success, psnr, pictures: (before, edited, right answer). The
-    instruction is the last phrasing of the edit, which training never uses.
+    Returns rows of kind, instruction, success, psnr, ceiling, pictures: (before, edited, right answer). The
+    instruction is the last phrasing of the edit, which training never uses. ceiling: the PSNR of the right
+    answer after the autoencoder alone: about the best that an edit can reach.
     """
     rows = []
     for i in tqdm(range(0, len(asked), BATCH), desc=f"editing, {BATCH} at a time"):
@@ -75,6 +84,7 @@ def score_scenes(editor: Editor, asked: list[tuple[Scene, Edit]], settings: dict
                 "kind": edit.kind, "instruction": edit.instructions[-1],
                 "success": nearest_edit(picture, scene) == edit.scene,
                 "psnr": unchanged_psnr(picture, before, after),
+                "ceiling": unchanged_psnr(round_trip(editor, after), before, after),
                 "pictures": (before, picture, after),
             })
     return rows
@@ -82,16 +92,19 @@ def score_scenes(editor: Editor, asked: list[tuple[Scene, Edit]], settings: dict
 
 def table(rows: list[dict]) -> tuple[str, dict]:
     """Success rate with its standard error, and preservation, by kind and overall: as text and as numbers."""
-    lines, numbers = [f"{'edit':<10} {'n':>5} {'success':>15} {'unchanged PSNR':>16}"], {}
+    lines = [f"{'edit':<10} {'n':>5} {'success':>15} {'unchanged PSNR':>16} {'VAE ceiling':>12}"]
+    numbers = {}
     for kind in (*EDIT_KINDS, "all"):
         chosen = [row for row in rows if kind in (row["kind"], "all")]
         if chosen:
             share, error = rate([row["success"] for row in chosen])
-            measured = [row["psnr"] for row in chosen if row["psnr"] is not None]
-            psnr = float(np.mean(measured)) if measured else None
-            psnr_text = f"{psnr:.1f} dB" if measured else "-"
-            lines.append(f"{kind:<10} {len(chosen):>5} {share:>8.1%} ± {error:<4.1%} {psnr_text:>16}")
-            numbers[kind] = {"n": len(chosen), "success": share, "psnr": psnr}
+            measured = [row for row in chosen if row["psnr"] is not None]
+            means = {key: float(np.mean([row[key] for row in measured])) if measured else None
+                     for key in ("psnr", "ceiling")}
+            psnr, ceiling = (f"{mean:.1f} dB" if measured else "-" for mean in means.values())
+            lines.append(
+                f"{kind:<10} {len(chosen):>5} {share:>8.1%} ± {error:<4.1%} {psnr:>16} {ceiling:>12}")
+            numbers[kind] = {"n": len(chosen), "success": share, **means}
     return "\n".join(lines), numbers
 
 

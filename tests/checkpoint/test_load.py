@@ -196,10 +196,10 @@ FAULTS = {
     "wrong type": ("unet/config.json", put("block_out_channels", "many"), "unet/config.json"),
     "other network": ("unet/config.json", put("_class_name", "FluxModel"), "holds a FluxModel, not"),
     "4 channels": ("unet/config.json", put("in_channels", 4), "4 channels, an editor 8"),
-    "no object": ("vae/config.json", lambda _: [], "list, not an object"),
+    "no object": ("vae/config.json", lambda _: [], "list, not a dict"),
     "default name": ("defaults.json", put("stepps", 3), "unknown setting stepps"),
     "default type": ("defaults.json", put("steps", 2.5), "steps = 2.5 should be a int"),
-    "tokens": ("tokenizer/tokenizer_config.json", put("model_max_length", 90), "of 90 .* reads 77 from"),
+    "tokens": ("tokenizer/tokenizer_config.json", put("model_max_length", 90), "makes 90 tokens .* reads 77"),
 }
 
 
@@ -232,7 +232,7 @@ def test_a_damaged_file_is_named(name, damage, folder):
     path = folder / name
     content = path.read_bytes()
     path.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "bytes": bytes(range(256))}[damage])
-    with pytest.raises(ValueError, match=str(path)) as caught:
+    with pytest.raises(ValueError, match=f"{path.parent}.*{path.name}") as caught:
         load_model(folder)
     assert "\n" not in str(caught.value)
 

@@ -542,7 +542,7 @@ def test_a_picture_that_is_no_number_names_its_prompt_and_a_way_out(tmp_path, mo
 def test_a_broken_job_file_is_one_line(tmp_path):
     fake_job(tmp_path / "out", 1)
     (tmp_path / "out" / "job.json").write_text('{"job": null}')
-    with pytest.raises(ValueError, match="begun with other networks"):
+    with pytest.raises(ValueError, match="begun with other job"):
         fake_job(tmp_path / "out", 1)
 
 

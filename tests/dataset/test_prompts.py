@@ -53,7 +53,7 @@ def test_repeats_are_asked_once_and_urls_are_kept(server, ask, tmp_path):
     ("a.jsonl", b'{"input": 3}\n', [], "line 1"),
     ("a.csv", b"id,TEXT\n1,x\n", [], "there is id, TEXT"),
     ("a.csv", b"id,TEXT\n1,x\n", ["--column", "text"], "no text under text"),
-    ("a.txt", b"caf\xe9\n", [], "line 1 cannot be read"),
+    ("a.txt", b"caf\xe9\n", [], "line 1 is not UTF-8"),
     ("a.txt", b"x\n", ["--column", "TEXT"], "no text under TEXT"),
     ("missing.txt", None, [], "missing.txt"),
 ])

@@ -145,7 +145,7 @@ def test_killed_at_random_moments_and_resumed_it_ends_where_it_would_have(start,
     kills, finished = [0, 0], [False, False]
     for attempt in range(40):
         jobs = [{"argv": ["--resume", str(out)] if runs.checkpoints(out) else argv,
-                 "seconds": draw.uniform(0.3, 1.0) * 1.3**attempt, "err": str(tmp_path / "told")}
+                 "seconds": draw.uniform(0.1, 0.4) * 1.2**attempt, "err": str(tmp_path / "told")}
                 for out, argv in zip(outs, begin)]
         for i, [code] in enumerate(server(*jobs)):
             assert code in (0, -signal.SIGALRM)
