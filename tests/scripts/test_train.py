@@ -658,3 +658,10 @@ def test_a_run_of_another_version_goes_on_unless_it_used_what_is_gone(whole):
     assert TrainConfig.from_json(old) == TrainConfig.from_json(settings)
     with pytest.raises(ValueError, match="another version.*'offset_noise': 0.1"):
         TrainConfig.from_json(settings | {"offset_noise": 0.1})
+
+
+@pytest.mark.parametrize("flags, dtype", [([], "fp32"), (["--dtype", "bf16"], "bf16")])
+def test_the_device_chooses_the_dtype_and_the_plan_says_it(flags, dtype, monkeypatch, capsys):
+    monkeypatch.setattr(train, "pick_dtype", lambda name, device: name or "fp32")
+    assert train.main(["--check", "--data", "scenes", "--pairs", "40", "--device", "cpu", *flags]) == 0
+    assert f"computed in {dtype}" in capsys.readouterr().out
