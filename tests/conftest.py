@@ -13,9 +13,11 @@ sys.path[:0] = [str(TESTS / "helpers"), str(TESTS / "benchmarks"), str(TESTS.par
 torch.set_num_threads(min(torch.get_num_threads(), 2))  # more would only wait on each other
 pytest_plugins = ["chat_server"]  # fixtures: server, ask
 
-# Names of tests at the widths of Stable Diffusion, and of tests that repeat a comparison in many slow cases
+# Names of tests at the widths of Stable Diffusion, of tests that repeat a comparison in many slow cases, and
+# of tests that count operations, compile, or start Python anew
 FULL = re.compile(r"sd-1\.5|vit-l-14|the_size_of_stable_diffusion|on_the_shipped_nano_weights|"
-                  r"maps_of_hertz(_with_every_setting|_with_settings_in|\[(?!more words))")
+                  r"maps_of_hertz(_with_every_setting|_with_settings_in|\[(?!more words))|"
+                  r"test_flops|other_spacings|importing_the_package|without_cuda|compiles_whole|reference_reacts")
 
 
 def pytest_collection_modifyitems(items):
