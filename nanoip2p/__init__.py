@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
-    """Imports Editor and TextToImage, and with them torch, when they are first used."""
+    """Import Editor and TextToImage at their first use, so that `import nanoip2p` does not load torch."""
     if name == "Editor":
         from nanoip2p.editor import Editor
         return Editor
