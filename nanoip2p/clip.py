@@ -143,7 +143,7 @@ class TextEmbeddings(nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        nn.init.normal_(self.token_embedding.weight, std=0.02)  # as OpenAI's code; torch's std=1 trains slowly
+        nn.init.normal_(self.token_embedding.weight, std=0.02)  # as OpenAI's code; std=1 trains slowly
         nn.init.normal_(self.position_embedding.weight, std=0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
