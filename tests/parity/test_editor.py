@@ -194,7 +194,7 @@ def test_half_precision_stays_near_single(editor, tiny):
 
 
 @pytest.mark.parametrize("wrong, message", [
-    ({"sampler": "heun"}, "no sampler 'heun'"), ({"steps": 0}, "steps"), ({"resolution": 4}, "resolution"),
+    ({"sampler": "heun"}, "unknown sampler 'heun'"), ({"steps": 0}, "steps"), ({"resolution": 4}, "resolution"),
     ({"seed": [1, 2]}, "1 images, 1 instructions, 2 seeds: give lists of one length"),
     ({"instructions": []}, "0 instructions"), ({"instructions": [3]}, "a text is a string, not int"),
     ({"instructions": None}, "not NoneType"), ({"negative": None}, "a text is a string, not NoneType"),

@@ -101,7 +101,7 @@ def test_heatmaps_show_each_word(painter, folder, tmp_path, monkeypatch, flags):
     (["--blend", "red", "night"], "'night' is not in 'turn the blue house into a boat'; name a word of it"),
     (["--reweight", "blue", "much", "--inject", "cross"], "'much'"),
     (["--reweight", "green", "2", "--inject", "cross"], "'green' is not in"),
-    (["--reweight", "blue", "2"], "reweighting and windows need injection of cross or both, not self"),
+    (["--reweight", "blue", "2"], "reweighting and windows need the mode cross or both, not self"),
     (["--window", "blue", "0", "late", "--inject", "cross"], "'late'"),
     (["--window", "gree", "0", "1", "--inject", "both"], "'gree' is not in"),
     (["--p", "inf"], "argument --p: 'inf' is not a number"), (["--seed", "-1"], "argument --seed"),

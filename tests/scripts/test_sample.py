@@ -317,7 +317,7 @@ WRONG = {
     "device": (one("--device", "warp"), "device 'warp' does not work here"),
     "dtype": (one("--dtype", "fp8"), "invalid choice: 'fp8'"),
     "weights": (one("--weights", "nowhere"), "no file or folder nowhere"),
-    "no recipe": (["--recipe", "house.png", "--output", "o.png"], "carries no recipe"),
+    "no recipe": (["--recipe", "house.png", "--output", "o.png"], "has no recipe"),
     "absent recipe": (["--recipe", "absent.png", "--output", "o.png"], "absent.png"),
 }
 
