@@ -375,7 +375,7 @@ def test_blend_by_hand():
     ({"inject": "cross", "windows": {"": (0, 1)}}, "'' is not in"),
     ({"blend": ("blue", "blue")}, "'blue' is not in 'turn the red house into a boat'"),
     ({"blend": ("red", "red")}, "'red' is not in 'turn the blue house into a boat'"),
-    ({"sampler": "heun"}, "unknown sampler 'heun'"), ({"resolution": 36}, "is no multiple of 8"),
+    ({"sampler": "heun"}, "unknown sampler 'heun'"), ({"resolution": 36}, "take a multiple of 8"),
     ({"steps": 0}, "cannot take 0 steps"),
 ], ids=str)
 def test_mistakes_are_value_errors(painters, wrong, message):
