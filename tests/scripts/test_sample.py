@@ -297,8 +297,8 @@ WRONG = {
     "many to one": (["--input", "house.png", "boat.png", "--edit", "x", "--output", "o.png"], "2 inputs"),
     "grid to folder": (one("--grid", output="grids/"), "must end in .png"),
     "sweep to folder": (one("--sweep", output="sweeps/"), "--sweep writes one picture, so --output sweeps/"),
-    "sweep of inputs": (one("--sweep", "--input", "boat.png"), "--sweep draws one --edit of one --input"),
-    "sweep of edits": (one("--sweep", "--turns", "--edit", "red"), "--sweep draws one --edit"),
+    "sweep of inputs": (one("--sweep", "--input", "boat.png"), "--sweep needs one --edit and one --input"),
+    "sweep of edits": (one("--sweep", "--turns", "--edit", "red"), "--sweep needs one --edit"),
     "sweep of samples": (one("--sweep", "--n", "2"), "without --n"),
     "sweep in a grid": (one("--sweep", "--grid"), "--sweep draws one"),
     "sweep to size": (one("--sweep", "--keep-size"), "without --n, --grid and --keep-size"),
@@ -475,7 +475,7 @@ def test_the_nano_weights_say_what_they_do_not_know(run, capsys):
     world = "note: the nano weights know a small painted world; "
     assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")] == [
         f"{world}unknown here: cyborg",
-        f"{world}photo.png is 300x200, larger than its pictures: photographs do not work"]
+        f"{world}photo.png is 300x200, larger than the training pictures: photographs do not work"]
     assert run("--input", "photo.png", *flags) == 0
     assert "note: " not in capsys.readouterr().err, "other weights"
 
