@@ -106,7 +106,7 @@ def test_heatmaps_show_each_word(painter, folder, tmp_path, monkeypatch, flags):
     (["--window", "gree", "0", "1", "--inject", "both"], "'gree' is not in"),
     (["--p", "inf"], "argument --p: 'inf' is not a number"), (["--seed", "-1"], "argument --seed"),
     (["--p", "7"], "--p must be in [0, 1]"),
-    (["--window", "blue", "0.8", "0.2", "--inject", "both"], "goes from one to a later one"),
+    (["--window", "blue", "0.8", "0.2", "--inject", "both"], "a --window needs 0 <= FROM <= TO"),
     (["--heatmaps", "--inject", "none"], "--heatmaps needs another --inject"),
     (["--resolution", "20"], "take a multiple of 8"), (["--blend", "red", "boat", "--sampler", "ddim"],
                                                          "a local blend needs injection, and the sampler"),

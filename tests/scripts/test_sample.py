@@ -301,7 +301,7 @@ WRONG = {
     "sweep of edits": (one("--sweep", "--turns", "--edit", "red"), "--sweep needs one --edit"),
     "sweep of samples": (one("--sweep", "--n", "2"), "without --n"),
     "sweep in a grid": (one("--sweep", "--grid"), "--sweep draws one"),
-    "sweep to size": (one("--sweep", "--keep-size"), "without --n, --grid and --keep-size"),
+    "sweep to size": (one("--sweep", "--keep-size"), "excludes --n, --grid and --keep-size"),
     "onto input": (one(output="./house.png"), "would overwrite an input"),
     "file as folder": (one(output="house.png/out.png"), "cannot be written"),
     "folder as file": (one("--edit", "red", output="taken.png"), "taken_1.png"),
