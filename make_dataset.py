@@ -6,7 +6,7 @@
     torchrun --nproc-per-node 8 make_dataset.py pairs ...           # the same on several GPUs
     python make_dataset.py show data/pairs                          # a contact sheet and statistics
 
-captions and pairs continue a stopped run when started with the same flags.
+To continue a stopped `captions` or `pairs`, start it again with the same flags.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The commands of nanoip2p. Installing the package also installs the first three, under the second name.
+"""The commands of nanoip2p. An installed package offers the first three under the name in the middle.
 
     sample.py         nanoip2p-edit        edit pictures by instruction
     make_dataset.py   nanoip2p-dataset     captions -> instructions -> pairs of pictures

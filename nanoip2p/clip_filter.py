@@ -7,8 +7,8 @@ similarity of StyleGAN-NADA (Gal et al. 2108.00946, equation 4):
     cos(E_I(after) - E_I(before), E_T(caption after) - E_T(caption before))
 
 Names, thresholds and preprocessing follow the paper's code (metrics/clip_similarity.py and
-dataset_creation/generate_img_dataset.py); only the paper's text has the picture threshold 0.75. CLIP gets the
-8-bit pictures before JPEG compression, and runs in float32; the paper's code has float pictures and float16.
+dataset_creation/generate_img_dataset.py); the paper's text sets the picture threshold to 0.75. Our CLIP gets
+8-bit pictures before JPEG compression and runs in float32; the paper's code has float pictures and float16.
 """
 
 from dataclasses import dataclass
