@@ -115,7 +115,7 @@ def to_pil(tensor: Tensor) -> Image.Image:
 
 
 def grid(rows: list[list[Image.Image]], labels: list[list[str]]) -> Image.Image:
-    """One picture of rows of pictures of any sizes, each with a label below. Enlarges small pictures."""
+    """Draw rows of pictures of any sizes, with a label below each. Enlarges small pictures."""
     font, line_height = ImageFont.load_default(LABEL_SIZE), LABEL_SIZE + 4
     rows = [[ImageOps.scale(image, max(1, -(-LABEL_WIDTH // image.width)), Image.Resampling.LANCZOS)
              for image in row] for row in rows]

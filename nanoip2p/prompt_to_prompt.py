@@ -184,7 +184,7 @@ class Injection:
     words: Tensor | None                # (2 B, T, W): from `PairPainter.columns`
     heat: Tensor | None                 # (2 B, positions, W): heat maps, changed in place
     self_from: Tensor | None = None     # (4 B,) int32: for each row, the row whose self-attention map it uses
-    self_limit: float = math.inf        # most positions of a layer with self-attention injected
+    self_limit: float = math.inf        # maximum positions of a layer that injects self-attention
     from_source: Tensor | None = None   # (B, T, T): M diag(a c), weights of the source's map, for the edits
     own: Tensor | None = None           # (B, T): weight of each token's own map, for the edits with caption
 

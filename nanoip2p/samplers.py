@@ -79,8 +79,8 @@ def ddim(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = No
 def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = None) -> Tensor:
     """DPM-Solver++(2M), Lu et al. 2022 (2211.01095), algorithm 2, with lambda = -log sigma.
 
-    The first step is first-order for lack of an earlier estimate. The last is if it ends at sigma = 0 (where
-    lambda is infinite), or with fewer than 15 steps, as the authors advise. Returns sqrt(a) x, as `ddim`.
+    The first step is first-order: it has no earlier estimate. The last step is first-order if sigma_next = 0
+    (lambda is infinite) or if there are fewer than 15 steps (the authors' advice). Returns z, as `ddim`.
     """
     x = x.float()
     rows = sigmas.tolist()

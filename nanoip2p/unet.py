@@ -1,7 +1,7 @@
 """The denoising U-Net of Stable Diffusion 1.x (Rombach et al. 2112.10752, section 3.3).
 
 It computes what diffusers' UNet2DConditionModel computes, with the same weight names. InstructPix2Pix
-(2211.09800, section 3.2) changes only conv_in: it has 4 more channels, for the latents of the input picture.
+(2211.09800, section 3.2) only adds 4 input channels to conv_in, for the latents of the input picture.
 R is a residual block, RT a residual block and a transformer. For a picture of 512 x 512 pixels:
 
     part            latents    channels in -> out of each block                        after the blocks
@@ -17,7 +17,7 @@ R is a residual block, RT a residual block and a transformer. For a picture of 5
     up_blocks.3     64 x 64    RT 960 -> 320, RT 640 -> 320, RT 640 -> 320
     conv_out        64 x 64    320 -> 4
 
-conv_in, every block of down_blocks and every halving push their output on a stack of skips, 12 in all. Each
+conv_in, every block of down_blocks and every halving push their output onto a stack of skips, 12 in all. Each
 block of up_blocks pops the last skip and concatenates it to its input: 1920 = 1280 + 640 channels.
 """
 
