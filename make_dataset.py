@@ -3,10 +3,10 @@
     python make_dataset.py captions --input captions.txt --out data/prompts.jsonl --model gpt-4o-mini
     python make_dataset.py captions --backend scenes --n 1000 --out data/prompts.jsonl      # needs no server
     python make_dataset.py pairs --prompts data/prompts.jsonl --out data/pairs --weights SD-1.5
-    torchrun --nproc-per-node 8 make_dataset.py pairs ...           # the same job over many GPUs
+    torchrun --nproc-per-node 8 make_dataset.py pairs ...           # the same on several GPUs
     python make_dataset.py show data/pairs                          # a contact sheet and statistics
 
-captions and pairs go on where an earlier run with the same flags stopped.
+To continue a stopped `captions` or `pairs`, start it again with the same flags.
 """
 
 import argparse
@@ -40,35 +40,35 @@ with cli.slow_imports():
 
 
 def add_captions(subparsers) -> None:
-    """`captions`, and below it the paper's way: `prepare-finetune` and `finetune`."""
+    """Add `captions`, with its subcommands `prepare-finetune` and `finetune` (the paper's method)."""
     parser = subparsers.add_parser("captions", help="captions -> instructions and edited captions",
                                    description="OPENAI_API_KEY and, for servers other than OpenAI's, "
                                                "OPENAI_BASE_URL name the server.")
-    parser.add_argument("--input", type=Path, help="captions: a text file, .jsonl (input or caption) or .csv")
-    parser.add_argument("--column", help="key or column of the caption")
+    parser.add_argument("--input", type=Path, help="captions: .txt, .csv, or .jsonl (key input or caption)")
+    parser.add_argument("--column", help="key (.jsonl) or column (.csv) of the caption")
     parser.add_argument("--out", type=Path, default=Path("data/prompts.jsonl"),
-                        help="captions in this file, or in .dropped.jsonl beside it, are not asked again")
+                        help="captions already in this file or in its .dropped.jsonl are skipped")
     parser.add_argument("--backend", choices=("openai", "scenes"), default="openai",
-                        help="a language model, or the nano world's own grammar")
-    parser.add_argument("--n", type=at_least(1), help="the first N captions (all), or N scenes (1000)")
+                        help="openai: a language model; scenes: the grammar of the nano world")
+    parser.add_argument("--n", type=at_least(1), help="use the first N captions (all); draw N scenes (1000)")
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the scenes")
     cli.add_settings(parser, Settings)
     parser.set_defaults(run=run_captions)
 
-    below = parser.add_subparsers(title="the paper's way", parser_class=cli.make_parser)
+    below = parser.add_subparsers(title="fine-tuning, as in the paper", parser_class=cli.make_parser)
     prepare = below.add_parser("prepare-finetune", help="hand-written triplets -> training data")
-    prepare.add_argument("human", type=Path, help=".jsonl of input, edit, output; the paper wrote 700")
-    prepare.add_argument("--chats", type=Path, help="where to write (default: human.chat.jsonl)")
+    prepare.add_argument("human", type=Path, help=".jsonl of input, edit, output; the paper has 700 of them")
+    prepare.add_argument("--chats", type=Path, help="the file to write (default: human.chat.jsonl)")
     prepare.set_defaults(run=run_prepare)
-    tune = below.add_parser("finetune", help="upload training data, start a job, print its id")
+    tune = below.add_parser("finetune", help="upload training data, start a job, print the job id")
     tune.add_argument("chats", type=Path, help="the file that prepare-finetune wrote")
     tune.add_argument("--model", default="gpt-4o-mini-2024-07-18", help="model to fine-tune, with its date")
-    tune.add_argument("--epochs", type=at_least(1), default=1, help="epochs of the training")
+    tune.add_argument("--epochs", type=at_least(1), default=1, help="number of epochs")
     tune.set_defaults(run=run_finetune)
 
 
 def run_captions(args: argparse.Namespace) -> None:
-    """Ask a language model for edits of captions, or draw scenes with their edits."""
+    """Ask a language model to edit the captions, or draw random scenes with their edits."""
     if args.backend == "scenes":
         check_writable(args.out)
         write_scenes(args.out, args.n or 1000, args.seed)
@@ -83,57 +83,57 @@ def run_captions(args: argparse.Namespace) -> None:
 
 
 def run_prepare(args: argparse.Namespace) -> None:
-    """Write training data for a chat model."""
+    """Turn hand-written triplets into training data for a chat model."""
     out = args.chats or args.human.with_suffix(".chat.jsonl")
     print(f"{finetune.prepare(args.human, out)} chats written to {out}")
 
 
 def run_finetune(args: argparse.Namespace) -> None:
-    """Start to fine-tune a model, and print the id of the job as the last line."""
+    """Start a fine-tuning job and print its id as the last line."""
     job = finetune.start(args.chats, args.model, args.epochs)
-    print("started; when it is done, the server names the model for captions --model ft:...", file=sys.stderr)
+    print("started; the finished job names the model to use as captions --model ft:...", file=sys.stderr)
     print(job)
 
 
 def add_pairs(subparsers) -> None:
-    """Section 3.1.2 of the paper."""
+    """Add `pairs`: section 3.1.2 of the paper."""
     parser = subparsers.add_parser("pairs", help="caption pairs -> picture pairs that the CLIP filter passes",
                                    description="A file pairs.json in the weights folder can set other "
                                                "defaults for the flags from --n-samples on.")
     parser.add_argument("--prompts", type=Path, required=True, help="JSONL of input, edit and output")
-    parser.add_argument("--out", type=Path, required=True, help="folder; a stopped job in it goes on")
+    parser.add_argument("--out", type=Path, required=True, help="output folder; continues a stopped job")
     parser.add_argument("--weights", required=True, help="a text-to-image model: a diffusers folder, a "
                                                          ".safetensors or .ckpt file, or a name on the Hub")
     add_flags(parser)
-    parser.add_argument("--skip-bad", action="store_true", help="leave out lines that are no prompts")
-    parser.add_argument("--fast", action="store_true", help="see speed.py; not for nano networks")
+    parser.add_argument("--skip-bad", action="store_true", help="skip lines that are not prompts")
+    parser.add_argument("--fast", action="store_true", help="see nanoip2p.speed.fast; not for nano weights")
     add_device(parser)
     cli.add_settings(parser, PairSettings)
     parser.set_defaults(run=run_pairs)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """Where and in which precision to paint."""
-    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first that works)")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the networks that paint (default: bf16 "
-                                                                "if the device is faster, else fp32)")
+    """Add --device and --dtype of the text-to-image model."""
+    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first available)")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the text-to-image model (default: bf16 "
+                                                                "where it is faster, else fp32)")
 
 
 def run_pairs(args: argparse.Namespace) -> None:
-    """Check all inputs, then paint. Under torchrun, one process for each GPU."""
+    """Check all inputs, then generate pairs. Under torchrun, each process uses one GPU."""
     prompts, bad = read_prompts(args.prompts)
     if bad and not args.skip_bad:
         raise ValueError(f"{args.prompts}: {bad[0]} (bad lines: {len(bad)}); correct them, or leave them out "
                          "with --skip-bad")
     if not prompts:
-        raise ValueError(f"{args.prompts}: there is no prompt in it")
+        raise ValueError(f"{args.prompts} contains no prompt")
     first, name = os.environ.get("RANK", "0") == "0", args.device
     if name in (None, "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = pick_device(name)
     checkpoint = open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
     settings = complete(vars(args), checkpoint.source, checkpoint.defaults)
-    # A job that goes on keeps its dtype; one without a record is older than this choice, and painted in fp32
+    # A continued job keeps its dtype. Jobs older than --dtype have no record of it and used fp32
     job = read_json(args.out / "job.json", missing={})
     dtype = args.dtype or (job.get("dtype", "fp32") if job else pick_dtype(None, device))
     if first:
@@ -155,7 +155,7 @@ def run_pairs(args: argparse.Namespace) -> None:
 
 
 def add_pair(subparsers) -> None:
-    """One pair, to try Prompt-to-Prompt."""
+    """Add `pair`: one pair, to try Prompt-to-Prompt."""
     parser = subparsers.add_parser("pair", help="two captions -> two pictures that differ only by the edit")
     parser.add_argument("source", help="the caption of the first picture")
     parser.add_argument("edit", help="the caption of the second picture")
@@ -163,34 +163,34 @@ def add_pair(subparsers) -> None:
     add_flags(parser)
     parser.add_argument("--out", type=Path, default=Path("out/pair.png"), help="the PNG to write")
     parser.add_argument("--heatmaps", action="store_true", help="also show the attention to each word")
-    parser.add_argument("--inject", choices=MODES, default="self", help="which attention the edit takes over")
+    parser.add_argument("--inject", choices=MODES, default="self", help="attention to take from the source")
     parser.add_argument("--p", type=finite, default=0.5, help="share of the steps that inject")
     parser.add_argument("--blend", nargs=2, metavar=("WORD", "WORD"),
-                        help="change only where the source's or the edit's word is attended to")
+                        help="a word of each caption: change only where attention to either is high")
     parser.add_argument("--reweight", nargs=2, action="append", default=[], metavar=("WORD", "FACTOR"),
-                        help="with cross or both: scale the attention to a word of the edited caption")
+                        help="for cross and both: scale the attention to a word of the edited caption")
     parser.add_argument("--window", nargs=3, action="append", default=[], metavar=("WORD", "FROM", "TO"),
-                        help="with cross or both: inject a word between these shares of the steps, not --p")
-    parser.add_argument("--cfg-text", type=finite, help="guidance by the text (default: of the weights)")
+                        help="for cross and both: inject a word between these shares of the steps, not --p")
+    parser.add_argument("--cfg-text", type=finite, help="guidance scale (default: from the weights)")
     for name in ("steps", "resolution"):
-        parser.add_argument(f"--{name}", type=at_least(1), help="(default: of the weights)")
-    parser.add_argument("--sampler", choices=sorted(SAMPLERS), help="(default: of the weights)")
-    parser.add_argument("--negative", default="", help="text to steer away from")
+        parser.add_argument(f"--{name}", type=at_least(1), help="(default: from the weights)")
+    parser.add_argument("--sampler", choices=sorted(SAMPLERS), help="(default: from the weights)")
+    parser.add_argument("--negative", default="", help="negative prompt")
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of all random numbers")
     add_device(parser)
     parser.set_defaults(run=run_pair)
 
 
 def run_pair(args: argparse.Namespace) -> None:
-    """Paint one pair and write it side by side."""
+    """Generate one pair and write both pictures side by side."""
     if not (args.source.strip() and args.edit.strip()):
         raise ValueError("a caption is empty; say what each picture shows")
     if args.heatmaps and args.inject == "none":
-        raise ValueError("--heatmaps shows a run with injection; with --p 0 nothing is injected")
+        raise ValueError("--heatmaps needs another --inject; for a run without injection add --p 0")
     reweight = {word: float(factor) for word, factor in args.reweight}
     windows = {word: (float(begin), float(end)) for word, begin, end in args.window}
     if not all(0 <= begin <= end for begin, end in [(args.p, 1), *windows.values()]):
-        raise ValueError("--p is a share of the steps, 0 to 1, and a --window goes from one to a later one")
+        raise ValueError("--p must be in [0, 1], and a --window needs 0 <= FROM <= TO")
     check_writable(args.out)
     checkpoint = open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
     device = pick_device(args.device)
@@ -211,7 +211,7 @@ def run_pair(args: argparse.Namespace) -> None:
 
 
 def run_show(args: argparse.Namespace) -> None:
-    """Print the statistics, write the contact sheet."""
+    """Print statistics and write the contact sheet."""
     sheet = args.sheet or args.folder / "contact-sheet.png"
     pairs = read_pairs(args.folder)
     check_writable(sheet)
@@ -222,27 +222,27 @@ def run_show(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Flags of every command; `run` is the function that does it."""
+    """Parse the flags of every command. `run` of the result is the function that executes the command."""
     parser = cli.make_parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=cli.make_parser)
     add_captions(subparsers)
     add_pairs(subparsers)
     add_pair(subparsers)
     show = subparsers.add_parser("show", help="a contact sheet and statistics of a folder of pairs")
-    show.add_argument("folder", type=Path, help="the --out of pairs, or the paper's own dataset")
+    show.add_argument("folder", type=Path, help="the --out folder of pairs, or the paper's dataset")
     show.add_argument("--sheet", type=Path, help="PNG to write (default: contact-sheet.png in the folder)")
-    show.add_argument("--rows", type=at_least(1), default=8, help="best and random pairs on the sheet")
+    show.add_argument("--rows", type=at_least(1), default=8, help="number of best pairs, and of random pairs")
     show.add_argument("--seed", type=at_least(0), default=0, help="seed of the random pairs")
     show.set_defaults(run=run_show)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code, see cli.run."""
+    """Run the command and return the exit code, see cli.run."""
     def work() -> None:
         args = parse(argv)
         args.run(args)
-    return cli.run(work, "stopped; what is finished is kept, and the same command goes on from there",
+    return cli.run(work, "stopped; finished work is kept, and the same command continues from there",
                    "try a smaller --batch or --resolution")
 
 

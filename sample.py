@@ -36,48 +36,48 @@ with cli.slow_imports():
     from nanoip2p.speed import fast as speed
     from nanoip2p.world import scenes
 
-NOT_IN_RECIPE = ("output", "recipe", "device", "fast")  # do not change the picture
-# --sweep draws a grid around the chosen scales. Around the paper's: cfg_text 3 ... 12 and cfg_image 1 ... 2
-SWEEP_FACTORS = (0.4, 0.7, 1, 1.3, 1.6)      # of cfg_text
-SWEEP_STEPS = (-0.5, -0.25, 0, 0.25, 0.5)    # on top of cfg_image
-NANO_RESOLUTION, NANO_WORDS, PHOTO = 64, 1000, 256  # pixels; tokens at most; pixels of a picture too large
+NOT_IN_RECIPE = ("output", "recipe", "device", "fast")  # settings that do not change the picture
+# --sweep varies both scales. From the paper's defaults it covers cfg_text 3 ... 12 and cfg_image 1 ... 2
+SWEEP_FACTORS = (0.4, 0.7, 1, 1.3, 1.6)      # multiply cfg_text
+SWEEP_STEPS = (-0.5, -0.25, 0, 0.25, 0.5)    # added to cfg_image
+NANO_RESOLUTION, NANO_WORDS, PHOTO = 64, 1000, 256  # pixels; maximum vocabulary; pixels of a photograph
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The flags with their defaults, and what the recipe in a PNG holds (without NOT_IN_RECIPE)."""
+    """The flags with their defaults. A PNG's recipe stores them, except NOT_IN_RECIPE."""
 
     input: list[str] | None = flag("pictures, globs or folders", nargs="+", action="extend",
                                    group="what to edit, and how")
-    edit: list[str] | None = flag('an instruction, as "make it night"; repeat for more', action="append")
+    edit: list[str] | None = flag('an instruction, such as "make it night"; may be repeated', action="append")
     turns: bool = flag("apply the instructions one after another, not each to the input", False)
-    n: int = flag("samples of each edit, with seeds s, s + 1, ...", 1, type=at_least(1))
-    negative: str = flag("what to steer away from", "")
+    n: int = flag("samples per edit, with seeds s, s + 1, ...", 1, type=at_least(1))
+    negative: str = flag("negative prompt", "")
     steps: int | None = flag("denoising steps", type=at_least(1),
-                             group="sampling (the weights have the defaults, or else the paper)")
-    resolution: int | None = flag("of the longer side, about, in pixels", type=at_least(1))
-    cfg_text: float | None = flag("how much the instruction counts (s_T)", type=finite)
-    cfg_image: float | None = flag("how much the input picture counts (s_I)", type=finite)
-    sampler: str | None = flag("how to step from noise to a picture", choices=sorted(SAMPLERS))
-    seed: int | None = flag("one seed makes one picture (default: a random one)", type=at_least(0))
-    output: str | None = flag("a PNG file; for several inputs a folder", group="what to write")
+                             group="sampling (defaults: from the weights folder, else from the paper)")
+    resolution: int | None = flag("approximate longer side in pixels", type=at_least(1))
+    cfg_text: float | None = flag("guidance scale of the instruction (s_T)", type=finite)
+    cfg_image: float | None = flag("guidance scale of the input picture (s_I)", type=finite)
+    sampler: str | None = flag("sampling method", choices=sorted(SAMPLERS))
+    seed: int | None = flag("seed of the noise (default: random)", type=at_least(0))
+    output: str | None = flag("a PNG file, or a folder for several inputs", group="what to write")
     keep_size: bool = flag("scale the result to the size of the input", False)
     grid: bool = flag("one labelled picture: input | edits", False)
-    sweep: bool = flag("one labelled picture of one edit at 5 x 5 scales of guidance, around --cfg-text "
-                       "(down) and --cfg-image (across)", False)
-    recipe: str | None = flag("a PNG that sample.py wrote, to make again; other flags override its settings")
+    sweep: bool = flag("one labelled picture of one edit at 5 x 5 guidance scales, around --cfg-text "
+                       "(rows) and --cfg-image (columns)", False)
+    recipe: str | None = flag("a PNG that sample.py wrote: use its settings, except those given as flags")
     weights: str = flag("a diffusers folder, a .safetensors or .ckpt file, or a name on the Hub",
                         "weights/nano-ip2p", group="weights and device")
     vae: str | None = flag("use this autoencoder instead of the checkpoint's: a file or folder")
     tokenizer: str | None = flag("for a single file of weights: a folder or a name on the Hub")
-    raw_weights: bool = flag("use the raw weights of a file that also holds averaged (EMA) weights", False)
-    device: str | None = flag("cuda, cuda:1, mps or cpu (default: the first that works)")
+    raw_weights: bool = flag("use the raw weights of a file that also has EMA weights", False)
+    device: str | None = flag("cuda, cuda:1, mps or cpu (default: the first available)")
     dtype: str = flag("half precision is faster on a GPU", "fp32", choices=sorted(DTYPES))
-    batch: int = flag("pictures of one size that share a forward", 8, type=at_least(1))
-    low_memory: bool = flag("compute one branch of guidance at a time, keep one network on the device, and "
-                            "use tiles in the VAE above 768 pixels, which changes pictures a little", False)
-    fast: bool = flag("the same picture to rounding, in less time. CPU: Winograd's convolutions, which need "
-                      "more memory. CUDA: channels last, compiled to CUDA graphs (a minute at first)", False)
+    batch: int = flag("maximum pictures of one size in a forward pass", 8, type=at_least(1))
+    low_memory: bool = flag("compute one guidance branch at a time, keep one network on the device, and use "
+                            "VAE tiles above 768 pixels, which change the picture slightly", False)
+    fast: bool = flag("faster, equal up to rounding. CPU: Winograd convolutions, which need more memory. "
+                      "CUDA: channels last and CUDA graphs, after a minute of compiling", False)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Picture:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """All flags of Settings. The help ends with the words that the nano weights know."""
+    """A parser with all flags of Settings. Its help ends with the words that the nano weights know."""
     edits = {edit.kind: edit.instructions[0] for edit in scenes.random_scene("train", 0).edits()}
     words = {"things": scenes.KINDS, "colours": scenes.COLOURS, "times": scenes.TIMES,
              "weathers": scenes.WEATHERS, "grounds": scenes.GROUNDS, "places": scenes.SLOTS,
@@ -99,14 +99,14 @@ def make_parser() -> argparse.ArgumentParser:
     lines = [textwrap.fill(f"  {name:<11}{', '.join(known)}", 100, subsequent_indent=" " * 13)
              for name, known in words.items()]
     parser = cli.make_parser(description=__doc__, epilog="\n".join(
-        ["The default (nano) weights know a small painted world, no photographs. They often miss the place:",
+        ["The default (nano) weights know a small painted world, no photographs. The place is often wrong:",
          *lines]))
     cli.add_settings(parser, Settings)
     return parser
 
 
 def parse(argv: list[str] | None) -> Settings:
-    """Flags as given, else from the recipe, else the defaults. ValueError when they cannot work together."""
+    """Flags override the recipe, which overrides the defaults. Raises ValueError for conflicting flags."""
     parser = make_parser()
     flags = vars(parser.parse_args(argv))
     if "recipe" in flags:
@@ -116,14 +116,14 @@ def parse(argv: list[str] | None) -> Settings:
     if missing:
         raise ValueError(f"needed, but not given: {', '.join(missing)} (see --help)")
     if settings.fast and settings.low_memory:
-        raise ValueError("--fast keeps more in memory; leave it or --low-memory out")
+        raise ValueError("--fast needs more memory; use either --fast or --low-memory")
     if not all(edit.strip() for edit in settings.edit):
-        raise ValueError('an instruction is empty; say what to change, as --edit "make it night"')
+        raise ValueError('an instruction is empty; say what to change, such as --edit "make it night"')
     return settings
 
 
 def as_flags(recipe: dict) -> list[str]:
-    """A recipe as a command line, so that its values pass the same checks as typed ones."""
+    """Turn a recipe into command-line flags, so that the parser checks its values."""
     argv = []
     for key in [key for key in vars(Settings()) if key not in NOT_IN_RECIPE]:
         value, name = recipe.get(key), "--" + key.replace("_", "-")
@@ -135,7 +135,7 @@ def as_flags(recipe: dict) -> list[str]:
 
 
 def plan_pictures(settings: Settings, inputs: list[str]) -> list[Picture]:
-    """Every picture to make, in the order input, edit, sample. ValueError when --output does not suit."""
+    """All pictures to make, ordered by input, edit, sample. Raises ValueError for an unusable --output."""
     edits = [tuple(settings.edit)] if settings.turns else [(edit,) for edit in settings.edit]
     variants = [(edit, settings.seed + i) for edit in edits for i in range(settings.n)]
     output, one = Path(settings.output), settings.grid or settings.sweep
@@ -144,7 +144,7 @@ def plan_pictures(settings: Settings, inputs: list[str]) -> list[Picture]:
         raise ValueError(f"{output} should end in .png (or in / for a folder); only PNG is written")
     several = len(inputs) * len(settings.edit) * settings.n > 1
     if settings.sweep and (several or settings.grid or settings.keep_size):
-        raise ValueError("--sweep draws one --edit of one --input, without --n, --grid and --keep-size")
+        raise ValueError("--sweep needs one --edit and one --input, and excludes --n, --grid and --keep-size")
     if one and to_folder:
         name = "--grid" if settings.grid else "--sweep"
         raise ValueError(f"{name} writes one picture, so --output {settings.output} must end in .png")
@@ -167,7 +167,7 @@ def plan_pictures(settings: Settings, inputs: list[str]) -> list[Picture]:
 
 
 def unique_stems(paths: list[str]) -> list[str]:
-    """Names for outputs: a/house.png and b/House.jpg -> house and House-2, unique on any file system."""
+    """Output names, unique even if case is ignored: a/house.png, b/House.jpg -> house, House-2."""
     stems = {}
     for stem in (Path(path).stem for path in paths):
         names = (stem if k == 1 else f"{stem}-{k}" for k in count(1))
@@ -177,10 +177,10 @@ def unique_stems(paths: list[str]) -> list[str]:
 
 
 def run(settings: Settings) -> None:
-    """Check everything that can be checked, then edit, and write each batch as soon as it is done."""
+    """Check all inputs and outputs, then edit. Write each batch as soon as it is finished."""
     inputs = find_images(settings.input)
     pictures = plan_pictures(settings, inputs)
-    sizes = {path: open_image(path).size for path in inputs}  # shows a bad picture before the long work
+    sizes = {path: open_image(path).size for path in inputs}  # a bad picture raises early
     checkpoint = open_checkpoint(
         find_weights(settings.weights), settings.vae, settings.tokenizer, settings.raw_weights)
     print(f"opened {settings.weights}: {checkpoint.found}", file=sys.stderr)
@@ -220,23 +220,23 @@ def run(settings: Settings) -> None:
 
 
 def nano_notes(editor: Editor, edits: list[str], sizes: dict[str, tuple[int, int]]) -> list[str]:
-    """For the nano weights, notes about words and pictures that they cannot know; none for other weights."""
+    """Notes for the user of the nano weights: unknown words, too large pictures. [] for other weights."""
     words = editor.tokenizer.backend.get_vocab_size()  # CLIP's own tokenizer has 49,408
     if editor.defaults["resolution"] != NANO_RESOLUTION or words > NANO_WORDS:
         return []
     unknown = scenes.unknown_words(" ".join(edits))
     notes = [f"unknown here: {', '.join(unknown)}"] if unknown else []
-    notes += [f"{path} is {width}x{height}, larger than its pictures: photographs need other --weights"
+    notes += [f"{path} is {width}x{height}, larger than the training data: photographs need other --weights"
               for path, (width, height) in sizes.items() if max(width, height) > PHOTO]
     return [f"note: the nano weights know a small painted world; {note}" for note in notes]
 
 
 def edit_batch(editor: Editor, batch: list[Picture], size: tuple[int, int], sampling: dict,
                keep_size: bool) -> list[list[Image.Image]]:
-    """Pictures of a batch -> for each, [input, after the first instruction, after the second, ...].
+    """Edit a batch. Returns for each picture [input, after the first instruction, after the second, ...].
 
-    Inputs of other proportions than `size` are cut at the edges. With keep_size they are squeezed instead and
-    scaled back at the end, so that nothing is lost and the edit lies exactly over the input.
+    Crops inputs whose aspect ratio is not that of `size`. keep_size: stretches inputs to `size` instead and
+    scales the results back, so that the edit has the size of the input and shows all of it.
     """
     originals = {path: open_image(path) for path in {picture.input for picture in batch}}
     fitted = {path: image.resize(size, Image.Resampling.LANCZOS) if keep_size else fit(image, size)
@@ -252,7 +252,7 @@ def edit_batch(editor: Editor, batch: list[Picture], size: tuple[int, int], samp
 
 
 def sweep(editor: Editor, picture: Picture, size: tuple[int, int], sampling: dict) -> Image.Image:
-    """The input above a grid of edits from one seed: a row for each cfg_text, a column for each cfg_image."""
+    """The input, and below it a grid of edits with one seed: rows by cfg_text, columns by cfg_image."""
     texts = [round(sampling["cfg_text"] * factor, 4) for factor in SWEEP_FACTORS]
     images = [round(sampling["cfg_image"] + step, 4) for step in SWEEP_STEPS]
     before, cells = fit(open_image(picture.input), size), []
@@ -277,7 +277,7 @@ def draw_grid(pictures: list[Picture], stages: dict[Picture, list[Image.Image]])
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code, see cli.run."""
+    """Run the command and return the exit code, see cli.run."""
     return cli.run(lambda: run(parse(argv)), "interrupted; the pictures printed above are complete",
                    "try --low-memory, --batch 1 or a smaller --resolution")
 

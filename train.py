@@ -2,11 +2,11 @@
 
     python train.py --weights <Stable Diffusion 1.x> --data data/pairs --out runs/ip2p
     torchrun --nproc-per-node 8 train.py --preset paper ...      # several GPUs
-    python train.py --resume runs/ip2p                           # continues exactly
-    python train.py --check --data my-pairs                      # opens the data, prints the plan
+    python train.py --resume runs/ip2p                           # same result as without interruption
+    python train.py --check --data my-pairs                      # checks the data, prints the plan
     python train.py --text-to-image --data scenes ...            # a text-to-image model from captions
 
-Writes to --out: checkpoints/, weights/ (the averaged model), log.jsonl, loss.png and samples-*.png.
+Writes to --out: checkpoints/, weights/ (the EMA weights), log.jsonl, loss.png and samples-*.png.
 """
 
 import sys
@@ -40,7 +40,7 @@ VALIDATION_SAMPLES, SHEET_COLUMNS = 64, 8
 
 
 def parse(argv: list[str] | None) -> TrainConfig:
-    """The flags, on top of --preset or of the settings of the run to --resume. ValueError for bad flags."""
+    """Flags override --preset, or the settings of the run to --resume. Raises ValueError for bad flags."""
     parser = cli.make_parser(description=__doc__)
     cli.add_settings(parser, TrainConfig)
     given = {key: tuple(value) if isinstance(value, list) else value
@@ -51,7 +51,7 @@ def parse(argv: list[str] | None) -> TrainConfig:
         for key in vars(config).keys() - FREE:
             if getattr(config, key) != getattr(begun, key):
                 raise ValueError(f"--{key.replace('_', '-')} cannot change: {config.out} was begun with "
-                                 f"{getattr(begun, key)}; leave it out, or begin another run")
+                                 f"{getattr(begun, key)}; leave the flag out, or begin another run")
         return config
     config = TrainConfig(**PRESETS.get(given.get("preset"), {}) | given)
     for name in ("data",) if config.check else ("weights", "data", "out"):
@@ -59,12 +59,12 @@ def parse(argv: list[str] | None) -> TrainConfig:
             raise ValueError(f"--{name} is needed (or --resume RUN)")
     scenes, cache = config.data == "scenes", config.cache
     if scenes and config.out and not cache:
-        cache = config.out / "latents"  # to render a scene takes longer than to train on it
+        cache = config.out / "latents"  # rendering a scene takes longer than training on it
     return replace(config, cache=cache, flip=not scenes if config.flip is None else config.flip)
 
 
 def read_items(config: TrainConfig) -> tuple[list[Item], list[Item]]:
-    """Training and validation items; data that is too small to be split is used for both."""
+    """Training and validation items. Without a validation split, the first training items are used twice."""
     if config.text_to_image:
         splits = captioned_scenes(config.pairs), captioned_scenes(VALIDATION_SAMPLES, "validation")
     elif config.data == "scenes":
@@ -78,7 +78,7 @@ def read_items(config: TrainConfig) -> tuple[list[Item], list[Item]]:
 
 
 def decide(config: TrainConfig, ranks: Ranks, items: int) -> TrainConfig:
-    """The config with `accumulate` and `dtype` decided. ValueError if it does not fit the resumed run."""
+    """Fill in `accumulate` and `dtype`. Raises ValueError if items or batch differ from the resumed run."""
     state = runs.newest_checkpoint(config.out)[1] if config.resume else {"batch": PAPER_BATCH}
     micro = config.batch_size * ranks.count
     accumulate = config.accumulate or max(1, state["batch"] // micro)
@@ -90,7 +90,7 @@ def decide(config: TrainConfig, ranks: Ranks, items: int) -> TrainConfig:
 
 def print_plan(config: TrainConfig, items: list[Item], validation: list[Item], ranks: int,
                found: str) -> None:
-    """Print the plan of a run, before it begins. found: what the weights are."""
+    """Print the plan of a run before it begins. found: description of the weights."""
     batch = config.batch_size * config.accumulate * ranks
     samples, held_out = config.steps * batch, 0 if validation[0] in items else len(validation)
     print(f"weights   {found}\n"
@@ -107,15 +107,15 @@ def print_plan(config: TrainConfig, items: list[Item], validation: list[Item], r
 def run(config: TrainConfig) -> None:
     """Open data and weights, print the plan, train."""
     if not config.resume and config.out and runs.checkpoints(config.out):
-        raise ValueError(f"{config.out} already holds a run; --resume continues it, or choose another --out")
+        raise ValueError(f"{config.out} already holds a run; continue it with --resume, or change --out")
     if config.tensorboard and not find_spec("tensorboard"):
-        raise ValueError("--tensorboard needs a package that is missing; pip install tensorboard")
+        raise ValueError("--tensorboard needs the package tensorboard; pip install tensorboard")
     with started(config.device) as ranks:
         if config.check and config.data != "scenes":
             pictures, pairs, problems = broken_pictures(config.data, config.resolution)
             print(f"pictures  {pictures}; sound pairs in all splits: {pairs}", *problems[:20], sep="\n  ")
             if problems and not config.skip_bad:
-                raise ValueError("pictures are broken or missing; --skip-bad leaves out their pairs")
+                raise ValueError("pictures are broken or missing; --skip-bad leaves their pairs out")
         items, validation = read_items(config)
         config, model, found = decide(config, ranks, len(items)), None, "none"
         if config.weights:
@@ -134,7 +134,7 @@ def run(config: TrainConfig) -> None:
 
 def train(config: TrainConfig, model: Model, items: list[Item], validation_items: list[Item],
           ranks: Ranks) -> None:
-    """Fill the cache; make the trainer, or load the newest checkpoint; make the batches; run the loop."""
+    """Fill the cache, make the trainer, load a checkpoint to resume, make the batches, run the loop."""
     source = Pictures(config.resolution, model.tokenizer)
     if config.cache:
         pairs = [pair for item in items + validation_items for pair in item]
@@ -171,7 +171,7 @@ def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], colu
     config, ranks, recent = trainer.config, trainer.ranks, []
     log = runs.Log(config.out, first, config.tensorboard) if ranks.rank == 0 else None
     bar = tqdm(total=config.steps * trainer.batch, initial=first * trainer.batch, unit=" samples",
-               disable=None if log else True)  # None: no bar where the output is no terminal
+               disable=None if log else True)  # None: no bar unless in a terminal
     began, begun_at = time.perf_counter(), first
     for done in range(first + 1, config.steps + 1):
         bar.set_description(f"step {done}/{config.steps}")
@@ -210,7 +210,7 @@ def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], colu
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code, see cli.run."""
+    """Run the command and return the exit code, see cli.run."""
     return cli.run(lambda: run(parse(argv)), "stopped; go on with --resume and the --out folder",
                    "try a smaller --batch-size with more --accumulate, --recompute, or --ema-device cpu")
 

@@ -17,7 +17,7 @@ if sys.argv[:1] == ["-m"]:  # Python imports this package on its way to the modu
 
 
 def __getattr__(name: str):
-    """Imports Editor and TextToImage, and with them torch, when they are first used."""
+    """Import Editor and TextToImage at their first use, so that `import nanoip2p` does not load torch."""
     if name == "Editor":
         from nanoip2p.editor import Editor
         return Editor

@@ -1,12 +1,12 @@
-"""The commands of nanoip2p. An installed nanoip2p has the first three as commands of their own.
+"""The commands of nanoip2p. An installed package offers the first three under the name in the middle.
 
     sample.py         nanoip2p-edit        edit pictures by instruction
     make_dataset.py   nanoip2p-dataset     captions -> instructions -> pairs of pictures
     train.py          nanoip2p-train       pairs of pictures -> an editor
-    python -m nanoip2p.checkpoint          look into a checkpoint, or convert it
-    python -m nanoip2p.evaluate            score an editor or a text-to-picture model
+    python -m nanoip2p.checkpoint          inspect a checkpoint, or convert it
+    python -m nanoip2p.evaluate            score an editor or a text-to-image model
 
-Each has --help.
+Each command has --help.
 """
 
 import sys
@@ -15,7 +15,7 @@ from nanoip2p.common import cli
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code, see cli.run."""
+    """Print the list above and return the exit code, see cli.run."""
     parser = cli.make_parser(prog="python -m nanoip2p", description=__doc__)
     return cli.run(lambda: (parser.parse_args(argv), print(__doc__.strip())), "interrupted", "")
 

@@ -1,7 +1,7 @@
-"""Attention: softmax(q k^T / sqrt(d)) v, with d the width of one head. Every network computes it here.
+"""Attention: softmax(q k^T / sqrt(d)) v, where d is the width of one head. All networks use this file.
 
-`attention` runs on torch's fused kernels. `attention_reference` computes the same, one operation a line.
-speed/kernels.py has kernels of our own, which take the place of `attention` in the layers of a UNet.
+`attention` runs on torch's fused kernels. `attention_reference` computes the same in separate operations.
+speed/kernels.py has a Triton kernel that can replace `attention` in the layers of a UNet.
 """
 
 import torch
@@ -11,12 +11,12 @@ from torch import Tensor
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False,
               map_from: Tensor | None = None) -> Tensor:
-    """Multi-head attention on fused kernels, which never store the (Tq, Tk) map.
+    """Multi-head attention on fused kernels, which never store the (Tq, Tk) attention map.
 
-    q (B, Tq, heads * d), k and v (B, Tk, heads * d) -> (B, Tq, heads * d). The heads lie side by side in the
-    last axis. causal: position i attends to positions 0..i only, and Tq = Tk. map_from (N,) int32: row i of
-    v (N, Tk, heads * d) meets the attention map of row map_from[i] of q and k, and the result has N rows;
-    Prompt-to-Prompt is made of this.
+    q (B, Tq, heads * d), k and v (B, Tk, heads * d) -> (B, Tq, heads * d). The last axis concatenates the
+    heads. causal: position i attends only to positions 0..i; needs Tq = Tk. map_from (N,) int32, used by
+    Prompt-to-Prompt: the attention map of row map_from[i] of q and k is applied to row i of v
+    (N, Tk, heads * d), so the result has N rows.
     """
     check_shapes(q, k, v, heads, causal, map_from)
     if map_from is not None:
@@ -27,7 +27,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False,
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False,
                         map_from: Tensor | None = None) -> Tensor:
-    """Computes what `attention` computes. It is slow, and its map takes B * heads * Tq * Tk numbers."""
+    """The same result as `attention`, but slow, and it stores the map: B * heads * Tq * Tk numbers."""
     check_shapes(q, k, v, heads, causal, map_from)
     if map_from is not None:
         q, k = q[map_from], k[map_from]
@@ -40,7 +40,7 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: boo
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool, map_from: Tensor | None) -> None:
-    """AssertionError, naming the shapes, if `attention` does not take them."""
+    """Raise AssertionError, with the shapes, if `attention` cannot use these inputs."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, {heads} heads"
     assert k.shape[1:] == v.shape[1:] and q.shape[0] == k.shape[0] and q.shape[2] == k.shape[2], shapes
     assert v.shape[0] == (k.shape[0] if map_from is None else len(map_from)), shapes

@@ -1,7 +1,7 @@
-"""CLIP (Radford et al. 2103.00020): the text encoder of Stable Diffusion, and the judge of edited pictures.
+"""CLIP (Radford et al. 2103.00020): the text encoder of Stable Diffusion, and the scorer of edited pictures.
 
-It computes the same as transformers' CLIP classes, with the same weight names. Published names of the text
-encoder begin with `text_model.`, transformers 5 writes none: we read both and write the published names.
+It computes the same as transformers' CLIP classes, with the same weight names. Published weights of the text
+encoder have the prefix `text_model.`; transformers 5 drops it. We read both and write the prefix.
 """
 
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.g
 
 
 class _Config:
-    """The base of the three configs below; `library` is (class, model_type) in transformers."""
+    """Base class of the three configs below. `library` is (class name, model_type) in transformers."""
 
     library = ("", "")
 
@@ -28,7 +28,7 @@ class _Config:
 
 @dataclass(frozen=True)
 class CLIPTextConfig(_Config):
-    """Shape of the text encoder; the names are those of transformers' config.json, the defaults SD 1.5's."""
+    """Config of the text encoder: names as in transformers' config.json, default values as in SD 1.5."""
 
     library = ("CLIPTextModel", "clip_text_model")
     vocab_size: int = 49408
@@ -40,12 +40,12 @@ class CLIPTextConfig(_Config):
     projection_dim: int = 768
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
-    eos_token_id: int = 2  # as published, though no tokenizer has this id: see TextTransformer.pool
+    eos_token_id: int = 2  # SD 1.5's config has this wrong value, see TextTransformer.pool
 
 
 @dataclass(frozen=True)
 class CLIPVisionConfig(_Config):
-    """Shape of the vision encoder; names and defaults as in transformers, which are those of ViT-B/32."""
+    """Config of the vision encoder: names and default values as in transformers (ViT-B/32)."""
 
     library = ("CLIPVisionModel", "clip_vision_model")
     image_size: int = 224
@@ -62,7 +62,7 @@ class CLIPVisionConfig(_Config):
 
 @dataclass(frozen=True)
 class CLIPConfig(_Config):
-    """Both encoders and the width of the space they share."""
+    """Configs of both encoders, and the width of their shared embedding space."""
 
     library = ("CLIPModel", "clip")
     text_config: CLIPTextConfig
@@ -71,7 +71,7 @@ class CLIPConfig(_Config):
     logit_scale_init_value: float = 2.6592  # log(1 / 0.07)
 
 
-# transformers leaves out of a config.json what equals its own defaults, which are not Stable Diffusion 1.5's
+# The defaults of transformers, which it omits from a config.json. They differ from SD 1.5's values above
 TEXT_DEFAULTS = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8,
                  "projection_dim": 512, "eos_token_id": 49407}
 
@@ -124,7 +124,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The stack of layers of both towers. (B, T, D) -> (B, T, D)."""
+    """The transformer layers of one encoder, text or vision. (B, T, D) -> (B, T, D)."""
 
     def __init__(self, config: CLIPTextConfig | CLIPVisionConfig):
         super().__init__()
@@ -137,13 +137,13 @@ class Encoder(nn.Module):
 
 
 class TextEmbeddings(nn.Module):
-    """Embeddings of tokens plus positions. ids (B, T) -> (B, T, D)."""
+    """Token embeddings plus position embeddings. ids (B, T) -> (B, T, D)."""
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        nn.init.normal_(self.token_embedding.weight, std=0.02)  # as in OpenAI's code; torch's 1 learns slowly
+        nn.init.normal_(self.token_embedding.weight, std=0.02)  # as OpenAI's code; std=1 trains slowly
         nn.init.normal_(self.position_embedding.weight, std=0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ class TextEmbeddings(nn.Module):
 
 
 class VisionEmbeddings(nn.Module):
-    """A class token and the patches, plus positions. (B, 3, S, S) -> (B, 1 + (S/patch)^2, D)."""
+    """Class token and patch embeddings, plus positions. (B, 3, S, S) -> (B, 1 + (S/patch)^2, D)."""
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
@@ -169,7 +169,7 @@ class VisionEmbeddings(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """The text tower without projection: transformers' CLIPTextModel. ids (B, T) -> (B, T, D)."""
+    """The text encoder without projection: transformers' CLIPTextModel. ids (B, T) -> (B, T, D)."""
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
@@ -182,20 +182,20 @@ class TextTransformer(nn.Module):
         return self.final_layer_norm(self.encoder(self.embeddings(ids), causal=True))
 
     def pool(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """The state at the first end-of-text token: hidden (B, T, D), ids (B, T) -> (B, D)."""
-        # Configs from before mid-2023 wrongly say 2; then the largest id ends a text, as in OpenAI's code
+        """The hidden state at the first end-of-text token: hidden (B, T, D), ids (B, T) -> (B, D)."""
+        # Configs before mid-2023 wrongly have 2. Then the largest id is the end of text, as in OpenAI's code
         end = ids.argmax(1) if self.eos_token_id == 2 else (ids == self.eos_token_id).int().argmax(1)
         return hidden[torch.arange(len(ids), device=ids.device), end]
 
 
 class VisionTransformer(nn.Module):
-    """The vision tower without projection: transformers' CLIPVisionModel. (B, 3, S, S) -> (B, T, D)."""
+    """The vision encoder without projection: transformers' CLIPVisionModel. (B, 3, S, S) -> (B, T, D)."""
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
         width = config.hidden_size
         self.embeddings = VisionEmbeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(width, eps=config.layer_norm_eps)  # misspelled in published files
+        self.pre_layrnorm = nn.LayerNorm(width, eps=config.layer_norm_eps)  # typo of the published names
         self.encoder = Encoder(config)
         self.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
@@ -203,12 +203,12 @@ class VisionTransformer(nn.Module):
         return self.encoder(self.pre_layrnorm(self.embeddings(pixels)), causal=False)
 
     def pool(self, hidden: Tensor) -> Tensor:
-        """The normalised class token: hidden (B, 1 + patches, D) -> (B, D)."""
+        """The class token after the last layer norm: hidden (B, 1 + patches, D) -> (B, D)."""
         return self.post_layernorm(hidden[:, 0])
 
 
 class TextEncoder(nn.Module):
-    """The text encoder of Stable Diffusion. Weights are named `text_model.…` as published."""
+    """The text encoder of Stable Diffusion. Its weights have the published names, `text_model.…`."""
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
@@ -217,16 +217,16 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict) -> "TextEncoder":
-        """Build from the content of text_encoder/config.json. ValueError names an unsupported setting."""
+        """Build from the content of text_encoder/config.json. Raises ValueError for unsupported settings."""
         return cls(read_config(CLIPTextConfig, TEXT_DEFAULTS | config, FIXED["clip"], IGNORED["clip"]))
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Token ids (B, T) int64 -> states (B, T, D) after the final layer norm."""
+        """Token ids (B, T) int64 -> hidden states (B, T, D) after the final layer norm."""
         return self.text_model(ids)
 
     @staticmethod
     def published_names(state_dict: dict) -> dict:
-        """The same tensors with the prefix `text_model.`, without the position indices of transformers 4."""
+        """Add the prefix `text_model.` if it is missing; drop the position_ids that transformers 4 saved."""
         return {"text_model." + name.removeprefix("text_model."): tensor
                 for name, tensor in CLIP.published_names(state_dict).items()}
 
@@ -236,7 +236,7 @@ class TextEncoder(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Both towers with projections into one space, where cosines tell how well text and picture fit."""
+    """Both encoders, projected into one space. The cosine measures how well a text fits a picture."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
@@ -249,10 +249,10 @@ class CLIP(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict) -> "CLIP":
-        """Build from the content of a CLIPModel's config.json. ValueError names an unsupported setting."""
+        """Build from the content of a CLIPModel's config.json. Raises ValueError for unsupported settings."""
         towers = (("text_config", CLIPTextConfig, TEXT_DEFAULTS), ("vision_config", CLIPVisionConfig, {}))
         for key, tower, defaults in towers:
-            # Files of 2022 also hold `text_config_dict`, which transformers prefers
+            # Configs of 2022 also have `text_config_dict`. It takes precedence, as in transformers
             given = defaults | (config.get(f"{key}_dict") or config.get(key) or {})
             config = config | {key: read_config(tower, given, FIXED["clip"], IGNORED["clip"])}
         return cls(read_config(CLIPConfig, config, FIXED["clip"], IGNORED["clip"]))
@@ -268,10 +268,10 @@ class CLIP(nn.Module):
         return F.normalize(self.visual_projection(pooled), dim=-1)
 
     def forward(self, ids: Tensor, pixels: Tensor) -> Tensor:
-        """Cosines times the temperature, (pictures, texts): the logits of CLIP's contrastive loss."""
+        """Cosines times exp(logit_scale), (pictures, texts): the logits of CLIP's contrastive loss."""
         return self.logit_scale.exp() * self.encode_image(pixels) @ self.encode_text(ids).T
 
     @staticmethod
     def published_names(state_dict: dict) -> dict:
-        """The same tensors without position indices (0, 1, 2, …), which transformers 4 saved as weights."""
+        """Drop the position_ids (0, 1, 2, …), which transformers 4 saved among the weights."""
         return {name: tensor for name, tensor in state_dict.items() if not name.endswith(".position_ids")}

@@ -1,14 +1,14 @@
-"""The CLIP filter (section 3.1.2): of many generated pairs, which show the edit that their captions describe?
+"""The CLIP filter (section 3.1.2): it keeps the generated pairs that show the edit of their captions.
 
-Four cosines of CLIP's features judge a pair: each caption against its picture, the two pictures against each
-other, and the change of the pictures against the change of the captions: the directional similarity of
-StyleGAN-NADA (Gal et al. 2108.00946, equation 4),
+Four cosines of CLIP features score a pair: each caption with its picture, the two pictures with each
+other, and the change between the pictures with the change between the captions. The last is the directional
+similarity of StyleGAN-NADA (Gal et al. 2108.00946, equation 4):
 
     cos(E_I(after) - E_I(before), E_T(caption after) - E_T(caption before))
 
-Names, thresholds and preprocessing are those of the paper's code (metrics/clip_similarity.py and
-dataset_creation/generate_img_dataset.py there); the paper's text has 0.75 for pictures. CLIP gets 8-bit
-pictures before they become JPEGs, and computes in float32; the paper's code has float pictures and float16.
+Names, thresholds and preprocessing follow the paper's code (metrics/clip_similarity.py and
+dataset_creation/generate_img_dataset.py); the paper's text sets the picture threshold to 0.75. Our CLIP gets
+8-bit pictures before JPEG compression and runs in float32; the paper's code has float pictures and float16.
 """
 
 from dataclasses import dataclass
@@ -29,29 +29,29 @@ SIMILARITIES = ("clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image")  #
 
 @dataclass(frozen=True)
 class Thresholds:
-    """The lowest similarities that pass, in [-1, 1]: of pictures, of direction, of each caption."""
+    """The minimum similarities, in [-1, 1]: between pictures, directional, and of each caption."""
 
     image: float = 0.7
     direction: float = 0.2
     caption: float = 0.2
 
     def reasons(self, scores: dict[str, float]) -> list[str]:
-        """The names of the SIMILARITIES that are too low; none for a pair that passes. NaN is too low."""
+        """Names of the similarities below their threshold: [] if the pair passes. NaN counts as too low."""
         least = zip(SIMILARITIES, (self.caption, self.caption, self.direction, self.image))
         return [name for name, threshold in least if not scores[name] >= threshold]
 
 
 def best(candidates: list, most: int) -> list:
-    """At most `most` of the (row, ...) tuples, by falling direction; at equal direction, by falling seed."""
+    """The best (row, ...) tuples, at most `most`: highest clip_sim_dir first, then highest seed."""
     def rank(candidate: tuple) -> tuple:
         return candidate[0]["clip_sim_dir"], candidate[0]["seed"]
     return sorted(candidates, key=rank, reverse=True)[:most]
 
 
 def similarities(before: Tensor, after: Tensor, text_before: Tensor, text_after: Tensor) -> Tensor:
-    """Features of pictures (B, P), of captions (B, P) or (1, P) -> cosines (B, 4), as SIMILARITIES.
+    """CLIP features of pictures (B, P) and captions (B, P) or (1, P) -> cosines (B, 4), as SIMILARITIES.
 
-    A change of nothing has no direction; its similarity is 0.
+    The directional similarity is 0 if the pictures or the captions are equal.
     """
     return torch.stack([
         F.cosine_similarity(before, text_before), F.cosine_similarity(after, text_after),
@@ -60,18 +60,18 @@ def similarities(before: Tensor, after: Tensor, text_before: Tensor, text_after:
 
 
 class Judge:
-    """CLIP with its tokenizer and the preprocessing of its pictures."""
+    """CLIP with its tokenizer and its picture preprocessing."""
 
     def __init__(self, clip: CLIP, tokenizer: Tokenizer, mean: list[float], std: list[float]):
-        """mean, std: of the three colours of pixels in [0, 1], as preprocessor_config.json has them."""
+        """mean, std: of pixels in [0, 1], one for each colour channel, from preprocessor_config.json."""
         self.clip, self.tokenizer = clip, tokenizer
         self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
 
     @classmethod
     def load(cls, name: str | Path, device: str | torch.device = "cpu") -> "Judge":
-        """name: a folder that transformers wrote for a CLIPModel, or a name on the Hub. Computes in float32.
+        """Load from `name`: a folder that transformers saved for a CLIPModel, or a Hub name. Runs in float32.
 
-        ValueError, in one line, for anything that is missing or broken.
+        Raises ValueError, in one line, for a missing or broken file.
         """
         from nanoip2p.checkpoint.folder import load_network
         from nanoip2p.checkpoint.hub import fetch_clip
@@ -86,15 +86,15 @@ class Judge:
             if not len(mean) == len(std) == 3 or not min(std) > 0:
                 raise ValueError(f"mean {mean}, standard deviation {std}")
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: wants image_mean and image_std of three colours ({error})") from None
+            raise ValueError(f"{path}: needs image_mean and image_std of three colours ({error})") from None
         return cls(clip.to(device), tokenizer, mean, std)
 
     @torch.inference_mode()
     def encode_texts(self, texts: list[str]) -> Tensor:
         """Captions -> unit vectors (B, P).
 
-        The paper's code used OpenAI's tokenize, which pads with 0; ours pads with the end of text. The result
-        is the same: CLIP reads the feature at the first end of text, which attends only to earlier tokens.
+        The paper's code used OpenAI's tokenizer, which pads with 0; ours pads with the end-of-text token. The
+        features are equal: CLIP takes them at the first end-of-text token, which never attends to padding.
         """
         return self.clip.encode_text(self.tokenizer(texts).to(self.clip.logit_scale.device))
 
@@ -107,12 +107,12 @@ class Judge:
         """RGB pictures of one size -> CLIP's input (B, 3, S, S), with S from its configuration."""
         pixels = torch.stack([to_tensor(picture) for picture in pictures]) / 2 + 0.5      # (B, 3, H, W)
         size = self.clip.vision_model.embeddings.size
-        # No antialias, unlike CLIP's own preprocessing: the paper's thresholds were chosen on such pictures
+        # No antialiasing, unlike OpenAI's preprocessing: the paper's thresholds were chosen without it
         pixels = F.interpolate(pixels, size, mode="bicubic", align_corners=False)         # (B, 3, S, S)
         return (pixels - self.mean) / self.std
 
     def score(self, before: list[Image.Image], after: list[Image.Image], captions: Tensor) -> list[dict]:
-        """B pictures, B edited ones, encode_texts([before, after]) (2, P) -> SIMILARITIES of each pair."""
+        """Score B pairs: a dict of SIMILARITIES for each. captions (2, P): encode_texts([before, after])."""
         features = self.encode_pictures([*before, *after]).chunk(2)                       # (B, P) each
         rows = similarities(*features, captions[:1], captions[1:])
         return [dict(zip(SIMILARITIES, row)) for row in rows.tolist()]

@@ -1,7 +1,7 @@
-"""The noise schedule: how noise is added for training, and which noise levels a sampler visits.
+"""The noise schedule: how training adds noise, and at which noise levels a sampler calls the UNet.
 
-Training adds noise to clean latents z_0 by `add_noise`, with a_t = prod_{s<=t} (1 - beta_s). Samplers work on
-x = z_t / sqrt(a_t) = z_0 + sigma eps, sigma = sqrt((1 - a_t) / a_t) (Karras et al. 2022), as in diffusers.
+Training noises clean latents z_0 with `add_noise`, where a_t = prod_{s<=t} (1 - beta_s). Samplers work on
+x = z_t / sqrt(a_t) = z_0 + sigma eps with sigma = sqrt((1 - a_t) / a_t) (Karras et al. 2022).
 """
 
 from dataclasses import asdict, dataclass
@@ -19,17 +19,17 @@ CHOICES = {"beta_schedule": ("scaled_linear", "linear"), "final_sigmas_type": ("
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """Settings by the names of diffusers' scheduler_config.json; the betas are Stable Diffusion 1.5's."""
+    """Settings, named as in diffusers' scheduler_config.json; the default betas are those of SD 1.5."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
     beta_schedule: str = "scaled_linear"
     timestep_spacing: str | None = None  # None: diffusers' default, "leading" for ddim, else "linspace"
-    steps_offset: int = 1                # added to the timesteps, with "leading" only
-    set_alpha_to_one: bool = True        # ddim ends without noise; False: with the noise of timestep 0
-    use_karras_sigmas: bool = False      # euler and dpmpp_2m only, as in diffusers
-    final_sigmas_type: str = "zero"      # as set_alpha_to_one, for euler and dpmpp_2m
+    steps_offset: int = 1                # added to the timesteps, only with "leading"
+    set_alpha_to_one: bool = True        # ddim ends at sigma = 0; False: at the sigma of timestep 0
+    use_karras_sigmas: bool = False      # only for euler and dpmpp_2m, as in diffusers
+    final_sigmas_type: str = "zero"      # euler and dpmpp_2m end at sigma = 0, or at that of timestep 0
 
     def __post_init__(self):
         for key, choices in CHOICES.items():
@@ -39,7 +39,7 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: dict) -> "NoiseSchedule":
-        """Build from any scheduler's scheduler_config.json. ValueError names an unsupported setting."""
+        """Build from any scheduler's scheduler_config.json. Raises ValueError for unsupported settings."""
         defaults = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "steps_offset": 0}
         return read_config(cls, defaults | config, FIXED["scheduler"], IGNORED["scheduler"])
 
@@ -70,9 +70,9 @@ def add_noise(latents: Tensor, noise: Tensor, timestep: Tensor, alphas_cumprod: 
 class Plan(NamedTuple):
     """The steps that a sampler takes."""
 
-    timesteps: list[float]  # n, falling: the UNet's input at each step
+    timesteps: list[float]  # n, decreasing: the UNet's input at each step
     sigmas: Tensor          # (n, 2) float32: step i goes from noise level sigmas[i, 0] to sigmas[i, 1]
-    start_scale: float      # a sampler starts from x = start_scale * unit noise
+    start_scale: float      # standard deviation of the noise that a sampler starts from
 
     def timestep_of(self, device: torch.device | str = "cpu") -> dict[float, Tensor]:
         """The timestep (1,) of each noise level at which a sampler calls `denoise`."""
@@ -82,16 +82,16 @@ class Plan(NamedTuple):
 def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
     """Noise levels for `steps` steps of "euler_ancestral", "euler", "ddim" or "dpmpp_2m".
 
-    The same as diffusers' schedulers. DDIM aims at timestep t - 1000 // steps, though the next step may start
-    from another one: a row of `sigmas` need not begin where the row before ends.
-    Raises ValueError if the schedule has no room for that many steps.
+    The values equal those of diffusers' schedulers. A DDIM step ends at timestep t - 1000 // steps, but the
+    next step may start at another timestep: then a row of `sigmas` does not begin where the last row ended.
+    Raises ValueError if the schedule has too few timesteps for that many steps.
     """
     n_train = schedule.num_train_timesteps
     if not 1 <= steps <= n_train:
         raise ValueError(f"cannot take {steps} steps: choose 1 to {n_train}, as many as in training")
     a = schedule.alphas_cumprod().numpy()
-    table = np.sqrt((1 - a) / a)                                                # (n_train,) rising
-    timesteps = _spaced(schedule, sampler, steps)                               # (n,) falling
+    table = np.sqrt((1 - a) / a)                                                # (n_train,) increasing
+    timesteps = _spaced(schedule, sampler, steps)                               # (n,) decreasing
     sigmas = np.interp(timesteps, np.arange(n_train), table)                    # (n,)
     if schedule.use_karras_sigmas and sampler in ("euler", "dpmpp_2m"):
         ends = sigmas[[0, -1]] if sampler == "euler" else table[[-1, 0]]
@@ -109,7 +109,7 @@ def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
     else:
         ends_clean = sampler == "euler_ancestral" or schedule.final_sigmas_type == "zero"
         following = np.append(sigmas[1:], 0.0 if ends_clean else table[0])
-    # Euler starts from noise alone. The others, and Euler with "leading", add the data's variance of 1.
+    # Euler starts at standard deviation sigma; the others, and Euler with "leading", at sqrt(sigma^2 + 1)
     spacing = schedule.timestep_spacing or "linspace"
     only_noise = sampler in ("euler", "euler_ancestral") and spacing != "leading"
     start_scale = float(sigmas[0]) if only_noise else float(np.sqrt(sigmas[0] ** 2 + 1))
@@ -118,10 +118,10 @@ def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
 
 
 def _spaced(schedule: NoiseSchedule, sampler: str, steps: int) -> np.ndarray:
-    """Timesteps (n,) float64, falling: Table 2 of Lin et al. 2023 (arXiv 2305.08891)."""
+    """Timesteps (n,) float64, decreasing: Table 2 of Lin et al. 2023 (arXiv 2305.08891)."""
     n_train = schedule.num_train_timesteps
     spacing = schedule.timestep_spacing or ("leading" if sampler == "ddim" else "linspace")
-    points = steps + 1 if sampler == "dpmpp_2m" else steps  # DPM-Solver counts the clean end as a point
+    points = steps + 1 if sampler == "dpmpp_2m" else steps  # DPM-Solver also counts sigma = 0
     if spacing == "trailing":
         return np.arange(n_train, 0, -n_train / steps)[:steps].round() - 1
     if spacing == "leading":

@@ -1,4 +1,4 @@
-"""Picture + instruction -> picture: all of inference on one page.
+"""Picture + instruction -> edited picture: the whole of inference.
 
     from nanoip2p import Editor
     editor = Editor.load("weights/nano-ip2p")
@@ -20,7 +20,7 @@ from nanoip2p.samplers import SAMPLERS, draw_noise
 
 
 class Editor(Model):
-    """An InstructPix2Pix model: `edit` does the work."""
+    """An InstructPix2Pix model. Use `edit`."""
 
     @torch.inference_mode()
     def edit(
@@ -29,28 +29,28 @@ class Editor(Model):
         resolution: int | None = None, negative: str = "", low_memory: bool = False, progress: bool = False,
         batch: int = 8, callback: Callback | None = None,
     ) -> Image.Image | list[Image.Image]:
-        """Edit pictures as the instructions say. Single values give one RGB picture, a list gives a list.
+        """Edit pictures by instruction. Returns a list of RGB pictures, or one if no argument is a list.
 
-        images: one or a list. A picture is a path, an image of PIL, an array (H, W, 3) or a tensor
-        (3, H, W) of uint8 or of floats in [0, 1]. The result has the size it was edited at (images.fit_size).
-        instructions: one for all pictures, or a list of as many.
-        seed: a list has one for each picture; with a number, picture i has seed + i; None draws a random one,
-        which `last_seed` keeps. The device and the other pictures of a call do not change a picture.
+        images: one picture or a list. A picture is a path, an image of PIL, an array (H, W, 3) or a tensor
+        (3, H, W) of uint8 or of floats in [0, 1]. `images.fit_size` computes the size of the result.
+        instructions: one for all pictures, or a list with one for each picture.
+        seed: a list with one for each picture, or one number (picture i then uses seed + i), or None for a
+        random seed. `last_seed` keeps the seed. Device and batch do not change the noise of a picture.
 
-        None takes the default of the weights for steps, cfg_text and cfg_image (s_T and s_I of the paper's
-        equation 3), sampler and resolution (about the longer side, in pixels).
-        negative: what to steer away from, instead of the empty text. batch: how many pictures of one size
-        share a forward. low_memory: compute the branches of guidance one by one, keep one network on the
-        device at a time, and encode and decode large pictures in tiles.
-        callback(step, latents) is called at each step of each batch. step counts from 0; latents (B, C, h, w)
-        are the current estimate of the edited pictures, which `decode` makes visible.
-        ValueError for settings, pictures and types that cannot be used.
+        steps, cfg_text and cfg_image (s_T and s_I of the paper's equation 3), sampler and resolution (the
+        approximate longer side, in pixels): None takes the default of the weights.
+        negative: the negative prompt. batch: the most pictures of one size in a forward pass.
+        low_memory: compute the guidance branches one by one, keep one network on the device at a time, and
+        encode and decode large pictures in tiles.
+        callback(step, latents): called at each step of each batch; step counts from 0, and latents
+        (B, C, h, w) are the current estimate of the edited pictures; use `decode` to see them.
+        Raises ValueError for settings, pictures or types that cannot be used.
         """
         settings = self.complete({"steps": steps, "cfg_text": cfg_text, "cfg_image": cfg_image,
                                   "sampler": sampler, "resolution": resolution})
         noise_levels = plan(self.schedule, settings["sampler"], settings["steps"])
         single, (images, instructions, seeds) = self._requests(seed, images=images, instructions=instructions)
-        keys = [id(image) for image in images]  # a picture that is edited many times is encoded once
+        keys = [id(image) for image in images]  # encode each picture only once
         pixels = {key: self._to_pixels(image, settings["resolution"])
                   for key, image in dict(zip(keys, images)).items()}                    # (3, H, W) each
         for network in (self.unet, self.vae) if low_memory else ():
@@ -73,12 +73,12 @@ class Editor(Model):
         return edited[0] if single else [edited[i] for i in range(len(images))]
 
     def _to_pixels(self, image, resolution: int) -> Tensor:
-        """A picture -> (3, H, W) in [-1, 1], at the size to edit."""
+        """A picture -> pixels (3, H, W) in [-1, 1], resized for the UNet."""
         image = as_image(image)
         return to_tensor(fit(image, fit_size(*image.size, resolution, self.multiple)))
 
     def _encode(self, pixels: Tensor, low_memory: bool) -> Tensor:
-        """Pixels (B, 3, H, W) in [-1, 1] -> z_image (B, C, h, w): the posterior's mode, not scaled."""
+        """Pixels (B, 3, H, W) in [-1, 1] -> z_image (B, C, h, w): mode of the VAE's posterior, unscaled."""
         x = pixels.to(self.device, self.unet.conv_in.weight.dtype)
         with self._on_device(self.vae, low_memory):
             return self.vae.encode_small(x) if low_memory else self.vae.encode(x)[0]
@@ -97,7 +97,7 @@ class Editor(Model):
 
     @contextmanager
     def _on_device(self, network: nn.Module, low_memory: bool):
-        """Have the network on the device in this block; with low_memory, it goes back to the CPU after it."""
+        """Move the network to the device for a `with` block. low_memory: then move it back to the CPU."""
         network.to(self.device)
         try:
             yield

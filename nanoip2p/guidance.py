@@ -1,10 +1,10 @@
-"""Guidance by two conditions, picture and text: equation 3 of InstructPix2Pix (Brooks et al. 2211.09800).
+"""Classifier-free guidance by picture and text: equation 3 of InstructPix2Pix (Brooks et al. 2211.09800).
 
     e~ = e(z, 0, 0) + s_I (e(z, c_I, 0) - e(z, 0, 0)) + s_T (e(z, c_I, c_T) - e(z, c_I, 0))
 
-Gathered by branch, the weights are s_T for [text + image], s_I - s_T for [image] and 1 - s_I for [none].
-A branch of weight 0 is never computed: s_I = 1 saves a third of the work, s_T = s_I another. "No image" is
-zeros in latent space, as in training. "No text" is the encoding of "", or of a negative prompt.
+e~ is a weighted sum of three branches: [text + image] has weight s_T, [image] s_I - s_T, [none] 1 - s_I.
+A branch of weight 0 is not computed, so s_I = 1 saves a third of the time, and so does s_T = s_I. "No image"
+is zero latents, as in training. "No text" is the encoding of "", or of the negative prompt.
 """
 
 import math
@@ -22,15 +22,15 @@ Batch = tuple[int, Tensor | None, Projected]  # n copies of z; picture latents (
 def make_denoiser(unet: UNet, timestep_of: dict[float, Tensor], dtype: torch.dtype, batches: list[Batch],
                   combine: Callable[[list[Tensor]], Tensor],
                   inject: Callable[[float], Attend | None] | None = None) -> Denoise:
-    """Make the denoise(x, sigma) -> estimate of z_0 that a sampler calls; x and the estimate are float32.
+    """Return the function denoise(x, sigma) -> estimate of z_0 for a sampler. x and the estimate are float32.
 
-    timestep_of: from `Plan.timestep_of()`. The UNet runs once for each batch, in dtype. combine: predicted
-    noise (B, C, h, w) of each branch -> noise to remove. inject: sigma -> the `inject` of UNet.forward.
+    timestep_of: from `Plan.timestep_of()`. batches: the UNet runs once for each, in dtype. combine: list of
+    predicted noise (B, C, h, w), one for each branch -> guided noise. inject: sigma -> UNet.forward's inject.
     """
     timestep_of = unet.project_timesteps(timestep_of)
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        z, eps = (x / math.sqrt(sigma**2 + 1)).to(dtype), []  # c_in: unit variance; pictures are not scaled
+        z, eps = (x / math.sqrt(sigma**2 + 1)).to(dtype), []  # c_in scales z to unit variance
         for copies, image, text in batches:
             z_in = z.repeat(copies, 1, 1, 1)
             z_in = z_in if image is None else torch.cat([z_in, image], dim=1)          # (n B, 2 C, h, w)
@@ -44,9 +44,9 @@ def make_denoiser(unet: UNet, timestep_of: dict[float, Tensor], dtype: torch.dty
 def guided_denoiser(unet: UNet, timestep_of: dict[float, Tensor], z_image: Tensor, context: Tensor,
                     null_context: Tensor, cfg_text: float, cfg_image: float,
                     low_memory: bool = False) -> Denoise:
-    """The denoiser of an editor, by equation 3. It runs the branches as one batch, or one after another.
+    """The denoiser of an editor (equation 3). low_memory: run the branches one by one, not as one batch.
 
-    z_image (B, C, h, w): mode of the VAE's posterior, not scaled. context, null_context (B, T, D).
+    z_image (B, C, h, w): mode of the VAE's posterior, unscaled. context, null_context (B, T, D).
     """
     branches = [(cfg_text, 0, context), (cfg_image - cfg_text, 0, null_context),
                 (1.0 - cfg_image, 1, null_context)]          # weight, index into images, text
@@ -65,7 +65,7 @@ def guided_denoiser(unet: UNet, timestep_of: dict[float, Tensor], z_image: Tenso
 
 def text_guided_denoiser(unet: UNet, timestep_of: dict[float, Tensor], context: Tensor, null_context: Tensor,
                          cfg_text: Tensor) -> Denoise:
-    """The denoiser of a text-to-picture model, whose condition is the text: Ho & Salimans 2022, equation 6.
+    """The denoiser of a text-to-image model, guided by text only: Ho & Salimans 2022, equation 6.
 
     e~ = e(z, 0) + s_T (e(z, c_T) - e(z, 0)). context, null_context (B, T, D); cfg_text (B,): one per picture.
     """

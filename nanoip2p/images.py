@@ -1,4 +1,4 @@
-"""Pictures in and out: any picture file -> RGB -> tensor in [-1, 1] -> PNG that carries its recipe."""
+"""Reading and writing pictures: a file -> RGB -> tensor in [-1, 1] -> PNG with its recipe as metadata."""
 
 import glob
 import json
@@ -15,18 +15,18 @@ from torch import Tensor
 
 from nanoip2p.common.files import replacing
 
-MAX_MEGAPIXELS = 100  # 300 MB as RGB; a larger file is a mistake or a decompression bomb
+MAX_MEGAPIXELS = 100  # 300 MB as RGB; protects against decompression bombs
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-RECIPE_KEY = "nanoip2p"  # of the PNG text chunk that holds the recipe
-LABEL_WIDTH = 192  # pixels; a grid enlarges smaller pictures, so that their labels can be read
-LABEL_SIZE, LABEL_LETTERS = 14, 200  # pixels; most letters of a label
+RECIPE_KEY = "nanoip2p"  # key of the PNG text chunk that holds the recipe
+LABEL_WIDTH = 192  # pixels; a grid enlarges narrower pictures so that their labels fit
+LABEL_SIZE, LABEL_LETTERS = 14, 200  # font size in pixels; maximum letters of a label
 GAP = 8  # pixels between the pictures of a grid
 
 
 def find_images(patterns: list[str]) -> list[str]:
-    """Files, globs and folders -> paths without duplicates; the files of a folder are sorted.
+    """Files, globs and folders -> paths without duplicates, sorted within each folder or glob.
 
-    Raises ValueError for a pattern without a match. Whether a file is a picture, open_image finds out.
+    Raises ValueError for a pattern without a match. Does not open the files; open_image checks them.
     """
     found = []
     for pattern in patterns:
@@ -41,14 +41,14 @@ def find_images(patterns: list[str]) -> list[str]:
 
 
 def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image:
-    """Open a picture as people see it: RGB, upright (EXIF), transparency over white, 16 bits scaled to 8.
+    """Open a picture as 8-bit RGB, rotated by its EXIF tag, with white behind transparency.
 
-    content: a stream to read instead of the file. Raises ValueError, in one line, for a file that is missing,
-    truncated, too large or no picture.
+    content: a stream to read instead of the file. Raises ValueError, in one line, if the file is missing,
+    truncated, too large or not a picture.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns about sizes that we refuse, and about odd EXIF
+            warnings.simplefilter("ignore")  # Pillow's warnings about large files and odd EXIF
             with Image.open(content or path) as image:
                 if image.width * image.height > MAX_MEGAPIXELS * 10**6:  # checked before decoding
                     raise ValueError(f"more than {MAX_MEGAPIXELS} megapixels; shrink it")
@@ -63,11 +63,11 @@ def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image
 def to_rgb(image: Image.Image) -> Image.Image:
     """A picture of any mode -> RGB. ValueError for pixels without an agreed range (32 bits, floats)."""
     if image.mode == "F":
-        raise ValueError("floating-point pixels have no agreed range; save it with 8 or 16 bits")
+        raise ValueError("the value range of floating-point pixels is unknown; save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # 16-bit grey: PNG gives "I;16" or, in older Pillow, "I"
         grey = np.asarray(image).astype(np.int64)
         if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError("32-bit pixels have no agreed range; save it with 8 or 16 bits")
+            raise ValueError("the value range of 32-bit pixels is unknown; save it with 8 or 16 bits")
         return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -76,14 +76,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def fit_size(width: int, height: int, resolution: int, multiple: int) -> tuple[int, int]:
-    """Size to edit at: same aspect, both sides multiples of `multiple`, the long side about `resolution`.
+    """The size at which to edit a picture: sides are multiples of `multiple`, the longer near `resolution`.
 
-    Rounds the short side up and the long side down, as edit_cli.py of the paper's code intends (its floats
-    lose 64 pixels for 7% of all sizes). ValueError for a picture too thin: longer than 2 * resolution.
+    Rounds the short side up and the long side down, as edit_cli.py of the paper's code, but in integers: its
+    floats lose 64 pixels for 7% of all sizes. Raises ValueError if the long side exceeds 2 * resolution.
     """
     if resolution < multiple:
         raise ValueError(f"a resolution of {resolution} is too small; these weights need at least {multiple}")
-    resolution -= resolution % multiple  # a size that this function returned stays the same
+    resolution -= resolution % multiple  # so that fit_size does not change its own results
     short, long = sorted((width, height))
     new_short = -(-short * resolution // (long * multiple)) * multiple
     new_long = long * new_short // (short * multiple) * multiple
@@ -93,19 +93,19 @@ def fit_size(width: int, height: int, resolution: int, multiple: int) -> tuple[i
 
 
 def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Scale with Lanczos to cover `size` (width, height), and crop the rest evenly from both edges."""
+    """Scale with Lanczos to cover `size` (width, height), then crop the centre."""
     return image if image.size == size else ImageOps.fit(image, size, Image.Resampling.LANCZOS)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
     """RGB picture -> (3, H, W) float32 in [-1, 1]."""
-    assert image.mode == "RGB", f"a picture in mode {image.mode} is not RGB; open it with open_image"
+    assert image.mode == "RGB", f"the picture has mode {image.mode}, not RGB; open it with open_image"
     pixels = torch.from_numpy(np.asarray(image).copy())           # (H, W, 3) uint8
     return pixels.permute(2, 0, 1).float() / 255 * 2 - 1          # (3, H, W)
 
 
 def to_pil(tensor: Tensor) -> Image.Image:
-    """(3, H, W), clipped to [-1, 1] -> RGB picture, rounded to the nearest of 256 levels.
+    """(3, H, W) -> RGB picture. Clips to [-1, 1] and rounds to 8 bits.
 
     Raises ValueError for NaN or infinity, which half precision can cause.
     """
@@ -116,7 +116,7 @@ def to_pil(tensor: Tensor) -> Image.Image:
 
 
 def grid(rows: list[list[Image.Image]], labels: list[list[str]]) -> Image.Image:
-    """Rows of pictures, of any sizes, with a label below each; small pictures are enlarged."""
+    """Draw rows of pictures of any sizes, with a label below each. Enlarges small pictures."""
     font, line_height = ImageFont.load_default(LABEL_SIZE), LABEL_SIZE + 4
     rows = [[ImageOps.scale(image, max(1, -(-LABEL_WIDTH // image.width)), Image.Resampling.LANCZOS)
              for image in row] for row in rows]
@@ -140,7 +140,7 @@ def grid(rows: list[list[Image.Image]], labels: list[list[str]]) -> Image.Image:
 
 
 def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
-    """Break a label into lines that fit `width` pixels; letters beyond LABEL_LETTERS are cut."""
+    """Wrap a label into lines of at most `width` pixels. Cuts it after LABEL_LETTERS letters."""
     text = text if len(text) <= LABEL_LETTERS else text[: LABEL_LETTERS - 1] + "…"
     for columns in range(max(len(text), 1), 0, -1):
         lines = textwrap.wrap(text, columns) or [""]
@@ -150,7 +150,7 @@ def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
 
 
 def save_png(image: Image.Image, path: str | Path, recipe: dict) -> None:
-    """Write a PNG whose text chunk RECIPE_KEY holds `recipe` as JSON; it appears whole or not at all."""
+    """Write a PNG, atomically, with `recipe` as JSON in the text chunk RECIPE_KEY."""
     text = PngImagePlugin.PngInfo()
     text.add_text(RECIPE_KEY, json.dumps(recipe))
     with replacing(path) as temporary:
@@ -158,7 +158,7 @@ def save_png(image: Image.Image, path: str | Path, recipe: dict) -> None:
 
 
 def read_recipe(path: str | Path) -> dict:
-    """The recipe that save_png wrote. ValueError if the file is no picture or carries no recipe."""
+    """Read the recipe that save_png wrote. Raises ValueError if the file has none or is not a picture."""
     open_image(path)  # reports a missing or damaged file
     with Image.open(path) as image:
         text = getattr(image, "text", {}).get(RECIPE_KEY)
@@ -167,5 +167,5 @@ def read_recipe(path: str | Path) -> dict:
     except (TypeError, ValueError):
         recipe = None
     if not isinstance(recipe, dict):
-        raise ValueError(f"{path} carries no recipe; only PNG files that sample.py wrote carry one")
+        raise ValueError(f"{path} has no recipe; only PNG files that sample.py wrote have one")
     return recipe

@@ -1,4 +1,4 @@
-"""What Editor and TextToImage share: the parts of one model, and how pictures, texts and seeds are given."""
+"""The base class of Editor and TextToImage, and the handling of their pictures, texts and seeds."""
 
 import hashlib
 import itertools
@@ -21,33 +21,33 @@ from nanoip2p.tokenizer import Tokenizer
 from nanoip2p.unet import UNet
 from nanoip2p.vae import VAE
 
-CHECKOUT = Path(__file__).resolve().parents[1]  # of the repository, where the nano weights lie
+CHECKOUT = Path(__file__).resolve().parents[1]  # root of the repository, which holds the nano weights
 Callback = Callable[[int, Tensor], None]
-# Appendix of the paper and edit_cli.py of its code; defaults.json in a weights folder overrides them
+# From the paper's appendix and its edit_cli.py; a defaults.json in the weights folder overrides them
 PAPER_DEFAULTS = dict(resolution=512, steps=100, cfg_text=7.5, cfg_image=1.5, sampler="euler_ancestral")
 
 
 class Model:
-    """Networks, tokenizer, noise schedule and default settings: the base of Editor and TextToImage."""
+    """Base class of Editor and TextToImage: networks, tokenizer, noise schedule and default settings."""
 
-    edits = True  # whether the UNet takes a picture
+    edits = True  # whether the UNet takes an input picture
     default_weights = "weights/nano-ip2p"
 
     def __init__(self, unet: UNet, vae: VAE, text_encoder: TextEncoder, tokenizer: Tokenizer,
                  schedule: NoiseSchedule, defaults: dict, tokenizer_folder: Path | None = None):
-        """All networks on one device and in one dtype. defaults: has every key of PAPER_DEFAULTS."""
+        """All networks have one device and one dtype. defaults: needs every key of PAPER_DEFAULTS."""
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.schedule, self.defaults, self.tokenizer_folder = schedule, defaults, tokenizer_folder
         self.device = unet.conv_in.weight.device  # with low_memory, networks wait on the CPU
-        self.last_seed: int | list[int] | None = None  # of the last call: what makes its pictures again
+        self.last_seed: int | list[int] | None = None  # of the last call, to reproduce it
 
     @classmethod
     def load(cls, weights=None, device: str | torch.device | None = None,
              dtype: torch.dtype = torch.float32, low_memory: bool = False) -> "Model":
         """Load weights: a folder, a single file, a name on the Hub, or an open Checkpoint.
 
-        weights None: the nano weights of the checkout. device None: see pick_device. low_memory: the networks
-        stay on the CPU, for `edit` with low_memory. ValueError, in one line, for anything missing or broken.
+        weights None: the nano weights. device None: see pick_device. low_memory: keep the networks on the
+        CPU, for `edit` with low_memory. Raises ValueError, in one line, for a missing or broken file.
         """
         from nanoip2p.checkpoint.load import load_model  # the core itself reads no checkpoints
 
@@ -62,7 +62,7 @@ class Model:
         return model
 
     def to(self, device: str | torch.device) -> "Model":
-        """Move all networks; returns the model itself."""
+        """Move all networks and return self."""
         device = pick_device(device)
         for network in (self.unet, self.vae, self.text_encoder):
             network.to(device)
@@ -76,7 +76,7 @@ class Model:
 
     @property
     def multiple(self) -> int:
-        """Both sides of a picture are multiples of this: 64 in SD 1.5, 8 for the VAE times 8 for the UNet."""
+        """Picture sides must be multiples of this: 64 in SD 1.5 (8 from the VAE times 8 from the UNet)."""
         return self.vae.downsampling * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @property
@@ -87,11 +87,11 @@ class Model:
 
     @property
     def fingerprint(self) -> str:
-        """A short text that changes when the weights change."""
+        """A short hash of the weights."""
         return fingerprint(self.unet, self.vae, self.text_encoder)
 
     def complete(self, settings: dict) -> dict:
-        """`settings`, with the weights' defaults instead of None. ValueError for a wrong type or sampler."""
+        """Replace each None by the default of the weights. ValueError for a wrong type or sampler."""
         settings = {key: self.defaults[key] if value is None else value for key, value in settings.items()}
         for key, value in settings.items():
             wanted = type(PAPER_DEFAULTS[key])
@@ -99,20 +99,20 @@ class Model:
                 if isinstance(one, bool) or not isinstance(one, (int, float) if wanted is float else wanted):
                     raise ValueError(f"{key} = {value!r} should be of type {wanted.__name__}")
         if settings["sampler"] not in SAMPLERS:
-            raise ValueError(f"no sampler {settings['sampler']!r}; there are {', '.join(SAMPLERS)}")
+            raise ValueError(f"unknown sampler {settings['sampler']!r}; take one of {', '.join(SAMPLERS)}")
         return settings
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, low_memory: bool = False) -> list[Image.Image]:
-        """Scaled latents (B, C, h, w) -> B pictures. low_memory: large pictures are decoded in tiles."""
+        """Scaled latents (B, C, h, w) -> B pictures. low_memory: decode large pictures in tiles."""
         decode = self.vae.decode_small if low_memory else self.vae.decode
         pixels = decode((latents / self.vae.scaling_factor).to(self.unet.conv_in.weight.dtype))
         return [to_pil(picture) for picture in pixels]                                  # (3, H, W) each
 
     def _requests(self, seed: int | list[int] | None, **given) -> tuple[bool, list[list]]:
-        """Single values or lists -> whether none was a list, and all values and seeds as lists of one length.
+        """Turn the arguments and the seed into equally long lists. Returns (no argument was a list, lists).
 
-        A single value counts for every picture; a single seed counts up; None draws one. Sets last_seed.
+        Repeats single values. A single seed s becomes s, s + 1, ...; None draws s at random. Sets last_seed.
         """
         seed = random.randrange(2**31) if seed is None else seed
         given["seeds"] = seed
@@ -123,15 +123,15 @@ class Model:
         n = max(lengths.values(), default=1)
         *lists, seeds = (list(value) if name in lengths else [value] * n for name, value in given.items())
         if not all(isinstance(value, int) for value in seeds):
-            raise ValueError(f"seed {seed!r} is neither a whole number nor a list of them")
+            raise ValueError(f"seed {seed!r} is neither an integer nor a list of integers")
         self.last_seed = seed
         return not lengths, [*lists, seeds if "seeds" in lengths else [seed + i for i in range(n)]]
 
 
 def as_image(picture) -> Image.Image:
-    """A path, an image of PIL, an array (H, W, 3) or a tensor (3, H, W) -> an RGB image of PIL.
+    """Path, PIL image, array (H, W, 3) or tensor (3, H, W) -> RGB PIL image.
 
-    Arrays and tensors hold uint8, or floats in [0, 1]. ValueError for anything else.
+    Arrays and tensors have uint8, or floats in [0, 1]. Raises ValueError for other types, modes and ranges.
     """
     if isinstance(picture, (str, Path)):
         return open_image(picture)
@@ -152,9 +152,9 @@ def as_image(picture) -> Image.Image:
 
 
 def find_weights(name: str | Path) -> str | Path:
-    """The path `name`, seen from the working directory or else from the checkout; else `name`, for the Hub.
+    """Look for `name` in the working directory, then in the checkout; if it is in neither, return a Hub name.
 
-    ValueError for nano weights that are in neither place; they are not on the Hub.
+    Raises ValueError for missing nano weights (weights/...), which are not on the Hub.
     """
     for path in (Path(name), CHECKOUT / name):
         if path.exists():
@@ -165,10 +165,10 @@ def find_weights(name: str | Path) -> str | Path:
 
 
 def encode_texts(text_encoder: TextEncoder, tokenizer: Tokenizer, texts: list[str]) -> dict[str, Tensor]:
-    """The text states (T, D) of each distinct text.
+    """The hidden states (T, D) of each distinct text.
 
-    Each text has its own forward: in a batch, the last bits of a text would depend on the other texts.
-    ValueError for a text that is not a string.
+    Encodes the texts one by one: in a batch, rounding would depend on the other texts.
+    Raises ValueError for a text that is not a string.
     """
     for text in texts:
         if not isinstance(text, str):
@@ -178,7 +178,7 @@ def encode_texts(text_encoder: TextEncoder, tokenizer: Tokenizer, texts: list[st
 
 
 def same_size(sizes: list[tuple[int, ...]], batch: int) -> list[list[int]]:
-    """Indices of pictures that can share a forward: of one size, at most `batch` together."""
+    """Split pictures into batches of one size, at most `batch` pictures each. Returns their indices."""
     by_size = {}
     for i, size in enumerate(sizes):
         by_size.setdefault(size, []).append(i)
@@ -186,7 +186,7 @@ def same_size(sizes: list[tuple[int, ...]], batch: int) -> list[list[int]]:
 
 
 def reporting(denoise: Denoise, bar: tqdm, callback: Callback | None) -> Denoise:
-    """The same denoiser. At each step it moves the bar and calls callback(step, estimate of z_0)."""
+    """Wrap a denoiser: each call advances the progress bar and calls callback(step, estimate of z_0)."""
     steps = itertools.count()
 
     def reporting(x: Tensor, sigma: float) -> Tensor:
@@ -199,7 +199,7 @@ def reporting(denoise: Denoise, bar: tqdm, callback: Callback | None) -> Denoise
 
 
 def fingerprint(*networks: nn.Module, begin: bytes = b"") -> str:
-    """A hash of `begin` and the first 16 numbers of each tensor: quick, and another one after training."""
+    """A hash of `begin` and of the first 16 numbers of each tensor: fast, and training changes it."""
     digest = hashlib.sha256(begin)
     for network in networks:
         for name, tensor in network.state_dict().items():

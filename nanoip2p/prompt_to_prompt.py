@@ -1,24 +1,24 @@
-"""Two captions -> two pictures that differ only by the edit: Prompt-to-Prompt, without attention maps.
+"""Prompt-to-Prompt: two captions -> two pictures that differ only by the edit. Stores no attention maps.
 
     pair_painter = PairPainter(TextToImage.load("weights/nano-sd"), "a red house", "a blue house")
     [(source, edited)] = pair_painter.paint(seeds=[0], shares=[0.5], cfg_text=[3.0])
 
-Both captions are painted in one batch, from the same noise. In the first share p of the steps the edited
-picture takes the attention maps A = softmax(q k^T / sqrt(d)) of the source (Hertz et al. 2208.01626, section
-3.1). Every change of A is made to the values, or to the rows of q and k, so that no map is ever stored:
+Both pictures are generated in one batch, from the same noise. In the first share p of the steps, the edited
+picture uses the attention maps A = softmax(q k^T / sqrt(d)) of the source (Hertz et al. 2208.01626, section
+3.1). We change the values v, or pick rows of q and k, instead of changing A, so A need not be stored:
 
     self-attention (algorithm 1)    A_src v_edit = A(q_src, k_src) v_edit: `attention` with map_from
     replace, word swap (3.2)        (A_src M) v_edit = A_src (M v_edit), with M (T, T) from `token_map`
     refine, added words (3.2)       A* = A_src M diag(a) + A_edit diag(1 - a), a_j = 1 if token j takes a map;
                                     A* v = A_src (M diag(a) v) + A_edit (diag(1 - a) v)
     reweight by c (3.2)             (A* diag(c)) v = A* (diag(c) v)
-    time windows (3.2)              a is 0 for a word outside its window
-    local blend (3.2, "local")      the attention to a word w is A 1_w: one more column of values
+    time windows (3.2)              a_j = 0 while token j is outside the time window of its word
+    local blend (3.2, "local")      the attention to a word w is A 1_w: append 1_w to v as one more column
 
-Modes: "self" injects self-attention in every layer, with and without caption, as InstructPix2Pix's own code
-does (section 3.1.2). "cross" injects text attention in the rows with a caption. "both" is Hertz et al.'s
-method: "cross", and self-attention of the rows with a caption in layers of at most 16 x 16 positions (of
-64 x 64 latents). "none": two separate runs.
+Modes: "self" injects self-attention in every layer, in both guidance branches, as InstructPix2Pix's own code
+does (section 3.1.2). "cross" injects cross-attention in the branch with caption. "both" is the method of
+Hertz et al.: "cross", plus self-attention in the branch with caption, only in layers of at most 16 x 16
+positions (for latents of 64 x 64). "none" makes two separate runs.
 """
 
 import math
@@ -39,12 +39,12 @@ from nanoip2p.tokenizer import WORD_END, Tokenizer
 from nanoip2p.unet import DOWN_TYPES, Attention, Context, repeat_rows
 
 MODES = ("self", "cross", "both", "none")
-# The local blend cuts at this share of the maximum, and starts after this share of the steps
+# Local blend: threshold as a share of the heat map's maximum; share of the steps after which it starts
 BLEND_THRESHOLD, BLEND_FROM = 0.3, 0.2
 
 
 class PairPainter:
-    """Paints pairs for one source caption and one edited caption."""
+    """Generates pairs of pictures from one source caption and one edited caption."""
 
     def __init__(
         self, painter: TextToImage, source: str, edit: str, inject: str = "self", steps: int | None = None,
@@ -52,17 +52,17 @@ class PairPainter:
         reweight: dict[str, float] | None = None, windows: dict[str, tuple[float, float]] | None = None,
         blend: tuple[str, str] | None = None,
     ):
-        """Encode the texts. inject: one of MODES. None takes the default of the weights.
+        """Encode the texts. inject: one of MODES. Settings that are None take the default of the weights.
 
-        With "cross" and "both", reweight {word of `edit`: factor} scales the attention to words, and windows
-        {word of `edit`: (from, to)} gives the shares of the steps between which a word takes maps, instead of
-        0 to p. blend (word of `source`, word of `edit`): change the picture only where one of the two is
-        attended to. ValueError for words that do not occur and settings that cannot be used.
+        reweight {word of `edit`: factor}, for "cross" and "both": scales the attention to a word. windows
+        {word of `edit`: (from, to)}, for "cross" and "both": shares of the steps between which a word uses
+        the source's maps, instead of 0 to p. blend (word of `source`, word of `edit`): change the picture
+        only where attention to either word is high. Raises ValueError for unknown words, unusable settings.
         """
         if inject not in MODES:
-            raise ValueError(f"no way to inject {inject!r}; there are {', '.join(MODES)}")
+            raise ValueError(f"unknown mode {inject!r} of injection; take one of {', '.join(MODES)}")
         if (reweight or windows) and inject not in ("cross", "both"):
-            raise ValueError(f"reweighting and windows need injection of cross or both, not {inject}")
+            raise ValueError(f"reweighting and windows need the mode cross or both, not {inject}")
         self.painter, self.inject, self.captions, self.negative = painter, inject, (source, edit), negative
         self.settings = painter.complete({"steps": steps, "sampler": sampler, "resolution": resolution})
         self.plan = plan(painter.schedule, self.settings["sampler"], self.settings["steps"])
@@ -81,16 +81,16 @@ class PairPainter:
                         for word, window in (windows or {}).items()]            # (T,) bool, from, to
         self.blend = blend and [self.columns([find_words(tokenizer, text, word)])
                                 for text, word in zip((source, edit), blend)]   # (T, 1) each
-        # The coarse level shows where words are: the second from below, 16 x 16 for 64 x 64 latents
+        # Heat maps use the second lowest level of the UNet, 16 x 16 for latents of 64 x 64
         has_text = [DOWN_TYPES[name] for name in painter.unet.config.down_block_types]
         level = len(has_text) - (2 if has_text[:-1] and has_text[-2] else 1)
         self.coarse = [-(-side // 2**level) for side in painter.latent_shape(self.settings["resolution"])[1:]]
-        # Rows that differ only by their text can be one row until the first text attention, unless
-        # self-attention before it is injected in the rows with a caption only
+        # Both guidance branches are equal until the first cross-attention, so compute that prefix only once,
+        # unless mode "both" injects self-attention there, because it does so in one branch only
         self.share_prefix = inject != "both" or any(has_text[:level])
 
     def columns(self, words: list[list[int]]) -> Tensor:
-        """Token positions of each of W words -> (T, W), with ones at the tokens of a word."""
+        """Token positions of each of W words -> (T, W), with 1 at the tokens of each word, else 0."""
         columns = torch.zeros(len(self.taken), len(words), device=self.taken.device)
         for column, tokens in enumerate(words):
             columns[tokens, column] = 1
@@ -99,9 +99,9 @@ class PairPainter:
     @torch.inference_mode()
     def paint(self, seeds: list[int], shares: list[float], cfg_text: list[float],
               bar: tqdm | None = None) -> list[tuple[Image.Image, Image.Image]]:
-        """Paint a pair (source, edited) for each seed, all in one batch.
+        """Generate a pair (source, edited) for each seed, all in one batch.
 
-        shares: p of each pair; injection lasts while step / (steps - 1) < p. bar: advances at each step.
+        shares: p of each pair; injects while step / (steps - 1) < p. bar: advances at each step.
         """
         if self.inject == "none":
             source, edit = (self.painter.generate(
@@ -117,11 +117,11 @@ class PairPainter:
                words: list[Tensor] | None = None, bar: tqdm | None = None) -> tuple[Tensor, Tensor | None]:
         """Latents (2 B, C, h, w) of B pairs, [edits | sources], and the heat maps of `words`.
 
-        words: `columns` (T, W) of the source and of the edited caption. Their heat maps (2 B, W, h', w') are
-        attention maps, summed over the steps and over the layers of the coarse level, averaged over heads.
+        words: `columns` (T, W) of the source and of the edited caption. Heat maps (2 B, W, h', w') are the
+        attention to each word, averaged over heads, summed over the steps and the layers of the coarse level.
         """
         unet, device, pairs = self.painter.unet, self.null.device, len(seeds)
-        # Rows: edits with caption, sources with caption, edits without, sources without; B of each
+        # B rows each of: edits with caption, sources with caption, edits without, sources without
         text = torch.stack([self.edit, self.source, self.null, self.null])
         rows = torch.arange(2 * pairs, device=device).repeat(2) if self.share_prefix else None
         text = unet.project_context(text.repeat_interleave(pairs, dim=0), rows)            # of (4 B, T, D)
@@ -136,14 +136,14 @@ class PairPainter:
             progress = progress_of[sigma]
             if words is None and progress >= max(shares) and not any(
                     begin <= progress < end for _, begin, end in self.windows):
-                return None  # an ordinary step, which speed/fast.py can compile
+                return None  # no injection in this step, so the compiled UNet of speed/fast.py can run
             active = torch.tensor([progress < p for p in shares], device=device)
             return self.injection(progress, active, words, heat)
 
         def combine(eps: list[Tensor]) -> Tensor:
             if bar is not None:
                 bar.update()
-            return eps[1] + guidance * (eps[0] - eps[1])  # with caption, without
+            return eps[1] + guidance * (eps[0] - eps[1])  # with caption, without caption
 
         denoise = make_denoiser(unet, timestep_of, self.null.dtype,
                                 [(1 if self.share_prefix else 2, None, text)], combine, inject)
@@ -159,7 +159,7 @@ class PairPainter:
 
     def injection(self, progress: float, active: Tensor, words: Tensor | None = None,
                   heat: Tensor | None = None) -> "Injection":
-        """The injection after a share `progress` of the steps. active (B,): the pairs with progress < p."""
+        """The injection for a step. progress: share of the steps done. active (B,): progress < p."""
         pairs, coarse, both = len(active), math.prod(self.coarse), self.inject == "both"
         injection = Injection(pairs, coarse, words, heat, self_limit=coarse if both else math.inf)
         if self.inject in ("self", "both"):
@@ -167,7 +167,7 @@ class PairPainter:
             rows[: 1 if both else 2, 0] += pairs * active                       # [caption or not, edit]
             injection.self_from = rows.flatten()
         if self.inject in ("cross", "both"):
-            now = active.float()[:, None].repeat(1, len(self.taken))            # (B, T): 1 if a token takes
+            now = active.float()[:, None].repeat(1, len(self.taken))            # (B, T): 1 if injected
             for tokens, begin, end in self.windows:
                 now = torch.where(tokens, float(begin <= progress < end), now)
             injection.from_source = self.mapping * (now * self.taken * self.weights)[:, None]  # (B, T, T)
@@ -177,19 +177,19 @@ class PairPainter:
 
 @dataclass
 class Injection:
-    """Attention in one step with injection: UNet.forward's `inject`. The rows are those of `sample`."""
+    """The attention of one step with injection: UNet.forward's `inject`. Rows are ordered as in `sample`."""
 
     pairs: int                          # B
-    coarse: int                         # positions of the layers whose attention to words is added to heat
-    words: Tensor | None                # (2 B, T, W): these words
-    heat: Tensor | None                 # (2 B, positions, W), changed in place
-    self_from: Tensor | None = None     # (4 B,) int32: the row whose self-attention map each row takes
-    self_limit: float = math.inf        # in layers of at most so many positions
-    from_source: Tensor | None = None   # (B, T, T): M diag(a c), for the edits with caption
-    own: Tensor | None = None           # (B, T): how much of its own map each of their tokens keeps
+    coarse: int                         # number of positions in the layers that the heat maps sum over
+    words: Tensor | None                # (2 B, T, W): from `PairPainter.columns`
+    heat: Tensor | None                 # (2 B, positions, W): heat maps, changed in place
+    self_from: Tensor | None = None     # (4 B,) int32: for each row, the row whose self-attention map it uses
+    self_limit: float = math.inf        # maximum positions of a layer that injects self-attention
+    from_source: Tensor | None = None   # (B, T, T): M diag(a c), weights of the source's map, for the edits
+    own: Tensor | None = None           # (B, T): weight of each token's own map, for the edits with caption
 
     def __call__(self, layer: Attention, x: Tensor, context: Context) -> Tensor:
-        """x (4 B, positions, C); 2 B rows before the first text attention, if the rows share a prefix."""
+        """x (4 B, positions, C), or 2 B rows before the first cross-attention if `share_prefix`."""
         if context is x:
             use = self.self_from is not None and x.shape[1] <= self.self_limit
             return layer.attention(layer.to_q(x), *layer.project(x), layer.heads,
@@ -200,7 +200,7 @@ class Injection:
         return self.to_text(layer, q, k, v)
 
     def to_text(self, layer: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """A* v, with q (N, positions, C), k and v (N, T, C), N = 4 B or 2 B."""
+        """Cross-attention A* v. q (N, positions, C), k and v (N, T, C), N = 4 B or 2 B."""
         if self.from_source is None:
             return layer.attention(q, k, v, layer.heads)
         edits, rows = v[: self.pairs], torch.arange(len(v), device=v.device, dtype=torch.int32)
@@ -212,8 +212,8 @@ class Injection:
         return h
 
     def add_heat(self, layer: Attention, q: Tensor, k: Tensor) -> None:
-        """Add the attention to each word, a mean over heads: A times the word's column, in every head."""
-        width = q.shape[2] // layer.heads  # so many columns fit into a head
+        """Add the attention to each word to `heat`, averaged over heads: A times the word's 0/1 column."""
+        width = q.shape[2] // layer.heads  # width of a head: up to so many words in one attention call
         for words, heat in zip(self.words.to(q.dtype).split(width, dim=2), self.heat.split(width, dim=2)):
             columns = F.pad(words, (0, width - words.shape[2])).repeat(1, 1, layer.heads)
             maps = self.to_text(layer, q, k, columns).unflatten(2, (layer.heads, width))
@@ -221,10 +221,10 @@ class Injection:
 
 
 def blend_locally(x: Tensor, heat: Tensor) -> Tensor:
-    """Latents x (2 B, C, h, w), [edits | sources]: each edit becomes its source where neither is hot.
+    """In x (2 B, C, h, w), [edits | sources], replace each edit by its source where both heat maps are low.
 
-    heat (2 B, 1, h', w'): of the words that the edit is about. As in the authors' code, the hot region grows
-    by one position in each direction, and ends at BLEND_THRESHOLD of the maximum.
+    heat (2 B, 1, h', w'): heat maps of the blend words. As in the authors' code, a 3x3 max-pooling grows the
+    region of high heat, and the threshold is BLEND_THRESHOLD times the maximum.
     """
     heat = F.interpolate(F.max_pool2d(heat, 3, stride=1, padding=1), size=x.shape[2:])
     hot_edit, hot_source = (heat > BLEND_THRESHOLD * heat.amax((2, 3), keepdim=True)).chunk(2)
@@ -233,11 +233,11 @@ def blend_locally(x: Tensor, heat: Tensor) -> Tensor:
 
 
 def align(source: list[int], edit: list[int]) -> list[tuple[range, range]]:
-    """Cut two token sequences into blocks that belong together: (positions in source, positions in edit).
+    """Align two token sequences. Returns blocks (positions in source, positions in edit).
 
-    A common token is a block of one position each. Between common tokens lies a block that was swapped, added
-    or dropped; one of its sides may be empty. The alignment is that of Needleman & Wunsch with 1 for a match
-    and 0 for a gap. Two different tokens never match: Hertz et al. give them -1, less than two gaps.
+    A token common to both is a block of one position each. The tokens between common tokens form a block that
+    was swapped, added (no source positions) or dropped (no edit positions). The alignment is Needleman-Wunsch
+    with 1 for a match and 0 for a gap, without mismatches: Hertz et al. score a mismatch -1, below two gaps.
     """
     n, m = len(source), len(edit)
     common = [[0] * (m + 1) for _ in range(n + 1)]  # longest common subsequence of source[i:] and edit[j:]
@@ -259,15 +259,15 @@ def align(source: list[int], edit: list[int]) -> list[tuple[range, range]]:
 
 
 def token_map(source: list[int], edit: list[int], end: int) -> Tensor:
-    """M (T, T), float32, from the T token ids of each caption, `end` and padding included.
+    """M (T, T) float32 from the token ids (T) of each caption, which include `end` and padding.
 
-    Column j of M holds the source tokens whose maps token j of the edited caption takes. It is zero for an
-    added token, which keeps its own map (refine). A common token takes its source's map. In a swapped block
-    (replace), equally many tokens take maps one by one; otherwise each takes an equal share of all, so that
-    the attention to the block stays the same.
+    Column j of M weights the source maps that token j of the edited caption uses. A common token uses the map
+    of its source token. An added token has a zero column and keeps its own map (refine). In a swapped block
+    (replace) of equal lengths, token i uses the map of source token i. With unequal lengths, each token uses
+    the sum of the source maps, divided by the number of edited tokens, so that total attention stays equal.
 
-    The authors' code differs twice: after a swap of unequally many tokens its mapper goes on along the
-    diagonal, and in a shorter edited caption the first padding tokens take the maps of source words.
+    The authors' code differs in two cases: after a swap of unequal lengths its mapper continues along the
+    diagonal, and with a shorter edited caption the first padding tokens use the maps of source words.
     """
     mapping = torch.zeros(len(edit), len(edit))
     n_source, n_edit = source.index(end) + 1, edit.index(end) + 1
@@ -282,7 +282,7 @@ def token_map(source: list[int], edit: list[int], end: int) -> Tensor:
 
 
 def find_words(tokenizer: Tokenizer, text: str, phrase: str) -> list[int]:
-    """Positions of the tokens of a word or phrase, at every occurrence. ValueError if it does not occur."""
+    """Token positions of every occurrence of a word or phrase. Raises ValueError if there is none."""
     wanted = [word.lower() for word, _ in split_words(tokenizer, phrase)]
     words = split_words(tokenizer, text)
     found = [i for i in range(len(words))
@@ -293,7 +293,7 @@ def find_words(tokenizer: Tokenizer, text: str, phrase: str) -> list[int]:
 
 
 def split_words(tokenizer: Tokenizer, text: str) -> list[tuple[str, list[int]]]:
-    """The words of a text, each with the positions of its tokens; the start token is at 0."""
+    """The words of a text with their token positions. The start token has position 0."""
     encoded = tokenizer.backend.encode(text, add_special_tokens=False)
     words, begin = [], 0
     for i, token in enumerate(encoded.tokens[: tokenizer.length - 2]):

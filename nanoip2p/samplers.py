@@ -1,11 +1,11 @@
-"""Samplers: from noise to a picture's latents. Each is a plain function of denoise(x, sigma).
+"""Samplers turn noise into latents. Each sampler is a plain function:
 
     sampler(denoise, x, sigmas, generator) -> latents (B, C, h, w) float32
 
-`x` (B, C, h, w) are noised latents as Karras et al. 2022 write them, x = z_0 + sigma eps, in float32 with any
-dtype of the networks. `denoise(x, sigma: float)` returns the estimate of z_0. `sigmas` (n, 2), from
-`diffusion.plan`, has a row (from, to) for each step. `generator` is a CPU torch.Generator, or a list with one
-for each picture. Noise is drawn on the CPU: one seed gives one picture, on any device and in any batch.
+`x` (B, C, h, w) are noised latents in the form of Karras et al. 2022, x = z_0 + sigma eps, always float32.
+`denoise(x, sigma: float)` returns the estimate of z_0. `sigmas` (n, 2), from `diffusion.plan`, has one row
+(sigma before, sigma after) for each step. `generator` is a CPU torch.Generator, or a list with one for each
+picture. Samplers draw noise on the CPU, so that a seed gives the same noise on any device, in any batch.
 """
 
 import math
@@ -19,7 +19,7 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 
 def draw_noise(shape: tuple[int, ...], generator: Generators) -> Tensor:
-    """Unit noise (B, C, h, w), float32 on the CPU. Each of a list of B generators draws one picture's."""
+    """Unit noise (B, C, h, w), float32 on the CPU. With a list of B generators, each draws one picture."""
     if isinstance(generator, list):
         assert len(generator) == shape[0], f"{len(generator)} generators for {shape[0]} pictures"
         return torch.cat([torch.randn((1, *shape[1:]), generator=g) for g in generator])
@@ -27,13 +27,13 @@ def draw_noise(shape: tuple[int, ...], generator: Generators) -> Tensor:
 
 
 def _noise_like(x: Tensor, generator: Generators) -> Tensor:
-    """Unit noise shaped like x, on its device. A copy from pinned memory does not wait for earlier steps."""
+    """Unit noise like x. On CUDA, copying from pinned memory does not wait for earlier GPU work."""
     noise = draw_noise(x.shape, generator)
     return noise.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else noise.to(x.device)
 
 
 def euler(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = None) -> Tensor:
-    """Euler's method for the probability flow ODE: Karras et al. 2022, algorithm 1 without the correction."""
+    """Euler's method for the probability flow ODE: Karras et al. 2022, algorithm 1 without correction."""
     x = x.float()
     for sigma, sigma_next in sigmas.tolist():
         d = (x - denoise(x, sigma)) / sigma  # dx/dsigma
@@ -42,10 +42,10 @@ def euler(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = N
 
 
 def euler_ancestral(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = None) -> Tensor:
-    """Euler down to sigma_down, then new noise up to sigma_next: the sampler of InstructPix2Pix's own code.
+    """An Euler step to sigma_down, then fresh noise of sigma_up: the sampler of InstructPix2Pix's own code.
 
-    sigma_next^2 = sigma_down^2 + sigma_up^2, with the posterior variance of Ho et al. 2020 (equation 7),
-    written in sigma, for sigma_up^2. It is k-diffusion's `get_ancestral_step`.
+    sigma_next^2 = sigma_down^2 + sigma_up^2. sigma_up^2 is the posterior variance of Ho et al. 2020
+    (equation 7), written in sigma, as in k-diffusion's `get_ancestral_step`.
     """
     x = x.float()
     for sigma, sigma_next in sigmas.tolist():
@@ -59,9 +59,9 @@ def euler_ancestral(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Gene
 
 
 def ddim(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = None, eta: float = 0) -> Tensor:
-    """Song et al. 2020, equation 12. eta = 0 is deterministic; eta = 1 is the ancestral sampler of DDPM.
+    """DDIM, Song et al. 2020, equation 12. eta = 0 is deterministic; eta = 1 is DDPM's ancestral sampling.
 
-    Its state is z = sqrt(a) x with a = 1 / (1 + sigma^2), which it returns, as diffusers does.
+    Steps and returns z = sqrt(a) x instead of x, with a = 1 / (1 + sigma^2), as diffusers does.
     """
     z = x.float() / math.sqrt(1 + float(sigmas[0, 0]) ** 2)
     for sigma, sigma_next in sigmas.tolist():
@@ -79,8 +79,8 @@ def ddim(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = No
 def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = None) -> Tensor:
     """DPM-Solver++(2M), Lu et al. 2022 (2211.01095), algorithm 2, with lambda = -log sigma.
 
-    The first step is of first order: it has no earlier estimate. So is the last step if it ends at sigma = 0,
-    where lambda is infinite, or if there are fewer than 15 (the authors' advice). It returns z, as `ddim`.
+    The first step is first-order: it has no earlier estimate. The last step is first-order if sigma_next = 0
+    (lambda is infinite) or if there are fewer than 15 steps (the authors' advice). Returns z, as `ddim`.
     """
     x = x.float()
     rows = sigmas.tolist()

@@ -1,15 +1,15 @@
-"""Caption -> picture: Stable Diffusion (Rombach et al. 2112.10752) with ordinary guidance.
+"""Caption -> picture: Stable Diffusion (Rombach et al. 2112.10752) with classifier-free guidance.
 
     from nanoip2p import TextToImage
     painter = TextToImage.load("weights/nano-sd")
     picture = painter.generate("a red house in the middle, on grass, clear day", seed=0)
 
-Editors are trained from such a model, and it paints the paper's training pictures (prompt_to_prompt.py). At
-equal seed its pictures are those of diffusers' StableDiffusionPipeline.
+An editor is fine-tuned from such a model, and prompt_to_prompt.py generates the paper's training pictures
+with one. The same seed gives the same pictures as diffusers' StableDiffusionPipeline.
 
-With `images` and `strength` it is SDEdit (Meng et al. 2108.01073), the paper's baseline: the input gets part
-of the noise and is denoised with the caption of the wanted picture. With more noise, the result follows the
-caption more and the input less.
+With `images` and `strength`, `generate` runs SDEdit (Meng et al. 2108.01073), the paper's baseline: it adds
+part of the noise to the input and denoises it with the caption of the wanted picture. A higher strength
+follows the caption more and the input less.
 """
 
 import torch
@@ -25,22 +25,22 @@ from nanoip2p.samplers import SAMPLERS, draw_noise
 
 
 class TextToImage(Model):
-    """A Stable Diffusion model: `generate` does the work."""
+    """A Stable Diffusion model. Use `generate`."""
 
     edits = False
     default_weights = "weights/nano-sd"
 
     def complete(self, settings: dict) -> dict:
-        """As Model.complete. ValueError also for steps and a resolution that cannot be used."""
+        """Like Model.complete; also raises ValueError for unusable steps or resolution."""
         settings = super().complete(settings)
         if settings["resolution"] < 1 or settings["resolution"] % self.multiple:
-            raise ValueError(f"a resolution of {settings['resolution']} does not suit these weights; take a "
+            raise ValueError(f"these weights cannot use a resolution of {settings['resolution']}; take a "
                              f"multiple of {self.multiple}")
         plan(self.schedule, settings["sampler"], settings["steps"])
         return settings
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, h, w) of a square picture's latents."""
+        """Shape (C, h, w) of the latents of a square picture."""
         side = resolution // self.vae.downsampling
         return self.unet.config.out_channels, side, side
 
@@ -51,20 +51,20 @@ class TextToImage(Model):
         sampler: str | None = None, resolution: int | None = None, negative: str = "", progress: bool = False,
         batch: int = 8, images=None, strength: float | None = None, callback: Callback | None = None,
     ) -> Image.Image | list[Image.Image]:
-        """Paint each caption as a square RGB picture. Single values give one picture, a list gives a list.
+        """Generate square RGB pictures. Returns a list, or one picture if no argument is a list.
 
-        steps, cfg_text (s_T; 1 is no guidance), sampler and resolution (in pixels): None takes the default of
-        the weights. captions, cfg_text, images: one for all pictures, or a list. seed: the same, but with a
-        number picture i has seed + i, and None draws a random one, which `last_seed` keeps.
-        images, strength: for SDEdit, see pipeline.as_image; the share of the steps to take, in (0, 1]. As
-        diffusers' StableDiffusionImg2ImgPipeline, but with the posterior's mode instead of a sample of it.
-        negative: what to steer away from, instead of the empty text. Up to `batch` pictures share a forward.
-        callback(step, latents): see Editor.edit. ValueError for settings and types that cannot be used.
+        captions, cfg_text, images: one for all pictures, or a list with one for each. seed: a list, or one
+        number (picture i then uses seed + i), or None for a random seed. `last_seed` keeps the seed.
+        steps, cfg_text (s_T; 1 means no guidance), sampler, resolution (in pixels): None takes the default of
+        the weights. images (see pipeline.as_image), strength (share of the steps to take, in (0, 1]): SDEdit,
+        like diffusers' StableDiffusionImg2ImgPipeline, but with the mode of the posterior, not a sample.
+        negative: the negative prompt. batch: the most pictures in a forward pass.
+        callback(step, latents): see Editor.edit. Raises ValueError for unusable settings and types.
         """
         settings = self.complete({"steps": steps, "cfg_text": cfg_text, "sampler": sampler,
                                   "resolution": resolution})
         if (images is None) != (strength is None):
-            raise ValueError("SDEdit needs both images and strength; to paint from captions give neither")
+            raise ValueError("SDEdit needs both images and strength; to generate from captions give neither")
         single, (captions, scales, images, seeds) = self._requests(
             seed, captions=captions, cfg_text=settings["cfg_text"], images=images)
         levels = plan(self.schedule, settings["sampler"], settings["steps"])
@@ -95,9 +95,9 @@ class TextToImage(Model):
 
 
 def steps_taken(steps: int, strength: float) -> int:
-    """How many of `steps` SDEdit takes, counted as diffusers does. ValueError for none, or more than all."""
+    """The number of steps of SDEdit, as in diffusers. Raises ValueError unless it is in 1 ... `steps`."""
     taken = int(steps * strength)
     if taken < 1 or strength > 1:
-        raise ValueError(f"a strength of {strength} is no share of {steps} steps; take 1 at most, and one "
-                         "step or more")
+        raise ValueError(f"a strength of {strength} cannot be used: take at most 1, and enough for one of "
+                         f"{steps} steps")
     return taken

@@ -1,4 +1,4 @@
-"""CLIP's byte-level BPE tokenizer: texts -> token ids, the same ids as transformers' CLIPTokenizer."""
+"""CLIP's byte-level BPE tokenizer: texts -> the same token ids as transformers' CLIPTokenizer."""
 
 import warnings
 from pathlib import Path
@@ -13,25 +13,25 @@ from nanoip2p.common.files import read_json
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 ROLES = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-LENGTH = 77  # tokens of a text, unless tokenizer_config.json says otherwise
+LENGTH = 77  # tokens per text, unless tokenizer_config.json has another number
 WORD_END = "</w>"
-# A word is a run of letters, one digit, or a run of other signs, as in OpenAI's simple_tokenizer.py
+# A word is a run of letters, one digit, or a run of other characters, as in OpenAI's simple_tokenizer.py
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 class Tokenizer:
-    """Callable: texts -> token ids. Made by load_tokenizer."""
+    """A callable, texts -> token ids. Use load_tokenizer to make one."""
 
     def __init__(self, backend: Backend, start: int, end: int, pad: int, length: int):
         self.backend, self.length = backend, length
         self.start, self.end, self.pad = start, end, pad
 
     def __call__(self, texts: list[str]) -> Tensor:
-        """Texts -> (B, length) int64: start, tokens, end, padding.
+        """Texts -> token ids (B, length) int64: start, tokens, end, padding.
 
-        Cuts a text that is too long, with a warning. Raises ValueError for a text that is not valid Unicode.
+        Truncates long texts, with a warning. Raises ValueError for a text that is not valid Unicode.
         """
-        assert not isinstance(texts, str), "a list of texts, not one text"
+        assert not isinstance(texts, str), "the tokenizer needs a list of texts, not one text"
         return torch.tensor([self._row(text) for text in texts], dtype=torch.int64).reshape(-1, self.length)
 
     def _row(self, text: str) -> list[int]:
@@ -50,10 +50,10 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Read tokenizer.json, or else vocab.json and merges.txt, and the settings files beside them.
+    """Read tokenizer.json, or else vocab.json and merges.txt, and the config files in the same folder.
 
-    Padding is the end-of-text token unless tokenizer_config.json or special_tokens_map.json names another.
-    Raises ValueError, naming the folder or file, if something is missing or broken.
+    The padding token is end-of-text unless tokenizer_config.json or special_tokens_map.json has another.
+    Raises ValueError, with the folder or file, if anything is missing or broken.
     """
     folder = Path(folder)
     config = read_json(folder / "tokenizer_config.json", missing={})
@@ -79,7 +79,7 @@ def check_fits(tokenizer: Tokenizer, config, folder: Path) -> None:
 
 
 def clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]], unknown: str | None) -> Backend:
-    """CLIP's steps: compose Unicode, shorten white space, lower case; split into words; bytes; merge."""
+    """CLIP's BPE: NFC, collapse white space, lower case; split into words; map to bytes; merge."""
     backend = Backend(BPE(vocab=vocab, merges=merges, end_of_word_suffix=WORD_END, unk_token=unknown))
     backend.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
@@ -90,7 +90,7 @@ def clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]], unknown: 
 
 
 def _vocabulary(folder: Path, fast: dict) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Ids by token, and merges by precedence. tokenizer.json takes precedence, as in transformers."""
+    """Vocabulary {token: id} and ordered merges. tokenizer.json takes precedence, as in transformers."""
     if fast:
         model = fast.get("model", {})
         if not {"vocab", "merges"} <= model.keys():
@@ -103,9 +103,9 @@ def _vocabulary(folder: Path, fast: dict) -> tuple[dict[str, int], list[tuple[st
 
 
 def _special_tokens(folder: Path, config: dict, fast: dict) -> tuple[dict[str, str], list[AddedToken]]:
-    """The token of each role, and all tokens that are cut out of a text before it is split into words.
+    """The token of each role, and all special tokens. Special tokens are matched before words are split.
 
-    `added_tokens_decoder` in tokenizer_config.json supersedes the older special_tokens_map.json,
+    If tokenizer_config.json has `added_tokens_decoder`, we ignore the older special_tokens_map.json,
     added_tokens.json and the list in tokenizer.json.
     """
     named = _tokens_by_role(ROLES) | _tokens_by_role(config)
@@ -120,7 +120,7 @@ def _special_tokens(folder: Path, config: dict, fast: dict) -> tuple[dict[str, s
         listed += sorted(fast.get("added_tokens", []), key=lambda token: token["id"])
     for key in ("additional_special_tokens", "extra_special_tokens"):
         listed += map(_as_dict, config.get(key) or [])
-    # A token's flags come from the list, or else from the last role that names it, as in transformers
+    # The flags of a token come from `listed`, or else from its last role, as in transformers
     special = {token["content"]: token for token in [*listed, *named.values(), *listed]}
     flags = ("single_word", "lstrip", "rstrip", "normalized")
     return ({role: token["content"] for role, token in named.items()},
@@ -134,10 +134,10 @@ def _tokens_by_role(config: dict) -> dict[str, dict]:
 
 
 def _as_dict(token: str | dict) -> dict:
-    """Files write a token as its text, or as a dictionary of text and flags."""
+    """Config files have a token as a string, or as a dictionary of its text and flags."""
     return {"content": token} if isinstance(token, str) else token
 
 
 def split_merge(merge: str | list[str]) -> tuple[str, str]:
-    """Files before 2024 write a merge as "a b", later ones as ["a", "b"]."""
+    """A merge is "a b" in files before 2024, ["a", "b"] in newer ones."""
     return tuple(merge.split(" ") if isinstance(merge, str) else merge)

@@ -1,10 +1,10 @@
 """The denoising U-Net of Stable Diffusion 1.x (Rombach et al. 2112.10752, section 3.3).
 
 It computes what diffusers' UNet2DConditionModel computes, with the same weight names. InstructPix2Pix
-(2211.09800, section 3.2) changes one thing: 8 input channels, the last four for the input picture's latents.
-R is a residual block, RT one with a transformer after it. For a picture of 512 x 512 pixels:
+(2211.09800, section 3.2) only adds 4 input channels to conv_in, for the latents of the input picture.
+R is a residual block, RT a residual block and a transformer. For a picture of 512 x 512 pixels:
 
-    part            latents    channels in -> out, block by block                      after the blocks
+    part            latents    channels in -> out of each block                        after the blocks
     conv_in         64 x 64    4 or 8 -> 320
     down_blocks.0   64 x 64    RT 320 -> 320, RT 320 -> 320                            halve
     down_blocks.1   32 x 32    RT 320 -> 640, RT 640 -> 640                            halve
@@ -17,8 +17,8 @@ R is a residual block, RT one with a transformer after it. For a picture of 512 
     up_blocks.3     64 x 64    RT 960 -> 320, RT 640 -> 320, RT 640 -> 320
     conv_out        64 x 64    320 -> 4
 
-conv_in, every block on the way down and every halving leave a skip, 12 in all. Each block on the way up
-concatenates the last skip left to its input: 2560 = 1280 + 1280 and 1920 = 1280 + 640.
+conv_in, every block of down_blocks and every halving push their output onto a stack of skips, 12 in all. Each
+block of up_blocks pops the last skip and concatenates it to its input: 1920 = 1280 + 640 channels.
 """
 
 import math
@@ -40,19 +40,19 @@ UP_TYPES = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Shape of the U-Net; the names are those of diffusers' config.json, the defaults SD 1.5's."""
+    """Config of the U-Net: names as in diffusers' config.json, default values as in SD 1.5."""
 
     in_channels: int = 4  # 8 for an editor: noised latents, then the input picture's latents
     out_channels: int = 4
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # one for each level
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    layers_per_block: int = 2  # residual blocks of a level on the way down; one more on the way up
-    attention_head_dim: int | tuple[int, ...] = 8  # the NUMBER of heads, in spite of its name; or one a level
+    layers_per_block: int = 2  # residual blocks per level in down_blocks; one more in up_blocks
+    attention_head_dim: int | tuple[int, ...] = 8  # despite its name, the NUMBER of heads, or one per level
     cross_attention_dim: int = 768  # width of a text token
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
-    flip_sin_to_cos: bool = True  # cosines first in the timestep embedding
+    flip_sin_to_cos: bool = True  # the timestep embedding has the cosines first
     freq_shift: int = 0
 
     def __post_init__(self):
@@ -60,10 +60,10 @@ class UNetConfig:
         for key, known in (("down_block_types", DOWN_TYPES), ("up_block_types", UP_TYPES)):
             names = getattr(self, key)
             if len(names) != levels or not set(names) <= set(known):
-                raise ValueError(f"UNetConfig: {key} = {names} must be {levels} out of {sorted(known)}")
+                raise ValueError(f"UNetConfig: {key} = {names} must be {levels} of {sorted(known)}")
         for key in ("in_channels", "layers_per_block", "cross_attention_dim", "norm_num_groups"):
             if not isinstance(getattr(self, key), int) or getattr(self, key) < 1:
-                raise ValueError(f"UNetConfig: {key} = {getattr(self, key)!r} must be one whole number")
+                raise ValueError(f"UNetConfig: {key} = {getattr(self, key)!r} must be an integer from 1 up")
         if any(width % self.norm_num_groups for width in widths):
             raise ValueError(f"UNetConfig: block_out_channels = {widths}: not multiples of norm_num_groups")
         if len(self.heads) != levels or any(not h or c % h for c, h in zip(widths, self.heads)):
@@ -81,14 +81,14 @@ class UNetConfig:
 
 
 def timestep_embedding(timestep: Tensor, width: int, flip_sin_to_cos: bool, freq_shift: int) -> Tensor:
-    """Sines and cosines of the timesteps (B,), wavelengths 2 pi to 20000 pi -> (B, width), always float32."""
+    """Timesteps (B,) -> sines and cosines (B, width) float32, with wavelengths from 2 pi to 20000 pi."""
     steps = torch.arange(width // 2, dtype=torch.float32, device=timestep.device)
     angles = timestep.float()[:, None] * torch.exp(-math.log(10000) * steps / (width // 2 - freq_shift))
     return torch.cat((angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos()), dim=1)
 
 
 class TimeEmbedding(nn.Module):
-    """Timesteps (B,), or a number -> (B, 4 C_0), which every residual block projects."""
+    """Timesteps (B,) or a number -> embedding (B, 4 C_0), the input of every residual block."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -104,7 +104,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions; the timestep is added between them. (B, C_in, h, w) -> (B, C_out, h, w)."""
+    """Two 3x3 convolutions with the timestep added between. (B, C_in, h, w) -> (B, C_out, h, w)."""
 
     def __init__(self, c_in: int, c_out: int, config: UNetConfig):
         super().__init__()
@@ -124,33 +124,33 @@ class ResnetBlock(nn.Module):
 
 
 class Projected(NamedTuple):
-    """A text's keys and values in each layer, from `UNet.project_context`."""
-    layers: dict  # layer that attends to text -> keys and values (R, L, C) each
-    rows: Tensor  # (R,): for each row of text, its row of the latents
+    """Keys and values of R texts in each cross-attention layer, from `UNet.project_context`."""
+    layers: dict  # cross-attention layer -> (keys, values), (R, L, C) each
+    rows: Tensor  # (R,): for each text, the row of the latents that it belongs to
 
 
 Context = Tensor | Projected
-# (layer, x, context) -> the layer's attention before its last projection, with context = x for self-attention
+# (layer, x, context) -> attention before the output projection. context is x in self-attention
 Attend = Callable[["Attention", Tensor, Context], Tensor]
 
 
 def repeat_rows(x: Tensor, context: Context) -> Tensor:
-    """Repeat x (B, ...) to one row for each row of text (R, ...), if it has fewer."""
+    """Repeat the rows of x (B, ...) to one row per text (R, ...), unless x has R rows already."""
     return x if isinstance(context, Tensor) or len(x) == len(context.rows) else x[context.rows]
 
 
 def attend(layer: "Attention", x: Tensor, context: Context) -> Tensor:
-    """The usual attention: every row of x attends to its own row of the context."""
+    """Ordinary attention: every row of x attends to its own row of the context."""
     return layer.attention(repeat_rows(layer.to_q(x), context), *layer.project(context), layer.heads)
 
 
 class Attention(nn.Module):
-    """Tokens x (B, T, C) attend to a context (B, L, C_context). Only the last projection has a bias."""
+    """Tokens x (B, T, C) attend to a context (B, L, C_context). Only the output projection has a bias."""
 
     def __init__(self, channels: int, c_context: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.attention = attention  # speed/kernels.py puts another function with the same arguments here
+        self.attention = attention  # speed/kernels.py may replace this function by a faster one
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(c_context, channels, bias=False)
         self.to_v = nn.Linear(c_context, channels, bias=False)
@@ -166,12 +166,12 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU (Shazeer 2002.05202) with four times the channels, and back. (B, T, C) -> same."""
+    """Feed-forward layer with GEGLU (Shazeer 2002.05202) of width 4 C. (B, T, C) -> (B, T, C)."""
 
     def __init__(self, c: int):
         super().__init__()
         wide = nn.ModuleDict({"proj": nn.Linear(c, 8 * c)})
-        self.net = nn.ModuleList([wide, nn.Identity(), nn.Linear(4 * c, c)])  # as diffusers; 1 is its dropout
+        self.net = nn.ModuleList([wide, nn.Identity(), nn.Linear(4 * c, c)])  # names as in diffusers
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.net[0]["proj"](x).chunk(2, dim=-1)           # (B, T, 4 C) each
@@ -179,7 +179,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention to the text, feed-forward. (B, T, C) -> (R, T, C) for R rows of text."""
+    """Self-attention, cross-attention to text, feed-forward. (B, T, C) -> (R, T, C) for R texts."""
 
     def __init__(self, channels: int, c_context: int, heads: int):
         super().__init__()
@@ -198,7 +198,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block over all positions of a feature map. (B, C, h, w) -> (R, C, h, w)."""
+    """A transformer block over all positions of a feature map. (B, C, h, w) -> (R, C, h, w) for R texts."""
 
     def __init__(self, channels: int, heads: int, config: UNetConfig):
         super().__init__()
@@ -215,7 +215,7 @@ class SpatialTransformer(nn.Module):
 
 
 class Resample(nn.Module):
-    """A convolution of stride 2, which halves h and w, rounding up; of stride 1 after growing x to `size`."""
+    """Downsampling: a convolution of stride 2. Upsampling: nearest neighbour to `size`, then stride 1."""
 
     def __init__(self, channels: int, stride: int):
         super().__init__()
@@ -228,7 +228,7 @@ class Resample(nn.Module):
 class Level(nn.Module):
     """The blocks at one resolution: a row of the table above.
 
-    c_ins: input channels of each residual block. transformers: how many blocks have one.
+    c_ins: input channels of each residual block. transformers: 0, or one for each block.
     """
 
     def __init__(self, c_ins: list[int], c_out: int, transformers: int, heads: int, resample: str | None,
@@ -241,7 +241,7 @@ class Level(nn.Module):
 
     def block(self, i: int, x: Tensor, time: Tensor, context: Context, inject: Attend | None = None,
               recompute: bool = False) -> Tensor:
-        """Residual block i and, if there is one, the transformer after it."""
+        """Run residual block i and, if it has one, its transformer."""
         if recompute:
             return checkpoint(self.block, i, x, time, context, inject, use_reentrant=False,
                               preserve_rng_state=False)
@@ -250,7 +250,7 @@ class Level(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predicts the noise in latents, given the timestep and the text."""
+    """Predicts the noise in the latents from the timestep and the text."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -280,17 +280,17 @@ class UNet(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict) -> "UNet":
-        """Build from diffusers' unet/config.json. ValueError names a setting that is not supported."""
+        """Build from diffusers' unet/config.json. Raises ValueError for unsupported settings."""
         return cls(read_config(UNetConfig, config, FIXED["unet"], IGNORED["unet"]))
 
     def project_context(self, context: Tensor, rows: Tensor | None = None) -> Projected:
-        """Project a text (R, L, D) once for all steps. rows: see Projected; None means 0 ... R - 1."""
+        """Compute keys and values of texts (R, L, D) once for all steps. rows None: 0 ... R - 1."""
         layers = [block.attn2 for block in self.modules() if isinstance(block, TransformerBlock)]
         rows = torch.arange(len(context)) if rows is None else rows
         return Projected({layer: layer.project(context) for layer in layers}, rows.to(context.device))
 
     def project_timesteps(self, timestep_of: dict[float, Tensor]) -> dict[float, dict]:
-        """Timesteps (1,) -> layer -> its projection (1, C), once for a whole loop; keys stay as they are."""
+        """Project all timesteps once, before sampling. {key: timestep (1,)} -> {key: {block: (1, C)}}."""
         time = self.time_embedding(torch.cat(list(timestep_of.values())))        # (N, 4 C_0)
         blocks = [block for block in self.modules() if isinstance(block, ResnetBlock)]
         rows = zip(*(block.time_emb_proj(time).split(1) for block in blocks))
@@ -300,10 +300,10 @@ class UNet(nn.Module):
                 inject: Attend | None = None, recompute: bool = False) -> Tensor:
         """Latents (B, C_in, h, w), timestep, text (B, L, D) -> predicted noise (B, C_out, h, w).
 
-        latents: any h and w. timestep: a number, a tensor (1,) or (B,), not only integers (Karras sigmas), or
-        a value of `project_timesteps`. context: one of R rows from `project_context` gives R rows of noise.
-        inject: replaces `attend` in every layer. recompute: compute activations again in the backward pass
-        (Chen et al. 1604.06174), which takes a third more time and much less memory.
+        h and w are arbitrary. timestep: a number, a tensor (1,) or (B,), also fractional (Karras sigmas), or
+        a value of `project_timesteps`. context may also be R texts from `project_context`; then the noise has
+        R rows. inject: replaces `attend` in every layer. recompute: gradient checkpointing (Chen et al.
+        1604.06174), which takes a third more time and much less memory.
         """
         assert isinstance(context, Projected) or len(context) == len(latents), "one text for each row"
         time = timestep if isinstance(timestep, dict) else self.time_embedding(timestep)    # (B, 4 C_0)

@@ -17,19 +17,19 @@ from nanoip2p.common.config import FIXED, IGNORED, read_config
 
 EPS = 1e-6  # of every GroupNorm here; torch's default of 1e-5 changes the picture visibly
 LOGVAR_RANGE = (-30.0, 20.0)
-WHOLE = 96  # latent positions a side (768 pixels in SD 1.5) up to which low memory needs no tiles
-TILE, OVERLAP = 64, 16  # latent positions a side of a tile, and of the strip that two tiles share
+WHOLE = 96  # largest side without tiles, in latent positions (768 pixels in SD 1.5)
+TILE, OVERLAP = 64, 16  # side of a tile and least overlap of two tiles, in latent positions
 OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Shape of the autoencoder; the names are those of diffusers' config.json, the defaults SD 1.5's."""
+    """Config of the autoencoder: names as in diffusers' config.json, default values as in SD 1.5."""
 
     in_channels: int = 3
     out_channels: int = 3
     latent_channels: int = 4
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # one per level, each at half the size
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # one per level; each level halves h, w
     layers_per_block: int = 2
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215
@@ -45,7 +45,7 @@ def _fixed(levels: int) -> dict:
 
 
 class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut. (B, C_in, H, W) -> (B, C_out, H, W)."""
+    """Two 3x3 convolutions with a shortcut. (B, C_in, H, W) -> (B, C_out, H, W)."""
 
     def __init__(self, c_in: int, c_out: int, groups: int):
         super().__init__()
@@ -62,7 +62,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over all positions with one head as wide as the channels. (B, C, H, W) -> same."""
+    """Self-attention over all positions, with one head of width C. (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -79,7 +79,7 @@ class AttentionBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """The lowest level of encoder and decoder: residual block, attention, residual block."""
+    """The middle of encoder and decoder: residual block, attention, residual block."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -91,7 +91,7 @@ class MidBlock(nn.Module):
 
 
 class Resample(nn.Module):
-    """A convolution that halves height and width (`down`), or one after doubling them."""
+    """down: a convolution that halves H and W. Otherwise: double H and W, then a convolution."""
 
     def __init__(self, channels: int, down: bool):
         super().__init__()
@@ -100,12 +100,12 @@ class Resample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.down:
-            return self.conv(F.pad(x, (0, 1, 0, 1)))  # zeros only right and below
+            return self.conv(F.pad(x, (0, 1, 0, 1)))  # pads only right and below
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, then a change of resolution unless it is the last level."""
+    """Residual blocks at one resolution, then down- or upsampling, except in the last level."""
 
     def __init__(self, c_in: int, c_out: int, layers: int, groups: int, resample: str | None):
         super().__init__()
@@ -127,7 +127,7 @@ def _levels(widths: tuple[int, ...], layers: int, groups: int, resample: str) ->
 
 
 class Encoder(nn.Module):
-    """(B, C_in, H, W) -> mean and log variance side by side (B, 2 * latent, H/f, W/f)."""
+    """(B, C_in, H, W) -> mean and log variance, concatenated: (B, 2 * latent, H/f, W/f)."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -145,7 +145,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, latent, h, w) -> (B, C_out, f*h, f*w); one residual block more per level than the encoder."""
+    """(B, latent, h, w) -> (B, C_out, f*h, f*w). Levels have one more residual block than the encoder's."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -163,20 +163,20 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """Autoencoder with a Gaussian posterior. `f` below is `downsampling`, 8 for SD 1.5."""
+    """Autoencoder with a Gaussian posterior. The factor f is `downsampling`, 8 in SD 1.5."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
         self.config, latent = config, config.latent_channels
-        self.scaling_factor = config.scaling_factor  # gives latents about unit variance
-        self.downsampling = 2 ** (len(config.block_out_channels) - 1)  # pixels a side of a latent position
+        self.scaling_factor = config.scaling_factor  # scales latents to about unit variance
+        self.downsampling = 2 ** (len(config.block_out_channels) - 1)  # f: pixels per latent position
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
         self.post_quant_conv = nn.Conv2d(latent, latent, 1)
 
     @classmethod
     def from_config(cls, config: dict) -> "VAE":
-        """Build from the content of diffusers' vae/config.json. ValueError names an unsupported setting."""
+        """Build from diffusers' vae/config.json. Raises ValueError for unsupported settings."""
         levels = len(config.get("block_out_channels", VAEConfig.block_out_channels))
         return cls(read_config(VAEConfig, config, _fixed(levels), IGNORED["vae"]))
 
@@ -190,19 +190,19 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(latents))
 
     def encode_small(self, image: Tensor) -> Tensor:
-        """The mean of `encode` with little memory: picture by picture, and large pictures in tiles.
+        """The mean from `encode`, with less memory: one picture at a time, and large pictures in tiles.
 
-        Tiles change the result a little, because norms and attention see one tile only.
+        Tiles change the result slightly, because norms and attention cover only one tile.
         """
         return in_tiles(lambda part: self.encode(part)[0], image, self.downsampling, 1)
 
     def decode_small(self, latents: Tensor) -> Tensor:
-        """`decode` with little memory, see `encode_small`."""
+        """`decode` with less memory, see `encode_small`."""
         return in_tiles(self.decode, latents, 1, self.downsampling)
 
     @staticmethod
     def published_names(state_dict: dict) -> dict:
-        """Rename the attention weights of before 2023, when diffusers called to_q `query` and so on."""
+        """Rename attention weights from before 2023: diffusers' `query` is now `to_q`, and so on."""
         old = re.compile(rf"(?<=attentions\.0\.)({'|'.join(OLD_ATTENTION_NAMES)})\b")
         return {old.sub(lambda match: OLD_ATTENTION_NAMES[match[0]], name): tensor
                 for name, tensor in state_dict.items()}
@@ -213,9 +213,9 @@ class VAE(nn.Module):
 
 
 def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, scale_in: int, scale_out: int) -> Tensor:
-    """Apply `function` to each picture alone, and to tiles of a large one. (B, C, h, w) -> (B, C', h', w').
+    """Apply `function` to one picture at a time, and to a large one in tiles, then blend the tiles linearly.
 
-    scale_in, scale_out: entries of input and output along one side of a latent position.
+    (B, C, h, w) -> (B, C', h', w'). scale_in, scale_out: rows of x and of the result per latent position.
     """
     if len(x) > 1:
         return torch.cat([in_tiles(function, picture, scale_in, scale_out) for picture in x.split(1)])
@@ -236,12 +236,12 @@ def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, scale_in: int, sca
 
 
 def tile_starts(length: int) -> list[int]:
-    """Where tiles begin so that they cover `length` evenly and overlap by OVERLAP at least."""
+    """First positions of tiles that cover `length` evenly and overlap by at least OVERLAP."""
     gaps = max(0, -(-(length - TILE) // (TILE - OVERLAP)))
     return [round(i * (length - TILE) / gaps) for i in range(gaps + 1)] if gaps else [0]
 
 
 def fade(length: int, width: int) -> Tensor:
-    """Weights (length,) of a tile's rows: rising from both edges, 1 from `width` on."""
+    """Blending weights (length,) of a tile's rows: a linear ramp of `width` rows at both ends, 1 between."""
     rise = torch.arange(1, length + 1)
     return (torch.minimum(rise, rise.flip(0)) / width).clamp(max=1)

@@ -1,1 +1,1 @@
-"""The same networks, faster."""
+"""Faster versions of the networks, for inference."""

@@ -1,8 +1,8 @@
-"""`--fast`: a UNet that predicts the same noise, to rounding, in less time; for inference at SD's widths.
+"""`--fast`: faster inference for a UNet of SD's widths. The predicted noise differs only by rounding.
 
-On a CPU, 3x3 convolutions use Winograd's method, which rounds more because it adds before it multiplies, and
-the weights of all matrix products are packed for oneDNN once. On CUDA, torch.compile fuses the operations and
-replays them as a CUDA graph.
+On a CPU, 3x3 convolutions use Winograd's method, whose additions before the products add rounding error, and
+oneDNN packs the weights of all matrix products once. On CUDA, torch.compile fuses the operations and replays
+them as a CUDA graph.
 """
 
 from collections.abc import Callable
@@ -13,37 +13,37 @@ from torch import Tensor, nn
 
 from nanoip2p.unet import UNet
 
-TILES_AT_ONCE = 256  # Winograd tiles that are computed together, so that they stay in the CPU's cache
+TILES_AT_ONCE = 256  # Winograd tiles per matrix product, few enough for the CPU's cache
 TRANSFORM = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.double)  # G
 
 
 def fast(unet: UNet, say: Callable[[str], None], injects: bool = False) -> UNet:
-    """Change the network in place, as fits its device, and return it. Load weights before.
+    """Speed up the network in place, depending on its device, and return it. Load its weights before.
 
-    say: receives one line if something takes long. injects: whether most calls pass `inject`; these are not
-    compiled, because the compiler would start anew at every step. The state dict stays as it was.
+    say: called with a line of text before slow work. injects: True if most calls pass `inject`; then the UNet
+    is not compiled on CUDA, because it would recompile at every step. The state dict stays the same.
     """
     device = unet.conv_in.weight.device.type
     if device == "cuda":
         from nanoip2p.speed.kernels import measured_kernels  # needs triton, as torch.compile does
-        measured_kernels(unet.to(memory_format=torch.channels_last))  # the layout that tensor cores read
+        measured_kernels(unet.to(memory_format=torch.channels_last))  # the layout of tensor cores
         return unet if injects else compiled(unet, say)
     return repack(unet) if device == "cpu" else unet
 
 
 def compiled(unet: UNet, say: Callable[[str], None]) -> UNet:
-    """Compile the network, once for each size of its input. The next call overwrites a result."""
-    torch._dynamo.config.recompile_limit = 64  # sizes; after torch's default of 8 it would stop, silently
+    """Compile the network, once for each input size. Each call overwrites the result of the call before."""
+    torch._dynamo.config.recompile_limit = 64  # input sizes; beyond it (default 8) torch silently runs eager
     say("compiling: the first step at each picture size takes about a minute")
     unet.compile(dynamic=False, mode="reduce-overhead")
     return unet
 
 
 def repack(model: nn.Module, min_channels: int = 128) -> nn.Module:
-    """Replace linear layers and 1x1 convolutions by `Packed`, 3x3 convolutions by `Winograd`; for a CPU.
+    """For a CPU: replace linear layers and 1x1 convolutions by `Packed`, 3x3 convolutions by `Winograd`.
 
-    Winograd's method pays off from `min_channels` on. Both layers compute with a copy of the weights (for
-    Winograd 16/9 times as large), so the model is frozen: new weights would not reach the copy.
+    Winograd is faster from `min_channels` on. Both layers use a copy of the weights (16/9 times as large for
+    Winograd). The model is frozen, because a change of the weights would not change the copy.
     """
     for parent in list(model.modules()):
         for name, layer in parent.named_children():
@@ -65,13 +65,13 @@ def packed_product(weight: Tensor) -> Callable[..., Tensor]:
     packable = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
     if not packable or not torch.backends.mkldnn.is_available():
         return lambda x, bias=None: F.linear(x, weight, bias)
-    onednn = torch.ops.mkldnn  # as code from torch.compile uses it
+    onednn = torch.ops.mkldnn  # torch.compile uses these operators too
     packed = onednn._reorder_linear_weight(weight.contiguous(), TILES_AT_ONCE)
     return lambda x, bias=None: onednn._linear_pointwise(x.contiguous(), packed, bias, "none", [], "")
 
 
 class Packed(nn.Module):
-    """A linear layer (..., C_in) -> (..., C_out) or 1x1 convolution (B, C_in, h, w) -> (B, C_out, h, w)."""
+    """Linear layer (..., C_in) -> (..., C_out), or 1x1 convolution (B, C_in, h, w) -> (B, C_out, h, w)."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d):
         super().__init__()
@@ -85,10 +85,10 @@ class Packed(nn.Module):
 
 
 class Winograd(nn.Module):
-    """A 3x3 convolution in 4 multiplications, not 9: F(2x2, 3x3) of Lavin & Gray 1509.09308, section 4.1.
+    """A 3x3 convolution with 4 multiplications per output, not 9: F(2x2, 3x3) of Lavin & Gray 1509.09308.
 
-    A tile of 2x2 outputs depends on 4x4 inputs. Y = A^T [(G w G^T) * (B^T x B)] A, where * is a product of
-    matrices (C_in -> C_out) at each of the 4x4 places. (B, C_in, h, w) -> (B, C_out, h, w).
+    A tile of 2x2 outputs depends on 4x4 inputs. Y = A^T [(G w G^T) * (B^T x B)] A (section 4.1), where * is a
+    matrix product (C_in -> C_out) at each of the 4x4 positions. (B, C_in, h, w) -> (B, C_out, h, w).
     """
 
     def __init__(self, layer: nn.Conv2d):
@@ -111,7 +111,7 @@ class Winograd(nn.Module):
         return out.view(batch, 2 * h, 2 * w, c_out)[:, :height, :width].permute(0, 3, 1, 2)
 
     def convolve(self, x: Tensor, out: Tensor) -> None:
-        """x (B, 2 h + 2, 2 w + 2, C_in) -> out (B, h, 2, w, 2, C_out)."""
+        """Convolve padded x (B, 2 h + 2, 2 w + 2, C_in) into out (B, h, 2, w, 2, C_out)."""
         h, w, products, columns = out.shape[1], out.shape[3], iter(self.products), []
         a, b, c, d = (x[:, i : i + 2 * h - 1 : 2] for i in range(4))    # (B, h, 2 w + 2, C_in)
         for row in (a - c, b + c, c - b, b - d):                        # B^T x

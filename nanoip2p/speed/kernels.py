@@ -1,8 +1,8 @@
-"""Attention in Triton for CUDA, without gradients, for heads of 40, 80 and 160 columns.
+"""Attention in Triton for CUDA, without gradients, for heads of width 40, 80 and 160.
 
-Blocks are powers of two, and tensor cores multiply 16 columns of bf16 at a time. So the kernel cuts each
-head in two: 40 is 32 + 16 (8 of them zeros, which are not read), 80 is 64 + 16, 160 is 128 + 32. Padding to
-64, 128 and 256 would do 1.33, 1.6 and 1.6 times the work.
+Triton's blocks are powers of two, and tensor cores multiply 16 columns of bf16 at a time. So the kernel
+splits each head in two: 40 into 32 + 16 (the last 8 are zeros), 80 into 64 + 16, 160 into 128 + 32. Padding
+to 64, 128 and 256 would take 1.33, 1.6 and 1.6 times the work.
 """
 
 from functools import partial
@@ -15,21 +15,21 @@ from torch import Tensor
 from nanoip2p.attention import attention, check_shapes
 from nanoip2p.unet import Attention, UNet
 
-LOG2_E = 1.4426950408889634  # 2^(x log2 e) = e^x: the hardware's exponential has base 2
-Tile = tuple[int, int, int, int]  # queries and keys of a block, warps, stages
-# `case` -> the tile with which our kernel was faster than each of torch's, as tests/benchmarks/attention.py
-# prints it. The table is empty because no GPU has been measured yet.
+LOG2_E = 1.4426950408889634  # e^x = 2^(x log2 e); GPUs compute powers of 2
+Tile = tuple[int, int, int, int]  # queries per block, keys per block, warps, stages
+# `case` -> tile, where our kernel was faster than all of torch's, from tests/benchmarks/attention.py.
+# The table is empty because we have not measured any GPU yet.
 FASTER: dict[tuple, Tile] = {}
 
 
 def case(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple:
-    """Key of FASTER: head width, and B * heads, queries and keys up to the next power of two; dtype; card."""
+    """Key of FASTER: head width; B * heads, queries, keys, each rounded up to a power of two; dtype; GPU."""
     sizes = (1 << (n - 1).bit_length() for n in (v.shape[0] * heads, q.shape[1], k.shape[1]))
     return q.shape[2] // heads, *sizes, str(q.dtype), torch.cuda.get_device_capability(q.device)
 
 
 def measured_kernels(unet: UNet, faster: dict[tuple, Tile] = FASTER) -> UNet:
-    """Let the attention layers of a UNet on CUDA use our kernel for the cases in `faster`."""
+    """Make the attention layers of a UNet on CUDA use our kernel for the cases in `faster`."""
     for layer in unet.modules():
         if faster and isinstance(layer, Attention):
             layer.attention = partial(fastest_attention, faster)
@@ -38,7 +38,7 @@ def measured_kernels(unet: UNet, faster: dict[tuple, Tile] = FASTER) -> UNet:
 
 def fastest_attention(faster: dict[tuple, Tile], q: Tensor, k: Tensor, v: Tensor, heads: int,
                       map_from: Tensor | None = None) -> Tensor:
-    """`attention` by our kernel if `faster` has a tile and no gradient is wanted, otherwise by torch's."""
+    """`attention` with our kernel if `faster` has a tile and no gradient is needed, else with torch's."""
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     tile = None if gradients else faster.get(case(q, k, v, heads))
     if tile is None:
@@ -48,9 +48,9 @@ def fastest_attention(faster: dict[tuple, Tile], q: Tensor, k: Tensor, v: Tensor
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, tile: Tile,
                     map_from: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """`attention` by our kernel, into `out` if given. Heads of 8, 16, ... 160 columns; any strides.
+    """`attention` with our kernel, written to `out` if given. Head width 8, 16, ... 160; any strides.
 
-    The indices in map_from are not checked: that would wait for the GPU.
+    Does not check the indices in map_from, because a check would wait for the GPU.
     """
     check_shapes(q, k, v, heads, False, map_from)
     d, keys, (bm, bn, warps, stages) = q.shape[2] // heads, k.shape[1], tile
@@ -67,7 +67,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, tile: Tile,
 
 
 def pieces(d: int) -> tuple[int, int]:
-    """Two powers of two, of at least 16, that cover a head of width d: (main, tail), or (all, 0)."""
+    """Split head width d into powers of two from 16 up: (main, tail), or (whole, 0) if that is not larger."""
     whole = max(16, triton.next_power_of_2(d))
     tail = max(16, triton.next_power_of_2(max(1, d - whole // 2)))
     return (whole // 2, tail) if whole // 2 + tail < whole else (whole, 0)
@@ -76,7 +76,7 @@ def pieces(d: int) -> tuple[int, int]:
 @triton.jit
 def _tile(x, rows, end, row_stride, column_stride, FROM: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
           CHECK: tl.constexpr):
-    """Columns FROM ... FROM + WIDTH of a matrix with D, zeros outside. CHECK: rows may lie past the end."""
+    """Load columns FROM to FROM + WIDTH of a matrix of D columns, 0 outside. CHECK: rows may exceed `end`."""
     columns = FROM + tl.arange(0, WIDTH)
     at = x + rows[:, None] * row_stride + columns[None, :] * column_stride
     if CHECK:
@@ -100,10 +100,10 @@ def _put(tile, x, rows, end, row_stride, column_stride, FROM: tl.constexpr, WIDT
 def _attention(q, k, v, out, map_from, qb, qt, qc, kb, kt, kc, vb, vt, vc, ob, ot, oc, scale, Tq, Tk, heads,
                D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, INDEXED: tl.constexpr, BM: tl.constexpr,
                BN: tl.constexpr, CHECK: tl.constexpr):
-    """BM queries of one head over all keys, with a running maximum (Milakov and Gimelshein 1805.02867)."""
-    programs = tl.cdiv(Tq, BM)                                          # of each head of each row
+    """BM queries of one head attend to all keys, with online softmax (Milakov & Gimelshein 1805.02867)."""
+    programs = tl.cdiv(Tq, BM)                                          # per head and row
     head = tl.program_id(0) // programs % heads
-    b = (tl.program_id(0) // programs // heads).to(tl.int64)            # rows may lie 2^31 numbers apart
+    b = (tl.program_id(0) // programs // heads).to(tl.int64)            # int64: offsets may exceed 2^31
     a = tl.load(map_from + b).to(tl.int64) if INDEXED else b
     q, k = q + a * qb + head * D * qc, k + a * kb + head * D * kc
     v, out = v + b * vb + head * D * vc, out + b * ob + head * D * oc

@@ -210,7 +210,7 @@ def test_odd_characters_become_sayable_lines(server, ask):
 def test_ctrl_c_writes_what_is_under_way_and_asks_no_more(server, ask, number):
     server.before = lambda text: text == TEXTS[3] and os.kill(os.getpid(), number)
     code, rows, _, said = ask(TEXTS, "--concurrency", 3)
-    assert code == 130 and said.endswith("and the same command goes on from there")
+    assert code == 130 and said.endswith("and the same command continues from there")
     assert by_input(rows) == by_input(expected(server.asked)) and 4 <= len(rows) < 12
     server.before = lambda text: None
     assert by_input(ask(TEXTS)[1]) == by_input(expected(TEXTS))

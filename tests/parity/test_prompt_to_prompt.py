@@ -366,7 +366,7 @@ def test_blend_by_hand():
 
 
 @pytest.mark.parametrize("wrong, message", [
-    ({"inject": "all"}, "no way to inject 'all'; there are self, cross, both, none"),
+    ({"inject": "all"}, "unknown mode 'all' of injection; take one of self, cross, both, none"),
     ({"inject": "self", "reweight": {"blue": 2}}, "reweighting and windows need"),
     ({"inject": "none", "windows": {"blue": (0, 1)}}, "reweighting and windows need"),
     ({"inject": "none", "blend": ("red", "blue")}, "a local blend needs injection"),
@@ -375,7 +375,7 @@ def test_blend_by_hand():
     ({"inject": "cross", "windows": {"": (0, 1)}}, "'' is not in"),
     ({"blend": ("blue", "blue")}, "'blue' is not in 'turn the red house into a boat'"),
     ({"blend": ("red", "red")}, "'red' is not in 'turn the blue house into a boat'"),
-    ({"sampler": "heun"}, "no sampler 'heun'"), ({"resolution": 36}, "take a multiple of 8"),
+    ({"sampler": "heun"}, "unknown sampler 'heun'"), ({"resolution": 36}, "take a multiple of 8"),
     ({"steps": 0}, "cannot take 0 steps"),
 ], ids=str)
 def test_mistakes_are_value_errors(painters, wrong, message):

@@ -297,11 +297,11 @@ WRONG = {
     "many to one": (["--input", "house.png", "boat.png", "--edit", "x", "--output", "o.png"], "2 inputs"),
     "grid to folder": (one("--grid", output="grids/"), "must end in .png"),
     "sweep to folder": (one("--sweep", output="sweeps/"), "--sweep writes one picture, so --output sweeps/"),
-    "sweep of inputs": (one("--sweep", "--input", "boat.png"), "--sweep draws one --edit of one --input"),
-    "sweep of edits": (one("--sweep", "--turns", "--edit", "red"), "--sweep draws one --edit"),
-    "sweep of samples": (one("--sweep", "--n", "2"), "without --n"),
-    "sweep in a grid": (one("--sweep", "--grid"), "--sweep draws one"),
-    "sweep to size": (one("--sweep", "--keep-size"), "without --n, --grid and --keep-size"),
+    "sweep of inputs": (one("--sweep", "--input", "boat.png"), "--sweep needs one --edit and one --input"),
+    "sweep of edits": (one("--sweep", "--turns", "--edit", "red"), "--sweep needs one --edit"),
+    "sweep of samples": (one("--sweep", "--n", "2"), "excludes --n"),
+    "sweep in a grid": (one("--sweep", "--grid"), "--sweep needs one"),
+    "sweep to size": (one("--sweep", "--keep-size"), "excludes --n, --grid and --keep-size"),
     "onto input": (one(output="./house.png"), "would overwrite an input"),
     "file as folder": (one(output="house.png/out.png"), "cannot be written"),
     "folder as file": (one("--edit", "red", output="taken.png"), "taken_1.png"),
@@ -317,7 +317,7 @@ WRONG = {
     "device": (one("--device", "warp"), "device 'warp' does not work here"),
     "dtype": (one("--dtype", "fp8"), "invalid choice: 'fp8'"),
     "weights": (one("--weights", "nowhere"), "no file or folder nowhere"),
-    "no recipe": (["--recipe", "house.png", "--output", "o.png"], "carries no recipe"),
+    "no recipe": (["--recipe", "house.png", "--output", "o.png"], "has no recipe"),
     "absent recipe": (["--recipe", "absent.png", "--output", "o.png"], "absent.png"),
 }
 
@@ -475,7 +475,7 @@ def test_the_nano_weights_say_what_they_do_not_know(run, capsys):
     world = "note: the nano weights know a small painted world; "
     assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")] == [
         f"{world}unknown here: cyborg",
-        f"{world}photo.png is 300x200, larger than its pictures: photographs need other --weights"]
+        f"{world}photo.png is 300x200, larger than the training data: photographs need other --weights"]
     assert run("--input", "photo.png", *flags) == 0
     assert "note: " not in capsys.readouterr().err, "other weights"
 
