@@ -23,7 +23,7 @@ class StoredNetwork:
     """A network whose weights are still on disk."""
 
     model: nn.Module  # on torch's meta device, without weights
-    read: Callable[[], dict[str, Tensor]]  # maps the file for each call, because a mapping keeps the pages it used in memory
+    read: Callable[[], dict[str, Tensor]]  # maps the file anew; a kept mapping would fill the memory
     path: Path  # the file or folder, for error messages
 
     def load(self, dtype: torch.dtype | None) -> nn.Module:

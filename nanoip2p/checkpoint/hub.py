@@ -61,7 +61,7 @@ def find_tokenizer(checkpoint: Path, given: str | None) -> Path:
             f"beside it, or name their folder with --tokenizer ({error})") from None
 
 
-# Each of these functions chooses from the paths of all files of a repository or folder; [] if it lacks some.
+# Each function below selects paths from the list of a repository's files; [] if a required file is missing.
 
 def needed_files(names: list[str]) -> list[str]:
     """The files of a Stable Diffusion 1.x model in diffusers' layout."""

@@ -39,7 +39,7 @@ class Checkpoint:
     defaults: dict  # the keys of PAPER_DEFAULTS
 
     def open_tokenizer(self) -> tuple[Path, Tokenizer]:
-        """Return the tokenizer's folder and the tokenizer. Downloads the files if necessary, else ValueError."""
+        """Return (folder, tokenizer). Downloads missing files. ValueError says what the user can do."""
         folder = self.source / "tokenizer"
         if self.tokenizer is not None or not self.source.is_dir():
             folder = find_tokenizer(self.source, self.tokenizer)
@@ -160,7 +160,7 @@ def load_model(checkpoint: str | Path | Checkpoint, dtype: torch.dtype = torch.f
 
 
 def with_defaults(chosen: dict, path: Path | str, defaults: dict = PAPER_DEFAULTS) -> dict:
-    """Override `defaults` by the checkpoint's settings `chosen`. ValueError names `path` and a bad setting."""
+    """Override `defaults` by a checkpoint's settings `chosen`. ValueError names `path` and the setting."""
     for key, value in chosen.items():
         if key not in defaults:
             raise ValueError(f"{path}: unknown setting {key}; known are {', '.join(defaults)}")
