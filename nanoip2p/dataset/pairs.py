@@ -1,7 +1,7 @@
 """Make picture pairs from caption pairs, and filter them with CLIP (section 3.1.2), in the original layout.
 
     out/job.json, seeds.json       settings of this job; the prompts with kept pairs, and the pairs' seeds
-    out/0000000/prompt.json        the first prompt line; the folder appears when the prompt is finished
+    out/0000000/prompt.json        the first prompt; the folder appears when the prompt is finished
     out/0000000/<seed>_0.jpg, _1.jpg, metadata.jsonl, candidates.jsonl       kept pairs; all candidates
 
 Several processes can share a folder: each process takes the next unclaimed prompt. --seed, prompt number and

@@ -29,7 +29,7 @@ def read_table(path: Path, keys: tuple[str, ...]) -> list[dict]:
 
 
 def read_pairs(root: Path) -> list[dict]:
-    """All kept pairs, by prompt, best first. Each has the keys of prompt.json and metadata.jsonl, "folder"."""
+    """All kept pairs, by prompt, best first. Keys: those of prompt.json and metadata.jsonl, and "folder"."""
     if not root.is_dir() or not prompt_folders(root):
         raise ValueError(f"{root}: there is no such folder, or no finished prompt (0000000, ...) in it")
     pairs = []
@@ -85,7 +85,7 @@ def contact_sheet(pairs: list[dict], rows: int, seed: int) -> Image.Image:
 
 def draw_heatmaps(model: PairPainter, seed: int, share: float, cfg_text: float,
                   bar: tqdm | None = None) -> Image.Image:
-    """One row per picture: the picture, then a copy for each caption word, lit by the word's attention map."""
+    """A row per picture: the picture, and a copy for each caption word, lit by the word's attention."""
     tokenizer = model.painter.tokenizer
     words = [split_words(tokenizer, caption) for caption in model.captions]
     count = max(map(len, words))
