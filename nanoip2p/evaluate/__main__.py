@@ -32,8 +32,8 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("--device", help="cuda, mps or cpu; default: the first that works")
         return command.add_argument
 
-    flag = add(scenes, "weights/nano-ip2p", 500, help="folder for scores and pictures of failed edits")
-    flag("--combinations", choices=("seen", "held-out"), default="seen", help="which combinations of things, colours and edits")
+    flag = add(scenes, "weights/nano-ip2p", 500, help="folder for scores and pictures of failures")
+    flag("--combinations", choices=("seen", "held-out"), default="seen", help="combinations to edit")
     flag("--cfg-image", type=finite, help=DEFAULT)
 
     flag = add(captions, "weights/nano-sd", 320, help="folder for scores.json")
@@ -45,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--split", choices=list(SPLITS), default="test", help="split of the data")
     flag("--clip", help=f"folder or Hub name ({curve.PAPER['clip']}; {curve.NANO['clip']} for nano)")
     flag("--cfg-images", type=finite, nargs="+", metavar="CFG", help="(1.0 ... 2.2; 0.2 ... 2.0 for nano)")
-    flag("--strengths", type=finite, nargs="+", default=curve.STRENGTHS, metavar="SHARE", help="strengths of SDEdit")
+    flag("--strengths", type=finite, nargs="+", default=curve.STRENGTHS, metavar="SHARE", help="for SDEdit")
     flag("--seed", type=at_least(0), default=0, help="edit i has seed + i")
     flag("--batch", type=at_least(1), default=30, help="edits that share a forward pass")
 

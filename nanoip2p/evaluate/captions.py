@@ -1,4 +1,4 @@
-"""Accuracy with which CLIP finds a picture's caption among 32 captions, for generated pictures and renders."""
+"""CLIP's accuracy in finding a picture's caption among 32 captions, for generated and true pictures."""
 
 import argparse
 

@@ -60,7 +60,7 @@ def measure(pairs: list[Pair], judge: Judge, resolution: int, batch: int, seed: 
 
 
 def draw(rows: list[dict], axes) -> None:
-    """Draw a curve per method, weights and cfg_text, with standard errors. Label both ends with the setting."""
+    """Draw a curve with standard errors per method, weights and cfg_text. Label both ends of the curve."""
     curves = {}
     for row in rows:
         key = row["method"], row["weights"], row["networks"], row["cfg_text"]

@@ -27,7 +27,7 @@ class Ranks:
     group: object = None  # a gloo group for small messages, so that no GPU has to wait for them
 
     def largest(self, number: int) -> int:
-        """The maximum of `number` over all ranks. Every rank has to call this. The call waits for all ranks."""
+        """The maximum of `number` over all ranks. Every rank has to call this, and waits for the others."""
         return int(self._reduced(number, dist.ReduceOp.MAX))
 
     def mean(self, number: float) -> float:
