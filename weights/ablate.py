@@ -1,10 +1,10 @@
-"""The ablations of the paper (section 4.2, figure 10) and some more, in the nano world.
+"""The ablations of the paper (section 4.2, figure 10) and further ablations, in the nano world.
 
     python weights/ablate.py --out runs/ablate --prompts 400 --steps 600 --seeds 3
 
 Each variant differs from the first variant by one choice. make_dataset.py makes its data, train.py trains one
-editor for each seed, and `evaluate scenes` scores the editors. After a stop, the same command goes on. Each
-line of <out>/ablate.jsonl has the scores of one editor; an editor with a line is not trained again.
+editor for each seed, and `evaluate scenes` scores the editors. Each line of <out>/ablate.jsonl has the scores
+of one editor. After an interruption, the same command continues and skips the editors with a line.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from nanoip2p.evaluate import __main__ as evaluate
 from nanoip2p.unet import UNet
 
 PAINTER = run_scripts.ROOT / "weights" / "nano-sd"
-# Flags of `make_dataset.py pairs` for each folder of pairs; weights/nano-sd/pairs.json has the defaults
+# Folder of pairs -> flags of `make_dataset.py pairs`; weights/nano-sd/pairs.json has the defaults
 PAIRS = {
     "both": [], "self": ["--inject", "self"], "cross": ["--inject", "cross"], "none": ["--inject", "none"],
     "unfiltered": ["--n-samples", 4, "--clip-threshold", -1, "--clip-dir-threshold", -1,
@@ -40,7 +40,7 @@ STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 @dataclass(frozen=True)
 class Variant:
-    """How an editor is trained. pairs: a key of PAIRS, or "scenes" for rendered ones; share: of prompts."""
+    """How to train an editor. pairs: a key of PAIRS, or "scenes" (rendered). share: fraction of prompts."""
 
     pairs: str = "both"
     share: float = 1.0
@@ -62,7 +62,7 @@ VARIANTS = {
 
 
 def make_data(variant: Variant, out: Path, prompts: int) -> str | Path:
-    """Make the data of a variant, or find it in `out`; returns the --data of train.py."""
+    """Make the data of a variant, unless `out` has it. Returns the value of --data for train.py."""
     if variant.pairs == "scenes":
         return "scenes"
     folder = out / variant.pairs
@@ -77,7 +77,7 @@ def make_data(variant: Variant, out: Path, prompts: int) -> str | Path:
 
 
 def untrained(out: Path) -> Path:
-    """Write nano-sd with an untrained UNet to `out`."""
+    """Write a copy of nano-sd with an untrained UNet to `out`."""
     if not (out / "model_index.json").exists():
         parts = load_model(PAINTER, edits=False)
         torch.manual_seed(0)
@@ -89,7 +89,7 @@ def untrained(out: Path) -> Path:
 
 
 def train_editor(variant: Variant, run: Path, data: str | Path, rendered: int, steps: int, seed: int) -> Path:
-    """Train an editor in the run folder `run`; returns its weights. rendered: pairs, for --data scenes."""
+    """Train an editor in the folder `run`; return its weights. rendered: number of pairs to render."""
     start = PAINTER if variant.start == "nano-sd" else untrained(run.parent / "untrained")
     micro = 32 if variant.share == 1 else 8  # a tenth of the data may have fewer than 32 prompts
     return run_scripts.train_run(
@@ -110,7 +110,7 @@ def score(weights: Path, n: int) -> dict:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95% confidence interval (Student's t); inf for a single value."""
+    """The mean and half the width of its 95% confidence interval (Student's t; inf for a single value)."""
     mean = statistics.fmean(values)
     if len(values) == 1:
         return mean, float("inf")
@@ -134,21 +134,21 @@ def table(rows: list[dict]) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """All flags."""
+    """The parser of all flags."""
     parser = cli.make_parser(description=__doc__.splitlines()[0], formatter_class=cli.HelpWithDefaults)
-    parser.add_argument("--out", type=Path, default=Path("runs/ablate"), help="folder of data, runs, scores")
-    parser.add_argument("--prompts", type=at_least(100), default=400, help="captions, 20 candidates each")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablate"), help="folder for data, runs, scores")
+    parser.add_argument("--prompts", type=at_least(100), default=400, help="number of captions")
     parser.add_argument("--steps", type=at_least(1), default=600, help="training steps of 32 pairs")
     parser.add_argument("--seeds", type=int, choices=range(1, 11), default=3, metavar="1 … 10",
-                        help="editors of each variant")
+                        help="editors per variant")
     parser.add_argument("--n", type=at_least(1), default=210, help="edits that score each editor")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT",
-                        help="some of the variants")
+                        help="variants to train")
     return parser
 
 
 def run(args: argparse.Namespace) -> str:
-    """Make, train and score what is missing; returns the table."""
+    """Make, train and score the missing editors; return the table."""
     out, settings = args.out.resolve(), {"prompts": args.prompts, "steps": args.steps, "n": args.n}
     path = out / "ablate.jsonl"
     home = out / f"prompts-{args.prompts}"  # runs with the same number of prompts share their data
@@ -167,9 +167,9 @@ def run(args: argparse.Namespace) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code, see cli.run."""
+    """Run the command. Returns the exit code, see cli.run."""
     return cli.run(lambda: print(run(make_parser().parse_args(argv))),
-                   "stopped; the same command goes on from here", "try fewer --prompts")
+                   "stopped; the same command continues", "try fewer --prompts")
 
 
 if __name__ == "__main__":

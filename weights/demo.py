@@ -1,4 +1,4 @@
-"""A dozen edits by the shipped nano editor, as one labelled picture: what `make demo` shows."""
+"""Make twelve edits with the shipped nano editor, as one labelled picture (`make demo`)."""
 
 import sys
 from pathlib import Path
@@ -30,7 +30,7 @@ def run(weights: Path, out: Path, device: str | None = None) -> None:
     picture = grid(rows, [["input", *edits] for edits in EDITS.values()])
     with replacing(out) as temporary:
         picture.save(temporary, format="PNG")
-    print(f"wrote {out}: the inputs on the left, the edits right of them")
+    print(f"wrote {out}: the inputs on the left, the edits on the right")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = cli.make_parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/demo.png"))
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="the nano editor")
-    parser.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
+    parser.add_argument("--device", help="cuda, mps or cpu; default: the first that works")
 
     def work() -> None:
         args = parser.parse_args(argv)

@@ -1,16 +1,16 @@
-"""The recipe of the shipped weights: from nothing to nano-clip, nano-sd and both editors in one command.
+"""Train all shipped weights from scratch: nano-clip, nano-sd and both editors.
 
-    python weights/make_nano.py                  # all stages; after a stop, goes on from there
-    python weights/make_nano.py --ship weights   # and replaces the shipped weights
+    python weights/make_nano.py                  # all stages; continues an interrupted run
+    python weights/make_nano.py --ship weights   # also replaces the shipped weights
     python weights/make_nano.py --editor-steps 3700 40000        # train the editor longer, then export it
 
-The stages are: tokenizer (byte pairs of the sentences of the nano world), CLIP, autoencoder, text-to-picture
-model (by train.py); an editor made as in the paper, from captions, Prompt-to-Prompt pairs and the CLIP
-filter (by make_dataset.py), trained from the text-to-picture model and never on a rendered edit; an editor
-trained on rendered pairs; export. Each stage reads what the earlier stages wrote to --out and is skipped if
-its result is there. Everything depends on the seed and the step only: a resumed run gives the same weights as
-an uninterrupted one. The repository does not hold these runs. In a fresh clone, `python train.py --weights
-weights/nano-ip2p --data scenes ...` trains the shipped editor further.
+The stages: tokenizer (byte pairs of the nano world's sentences); CLIP; autoencoder; text-to-image model (by
+train.py); the editor made as in the paper, fine-tuned from the text-to-image model on Prompt-to-Prompt pairs
+that pass the CLIP filter (by make_dataset.py), never on rendered edits; an editor trained on rendered pairs;
+export. Each stage reads the results of earlier stages from --out, and is skipped if its own result exists.
+Random numbers depend only on seed and step: a resumed run gives the same weights as an uninterrupted run. The
+repository does not contain these runs. In a fresh clone, `python train.py --weights weights/nano-ip2p --data
+scenes ...` trains the shipped editor further.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from nanoip2p.world.scenes import Scene, Thing, pick, random_scene
 
 HERE = Path(__file__).resolve().parent
 SIZE = 64
-TOKENIZER_SCENES, SCALE_PICTURES = 2000, 512  # from which the byte pairs and the latent scale come
+TOKENIZER_SCENES, SCALE_PICTURES = 2000, 512  # numbers of scenes for the tokenizer and for the latent scale
 UNET = dict(
     in_channels=8, block_out_channels=(64, 128, 128), layers_per_block=1, cross_attention_dim=128,
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -57,10 +57,10 @@ RECIPE = ["--resolution", 64, "--batch-size", 32, "--accumulate", 1,
           "--warmup", 200, "--cooldown", 0.4,
           "--snr-gamma", 1, "--ema-decay", 0.999]
 SD_RUNS = (["--lr", 1e-3, "--text-to-image", "--dtype", "bf16"],)
-# The second run starts from the weights of the first run and has more of the edits that still failed
+# The second run starts from the first run's weights and draws the edits that still failed more often
 RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--kind-weights", 1.2, 2, 2, 1, 0.8, 1, 0.8],
         ["--lr", 8e-4, "--dtype", "fp32", "--kind-weights", 1.6, 2, 2, 1.6, 0.5, 0.7, 0.6])
-# The editor made as in the paper starts from nano-sd and has fewer pairs, which nano-sd painted
+# The editor made as in the paper starts from nano-sd and trains on fewer pairs, painted by nano-sd
 PAPER_RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--no-flip"],)
 DEFAULTS = {"resolution": 64, "steps": 20, "cfg_text": 2.0, "cfg_image": 1.0, "sampler": "euler_ancestral"}
 PAPER_DEFAULTS = DEFAULTS | {"cfg_image": 1.5}
@@ -84,21 +84,21 @@ def picture(scene) -> torch.Tensor:
 
 
 def draw_edit(scene, generator):
-    """One edit, all kinds equally likely (there are 30 times more ways to add than to remove)."""
+    """Draw an edit, all kinds equally likely ("add" has 30 times more edits than "remove")."""
     kind = pick(sorted({edit.kind for edit in scene.edits()}), generator)
     return pick(scene.edits(kind), generator)
 
 
 def draw_scene(generator):
-    """A training scene, half of the time with one edit applied, so that edited scenes are seen as well."""
+    """Draw a training scene. Half of the scenes have one edit applied, to train on edited scenes too."""
     scene = random_scene("train", int(torch.randint(2**31, (), generator=generator)))
     return draw_edit(scene, generator).scene if torch.rand((), generator=generator) < 0.5 else scene
 
 
 def fit(name: str, model: torch.nn.Module, loss_of_step, steps: int, lr: float, folder: Path) -> None:
-    """Train with AdamW: 100 steps of warm-up, constant, the last 30% linearly to zero.
+    """Train with AdamW. Learning rate: 100 warm-up steps, constant, linear decay to 0 in the last 30%.
 
-    Saves every 250 steps and after Ctrl-C to <folder>/<name>-run.pt, from which the next call goes on.
+    Saves to <folder>/<name>-run.pt every 250 steps and after Ctrl-C. The next call continues from this file.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
     path, first = folder / f"{name}-run.pt", 0
@@ -126,7 +126,7 @@ def fit(name: str, model: torch.nn.Module, loss_of_step, steps: int, lr: float, 
 
 
 def make_vae(folder: Path, device: str, steps: int, batch: int = 8) -> VAE:
-    """64 x 64 pixels -> 16 x 16 x 4 latents: L1, and a small KL term that keeps the latents smooth."""
+    """Train a VAE, 64 x 64 pixels -> 16 x 16 x 4 latents. Loss: L1 and a small KL term for smooth latents."""
     torch.manual_seed(0)
     config = VAEConfig(block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8)
     vae = VAE(config).to(device)
@@ -146,12 +146,12 @@ def make_vae(folder: Path, device: str, steps: int, batch: int = 8) -> VAE:
 
 
 def train_phrase(edit, generator) -> str:
-    """One of the phrasings that training may see: all but the last."""
+    """Draw one of the edit's instructions, except the last instruction, which is for evaluation."""
     return pick(edit.instructions[:-1], generator)
 
 
 def make_tokenizer(folder: Path) -> None:
-    """Byte pairs learned from the nano world's sentences; any other text falls back to shorter pieces."""
+    """Learn byte pairs from the nano world's sentences. Other texts are encoded as shorter pieces."""
     generator, sentences = torch.Generator().manual_seed(0), []
     for index in range(TOKENIZER_SCENES):
         scene = random_scene("train", index)
@@ -160,10 +160,10 @@ def make_tokenizer(folder: Path) -> None:
 
 
 def make_clip(folder: Path, tokenizer_folder: Path, device: str, steps: int, batch: int = 32) -> CLIP:
-    """Two contrastive tasks: picture and caption, and instruction and *change* of picture.
+    """Train CLIP on two contrastive tasks: picture with caption, and change of picture with instruction.
 
-    The second teaches the text encoder the words of instructions, which no caption contains. Each
-    batch holds scenes beside one edited version of each, so captions one word apart must be told apart.
+    The second task teaches the text encoder words that only instructions contain. Each batch holds scenes
+    and an edited version of each scene, so CLIP has to distinguish captions that differ in one word.
     """
     torch.manual_seed(0)
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -174,7 +174,7 @@ def make_clip(folder: Path, tokenizer_folder: Path, device: str, steps: int, bat
 
     def ids_of(texts):
         ids = tokenizer(texts)
-        # Attention is causal and the pooled state is the first end mark: what stands behind it cannot matter.
+        # Attention is causal and the first end token is pooled, so the tokens after it have no effect.
         return ids[:, : int((ids == eos).int().argmax(1).max()) + 1].to(device)
 
     def agree(a, b):
@@ -247,7 +247,7 @@ def start_folder(folder: Path, unet_settings: dict, defaults: dict, out: Path, v
 
 
 def paired(out: Path, painter: Path, clip: Path, prompts: int, device: str) -> Path:
-    """Captions, and the pairs of pictures of them that pass the CLIP filter."""
+    """Make captions, and the picture pairs that pass the CLIP filter. Returns the folder of the pairs."""
     write_json(PAIRS | {"clip": str(clip.resolve())}, painter / "pairs.json")
     return make_pairs(out / "prompts.jsonl", prompts, out / "pairs", painter, "--device", device)
 
@@ -282,7 +282,7 @@ def export(tokenizer: Path, editor: Path, paper_editor: Path, painter: Path, cli
 
 
 def make(args: argparse.Namespace) -> None:
-    """All stages."""
+    """Run all stages."""
     device = str(pick_device(args.device))
     check_writable(args.out / "tokenizer" / "vocab.json")
     if not (args.out / "tokenizer" / "tokenizer_config.json").exists():
@@ -313,11 +313,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--captions", type=at_least(1), default=60_000, help="rendered, captioned pictures")
     parser.add_argument("--prompts", type=at_least(40), default=677, help="captions to make pairs of")
     parser.add_argument("--paper-steps", type=at_least(1), nargs=len(PAPER_RUNS), default=(2400,),
-                        metavar="STEPS", help="batches of 32 such pairs")
+                        metavar="STEPS", help="batches of 32 filtered pairs")
     parser.add_argument("--editor-steps", type=at_least(1), nargs=len(RUNS), default=(3700, 7400),
                         metavar="STEPS", help="batches of 32 pairs, of the editor's two runs")
     parser.add_argument("--pairs", type=at_least(1), default=40_000, help="rendered training pairs")
-    return cli.run(lambda: make(parser.parse_args(argv)), "stopped; the same command goes on from here",
+    return cli.run(lambda: make(parser.parse_args(argv)), "stopped; the same command continues",
                    "try a smaller --pairs")
 
 

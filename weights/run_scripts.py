@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def call(main: Callable[[list[str]], int], *words) -> None:
     """Run the `main` of a script with `words` as its arguments.
 
-    Raises ValueError when the script ends with an error, which it has printed, and KeyboardInterrupt when
-    Ctrl-C stopped it.
+    Raises ValueError after an error (the script has printed the message), and KeyboardInterrupt after
+    Ctrl-C.
     """
     code = main([str(word) for word in words])
     if code == 130:

@@ -1,4 +1,4 @@
-"""Learns CLIP's kind of byte-pair vocabulary from texts; make_nano.py does so once for all nano models."""
+"""Learn a byte-pair vocabulary like CLIP's from texts. make_nano.py uses it for all nano models."""
 
 import json
 from collections.abc import Iterable
@@ -14,8 +14,8 @@ from nanoip2p.tokenizer import END, LENGTH, ROLES, START, WORD_END, clip_backend
 def train_tokenizer(texts: Iterable[str], size: int, folder: str | Path) -> None:
     """Learn a vocabulary of at most `size` tokens; write vocab.json, merges.txt, tokenizer_config.json.
 
-    The order is CLIP's: bytes, bytes that end a word, merges, start, end. End-of-text has the largest id, as
-    CLIP's pooling expects. Every byte is a token, so any text can be encoded.
+    The tokens have CLIP's order: bytes, word-ending bytes, merges, start, end. End-of-text has the largest
+    id, as CLIP's pooling expects. Every byte is a token, so the tokenizer can encode any text.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = alphabet + [letter + WORD_END for letter in alphabet]

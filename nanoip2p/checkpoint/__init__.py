@@ -1,4 +1,4 @@
-"""Checkpoints of Stable Diffusion 1.x and its editors: open, save and convert every layout people have.
+"""Open, save and convert checkpoints of Stable Diffusion 1.x and InstructPix2Pix, in all common layouts.
 
     load_model("instruct-pix2pix-00-22000.ckpt")                       # an Editor
     convert(open_checkpoint("in.ckpt"), Path("folder"))                # a single file -> a diffusers folder

@@ -1,6 +1,6 @@
-"""Look into a checkpoint, or convert it.
+"""Inspect or convert a checkpoint.
 
-    python -m nanoip2p.checkpoint instruct-pix2pix-00-22000.ckpt           # what is in it
+    python -m nanoip2p.checkpoint instruct-pix2pix-00-22000.ckpt           # list the networks
     python -m nanoip2p.checkpoint in.ckpt out-folder/                      # single file -> diffusers folder
     python -m nanoip2p.checkpoint out-folder/ single.safetensors --dtype fp16
 """
@@ -23,10 +23,10 @@ def main(argv: list[str] | None = None) -> int:
                              formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a folder, a single file, or a name on the Hub")
     parser.add_argument("target", type=Path, nargs="?",
-                        help="a new folder or .safetensors file; without a target, only look")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the numbers written; default: unchanged")
+                        help="a new folder or .safetensors file; default: only inspect the source")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the written weights; default: unchanged")
     parser.add_argument("--ema-copy", action="store_true",
-                        help="write the UNet a second time, under the names of averaged weights")
+                        help="also write the UNet under the names of the EMA weights")
     cli.add_flags(parser)
 
     def work() -> None:
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
             convert(checkpoint, args.target, DTYPES.get(args.dtype), args.ema_copy)
             print(f"wrote {args.target}")
             if args.target.suffix == ".safetensors":
-                print("a single file has no tokenizer; keep the old one, for --tokenizer")
+                print("a single file has no tokenizer; keep the source's tokenizer for --tokenizer")
 
     return cli.run(work, "interrupted; nothing was written", "close other programs")
 

@@ -1,4 +1,4 @@
-"""The folder of one network: config.json beside its weights, as diffusers and transformers write it."""
+"""Read and write the folder of one network, as diffusers and transformers do: config.json and weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,14 +22,14 @@ CLASS_NAMES = {UNet: "UNet2DConditionModel", VAE: "AutoencoderKL", TextEncoder: 
 class StoredNetwork:
     """A network whose weights are still on disk."""
 
-    model: nn.Module  # without memory, on torch's meta device
-    read: Callable[[], dict[str, Tensor]]  # maps the file anew: used pages stay in memory as long as a map
-    path: Path  # of the file or folder, for messages
+    model: nn.Module  # on torch's meta device, without weights
+    read: Callable[[], dict[str, Tensor]]  # maps the file anew; a kept mapping would fill the memory
+    path: Path  # the file or folder, for error messages
 
     def load(self, dtype: torch.dtype | None) -> nn.Module:
-        """The model with its weights in `dtype` (None: as they are, still on disk), in eval mode on the CPU.
+        """Load the weights in `dtype` (None: the stored dtype, still on disk). Eval mode, on the CPU.
 
-        ValueError, in one line, when names, shapes or numbers do not fit the model.
+        Raises ValueError if the names or shapes do not match the model, or a weight is not finite.
         """
         tensors = self.read()
         check_tensors(tensors, self.model.state_dict(), self.path)
@@ -39,7 +39,7 @@ class StoredNetwork:
 
 
 def build_without_memory(cls: type, config: dict, path: Path) -> nn.Module:
-    """The network of a config.json on torch's meta device. ValueError names `path` and the bad setting."""
+    """Build a network on torch's meta device. ValueError for a bad setting; its message names `path`."""
     try:
         with torch.device("meta"):
             return cls.from_config(config)
@@ -48,7 +48,7 @@ def build_without_memory(cls: type, config: dict, path: Path) -> nn.Module:
 
 
 def open_network(cls: type, folder: str | Path) -> StoredNetwork:
-    """Read config.json and find the weights. ValueError, in one line, for a missing or unsuitable file."""
+    """Read config.json and find the weights. Raises ValueError for a missing or unsuitable file."""
     folder, class_name = Path(folder), CLASS_NAMES[cls]
     config = read_json(folder / "config.json")
     written_by = config.get("_class_name") or config.get("architectures") or class_name
@@ -60,21 +60,21 @@ def open_network(cls: type, folder: str | Path) -> StoredNetwork:
 
 
 def load_network(cls: type, folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The network of a folder in `dtype`, in eval mode on the CPU. ValueError as StoredNetwork.load."""
+    """Load a network folder in `dtype`, in eval mode on the CPU. ValueError: see StoredNetwork.load."""
     return open_network(cls, folder).load(dtype)
 
 
 def save_network(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = torch.float32,
                  sample_size: int | None = None) -> None:
-    """Write config.json and weights that diffusers or transformers reads, each file whole or not at all.
+    """Write config.json and weights for diffusers or transformers. Each file is written atomically.
 
-    dtype: of the file; None keeps that of each weight. sample_size: the side of the pictures that diffusers
-    makes by default, in latents for a UNet and in pixels for a VAE.
+    dtype: dtype of the file; None keeps each weight's dtype. sample_size: diffusers' default image size, in
+    latents for a UNet and in pixels for a VAE.
     """
     config, stem = model.config.to_json(), "diffusion_pytorch_model"
     if "architectures" in config:
-        # transformers 5 computes in the dtype of the file, diffusers in float32: together they fail or give
-        # another picture, unless transformers is told
+        # By default, transformers 5 computes in the file's dtype, and diffusers in float32. The mixture fails
+        # or gives another picture, so the config asks transformers for float32
         config["torch_dtype"], stem = "float32", "model"
     if sample_size:
         config["sample_size"] = sample_size

@@ -1,7 +1,7 @@
-"""Models on the Hugging Face Hub, "owner/name" or "owner/name@revision" -> folders on this machine.
+"""Download models "owner/name" or "owner/name@revision" from the Hugging Face Hub.
 
-Only the files that nanoip2p reads are fetched. Progress bars, resuming, the cache and offline mode come from
-huggingface_hub. It is imported late: the import is slow, and it reads the environment.
+Downloads only the files that nanoip2p reads. huggingface_hub provides progress bars, resuming, the cache and
+offline mode. We import huggingface_hub late, because the import is slow and reads the environment.
 """
 
 import itertools
@@ -11,14 +11,14 @@ from pathlib import Path
 
 CLIP = "openai/clip-vit-large-patch14"  # all SD 1.x models use its tokenizer
 NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(.+))?", re.ASCII)
-TIMEOUT = 10  # seconds for the list of files; huggingface_hub has no limit of its own
-# Small files of a model; defaults.json and pairs.json are ours, see load.py and dataset/pairs.py
+TIMEOUT = 10  # seconds for the list of files; huggingface_hub has no default timeout
+# Small files of a model; nanoip2p adds defaults.json (see load.py) and pairs.json (see dataset/pairs.py)
 SMALL = r"(defaults|pairs|scheduler/[^/]+|(unet|vae|text_encoder)/config)\.json|tokenizer/[^/]+\.(json|txt)"
 STEM = r"(diffusion_pytorch_|pytorch_)?model"
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
                    "special_tokens_map.json", "added_tokens.json")
 TOKENIZER = "tokenizer (vocab.json and merges.txt, or tokenizer.json)"
-REASONS = {  # by the library's name of the error; each follows "there is no file or folder owner/name, and"
+REASONS = {  # error of huggingface_hub -> end of the message "there is no file or folder owner/name, and ..."
     "GatedRepoError": "the Hub asks you to accept its terms there, then to `hf auth login` or set HF_TOKEN",
     "RepositoryNotFoundError": "the Hub has none, or a private one: then `hf auth login` or set HF_TOKEN",
     "RevisionNotFoundError": "the Hub has no such revision of it",
@@ -27,24 +27,24 @@ REASONS = {  # by the library's name of the error; each follows "there is no fil
 
 
 def fetch_weights(name: str) -> Path:
-    """The folder of a diffusers model on the Hub, in the cache; missing files are fetched.
+    """Download the missing files of a diffusers model on the Hub; return its folder in the cache.
 
-    Without a connection the cache alone is used. ValueError, in one line, when the Hub has no such model,
-    refuses access or cannot be reached, and for another layout.
+    Without a connection, uses only the cache. Raises ValueError if the Hub has no such model, refuses access
+    or cannot be reached, or if the model has another layout.
     """
     return _fetch(name, needed_files, "diffusers model (model_index.json; weights of all three networks)")
 
 
 def fetch_clip(name: str) -> Path:
-    """The same for a CLIPModel with its tokenizer and preprocessor_config.json."""
+    """Like fetch_weights, for a CLIPModel with its tokenizer and preprocessor_config.json."""
     return _fetch(name, clip_files, "CLIP (config.json, preprocessor_config.json, weights, tokenizer)")
 
 
 def find_tokenizer(checkpoint: Path, given: str | None) -> Path:
-    """The folder of the tokenizer for a single file of weights, which holds none.
+    """Find the tokenizer folder for a single-file checkpoint, which contains no tokenizer.
 
-    It is `given` (a folder, or a name on the Hub); else it lies beside `checkpoint` or in tokenizer/ there;
-    else it is CLIP's, from the Hub or its cache. ValueError, in one line, says what to fetch.
+    Uses `given` (a folder, or a name on the Hub) if it is not None; else the files beside `checkpoint` or in
+    tokenizer/ there; else CLIP's tokenizer from the Hub. ValueError says which files to download.
     """
     near = checkpoint.parent if given is None else Path(given)
     if found := _folder_of(tokenizer_files, near):
@@ -61,7 +61,7 @@ def find_tokenizer(checkpoint: Path, given: str | None) -> Path:
             f"beside it, or name their folder with --tokenizer ({error})") from None
 
 
-# Each of these functions chooses from the paths of all files of a repository or folder; [] if it lacks some.
+# Each function below selects paths from the list of a repository's files; [] if a required file is missing.
 
 def needed_files(names: list[str]) -> list[str]:
     """The files of a Stable Diffusion 1.x model in diffusers' layout."""
@@ -79,7 +79,7 @@ def clip_files(names: list[str]) -> list[str]:
 
 
 def tokenizer_files(names: list[str]) -> list[str]:
-    """The files of a tokenizer, at the top or in tokenizer/; tokenizer.json only without the older files."""
+    """The files of a tokenizer, at the top or in tokenizer/. Prefers vocab.json to tokenizer.json."""
     for folder in ("", "tokenizer/"):
         for required in (TOKENIZER_FILES[:2], TOKENIZER_FILES[2:3]):
             if all(folder + name in names for name in required):
@@ -88,8 +88,8 @@ def tokenizer_files(names: list[str]) -> list[str]:
 
 
 def weight_files(names: list[str], folder: str = "") -> list[str]:
-    """One set of a network's weights: safetensors before .bin, full precision before fp16, one file before
-    shards with their index."""
+    """The files of one copy of a network's weights. Prefers safetensors to .bin, full precision to fp16, and
+    one file to shards with their index."""
     for kind, variant in itertools.product(("safetensors", "bin"), ("", r"\.fp16")):
         shards = rf"{STEM}({variant}-\d+-of-\d+|-\d+-of-\d+{variant})\.{kind}"
         for form in (rf"{STEM}{variant}\.{kind}", rf"{shards}|{STEM}\.{kind}\.index{variant}\.json"):
@@ -99,13 +99,13 @@ def weight_files(names: list[str], folder: str = "") -> list[str]:
 
 
 def _folder_of(choose: Callable[[list[str]], list[str]], root: Path) -> Path | None:
-    """The folder below `root` with the first of the chosen files; None if nothing is chosen."""
+    """The folder (below `root`) of the first file that `choose` returns; None if it returns no files."""
     files = choose([path.relative_to(root).as_posix() for path in (*root.glob("*"), *root.glob("*/*"))])
     return (root / files[0]).parent if files else None
 
 
 def _fetch(name: str, choose: Callable[[list[str]], list[str]], needs: str) -> Path:
-    """_folder_of a repository on the Hub, in the cache. `needs` says in words what `choose` looks for."""
+    """Download the chosen files; return their cache folder. needs: text that describes those files."""
     from huggingface_hub import HfApi, snapshot_download
 
     match = NAME.fullmatch(name)
@@ -116,11 +116,11 @@ def _fetch(name: str, choose: Callable[[list[str]], list[str]], needs: str) -> P
     try:
         info = HfApi().model_info(repo, revision=revision, timeout=TIMEOUT)
         files = choose([file.rfilename for file in info.siblings])
-    except Exception as error:  # of several HTTP clients, or of a hotel's login page in place of the answer
+    except Exception as error:  # from several HTTP clients, or from parsing a Wi-Fi login page
         problem = error
     if files == []:
         raise ValueError(f"{name} on the Hub holds no {needs}")
-    try:  # the cached folder may lack files: only what was ever fetched is in it
+    try:  # the cached folder may be incomplete: it has only the files of earlier downloads
         root = snapshot_download(
             repo, revision=revision, allow_patterns=files or [], local_files_only=files is None)
         if found := _folder_of(choose, Path(root)):
@@ -128,7 +128,7 @@ def _fetch(name: str, choose: Callable[[list[str]], list[str]], needs: str) -> P
     except Exception as error:
         problem = problem or error
     kind = type(problem).__name__
-    if kind == "HfHubHTTPError" and problem.response.status_code in (401, 403):  # the answer of mirrors
+    if kind == "HfHubHTTPError" and problem.response.status_code in (401, 403):  # some mirrors answer so
         kind = "RepositoryNotFoundError"
     first_line = str(problem).partition("\n")[0]
     unknown = f"it is neither in the Hub's cache nor can it be fetched ({kind}: {first_line})"

@@ -1,4 +1,4 @@
-"""Open a checkpoint of Stable Diffusion 1.x or one of its editors, in every layout people have.
+"""Open a checkpoint of Stable Diffusion 1.x or InstructPix2Pix, in every common layout.
 
 A diffusers folder:                                     A single file of 2022 (see single_file.py):
     model_index.json  unet/  vae/  text_encoder/            model.diffusion_model.*  first_stage_model.*
@@ -29,17 +29,17 @@ from nanoip2p.vae import VAE
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An open checkpoint; its weights are still on disk."""
+    """An open checkpoint. Its weights are still on disk."""
 
     source: Path
-    found: str  # what it is, in words
+    found: str  # description of the checkpoint
     networks: dict[str, StoredNetwork]  # the keys of PARTS
     tokenizer: str | None  # a folder or a name on the Hub, if the user gave one
     schedule: dict  # the content of scheduler_config.json
     defaults: dict  # the keys of PAPER_DEFAULTS
 
     def open_tokenizer(self) -> tuple[Path, Tokenizer]:
-        """The tokenizer's folder, fetched if necessary, and the tokenizer. ValueError says what to do."""
+        """Return (folder, tokenizer). Downloads missing files. ValueError says what the user can do."""
         folder = self.source / "tokenizer"
         if self.tokenizer is not None or not self.source.is_dir():
             folder = find_tokenizer(self.source, self.tokenizer)
@@ -52,9 +52,9 @@ def open_checkpoint(name: str | Path, vae: str | Path | None = None, tokenizer: 
                     raw_weights: bool = False) -> Checkpoint:
     """Open a diffusers folder, a single file (.safetensors, .ckpt), or a name on the Hub.
 
-    vae: a file or folder whose autoencoder replaces the checkpoint's own. tokenizer: its folder or name on
-    the Hub. raw_weights: take the raw weights of a file that also holds averaged (EMA) ones. ValueError, in
-    one line, says what `name` is instead of a Stable Diffusion 1.x checkpoint.
+    vae: a file or folder with an autoencoder to use instead. tokenizer: a tokenizer's folder or name on the
+    Hub. raw_weights: use the raw weights of a file that also holds averaged (EMA) weights. Raises ValueError
+    if `name` is no Stable Diffusion 1.x checkpoint; the message says what `name` is.
     """
     source = Path(name) if Path(name).exists() else fetch_weights(str(name))
     own_vae = None if vae is None else _open_vae(Path(vae))
@@ -77,7 +77,7 @@ def open_checkpoint(name: str | Path, vae: str | Path | None = None, tokenizer: 
 
 
 def _open_folder(folder: Path, raw_weights: bool, vae: StoredNetwork | None) -> tuple:
-    """A diffusers folder -> what it is in words, its networks, schedule and defaults."""
+    """Open a diffusers folder. Returns its description, networks, schedule and defaults."""
     if raw_weights:
         raise ValueError(f"{folder} is a folder, which holds one set of weights; leave out --raw-weights")
     networks = {part: vae if vae and part == "vae" else open_network(cls, folder / part)
@@ -90,7 +90,7 @@ def _open_folder(folder: Path, raw_weights: bool, vae: StoredNetwork | None) -> 
 
 
 def _open_single_file(path: Path, raw_weights: bool, vae: StoredNetwork | None) -> tuple:
-    """The same for a single file. `vae` replaces the file's own autoencoder, which may be missing."""
+    """Like _open_folder, for a single file. With `vae`, the file needs no autoencoder."""
     metadata = _own_metadata(path)
     found, networks = find_networks(lambda: read_tensors(path), path, raw_weights, metadata)
     networks |= {"vae": vae} if vae else {}
@@ -98,7 +98,7 @@ def _open_single_file(path: Path, raw_weights: bool, vae: StoredNetwork | None) 
 
 
 def _own_metadata(path: Path) -> dict:
-    """The JSON that `convert` leaves in a single file; for every other file only "defaults"."""
+    """The metadata that `convert` wrote to a single file. Other files get only the default settings."""
     try:
         metadata = dict(json.loads(read_metadata(path).get("nanoip2p", "{}")))
         for part in PARTS:
@@ -110,17 +110,17 @@ def _own_metadata(path: Path) -> dict:
 
 
 def _open_vae(path: Path) -> StoredNetwork:
-    """The autoencoder of its own folder, of a whole checkpoint's folder, or of a single file."""
+    """Open the autoencoder in its own folder, in a checkpoint folder, or in a single file."""
     if path.is_dir():
         return open_network(VAE, path / "vae" if (path / "vae").is_dir() else path)
     return find_vae(lambda: read_tensors(path), path, _own_metadata(path).get("vae"))
 
 
 def widen(checkpoint: Checkpoint) -> Checkpoint:
-    """Turn a text-to-picture checkpoint into the editor that training starts from (section 3.2 of the paper).
+    """Turn a text-to-image checkpoint into the editor that training starts from (section 3.2 of the paper).
 
-    The first convolution gets input channels for the picture's latents. Their weights are zero: the picture
-    changes nothing before training. An editor is returned unchanged.
+    Adds input channels for the input image's latents to the first convolution. The new weights are zero, so
+    the input image has no effect before training. Returns an editor unchanged.
     """
     unet = checkpoint.networks["unet"]
     latent = checkpoint.networks["vae"].model.config.latent_channels
@@ -139,9 +139,9 @@ def widen(checkpoint: Checkpoint) -> Checkpoint:
 
 def load_model(checkpoint: str | Path | Checkpoint, dtype: torch.dtype = torch.float32,
                edits: bool = True) -> Editor | TextToImage:
-    """Load an editor, or with edits=False a text-to-picture model, in eval mode on the CPU.
+    """Load an editor (edits=True) or a text-to-image model (edits=False), in eval mode on the CPU.
 
-    ValueError, in one line, for a missing, broken or mismatched file, and for a model of the other kind.
+    Raises ValueError for a missing, broken or mismatched file, and for a model of the other kind.
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint)
@@ -149,9 +149,9 @@ def load_model(checkpoint: str | Path | Checkpoint, dtype: torch.dtype = torch.f
     channels, latent = networks["unet"].model.config.in_channels, networks["vae"].model.config.latent_channels
     if edits and channels == latent:
         raise ValueError(f"{source}: the UNet takes {channels} channels, an editor {2 * latent}; this is a "
-                         "text-to-picture model, the base for train.py")
+                         "text-to-image model, the base for train.py")
     if not edits and channels != latent:
-        raise ValueError(f"{source}: the UNet takes {channels} channels, a text-to-picture model {latent}; "
+        raise ValueError(f"{source}: the UNet takes {channels} channels, a text-to-image model {latent}; "
                          "this is an editor, for sample.py")
     folder, tokenizer = checkpoint.open_tokenizer()
     schedule = NoiseSchedule.from_config(checkpoint.schedule)
@@ -160,7 +160,7 @@ def load_model(checkpoint: str | Path | Checkpoint, dtype: torch.dtype = torch.f
 
 
 def with_defaults(chosen: dict, path: Path | str, defaults: dict = PAPER_DEFAULTS) -> dict:
-    """`defaults`, overridden by the settings of a checkpoint. ValueError, naming `path`, for a wrong one."""
+    """Override `defaults` by a checkpoint's settings `chosen`. ValueError names `path` and the setting."""
     for key, value in chosen.items():
         if key not in defaults:
             raise ValueError(f"{path}: unknown setting {key}; known are {', '.join(defaults)}")

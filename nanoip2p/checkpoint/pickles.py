@@ -1,8 +1,8 @@
-"""PyTorch's pickles (.ckpt, .bin, .pt): their tensors are read, and nothing else in them comes to life.
+"""Read the tensors of PyTorch pickles (.ckpt, .bin, .pt) without running any code of the file.
 
-A pickle is a program that names the functions to call. torch.load(weights_only=True) knows the functions that
-tensors need. It refuses a file that names any other, as the checkpoints of Lightning from 2022 do for their
-callbacks and configurations. Here each of these names gets a class that does nothing.
+A pickle names the functions to call. torch.load(weights_only=True) allows only the functions that tensors
+need. It refuses a file that names other functions or classes, as Lightning checkpoints of 2022 do (callbacks
+and configs). We replace each of those functions and classes by a class that does nothing.
 """
 
 import warnings
@@ -15,7 +15,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 
 class _Inert:
-    """Stands for any class or function: takes every argument and every state, and does nothing."""
+    """Replaces a class or function of a pickle: accepts any arguments and any state, and does nothing."""
 
     def __init__(self, *args):
         pass
@@ -24,12 +24,12 @@ class _Inert:
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of torch.save by name: those of its innermost "state_dict", if it has one.
+    """Read a file of torch.save. Returns its named tensors, or those of its innermost "state_dict".
 
-    They are on the CPU, need no gradients, and stay on disk until used (unless the file is compressed, or
-    older than PyTorch 1.6). Raises ValueError, in one line, when the file is something else (TorchScript, a
-    tar file), is truncated, holds no named tensors, or holds what torch.load can do nothing with: a foreign
-    dict or list that is not empty, or in a file older than PyTorch 1.6 any foreign class.
+    The tensors are on the CPU, need no gradients, and are memory-mapped (unless the file is compressed or
+    older than PyTorch 1.6). Raises ValueError if the file has another format (TorchScript, tar), is
+    truncated, or has no named tensors. Also raises ValueError for a non-empty dict or list of an unknown
+    class, and for any unknown class in a file older than PyTorch 1.6: torch.load cannot read these.
     """
     try:
         zipped = zipfile.is_zipfile(path)
@@ -46,8 +46,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         if not tensors:
             raise ValueError("no named tensors in it")
         return tensors
-    except Exception as error:  # a broken pickle can raise any
-        # torch's advice on other options comes before and after the line that names the fault
+    except Exception as error:  # a broken pickle can raise any exception
+        # torch writes advice before and after the line that names the problem: keep only that line
         reason = str(error).partition("WeightsUnpickler error: ")[2].partition("\n")[0] or str(error)
-        reason = reason.encode("unicode_escape").decode()  # it may quote the file
+        reason = reason.encode("unicode_escape").decode()  # the reason may quote control characters
         raise ValueError(f"{path} is damaged or no file of torch.save ({reason}); fetch it again") from None

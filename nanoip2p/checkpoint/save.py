@@ -23,10 +23,10 @@ def save_parts(
     folder: str | Path, unet: UNet, vae: VAE, text_encoder: TextEncoder, tokenizer_folder: str | Path,
     scheduler_config: dict, defaults: dict, dtype: torch.dtype | None = torch.float32,
 ) -> None:
-    """Write a weights folder that diffusers loads as well.
+    """Write a weights folder that diffusers can load too.
 
-    tokenizer_folder: its files are copied. scheduler_config: the content of scheduler_config.json.
-    defaults: settings as in PAPER_DEFAULTS. dtype: of the files; None keeps that of each weight.
+    tokenizer_folder: folder of the files to copy. scheduler_config: the content of scheduler_config.json.
+    defaults: settings as in PAPER_DEFAULTS. dtype: dtype of the files; None keeps each weight's dtype.
     """
     folder, resolution = Path(folder), (PAPER_DEFAULTS | defaults)["resolution"]
     save_network(unet, folder / "unet", dtype, sample_size=resolution // vae.downsampling)
@@ -54,9 +54,9 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None = No
             ema: bool = False) -> None:
     """Write a checkpoint to a single file if `target` ends in .safetensors, else to a diffusers folder.
 
-    dtype: None keeps that of each tensor. ema: write the UNet a second time under the names of averaged
-    weights, which programs of 2022 read. Everything is checked before anything is written. Tensors go from
-    file to file one at a time. ValueError for a bad checkpoint or target.
+    dtype: None keeps each tensor's dtype. ema: also write the UNet under the names of the EMA weights, which
+    programs of 2022 read. Checks everything before it writes anything. Holds one tensor in memory at a time.
+    Raises ValueError for a bad checkpoint or target.
     """
     single, target = target.suffix == ".safetensors", target.resolve()
     occupied = target.exists() and (not target.is_file() if single else

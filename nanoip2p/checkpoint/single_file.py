@@ -1,8 +1,8 @@
-"""The names of 2022: how the original code lays out Stable Diffusion and InstructPix2Pix in a single file.
+"""Weight names of 2022: the single-file layout of the original Stable Diffusion and InstructPix2Pix code.
 
-The original counts the UNet's blocks through (`input_blocks.0` to `.11`). diffusers and nanoip2p count levels
-and the blocks in each. The layers inside a block have other names too. `original_names` makes the table of
-all weights of a network, our name -> original name. The same table, turned round, reads a file.
+The original numbers the UNet's blocks through all levels (`input_blocks.0` to `.11`). diffusers and nanoip2p
+number the levels, and the blocks of each level. The layers of a block have other names too. `original_names`
+maps our name of each weight to its original name, for writing. The inverse mapping is for reading.
 """
 
 import re
@@ -21,23 +21,23 @@ from nanoip2p.vae import VAE, VAEConfig
 PARTS = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}
 PREFIXES = {UNet: "model.diffusion_model.", VAE: "first_stage_model.",
             TextEncoder: "cond_stage_model.transformer."}
-Read = Callable[[], dict[str, Tensor]]  # maps the tensors of a file
+Read = Callable[[], dict[str, Tensor]]  # reads the tensors of a file, memory-mapped
 SD15 = {"unet": UNetConfig().to_json(), "vae": VAEConfig().to_json(),
         "text_encoder": CLIPTextConfig().to_json()}  # the configs of every file of 2022
-# Our name -> original name: of layers in the UNet's residual blocks, and of any piece of a name in the VAE
+# Our name -> original name. UNET_WORDS: layers of the UNet's residual blocks. VAE_WORDS: parts of VAE names
 UNET_WORDS = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
               "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
 VAE_WORDS = {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2",
              "mid_block.attentions.0": "mid.attn_1", "_blocks": "", "resnets": "block",
              "samplers.0": "sample", "conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut",
              "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-# Tables that follow from the schedule, counters, position indices, and networks that only training used
+# Tables of the noise schedule, counters, position indices, and networks for training only
 IGNORED = re.compile(
     r"betas|(log_one_minus_|sqrt_one_minus_|sqrt_recip_|sqrt_recipm1_|sqrt_)?alphas_cumprod(_prev)?"
     r"|posterior_\w+|logvar|lvlb_weights|scale_factor|model_ema\.(decay|num_updates)"
     r"|first_stage_model\.(loss|model_ema)\..+"
     r"|cond_stage_model\.(logit_scale|.+\.position_ids|.+projection.*)")
-# Other models in such files, and the "name (shape)" of a tensor that only they have
+# Model families that we do not read -> pattern of a "name (shape)" that only this family has
 FAMILIES = {
     "a LoRA": r"lora",
     "a ControlNet": r"^(control_model\.|controlnet_|input_hint_block\.)",
@@ -56,12 +56,12 @@ FRAGMENTS = {  # files without a UNet in the original's names
 
 @cache
 def unet_places(config: UNetConfig) -> dict[str, str]:
-    """Our name of each block of the UNet -> the original's, which counts through all levels."""
+    """Map our name of each UNet block to its original name, which numbers the blocks of all levels."""
     places = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
               "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
               "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
               "mid_block.resnets.1": "middle_block.2"}
-    per = config.layers_per_block + 1  # numbers per level: blocks and a down-sampling; upwards, blocks only
+    per = config.layers_per_block + 1  # numbers per level. Down: blocks and the downsampler; up: blocks
     for i, up in enumerate(config.up_block_types):
         for j in range(per):
             places[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{1 + i * per + j}.0"
@@ -69,13 +69,13 @@ def unet_places(config: UNetConfig) -> dict[str, str]:
             places[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{i * per + j}.0"
             places[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{i * per + j}.1"
         places[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{(i + 1) * per}.0.op"
-        after = 2 if up == "CrossAttnUpBlock2D" else 1  # shares the number of the level's last block
+        after = 2 if up == "CrossAttnUpBlock2D" else 1  # numbered like the level's last block
         places[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{i * per + per - 1}.{after}.conv"
     return places
 
 
 def unet_name(name: str, config: UNetConfig) -> str:
-    """The original name of a weight of the UNet: the block's place, the layer's word, and the rest."""
+    """The original name of a UNet weight: block name, layer name, and "weight" or "bias"."""
     places = unet_places(config)
     block = next(block for block in places if name.startswith(block + "."))
     layer, _, leaf = name.removeprefix(block + ".").rpartition(".")
@@ -83,7 +83,7 @@ def unet_name(name: str, config: UNetConfig) -> str:
 
 
 def vae_name(name: str, config: VAEConfig) -> str:
-    """The original name of a weight of the VAE. The original counts up-sampling levels from the end."""
+    """The original name of a VAE weight. The original numbers the upsampling levels from the last."""
     last = len(config.block_out_channels) - 1
     name = re.sub(r"up_blocks\.(\d+)", lambda match: f"up_blocks.{last - int(match[1])}", name)
     for ours, original in VAE_WORDS.items():
@@ -92,7 +92,7 @@ def vae_name(name: str, config: VAEConfig) -> str:
 
 
 def original_names(model: nn.Module) -> dict[str, str]:
-    """Our name of every weight of a network -> its original name. CLIP's only get a prefix."""
+    """Map our name of each weight to its original name. The text encoder's names only get a prefix."""
     rename = {UNet: unet_name, VAE: vae_name}.get(type(model), lambda name, config: name)
     return {name: PREFIXES[type(model)] + rename(name, model.config) for name in model.state_dict()}
 
@@ -103,12 +103,12 @@ def ema_name(name: str) -> str:
 
 
 def is_projection(name: str) -> bool:
-    """Whether an original name is a projection in the VAE's attention: a 1x1 convolution, linear here."""
+    """Whether an original name is a 1x1 convolution of the VAE's attention (here: a linear layer)."""
     return ".mid.attn_1." in name and name.endswith("weight") and not name.endswith("norm.weight")
 
 
 def to_original(model: nn.Module, ema: bool = False) -> dict[str, Tensor]:
-    """A network's weights under original names (ema: those of averaged weights). Nothing is copied."""
+    """A network's weights under their original names (ema: under the names of EMA weights), not copied."""
     names = original_names(model)
     return {ema_name(names[name]) if ema else names[name]:
             tensor[:, :, None, None] if is_projection(names[name]) else tensor
@@ -116,7 +116,7 @@ def to_original(model: nn.Module, ema: bool = False) -> dict[str, Tensor]:
 
 
 def from_original(model: nn.Module, tensors: dict[str, Tensor], ema: bool = False) -> dict[str, Tensor]:
-    """The inverse of to_original: the tensors that belong to the network, under our names."""
+    """The inverse of to_original. Returns only the network's tensors, under our names."""
     names = {ema_name(name) if ema else name: ours for ours, name in original_names(model).items()}
     return {names[name]: tensor.flatten(1) if is_projection(name) else tensor
             for name, tensor in tensors.items() if name in names}
@@ -124,11 +124,11 @@ def from_original(model: nn.Module, tensors: dict[str, Tensor], ema: bool = Fals
 
 def find_networks(read: Read, path: Path, raw_weights: bool = False,
                   configs: dict[str, dict] | None = None) -> tuple[str, dict[str, StoredNetwork]]:
-    """What a single file holds, in words, and its three networks by the names in PARTS.
+    """Open a single file. Returns a description and the three networks (keys of PARTS).
 
-    configs: of networks that differ from Stable Diffusion 1.5's; a file that `convert` wrote holds them.
-    Averaged (EMA) weights are used where the file has them, unless `raw_weights`. ValueError, in one line,
-    for a file of another family and for unknown tensors.
+    configs: configs that differ from Stable Diffusion 1.5's; `convert` stores them in its files. Uses the
+    averaged (EMA) weights if the file has them, unless `raw_weights`. Raises ValueError for a file of another
+    family and for unknown tensors.
     """
     tensors = clean(read(), path)
     if not any(name.startswith(PREFIXES[UNet]) for name in tensors):
@@ -158,9 +158,9 @@ def find_networks(read: Read, path: Path, raw_weights: bool = False,
 
 
 def find_vae(read: Read, path: Path, config: dict | None = None) -> StoredNetwork:
-    """The autoencoder in a file of its own, under original or diffusers' names, or in a whole checkpoint.
+    """Open the autoencoder of a whole checkpoint, or of a VAE file with original or diffusers' names.
 
-    config: if it differs from Stable Diffusion 1.5's. ValueError as find_networks.
+    config: its config; default: Stable Diffusion 1.5's. ValueError: see find_networks.
     """
     refuse_families(clean(read(), path), FAMILIES, path)
     model, prefix = build_without_memory(VAE, config or SD15["vae"], path), PREFIXES[VAE]
@@ -178,10 +178,10 @@ def find_vae(read: Read, path: Path, config: dict | None = None) -> StoredNetwor
 
 
 def clean(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Drop scalars (no network has any) and IGNORED tensors; bring names to one spelling.
+    """Drop IGNORED tensors and scalars (no network has scalars), and normalise the names.
 
-    Some programs put `state_dict.` before names or leave out `text_model.` ValueError, naming `path`, when a
-    weight comes in two of these spellings.
+    Some programs add `state_dict.` before names or omit `text_model.`. Raises ValueError if two names of the
+    file become the same name.
     """
     short, cleaned = re.compile(rf"^({PREFIXES[TextEncoder]})(embeddings|encoder|final)"), {}
     for spelling, tensor in tensors.items():
@@ -194,7 +194,7 @@ def clean(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 def refuse_families(tensors: dict[str, Tensor], families: dict[str, str], path: Path) -> None:
-    """ValueError that says which of `families` a file belongs to, if it belongs to one."""
+    """Raise ValueError if a file belongs to one of `families`; the message names the family."""
     content = "\n".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
     for family, pattern in families.items():
         if re.search(pattern, content, re.MULTILINE):

@@ -1,7 +1,7 @@
-"""Files of named tensors: read lazily, checked, and written one tensor at a time.
+"""Read, check and write files of named tensors.
 
-A tensor that is read stays on disk until it is used (memory-mapped). Writing needs memory for the largest
-tensor only. So a laptop can convert a checkpoint of 4 GB.
+Reading maps the file into memory: a tensor stays on disk until it is used. Writing needs memory for the
+largest tensor only. So a laptop can convert a checkpoint of 4 GB.
 """
 
 import json
@@ -25,9 +25,9 @@ SAFETENSORS_NAMES = {
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file or a pickle (see pickles.py) by name, still on disk.
+    """Read a .safetensors file or a pickle (see pickles.py): name -> tensor, memory-mapped.
 
-    ValueError, in one line, when the file is missing, truncated or something else.
+    Raises ValueError if the file is missing, truncated or of another format.
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing; {remedy(path.parent)}")
@@ -42,7 +42,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The strings that a safetensors file holds beside its tensors; {} for any other file."""
+    """The metadata of a safetensors file; {} for any other file."""
     try:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
@@ -51,7 +51,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def find_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights in a network's folder, in any form of hub.weight_files. ValueError as read_tensors."""
+    """Read the weights in a network's folder, see hub.weight_files. ValueError: see read_tensors."""
     files = weight_files([path.name for path in folder.glob("*")])
     if not files:
         raise ValueError("diffusion_pytorch_model.safetensors or model.safetensors is missing; "
@@ -65,7 +65,7 @@ def find_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
-    """ValueError, naming the first few tensors, when they do not fit a network or are not finite."""
+    """Raise ValueError if tensors do not match a network or are not finite. The message names up to three."""
     refuse_names(path, "lacks", [name for name in expected if name not in tensors])
     refuse_names(path, "has unknown", [name for name in tensors if name not in expected])
     refuse_names(path, "does not fit its configuration:",
@@ -78,7 +78,7 @@ def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], path:
 
 
 def refuse_names(path: Path, problem: str, names: list[str]) -> None:
-    """ValueError that names the first few of `names`, if there are any."""
+    """Raise ValueError if `names` is not empty. The message shows the first three names."""
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise ValueError(f"{path} {problem} {', '.join(names[:3])}{more}")
@@ -91,13 +91,13 @@ def dtype_names(tensors: Iterable[Tensor]) -> str:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # In pieces, because isfinite copies. Sums first: they take a tenth of its time
+    # In pieces, because isfinite copies. First the sum, because sum takes a tenth of the time of isfinite
     pieces = tensor.flatten().split(2**20)
     return all(piece.sum().isfinite() or piece.isfinite().all() for piece in pieces)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """The tensor in `dtype`. ValueError when a number becomes infinite: float16 ends at 65504."""
+    """Convert to `dtype`. Raises ValueError if a number becomes infinite (float16's maximum is 65504)."""
     result = tensor.to(dtype)
     if dtype == torch.float16 != tensor.dtype and not _is_finite(result):
         raise ValueError(f"{name} holds numbers beyond the range of fp16; use bf16 or fp32")
@@ -106,17 +106,17 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype | None = None,
                   metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all, one tensor at a time.
+    """Write a safetensors file atomically, one tensor at a time.
 
-    dtype: of all floating-point tensors in the file; None keeps each tensor's own. The safetensors library
-    would want all bytes in memory at once. The format is an 8-byte length, a JSON header of that length, and
-    the tensors one after another.
+    dtype: dtype of all floating-point tensors in the file; None keeps each tensor's dtype. We do not use the
+    safetensors library, because it needs all bytes in memory. The format: an 8-byte length, a JSON header of
+    that length, and the tensors one after another.
     """
     dtypes = {name: dtype if dtype and tensor.is_floating_point() else tensor.dtype
               for name, tensor in tensors.items()}
-    # Widest first, so that each tensor begins at a multiple of its item size
+    # Largest item size first, so that each tensor begins at a multiple of its item size
     names = sorted(tensors, key=lambda name: -dtypes[name].itemsize)
-    header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0  # transformers insists on "pt"
+    header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0  # transformers requires "pt"
     for name in names:
         begin, end = end, end + tensors[name].numel() * dtypes[name].itemsize
         header[name] = {"dtype": SAFETENSORS_NAMES[dtypes[name]], "shape": list(tensors[name].shape),

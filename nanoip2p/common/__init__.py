@@ -1,1 +1,1 @@
-"""What every part uses: files, command lines, config.json, plots."""
+"""Helpers that all folders use: files, command lines, config.json, devices, plots."""

@@ -1,4 +1,4 @@
-"""What all commands share: parsers, flags that check themselves, errors in one line, signals."""
+"""Helpers that all commands use: parsers, flags with checked values, one-line errors, signals."""
 
 import argparse
 import dataclasses
@@ -29,14 +29,14 @@ def slow_imports() -> Iterator[None]:
 
 
 class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Adds the default to the help of each flag that has one, and keeps the lines of a description."""
+    """Appends each flag's default to its help, and keeps the line breaks of the description."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def make_parser(**settings) -> argparse.ArgumentParser:
-    """An ArgumentParser with --version, whose errors are a ValueError of one line."""
+    """An ArgumentParser with --version. It raises a one-line ValueError instead of exiting."""
     parser = argparse.ArgumentParser(allow_abbrev=False, **{"formatter_class": HelpWithDefaults} | settings)
     parser.add_argument("--version", action="version", version=f"nanoip2p {__version__}")
 
@@ -48,12 +48,12 @@ def make_parser(**settings) -> argparse.ArgumentParser:
 
 
 def flag(help: str, default=None, **options):
-    """A dataclass field for add_settings. options: of add_argument; `group` begins a group of flags."""
+    """A dataclass field for add_settings. options: for add_argument; `group` begins a group of flags."""
     return dataclasses.field(default=default, metadata={"help": help, **options})
 
 
 def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
-    """Add a flag for each field of a dataclass made by `flag`. parse_args returns only the flags given."""
+    """Add a flag for each `flag` field of a dataclass. parse_args omits flags that the user did not give."""
     group = parser
     for field in dataclasses.fields(settings):
         options = dict(field.metadata)
@@ -67,7 +67,7 @@ def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
 
 
 def at_least(lowest: int) -> Callable[[str], int]:
-    """An argparse type: a whole number from `lowest` up."""
+    """An argparse type: an integer of at least `lowest`."""
     def number(text: str) -> int:
         try:
             if lowest <= int(text) < 2**63:
@@ -91,7 +91,7 @@ def finite(text: str) -> float:
 def run(work: Callable[[], None], interrupted: str, memory: str) -> int:
     """Do the work and return the exit code: 0, 130 after Ctrl-C, or 2 after an error that the user can fix.
 
-    interrupted: the line printed after Ctrl-C. memory: what to try when memory runs out.
+    interrupted: the message after Ctrl-C. memory: the advice when memory runs out.
     """
     try:
         with warnings.catch_warnings():
@@ -118,7 +118,7 @@ def stop_between_steps() -> Iterator[Callable[[], bool]]:
 
     def press(number: int, _frame) -> None:
         pressed.append(number)
-        if pressed.count(signal.SIGINT) > 2:  # torchrun passes Ctrl-C on, which makes two of one
+        if pressed.count(signal.SIGINT) > 2:  # torchrun forwards each Ctrl-C, so it counts twice
             raise KeyboardInterrupt
 
     previous = {number: signal.signal(number, press) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -130,14 +130,14 @@ def stop_between_steps() -> Iterator[Callable[[], bool]]:
 
 
 def leave_signals_to_the_parent(_worker: int) -> None:
-    """For processes that load data: Ctrl-C reaches them too, but the parent needs data for its last step."""
+    """Ignore Ctrl-C in a data-loading process: the parent process still needs data for its last step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of open_checkpoint, for every script that opens a checkpoint."""
+    """Add the flags of open_checkpoint. Every script that opens a checkpoint needs them."""
     parser.add_argument("--vae", help="use this autoencoder instead of the checkpoint's: a file or folder")
-    parser.add_argument("--tokenizer", help="for a single file of weights: a folder or a name on the Hub")
+    parser.add_argument("--tokenizer", help="tokenizer of a single-file checkpoint: a folder or Hub name")
     parser.add_argument("--raw-weights", action="store_true", default=None,
                         help="use the raw weights of a file that also holds averaged (EMA) weights")

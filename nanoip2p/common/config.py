@@ -1,8 +1,8 @@
-"""Which config.json files of diffusers and transformers we accept, and how they are read.
+"""Read the config.json files of diffusers and transformers, and refuse settings that we do not support.
 
-Each network has a frozen dataclass of the settings that it honours. FIXED lists other settings, with the one
-value that our code computes; IGNORED lists settings that change nothing here. `read_config` refuses all else:
-an overlooked `use_linear_projection: true` would give a wrong picture and no error.
+Each network has a frozen dataclass of the settings that it supports. FIXED lists settings of which our code
+supports one value. IGNORED lists settings without effect here. `read_config` refuses every other setting: an
+overlooked `use_linear_projection: true` would give a wrong picture and no error.
 """
 
 import dataclasses
@@ -31,25 +31,25 @@ FIXED = {
 }
 IGNORED = {
     "unet": {"sample_size", "addition_embed_type_num_heads"},
-    "vae": {"sample_size", "force_upcast"},  # a hint for tiling; when to leave half precision
-    # Initialisation, names of tokens, and the generation settings that transformers wrote before 2023
+    "vae": {"sample_size", "force_upcast"},  # hints for tiling and for half precision
+    # Initialisation, token ids, and the generation settings that transformers wrote before 2023
     "clip": set(
         "architectures model_type torch_dtype dtype transformers_version initializer_range "
         "initializer_factor bos_token_id pad_token_id text_config_dict vision_config_dict id2label label2id "
         "return_dict chunk_size_feed_forward tie_word_embeddings diversity_penalty "
         "encoder_no_repeat_ngram_size length_penalty max_length min_length temperature top_k top_p typical_p "
         "no_repeat_ngram_size num_beam_groups num_beams num_return_sequences repetition_penalty".split()),
-    # Settings of features that are off, and of PNDM, whose file every Stable Diffusion 1.x folder carries
+    # Settings of features that are off, and of PNDM: Stable Diffusion 1.x folders ship PNDM's config
     "scheduler": {"clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "skip_prk_steps",
                   "flow_shift", "time_shift_type"},
 }
 
 
 def read_config(cls: type, config: dict, fixed: dict, ignored: set[str]):
-    """Build the dataclass `cls` from the content of a config.json; fields that it lacks keep their default.
+    """Build the dataclass `cls` from the content of a config.json. Missing fields keep their defaults.
 
-    Ignores keys that begin with "_", and unknown keys that are off (None or False). Raises ValueError, naming
-    the key and its value, for a `fixed` key with another value and for any other unknown key.
+    Ignores keys that begin with "_", and unknown keys whose value is None or False. Raises ValueError with
+    the key and its value for any other unknown key, and for a `fixed` key with an unsupported value.
     """
     fields = {field.name for field in dataclasses.fields(cls)}
     honoured = {}

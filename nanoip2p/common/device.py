@@ -1,4 +1,4 @@
-"""Where to compute, and in which precision that place is fast."""
+"""Choose the device, and the dtype that is fast on it."""
 
 import time
 
@@ -6,7 +6,7 @@ import torch
 
 
 def pick_device(name: str | torch.device | None = None) -> torch.device:
-    """The device called `name`, or without one the first of CUDA, MPS and CPU that works here.
+    """The device `name`. If `name` is None: the first of CUDA, MPS and CPU that works here.
 
     Raises ValueError for a name that torch does not know or this machine does not have.
     """
@@ -16,11 +16,11 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} does not work here ({reason}); leave it out to pick one") from None
+        raise ValueError(f"device {name!r} does not work here ({reason}); omit it to pick one") from None
 
 
 def pick_dtype(name: str | None, device: torch.device) -> str:
-    """`name`, or without one "bf16" where `device` computes faster in it, else "fp32"."""
+    """`name`. If `name` is None: "bf16" if `device` computes faster in bf16, else "fp32"."""
     if name is not None:
         return name
     if device.type == "cuda":
@@ -34,14 +34,14 @@ def pick_dtype(name: str | None, device: torch.device) -> str:
 def bf16_is_fast_on_this_cpu() -> bool:
     """Whether a small convolution takes less time in bf16 than in fp32.
 
-    It is measured (a hundredth of a second; a tenth where bf16 is slow), because torch's flags do not tell.
-    With torch 2.13, `mkldnn._is_mkldnn_bf16_supported()` is True on every AVX-512 CPU, and on those without
-    bf16 instructions bf16 takes twice the time of fp32; on AVX2 it takes 30 times.
+    Measures the times (in 0.01 s; 0.1 s if bf16 is slow), because torch's flags do not show the speed: in
+    torch 2.13, `mkldnn._is_mkldnn_bf16_supported()` is True on every AVX-512 CPU. Without bf16 instructions,
+    bf16 takes twice the time of fp32 on AVX-512, and 30 times on AVX2.
     """
     def seconds(dtype: torch.dtype, runs: int) -> float:
         x, weight = (torch.ones(shape, dtype=dtype) for shape in ((2, 128, 16, 16), (128, 128, 3, 3)))
         times = []
-        for _ in range(1 + runs):  # the first run sets the library up
+        for _ in range(1 + runs):  # the first run initialises the library
             began = time.perf_counter()
             torch.nn.functional.conv2d(x, weight, padding=1)
             times.append(time.perf_counter() - began)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and read with one clear line about what is wrong in them."""
+"""Atomic writes, and readers that report a bad file as a one-line ValueError."""
 
 import csv
 import fcntl
@@ -13,16 +13,16 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, which replaces `path` when the block succeeds.
+    """Yield a temporary path beside `path`. The temporary file replaces `path` when the block succeeds.
 
-    Makes missing folders. ValueError if `path` is a folder or a device.
+    Creates missing folders. Raises ValueError if `path` is a folder or a device.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a file that can be replaced; name another output")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, because a rename is atomic only within a file system. Hidden from *.png. With the
-    # name of the host: processes on two machines that share a disk can have the same number.
+    # The same folder: a rename is atomic only within a file system. The leading dot: *.png does not match.
+    # The host name: processes on two machines that share a disk can have the same process id.
     temporary = path.with_name(f".{path.name[:60]}.{os.uname().nodename[:20]}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -32,7 +32,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise ValueError before an hour's work if `replacing(path)` could not write there."""
+    """Raise ValueError if `replacing(path)` cannot write. Call this before a long computation."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,13 +60,13 @@ def read_json(path: Path, missing: dict | None = None, kind: type = dict) -> dic
 
 
 def write_json(content: dict | list, path: Path) -> None:
-    """Write JSON; if that fails, the file stays as it was."""
+    """Write JSON atomically: after an error, the old file is unchanged."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def remedy(folder: Path) -> str:
-    """The files in `folder`, in words, for messages about a missing one."""
+    """A text that lists the files in `folder`, for error messages about a missing file."""
     if not folder.is_dir():
         return f"there is no folder {folder}"
     found = sorted(entry.name for entry in folder.iterdir())
@@ -74,21 +74,21 @@ def remedy(folder: Path) -> str:
 
 
 def tidy(text: str) -> str:
-    """The text on one line and valid in UTF-8: a lone surrogate becomes a question mark."""
+    """Put the text on one line and make it valid UTF-8: a lone surrogate becomes a question mark."""
     return " ".join(text.encode(errors="replace").decode().split())
 
 
 def fold(text: str) -> str:
-    """The text without case, extra spaces and final stop: equal for captions that say the same."""
+    """Normalise a caption to find duplicates: lower case, single spaces, no final punctuation."""
     return tidy(text).strip(" .!?").lower()
 
 
 def read_rows(path: Path, kind: str | None = None,
               problems: list[str] | None = None) -> Iterator[tuple[int, dict]]:
-    """Line number (from 1) and content of every row of a file, without blank lines.
+    """Yield (line number from 1, row) for each row of a file. Skips blank lines.
 
-    kind: ".jsonl", ".csv" or ".txt" (lines become {"input": line}); by default the file's suffix.
-    ValueError for an unreadable file or a bad line; `problems` collects messages about bad lines instead.
+    kind: ".jsonl", ".csv" or ".txt" (each line becomes {"input": line}); default: the file's suffix.
+    problems: collects a message for each bad line; None raises ValueError, as an unreadable file does.
     """
     kind = (kind or path.suffix).lower()
     try:
@@ -120,20 +120,20 @@ def _parse(content: bytes, path: Path, is_json: bool, problems: list | None) -> 
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The rows that `append` wrote to a file, without an incomplete last line; [] if there is no file."""
+    """The rows of a file that `append` wrote. Skips an incomplete last line. A missing file has no rows."""
     content = path.read_bytes() if path.exists() else b""
     return [row for _, row in _parse(_complete(content), path, True, None)]
 
 
 def mend_last_line(path: Path) -> None:
-    """Prepare a file for `append` after a kill: delete an incomplete last line, or add its line break."""
+    """Repair a file after a killed `append`: delete an incomplete last line, or add a missing line break."""
     if path.exists():
         with replacing(path) as temporary:
             temporary.write_bytes(_complete(path.read_bytes()))
 
 
 def _complete(content: bytes) -> bytes:
-    """Without an incomplete last line, which begins as a JSON object, and with a final line break."""
+    """Drop an incomplete last line that begins a JSON object; add a missing final line break."""
     end = content.rfind(b"\n") + 1
     last = content[end:]
     try:
@@ -144,20 +144,20 @@ def _complete(content: bytes) -> bytes:
 
 
 def append(path: Path, row: dict) -> None:
-    """Add a row to a .jsonl file. A kill or a full disk can leave an incomplete last line."""
+    """Append a row to a .jsonl file. A killed process or a full disk can leave an incomplete last line."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def claim_folder(folder: Path, marker: str, job: dict, flag: str, notes: dict | None = None) -> None:
-    """Reserve a folder for one job: write `job` as JSON to folder/marker, or compare it with what is there.
+    """Reserve a folder for one job: write `job` as JSON to folder/marker, or compare `job` with that file.
 
-    flag: the option that names the folder. notes: entries for people, not compared. Several processes of one
-    job may call this at once. ValueError if the folder holds another job or other files.
+    flag: the flag that names the folder. notes: further entries, which are not compared. Several processes of
+    one job may call this at once. Raises ValueError if the folder holds another job or other files.
     """
     path, job = folder / marker, json.loads(json.dumps(job))  # tuples become lists, as in the file
     foreign = sorted(entry.name for entry in folder.glob("[!.]*"))
-    if not path.exists():  # looked up after the other files, because another process may write it now
+    if not path.exists():  # checked after the glob, because another process may write it now
         if foreign:
             raise ValueError(f"{folder} holds {foreign[0]} but no {marker}; choose another {flag}")
         write_json({**(notes or {}), **job}, path)
@@ -166,7 +166,7 @@ def claim_folder(folder: Path, marker: str, job: dict, flag: str, notes: dict | 
 
 
 def _difference(there: dict, wanted: dict) -> str | None:
-    """The first entry of `wanted` that differs in `there`, in words."""
+    """A text that names the first entry of `wanted` that differs in `there`; None if none differs."""
     for key, value in wanted.items():
         found = there.get(key)
         if isinstance(value, dict) and isinstance(found, dict):
@@ -179,16 +179,16 @@ def _difference(there: dict, wanted: dict) -> str | None:
 
 @contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[bool]:
-    """Try to lock a file, which is made if it is missing; yields whether this process holds the lock.
+    """Try to lock a file, and yield whether this process holds the lock. Creates a missing file.
 
-    wait: until the holder releases it; the system does so for a process that dies. lockf, not flock, because
-    forked data loaders would inherit flock's lock. Within one process a lock excludes nobody.
+    wait: wait for the lock. The system releases the lock of a dead process. Uses lockf, because forked data
+    loaders would inherit a lock of flock. The lock excludes other processes, not other threads.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         held = True
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except (BlockingIOError, PermissionError):  # either one, depending on the system
+        except (BlockingIOError, PermissionError):  # the error depends on the system
             held = False
         yield held

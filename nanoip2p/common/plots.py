@@ -7,7 +7,7 @@ from nanoip2p.common.files import replacing
 
 
 def plot(path: Path, draw: Callable, size: tuple[float, float] = (8, 4.5), **labels: str) -> bool:
-    """Call draw(axes), set the axes' `labels` (xlabel, ylabel, yscale), write a PNG of `size` in inches.
+    """Call draw(axes), set the `labels` (xlabel, ylabel, yscale), and write a PNG of `size` in inches.
 
     Returns False if matplotlib is not installed.
     """

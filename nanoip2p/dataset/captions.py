@@ -1,10 +1,10 @@
-"""Captions -> instructions and edited captions, by a language model (section 3.1.1 of the paper).
+"""Ask a language model for the instruction and edited caption of each caption (section 3.1.1 of the paper).
 
-Any server with OpenAI's chat API will do. An ordinary model gets the examples of fewshot.json and answers
-in a JSON schema. A model named "ft:..." was fine-tuned by finetune.py, and gets the caption alone.
+Any server with OpenAI's chat API works. An ordinary model gets the examples of fewshot.json and answers in a
+JSON schema. A model named "ft:..." was fine-tuned by finetune.py and gets only the caption.
 
-Each answer is appended to a file at once: OUT.jsonl holds the triplets, OUT.dropped.jsonl the captions that
-gave no triplet, with the reason. A caption in either file is not asked again.
+Each answer is appended to a file immediately. OUT.jsonl holds the triplets. OUT.dropped.jsonl holds the
+captions without a usable answer, with the reason. A new run skips the captions in these files.
 """
 
 import json
@@ -24,13 +24,13 @@ from nanoip2p.common import files
 from nanoip2p.common.cli import at_least, finite, flag
 from nanoip2p.common.files import fold, read_json, tidy
 
-FREQUENCY_PENALTY = 0.1  # the first four are from the original's generate_txt_dataset.py
-ANSWER_TOKENS = 256      # of the longest answer
-RETRIES = 3              # further questions after an unusable answer
+FREQUENCY_PENALTY = 0.1  # the first four constants are from the original's generate_txt_dataset.py
+ANSWER_TOKENS = 256      # token limit of an answer
+RETRIES = 3              # further requests after an unusable answer
 DELIMITER = "\n%%\n"     # between instruction and caption, in the answers of a fine-tuned model
-SERVER_RETRIES, TIMEOUT = 5, 120.0  # the client's own, for 429, 5xx and lost connections; seconds
-PATIENCE = 5             # captions without an answer in a row that end the run
-GRACE = 10.0             # seconds that questions under way have after Ctrl-C
+SERVER_RETRIES, TIMEOUT = 5, 120.0  # retries by the client (429, 5xx, lost connection); seconds
+PATIENCE = 5             # the run ends after this number of failed captions in a row
+GRACE = 10.0             # seconds to wait for open requests after Ctrl-C
 FINAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
 FEWSHOT = read_json(Path(__file__).with_name("fewshot.json"))
 PROMPT = "\n".join(FEWSHOT["prompt"])
@@ -40,11 +40,11 @@ SCHEMA = {"type": "object", "required": ["edit", "output"], "additionalPropertie
 
 
 class Unusable(Exception):
-    """The answer is no edit: "refused", "malformed", "unchanged" or "flagged"."""
+    """The answer is not an edit. The message: "refused", "malformed", "unchanged" or "flagged"."""
 
 
 class OverBudget(Exception):
-    """The next question could need more tokens than --max-tokens leaves."""
+    """The next request could exceed --max-tokens."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,16 @@ class Settings:
     model: str = flag("model to ask; ft:... is a model that `finetune` made", "gpt-4o-mini",
                       group="asking a language model")
     temperature: float = flag("sampling temperature", 0.7, type=finite)
-    concurrency: int = flag("questions at a time", 8, type=at_least(1))
+    concurrency: int = flag("concurrent requests", 8, type=at_least(1))
     moderate: bool = flag("moderate captions and answers, as in the original", False)
-    max_tokens: int | None = flag("most tokens, in and out, of this run", type=at_least(0))
+    max_tokens: int | None = flag("limit of input and output tokens of this run", type=at_least(0))
 
 
 def read_captions(path: Path, column: str | None = None) -> tuple[list[dict], int]:
-    """Captions of a text file (one a line), .jsonl or .csv as {"input"} or {"input", "url"}, without repeats.
+    """Read .txt (one caption per line), .jsonl or .csv. Returns rows {"input", "url" if known}, and repeats.
 
-    column: the key or column of the caption. Also returns the number of repeats: rows whose caption or url an
-    earlier row has. ValueError names the line that has no caption.
+    column: the key or column of the caption. Skips and counts repeats: rows with the caption or URL of an
+    earlier row. Raises ValueError for a line without a caption.
     """
     keys = (column,) if column else ("input", "caption")
     captions, known, repeats = [], set(), 0
@@ -85,7 +85,7 @@ def read_captions(path: Path, column: str | None = None) -> tuple[list[dict], in
 
 
 def question(caption: str, settings: Settings) -> dict:
-    """The request for one caption. All messages but the last are always the same, which servers cache."""
+    """The request for one caption. Only the last message varies, so servers can cache the others."""
     request = {"model": settings.model, "temperature": settings.temperature,
                "frequency_penalty": FREQUENCY_PENALTY, "max_tokens": ANSWER_TOKENS}
     messages = [{"role": "user", "content": caption}]
@@ -101,13 +101,13 @@ def question(caption: str, settings: Settings) -> dict:
 
 
 def read_answer(reply, caption: str) -> tuple[str, str]:
-    """(instruction, edited caption) of a chat completion, or of a fine-tuned model's. Raises Unusable."""
+    """Parse a chat completion. Returns (instruction, edited caption). Raises Unusable for other answers."""
     try:
         choice = reply.choices[0]
         if choice.message.refusal or choice.finish_reason == "content_filter":
             raise Unusable("refused")
         content = choice.message.content
-        if choice.finish_reason == "length":  # a fine-tuned model's answer would look complete
+        if choice.finish_reason == "length":  # the answer is cut; a fine-tuned model's would look complete
             raise ValueError
         if DELIMITER in content:  # JSON on one line has no line breaks
             edit, output = map(tidy, content.split(DELIMITER))
@@ -124,23 +124,23 @@ def read_answer(reply, caption: str) -> tuple[str, str]:
 
 
 class Job:
-    """One run over the captions that are left. Threads share it; `lock` guards every attribute and file."""
+    """One run over the remaining captions. Threads share the job. `lock` guards its attributes and files."""
 
     def __init__(self, client: OpenAI, settings: Settings, todo: list[dict], out: Path, bar: tqdm):
         self.client, self.settings, self.todo, self.out, self.bar = client, settings, deque(todo), out, bar
-        self.counts, self.used = Counter(), Counter()  # outcomes; tokens in and out
-        self.reserved = 0    # tokens of questions under way
-        self.prompt = 0      # tokens of the first question, of which the examples are the largest part
-        self.unanswered = 0  # captions in a row
+        self.counts, self.used = Counter(), Counter()  # outcomes; input and output tokens
+        self.reserved = 0    # largest possible number of tokens of the open requests
+        self.prompt = 0      # input tokens of the first request, most of them in the examples
+        self.unanswered = 0  # number of captions in a row without an answer
         self.problem: Exception | None = None
-        self.deadline = math.inf  # set by Ctrl-C: the end of all waiting, by time.monotonic()
+        self.deadline = math.inf  # time.monotonic() at which waiting ends; set by Ctrl-C
         self.lock = threading.RLock()
 
     def run(self) -> None:
-        """Ask for all captions. The first is asked alone, so that a wrong key or model is reported once.
+        """Process all captions. Processes the first caption alone, to report a wrong key or model only once.
 
-        After Ctrl-C or SIGTERM no question is begun, questions under way have GRACE seconds, and then
-        KeyboardInterrupt is raised. A second Ctrl-C does not wait.
+        After Ctrl-C or SIGTERM, sends no new request, waits up to GRACE seconds for open requests, and raises
+        KeyboardInterrupt. A second Ctrl-C does not wait.
         """
         def stop(_number: int, _frame) -> None:
             if self.deadline < math.inf:
@@ -150,7 +150,7 @@ class Job:
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             for captions, count in ((1, 1), (len(self.todo), self.settings.concurrency)):
-                # Daemon threads: the process does not wait for them when it ends
+                # Daemon threads: the process can end before the threads end
                 threads = [threading.Thread(target=self.work, args=(captions,), daemon=True)
                            for _ in range(count)]
                 for thread in threads:
@@ -160,12 +160,12 @@ class Job:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            self.lock.acquire()  # for good: no thread writes a line from now on
+            self.lock.acquire()  # never released: no thread writes a line from now on
         if self.deadline < math.inf:
             raise KeyboardInterrupt
 
     def work(self, captions: int) -> None:
-        """Ask for at most this number of captions, until the run has to stop."""
+        """Process at most this number of captions. Returns early when the run has to stop."""
         for _ in range(captions):
             with self.lock:
                 if not self.todo or self.deadline < math.inf or self.problem:
@@ -173,7 +173,7 @@ class Job:
                 caption = self.todo.popleft()
             try:
                 self.ask(caption)
-            except OverBudget:  # questions under way may need less than reserved; their threads go on
+            except OverBudget:  # open requests may use fewer tokens than reserved; other threads go on
                 self.todo.appendleft(caption)
                 return
             except openai.APIError as error:
@@ -188,7 +188,7 @@ class Job:
             self.bar.update()
 
     def ask(self, caption: dict) -> None:
-        """Ask until the answer is an edit, at most 1 + RETRIES times, and append the outcome to a file."""
+        """Ask for an edit of one caption, at most 1 + RETRIES times, and append the outcome to a file."""
         text, moderate, reason = caption["input"], self.settings.moderate, "flagged"
         attempts = 0 if moderate and self.flagged([text]) else 1 + RETRIES
         for attempt in range(attempts):
@@ -209,16 +209,16 @@ class Job:
             self.counts[f"dropped {reason}"] += 1
 
     def reply(self, text: str):
-        """The server's answer to one question. Raises OverBudget if the question could pass the limit."""
+        """Send one request; return the completion. Raises OverBudget if it could exceed --max-tokens."""
         request, client = question(text, self.settings), self.client
         with self.lock:
-            # A token is a byte or more
+            # A token has at least one byte, so the bytes bound the tokens
             tokens_in = self.prompt + len(text.encode()) if self.prompt else len(str(request).encode())
             reserved, limit = tokens_in + ANSWER_TOKENS, self.settings.max_tokens
             if limit is not None and self.used.total() + self.reserved + reserved > limit:
                 raise OverBudget
             self.reserved += reserved
-            if not self.prompt:  # do not wait long for a server that does not run
+            if not self.prompt:  # fail early if the server does not run
                 client = client.with_options(max_retries=2)
         spent = Counter()
         try:
@@ -247,7 +247,7 @@ class Job:
         return any(result.flagged for result in verdict.results)
 
     def summary(self) -> str:
-        """The outcome of this run, in some lines."""
+        """A text of several lines about the outcome of this run."""
         def listed(kind: str) -> str:
             return ", ".join(f"{n} {name.removeprefix(kind)}" for name, n in sorted(self.counts.items())
                              if name.startswith(kind) and n) or "none"
@@ -260,15 +260,15 @@ class Job:
 
 
 def dropped_path(out: Path) -> Path:
-    """The file of captions that gave no edit, beside the file of triplets."""
+    """The file of captions without a usable answer, beside the file of triplets."""
     return out.with_suffix(".dropped.jsonl")
 
 
 def ask_all(captions: list[dict], settings: Settings, out: Path) -> str:
-    """Ask for every caption that no file lists yet, and return a summary of some lines.
+    """Process every caption that is not yet in OUT.jsonl or OUT.dropped.jsonl; return a summary.
 
-    captions: from `read_captions`. OPENAI_API_KEY and OPENAI_BASE_URL name the server. Raises ValueError, in
-    one line, for a server that fails. Ctrl-C and SIGTERM: see Job.run.
+    captions: from `read_captions`. The environment has OPENAI_API_KEY and OPENAI_BASE_URL. Raises ValueError
+    if the server fails. Ctrl-C and SIGTERM: see Job.run.
     """
     files.check_writable(out)
     known = set()
@@ -290,26 +290,26 @@ def ask_all(captions: list[dict], settings: Settings, out: Path) -> str:
 
 
 def connect() -> OpenAI:
-    """The client. Raises ValueError if there is no key, or the address is no address."""
+    """Make the client. Raises ValueError for a missing key or an invalid OPENAI_BASE_URL."""
     try:
         client = OpenAI(max_retries=SERVER_RETRIES, timeout=TIMEOUT)
         if not client.api_key.strip():
-            raise openai.OpenAIError("the key is empty")  # some releases accept it
+            raise openai.OpenAIError("the key is empty")  # some releases of openai accept an empty key
         return client
     except openai.OpenAIError:
         raise ValueError("set OPENAI_API_KEY to your key, or to any word if the server needs none") from None
-    except Exception as error:  # of the HTTP library
+    except Exception as error:  # an error of the HTTP library
         raise ValueError(f"OPENAI_BASE_URL: {error}") from None
 
 
 def explain(error: openai.APIError, client: OpenAI) -> str:
-    """The server's problem and a remedy, in one line without the key (if the key has 8 letters or more)."""
+    """One line about the server's error and its remedy. Hides the key if the key has 8 or more characters."""
     remedy = ""
     if isinstance(error, openai.APIConnectionError):
         remedy = f" ({error.__cause__}); does OPENAI_BASE_URL name a server that runs?"
     elif isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
         remedy = "; is OPENAI_API_KEY right for this server?"
     message, key = error.message[:300] + remedy, client.api_key.strip()
-    if len(key) >= 8:  # a shorter one is no secret, and may be part of any word
+    if len(key) >= 8:  # a shorter key is a placeholder, and may be part of a word
         message = message.replace(key, "***")
     return f"{client.base_url} says: {message}"

@@ -1,7 +1,7 @@
-"""Fine-tune a language model on hand-written triplets (section 3.1.1 of the paper, which wrote 700).
+"""Fine-tune a language model on hand-written triplets (the paper used 700, section 3.1.1).
 
-The original tuned a completion model, with marks around each text. In a chat, only the mark between
-instruction and edited caption is needed.
+The original fine-tuned a completion model, with delimiters around each text. A chat model needs only the
+delimiter between instruction and edited caption.
 """
 
 import json
@@ -12,13 +12,13 @@ import openai
 from nanoip2p.common.files import read_rows, replacing, tidy
 from nanoip2p.dataset.captions import DELIMITER, connect, explain
 
-FEWEST = 10  # examples that OpenAI accepts
+FEWEST = 10  # smallest number of examples that OpenAI accepts
 
 
 def prepare(human: Path, out: Path) -> int:
-    """JSONL of "input" (or "caption"), "edit" and "output" -> training data as chats; returns how many.
+    """Convert JSONL rows of "input" (or "caption"), "edit", "output" to training chats; return their number.
 
-    Raises ValueError, naming the line, for a line that is no such triplet of texts, and for fewer than ten.
+    Raises ValueError for a line without these three texts, and for fewer than FEWEST triplets.
     """
     chats = []
     for number, row in read_rows(human, ".jsonl"):
@@ -29,16 +29,16 @@ def prepare(human: Path, out: Path) -> int:
         chats.append({"messages": [{"role": "user", "content": texts[0]},
                                    {"role": "assistant", "content": DELIMITER.join(texts[1:])}]})
     if len(chats) < FEWEST:
-        raise ValueError(f"{human} holds {len(chats)} triplets; tuning takes {FEWEST} at least")
+        raise ValueError(f"{human} holds {len(chats)} triplets; fine-tuning needs {FEWEST} or more")
     with replacing(out) as temporary:
         temporary.write_text("".join(json.dumps(chat) + "\n" for chat in chats), encoding="utf-8")
     return len(chats)
 
 
 def start(chats: Path, model: str, epochs: int) -> str:
-    """Upload the file that `prepare` wrote, start to fine-tune `model` on it, and return the job's id.
+    """Upload the file that `prepare` wrote, start a fine-tuning job of `model`, and return the job's id.
 
-    Raises ValueError, in one line, if the server refuses.
+    Raises ValueError if the server refuses.
     """
     content, client = chats.read_bytes(), connect()
     try:

@@ -1,6 +1,6 @@
-"""Training pairs on disk, and the transform of one picture. `read_data` reads these layouts:
+"""Read training pairs from disk, and load and resize pictures. `read_data` reads these layouts:
 
-    seeds.json        the original's: 0000000/prompt.json, 0000000/<seed>_0.jpg, 0000000/<seed>_1.jpg
+    seeds.json        the original layout: 0000000/prompt.json, 0000000/<seed>_0.jpg, 0000000/<seed>_1.jpg
     pairs.jsonl       {"input": path, "edit": text, "output": path}, paths relative to its folder; optionally
                       with captions of both pictures, "input_caption" and "output_caption"
     *.parquet         also in data/, with the columns of one of three datasets on the Hub, see COLUMNS
@@ -33,7 +33,7 @@ COLUMNS = (  # picture before, instruction, picture after
 )
 PARQUET_CAPTIONS = ("original_prompt", "edited_prompt")  # in the first of these datasets
 JSONL_CAPTIONS = ("input_caption", "output_caption")
-READ_LOCK = Lock()  # of row groups: threads that need the same one would each read it
+READ_LOCK = Lock()  # without it, threads that need the same row group would each read it
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Cell:
     group: int   # row group
     row: int     # within the row group
     column: str
-    number: int  # row of the file, for messages
+    number: int  # row within the file, for messages
 
     def __str__(self) -> str:
         return f"{self.file} row {self.number}, column {self.column}"
@@ -63,15 +63,15 @@ class Pair:
     captions: tuple[str, str] | None = None
 
 
-Item = tuple[Pair, ...]  # the pairs of one prompt; each visit draws one of them, as in the original
+Item = tuple[Pair, ...]  # the pairs of one prompt; each epoch draws one pair, as in the original
 
 
 def read_data(source: str | Path, split: str = "train", skip_bad: bool = False) -> list[Item]:
-    """The items of a split (a key of SPLITS), in order; only the train split must not be empty.
+    """The items of a split (a key of SPLITS), in order. Only the train split must not be empty.
 
-    A dataset with separate files for dev or test keeps its splits; any other is cut contiguously. Raises
-    ValueError for an unknown layout, a broken list, a missing text, column or picture, and an empty train
-    split. skip_bad: leaves out pairs without their pictures, with a warning that counts them.
+    A dataset with separate dev or test files keeps its splits. Other datasets are cut into contiguous splits.
+    Raises ValueError for an unknown layout, a broken list, a missing text, column or picture, and an empty
+    train split. skip_bad: skip pairs with a missing picture, and warn with their number.
     """
     source = Path(source)
     items = _read(source, split)
@@ -90,7 +90,7 @@ def read_data(source: str | Path, split: str = "train", skip_bad: bool = False) 
 
 
 def _pictures(items: list[Item]) -> dict[Picture, None]:
-    """Every picture once, in order."""
+    """The distinct pictures, in order."""
     return dict.fromkeys(picture for item in items for pair in item for picture in (pair.after, pair.before))
 
 
@@ -141,7 +141,7 @@ def _cut(rows: list, split: str) -> list:
 
 
 def _original(path: Path, split: str) -> list[Item]:
-    """As in the original, a prompt without surviving pairs counts in the split, and is skipped after it."""
+    """As in the original: split all prompts first, then skip the prompts without pairs."""
     items = []
     for entry in _cut(read_json(path, kind=list), split):
         if not isinstance(entry, list) or [type(part) for part in entry] != [str, list]:
@@ -191,7 +191,7 @@ def _parquet(path: Path) -> Iterator[Item]:
 
 @contextmanager
 def _open_parquet(path: Path) -> Iterator:
-    """A pyarrow.parquet.ParquetFile, opened anew for each read, because it must not cross a fork."""
+    """Open a pyarrow.parquet.ParquetFile for one read only: an open file must not be used after a fork."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -203,7 +203,7 @@ def _open_parquet(path: Path) -> Iterator:
         raise ValueError(f"{path} cannot be read as parquet: {error}") from None
 
 
-@lru_cache(maxsize=4)  # before and after, of this row group and of the next one
+@lru_cache(maxsize=4)  # the picture columns of this row group and of the next row group
 def _column(path: Path, group: int, column: str):
     with _open_parquet(path) as file:
         return file.read_row_group(group, columns=[column], use_threads=False).column(0)
@@ -216,9 +216,9 @@ def _content(cell: Cell) -> BytesIO:
 
 
 def load_picture(picture: Picture, resolution: int, flip: bool = False) -> Image.Image:
-    """A square RGB picture: the short side resized to `resolution` (LANCZOS), the middle kept.
+    """Load a square RGB picture: short side resized to `resolution` (LANCZOS), then centre-cropped.
 
-    flip: mirrored. Raises ValueError naming the file, row and column that is missing, broken or no picture.
+    flip: mirror it. Raises ValueError for a missing or broken picture; names the file, row and column.
     """
     if isinstance(picture, Scene):
         image = picture.render(resolution)
@@ -229,7 +229,7 @@ def load_picture(picture: Picture, resolution: int, flip: bool = False) -> Image
 
 
 def stamp(picture: Picture) -> tuple:
-    """Facts that change when a picture does: a scene's repr, or a file's name, size and time of change."""
+    """A key that changes with the picture: a scene's repr, or a file's name, size and modification time."""
     if isinstance(picture, Scene):
         return (repr(picture),)
     if isinstance(picture, Cell):
@@ -239,7 +239,7 @@ def stamp(picture: Picture) -> tuple:
 
 
 def broken_pictures(source: str | Path, resolution: int) -> tuple[int, int, list[str]]:
-    """Open every picture of every split. Returns the numbers of pictures and of sound pairs, and problems."""
+    """Open all pictures of all splits. Returns (number of pictures, number of good pairs, error messages)."""
     with warnings.catch_warnings(record=True) as missing:
         items = [item for split in SPLITS for item in read_data(source, split, skip_bad=True)]
     pictures, broken = _pictures(items), {}

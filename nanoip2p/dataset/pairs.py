@@ -1,11 +1,11 @@
-"""Caption pairs -> picture pairs that pass the CLIP filter (section 3.1.2), laid out as in the original.
+"""Make picture pairs from caption pairs, and filter them with CLIP (section 3.1.2), in the original layout.
 
-    out/job.json, seeds.json       settings of this job; the prompts that kept pairs, with their seeds
-    out/0000000/prompt.json        the first line of the prompts; the folder appears when it is finished
+    out/job.json, seeds.json       settings of this job; the prompts with kept pairs, and the pairs' seeds
+    out/0000000/prompt.json        the first prompt; the folder appears when the prompt is finished
     out/0000000/<seed>_0.jpg, _1.jpg, metadata.jsonl, candidates.jsonl       kept pairs; all candidates
 
-Processes share a folder: each takes the next prompt that no other has claimed. All random numbers of a
-candidate follow from --seed and its place, so that interruptions do not change the result.
+Several processes can share a folder: each process takes the next unclaimed prompt. --seed, prompt number and
+candidate number determine all random numbers of a candidate, so interruptions do not change the result.
 """
 
 import hashlib
@@ -35,15 +35,15 @@ UNFINISHED = ".unfinished"  # folder in `out`, removed when all prompts are fini
 
 @dataclass(frozen=True)
 class PairSettings:
-    """Names and defaults of the paper's generate_img_dataset.py. ValueError for settings out of range."""
+    """Settings, with names and defaults of the original's generate_img_dataset.py. ValueError if invalid."""
 
     n_samples: int = flag("candidates to paint", 100, type=at_least(1), group="candidates of each prompt")
-    early_stop: int = flag("stop when N candidates passed; 0: never", 0, type=at_least(0), metavar="N")
-    inject: str = flag("which attention the edited picture takes from the source", "self", choices=MODES)
-    min_p2p: float = flag("least share p of the steps that inject", 0.1, type=finite)
-    max_p2p: float = flag("largest share p", 0.9, type=finite)
-    min_cfg: float = flag("least guidance by the text", 7.5, type=finite)
-    max_cfg: float = flag("largest guidance", 15.0, type=finite)
+    early_stop: int = flag("stop after N passing candidates; 0: never", 0, type=at_least(0), metavar="N")
+    inject: str = flag("attention maps that the edited picture takes from the source", "self", choices=MODES)
+    min_p2p: float = flag("smallest fraction p of steps that inject", 0.1, type=finite)
+    max_p2p: float = flag("largest fraction p", 0.9, type=finite)
+    min_cfg: float = flag("smallest text guidance", 7.5, type=finite)
+    max_cfg: float = flag("largest text guidance", 15.0, type=finite)
     steps: int | None = flag("denoising steps (default: of the weights)", type=at_least(1))
     sampler: str | None = flag("(default: of the weights)", choices=sorted(SAMPLERS))
     resolution: int | None = flag("width and height in pixels (default: of the weights)", type=at_least(1))
@@ -70,7 +70,7 @@ class PairSettings:
 class Prompt:
     """A caption pair."""
 
-    number: int  # of its line, from 0
+    number: int  # line number, from 0
     source: str
     output: str
     record: dict  # the whole line
@@ -82,7 +82,7 @@ class Prompt:
 
 
 def read_prompts(path: Path) -> tuple[list[Prompt], list[str]]:
-    """The good lines of a JSONL file, and the problem of each bad line ("line 3 ...").
+    """Read a JSONL file. Returns the good lines, and a message for each bad line ("line 3 ...").
 
     A line holds the texts `input` (or `caption`, as in the paper's files), `edit` and `output`.
     """
@@ -101,9 +101,9 @@ def read_prompts(path: Path) -> tuple[list[Prompt], list[str]]:
 
 
 def complete(flags: dict, weights: Path, painter_defaults: dict) -> PairSettings:
-    """Settings from `flags`, else from pairs.json in the weights folder, else the defaults.
+    """Take each setting from `flags`, else from pairs.json in the weights folder, else from the defaults.
 
-    `clip` in pairs.json is relative to that folder, or a name on the Hub. ValueError for a wrong setting.
+    `clip` in pairs.json is a path relative to that folder, or a Hub name. ValueError for an invalid setting.
     """
     of_painter = {key: painter_defaults[key] for key in ("steps", "resolution", "sampler")}
     known = asdict(PairSettings()) | of_painter
@@ -116,9 +116,9 @@ def complete(flags: dict, weights: Path, painter_defaults: dict) -> PairSettings
 
 
 def candidate(prompt: Prompt, k: int, settings: PairSettings) -> dict:
-    """Seed, p and guidance of candidate k, with the keys of metadata.jsonl. The seed decides the others."""
+    """Seed, p and guidance of candidate k, with the keys of metadata.jsonl. The seed determines the rest."""
     place = f"nanoip2p pair {settings.seed} {prompt.number} {k}"
-    seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:6], "big")  # 48 bits: no seed comes twice
+    seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:6], "big")  # 48 bits: no repeated seed
     uniform = random.Random(f"nanoip2p pair {seed}").random  # Python promises never to change these numbers
     return {"seed": seed,
             "p2p_threshold": settings.min_p2p + uniform() * (settings.max_p2p - settings.min_p2p),
@@ -129,8 +129,8 @@ def make_candidates(prompt: Prompt, painter: TextToImage, judge: Judge,
                     settings: PairSettings) -> tuple[list[dict], list[tuple[dict, tuple]]]:
     """Paint and judge the candidates of one prompt.
 
-    Returns a row for each candidate in order, and the best (row, (before, after)). With early_stop the rows
-    end at the candidate with which that many passed, whatever the batch.
+    Returns a row for each candidate in order, and the best (row, (before, after)). With early_stop, the rows
+    end at the early_stop-th passing candidate, for any batch size.
     """
     pair_painter = PairPainter(painter, prompt.source, prompt.output, settings.inject, settings.steps,
                                settings.sampler, settings.resolution)
@@ -193,7 +193,7 @@ def make_pairs(prompts: list[Prompt], out: Path, painter: TextToImage, judge: Ju
 
 
 def job_of(painter: TextToImage, judge: Judge, settings: PairSettings) -> dict:
-    """All that decides the result but the prompts. Without the batch, which changes only the last bits."""
+    """Everything except the prompts that affects the result. Omits `batch`, which only affects rounding."""
     fixed = (painter.schedule, painter.vae.scaling_factor, judge.mean.tolist(), judge.std.tolist())
     words = [model.tokenizer.backend.to_str() for model in (painter, judge)]
     networks = fingerprint(painter.unet, painter.vae, painter.text_encoder, judge.clip,
@@ -203,7 +203,7 @@ def job_of(painter: TextToImage, judge: Judge, settings: PairSettings) -> dict:
 
 
 def is_finished(out: Path, prompt: Prompt) -> bool:
-    """Whether its folder exists. ValueError if the folder belongs to another prompt."""
+    """Whether the prompt's folder exists. ValueError if the folder belongs to another prompt."""
     path = out / prompt.folder / "prompt.json"
     if path.parent.exists() and read_json(path) != prompt.record:
         raise ValueError(f"{out} was begun with other prompts (line {prompt.number + 1} is not {path}); "
@@ -213,9 +213,9 @@ def is_finished(out: Path, prompt: Prompt) -> bool:
 
 @contextmanager
 def claimed(out: Path, name: str) -> Iterator[Path | None]:
-    """Yield an empty folder, which becomes out/name if the block succeeds, and is removed if the block fails.
+    """Yield an empty folder. It becomes out/name if the block succeeds, and is removed if the block fails.
 
-    Yields None if out/name exists, or another process is making it.
+    Yields None if out/name exists, or if another process is making out/name.
     """
     folder = out / UNFINISHED / name
     lock = folder.with_suffix(".lock")
@@ -223,7 +223,7 @@ def claimed(out: Path, name: str) -> Iterator[Path | None]:
         if not held or (out / name).exists():
             yield None
             return
-        shutil.rmtree(folder, ignore_errors=True)  # of a process that died
+        shutil.rmtree(folder, ignore_errors=True)  # left by a dead process
         folder.mkdir()
         try:
             yield folder
@@ -234,12 +234,12 @@ def claimed(out: Path, name: str) -> Iterator[Path | None]:
 
 
 def finish_job(out: Path, prompts: list[Prompt]) -> None:
-    """Write seeds.json, one process at a time: the last process lists the work of all."""
+    """Write seeds.json under a lock, so that the last process lists the results of all processes."""
     with locked(out / "job.json", wait=True):
         write_json(list_seeds(out), out / "seeds.json")
         if all((out / prompt.folder).exists() for prompt in prompts):
             shutil.rmtree(out / UNFINISHED, ignore_errors=True)
-            for temporary in out.glob(".*.tmp"):  # of processes that were killed
+            for temporary in out.glob(".*.tmp"):  # left by killed processes
                 temporary.unlink()
 
 
@@ -249,7 +249,7 @@ def prompt_folders(root: Path) -> list[Path]:
 
 
 def list_seeds(root: Path) -> list[tuple[str, list[str]]]:
-    """The content of seeds.json: each prompt that kept pairs, with the seeds of these as texts."""
+    """The content of seeds.json: the name of each prompt with kept pairs, and the pairs' seeds as strings."""
     seeds = [(folder.name, sorted(path.name[:-len("_0.jpg")] for path in folder.glob("*_0.jpg")))
              for folder in prompt_folders(root)]
     return [(name, of_prompt) for name, of_prompt in seeds if of_prompt]

@@ -1,4 +1,4 @@
-"""Training pairs and captions from the nano world, rendered on the spot."""
+"""Training pairs and captions from the nano world, rendered on the fly."""
 
 import hashlib
 import json
@@ -16,20 +16,20 @@ EQUAL_ODDS = (1.0,) * len(EDIT_KINDS)
 
 
 def draw_scenes(n: int, seed: int) -> list[dict]:
-    """`n` different triplets of the nano world that training may see, decided by the seed."""
+    """`n` distinct triplets of the nano world, from edits that editors may train on. The seed fixes them."""
     generator, rows = torch.Generator().manual_seed(seed), {}
     while len(rows) < n:
         scene = random_scene("train", int(torch.randint(2**31, (), generator=generator)))
         edits = seen_edits(scene)
         if edits:
-            kind = pick(sorted({edit.kind for edit in edits}), generator)  # first: there are more ways to add
+            kind = pick(sorted({edit.kind for edit in edits}), generator)  # first: "add" has more edits
             edit = pick([edit for edit in edits if edit.kind == kind], generator)
             rows[scene.caption(), pick(edit.instructions[:-1], generator), edit.caption] = None
     return [dict(zip(("input", "edit", "output"), row)) for row in rows]
 
 
 def write_scenes(out: Path, n: int, seed: int) -> None:
-    """Write `draw_scenes`. ValueError for a file that holds anything but the first of these rows."""
+    """Write the triplets of `draw_scenes`. ValueError if `out` holds anything but the first rows."""
     text = "".join(json.dumps(row) + "\n" for row in draw_scenes(n, seed)).encode()
     if out.exists() and not text.startswith(out.read_bytes()):
         raise ValueError(f"{out} holds more or other captions than these {n} of --seed {seed}; name another "
@@ -39,9 +39,9 @@ def write_scenes(out: Path, n: int, seed: int) -> None:
 
 
 def scene_pairs(n: int, split: str = "train", weights: tuple[float, ...] = EQUAL_ODDS) -> list[Pair]:
-    """`n` rendered pairs, four edits of each scene, of edits and wordings that training may see.
+    """`n` rendered pairs, four edits per scene, from edits and instructions that editors may train on.
 
-    weights: odds of each of EDIT_KINDS. The kind is drawn first: there are more ways to add than to remove.
+    weights: odds of each of EDIT_KINDS. Draws the kind first, because "add" has more edits than "remove".
     """
     seed = int.from_bytes(hashlib.sha256(split.encode()).digest()[:6], "big")
     generator, pairs = torch.Generator().manual_seed(seed), []
@@ -59,9 +59,9 @@ def scene_pairs(n: int, split: str = "train", weights: tuple[float, ...] = EQUAL
 
 
 def captioned_scenes(n: int, split: str = "train") -> list[Pair]:
-    """`n` rendered pictures and their captions, for a text-to-image model, which ignores the input.
+    """`n` rendered pictures with captions, for a text-to-image model (it ignores the input picture).
 
-    Every second scene is edited, so that the model sees all results of edits, such as an empty place.
+    Every second scene has an edit applied, so that training includes results of edits, such as empty places.
     """
     scenes = []
     for index in range(n):

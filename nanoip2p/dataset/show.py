@@ -1,4 +1,4 @@
-"""Look at a folder of pairs, of pairs.py or the paper's own: statistics, a contact sheet, heat maps."""
+"""Inspect a folder of pairs (from pairs.py or the paper): statistics, a contact sheet, heat maps."""
 
 import random
 from collections import Counter
@@ -19,7 +19,7 @@ BAR = 40  # letters of the longest bar of a histogram
 
 
 def read_table(path: Path, keys: tuple[str, ...]) -> list[dict]:
-    """The rows of a .jsonl file, none if it is missing. ValueError for a row without numbers at the keys."""
+    """The rows of a .jsonl file; [] if it is missing. ValueError if a value at one of `keys` is no number."""
     rows = [row for _, row in read_rows(path)] if path.exists() else []
     for row in rows:
         for key in keys:
@@ -29,7 +29,7 @@ def read_table(path: Path, keys: tuple[str, ...]) -> list[dict]:
 
 
 def read_pairs(root: Path) -> list[dict]:
-    """Every kept pair, the best of a prompt first: entries of prompt.json, of metadata.jsonl, "folder"."""
+    """All kept pairs, by prompt, best first. Keys: those of prompt.json and metadata.jsonl, and "folder"."""
     if not root.is_dir() or not prompt_folders(root):
         raise ValueError(f"{root}: there is no such folder, or no finished prompt (0000000, ...) in it")
     pairs = []
@@ -43,7 +43,7 @@ def read_pairs(root: Path) -> list[dict]:
 
 
 def statistics(root: Path, pairs: list[dict]) -> str:
-    """How many pairs survive and how good they are, as text. Candidates only where pairs.py lists them."""
+    """A text about number and quality of the kept pairs. Counts candidates only if pairs.py listed them."""
     folders = prompt_folders(root)
     with_survivors = len({pair["folder"] for pair in pairs})
     lines = [("prompts", f"{len(folders)} finished, {with_survivors} of them with survivors"),
@@ -68,7 +68,7 @@ def statistics(root: Path, pairs: list[dict]) -> str:
 
 
 def contact_sheet(pairs: list[dict], rows: int, seed: int) -> Image.Image:
-    """Rows of before | after twice: on the left the best pairs, one of a prompt, on the right random ones."""
+    """Rows of two before | after pairs. Left: the best pairs, one per prompt. Right: random pairs."""
     first_of_prompt = {pair["folder"]: pair for pair in reversed(pairs)}.values()
     best = sorted(first_of_prompt, key=lambda pair: -pair["clip_sim_dir"])[:rows]
     pictures, labels = [], []
@@ -85,7 +85,7 @@ def contact_sheet(pairs: list[dict], rows: int, seed: int) -> Image.Image:
 
 def draw_heatmaps(model: PairPainter, seed: int, share: float, cfg_text: float,
                   bar: tqdm | None = None) -> Image.Image:
-    """Both pictures of a pair, and each again for every word of its caption, lit where it was attended to."""
+    """A row per picture: the picture, and a copy for each caption word, lit by the word's attention."""
     tokenizer = model.painter.tokenizer
     words = [split_words(tokenizer, caption) for caption in model.captions]
     count = max(map(len, words))

@@ -1,1 +1,1 @@
-"""Scores: edits and captions in the nano world, figure 8, MagicBrush."""
+"""Evaluation: edits and captions in the nano world, figure 8 of the paper, MagicBrush."""

@@ -1,4 +1,4 @@
-"""Score an editor or a text-to-picture model."""
+"""Score an editor or a text-to-image model."""
 
 import argparse
 import sys
@@ -13,11 +13,11 @@ with cli.slow_imports():
     from nanoip2p.evaluate import captions, curve, magicbrush, scenes
     from nanoip2p.samplers import SAMPLERS
 
-DEFAULT = "as in sample.py; the weights name the default"
+DEFAULT = "as in sample.py; the weights define the default"
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Flags of the four commands; `run` is the function of the chosen command."""
+    """The parser of the four commands. `args.run` is the function of the chosen command."""
     parser = cli.make_parser(prog="python -m nanoip2p.evaluate", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=cli.make_parser)
 
@@ -27,40 +27,40 @@ def make_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=module.run)
         command.add_argument("--weights", default=weights, help="as in sample.py")
         command.add_argument("--out", type=Path, **out)
-        command.add_argument("--n", type=at_least(1), default=n, help="how many edits, captions or sessions")
+        command.add_argument("--n", type=at_least(1), default=n, help="number of edits, captions or sessions")
         command.add_argument("--steps", type=at_least(1), help=DEFAULT)
         command.add_argument("--cfg-text", type=finite, help=DEFAULT)
         command.add_argument("--sampler", choices=sorted(SAMPLERS), help=DEFAULT)
-        command.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
+        command.add_argument("--device", help="cuda, mps or cpu; default: the first that works")
         return command.add_argument
 
-    flag = add(scenes, "weights/nano-ip2p", 500, help="folder of scores and pictures of failures")
-    flag("--combinations", choices=("seen", "held-out"), default="seen", help="of things, colours and edits")
+    flag = add(scenes, "weights/nano-ip2p", 500, help="folder for scores and pictures of failures")
+    flag("--combinations", choices=("seen", "held-out"), default="seen", help="combinations to edit")
     flag("--cfg-image", type=finite, help=DEFAULT)
 
-    flag = add(captions, "weights/nano-sd", 320, help="folder of scores.json")
+    flag = add(captions, "weights/nano-sd", 320, help="folder for scores.json")
     flag("--clip", default="weights/nano-clip", help="folder or Hub name")
 
-    flag = add(curve, "weights/nano-ip2p", 300, default=Path("runs/curve"), help="folder of points and plot")
-    flag("--sdedit", type=Path, metavar="WEIGHTS", help="text-to-picture model for the SDEdit baseline")
+    flag = add(curve, "weights/nano-ip2p", 300, default=Path("runs/curve"), help="folder for points and plot")
+    flag("--sdedit", type=Path, metavar="WEIGHTS", help="text-to-image model for the SDEdit baseline")
     flag("--data", default="scenes", help="as in train.py; both pictures of a pair need captions")
-    flag("--split", choices=list(SPLITS), default="test", help="of the data")
+    flag("--split", choices=list(SPLITS), default="test", help="split of the data")
     flag("--clip", help=f"folder or Hub name ({curve.PAPER['clip']}; {curve.NANO['clip']} for nano)")
     flag("--cfg-images", type=finite, nargs="+", metavar="CFG", help="(1.0 ... 2.2; 0.2 ... 2.0 for nano)")
-    flag("--strengths", type=finite, nargs="+", default=curve.STRENGTHS, metavar="SHARE", help="of SDEdit")
+    flag("--strengths", type=finite, nargs="+", default=curve.STRENGTHS, metavar="SHARE", help="for SDEdit")
     flag("--seed", type=at_least(0), default=0, help="edit i has seed + i")
     flag("--batch", type=at_least(1), default=30, help="edits that share a forward pass")
 
-    flag = add(magicbrush, "weights/nano-ip2p", None, required=True, help="folder of scores and pictures")
-    flag("--data", type=Path, required=True, help="folder of a split, which holds edit_turns.json")
+    flag = add(magicbrush, "weights/nano-ip2p", None, required=True, help="folder for scores and pictures")
+    flag("--data", type=Path, required=True, help="folder of a split, with edit_turns.json")
     flag("--clip", default=magicbrush.CLIP, help="folder or Hub name; MagicBrush uses the default")
     flag("--cfg-image", type=finite, help=DEFAULT)
-    flag("--seed", type=at_least(0), default=0, help="of every edit, as in MagicBrush")
+    flag("--seed", type=at_least(0), default=0, help="seed of every edit, as in MagicBrush")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command, print its text, write its numbers to <out>/scores.json; returns the exit code."""
+    """Run a command, print its text, write its numbers to <out>/scores.json, and return the exit code."""
     def work() -> None:
         args = make_parser().parse_args(argv)
         if args.out:

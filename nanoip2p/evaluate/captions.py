@@ -1,4 +1,4 @@
-"""How often CLIP finds the caption of a painted picture among 32 captions; the same for true renders."""
+"""CLIP's accuracy in finding a picture's caption among 32 captions, for generated and true pictures."""
 
 import argparse
 
@@ -10,11 +10,11 @@ from nanoip2p.evaluate.scenes import rate
 from nanoip2p.text_to_image import TextToImage
 from nanoip2p.world.scenes import Scene, random_scene
 
-GROUP = 32  # captions among which CLIP looks for the right one
+GROUP = 32  # number of captions from which CLIP chooses
 
 
 def captioned(n: int) -> list[Scene]:
-    """`n` scenes of the test split whose captions all differ; `n` is rounded up to a multiple of GROUP."""
+    """`n` test scenes with distinct captions. Rounds `n` up to a multiple of GROUP."""
     scenes, index = {}, 0
     while len(scenes) < -(-n // GROUP) * GROUP:
         scene, index = random_scene("test", index), index + 1
@@ -23,7 +23,7 @@ def captioned(n: int) -> list[Scene]:
 
 
 def ranked_first(judge: Judge, pictures: list[Image.Image], captions: list[str]) -> list[bool]:
-    """For each picture: has its own caption the largest CLIP cosine of the GROUP captions of its group?"""
+    """For each picture, whether its own caption has the largest CLIP similarity in its group of GROUP."""
     hits = []
     for i in range(0, len(pictures), GROUP):
         images = judge.encode_pictures(pictures[i : i + GROUP])                  # (32, P)
@@ -34,7 +34,7 @@ def ranked_first(judge: Judge, pictures: list[Image.Image], captions: list[str])
 
 
 def run(args: argparse.Namespace) -> tuple[str, dict]:
-    """Shares of hits with standard errors, as text and as numbers. args: flags, see __main__.py."""
+    """Return the accuracies with standard errors, as text and as numbers. args: see __main__.py."""
     painter = TextToImage.load(args.weights, args.device)
     judge, scenes = Judge.load(args.clip, painter.device), captioned(args.n)
     captions, painted = [scene.caption() for scene in scenes], []

@@ -1,11 +1,11 @@
-"""Figure 8 of the paper: how much an edit does, against how much of the input it keeps.
+"""Figure 8 of the paper: strength of the edits against consistency with the input pictures.
 
-A point is one setting: a cfg_image of the editor or, with --sdedit, a strength of SDEdit. Its x is CLIP's
-directional similarity (Gal et al. 2021): the change of the pictures against the change of their captions. Its
-y is CLIP's similarity of the edited picture and the input. Larger is better for both.
+Each point is one cfg_image of the editor or, with --sdedit, one strength of SDEdit. The x axis is CLIP's
+directional similarity (Gal et al. 2021): the change of the pictures against the change of their captions. The
+y axis is CLIP's similarity of edited picture and input. Larger is better on both axes.
 
-Each point is a line of <out>/curve.jsonl and is not measured again. The plot shows all points of the same
-data and CLIP: a second call with other --weights and the same --out adds a curve.
+Each point is a line of <out>/curve.jsonl. A later call does not measure this point again. The plot shows all
+points of the same data and CLIP: a second call with other --weights and the same --out adds a curve.
 """
 
 import argparse
@@ -33,9 +33,9 @@ KNOBS = {"editor": "cfg_image", "SDEdit": "strength"}  # the setting that change
 
 
 def examples(data: str, split: str, n: int) -> list[Pair]:
-    """Up to n pairs with captions, each of another item or scene, so that they are independent.
+    """Up to n pairs with captions. Each pair has its own item or scene, so the pairs are independent.
 
-    ValueError when there are fewer than two.
+    Raises ValueError if there are fewer than two pairs.
     """
     pairs = scene_pairs(n * EDITS_PER_SCENE, split)[::EDITS_PER_SCENE] if data == "scenes" else [
         item[0] for item in read_data(data, split) if item[0].captions]
@@ -50,7 +50,7 @@ def measure(pairs: list[Pair], judge: Judge, resolution: int, batch: int, seed: 
     for start in tqdm(range(0, len(pairs), batch), desc=f"{batch} edits at a time", leave=False):
         part = pairs[start : start + batch]
         before = [load_picture(pair.before, resolution) for pair in part]
-        after = edit(before, part, seed + start)  # picture i gets this seed + i
+        after = edit(before, part, seed + start)  # picture i of the batch has the seed `seed + start + i`
         images = judge.encode_pictures([*before, *after]).chunk(2)                     # (B, P) each
         texts = [judge.encode_texts(list(captions)) for captions in zip(*(pair.captions for pair in part))]
         rows.append(similarities(*images, *texts)[:, 2:])                              # (B, 2)
@@ -60,7 +60,7 @@ def measure(pairs: list[Pair], judge: Judge, resolution: int, batch: int, seed: 
 
 
 def draw(rows: list[dict], axes) -> None:
-    """One curve for each method, weights and cfg_text, with standard errors; both ends show their setting."""
+    """Draw a curve with standard errors per method, weights and cfg_text. Label both ends of the curve."""
     curves = {}
     for row in rows:
         key = row["method"], row["weights"], row["networks"], row["cfg_text"]
@@ -76,7 +76,7 @@ def draw(rows: list[dict], axes) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[str, None]:
-    """Measure the missing points, plot all of them; returns a table. args: flags, see __main__.py."""
+    """Measure the missing points, plot all points, and return a table. args: see __main__.py."""
     path, editor = args.out / "curve.jsonl", Editor.load(args.weights, args.device)
     usual = NANO if editor.side < 256 else PAPER
     clip, cfg_text = args.clip or usual["clip"], usual["cfg_text"] if args.cfg_text is None else args.cfg_text

@@ -1,13 +1,13 @@
-"""MagicBrush's benchmark (Zhang et al. 2306.10012): edited pictures against pictures that people chose.
+"""The MagicBrush benchmark (Zhang et al. 2306.10012): compare edited pictures to human-made target pictures.
 
-As in MagicBrush's evaluation/image_eval.py, but in float32 and without its DINO score. Single-turn: each turn
-edits the dataset's picture; means over all turns. Multi-turn: each later turn edits the editor's own picture;
-means over the last turns.
+Follows MagicBrush's evaluation/image_eval.py, but in float32 and without the DINO score. Single-turn: each
+turn edits the dataset's input picture; mean over all turns. Multi-turn: each later turn edits the output of
+the previous turn; mean over the last turns.
 
-    L1, L2    mean absolute and squared difference of pixels in [0, 1], at the size of the true picture
-    CLIP-I    cosine of the CLIP features of the edited and the true picture
-    CLIP-T    cosine of the CLIP features of the edited picture and the caption of the true one; "of truth" is
-              the same number for the true picture
+    L1, L2    mean absolute and squared difference of pixels in [0, 1], at the target's size
+    CLIP-I    cosine of the CLIP features of the edited picture and the target
+    CLIP-T    cosine of the CLIP features of the edited picture and the target's caption; the column "of
+              truth" is this cosine for the target and its caption
 """
 
 import argparse
@@ -26,7 +26,7 @@ COLUMNS = {"l1": "L1", "l2": "L2", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "clip
 
 
 def read_sessions(data: Path) -> dict[str, list[Pair]]:
-    """The turns of each session, by the name of its folder. ValueError as read_data, and without captions."""
+    """Map each session's folder name to its turns. ValueError: see read_data; also for a missing caption."""
     sessions = {}
     for pair in (item[0] for split in SPLITS for item in read_data(data, split)):
         if not pair.captions:
@@ -57,7 +57,7 @@ def clip_view(picture: Image.Image, size: int) -> Image.Image:
 
 
 def run(args: argparse.Namespace) -> tuple[str, dict]:
-    """Scores as text and as numbers; writes edited/ to --out. args: flags, see __main__.py."""
+    """Return scores as text and as numbers, and write <out>/edited/. args: see __main__.py."""
     sessions = dict(list(read_sessions(args.data).items())[: args.n])
     editor = Editor.load(args.weights, args.device)
     judge = Judge.load(args.clip, editor.device)
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict]:
 
     rows = {"single-turn": [], "multi-turn": []}
     for name, pairs in tqdm(sessions.items(), desc="editing and scoring", unit="session"):
-        out = args.out / "edited" / name  # image_eval.py expects these names of pictures
+        out = args.out / "edited" / name  # image_eval.py expects these file names
         for turn, pair in enumerate(pairs, 1):
             edited = editor.edit(open_image(pair.before), pair.edit, **settings)
             save_png(edited, out / f"{name}_{f'inde_{turn}' if turn > 1 else 1}.png", settings)

@@ -1,10 +1,10 @@
-"""Edit success and preservation on rendered scenes, where the right answer is known.
+"""Edit success and preservation on rendered scenes, for which the correct result is known.
 
-Training never uses these scenes or these phrasings of the instructions. With --combinations held-out, the
-edits also show combinations of things, colours and edits on which editors are not trained.
+Training never uses these scenes or these phrasings of the instructions. With --combinations held-out, editors
+were also not trained on these combinations of things, colours and edits.
 
-Success: among the renders of the scene and of all its single edits, the right one is nearest to the edited
-picture in mean absolute distance. Preservation: PSNR over the pixels that are equal in the two renders.
+Success: of the renders of the scene and of all its single edits, the correct render has the smallest mean
+absolute difference to the edited picture. Preservation: PSNR over the pixels that the edit must not change.
 """
 
 import argparse
@@ -23,9 +23,9 @@ BATCH = 35  # edits that share a forward pass
 
 
 def questions(n: int, combinations: str = "seen") -> list[tuple[Scene, Edit]]:
-    """`n` different scenes with one edit each; the kinds of edit take turns. The same on every machine.
+    """`n` distinct scenes with one edit each, cycling through EDIT_KINDS. The same on every machine.
 
-    combinations: edits for which scenes.held_out is true ("held-out") or false ("seen").
+    combinations: "held-out" selects edits with scenes.held_out True, "seen" with False.
     """
     generator, chosen = torch.Generator().manual_seed(0), []
     for index in count():
@@ -38,7 +38,7 @@ def questions(n: int, combinations: str = "seen") -> list[tuple[Scene, Edit]]:
 
 
 def nearest_edit(picture: Image.Image, scene: Scene) -> Scene:
-    """Of the scene and all its single edits, the one whose render is nearest in mean absolute distance."""
+    """The scene (original or after one edit) whose render has the smallest mean absolute difference."""
     candidates = [scene, *(edit.scene for edit in scene.edits())]
     renders = np.stack([np.asarray(candidate.render(picture.width), np.int16) for candidate in candidates])
     distances = np.abs(renders - np.asarray(picture, np.int16)).mean((1, 2, 3))
@@ -66,7 +66,7 @@ def round_trip(editor: Editor, picture: Image.Image) -> Image.Image:
 
 
 def score_scenes(editor: Editor, asked: list[tuple[Scene, Edit]], settings: dict) -> list[dict]:
-    """Let the editor make every edit, with `settings` for Editor.edit (None: the default).
+    """Make and score every edit. settings: for Editor.edit; a value None means the default.
 
     Returns rows of kind, instruction, success, psnr, ceiling, pictures: (before, edited, right answer). The
     instruction is the last phrasing of the edit, which training never uses. ceiling: the PSNR of the right
@@ -109,13 +109,13 @@ def table(rows: list[dict]) -> tuple[str, dict]:
 
 
 def rate(hits: list[bool]) -> tuple[float, float]:
-    """Share of hits, and its standard error by Laplace's estimate, which is above 0 for 71 hits of 71."""
+    """The fraction of hits and its standard error. Laplace's rule keeps the error positive for 71 of 71."""
     likely = (sum(hits) + 1) / (len(hits) + 2)
     return sum(hits) / len(hits), (likely * (1 - likely) / len(hits)) ** 0.5
 
 
 def run(args: argparse.Namespace) -> tuple[str, dict]:
-    """Scores as text and as numbers; writes failed.png to --out. args: flags, see __main__.py."""
+    """Return scores as text and as numbers, and write <out>/failed.png. args: see __main__.py."""
     settings = {key: getattr(args, key) for key in ("steps", "cfg_text", "cfg_image", "sampler")}
     editor = Editor.load(args.weights, args.device)
     rows = score_scenes(editor, questions(args.n, args.combinations), settings)

@@ -1,1 +1,1 @@
-"""Training runs."""
+"""Training of editors and text-to-image models."""

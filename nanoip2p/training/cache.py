@@ -1,10 +1,10 @@
-"""A cache of latents: every picture and text is encoded once, and training only reads rows.
+"""A cache of latents: each picture and text is encoded once; training reads the encoded rows.
 
-    cache.json                    the data and the networks that the rows belong to
+    cache.json                    hashes of the data and of the encoders
     texts-00000.safetensors       text states (n, 77, D) float16; the first row is the empty text's
-    pictures-00000.safetensors    moments (n, F, 2C, h, w) float16: mean and log-variance, not scaled.
+    pictures-00000.safetensors    moments (n, F, 2C, h, w) float16: mean and log-variance, unscaled.
                                   F = 2 with flips: the picture and its mirror image
-Each distinct text and picture has one row, by first appearance. A file is complete or absent.
+Each distinct text and picture has one row, in order of first use. Files are written atomically.
 """
 
 import hashlib
@@ -24,19 +24,19 @@ from nanoip2p.dataset.layouts import Pair, Picture, load_picture, stamp
 from nanoip2p.images import to_tensor
 from nanoip2p.pipeline import Model, fingerprint
 
-SHARD = 256  # rows of a file: 8 MB of pictures (256 pixels, flips) or 30 MB of texts
-Shard = namedtuple("Shard", "path tensor items")  # the name of its tensor, and an item per row
+SHARD = 256  # rows per file: 8 MB of pictures (256 pixels, flips) or 30 MB of texts
+Shard = namedtuple("Shard", "path tensor items")  # path, name of the tensor, one item per row
 
 
 class Cache:
-    """The cache in a folder. `fill` writes its files, `open` checks them, `get` reads the rows of a pair.
+    """A cache folder. `fill` writes its files, `open` checks them, `get` reads the rows of a pair.
 
-    DataLoader workers get an open cache by fork or pickle; only the rows they ask for leave the disk.
+    DataLoader workers get the open cache by fork or pickle. Each worker reads only the requested rows.
     """
 
     def __init__(self, folder: Path, pairs: list[Pair], model: Model, resolution: int, flips: bool,
                  skip_bad: bool = False):
-        """Reserve the folder. ValueError if it belongs to other data or networks. flips: see above."""
+        """Reserve the folder. flips: see above. ValueError if it belongs to other data or encoders."""
         vae, text_encoder, tokenizer = model.vae, model.text_encoder, model.tokenizer
         texts = list(dict.fromkeys(["", *(pair.edit for pair in pairs)]))
         pictures = list(dict.fromkeys(picture for pair in pairs for picture in (pair.before, pair.after)))
@@ -59,9 +59,9 @@ class Cache:
 
     @torch.no_grad()
     def fill(self, model: Model, rank: int = 0, ranks: int = 1, progress: bool = True) -> None:
-        """Write the missing files among those of this rank (rank, rank + ranks, ...).
+        """Write the missing files of this rank: files number rank, rank + ranks, ...
 
-        ValueError for a broken picture, whose row is NaN with skip_bad, and for an encoding beyond float16.
+        Raises ValueError for an encoding beyond float16, and for a broken picture (skip_bad: its row is NaN).
         """
         vae, text_encoder = model.vae, model.text_encoder
         weight, ids_device = vae.quant_conv.weight, next(text_encoder.parameters()).device
@@ -71,7 +71,7 @@ class Cache:
             both = (images, images.flip(-1))[: 1 + self.flips]
             return torch.stack([torch.cat(vae.encode(x), 1) for x in both], 1)       # (B, F, 2C, h, w)
 
-        size = max(1, min(64, 2**21 // self.resolution**2))  # of a batch: 32 pictures of 256 pixels
+        size = max(1, min(64, 2**21 // self.resolution**2))  # batch size: 32 pictures of 256 pixels
         steps = {"texts": (lambda text: model.tokenizer([text])[0],
                            lambda ids: text_encoder(ids.to(ids_device)), 64),
                  "moments": (self._image, moments, size)}
@@ -98,14 +98,14 @@ class Cache:
             return torch.full((3, self.resolution, self.resolution), torch.nan)
 
     def open(self) -> "Cache":
-        """Map all files. ValueError if one is missing or damaged."""
+        """Memory-map all files. ValueError if a file is missing or damaged."""
         for path, tensor, items in self.shards:
             if not path.exists():
-                raise ValueError(f"{path} is missing; run again to make it")
+                raise ValueError(f"{path} is missing; run again to write it")
             try:
                 self.files[path] = safe_open(path, "pt")
                 if self.files[path].get_slice(tensor).get_shape()[0] != len(items):
-                    raise ValueError("it has other rows")
+                    raise ValueError("wrong number of rows")
             except (SafetensorError, OSError, ValueError) as error:
                 raise ValueError(f"{path} is damaged ({error}); delete that file and run again") from None
         return self
@@ -115,7 +115,7 @@ class Cache:
         return self.row(pair.before, int(flip)), self.row(pair.after, int(flip)), self.row(pair.edit)
 
     def row(self, item: str | Picture, *within: int) -> Tensor:
-        """The row of a picture or text, or part of it. ValueError if the picture is broken."""
+        """The row of a picture or text. within: indices into the row. ValueError if the picture is broken."""
         shard, row = self.rows[item]
         file = self.files[shard.path] = self.files.get(shard.path) or safe_open(shard.path, "pt")
         content = file.get_slice(shard.tensor)[(row, *within)].float()

@@ -1,4 +1,4 @@
-"""The settings of a training run. Each is a flag of train.py: its default, help and range are here."""
+"""The settings of a training run: the flags of train.py with their defaults, help texts and ranges."""
 
 import argparse
 import math
@@ -10,12 +10,12 @@ from nanoip2p.common.cli import at_least, finite, flag
 from nanoip2p.objective import DROP
 from nanoip2p.world.scenes import EDIT_KINDS
 
-PAPER_BATCH = 1024  # samples of a step
-PAPER_VISITS = 10_000 * PAPER_BATCH / 313_010  # steps x samples / prompts: 33
+PAPER_BATCH = 1024  # samples per optimizer step
+PAPER_VISITS = 10_000 * PAPER_BATCH / 313_010  # steps x samples / prompts: 33 epochs
 SWITCH = argparse.BooleanOptionalAction  # --no-compile turns off what a preset turned on
-# The batch sizes fit into the memory of such a GPU; --accumulate makes up for smaller batches
+# Each batch size fits into the memory of the named GPU; gradient accumulation gives the same samples per step
 PRESETS = {
-    "paper": {"batch_size": 32, "clip": 0.0},  # on each of 8 GPUs
+    "paper": {"batch_size": 32, "clip": 0.0},  # 8 GPUs with batch size 32 each
     "48gb": {"batch_size": 64},
     "24gb": {"batch_size": 16, "recompute": True, "ema_device": "cpu"},
     "nano": {"resolution": 64, "batch_size": 32, "accumulate": 1, "steps": 600, "lr": 1e-3, "warmup": 50,
@@ -26,7 +26,7 @@ PRESETS = {
 FREE = {"steps", "lr", "batch_size", "accumulate", "recompute", "compile", "device", "ema_device", "workers",
         "cache", "skip_bad", "save_every", "keep", "sample_every", "validate_every", "log_every",
         "tensorboard", "out", "resume", "check"}
-NOT_STORED = {"accumulate", "preset", "resume", "check"}  # accumulate follows from the samples of a step
+NOT_STORED = {"accumulate", "preset", "resume", "check"}  # accumulate is computed from the samples per step
 
 
 def between(low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -40,11 +40,11 @@ def between(low: float, high: float = math.inf) -> Callable[[str], float]:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of a run. ValueError for settings that do not go together."""
+    """Settings of a run. Raises ValueError for incompatible settings."""
 
     weights: str | None = flag("model to train: a folder, file or name on the Hub", group="data and output")
     vae: str | None = flag("use this autoencoder instead of the checkpoint's: a file or folder")
-    tokenizer: str | None = flag("for a single file of weights: a folder or a name on the Hub")
+    tokenizer: str | None = flag("tokenizer of a single-file checkpoint: a folder or Hub name")
     raw_weights: bool = flag("use the raw weights of a file that also holds averaged (EMA) weights", False)
     data: str | None = flag("pairs: a folder, a pairs.jsonl or parquet file; 'scenes' renders pairs")
     pairs: int = flag("number of pairs that --data scenes renders", 20_000, type=at_least(1))
@@ -54,36 +54,36 @@ class TrainConfig:
     cache: Path | None = flag("encode all pictures and texts once, into this folder", type=Path)
     skip_bad: bool = flag("leave out pairs with a broken picture", False)
     out: Path | None = flag("folder of this run", type=Path)
-    resume: Path | None = flag("continue the run in this folder, with its recipe", type=Path)
+    resume: Path | None = flag("continue the run in this folder, with its settings", type=Path)
     check: bool = flag("only open the data and print the plan", False)
 
     preset: str | None = flag("defaults of several flags", choices=PRESETS, group="recipe")
-    steps: int = flag("optimizer steps in all", 10_000, type=at_least(1))
-    batch_size: int = flag("samples of a micro-batch on each device", 16, type=at_least(1))
-    accumulate: int | None = flag("micro-batches of a step (default: for 1024 samples)", type=at_least(1))
+    steps: int = flag("number of optimizer steps", 10_000, type=at_least(1))
+    batch_size: int = flag("samples per micro-batch on each device", 16, type=at_least(1))
+    accumulate: int | None = flag("micro-batches per step (default: for 1024 samples)", type=at_least(1))
     lr: float = flag("learning rate", 1e-4, type=between(0))
-    warmup: int = flag("first steps, in which the learning rate rises", 0, type=at_least(0))
-    cooldown: float = flag("last share of the steps, in which it falls", 0.0, type=between(0, 1))
+    warmup: int = flag("number of warm-up steps of the learning rate", 0, type=at_least(0))
+    cooldown: float = flag("final fraction of the steps, with falling learning rate", 0.0, type=between(0, 1))
     clip: float = flag("clip the gradient to this norm; 0: off, as in the paper", 1.0, type=between(0))
     snr_gamma: float = flag("min-SNR weighting of the loss, often 5; 0: off", 0.0, type=between(0))
-    drop: tuple[float, ...] = flag("shares of samples without the text, without both, without the image",
+    drop: tuple[float, ...] = flag("fractions of samples without text, without both, without image",
                                    DROP, type=between(0, 1), nargs=3, metavar=("TEXT", "BOTH", "IMAGE"))
-    ema_decay: float = flag("largest decay of the averaged weights", 0.9999, type=between(0, 1))
+    ema_decay: float = flag("largest decay of the averaged (EMA) weights", 0.9999, type=between(0, 1))
     resolution: int = flag("width and height in pixels", 256, type=at_least(1))
     flip: bool | None = flag("mirror half of the pairs (default: all data but scenes)", action=SWITCH)
     seed: int = flag("seed of all random numbers", 0, type=at_least(0))
-    dtype: str | None = flag("of matrix products (default: bf16 if faster)", choices=("fp32", "bf16"))
+    dtype: str | None = flag("dtype of matrix products (default: bf16 if faster)", choices=("fp32", "bf16"))
 
     device: str | None = flag("cuda, mps or cpu (default: the first that works)", group="running")
     workers: int | None = flag("processes that load data (default: 4 with CUDA, else 0)", type=at_least(0))
-    recompute: bool = flag("gradient checkpointing: slower, with less memory", False, action=SWITCH)
-    ema_device: str = flag("where the averaged weights are kept", "same", choices=("same", "cpu"))
+    recompute: bool = flag("gradient checkpointing: slower, but needs less memory", False, action=SWITCH)
+    ema_device: str = flag("device of the averaged (EMA) weights", "same", choices=("same", "cpu"))
     compile: bool = flag("torch.compile the network", False, action=SWITCH)
-    log_every: int = flag("steps between two losses in the log", 50, type=at_least(1))
-    validate_every: int = flag("steps between two validations; 0: none", 500, type=at_least(0))
-    sample_every: int = flag("steps between two sample sheets; 0: none", 1000, type=at_least(0))
-    save_every: int = flag("steps between two checkpoints", 500, type=at_least(1))
-    keep: int = flag("newest checkpoints to keep", 2, type=at_least(1))
+    log_every: int = flag("steps between logged losses", 50, type=at_least(1))
+    validate_every: int = flag("steps between validations; 0: none", 500, type=at_least(0))
+    sample_every: int = flag("steps between sample sheets; 0: none", 1000, type=at_least(0))
+    save_every: int = flag("steps between checkpoints", 500, type=at_least(1))
+    keep: int = flag("number of checkpoints to keep", 2, type=at_least(1))
     tensorboard: bool = flag("also write the log to <out>/tensorboard", False, action=SWITCH)
 
     def __post_init__(self):
@@ -101,7 +101,7 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, settings: dict) -> "TrainConfig":
-        """The opposite of `to_json`. ValueError for settings of another version, unless they are off."""
+        """The inverse of `to_json`. ValueError for unknown settings (of another version) that are not off."""
         known = {key: tuple(value) if isinstance(value, list) else value
                  for key, value in settings.items() if key in cls.__dataclass_fields__}
         if unknown := {key: value for key, value in settings.items() if key not in known and value}:
@@ -110,7 +110,7 @@ class TrainConfig:
 
 
 def odd_settings(config: TrainConfig, batch: int, items: int) -> list[str]:
-    """Notes on a run of `batch` samples a step on `items` items, one sentence each."""
+    """Warnings about unusual settings, one sentence each. batch: samples per step. items: number of items."""
     visits, steps = config.steps * batch / items, math.ceil(PAPER_VISITS * items / batch)
     notes = {
         f"{visits:,.0f} visits of each item; the paper's run had {PAPER_VISITS:.0f}, as with --steps {steps}":

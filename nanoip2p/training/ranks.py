@@ -1,6 +1,6 @@
-"""The processes of a training run. torchrun starts one for each device; without it there is one process.
+"""The ranks (processes) of a training run. torchrun starts one rank per device. The default is one rank.
 
-Every rank has all weights and trains on its own micro-batches. DistributedDataParallel averages gradients.
+Each rank has all weights and trains on its own micro-batches. DistributedDataParallel averages the gradients.
 """
 
 import os
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from nanoip2p.common.device import pick_device
 
-PATIENCE = timedelta(days=1)  # how long a rank waits for one that encodes data or draws samples
+PATIENCE = timedelta(days=1)  # how long a rank waits for a rank that encodes data or samples pictures
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Ranks:
     group: object = None  # a gloo group for small messages, so that no GPU has to wait for them
 
     def largest(self, number: int) -> int:
-        """The largest `number` of all ranks. Every rank has to call this, which waits for the last one."""
+        """The maximum of `number` over all ranks. Every rank has to call this, and waits for the others."""
         return int(self._reduced(number, dist.ReduceOp.MAX))
 
     def mean(self, number: float) -> float:
-        """The mean `number` of all ranks. Every rank has to call this."""
+        """The mean of `number` over all ranks. Every rank has to call this."""
         return self._reduced(number, dist.ReduceOp.SUM) / self.count
 
     def _reduced(self, number: float, operation) -> float:
@@ -43,7 +43,7 @@ class Ranks:
 
 @contextmanager
 def started(device: str | None) -> Iterator[Ranks]:
-    """Join the other processes, if torchrun started this one. With CUDA, each takes its own GPU."""
+    """Join the process group if torchrun started this process. With CUDA, each rank uses its own GPU."""
     count, chosen = int(os.environ.get("WORLD_SIZE", 1)), pick_device(device)
     if count == 1:
         yield Ranks(0, 1, chosen)

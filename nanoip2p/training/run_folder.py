@@ -1,4 +1,4 @@
-"""The folder of a training run: checkpoints, which are complete or absent; the log, and its plot."""
+"""The folder of a training run: atomically written checkpoints, the log, and the plot of the log."""
 
 import json
 import os
@@ -20,7 +20,7 @@ FILES = ("unet", "ema", "exp_avg", "exp_avg_sq")  # raw and averaged weights, Ad
 
 @contextmanager
 def occupied(run: Path) -> Iterator[None]:
-    """Lock a run's folder. ValueError if another process has it."""
+    """Lock a run's folder. Raises ValueError if another process holds the lock."""
     with locked(run / ".lock") as held:
         if not held:
             raise ValueError(f"{run} is being trained by another process; wait for it, or stop it")
@@ -31,7 +31,7 @@ def write_checkpoint(run: Path, step: int, files: dict[str, dict[str, Tensor]], 
                      keep: int) -> None:
     """Write <run>/checkpoints/<step>/ with <name>.safetensors for each of `files`, and state.json.
 
-    The folder gets its name when all is on the disk. Then all but the newest `keep` checkpoints are deleted.
+    Writes to a temporary folder, renames it when all files are on disk, then keeps the newest `keep` only.
     """
     folder = run / CHECKPOINTS / f"{step:07d}"
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -49,14 +49,14 @@ def write_checkpoint(run: Path, step: int, files: dict[str, dict[str, Tensor]], 
         flush(run)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    # Newer checkpoints are damaged, or this step would not have been taken again: do not count them
+    # Ignore newer checkpoints: they are damaged, because the run resumed from an earlier checkpoint
     stay = [path for path in checkpoints(run) if path.name <= folder.name][-keep:]
     for other in set(checkpoints(run)) - set(stay):
         shutil.rmtree(other)
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the list of names in a folder, is on the disk and would survive a power cut."""
+    """Wait until a file, or the directory entries of a folder, are on disk and survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
@@ -68,9 +68,9 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def newest_checkpoint(run: Path) -> tuple[Path, dict]:
-    """The newest checkpoint whose files open, and its state.json. Warns of damaged checkpoints.
+    """The newest undamaged checkpoint and its state.json. Warns about damaged checkpoints.
 
-    Notices missing and truncated files, but no flipped bits. ValueError if there is no checkpoint.
+    Detects missing and truncated files, but not flipped bits. ValueError if no checkpoint is left.
     """
     for folder in reversed(checkpoints(run)):
         try:
@@ -79,15 +79,15 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict]:
                 read_tensors(folder / f"{name}.safetensors")
             return folder, state
         except ValueError as error:
-            warnings.warn(f"{error}; going back to the checkpoint before it", stacklevel=2)
+            warnings.warn(f"{error}; using the previous checkpoint", stacklevel=2)
     raise ValueError(f"{run} has no checkpoint to resume from; begin the run again without --resume")
 
 
 class Log:
-    """log.jsonl, one row per event, and the same for TensorBoard if wanted."""
+    """Writes log.jsonl, one row per event, and optionally a TensorBoard log."""
 
     def __init__(self, run: Path, first: int, tensorboard: bool = False):
-        """Deletes the rows after step `first`, at which the run continues."""
+        """Delete the rows after step `first`, where the run continues."""
         self.path = run / "log.jsonl"
         rows = [row for row in read_jsonl(self.path) if row["step"] <= first]
         with replacing(self.path) as temporary:
@@ -98,7 +98,7 @@ class Log:
             self.board = SummaryWriter(run / "tensorboard", purge_step=first + 1)
 
     def write(self, row: dict) -> None:
-        """Append a row: "step", and numbers by name."""
+        """Append a row: "step" and named numbers."""
         append(self.path, row)
         if self.board:
             for name, number in row.items():

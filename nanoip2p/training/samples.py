@@ -1,8 +1,7 @@
 """The samples of a training run.
 
-Sample n is the n-th that a run visits: sample i of optimizer step s has the number n = s * batch + i. All its
-random numbers are a function of (seed, n). So a sample is the same on every rank, in every worker and
-micro-batch, and after a restart.
+Sample i of optimizer step s has the number n = s * batch + i. All random numbers of sample n are a function
+of (seed, n). So sample n does not depend on the rank, the worker, the micro-batch or a restart.
 """
 
 import hashlib
@@ -26,10 +25,10 @@ def order(seed: int, epoch: int, count: int) -> Tensor:
 
 
 def draw(seed: int, number: int, shape: tuple[int, int, int], timesteps: int) -> dict:
-    """All random numbers of sample `number`, on the CPU. shape: of the latents (C, h, w).
+    """All random numbers of sample `number`, on the CPU. shape: the latents' shape (C, h, w).
 
-    Returns `posterior` and `noise`, unit normal of that shape; `timestep` in [0, timesteps); and `which`,
-    `flip` and `drop`, uniform in [0, 1).
+    Returns `posterior` and `noise`, standard normal of this shape; `timestep`, an integer in [0, timesteps);
+    and `which`, `flip` and `drop`, uniform in [0, 1).
     """
     digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -49,17 +48,17 @@ class Pictures:
         self.resolution, self.tokenizer = resolution, tokenizer
 
     def get(self, pair: Pair, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Before and after (3, H, W) in [-1, 1], and token ids (77,). ValueError names a broken picture."""
+        """Before and after (3, H, W) in [-1, 1], and token ids (77,). ValueError for a broken picture."""
         before, after = (to_tensor(load_picture(picture, self.resolution, flip))
                          for picture in (pair.before, pair.after))
         return before, after, self.tokenizer([pair.edit])[0]
 
 
 class Samples(Dataset):
-    """Sample n as a dict: its random numbers, and one pair of the item that it visits.
+    """Sample n as a dict: its random numbers, and one pair of its item.
 
-    source: Pictures or Cache. flips: mirror half of the pairs. shape, timesteps: as in `draw`. skip_bad: a
-    sample with a broken picture visits the next item; without skip_bad, it is {"error": why}.
+    source: Pictures or Cache. flips: mirror half of the pairs. shape, timesteps: see `draw`. skip_bad: if a
+    picture is broken, use the next item. Without skip_bad, the sample is then {"error": reason}.
     """
 
     def __init__(self, items: list[Item], source, seed: int, flips: bool, shape: tuple[int, int, int],
@@ -84,7 +83,7 @@ class Samples(Dataset):
 
 
 def collate(samples: list[dict]) -> dict:
-    """Samples -> a batch of tensors (B, ...), with `skipped` as one list; or the first {"error": why}."""
+    """Stack samples to tensors (B, ...), and join the `skipped` lists; or return the first error dict."""
     if errors := [sample for sample in samples if "error" in sample]:
         return errors[0]
     skipped = [reason for sample in samples for reason in sample.pop("skipped")]
@@ -93,14 +92,14 @@ def collate(samples: list[dict]) -> dict:
 
 def sample_numbers(first: int, last: int, accumulate: int, batch: int, rank: int,
                    ranks: int) -> Iterator[list[int]]:
-    """The numbers of this rank's samples for optimizer steps first ... last - 1, one list per micro-batch."""
+    """Yield this rank's sample numbers of optimizer steps first ... last - 1, one list per micro-batch."""
     for micro in range(first * accumulate, last * accumulate):
         begin = (micro * ranks + rank) * batch
         yield list(range(begin, begin + batch))
 
 
 def validation_batches(samples: Samples, count: int, batch: int) -> Iterator[dict]:
-    """The same `count` samples every time, nothing dropped, their timesteps evenly spaced."""
+    """Yield the samples 0 ... count - 1, without conditioning dropout, with evenly spaced timesteps."""
     for numbers in torch.arange(count).split(batch):
         timesteps = (numbers + 0.5) * samples.timesteps / count
         yield collate([samples[number] for number in numbers.tolist()]) | {

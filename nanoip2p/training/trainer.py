@@ -25,14 +25,14 @@ Column = tuple[Image.Image, str, Image.Image]  # of a sample sheet: before, edit
 
 
 class Diverged(ValueError):
-    """A loss or a gradient is not finite."""
+    """The loss or the gradient is NaN or infinite."""
 
 
 class Trainer:
-    """The UNet in training, the average of its weights, Adam, and the frozen encoders."""
+    """The trained UNet, the moving average of its weights, AdamW, and the frozen encoders."""
 
     def __init__(self, config: TrainConfig, model: Model, ranks: Ranks, items: int):
-        """config: with `accumulate` and `dtype` decided. items: their number, which checkpoints note."""
+        """config: `accumulate` and `dtype` must not be None. items: number of items, saved in checkpoints."""
         self.config, self.model, self.ranks, self.device = config, model, ranks, ranks.device
         self.items, self.batch = items, config.batch_size * config.accumulate * ranks.count
         with torch.no_grad():
@@ -48,23 +48,23 @@ class Trainer:
             self.unet, gradient_as_bucket_view=True)
         self.forward = torch.compile(self.parallel) if config.compile else self.parallel
         self.alphas, self.null = model.schedule.alphas_cumprod().to(self.device), null.to(self.device)
-        self.skipped, self.lr, self.norm = set(), 0.0, 0.0  # the last two: of the last step
+        self.skipped, self.lr, self.norm = set(), 0.0, 0.0  # lr and norm: those of the last step
 
     def rest_encoders(self) -> None:
-        """Freeze the encoders, and keep them on the CPU if a cache has their results."""
+        """Freeze the encoders. Move them to the CPU if a cache replaces them."""
         for encoder in (self.model.vae, self.model.text_encoder):
             encoder.requires_grad_(False).to("cpu" if self.config.cache else self.device)
 
     def losses(self, unet: nn.Module, batch: dict, recompute: bool = False) -> Tensor:
-        """Equation 1 for each sample of a batch from `to_device`: (B,)."""
+        """The loss (equation 1) of each sample of a batch from `to_device`: (B,)."""
         given = model_input(batch, self.null, self.model.vae.scaling_factor, self.alphas, self.config.drop)
         channels, dtype = self.unet.config.in_channels, DTYPES[self.config.dtype]
         return noise_losses(unet, channels, given, batch["timestep"], dtype, recompute)
 
     def to_device(self, batch: dict, stop: bool = False) -> dict:
-        """Move a batch of `collate` to the device, and encode it if it holds pictures.
+        """Move a batch of `collate` to the device, and encode its pictures and texts if there is no cache.
 
-        If any rank has a broken picture, ValueError on all ranks; if any wants to stop, KeyboardInterrupt.
+        All ranks raise ValueError if any rank has a broken picture, or KeyboardInterrupt if any has to stop.
         """
         verdict = self.ranks.largest(2 if "error" in batch else int(stop))
         if verdict == 2:
@@ -83,15 +83,15 @@ class Trainer:
         return batch | {key: batch[key].float() for key in ("before", "after", "text")}
 
     def step(self, batches: Iterator[dict], step: int, stop: Callable[[], bool] = bool) -> float:
-        """Take optimizer step number `step` (from 0); returns this rank's mean loss, unweighted.
+        """Take optimizer step number `step` (from 0). Returns this rank's mean loss, without min-SNR weights.
 
-        stop: asked before each micro-batch. Raises, with the weights unchanged, ValueError for a broken
-        picture, Diverged, or KeyboardInterrupt to stop.
+        stop: called before each micro-batch; True raises KeyboardInterrupt. Raises ValueError for a broken
+        picture, and Diverged. After an exception, the weights are unchanged.
         """
         config, losses, names = self.config, [], []
         for micro in range(config.accumulate):
             batch = self.to_device(next(batches), stop())
-            exchange = micro == config.accumulate - 1 or self.ranks.count == 1  # else only add up gradients
+            exchange = micro == config.accumulate - 1 or self.ranks.count == 1  # else accumulate only
             with nullcontext() if exchange else self.parallel.no_sync():
                 loss = self.losses(self.forward, batch, config.recompute)                # (B,)
                 weight = loss_weight(batch["timestep"], self.alphas, config.snr_gamma)
@@ -109,32 +109,32 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self.optimizer.step()
-        self.optimizer.zero_grad()  # frees the gradients' memory for validation
+        self.optimizer.zero_grad()  # free the gradients' memory for validation
         self.update_average(step + 1)
         return losses.double().mean().item()
 
     @torch.no_grad()
     def update_average(self, n: int) -> None:
-        """Moving average after optimizer step n = 1, 2, ... with decay min(ema_decay, (1+n)/(10+n))."""
+        """Update the average after optimizer step n = 1, 2, ... with decay min(ema_decay, (1+n)/(10+n))."""
         share = 1 - min(self.config.ema_decay, (1 + n) / (10 + n))
         average = list(self.average.parameters())
         raw = [weight.to(average[0].device) for weight in self.unet.parameters()]
         torch._foreach_lerp_(average, raw, share)
 
     def averaged_unet(self) -> UNet:
-        """The average as a network on the device."""
+        """The UNet with the averaged weights, on the training device."""
         on_cpu = self.config.ema_device == "cpu"
         return copy.deepcopy(self.average).to(self.device) if on_cpu else self.average
 
     @torch.no_grad()
     def validate(self, batches: list[dict]) -> dict[str, float]:
-        """Mean loss over batches of `to_device`, with the raw and with the averaged weights."""
+        """The mean losses of the raw and of the averaged weights, over batches of `to_device`."""
         networks = {"validation": self.unet, "validation_ema": self.averaged_unet()}
         return {name: torch.cat([self.losses(unet, batch) for batch in batches]).double().mean().item()
                 for name, unet in networks.items()}
 
     def load(self) -> int:
-        """Continue from the newest checkpoint of the run; returns its number of steps."""
+        """Load the newest checkpoint of the run. Returns the number of its steps."""
         checkpoint, state = runs.newest_checkpoint(self.config.out)
         unet, average, first, second = (read_tensors(checkpoint / f"{name}.safetensors")
                                         for name in runs.FILES)
@@ -148,7 +148,7 @@ class Trainer:
         return state["step"]
 
     def save(self, step: int) -> None:
-        """Write the averaged model to <out>/weights, then a checkpoint of `step` steps; rank 0 only."""
+        """On rank 0: write the averaged model to <out>/weights, then a checkpoint after `step` steps."""
         if self.ranks.rank > 0:
             return
         model = self.model
@@ -161,7 +161,7 @@ class Trainer:
         runs.write_checkpoint(self.config.out, step, files, state, self.config.keep)
 
     def sample_sheet(self, columns: list[Column]) -> Image.Image:
-        """Each pair as a column: the input, the picture that the averaged model makes, the target."""
+        """One column per pair: the input, the output of the averaged model, the target."""
         model, resolution = copy.copy(self.model), self.config.resolution  # an Editor or a TextToImage
         model.unet = self.averaged_unet()
         model.to(self.device)
@@ -177,7 +177,7 @@ class Trainer:
 
 
 def columns_of(items: list[Item], resolution: int, skip_bad: bool) -> list[Column]:
-    """The first pair of each item, for a sample sheet. skip_bad: leaves out broken pictures."""
+    """The first pair of each item, for a sample sheet. skip_bad: skip pairs with a broken picture."""
     columns = []
     for [pair, *_] in items:
         with suppress(ValueError) if skip_bad else nullcontext():

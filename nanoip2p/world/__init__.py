@@ -1,1 +1,1 @@
-"""The nano world: painted scenes whose edits have a known right answer."""
+"""The nano world: rendered scenes with known correct edits."""

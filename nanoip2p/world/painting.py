@@ -1,6 +1,6 @@
-"""How a `Scene` of the nano world looks, drawn with Pillow.
+"""Render a `Scene` of the nano world with Pillow.
 
-Nothing here is random: the scene alone decides every pixel, so the right result of an edit is known exactly.
+Rendering is deterministic: the scene determines every pixel, so the correct result of each edit is known.
 """
 
 import math
@@ -21,7 +21,7 @@ GROUND_COLOUR = {"grass": (98, 178, 74), "sand": (236, 206, 138), "snow": (238, 
                  "dirt": (138, 98, 66)}
 FOG = {"day": (226, 230, 234), "sunset": (232, 196, 172), "night": (104, 110, 132)}
 OVERCAST = {"clear": 0.0, "cloudy": 0.45, "rainy": 0.85, "foggy": 0.5}  # share of grey in the sky
-HORIZON = 0.62  # of the picture's height, from the top; the same for BASE, where things stand
+HORIZON = 0.62  # HORIZON, and BASE where things stand: distance from the top, in picture heights
 BASE = 0.86
 HEIGHT = {"small": 0.27, "medium": 0.31, "large": 0.35}
 OUTLINE = (52, 42, 50)
@@ -43,7 +43,7 @@ def mix(a: tuple, b: tuple, share: float) -> tuple:
 
 
 class Pen:
-    """Fills shapes on a square canvas in the light of a time of day: u to the right, v upwards, see `at`."""
+    """Fills shapes on a square canvas, lit by the time of day. Coordinates: u right, v up (see `at`)."""
 
     def __init__(self, pixels: int, time: str, weather: str):
         self.pixels, self.time = pixels, time
@@ -53,16 +53,16 @@ class Pen:
         self.at(0.0, 1.0, 1.0)
 
     def at(self, x: float, y: float, unit: float) -> None:
-        """Set origin and unit as shares of the picture; x counts to the right and y downwards."""
+        """Set the origin (x right, y down) and the unit of u and v, as fractions of the picture."""
         self.x, self.y, self.unit = x, y, unit
 
     def points(self, uv) -> list[tuple[float, float]]:
-        """Points (u, v) in pixels."""
+        """Convert points (u, v) to pixels."""
         return [((self.x + u * self.unit) * self.pixels, (self.y - v * self.unit) * self.pixels)
                 for u, v in uv]
 
     def lit(self, colour: tuple, glow: bool) -> tuple:
-        """A colour as it looks in this light; a colour that glows looks the same at any time."""
+        """The colour under the scene's light. A glowing colour is not changed."""
         return colour if glow else tuple(round(c * part) for c, part in zip(colour, self.light))
 
     def polygon(self, colour: tuple, *uv: tuple[float, float], glow: bool = False) -> None:
@@ -74,13 +74,13 @@ class Pen:
         self.polygon(colour, (u0, v0), (u1, v0), (u1, v1), (u0, v1), glow=glow)
 
     def disc(self, colour: tuple, u: float, v: float, ru: float, rv: float = 0.0, glow: bool = False) -> None:
-        """Fill an ellipse with centre u, v and radii ru, rv; without rv a circle."""
+        """Fill an ellipse with centre (u, v) and radii (ru, rv). If rv is 0: a circle."""
         (x0, y1), (x1, y0) = self.points([(u - ru, v - (rv or ru)), (u + ru, v + (rv or ru))])
         self.draw.ellipse((x0, y0, x1, y1), fill=self.lit(colour, glow))
 
 
 def paint_sky(pen: Pen, scene) -> None:
-    """A vertical gradient, the sun or the moon and stars, clouds, and two rows of hills."""
+    """Paint a vertical gradient, the sun or the moon and stars, clouds, and two rows of hills."""
     (top, horizon), grey, overcast = SKY[scene.time], GREY_SKY[scene.time], OVERCAST[scene.weather]
     rows = int(pen.pixels * (HORIZON + 0.06))
     for row in range(0, rows, 2):
@@ -115,7 +115,7 @@ def paint_sky(pen: Pen, scene) -> None:
 
 
 def paint_ground(pen: Pen, scene) -> None:
-    """A curved field that darkens towards the viewer, with sparse marks for grass, dirt and sand."""
+    """Paint a curved field that darkens towards the viewer, with sparse marks for grass, dirt and sand."""
     colour = GROUND_COLOUR[scene.ground]
     for band in range(5):
         edge = 1 - HORIZON - 0.085 * band
@@ -133,7 +133,7 @@ def paint_ground(pen: Pen, scene) -> None:
 
 
 def paint_weather(pen: Pen, scene) -> Image.Image:
-    """Rain in front of everything, or fog over it."""
+    """Paint rain or fog over the whole picture."""
     if scene.weather == "rainy":
         pen.at(0.0, 1.0, 1.0)
         for i in range(44):

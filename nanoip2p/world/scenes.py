@@ -1,8 +1,8 @@
-"""The nano world: a small painted world in which every edit has a known right answer.
+"""The nano world: rendered scenes in which every edit has a known correct result.
 
-A `Scene` is a few choices: time, weather, ground and up to three things. It can be drawn at any size, and it
-lists all of its edits with instructions, edited caption and edited scene. So the nano models have unlimited
-training data, and edits can be scored (evaluate/scenes.py).
+A `Scene` has a time, a weather, a ground and up to three things. It renders at any size, and it lists all its
+edits with instructions, edited caption and edited scene. So the nano models have unlimited training data, and
+edits can be scored (evaluate/scenes.py).
 """
 
 import random
@@ -22,8 +22,8 @@ SIZES = ("small", "medium", "large")
 
 KINDS = ("house", "tree", "car", "tent", "mushroom", "flower", "rocket", "balloon")
 
-# The instructions for each edit. Training never sees the last phrasing of a list, but each of its words is
-# in another phrasing, because a nano text encoder cannot know a word that it never read.
+# Templates of the instructions. Training never uses the last template of a list. Each word of the last
+# template is also in another template, because a text encoder cannot understand a word without training.
 PHRASINGS = {
     "recolour": ("make the {old} {new}", "paint the {old} {new}", "turn the {old} {new}",
                  "change the color of the {old} to {new}", "change the {old} to {new}"),
@@ -42,8 +42,8 @@ PHRASINGS = {
 }
 EDIT_KINDS = tuple(PHRASINGS)
 
-# Combinations that the nano editors are not trained on, though on each part of them: see `seen_edits`.
-# nano-clip and nano-sd are trained on all, as CLIP and Stable Diffusion have seen nearly everything.
+# Combinations that `seen_edits` keeps from the nano editors. Training covers each part of a combination.
+# nano-clip and nano-sd train on all combinations, as CLIP and Stable Diffusion have seen nearly everything.
 HELD_OUT_THINGS = {("house", "purple"), ("tree", "white"), ("car", "pink"), ("tent", "orange"),
                    ("mushroom", "blue"), ("flower", "green"), ("rocket", "red"), ("balloon", "yellow")}
 HELD_OUT_EDITS = {("recolour", "flower"), ("replace", "tent"), ("add", "rocket"), ("remove", "mushroom")}
@@ -69,7 +69,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Edit:
-    """One edit of a scene. All `instructions` mean the same; training never uses the last one."""
+    """One edit of a scene. All `instructions` are synonyms. Training never uses the last instruction."""
 
     kind: str
     thing: str  # kind of the thing that is recoloured, replaced, added or removed; "" for other edits
@@ -89,17 +89,17 @@ class Scene:
     landscape: int  # 0..9999, shapes the hills
 
     def __post_init__(self):
-        # One order of things, so that scenes that look the same are equal
+        # Sort the things, so that scenes with the same picture compare equal
         object.__setattr__(self, "things", tuple(sorted(self.things, key=lambda thing: thing.slot)))
 
     def caption(self) -> str:
-        """The picture in words, things from left to right. The paper calls it the input caption."""
+        """The caption of the picture, with the things from left to right. The paper's term: input caption."""
         things = [f"{thing.name} {SLOTS[thing.slot]}" for thing in self.things]
         listed = " and ".join(things) or "an empty place"
         return f"{listed}, on {self.ground}, {self.weather} {self.time}"
 
     def edits(self, only: str | None = None) -> list[Edit]:
-        """All edits of this scene in a fixed order, or those of one of EDIT_KINDS."""
+        """All edits of this scene, in a fixed order. only: one of EDIT_KINDS; omits edits of other kinds."""
         found = []
 
         def add(kind: str, scene: Scene, thing: str = "", **words: str) -> None:
@@ -134,7 +134,7 @@ class Scene:
 
 
 def unknown_words(text: str) -> list[str]:
-    """The words of `text` that no instruction or caption of this world contains, each once."""
+    """The distinct words of `text` that no instruction or caption of the nano world contains."""
     blank = dict.fromkeys(("old", "new", "where"), "")
     said = [phrase.format(**blank) for phrases in PHRASINGS.values() for phrase in phrases]
     said += [*KINDS, *COLOURS, *TIMES, *WEATHERS, *GROUNDS, *SLOTS, "a an empty place on and"]
@@ -143,13 +143,13 @@ def unknown_words(text: str) -> list[str]:
 
 
 def held_out(scene: Scene, edit: Edit) -> bool:
-    """Whether an edit, or its result, is one of the combinations that the nano editors are not trained on."""
+    """Whether an edit, or a thing in either scene, is a held-out combination (not used to train editors)."""
     shown = {(thing.kind, thing.colour) for thing in scene.things + edit.scene.things}
     return not shown.isdisjoint(HELD_OUT_THINGS) or (edit.kind, edit.thing) in HELD_OUT_EDITS
 
 
 def seen_edits(scene: Scene) -> list[Edit]:
-    """The edits that the nano editors are trained on; none if the scene shows a held-out thing itself."""
+    """The edits that editors train on. A scene that shows a held-out thing has none."""
     return [edit for edit in scene.edits() if not held_out(scene, edit)]
 
 
@@ -161,7 +161,7 @@ def pick(options: list, generator: torch.Generator):
 def random_scene(split: str, index: int) -> Scene:
     """Scene number `index` of a split ("train", "test", any word), with one to three things.
 
-    It is the same on every machine: only `random.Random.random` is used, and Python guarantees its sequence.
+    The scene is the same on every machine, because Python guarantees the sequence of `random.Random.random`.
     """
     rng = random.Random(f"nanoip2p {split} {index}")
 

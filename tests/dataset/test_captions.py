@@ -259,9 +259,9 @@ def test_the_papers_way(server, ask, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content, hint", [
-    ('{"input": "a", "edit": "b", "output": "c"}\n' * 9, "9 triplets; tuning takes 10"),
+    ('{"input": "a", "edit": "b", "output": "c"}\n' * 9, "9 triplets; fine-tuning needs 10"),
     ('{"input": "a", "edit": "b", "output": "c"}\n' * 10 + '{"input": "a", "edit": "b"}\n', "line 11"),
-    ('{"input": "a", "edit": "b", "output": "c"}\n\n' * 9, "9 triplets; tuning takes 10"),
+    ('{"input": "a", "edit": "b", "output": "c"}\n\n' * 9, "9 triplets; fine-tuning needs 10"),
     ('\n{"input": "a", "edit": "b", "output": " "}\n' * 10, "human.jsonl, line 2"),
     ('{"input": "", "edit": "b", "output": "c"}\n' * 10, "human.jsonl, line 1"),
     ('\n{"input": "\xe9", "edit": "b", "output": "c"}\n' * 10, "human.jsonl, line 2"),

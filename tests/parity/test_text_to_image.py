@@ -92,9 +92,9 @@ def test_defaults_come_from_the_weights_and_can_be_overridden(painter):
 
 def test_an_editor_and_a_painter_are_told_apart(folder, tmp_path):
     editor = write_tiny_editor(tmp_path)
-    with pytest.raises(ValueError, match=r"8 channels, a text-to-picture model 4; this is an editor.*\.py$"):
+    with pytest.raises(ValueError, match=r"8 channels, a text-to-image model 4; this is an editor.*\.py$"):
         TextToImage.load(editor, "cpu")
-    with pytest.raises(ValueError, match="4 channels, an editor 8; this is a text-to-picture model"):
+    with pytest.raises(ValueError, match="4 channels, an editor 8; this is a text-to-image model"):
         Editor.load(folder, "cpu")
 
 
