@@ -14,8 +14,8 @@ from nanoip2p.tokenizer import END, LENGTH, ROLES, START, WORD_END, clip_backend
 def train_tokenizer(texts: Iterable[str], size: int, folder: str | Path) -> None:
     """Learn a vocabulary of at most `size` tokens; write vocab.json, merges.txt, tokenizer_config.json.
 
-    The tokens have CLIP's order: bytes, word-ending bytes, merges, start, end. End-of-text has the largest id,
-    as CLIP's pooling expects. Every byte is a token, so the tokenizer can encode any text.
+    The tokens have CLIP's order: bytes, word-ending bytes, merges, start, end. End-of-text has the largest
+    id, as CLIP's pooling expects. Every byte is a token, so the tokenizer can encode any text.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = alphabet + [letter + WORD_END for letter in alphabet]
