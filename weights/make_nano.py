@@ -305,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=HERE.parent / "runs/nano", help="folder of all stages")
     parser.add_argument("--ship", type=Path, help="folder that the weights go to (<out>/ship); "
                                                   "weights replaces the shipped ones")
-    parser.add_argument("--device", help="cuda, mps or cpu; the best there is by default")
+    parser.add_argument("--device", help="cuda, mps or cpu; default: the first that works")
     parser.add_argument("--vae-steps", type=at_least(1), default=3200, help="batches of 8 pictures")
     parser.add_argument("--clip-steps", type=at_least(1), default=800, help="batches of 32 edited scenes")
     parser.add_argument("--sd-steps", type=at_least(1), nargs=len(SD_RUNS), default=(9000,), metavar="STEPS",

@@ -79,7 +79,7 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict]:
                 read_tensors(folder / f"{name}.safetensors")
             return folder, state
         except ValueError as error:
-            warnings.warn(f"{error}; using the previous checkpoint", stacklevel=2)
+            warnings.warn(f"{error}; going back to the previous checkpoint", stacklevel=2)
     raise ValueError(f"{run} has no checkpoint to resume from; begin the run again without --resume")
 
 
