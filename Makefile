@@ -1,6 +1,6 @@
 # make demo      edit a dozen pictures with the shipped weights -> out/demo.png
 # make dataset   captions -> pairs of pictures -> the best of them, in the nano world -> data/nano
-# make train     an editor from the text-to-picture model, in the nano world -> runs/first; resumes a stopped run
+# make train     an editor from the text-to-image model, in the nano world -> runs/first; resumes a stopped run
 # make test      the whole test suite
 # make test-fast the core at small widths against diffusers and transformers, under a minute
 # make docs      every picture of README.md and docs/ anew; half an hour on one core

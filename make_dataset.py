@@ -29,7 +29,7 @@ with cli.slow_imports():
     from nanoip2p.common.files import check_writable, read_json
     from nanoip2p.dataset import finetune
     from nanoip2p.dataset.captions import Settings, ask_all, read_captions
-    from nanoip2p.dataset.pairs import PairSettings, complete, list_seeds, make_pairs, read_prompts
+    from nanoip2p.dataset.pairs import PairSettings, list_seeds, make_pairs, pair_settings, read_prompts
     from nanoip2p.dataset.rendered import write_scenes
     from nanoip2p.dataset.show import contact_sheet, draw_heatmaps, read_pairs, statistics
     from nanoip2p.images import grid, save_png
@@ -132,18 +132,18 @@ def run_pairs(args: argparse.Namespace) -> None:
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = pick_device(name)
     checkpoint = open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
-    settings = complete(vars(args), checkpoint.source, checkpoint.defaults)
+    settings = pair_settings(vars(args), checkpoint.source, checkpoint.defaults)
     # A continued job keeps its dtype. Jobs older than --dtype have no record of it and used fp32
     job = read_json(args.out / "job.json", missing={})
     dtype = args.dtype or (job.get("dtype", "fp32") if job else pick_dtype(None, device))
     if first:
-        print(f"opened {args.weights}: {checkpoint.found}; paints in {dtype}", file=sys.stderr)
+        print(f"opened {args.weights}: {checkpoint.description}; paints in {dtype}", file=sys.stderr)
         print(f"{len(prompts)} prompts, {len(bad)} bad lines, {settings.n_samples} candidates of each prompt",
               file=sys.stderr)
     painter = TextToImage.load(checkpoint, device, DTYPES[dtype])
-    painter.complete({key: getattr(settings, key) for key in ("steps", "resolution", "sampler")})
+    painter.fill_defaults({key: getattr(settings, key) for key in ("steps", "resolution", "sampler")})
     if args.fast:
-        speed.fast(painter.unet, lambda line: print(line, file=sys.stderr), injects=True)
+        speed.speed_up(painter.unet, lambda line: print(line, file=sys.stderr), injects=True)
     judge = Judge.load(settings.clip, device)
     notes = {"weights": args.weights, "clip": settings.clip, "dtype": dtype}
     make_pairs(prompts, args.out, painter, judge, settings, notes, progress=first)
@@ -195,7 +195,7 @@ def run_pair(args: argparse.Namespace) -> None:
     checkpoint = open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    print(f"opened {args.weights}: {checkpoint.found}; paints in {dtype}", file=sys.stderr)
+    print(f"opened {args.weights}: {checkpoint.description}; paints in {dtype}", file=sys.stderr)
     painter = TextToImage.load(checkpoint, device, DTYPES[dtype])
     model = PairPainter(painter, args.source, args.edit, args.inject, args.steps, args.sampler,
                         args.resolution, args.negative, reweight, windows, args.blend)

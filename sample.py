@@ -183,13 +183,13 @@ def run(settings: Settings) -> None:
     sizes = {path: open_image(path).size for path in inputs}  # a bad picture raises early
     checkpoint = open_checkpoint(
         find_weights(settings.weights), settings.vae, settings.tokenizer, settings.raw_weights)
-    print(f"opened {settings.weights}: {checkpoint.found}", file=sys.stderr)
+    print(f"opened {settings.weights}: {checkpoint.description}", file=sys.stderr)
     editor = Editor.load(checkpoint, settings.device, DTYPES[settings.dtype], settings.low_memory)
     if settings.fast:
-        speed.fast(editor.unet, lambda line: print(line, file=sys.stderr))
+        speed.speed_up(editor.unet, lambda line: print(line, file=sys.stderr))
     for note in nano_notes(editor, settings.edit, sizes):
         print(note, file=sys.stderr)
-    sampling = editor.complete({key: getattr(settings, key) for key in editor.defaults})
+    sampling = editor.fill_defaults({key: getattr(settings, key) for key in editor.defaults})
     for path, size in sizes.items():
         try:
             sizes[path] = fit_size(*size, sampling["resolution"], editor.multiple)

@@ -31,7 +31,7 @@ with cli.slow_imports():
     from nanoip2p.pipeline import Model
     from nanoip2p.training import run_folder as runs
     from nanoip2p.training.cache import Cache
-    from nanoip2p.training.config import FREE, PAPER_BATCH, PRESETS, TrainConfig, odd_settings
+    from nanoip2p.training.config import PAPER_BATCH, PRESETS, RESUME_MAY_CHANGE, TrainConfig, odd_settings
     from nanoip2p.training.ranks import Ranks, started
     from nanoip2p.training.samples import Pictures, Samples, collate, sample_numbers, validation_batches
     from nanoip2p.training.trainer import Diverged, Trainer, columns_of
@@ -48,7 +48,7 @@ def parse(argv: list[str] | None) -> TrainConfig:
     if "resume" in given:
         begun = TrainConfig.from_json(runs.newest_checkpoint(given["resume"])[1]["settings"])
         config = replace(begun, **given | {"out": given["resume"]})
-        for key in vars(config).keys() - FREE:
+        for key in vars(config).keys() - RESUME_MAY_CHANGE:
             if getattr(config, key) != getattr(begun, key):
                 raise ValueError(f"--{key.replace('_', '-')} cannot change: {config.out} was begun with "
                                  f"{getattr(begun, key)}; leave the flag out, or begin another run")
@@ -89,11 +89,11 @@ def decide(config: TrainConfig, ranks: Ranks, items: int) -> TrainConfig:
 
 
 def print_plan(config: TrainConfig, items: list[Item], validation: list[Item], ranks: int,
-               found: str) -> None:
-    """Print the plan of a run before it begins. found: description of the weights."""
+               description: str) -> None:
+    """Print the plan of a run before it begins. description: of the weights."""
     batch = config.batch_size * config.accumulate * ranks
     samples, held_out = config.steps * batch, 0 if validation[0] in items else len(validation)
-    print(f"weights   {found}\n"
+    print(f"weights   {description}\n"
           f"data      {config.data}: {len(items)} items to train on, {sum(map(len, items))} pairs; held out "
           f"for validation: {held_out}\n"
           f"batch     {config.batch_size} x {config.accumulate} accumulated x {ranks} devices = {batch}, "
@@ -117,16 +117,16 @@ def run(config: TrainConfig) -> None:
             if problems and not config.skip_bad:
                 raise ValueError("pictures are broken or missing; --skip-bad leaves their pairs out")
         items, validation = read_items(config)
-        config, model, found = decide(config, ranks, len(items)), None, "none"
+        config, model, description = decide(config, ranks, len(items)), None, "none"
         if config.weights:
             checkpoint = open_checkpoint(config.weights, config.vae, config.tokenizer, config.raw_weights)
             checkpoint = checkpoint if config.text_to_image else widen(checkpoint)
             model = load_model(checkpoint, edits=not config.text_to_image)
-            found = f"{config.weights}: {checkpoint.found}"
+            description = f"{config.weights}: {checkpoint.description}"
         if model and config.resolution % model.multiple:
             raise ValueError(f"--resolution {config.resolution}: not a multiple of {model.multiple}")
         if ranks.rank == 0:
-            print_plan(config, items, validation, ranks.count, found)
+            print_plan(config, items, validation, ranks.count, description)
         if config.check:
             return
         train(config, model.to(ranks.device), items, validation, ranks)

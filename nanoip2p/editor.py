@@ -46,7 +46,7 @@ class Editor(Model):
         (B, C, h, w) are the current estimate of the edited pictures; use `decode` to see them.
         Raises ValueError for settings, pictures or types that cannot be used.
         """
-        settings = self.complete({"steps": steps, "cfg_text": cfg_text, "cfg_image": cfg_image,
+        settings = self.fill_defaults({"steps": steps, "cfg_text": cfg_text, "cfg_image": cfg_image,
                                   "sampler": sampler, "resolution": resolution})
         noise_levels = plan(self.schedule, settings["sampler"], settings["steps"])
         single, (images, instructions, seeds) = self._requests(seed, images=images, instructions=instructions)
@@ -81,7 +81,7 @@ class Editor(Model):
         """Pixels (B, 3, H, W) in [-1, 1] -> z_image (B, C, h, w): mode of the VAE's posterior, unscaled."""
         x = pixels.to(self.device, self.unet.conv_in.weight.dtype)
         with self._on_device(self.vae, low_memory):
-            return self.vae.encode_small(x) if low_memory else self.vae.encode(x)[0]
+            return self.vae.encode_low_memory(x) if low_memory else self.vae.encode(x)[0]
 
     def _denoise(self, z_image: Tensor, context: Tensor, null_text: Tensor, generators: list[torch.Generator],
                  noise_levels: Plan, settings: dict, low_memory: bool, bar: tqdm,

@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from nanoip2p.samplers import Denoise
-from nanoip2p.unet import Attend, Projected, UNet
+from nanoip2p.unet import Attend, Projected, UNet, attend
 
 Batch = tuple[int, Tensor | None, Projected]  # n copies of z; picture latents (n B, C, h, w); text
 
 
 def make_denoiser(unet: UNet, timestep_of: dict[float, Tensor], dtype: torch.dtype, batches: list[Batch],
                   combine: Callable[[list[Tensor]], Tensor],
-                  inject: Callable[[float], Attend | None] | None = None) -> Denoise:
+                  attend_at: Callable[[float], Attend] = lambda sigma: attend) -> Denoise:
     """Return the function denoise(x, sigma) -> estimate of z_0 for a sampler. x and the estimate are float32.
 
     timestep_of: from `Plan.timestep_of()`. batches: the UNet runs once for each, in dtype. combine: list of
-    predicted noise (B, C, h, w), one for each branch -> guided noise. inject: sigma -> UNet.forward's inject.
+    predicted noise (B, C, h, w), one per branch -> guided noise. attend_at: sigma -> the UNet's attention.
     """
     timestep_of = unet.project_timesteps(timestep_of)
 
@@ -34,8 +34,7 @@ def make_denoiser(unet: UNet, timestep_of: dict[float, Tensor], dtype: torch.dty
         for copies, image, text in batches:
             z_in = z.repeat(copies, 1, 1, 1)
             z_in = z_in if image is None else torch.cat([z_in, image], dim=1)          # (n B, 2 C, h, w)
-            given = (z_in, timestep_of[sigma], text, *([inject(sigma)] if inject else []))
-            eps.extend(unet(*given).float().split(len(z)))
+            eps.extend(unet(z_in, timestep_of[sigma], text, attend_at(sigma)).float().split(len(z)))
         return x - sigma * combine(eps)
 
     return denoise

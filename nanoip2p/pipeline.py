@@ -90,7 +90,7 @@ class Model:
         """A short hash of the weights."""
         return fingerprint(self.unet, self.vae, self.text_encoder)
 
-    def complete(self, settings: dict) -> dict:
+    def fill_defaults(self, settings: dict) -> dict:
         """Replace each None by the default of the weights. ValueError for a wrong type or sampler."""
         settings = {key: self.defaults[key] if value is None else value for key, value in settings.items()}
         for key, value in settings.items():
@@ -105,7 +105,7 @@ class Model:
     @torch.inference_mode()
     def decode(self, latents: Tensor, low_memory: bool = False) -> list[Image.Image]:
         """Scaled latents (B, C, h, w) -> B pictures. low_memory: decode large pictures in tiles."""
-        decode = self.vae.decode_small if low_memory else self.vae.decode
+        decode = self.vae.decode_low_memory if low_memory else self.vae.decode
         pixels = decode((latents / self.vae.scaling_factor).to(self.unet.conv_in.weight.dtype))
         return [to_pil(picture) for picture in pixels]                                  # (3, H, W) each
 

@@ -36,7 +36,7 @@ from nanoip2p.pipeline import encode_texts
 from nanoip2p.samplers import SAMPLERS, draw_noise
 from nanoip2p.text_to_image import TextToImage
 from nanoip2p.tokenizer import WORD_END, Tokenizer
-from nanoip2p.unet import DOWN_TYPES, Attention, Context, repeat_rows
+from nanoip2p.unet import DOWN_TYPES, Attend, Attention, Context, attend, repeat_rows
 
 MODES = ("self", "cross", "both", "none")
 # Local blend: threshold as a share of the heat map's maximum; share of the steps after which it starts
@@ -64,7 +64,7 @@ class PairPainter:
         if (reweight or windows) and inject not in ("cross", "both"):
             raise ValueError(f"reweighting and windows need the mode cross or both, not {inject}")
         self.painter, self.inject, self.captions, self.negative = painter, inject, (source, edit), negative
-        self.settings = painter.complete({"steps": steps, "sampler": sampler, "resolution": resolution})
+        self.settings = painter.fill_defaults({"steps": steps, "sampler": sampler, "resolution": resolution})
         self.plan = plan(painter.schedule, self.settings["sampler"], self.settings["steps"])
         if blend and (inject == "none" or self.settings["sampler"] not in ("euler", "euler_ancestral")):
             raise ValueError("a local blend needs injection, and the sampler euler or euler_ancestral")
@@ -73,8 +73,8 @@ class PairPainter:
         self.source, self.edit, self.null = (states[text] for text in (source, edit, negative))  # (T, D)
         tokenizer, device = painter.tokenizer, self.null.device
         self.mapping = token_map(*tokenizer([source, edit]).tolist(), tokenizer.end).to(device)  # (T, T)
-        self.taken = self.mapping.any(0).float()                                # (T,)
-        self.weights = torch.ones_like(self.taken)                              # (T,): c of each token
+        self.has_source = self.mapping.any(0).float()                                # (T,)
+        self.weights = torch.ones_like(self.has_source)                              # (T,): c of each token
         for word, factor in (reweight or {}).items():
             self.weights[find_words(tokenizer, edit, word)] = factor
         self.windows = [(self.columns([find_words(tokenizer, edit, word)])[:, 0] > 0, *window)
@@ -91,7 +91,7 @@ class PairPainter:
 
     def columns(self, words: list[list[int]]) -> Tensor:
         """Token positions of each of W words -> (T, W), with 1 at the tokens of each word, else 0."""
-        columns = torch.zeros(len(self.taken), len(words), device=self.taken.device)
+        columns = torch.zeros(len(self.has_source), len(words), device=self.has_source.device)
         for column, tokens in enumerate(words):
             columns[tokens, column] = 1
         return columns
@@ -132,11 +132,11 @@ class PairPainter:
             words = torch.stack(words[::-1]).repeat_interleave(pairs, dim=0)               # (2 B, T, W)
             heat = torch.zeros(2 * pairs, math.prod(self.coarse), words.shape[2], device=device)
 
-        def inject(sigma: float) -> Injection | None:
+        def attend_at(sigma: float) -> Attend:
             progress = progress_of[sigma]
             if words is None and progress >= max(shares) and not any(
                     begin <= progress < end for _, begin, end in self.windows):
-                return None  # no injection in this step, so the compiled UNet of speed/fast.py can run
+                return attend  # ordinary attention
             active = torch.tensor([progress < p for p in shares], device=device)
             return self.injection(progress, active, words, heat)
 
@@ -146,7 +146,7 @@ class PairPainter:
             return eps[1] + guidance * (eps[0] - eps[1])  # with caption, without caption
 
         denoise = make_denoiser(unet, timestep_of, self.null.dtype,
-                                [(1 if self.share_prefix else 2, None, text)], combine, inject)
+                                [(1 if self.share_prefix else 2, None, text)], combine, attend_at)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds * 2]  # a pair shares its noise
         shape = self.painter.latent_shape(self.settings["resolution"])
         x = self.plan.start_scale * draw_noise((2 * pairs, *shape), generators).to(device)
@@ -167,11 +167,12 @@ class PairPainter:
             rows[: 1 if both else 2, 0] += pairs * active                       # [caption or not, edit]
             injection.self_from = rows.flatten()
         if self.inject in ("cross", "both"):
-            now = active.float()[:, None].repeat(1, len(self.taken))            # (B, T): 1 if injected
+            now = active.float()[:, None].repeat(1, len(self.has_source))            # (B, T): 1 if injected
             for tokens, begin, end in self.windows:
                 now = torch.where(tokens, float(begin <= progress < end), now)
-            injection.from_source = self.mapping * (now * self.taken * self.weights)[:, None]  # (B, T, T)
-            injection.own = now * (1 - self.taken) * self.weights + 1 - now     # (B, T)
+            scale = now * self.has_source * self.weights                        # (B, T)
+            injection.source_weights = self.mapping * scale[:, None]            # (B, T, T)
+            injection.own_weights = now * (1 - self.has_source) * self.weights + 1 - now     # (B, T)
         return injection
 
 
@@ -185,8 +186,8 @@ class Injection:
     heat: Tensor | None                 # (2 B, positions, W): heat maps, changed in place
     self_from: Tensor | None = None     # (4 B,) int32: for each row, the row whose self-attention map it uses
     self_limit: float = math.inf        # maximum positions of a layer that injects self-attention
-    from_source: Tensor | None = None   # (B, T, T): M diag(a c), weights of the source's map, for the edits
-    own: Tensor | None = None           # (B, T): weight of each token's own map, for the edits with caption
+    source_weights: Tensor | None = None  # (B, T, T): M diag(a c), of the source's map, for the edits
+    own_weights: Tensor | None = None   # (B, T): of each token's own map, for the edits with caption
 
     def __call__(self, layer: Attention, x: Tensor, context: Context) -> Tensor:
         """x (4 B, positions, C), or 2 B rows before the first cross-attention if `share_prefix`."""
@@ -201,14 +202,14 @@ class Injection:
 
     def to_text(self, layer: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Cross-attention A* v. q (N, positions, C), k and v (N, T, C), N = 4 B or 2 B."""
-        if self.from_source is None:
+        if self.source_weights is None:
             return layer.attention(q, k, v, layer.heads)
         edits, rows = v[: self.pairs], torch.arange(len(v), device=v.device, dtype=torch.int32)
-        from_source = self.from_source.to(v.dtype) @ edits                      # (B, T, C)
-        v = torch.cat([self.own.to(v.dtype)[..., None] * edits, v[self.pairs :], from_source])
+        for_source = self.source_weights.to(v.dtype) @ edits                    # (B, T, C)
+        v = torch.cat([self.own_weights.to(v.dtype)[..., None] * edits, v[self.pairs :], for_source])
         map_from = torch.cat([rows, rows[self.pairs : 2 * self.pairs]])         # (N + B,)
-        h, taken = layer.attention(q, k, v, layer.heads, map_from=map_from).split([len(q), self.pairs])
-        h[: self.pairs] += taken
+        h, by_source = layer.attention(q, k, v, layer.heads, map_from=map_from).split([len(q), self.pairs])
+        h[: self.pairs] += by_source
         return h
 
     def add_heat(self, layer: Attention, q: Tensor, k: Tensor) -> None:

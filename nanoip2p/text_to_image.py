@@ -30,9 +30,9 @@ class TextToImage(Model):
     edits = False
     default_weights = "weights/nano-sd"
 
-    def complete(self, settings: dict) -> dict:
-        """Like Model.complete; also raises ValueError for unusable steps or resolution."""
-        settings = super().complete(settings)
+    def fill_defaults(self, settings: dict) -> dict:
+        """Like Model.fill_defaults; also raises ValueError for unusable steps or resolution."""
+        settings = super().fill_defaults(settings)
         if settings["resolution"] < 1 or settings["resolution"] % self.multiple:
             raise ValueError(f"these weights cannot use a resolution of {settings['resolution']}; take a "
                              f"multiple of {self.multiple}")
@@ -61,7 +61,7 @@ class TextToImage(Model):
         negative: the negative prompt. batch: the most pictures in a forward pass.
         callback(step, latents): see Editor.edit. Raises ValueError for unusable settings and types.
         """
-        settings = self.complete({"steps": steps, "cfg_text": cfg_text, "sampler": sampler,
+        settings = self.fill_defaults({"steps": steps, "cfg_text": cfg_text, "sampler": sampler,
                                   "resolution": resolution})
         if (images is None) != (strength is None):
             raise ValueError("SDEdit needs both images and strength; to generate from captions give neither")

@@ -190,10 +190,10 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, context: Context, inject: Attend | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, attend: Attend = attend) -> Tensor:
         h = self.norm1(x)
-        x = x + self.attn1(h, h, inject or attend)
-        x = repeat_rows(x, context) + self.attn2(self.norm2(x), context, inject or attend)
+        x = x + self.attn1(h, h, attend)
+        x = repeat_rows(x, context) + self.attn2(self.norm2(x), context, attend)
         return x + self.ff(self.norm3(x))
 
 
@@ -208,9 +208,9 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([block])
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Context, inject: Attend | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, attend: Attend = attend) -> Tensor:
         h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)       # (B, h*w, C)
-        h = self.transformer_blocks[0](h, context, inject)
+        h = self.transformer_blocks[0](h, context, attend)
         return repeat_rows(x, context) + self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
@@ -239,14 +239,14 @@ class Level(nn.Module):
         self.downsamplers = nn.ModuleList([Resample(c_out, 2)] if resample == "down" else [])
         self.upsamplers = nn.ModuleList([Resample(c_out, 1)] if resample == "up" else [])
 
-    def block(self, i: int, x: Tensor, time: Tensor, context: Context, inject: Attend | None = None,
+    def block(self, i: int, x: Tensor, time: Tensor, context: Context, attend: Attend = attend,
               recompute: bool = False) -> Tensor:
         """Run residual block i and, if it has one, its transformer."""
         if recompute:
-            return checkpoint(self.block, i, x, time, context, inject, use_reentrant=False,
+            return checkpoint(self.block, i, x, time, context, attend, use_reentrant=False,
                               preserve_rng_state=False)
         x = self.resnets[i](x, time)
-        return self.attentions[i](x, context, inject) if i < len(self.attentions) else x
+        return self.attentions[i](x, context, attend) if i < len(self.attentions) else x
 
 
 class UNet(nn.Module):
@@ -297,12 +297,12 @@ class UNet(nn.Module):
         return {key: dict(zip(blocks, row)) for key, row in zip(timestep_of, rows)}
 
     def forward(self, latents: Tensor, timestep: Tensor | float | dict, context: Context,
-                inject: Attend | None = None, recompute: bool = False) -> Tensor:
+                attend: Attend = attend, recompute: bool = False) -> Tensor:
         """Latents (B, C_in, h, w), timestep, text (B, L, D) -> predicted noise (B, C_out, h, w).
 
         h and w are arbitrary. timestep: a number, a tensor (1,) or (B,), also fractional (Karras sigmas), or
         a value of `project_timesteps`. context may also be R texts from `project_context`; then the noise has
-        R rows. inject: replaces `attend` in every layer. recompute: gradient checkpointing (Chen et al.
+        R rows. attend: the attention of every layer. recompute: gradient checkpointing (Chen et al.
         1604.06174), which takes a third more time and much less memory.
         """
         assert isinstance(context, Projected) or len(context) == len(latents), "one text for each row"
@@ -312,19 +312,19 @@ class UNet(nn.Module):
         skips = [x]
         for level in self.down_blocks:
             for i in range(len(level.resnets)):
-                x = level.block(i, x, time, context, inject, recompute)
+                x = level.block(i, x, time, context, attend, recompute)
                 skips.append(x)
             for downsample in level.downsamplers:
                 x = downsample(x)                                       # (B, C, h/2, w/2)
                 skips.append(x)
 
         for i in range(2):
-            x = self.mid_block.block(i, x, time, context, inject, recompute)
+            x = self.mid_block.block(i, x, time, context, attend, recompute)
 
         for level in self.up_blocks:
             for i in range(len(level.resnets)):
                 x = torch.cat([x, repeat_rows(skips.pop(), context)], dim=1)
-                x = level.block(i, x, time, context, inject, recompute)
+                x = level.block(i, x, time, context, attend, recompute)
             for upsample in level.upsamplers:
                 x = upsample(x, skips[-1].shape[2:])                    # (B, C, 2h, 2w)
         return self.conv_out(F.silu(self.conv_norm_out(x)))

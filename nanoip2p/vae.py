@@ -189,15 +189,15 @@ class VAE(nn.Module):
         """Unscaled latents (B, latent, h, w) -> image (B, 3, f*h, f*w), about [-1, 1] but not clipped."""
         return self.decoder(self.post_quant_conv(latents))
 
-    def encode_small(self, image: Tensor) -> Tensor:
+    def encode_low_memory(self, image: Tensor) -> Tensor:
         """The mean from `encode`, with less memory: one picture at a time, and large pictures in tiles.
 
         Tiles change the result slightly, because norms and attention cover only one tile.
         """
         return in_tiles(lambda part: self.encode(part)[0], image, self.downsampling, 1)
 
-    def decode_small(self, latents: Tensor) -> Tensor:
-        """`decode` with less memory, see `encode_small`."""
+    def decode_low_memory(self, latents: Tensor) -> Tensor:
+        """`decode` with less memory, see `encode_low_memory`."""
         return in_tiles(self.decode, latents, 1, self.downsampling)
 
     @staticmethod

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> None:
         args = parser.parse_args(argv)
         checkpoint = open_checkpoint(args.source, args.vae, args.tokenizer, args.raw_weights)
-        print(f"{args.source}: {checkpoint.found}")
+        print(f"{args.source}: {checkpoint.description}")
         for part, network in checkpoint.networks.items():
             model = network.model if args.target else network.load(None)  # loading checks the weights
             print(f"  {part:<13}{sum(p.numel() for p in model.parameters()) / 1e6:>8.1f} M parameters")

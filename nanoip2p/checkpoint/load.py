@@ -32,7 +32,7 @@ class Checkpoint:
     """An open checkpoint. Its weights are still on disk."""
 
     source: Path
-    found: str  # description of the checkpoint
+    description: str  # one line: layout, kind, channels, dtypes
     networks: dict[str, StoredNetwork]  # the keys of PARTS
     tokenizer: str | None  # a folder or a name on the Hub, if the user gave one
     schedule: dict  # the content of scheduler_config.json
@@ -59,7 +59,7 @@ def open_checkpoint(name: str | Path, vae: str | Path | None = None, tokenizer: 
     source = Path(name) if Path(name).exists() else fetch_weights(str(name))
     own_vae = None if vae is None else _open_vae(Path(vae))
     open_layout = _open_folder if source.is_dir() else _open_single_file
-    found, networks, schedule, defaults = open_layout(source, raw_weights, own_vae)
+    description, networks, schedule, defaults = open_layout(source, raw_weights, own_vae)
     unet, autoencoder, text = (networks[part].model.config for part in PARTS)
     latent = autoencoder.latent_channels
     if unet.cross_attention_dim != text.hidden_size:
@@ -72,8 +72,8 @@ def open_checkpoint(name: str | Path, vae: str | Path | None = None, tokenizer: 
         NoiseSchedule.from_config(schedule).alphas_cumprod()
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{source}: its noise schedule cannot be used ({error})") from None
-    found = found if vae is None else f"{found}, autoencoder of {vae}"
-    return Checkpoint(source, found, networks, tokenizer, schedule, defaults)
+    description = description if vae is None else f"{description}, autoencoder of {vae}"
+    return Checkpoint(source, description, networks, tokenizer, schedule, defaults)
 
 
 def _open_folder(folder: Path, raw_weights: bool, vae: StoredNetwork | None) -> tuple:
@@ -92,9 +92,9 @@ def _open_folder(folder: Path, raw_weights: bool, vae: StoredNetwork | None) -> 
 def _open_single_file(path: Path, raw_weights: bool, vae: StoredNetwork | None) -> tuple:
     """Like _open_folder, for a single file. With `vae`, the file needs no autoencoder."""
     metadata = _own_metadata(path)
-    found, networks = find_networks(lambda: read_tensors(path), path, raw_weights, metadata)
+    description, networks = find_networks(lambda: read_tensors(path), path, raw_weights, metadata)
     networks |= {"vae": vae} if vae else {}
-    return found, networks, metadata.get("schedule", NoiseSchedule().to_json()), metadata["defaults"]
+    return description, networks, metadata.get("schedule", NoiseSchedule().to_json()), metadata["defaults"]
 
 
 def _own_metadata(path: Path) -> dict:

@@ -130,7 +130,7 @@ def find_networks(read: Read, path: Path, raw_weights: bool = False,
     averaged (EMA) weights if the file has them, unless `raw_weights`. Raises ValueError for a file of another
     family and for unknown tensors.
     """
-    tensors = clean(read(), path)
+    tensors = normalised(read(), path)
     if not any(name.startswith(PREFIXES[UNet]) for name in tensors):
         refuse_families(tensors, FAMILIES | FRAGMENTS, path)
         raise ValueError(f"{path} is no Stable Diffusion checkpoint; it holds {', '.join([*tensors][:3])} …")
@@ -147,13 +147,13 @@ def find_networks(read: Read, path: Path, raw_weights: bool = False,
     unet = models["unet"].config
     kind = "an InstructPix2Pix" if unet.in_channels > unet.out_channels else "a Stable Diffusion 1.x"
     which = "EMA weights" if ema else "raw weights" if has_ema else "no EMA copy"
-    found = (f"{kind} checkpoint in the layout of 2022, {unet.in_channels} input channels, {which}, "
+    description = (f"{kind} checkpoint in the layout of 2022, {unet.in_channels} input channels, {which}, "
              f"{dtype_names(tensors.values())}")
 
     def read_part(part: str) -> dict[str, Tensor]:
-        return from_original(models[part], clean(read(), path), ema and part == "unet")
+        return from_original(models[part], normalised(read(), path), ema and part == "unet")
 
-    return found, {part: StoredNetwork(model, partial(read_part, part), path)
+    return description, {part: StoredNetwork(model, partial(read_part, part), path)
                    for part, model in models.items()}
 
 
@@ -162,22 +162,22 @@ def find_vae(read: Read, path: Path, config: dict | None = None) -> StoredNetwor
 
     config: its config; default: Stable Diffusion 1.5's. ValueError: see find_networks.
     """
-    refuse_families(clean(read(), path), FAMILIES, path)
+    refuse_families(normalised(read(), path), FAMILIES, path)
     model, prefix = build_without_memory(VAE, config or SD15["vae"], path), PREFIXES[VAE]
     names = {prefix + name: name for name in model.state_dict()}  # diffusers' spelling
     names |= {original: name for name, original in original_names(model).items()}
 
     def read_vae() -> dict[str, Tensor]:
-        tensors = clean(read(), path)
+        tensors = normalised(read(), path)
         inside = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         alone = {prefix + name: tensor for name, tensor in tensors.items()}
         return {names.get(name, name): tensor.flatten(1) if is_projection(name) else tensor
-                for name, tensor in VAE.published_names(clean(inside or alone, path)).items()}
+                for name, tensor in VAE.published_names(normalised(inside or alone, path)).items()}
 
     return StoredNetwork(model, read_vae, path)
 
 
-def clean(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+def normalised(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Drop IGNORED tensors and scalars (no network has scalars), and normalise the names.
 
     Some programs add `state_dict.` before names or omit `text_model.`. Raises ValueError if two names of the

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanoip2p.checkpoint.hub import weight_files
 from nanoip2p.checkpoint.pickles import read_pickle
-from nanoip2p.common.files import read_json, remedy, replacing
+from nanoip2p.common.files import listing, read_json, replacing
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SAFETENSORS_NAMES = {
@@ -30,7 +30,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises ValueError if the file is missing, truncated or of another format.
     """
     if not path.is_file():
-        raise ValueError(f"{path} is missing; {remedy(path.parent)}")
+        raise ValueError(f"{path} is missing; {listing(path.parent)}")
     with path.open("rb") as file:
         pickled = file.read(4).startswith((b"PK\3\4", b"\x80"))
     if pickled and path.suffix.lower() != ".safetensors":
@@ -55,7 +55,7 @@ def find_weights(folder: Path) -> dict[str, Tensor]:
     files = weight_files([path.name for path in folder.glob("*")])
     if not files:
         raise ValueError("diffusion_pytorch_model.safetensors or model.safetensors is missing; "
-                         f"{remedy(folder)}")
+                         f"{listing(folder)}")
     for index in (folder / name for name in files if name.endswith(".json")):
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):

@@ -51,7 +51,7 @@ def read_json(path: Path, missing: dict | None = None, kind: type = dict) -> dic
     except FileNotFoundError:
         if missing is not None:
             return missing
-        raise ValueError(f"{path} is missing; {remedy(path.parent)}") from None
+        raise ValueError(f"{path} is missing; {listing(path.parent)}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(content, kind):
@@ -65,7 +65,7 @@ def write_json(content: dict | list, path: Path) -> None:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def remedy(folder: Path) -> str:
+def listing(folder: Path) -> str:
     """A text that lists the files in `folder`, for error messages about a missing file."""
     if not folder.is_dir():
         return f"there is no folder {folder}"

@@ -29,7 +29,7 @@ ANSWER_TOKENS = 256      # token limit of an answer
 RETRIES = 3              # further requests after an unusable answer
 DELIMITER = "\n%%\n"     # between instruction and caption, in the answers of a fine-tuned model
 SERVER_RETRIES, TIMEOUT = 5, 120.0  # retries by the client (429, 5xx, lost connection); seconds
-PATIENCE = 5             # the run ends after this number of failed captions in a row
+MAX_FAILURES = 5             # the run ends after this number of failed captions in a row
 GRACE = 10.0             # seconds to wait for open requests after Ctrl-C
 FINAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
 FEWSHOT = read_json(Path(__file__).with_name("fewshot.json"))
@@ -84,7 +84,7 @@ def read_captions(path: Path, column: str | None = None) -> tuple[list[dict], in
     return captions, repeats
 
 
-def question(caption: str, settings: Settings) -> dict:
+def make_request(caption: str, settings: Settings) -> dict:
     """The request for one caption. Only the last message varies, so servers can cache the others."""
     request = {"model": settings.model, "temperature": settings.temperature,
                "frequency_penalty": FREQUENCY_PENALTY, "max_tokens": ANSWER_TOKENS}
@@ -181,7 +181,7 @@ class Job:
                     self.counts["unanswered"] += 1
                     self.unanswered += 1
                     hopeless = FINAL if self.used else (*FINAL, openai.APIConnectionError)
-                    if isinstance(error, hopeless) or self.unanswered >= PATIENCE:
+                    if isinstance(error, hopeless) or self.unanswered >= MAX_FAILURES:
                         self.problem = error
             except OSError as error:  # the disk is full
                 self.problem = error
@@ -210,7 +210,7 @@ class Job:
 
     def reply(self, text: str):
         """Send one request; return the completion. Raises OverBudget if it could exceed --max-tokens."""
-        request, client = question(text, self.settings), self.client
+        request, client = make_request(text, self.settings), self.client
         with self.lock:
             # A token has at least one byte, so the bytes bound the tokens
             tokens_in = self.prompt + len(text.encode()) if self.prompt else len(str(request).encode())
@@ -233,7 +233,7 @@ class Job:
                 raise Unusable("refused") from None
             raise
         finally:
-            with self.lock:  # both at once: between them, another question could pass the limit
+            with self.lock:  # both at once: between them, another request could pass the limit
                 self.reserved -= reserved
                 self.used += spent
                 if spent:

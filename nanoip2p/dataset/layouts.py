@@ -20,7 +20,7 @@ from threading import Lock
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from nanoip2p.common.files import read_json, read_rows, remedy
+from nanoip2p.common.files import listing, read_json, read_rows
 from nanoip2p.images import fit, open_image
 from nanoip2p.world.scenes import Scene
 
@@ -119,7 +119,7 @@ def _read(source: Path, split: str) -> list[Item]:
             return _cut([item for file in files for item in reader(file)], split)
     raise ValueError(f"{source} is no training data: that is a .jsonl or .parquet file, or a folder with "
                      "seeds.json, pairs.jsonl, *.parquet (also in data/) or edit_turns.json (also in train/ "
-                     f"and dev/); {remedy(source)}")
+                     f"and dev/); {listing(source)}")
 
 
 def _texts(row, keys: tuple[str, ...], where: str) -> list[str]:

@@ -100,7 +100,7 @@ def read_prompts(path: Path) -> tuple[list[Prompt], list[str]]:
     return prompts, bad
 
 
-def complete(flags: dict, weights: Path, painter_defaults: dict) -> PairSettings:
+def pair_settings(flags: dict, weights: Path, painter_defaults: dict) -> PairSettings:
     """Take each setting from `flags`, else from pairs.json in the weights folder, else from the defaults.
 
     `clip` in pairs.json is a path relative to that folder, or a Hub name. ValueError for an invalid setting.

@@ -9,7 +9,7 @@ import torch
 
 from nanoip2p.common.files import replacing
 from nanoip2p.dataset.layouts import Pair
-from nanoip2p.world.scenes import EDIT_KINDS, pick, random_scene, seen_edits
+from nanoip2p.world.scenes import EDIT_KINDS, pick, random_scene, training_edits
 
 EDITS_PER_SCENE = 4
 EQUAL_ODDS = (1.0,) * len(EDIT_KINDS)
@@ -20,7 +20,7 @@ def draw_scenes(n: int, seed: int) -> list[dict]:
     generator, rows = torch.Generator().manual_seed(seed), {}
     while len(rows) < n:
         scene = random_scene("train", int(torch.randint(2**31, (), generator=generator)))
-        edits = seen_edits(scene)
+        edits = training_edits(scene)
         if edits:
             kind = pick(sorted({edit.kind for edit in edits}), generator)  # first: "add" has more edits
             edit = pick([edit for edit in edits if edit.kind == kind], generator)
@@ -49,7 +49,7 @@ def scene_pairs(n: int, split: str = "train", weights: tuple[float, ...] = EQUAL
         if len(pairs) >= n:
             return pairs[:n]
         scene = random_scene(split, index)
-        edits = seen_edits(scene)
+        edits = training_edits(scene)
         odds = torch.tensor([weight * any(edit.kind == kind for edit in edits)
                              for kind, weight in zip(EDIT_KINDS, weights)])
         for kind in torch.multinomial(odds, EDITS_PER_SCENE, True, generator=generator) if odds.any() else ():

@@ -13,7 +13,7 @@ from nanoip2p.world.scenes import Scene, random_scene
 GROUP = 32  # number of captions from which CLIP chooses
 
 
-def captioned(n: int) -> list[Scene]:
+def distinct_scenes(n: int) -> list[Scene]:
     """`n` test scenes with distinct captions. Rounds `n` up to a multiple of GROUP."""
     scenes, index = {}, 0
     while len(scenes) < -(-n // GROUP) * GROUP:
@@ -36,7 +36,7 @@ def ranked_first(judge: Judge, pictures: list[Image.Image], captions: list[str])
 def run(args: argparse.Namespace) -> tuple[str, dict]:
     """Return the accuracies with standard errors, as text and as numbers. args: see __main__.py."""
     painter = TextToImage.load(args.weights, args.device)
-    judge, scenes = Judge.load(args.clip, painter.device), captioned(args.n)
+    judge, scenes = Judge.load(args.clip, painter.device), distinct_scenes(args.n)
     captions, painted = [scene.caption() for scene in scenes], []
     for i in tqdm(range(0, len(scenes), GROUP), desc=f"painting, {GROUP} at a time"):
         painted += painter.generate(captions[i : i + GROUP], seed=i, batch=GROUP, steps=args.steps,

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict]:
     editor = Editor.load(args.weights, args.device)
     judge = Judge.load(args.clip, editor.device)
     given = {key: getattr(args, key) for key in ("steps", "cfg_text", "cfg_image", "sampler")}
-    settings = editor.complete(given) | {"seed": args.seed}
+    settings = editor.fill_defaults(given) | {"seed": args.seed}
 
     rows = {"single-turn": [], "multi-turn": []}
     for name, pairs in tqdm(sessions.items(), desc="editing and scoring", unit="session"):

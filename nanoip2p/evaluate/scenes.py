@@ -22,7 +22,7 @@ from nanoip2p.world.scenes import EDIT_KINDS, Edit, Scene, held_out, pick, rando
 BATCH = 35  # edits that share a forward pass
 
 
-def questions(n: int, combinations: str = "seen") -> list[tuple[Scene, Edit]]:
+def choose_edits(n: int, combinations: str = "seen") -> list[tuple[Scene, Edit]]:
     """`n` distinct scenes with one edit each, cycling through EDIT_KINDS. The same on every machine.
 
     combinations: "held-out" selects edits with scenes.held_out True, "seen" with False.
@@ -65,7 +65,7 @@ def round_trip(editor: Editor, picture: Image.Image) -> Image.Image:
     return to_pil(editor.vae.decode(mean)[0])
 
 
-def score_scenes(editor: Editor, asked: list[tuple[Scene, Edit]], settings: dict) -> list[dict]:
+def score_scenes(editor: Editor, chosen: list[tuple[Scene, Edit]], settings: dict) -> list[dict]:
     """Make and score every edit. settings: for Editor.edit; a value None means the default.
 
     Returns rows of kind, instruction, success, psnr, ceiling, pictures: (before, edited, right answer). The
@@ -73,8 +73,8 @@ def score_scenes(editor: Editor, asked: list[tuple[Scene, Edit]], settings: dict
     answer after the autoencoder alone: about the best that an edit can reach.
     """
     rows = []
-    for i in tqdm(range(0, len(asked), BATCH), desc=f"editing, {BATCH} at a time"):
-        part = asked[i : i + BATCH]
+    for i in tqdm(range(0, len(chosen), BATCH), desc=f"editing, {BATCH} at a time"):
+        part = chosen[i : i + BATCH]
         inputs = [scene.render(editor.side) for scene, _ in part]
         pictures = editor.edit(inputs, [edit.instructions[-1] for _, edit in part], seed=i,
                                batch=BATCH, **settings)
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict]:
     """Return scores as text and as numbers, and write <out>/failed.png. args: see __main__.py."""
     settings = {key: getattr(args, key) for key in ("steps", "cfg_text", "cfg_image", "sampler")}
     editor = Editor.load(args.weights, args.device)
-    rows = score_scenes(editor, questions(args.n, args.combinations), settings)
+    rows = score_scenes(editor, choose_edits(args.n, args.combinations), settings)
     failed = [row for row in rows if not row["success"]][:16]
     if args.out and failed:
         labels = [["input", row["instruction"], "right answer"] for row in failed]

@@ -17,10 +17,10 @@ TILES_AT_ONCE = 256  # Winograd tiles per matrix product, few enough for the CPU
 TRANSFORM = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.double)  # G
 
 
-def fast(unet: UNet, say: Callable[[str], None], injects: bool = False) -> UNet:
+def speed_up(unet: UNet, say: Callable[[str], None], injects: bool = False) -> UNet:
     """Speed up the network in place, depending on its device, and return it. Load its weights before.
 
-    say: called with a line of text before slow work. injects: True if most calls pass `inject`; then the UNet
+    say: called with a line of text before slow work. injects: True if most calls pass `attend`; then the UNet
     is not compiled on CUDA, because it would recompile at every step. The state dict stays the same.
     """
     device = unet.conv_in.weight.device.type
@@ -54,7 +54,7 @@ def repack(model: nn.Module, min_channels: int = 128) -> nn.Module:
                 setattr(parent, name, Winograd(layer))
 
     def refuse(*_) -> None:
-        raise RuntimeError("a fast network cannot load other weights; load them before speed.fast.fast")
+        raise RuntimeError("a fast network cannot load other weights; load them before speed.fast.speed_up")
 
     model.register_load_state_dict_pre_hook(refuse)
     return model.requires_grad_(False).to(memory_format=torch.channels_last)

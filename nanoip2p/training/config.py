@@ -23,9 +23,10 @@ PRESETS = {
              "sample_every": 200, "validate_every": 50, "log_every": 25},
 }
 # Settings that may change when a run is resumed
-FREE = {"steps", "lr", "batch_size", "accumulate", "recompute", "compile", "device", "ema_device", "workers",
-        "cache", "skip_bad", "save_every", "keep", "sample_every", "validate_every", "log_every",
-        "tensorboard", "out", "resume", "check"}
+RESUME_MAY_CHANGE = {
+    "steps", "lr", "batch_size", "accumulate", "recompute", "compile", "device", "ema_device", "workers",
+    "cache", "skip_bad", "save_every", "keep", "sample_every", "validate_every", "log_every", "tensorboard",
+    "out", "resume", "check"}
 NOT_STORED = {"accumulate", "preset", "resume", "check"}  # accumulate is computed from the samples per step
 
 

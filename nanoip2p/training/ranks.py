@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from nanoip2p.common.device import pick_device
 
-PATIENCE = timedelta(days=1)  # how long a rank waits for a rank that encodes data or samples pictures
+MAX_WAIT = timedelta(days=1)  # how long a rank waits for a rank that encodes data or samples pictures
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,6 @@ def started(device: str | None) -> Iterator[Ranks]:
         torch.cuda.set_device(chosen)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
-        yield Ranks(dist.get_rank(), count, chosen, dist.new_group(backend="gloo", timeout=PATIENCE))
+        yield Ranks(dist.get_rank(), count, chosen, dist.new_group(backend="gloo", timeout=MAX_WAIT))
     finally:
         dist.destroy_process_group()

@@ -42,7 +42,7 @@ PHRASINGS = {
 }
 EDIT_KINDS = tuple(PHRASINGS)
 
-# Combinations that `seen_edits` keeps from the nano editors. Training covers each part of a combination.
+# Combinations that `training_edits` keeps from the nano editors. Training covers each part of a combination.
 # nano-clip and nano-sd train on all combinations, as CLIP and Stable Diffusion have seen nearly everything.
 HELD_OUT_THINGS = {("house", "purple"), ("tree", "white"), ("car", "pink"), ("tent", "orange"),
                    ("mushroom", "blue"), ("flower", "green"), ("rocket", "red"), ("balloon", "yellow")}
@@ -148,7 +148,7 @@ def held_out(scene: Scene, edit: Edit) -> bool:
     return not shown.isdisjoint(HELD_OUT_THINGS) or (edit.kind, edit.thing) in HELD_OUT_EDITS
 
 
-def seen_edits(scene: Scene) -> list[Edit]:
+def training_edits(scene: Scene) -> list[Edit]:
     """The edits that editors train on. A scene that shows a held-out thing has none."""
     return [edit for edit in scene.edits() if not held_out(scene, edit)]
 

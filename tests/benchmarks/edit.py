@@ -32,7 +32,7 @@ from tiny_editor import write_tiny_editor  # noqa: E402
 
 from nanoip2p.checkpoint.tensors import DTYPES  # noqa: E402
 from nanoip2p.editor import Editor  # noqa: E402
-from nanoip2p.speed.fast import fast  # noqa: E402
+from nanoip2p.speed.fast import speed_up  # noqa: E402
 from nanoip2p.unet import UNet, UNetConfig  # noqa: E402
 
 WIDTHS = {"tiny": 32, "half": 160, "full": 320}  # channels of the first level
@@ -47,7 +47,7 @@ def make_editors(folder: Path, width: int, device: str, dtype: torch.dtype) -> d
     plain = Editor.load(folder, device, dtype)
     plain.unet = randomise(UNet(config)).to(device, dtype)
     quick = copy.copy(plain)
-    quick.unet = fast(copy.deepcopy(plain.unet), print)
+    quick.unet = speed_up(copy.deepcopy(plain.unet), print)
     pipeline = diffusers.StableDiffusionInstructPix2PixPipeline
     peer = pipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
     with torch.device("meta"):

@@ -35,8 +35,8 @@ def peaks(side: int, low_memory: bool) -> dict[str, tuple[int, int]]:
             guided_denoiser(unet, timesteps, z, context, context, 7.5, 1.5, low_memory)(z.float(), 1.0)
 
         parts = {"text": (text, lambda: text(ids)), "denoise": (unet, denoise),
-                 "encode": (vae, lambda: (vae.encode_small if low_memory else vae.encode)(picture)),
-                 "decode": (vae, lambda: (vae.decode_small if low_memory else vae.decode)(z))}
+                 "encode": (vae, lambda: (vae.encode_low_memory if low_memory else vae.encode)(picture)),
+                 "decode": (vae, lambda: (vae.decode_low_memory if low_memory else vae.decode)(z))}
         found = {}
         for name, (network, run) in parts.items():
             with Live() as live:

@@ -28,7 +28,7 @@ from tiny_editor import write_tiny_editor  # noqa: E402
 
 from nanoip2p.diffusion import NoiseSchedule  # noqa: E402
 from nanoip2p.prompt_to_prompt import PairPainter  # noqa: E402
-from nanoip2p.speed.fast import fast  # noqa: E402
+from nanoip2p.speed.fast import speed_up  # noqa: E402
 from nanoip2p.text_to_image import TextToImage  # noqa: E402
 from nanoip2p.unet import UNet, UNetConfig  # noqa: E402
 
@@ -51,7 +51,7 @@ def make_runs(folder: Path, width: str, latents: int, steps: int, device: str) -
         peer.unet = hertz.diffusers.UNet2DConditionModel.from_config(config.to_json()).eval()
     peer.unet.load_state_dict(painter.unet.state_dict(), assign=True)
     quick = copy.copy(painter)
-    quick.unet = fast(copy.deepcopy(painter.unet), print, injects=True)
+    quick.unet = speed_up(copy.deepcopy(painter.unet), print, injects=True)
     resolution, runs = latents * 4, {}
     for name, (source, edit, edit_text) in CAPTIONS.items():
         mode = name if name in ("self", "both") else "cross"

@@ -100,7 +100,7 @@ def test_a_half_precision_file_is_let_go_before_the_next_network(layout, folder,
 
     parts = load_model(checkpoint)
     assert len(opened) > 100 and not any(reference() is not None for reference in opened)
-    assert parts.unet.conv_in.weight.dtype == torch.float32 and checkpoint.found.endswith("fp16")
+    assert parts.unet.conv_in.weight.dtype == torch.float32 and checkpoint.description.endswith("fp16")
 
 
 def test_a_lightning_file_of_2022(tmp_path, monkeypatch):
@@ -177,7 +177,7 @@ def test_averaged_weights_are_used_and_said(single, tmp_path):
     averaged, plain = open_checkpoint(path), open_checkpoint(path, raw_weights=True)
     assert same(averaged.networks["unet"].read(), {name: 2 * tensor for name, tensor in raw.items()})
     assert same(plain.networks["unet"].read(), raw)
-    assert "EMA weights" in averaged.found and "raw weights" in plain.found
+    assert "EMA weights" in averaged.description and "raw weights" in plain.description
     assert same(averaged.networks["vae"].read(), plain.networks["vae"].read())
 
 
@@ -187,7 +187,7 @@ def test_another_autoencoder(folder, tmp_path):
     convert(open_checkpoint(other), tmp_path / "other.safetensors")
     for source in (other, other / "vae", tmp_path / "other.safetensors"):
         checkpoint = open_checkpoint(folder, vae=source)
-        assert same(checkpoint.networks["vae"].read(), expected) and str(source) in checkpoint.found
+        assert same(checkpoint.networks["vae"].read(), expected) and str(source) in checkpoint.description
         assert same(checkpoint.networks["unet"].read(), open_checkpoint(folder).networks["unet"].read())
     with pytest.raises(ValueError, match="absent is missing; "):
         open_checkpoint(folder, vae=tmp_path / "absent")
@@ -249,7 +249,7 @@ def test_widened_network_is_the_old_one_whatever_the_picture(folder, tmp_path):
         with pytest.raises(ValueError, match="conv_in.weight"):
             load_model(widen(open_checkpoint(bad)))
     convert(open_checkpoint(base), tmp_path / "base.safetensors")
-    assert "a Stable Diffusion 1.x checkpoint" in open_checkpoint(tmp_path / "base.safetensors").found
+    assert "a Stable Diffusion 1.x checkpoint" in open_checkpoint(tmp_path / "base.safetensors").description
     convert(open_checkpoint(base), tmp_path / "again")
     index = json.loads((tmp_path / "again" / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionPipeline"
@@ -306,7 +306,7 @@ def test_looking_and_converting_on_the_command_line(folder, tmp_path, capsys):
     target = tmp_path / "half.safetensors"
     assert main([str(folder), str(target), "--dtype", "fp16", "--ema-copy"]) == 0
     assert "for --tokenizer" in capsys.readouterr().out
-    assert "EMA weights, fp16" in open_checkpoint(target).found
+    assert "EMA weights, fp16" in open_checkpoint(target).description
     written = target.read_bytes()
     assert main([str(target), str(target), "--tokenizer", str(folder / "tokenizer")]) == 2
     assert "is the checkpoint itself" in capsys.readouterr().err and target.read_bytes() == written

@@ -88,7 +88,7 @@ def test_a_server_that_fails_for_good_ends_the_run(server, ask):
     code, rows, _, said = ask(TEXTS, "--concurrency", 1)
     assert code == 2 and by_input(rows) == expected(TEXTS[:3])
     assert said.count("error:") == 1 and "oops" in said
-    assert len(set(server.asked)) == 3 + captions.PATIENCE
+    assert len(set(server.asked)) == 3 + captions.MAX_FAILURES
 
 
 def test_a_server_that_often_fails_is_borne_with(server, ask):

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from nanoip2p.dataset.layouts import COLUMNS, Cell, Pair, load_picture, read_data, stamp
 from nanoip2p.dataset.rendered import captioned_scenes, scene_pairs
 from nanoip2p.images import to_tensor
-from nanoip2p.world.scenes import EDIT_KINDS, held_out, random_scene, seen_edits
+from nanoip2p.world.scenes import EDIT_KINDS, held_out, random_scene, training_edits
 
 
 def jpeg(seed: int) -> bytes:
@@ -127,7 +127,7 @@ def complaint(source, **options) -> str:
 def test_scene_pairs_are_true_edits_in_phrasings_and_combinations_that_training_may_see():
     pairs = scene_pairs(39, "train")
     assert len(pairs) == 39 and pairs == scene_pairs(40, "train")[:39] != scene_pairs(39, "validation")
-    scenes = [scene for scene in (random_scene("train", i) for i in range(40)) if seen_edits(scene)]
+    scenes = [scene for scene in (random_scene("train", i) for i in range(40)) if training_edits(scene)]
     for i, pair in enumerate(pairs):
         assert pair.before == scenes[i // 4]
         edit = next(edit for edit in pair.before.edits() if edit.scene == pair.after)

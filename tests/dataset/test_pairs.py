@@ -23,7 +23,7 @@ import make_dataset
 from nanoip2p.clip_filter import SIMILARITIES, Judge
 from nanoip2p.dataset import pairs, show
 from nanoip2p.dataset.layouts import Pair, read_data
-from nanoip2p.dataset.pairs import candidate, complete, list_seeds, read_prompts
+from nanoip2p.dataset.pairs import candidate, list_seeds, pair_settings, read_prompts
 from nanoip2p.speed import fast as speed
 from nanoip2p.text_to_image import TextToImage
 
@@ -313,8 +313,8 @@ def test_bad_lines_are_skipped_on_demand(weights, prompts, finished, tmp_path, c
 
 
 def test_fast_makes_the_same_pairs_and_the_same_job(finished, weights, prompts, tmp_path, monkeypatch):
-    used, fast = [], speed.fast
-    monkeypatch.setattr(speed, "fast", lambda unet, say, injects: used.append(fast(unet, say)))
+    used, fast = [], speed.speed_up
+    monkeypatch.setattr(speed, "speed_up", lambda unet, say, injects: used.append(fast(unet, say)))
     assert make_dataset.main(argv(weights, prompts, tmp_path / "out", "--fast")) == 0 and len(used) == 1
     made, plain = content(tmp_path / "out"), content(finished)
     assert made.keys() == plain.keys() and made["job.json"] == plain["job.json"]
@@ -389,14 +389,14 @@ def test_other_prompts_weights_or_clip_do_not_mix_with_these(finished, weights, 
 
 def test_settings_come_from_flags_then_the_weights_folder_then_the_paper(tmp_path):
     painter = {"steps": 7, "resolution": 64, "sampler": "ddim", "cfg_text": 1.0}
-    paper = complete({}, tmp_path, painter)
+    paper = pair_settings({}, tmp_path, painter)
     assert paper == pairs.PairSettings(steps=7, resolution=64, sampler="ddim")
     assert (paper.n_samples, paper.max_out_samples, paper.clip) == (100, 4, "openai/clip-vit-large-patch14")
     (tmp_path / "nano-clip").mkdir()
     (tmp_path / "weights").mkdir()
     chosen = {"clip": "../nano-clip", "max_cfg": 9, "steps": 5, "clip_threshold": 0.1}
     (tmp_path / "weights" / "pairs.json").write_text(json.dumps(chosen))
-    settings = complete({"steps": 3, "out": "x"}, tmp_path / "weights", painter)
+    settings = pair_settings({"steps": 3, "out": "x"}, tmp_path / "weights", painter)
     changed = {key: value for key, value in asdict(settings).items() if value != getattr(paper, key)}
     where = str(tmp_path / "weights" / "../nano-clip")
     assert changed == {"clip": where, "max_cfg": 9, "steps": 3, "clip_threshold": 0.1}
@@ -410,7 +410,7 @@ def test_settings_come_from_flags_then_the_weights_folder_then_the_paper(tmp_pat
 def test_settings_that_cannot_be_used_are_named(tmp_path, chosen, named):
     (tmp_path / "pairs.json").write_text(json.dumps(chosen))
     with pytest.raises(ValueError, match=named):
-        complete({}, tmp_path, {"steps": 7, "resolution": 64, "sampler": "ddim"})
+        pair_settings({}, tmp_path, {"steps": 7, "resolution": 64, "sampler": "ddim"})
 
 
 @pytest.mark.parametrize("words, named", [

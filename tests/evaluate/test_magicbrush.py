@@ -46,7 +46,7 @@ class Brighter:
     def __init__(self):
         self.device, self.asked = "cpu", []
 
-    def complete(self, settings):
+    def fill_defaults(self, settings):
         return {key: self.defaults[key] if value is None else value for key, value in settings.items()}
 
     def edit(self, image, instruction, **settings):

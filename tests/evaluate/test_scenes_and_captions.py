@@ -13,11 +13,11 @@ from tiny_editor import write_tiny_editor
 
 from nanoip2p.evaluate import __main__ as evaluate
 from nanoip2p.evaluate import captions, scenes
-from nanoip2p.evaluate.captions import captioned, ranked_first
-from nanoip2p.evaluate.scenes import nearest_edit, questions, rate, score_scenes, table, unchanged_psnr
+from nanoip2p.evaluate.captions import distinct_scenes, ranked_first
+from nanoip2p.evaluate.scenes import choose_edits, nearest_edit, rate, score_scenes, table, unchanged_psnr
 from nanoip2p.world.scenes import EDIT_KINDS, held_out, random_scene
 
-ASKED = questions(21)
+ASKED = choose_edits(21)
 
 
 def editor_that(answers):
@@ -31,14 +31,14 @@ def editor_that(answers):
 
 
 def test_questions_are_fixed_and_of_every_kind():
-    assert questions(21) == ASKED
+    assert choose_edits(21) == ASKED
     assert [edit.kind for _, edit in ASKED] == list(EDIT_KINDS) * 3
     assert all(edit in scene.edits() for scene, edit in ASKED)
 
 
 def test_questions_about_combinations_that_training_may_or_may_not_see():
     for combinations in ("seen", "held-out"):
-        asked = questions(28, combinations)
+        asked = choose_edits(28, combinations)
         assert len({scene for scene, _ in asked}) == 28
         assert [edit.kind for _, edit in asked] == list(EDIT_KINDS) * 4
         assert {held_out(scene, edit) for scene, edit in asked} == {combinations == "held-out"}
@@ -115,8 +115,8 @@ def test_missing_weights_are_one_line(tmp_path, capsys):
 
 
 def test_captions_differ():
-    found = captioned(40)
-    assert len(found) == len({scene.caption() for scene in found}) == 64 and captioned(1) == found[:32]
+    found = distinct_scenes(40)
+    assert len(found) == len({scene.caption() for scene in found}) == 64 and distinct_scenes(1) == found[:32]
 
 
 class OneHotJudge:

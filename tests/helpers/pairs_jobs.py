@@ -25,7 +25,7 @@ from nanoip2p.clip_filter import SIMILARITIES
 from nanoip2p.dataset import pairs
 
 FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "fcntl.flock", "shutil.rmtree"}
-SETTINGS = pairs.complete({}, Path("nowhere"), {"steps": 2, "resolution": 32, "sampler": "euler"})
+SETTINGS = pairs.pair_settings({}, Path("nowhere"), {"steps": 2, "resolution": 32, "sampler": "euler"})
 FEW = replace(SETTINGS, n_samples=5, batch=2, max_out_samples=2, clip_dir_threshold=0.0)
 
 

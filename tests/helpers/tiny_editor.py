@@ -24,7 +24,7 @@ def write_tiny_editor(folder: Path, scheduler_config: dict | None = None, seed: 
                       in_channels: int = 8) -> Path:
     """Pictures in multiples of 8 pixels: 4x down-sampling in the VAE, 2x in the UNet. Returns the folder.
 
-    With 4 channels it is a text-to-picture model.
+    With 4 channels it is a text-to-image model.
     """
     unet = randomise(UNet(UNetConfig(
         in_channels=in_channels, block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=2,
@@ -41,7 +41,7 @@ def write_tiny_editor(folder: Path, scheduler_config: dict | None = None, seed: 
 
 
 def write_tiny_painter(folder: Path, seed: int = 0) -> Path:
-    """As write_tiny_editor, a text-to-picture model."""
+    """As write_tiny_editor, a text-to-image model."""
     return write_tiny_editor(folder, seed=seed, in_channels=4)
 
 

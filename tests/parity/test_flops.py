@@ -88,7 +88,7 @@ def pair_step(unet, inject, share, **settings):
     model.plan = plan(NoiseSchedule(), "euler", 1)
     model.source = model.edit = model.null = meta(77, 768)
     model.windows, model.coarse = [], [16, 16]
-    model.mapping, model.taken, model.weights = meta(77, 77), meta(77), meta(77)
+    model.mapping, model.has_source, model.weights = meta(77, 77), meta(77), meta(77)
     with torch.no_grad():
         once = giga(lambda: unet.project_context(meta(4, 77, 768)))
         sample = PairPainter.sample.__wrapped__

@@ -23,7 +23,7 @@ class FakeUNet(torch.nn.Module):
     def project_timesteps(self, timestep_of):
         return timestep_of
 
-    def forward(self, latents, timestep, context, inject=None):
+    def forward(self, latents, timestep, context, attend=None):
         self.calls.append((latents, timestep, context))
         if isinstance(context, Projected):
             latents, context = latents[context.rows], context.layers["text"]

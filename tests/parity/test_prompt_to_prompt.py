@@ -36,7 +36,7 @@ SHARES, GUIDANCE, SEEDS = [0.3, 1.0, 0.6], [7.5, 1.0, 3.0], [5, 6, 7]  # of the 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Random text-to-picture models: one of SD 1.x's levels, one of two."""
+    """Random text-to-image models: one of SD 1.x's levels, one of two."""
     found = {}
     for name in SIDE:
         folder = tmp_path_factory.mktemp("weights") / name
@@ -261,8 +261,8 @@ def test_sources_are_untouched_and_no_share_is_no_injection(painters, any_mode, 
 def test_a_step_without_injection_is_an_ordinary_one(painters, any_mode, monkeypatch):
     """Which is what speed.py makes quick."""
     given, forward = [], UNet.forward
-    monkeypatch.setattr(UNet, "forward", lambda self, z, t, text, inject=None: (
-        given.append(inject is not None), forward(self, z, t, text, inject))[1])
+    monkeypatch.setattr(UNet, "forward", lambda self, z, t, text, given_attend: (
+        given.append(given_attend is not attend), forward(self, z, t, text, given_attend))[1])
     model = make(painters["deep"], CAPTIONS["more words"][:2], any_mode)
     model.sample(SEEDS[:2], [0.5, 0.0], GUIDANCE[:2])
     assert given == [step / (STEPS - 1) < 0.5 for step in range(STEPS)] and any(given)
@@ -389,7 +389,7 @@ def test_a_window_includes_its_beginning_and_not_its_end(painters):
 
     def injecting(step):
         """The tokens that take a map. p = 0: only the word with a window does."""
-        own = model.injection(step / 4, torch.tensor([False])).own[0].tolist()
+        own = model.injection(step / 4, torch.tensor([False])).own_weights[0].tolist()
         return [token for token, share in enumerate(own) if share == 0]
 
     assert [injecting(step) for step in range(5)] == [[], [2], [2], [], []]  # after the start and "a"

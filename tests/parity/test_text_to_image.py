@@ -72,8 +72,8 @@ def test_a_picture_does_not_depend_on_its_batch(painter):
 
 def test_branches_without_weight_are_not_computed(painter, monkeypatch):
     rows, forward = [], type(painter.unet).forward
-    monkeypatch.setattr(type(painter.unet), "forward", lambda self, z, t, text: (
-        rows.append(len(text.rows)), forward(self, z, t, text))[1])
+    monkeypatch.setattr(type(painter.unet), "forward", lambda self, z, t, text, attend: (
+        rows.append(len(text.rows)), forward(self, z, t, text, attend))[1])
     for guidance in (1.0, 0.0, 3.0, [1.0, 3.0, 1.0]):
         painter.generate(CAPTIONS[:3], steps=1, cfg_text=guidance, resolution=32)
     painter.generate(CAPTIONS[:3], steps=2, cfg_text=3.0, resolution=32, batch=2)

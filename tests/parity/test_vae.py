@@ -143,9 +143,9 @@ def test_little_memory_is_exact_up_to_a_size():
     latents, image = torch.randn(3, 4, 10, 7), torch.randn(3, 3, 40, 28)
     rows = []
     vae.decoder.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
-    assert relative_error(vae.decode_small(latents), vae.decode(latents)) < 1e-5
+    assert relative_error(vae.decode_low_memory(latents), vae.decode(latents)) < 1e-5
     assert rows == [1, 1, 1, 3]
-    assert relative_error(vae.encode_small(image), vae.encode(image)[0]) < 1e-5
+    assert relative_error(vae.encode_low_memory(image), vae.encode(image)[0]) < 1e-5
 
 
 @pytest.fixture
@@ -173,8 +173,8 @@ def test_tiles_of_a_trained_autoencoder_are_close_and_leave_no_seam(small_tiles)
     vae = load_network(VAE, nano / "vae")
     image = to_tensor(Image.open(nano / "examples" / "balloon.png").convert("RGB").resize((128, 128)))[None]
     mean = vae.encode(image)[0]
-    whole, tiled = vae.decode(mean), vae.decode_small(mean)
-    assert 1e-4 < relative_error(vae.encode_small(image), mean) < 0.06
+    whole, tiled = vae.decode(mean), vae.decode_low_memory(mean)
+    assert 1e-4 < relative_error(vae.encode_low_memory(image), mean) < 0.06
     assert 1e-4 < relative_error(tiled, whole) < 0.08
     for dim in (2, 3):  # a seam would be a row or column of steps
         steps = (tiled - whole).diff(dim=dim).abs().mean(dim=(0, 1, 5 - dim))

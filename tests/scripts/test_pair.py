@@ -19,7 +19,7 @@ CAPTIONS = ("turn the red house into a boat", "turn the blue house into a boat")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random text-to-picture model."""
+    """A random text-to-image model."""
     folder = tmp_path_factory.mktemp("weights") / "flat"
     return write_tiny_editor(folder, NoiseSchedule(steps_offset=1).to_json(), in_channels=4)
 

@@ -27,7 +27,7 @@ from nanoip2p.editor import Editor
 from nanoip2p.text_to_image import TextToImage
 from nanoip2p.training import run_folder as runs
 from nanoip2p.training.cache import Cache
-from nanoip2p.training.config import FREE, NOT_STORED, PRESETS, TrainConfig, odd_settings
+from nanoip2p.training.config import NOT_STORED, PRESETS, RESUME_MAY_CHANGE, TrainConfig, odd_settings
 from nanoip2p.training.samples import order
 from nanoip2p.training.trainer import Trainer, columns_of
 from nanoip2p.world.scenes import random_scene
@@ -510,7 +510,7 @@ OTHERS = {"weights": ["elsewhere"], "data": ["elsewhere"], "pairs": [25], "kind-
 
 
 def test_every_flag_of_the_recipe_is_known_to_the_next_test():
-    fixed = vars(TrainConfig()).keys() - FREE - {"preset"}
+    fixed = vars(TrainConfig()).keys() - RESUME_MAY_CHANGE - {"preset"}
     assert {key.replace("_", "-") for key in fixed} == set(OTHERS)
 
 
@@ -551,7 +551,7 @@ def test_a_run_goes_on_with_as_many_samples_a_step(start, tmp_path, capsys):
     assert resume(tmp_path / "run", "--steps", 3, "--accumulate", 1) == 2
 
 
-# A text-to-picture model
+# A text-to-image model
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):

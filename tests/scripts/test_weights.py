@@ -13,11 +13,11 @@ from PIL import Image
 
 from nanoip2p.checkpoint.folder import load_network
 from nanoip2p.clip import CLIP, TextEncoder
-from nanoip2p.dataset.pairs import complete
+from nanoip2p.dataset.pairs import pair_settings
 from nanoip2p.editor import Editor
 from nanoip2p.evaluate import __main__ as evaluate
-from nanoip2p.evaluate.captions import captioned
-from nanoip2p.evaluate.scenes import questions, score_scenes, table
+from nanoip2p.evaluate.captions import distinct_scenes
+from nanoip2p.evaluate.scenes import choose_edits, score_scenes, table
 from nanoip2p.images import to_tensor
 from nanoip2p.text_to_image import TextToImage
 from nanoip2p.tokenizer import load_tokenizer
@@ -27,7 +27,7 @@ WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
 
 
 def test_small_enough():
-    """The editor and CLIP within 30 MB; the text-to-picture model, the paper's editor within 15 more each."""
+    """The editor and CLIP within 30 MB; the text-to-image model, the paper's editor within 15 more each."""
     sizes = {path: path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()}
     painter, paper = (sum(size for path, size in sizes.items() if WEIGHTS / name in path.parents)
                       for name in ("nano-sd", "nano-ip2p-paper"))
@@ -36,8 +36,8 @@ def test_small_enough():
 
 def test_nano_sd_paints_what_nano_clip_reads_and_what_diffusers_paints():
     painter = TextToImage.load(WEIGHTS / "nano-sd", "cpu")
-    chosen = complete({}, WEIGHTS / "nano-sd", painter.defaults)
-    scenes = captioned(32)
+    chosen = pair_settings({}, WEIGHTS / "nano-sd", painter.defaults)
+    scenes = distinct_scenes(32)
     args = evaluate.make_parser().parse_args(
         ["captions", "--clip", str(chosen.clip), "--n", "32", "--steps", "8", "--device", "cpu"])
     assert args.run(args)[1]["painted"] * 32 >= 28
@@ -74,7 +74,7 @@ def test_the_editor_reads_with_nano_clips_text_tower():
 @pytest.mark.parametrize("name, least", [("nano-ip2p", 0.5), ("nano-ip2p-paper", 0.3)])
 def test_editors_edit_scenes_they_never_saw(name, least):
     """Doing nothing scores 0; the README has the figures for 490."""
-    numbers = table(score_scenes(Editor.load(WEIGHTS / name, "cpu"), questions(21), {"steps": 10}))[1]
+    numbers = table(score_scenes(Editor.load(WEIGHTS / name, "cpu"), choose_edits(21), {"steps": 10}))[1]
     assert numbers["all"]["success"] > least
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from nanoip2p.checkpoint.folder import load_network, save_network
 from nanoip2p.editor import Editor
-from nanoip2p.speed.fast import Packed, Winograd, compiled, fast, repack
+from nanoip2p.speed.fast import Packed, Winograd, compiled, repack, speed_up
 from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAE
 
@@ -75,7 +75,7 @@ def test_half_precision_is_hardly_farther_from_single():
     half = copy.deepcopy(unet).bfloat16()
     given = latents.bfloat16(), step, text.bfloat16()
     plain = relative_error(half(*given), wanted)
-    quick = relative_error(fast(half, print)(*given), wanted)
+    quick = relative_error(speed_up(half, print)(*given), wanted)
     assert 1e-3 < plain and quick < 1.5 * plain, (plain, quick)
 
 

@@ -17,7 +17,7 @@ from nanoip2p.world.scenes import (
     Thing,
     held_out,
     random_scene,
-    seen_edits,
+    training_edits,
     unknown_words,
 )
 
@@ -72,7 +72,7 @@ def test_edits_change_one_thing_and_say_so():
 
 def test_what_is_held_out_is_seen_in_other_company():
     """Every held-out thing and edit shares its parts with what training sees, and nothing that it sees."""
-    seen = [edit for scene in SAMPLE for edit in seen_edits(scene)]
+    seen = [edit for scene in SAMPLE for edit in training_edits(scene)]
     shown = {(thing.kind, thing.colour) for edit in seen for thing in edit.scene.things}
     done = {(edit.kind, edit.thing) for edit in seen}
     for parts, held in ((shown, HELD_OUT_THINGS), (done, HELD_OUT_EDITS)):
@@ -92,7 +92,7 @@ def test_edits_are_held_out_for_what_they_show_or_do():
     assert "add a blue rocket in the middle" in out and "add a blue mushroom in the middle" in out
     assert not {"remove the flower", "make the house blue", "make it night"} & out
     there = Scene("day", "clear", "grass", (Thing("house", "purple", slot=0),), 3)
-    assert there.edits() and not seen_edits(there)
+    assert there.edits() and not training_edits(there)
 
 
 def test_an_edit_leaves_the_rest_alone_to_the_pixel():
