@@ -132,8 +132,8 @@ def test_a_picture_does_not_depend_on_its_batch(editor):
 def test_pictures_of_one_size_share_a_forward(editor, monkeypatch):
     batches = []
     forward = type(editor.unet).forward
-    monkeypatch.setattr(type(editor.unet), "forward", lambda self, latents, timestep, text, attend: (
-        batches.append((len(text.rows), *latents.shape[1:])), forward(self, latents, timestep, text, attend))[1])
+    monkeypatch.setattr(type(editor.unet), "forward", lambda self, z, t, text, attend: (
+        batches.append((len(text.rows), *z.shape[1:])), forward(self, z, t, text, attend))[1])
     images = [picture(48, 32, 0), picture(32, 48, 1), picture(48, 32, 2)]
     editor.edit(images, ["a", "b", "a"], steps=1)
     assert batches == [(6, 8, 8, 12), (3, 8, 12, 8)]

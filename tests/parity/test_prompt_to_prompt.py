@@ -14,7 +14,7 @@ from nanoip2p import prompt_to_prompt
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.prompt_to_prompt import PairPainter, blend_locally
 from nanoip2p.text_to_image import TextToImage
-from nanoip2p.unet import UNet, UNetConfig
+from nanoip2p.unet import UNet, UNetConfig, attend
 
 D, CD, U, CU = "DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"
 DEEP = UNetConfig(  # the levels of Stable Diffusion 1.x
