@@ -16,7 +16,9 @@ from torch import Tensor
 from nanoip2p.common.files import replacing
 
 MAX_MEGAPIXELS = 100  # 300 MB as RGB; protects against decompression bombs
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+# The formats that open_image reads. Pillow knows more, and starts Ghostscript for a PostScript file named x.png
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
 RECIPE_KEY = "nanoip2p"  # key of the PNG text chunk that holds the recipe
 LABEL_WIDTH = 192  # pixels; a grid enlarges narrower pictures so that their labels fit
 LABEL_SIZE, LABEL_LETTERS = 14, 200  # font size in pixels; maximum letters of a label
@@ -49,7 +51,8 @@ def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's warnings about large files and odd EXIF
-            with Image.open(content or path) as image:
+            Image.init()  # the formats of this Pillow; AVIF may be missing
+            with Image.open(content or path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
                 if image.width * image.height > MAX_MEGAPIXELS * 10**6:  # checked before decoding
                     raise ValueError(f"more than {MAX_MEGAPIXELS} megapixels; shrink it")
                 return to_rgb(ImageOps.exif_transpose(image))

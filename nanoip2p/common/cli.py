@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 from nanoip2p import __version__
 
+LETTERS = 500  # of a message
+
 
 @contextmanager
 def slow_imports() -> Iterator[None]:
@@ -88,6 +90,14 @@ def finite(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number")
 
 
+def one_line(message) -> str:
+    """A message as one line of at most LETTERS. Escapes control characters, which could steer the terminal."""
+    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in
+                   " ".join(str(message).split()))
+    half = LETTERS // 2 - 2
+    return text if len(text) <= LETTERS else f"{text[:half]} … {text[-half:]}"  # the advice comes last
+
+
 def run(work: Callable[[], None], interrupted: str, memory: str) -> int:
     """Do the work and return the exit code: 0, 130 after Ctrl-C, or 2 after an error that the user can fix.
 
@@ -95,14 +105,14 @@ def run(work: Callable[[], None], interrupted: str, memory: str) -> int:
     """
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+            warnings.showwarning = lambda message, *_: print(f"note: {one_line(message)}", file=sys.stderr)
             work()
         return 0
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        message = " ".join(str(error).split())
+        message = one_line(error)
         if isinstance(error, MemoryError) or "out of memory" in message or "allocate memory" in message:
             message = f"out of memory; {memory}"
         elif isinstance(error, RuntimeError):

@@ -5,8 +5,18 @@ supports one value. IGNORED lists settings without effect here. `read_config` re
 overlooked `use_linear_projection: true` would give a wrong picture and no error.
 """
 
-import dataclasses
+import typing
 
+from nanoip2p.common.schema import checked
+
+# The range of each number, and of other whole numbers: far beyond every Stable Diffusion 1.x and CLIP. Without
+# limits, a config.json of a few bytes could take minutes to build, or gigabytes
+LIMITS = {
+    "layers_per_block": (1, 32), "num_hidden_layers": (1, 128), "vocab_size": (1, 2**20), "freq_shift": (0, 1),
+    "eos_token_id": (0, 2**20), "norm_eps": (0, 1), "layer_norm_eps": (0, 1), "scaling_factor": (1e-6, 1e6),
+    "logit_scale_init_value": (-100, 100), "num_train_timesteps": (1, 100_000), "steps_offset": (0, 100_000),
+    "beta_start": (1e-9, 0.999), "beta_end": (1e-9, 0.999)}
+WIDTHS, LEVELS = (1, 2**16), 8
 FIXED = {
     "unet": {
         "act_fn": "silu", "center_input_sample": False, "downsample_padding": 1, "mid_block_scale_factor": 1,
@@ -49,16 +59,18 @@ def read_config(cls: type, config: dict, fixed: dict, ignored: set[str]):
     """Build the dataclass `cls` from the content of a config.json. Missing fields keep their defaults.
 
     Ignores keys that begin with "_", and unknown keys whose value is None or False. Raises ValueError with
-    the key and its value for any other unknown key, and for a `fixed` key with an unsupported value.
+    the key and its value for any other unknown key, for a `fixed` key with an unsupported value, and for a value
+    of the wrong type or outside its range (see LIMITS).
     """
-    fields = {field.name for field in dataclasses.fields(cls)}
-    honoured = {}
+    kinds, known = typing.get_type_hints(cls), {}
     for key, value in config.items():
-        value = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
-        if key in fields:
-            honoured[key] = value
-        elif key in fixed and value != fixed[key]:
-            raise ValueError(f"{cls.__name__}: {key} = {value!r} is not supported, only {fixed[key]!r}")
+        name = f"{cls.__name__}: {key}"
+        if key in kinds:
+            known[key] = checked(value, kinds[key], name, *LIMITS.get(key, WIDTHS))
+            if isinstance(value, list) and len(value) > LEVELS:
+                raise ValueError(f"{name} has {len(value)} entries, at most {LEVELS} are supported")
+        elif key in fixed and (tuple(value) if isinstance(value, list) else value) != fixed[key]:
+            raise ValueError(f"{name} = {value!r} is not supported, only {fixed[key]!r}")
         elif not (key in fixed or key in ignored or key.startswith("_") or value is None or value is False):
-            raise ValueError(f"{cls.__name__}: unknown setting {key} = {value!r}; not Stable Diffusion 1.x")
-    return cls(**honoured)
+            raise ValueError(f"{name} = {value!r} is unknown; not Stable Diffusion 1.x")
+    return cls(**known)

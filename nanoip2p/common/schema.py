@@ -1,0 +1,56 @@
+"""Check the types and ranges of values from files, once, where they enter. JSON files can hold anything."""
+
+import math
+import types
+import typing
+from contextlib import suppress
+
+LONGEST = 10_000  # items of a list and letters of a text; no setting of any model comes near it
+NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "an object",
+         types.NoneType: "null"}
+
+
+def checked(value, kind, where: str, least: float = -math.inf, most: float = math.inf):
+    """Return `value` if it is of `kind`, else raise ValueError: "<where> = <value> should be <kind>".
+
+    kind: bool, int, float, str, dict, list[...], tuple[...], or a union (A | None). A whole number is a valid
+    float; a list becomes a tuple where `kind` is one. least, most: the range of every number in `value`, NaN
+    is in none.
+    """
+    try:
+        return _converted(value, kind, least, most)
+    except (ValueError, OverflowError):
+        text = repr(value) if isinstance(value, (bool, int, float, str, types.NoneType)) else type(value).__name__
+        text = text if len(text) <= 40 else text[:40] + "…"
+        raise ValueError(f"{where} = {text} should be {_described(kind, least, most)}") from None
+
+
+def _converted(value, kind, least: float, most: float):
+    """`value` as `kind`. Raises ValueError or OverflowError, without a message, if it is none."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        for option in args:
+            with suppress(ValueError, OverflowError):
+                return _converted(value, option, least, most)
+        raise ValueError
+    if origin in (list, tuple):
+        if not isinstance(value, (list, tuple)) or len(value) > LONGEST:
+            raise ValueError
+        return origin(_converted(item, args[0], least, most) for item in value)
+    value = float(value) if kind is float and type(value) is int else value
+    if type(value) is not kind or kind is str and len(value) > LONGEST:
+        raise ValueError
+    if kind in (int, float) and not (least <= value <= most and math.isfinite(value)):
+        raise ValueError
+    return value
+
+
+def _described(kind, least: float, most: float) -> str:
+    """The words for a kind: "a whole number from 1 to 64"."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_described(option, least, most) for option in args)
+    if origin in (list, tuple):
+        return f"a list, each item {_described(args[0], least, most)}"
+    limits = f" from {least:g}" * (least > -math.inf) + f" to {most:g}" * (most < math.inf)
+    return NAMES[kind] + limits * (kind in (int, float))

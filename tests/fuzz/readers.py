@@ -1,0 +1,332 @@
+"""Everything that nanoip2p reads from outside: for each kind a small valid input, and the code that reads it.
+
+A reader is (write, read). write(folder) makes valid files; read(folder) does what a command does with them.
+COVERS says which functions of nanoip2p the readers reach; test_fuzz.py finds functions that no reader covers.
+"""
+
+import json
+import shutil
+import types
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tiny_editor import write_tiny_clip, write_tiny_editor, write_tiny_painter
+
+import make_dataset
+import sample
+import train
+from nanoip2p.checkpoint.load import load_model, open_checkpoint
+from nanoip2p.checkpoint.save import convert
+from nanoip2p.checkpoint.tensors import find_weights
+from nanoip2p.clip_filter import SIMILARITIES, Judge
+from nanoip2p.common.files import append
+from nanoip2p.dataset import captions, finetune, pairs, show
+from nanoip2p.dataset.layouts import SPLITS, broken_pictures, load_picture, read_data
+from nanoip2p.evaluate import curve, magicbrush
+from nanoip2p.images import find_images, open_image, read_recipe, save_png
+from nanoip2p.training import run_folder
+from nanoip2p.training.cache import Cache
+
+PICTURE = Image.radial_gradient("L").resize((24, 16)).convert("RGB")
+ROW = {"input": "a red house", "edit": "make it night", "output": "a red house at night"}
+EPOCH = 10**9  # the modification time of every picture, so that a cache knows them again
+
+
+def write_rows(path: Path, *rows: dict) -> None:
+    """JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_picture(path: Path, **settings) -> None:
+    """A small picture in the format of its suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PICTURE.save(path, **settings)
+
+
+def edit(source: Path, **settings) -> None:
+    """What sample.py does with weights."""
+    load_model(source, **settings).edit(PICTURE, "make it night", steps=2, seed=0, resolution=16)
+
+
+def read_editor(folder: Path) -> None:
+    """A diffusers folder."""
+    edit(folder)
+
+
+def write_painter(folder: Path) -> None:
+    """A text-to-image model with pairs.json."""
+    write_tiny_painter(folder)
+    (folder / "pairs.json").write_text(json.dumps({"n_samples": 2, "inject": "self", "clip": "clip",
+                                                   "min_p2p": 0.1, "max_cfg": 9.0, "steps": 3, "batch": 2}))
+
+
+def read_painter(folder: Path) -> None:
+    """What `make_dataset.py pairs` does with weights."""
+    checkpoint = open_checkpoint(folder)
+    settings = pairs.pair_settings({}, folder, checkpoint.defaults)
+    painter = load_model(checkpoint, edits=False)
+    painter.fill_defaults({key: getattr(settings, key) for key in ("steps", "resolution", "sampler")})
+    pairs.candidate(pairs.Prompt(0, "a", "b", {}), 0, settings)
+
+
+def write_single(folder: Path) -> None:
+    """A safetensors file with our metadata, and the tokenizer beside it."""
+    write_tiny_editor(folder / "tiny")
+    convert(open_checkpoint(folder / "tiny"), folder / "single.safetensors")
+    shutil.move(folder / "tiny" / "tokenizer", folder / "tokenizer")
+    shutil.rmtree(folder / "tiny")
+
+
+def read_single(folder: Path) -> None:
+    """A single file."""
+    edit(folder / "single.safetensors")
+
+
+def write_pickle(folder: Path) -> None:
+    """A network's folder with a pickle, in place of safetensors."""
+    tensors = {"conv.weight": torch.ones(2, 3), "conv.bias": torch.zeros(2)}
+    torch.save({"state_dict": tensors, "step": 7}, folder / "diffusion_pytorch_model.bin")
+
+
+def write_shards(folder: Path) -> None:
+    """A network in shards with their index."""
+    names = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for name in names:
+        save_file({name[24:29]: torch.ones(2)}, folder / name)
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(
+        {"metadata": {"total_size": 16}, "weight_map": {name[24:29]: name for name in names}}))
+
+
+def read_judge(folder: Path) -> None:
+    """CLIP's folder."""
+    judge = Judge.load(folder)
+    judge.score([PICTURE], [PICTURE], judge.encode_texts(["a", "b"]))
+
+
+def write_pictures(folder: Path) -> None:
+    """Each raster format."""
+    for suffix in ("png", "jpg", "webp", "tif", "bmp", "gif"):
+        write_picture(folder / f"picture.{suffix}")
+    PICTURE.convert("I;16").save(folder / "grey.png")
+
+
+def read_pictures(folder: Path) -> None:
+    """What sample.py does with its inputs."""
+    for path in find_images([str(folder)]):
+        open_image(path)
+
+
+def write_recipe(folder: Path) -> None:
+    """A picture with a recipe, and its input."""
+    write_picture(folder / "house.png")
+    save_png(PICTURE, folder / "recipe.png", {
+        "input": [str(folder / "house.png")], "edit": ["make it night"], "turns": False, "n": 1, "negative": "",
+        "steps": 4, "resolution": 64, "cfg_text": 3.0, "cfg_image": 1.2, "sampler": "euler", "seed": 5,
+        "keep_size": False, "weights": "weights/nano-ip2p", "dtype": "fp32", "batch": 8, "version": "0.1.0"})
+
+
+def read_recipe_and_plan(folder: Path) -> None:
+    """`sample.py --recipe`, until it loads weights."""
+    read_recipe(folder / "recipe.png")
+    settings = sample.parse(["--recipe", str(folder / "recipe.png"), "--output", str(folder / "out.png")])
+    sample.plan_pictures(settings, find_images(settings.input))
+
+
+def write_texts(folder: Path) -> None:
+    """Captions in all three formats, triplets, answers of an earlier run."""
+    (folder / "captions.txt").write_text("a red house\na cat on a sofa\n")
+    (folder / "captions.csv").write_text('url,caption\nu1,"a red house"\nu2,"a cat, on a sofa"\n')
+    write_rows(folder / "captions.jsonl", {"caption": "a red house", "url": "u1"}, {"input": "a cat"})
+    write_rows(folder / "prompts.jsonl", ROW, {**ROW, "url": "u"})
+    write_rows(folder / "prompts.dropped.jsonl", {"input": "a cat", "why": "refused"})
+    write_rows(folder / "human.jsonl", *[ROW] * 10)
+
+
+def read_texts(folder: Path) -> None:
+    """Each reader of texts goes on where another refuses its file."""
+    for read in (*(lambda path=path: captions.read_captions(path) for path in folder.glob("captions.*")),
+                 lambda: pairs.read_prompts(folder / "prompts.jsonl"),
+                 lambda: captions.known_captions(folder / "prompts.jsonl"),
+                 lambda: finetune.prepare(folder / "human.jsonl", folder / "chats.jsonl")):
+        try:
+            read()
+        except ValueError as error:
+            refused = error
+    if "refused" in locals():
+        raise refused
+
+
+def write_answer(folder: Path) -> None:
+    """A chat completion."""
+    (folder / "answer.json").write_text(json.dumps({
+        "id": "x", "object": "chat.completion", "created": 1, "model": "m",
+        "choices": [{"index": 0, "finish_reason": "stop", "message": {
+            "role": "assistant", "content": '{"edit": "make it night", "output": "a house at night"}'}}],
+        "usage": {"prompt_tokens": 9, "completion_tokens": 5, "total_tokens": 14}}))
+
+
+def read_answer(folder: Path) -> None:
+    """The answer as the openai package builds it: without checking types."""
+    def build(content):
+        if isinstance(content, dict):
+            return types.SimpleNamespace(**{str(key): build(inner) for key, inner in content.items()})
+        return [build(inner) for inner in content] if isinstance(content, list) else content
+    reply = build(json.loads((folder / "answer.json").read_text()))
+    try:
+        captions.spent_tokens(reply, 100)
+        captions.read_answer(reply, "a red house")
+    except captions.Unusable:
+        pass
+
+
+def write_original(folder: Path) -> None:
+    """The layout of the paper, as `pairs` writes it."""
+    for number in range(3):
+        prompt = folder / f"{number:07d}"
+        for seed in (5, 71):
+            for i in range(2):
+                write_picture(prompt / f"{seed}_{i}.jpg")
+        rows = [{"seed": seed, "p2p_threshold": 0.3, "cfg_scale": 8.0, **dict.fromkeys(SIMILARITIES, 0.8)}
+                for seed in (5, 71)]
+        (prompt / "prompt.json").write_text(json.dumps(ROW))
+        write_rows(prompt / "metadata.jsonl", *rows)
+        write_rows(prompt / "candidates.jsonl", *rows)
+    (folder / "seeds.json").write_text(json.dumps([[f"{n:07d}", ["5", "71"]] for n in range(3)]))
+    job = {"clip_threshold": 0.2, "clip_dir_threshold": 0.2, "clip_img_threshold": 0.7, "n_samples": 2}
+    (folder / "job.json").write_text(json.dumps({"job": job, "dtype": "fp32"}))
+
+
+def read_layout(folder: Path) -> None:
+    """What train.py --check and training do with a folder of pairs."""
+    broken_pictures(folder, 16)
+    for item in read_data(folder):
+        for pair in item:
+            load_picture(pair.before, 16)
+            load_picture(pair.after, 16)
+
+
+def read_original(folder: Path) -> None:
+    """Training, and `make_dataset.py show`."""
+    read_layout(folder)
+    found = show.read_pairs(folder)
+    show.statistics(folder, found)
+    show.contact_sheet(found, 2, 0)
+    pairs.is_finished(folder, pairs.Prompt(0, ROW["input"], ROW["output"], ROW))
+    pairs.finish_job(folder, [])
+    make_dataset.job_dtype(folder, None, torch.device("cpu"))
+
+
+def write_jsonl(folder: Path) -> None:
+    """pairs.jsonl with pictures beside it."""
+    write_picture(folder / "pictures" / "a.png")
+    write_picture(folder / "pictures" / "b.png")
+    row = {"input": "pictures/a.png", "edit": "make it night", "output": "pictures/b.png",
+           "input_caption": "a house", "output_caption": "a house at night"}
+    write_rows(folder / "pairs.jsonl", row, row)
+
+
+def write_parquet(folder: Path) -> None:
+    """The columns of the paper's dataset on the Hub."""
+    import pyarrow
+    import pyarrow.parquet
+    write_picture(folder / "a.png")
+    picture = {"bytes": (folder / "a.png").read_bytes(), "path": None}
+    (folder / "a.png").unlink()
+    table = {"original_prompt": ["a house"] * 3, "original_image": [picture] * 3, "edit_prompt": ["night"] * 3,
+             "edited_prompt": ["a house at night"] * 3, "edited_image": [picture] * 3}
+    pyarrow.parquet.write_table(pyarrow.table(table), folder / "train.parquet")
+
+
+def write_magicbrush(folder: Path) -> None:
+    """One session of two turns."""
+    for name in ("242-input.png", "242-output1.png", "242-output2.png"):
+        write_picture(folder / "images" / "242" / name)
+    turns = [{"input": "242-input.png", "instruction": "make it night", "output": "242-output1.png"},
+             {"input": "242-output1.png", "instruction": "add a cat", "output": "242-output2.png"}]
+    (folder / "edit_turns.json").write_text(json.dumps(turns))
+    (folder / "global_descriptions.json").write_text(json.dumps(
+        {"242": {"242-input.png": "a", "242-output1.png": "b", "242-output2.png": "c"}}))
+
+
+def read_magicbrush(folder: Path) -> None:
+    """Training, and the names of the benchmark's folders."""
+    read_layout(folder)
+    for name, turns in magicbrush.read_sessions(folder).items():
+        save_png(PICTURE, folder / "out" / name / f"{name}_{len(turns)}.png", {})
+
+
+def write_run(folder: Path) -> None:
+    """A training run of two steps."""
+    settings = train.parse(["--preset", "nano", "--weights", "weights/nano-sd", "--data", "scenes",
+                            "--steps", "2", "--out", str(folder)])
+    tensors = {name: {"x": torch.ones(2)} for name in run_folder.FILES}
+    state = {"batch": 32, "items": 4000, "settings": settings.to_json()}
+    run_folder.write_checkpoint(folder, 2, tensors, state, 2)
+    for step in (1, 2):
+        append(folder / "log.jsonl", {"step": step, "loss": 0.5})
+
+
+def read_run(folder: Path) -> None:
+    """`train.py --resume`, until it loads weights."""
+    config = train.parse(["--resume", str(folder)])
+    train.decide(config, types.SimpleNamespace(count=1, device=torch.device("cpu")), 4000)
+    run_folder.Log(folder, 1)
+    run_folder.plot_log(folder)
+
+
+def write_cache(folder: Path) -> None:
+    """A cache of latents of two pairs."""
+    write_jsonl(folder / "data")
+    write_tiny_editor(folder / "weights")
+    open_cache(folder).fill(load_model(folder / "weights"), progress=False)
+    shutil.rmtree(folder / "weights")
+
+
+MODELS = {}
+
+
+def open_cache(folder: Path) -> Cache:
+    """The cache of the pairs in data/, with a model that is made once."""
+    import os
+    if not MODELS:
+        MODELS["tiny"] = load_model(folder / "weights")
+    for path in (folder / "data").rglob("*.png"):
+        os.utime(path, (EPOCH, EPOCH))
+    os.chdir(folder)
+    found = [pair for item in read_data(Path("data")) for pair in item]
+    return Cache(Path("cache"), found, MODELS["tiny"], 16, True)
+
+
+def read_cache(folder: Path) -> None:
+    """What training does with a cache."""
+    cache = open_cache(folder).open()
+    for pair in [pair for split in SPLITS for item in read_data(Path("data"), split) for pair in item]:
+        cache.get(pair, False)
+
+
+def write_curve(folder: Path) -> None:
+    """Points of figure 8."""
+    write_rows(folder / "curve.jsonl", *[{
+        "method": "editor", "weights": "w", "networks": "n", "cfg_text": 2.0, "data": "scenes", "n": 4,
+        "cfg_image": scale, "direction": 0.1, "image": 0.9, "direction_error": 0.01, "image_error": 0.01}
+        for scale in (0.2, 1.0)])
+
+
+def read_curve(folder: Path) -> None:
+    """The plot, and the search for a point."""
+    rows = curve.read_points(folder / "curve.jsonl")
+    curve.plot(folder / "curve.png", lambda axes: curve.draw(rows, axes))
+
+
+READERS = {
+    "editor": (write_tiny_editor, read_editor), "painter": (write_painter, read_painter),
+    "single file": (write_single, read_single), "pickle": (write_pickle, find_weights),
+    "shards": (write_shards, find_weights), "clip": (write_tiny_clip, read_judge),
+    "pictures": (write_pictures, read_pictures), "recipe": (write_recipe, read_recipe_and_plan),
+    "texts": (write_texts, read_texts), "answer": (write_answer, read_answer),
+    "original layout": (write_original, read_original), "pairs.jsonl": (write_jsonl, read_layout),
+    "parquet": (write_parquet, read_layout), "magicbrush": (write_magicbrush, read_magicbrush),
+    "run": (write_run, read_run), "cache": (write_cache, read_cache), "curve": (write_curve, read_curve)}
