@@ -22,15 +22,15 @@ Batch = tuple[int, Tensor | None, Projected]  # n copies of z; picture latents (
 def make_denoiser(unet: UNet, timestep_of: dict[float, Tensor], dtype: torch.dtype, batches: list[Batch],
                   combine: Callable[[list[Tensor]], Tensor],
                   attend_at: Callable[[float], Attend] = lambda sigma: attend) -> Denoise:
-    """Return the function denoise(x, sigma) -> estimate of z_0 for a sampler. x and the estimate are float32.
+    """Make a sampler's function denoise(x, sigma) -> estimate of z_0. x and the estimate are float32.
 
-    timestep_of: from `Plan.timestep_of()`. batches: the UNet runs once for each, in dtype. combine: list of
+    timestep_of: from `Plan.timestep_of`. batches: the UNet runs once for each, in `dtype`. combine: list of
     predicted noise (B, C, h, w), one per branch -> guided noise. attend_at: sigma -> the UNet's attention.
     """
     timestep_of = unet.project_timesteps(timestep_of)
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        z, eps = (x / math.sqrt(sigma**2 + 1)).to(dtype), []  # c_in scales z to unit variance
+        z, eps = (x / math.sqrt(sigma**2 + 1)).to(dtype), []  # variance of about 1, as in training
         for copies, image, text in batches:
             z_in = z.repeat(copies, 1, 1, 1)
             z_in = z_in if image is None else torch.cat([z_in, image], dim=1)          # (n B, 2 C, h, w)
