@@ -83,7 +83,7 @@ def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
     """Noise levels for `steps` steps of "euler_ancestral", "euler", "ddim" or "dpmpp_2m".
 
     The values equal those of diffusers' schedulers. A DDIM step from timestep t ends at t - n_train // steps,
-    but the next step may start at another timestep, so its first sigma may differ from the last one before.
+    but the next step may start elsewhere, so a row of `sigmas` may not begin where the row before ended.
     Raises ValueError if the schedule has too few timesteps for that many steps.
     """
     n_train = schedule.num_train_timesteps

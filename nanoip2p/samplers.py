@@ -20,7 +20,7 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 
 def draw_noise(shape: tuple[int, ...], generator: Generators) -> Tensor:
-    """Normal noise (B, C, h, w), float32 on the CPU. A list of generators has one for each picture."""
+    """Standard normal noise (B, C, h, w) float32 on the CPU. A list has one generator per picture."""
     if isinstance(generator, list):
         assert len(generator) == shape[0], f"{len(generator)} generators for {shape[0]} pictures"
         return torch.cat([torch.randn((1, *shape[1:]), generator=g) for g in generator])
@@ -28,7 +28,7 @@ def draw_noise(shape: tuple[int, ...], generator: Generators) -> Tensor:
 
 
 def _noise_like(x: Tensor, generator: Generators) -> Tensor:
-    """Normal noise like x. On CUDA, copying from pinned memory does not wait for earlier GPU work."""
+    """Noise for x, on its device. On CUDA, copying from pinned memory does not wait for earlier GPU work."""
     noise = draw_noise(x.shape, generator)
     return noise.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else noise.to(x.device)
 

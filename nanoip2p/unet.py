@@ -48,7 +48,7 @@ class UNetConfig:
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     layers_per_block: int = 2  # residual blocks per level in down_blocks; one more in up_blocks
-    attention_head_dim: int | tuple[int, ...] = 8  # despite its name, the NUMBER of heads, or one per level
+    attention_head_dim: int | tuple[int, ...] = 8  # despite its name, the NUMBER of heads (tuple: per level)
     cross_attention_dim: int = 768  # width of a text token
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
@@ -65,7 +65,7 @@ class UNetConfig:
             if not isinstance(getattr(self, key), int) or getattr(self, key) < 1:
                 raise ValueError(f"UNetConfig: {key} = {getattr(self, key)!r} must be an integer from 1 up")
         if any(width % self.norm_num_groups for width in widths):
-            raise ValueError(f"UNetConfig: block_out_channels = {widths} need multiples of norm_num_groups")
+            raise ValueError(f"UNetConfig: norm_num_groups must divide block_out_channels = {widths}")
         if len(self.heads) != levels or any(not h or c % h for c, h in zip(widths, self.heads)):
             raise ValueError(f"UNetConfig: attention_head_dim = {self.heads} must divide {widths}")
 
@@ -109,7 +109,7 @@ class TimeEmbedding(nn.Module):
 class ResnetBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut. (B, C_in, h, w) -> (B, C_out, h, w).
 
-    time_width: width of the timestep embedding, added between the convolutions; 0 in the VAE, which has none.
+    The UNet adds the timestep embedding (B, time_width) between them. The VAE has none, so time_width is 0.
     """
 
     def __init__(self, c_in: int, c_out: int, groups: int, eps: float, time_width: int = 0):
@@ -222,7 +222,7 @@ class SpatialTransformer(nn.Module):
 
 
 class Resample(nn.Module):
-    """Downsampling: convolution of stride 2. Upsampling: nearest-neighbour to `size`, then convolution."""
+    """Downsampling: a convolution of stride 2. Upsampling: nearest neighbour to `size`, a convolution."""
 
     def __init__(self, channels: int, stride: int):
         super().__init__()
@@ -247,7 +247,7 @@ class Level(nn.Module):
         self.downsamplers = nn.ModuleList([Resample(c_out, 2)] if resample == "down" else [])
         self.upsamplers = nn.ModuleList([Resample(c_out, 1)] if resample == "up" else [])
 
-    def block(self, i: int, x: Tensor, time: Tensor, context: Context, attend: Attend = attend,
+    def block(self, i: int, x: Tensor, time: Tensor | dict, context: Context, attend: Attend = attend,
               recompute: bool = False) -> Tensor:
         """Run residual block i, then transformer i if there is one."""
         if recompute:
