@@ -67,7 +67,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, tile: Tile,
 
 
 def pieces(d: int) -> tuple[int, int]:
-    """Split head width d into powers of two from 16 up: (main, tail), or (whole, 0) if splitting saves nothing."""
+    """Split head width d into powers of two from 16 up: (main, tail), or (whole, 0) if that saves nothing."""
     whole = max(16, triton.next_power_of_2(d))
     tail = max(16, triton.next_power_of_2(max(1, d - whole // 2)))
     return (whole // 2, tail) if whole // 2 + tail < whole else (whole, 0)
