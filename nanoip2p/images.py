@@ -44,8 +44,8 @@ def find_images(patterns: list[str]) -> list[str]:
 def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image:
     """Open a picture as 8-bit RGB, rotated by its EXIF tag, with white behind transparency.
 
-    content: a stream to read instead of the file. Raises ValueError, in one line, if the file is missing,
-    truncated, too large or not a picture.
+    content: a stream with the picture; `path` then only names it in errors. Raises ValueError, in one line, if
+    the file is missing, truncated, too large or not a picture.
     """
     try:
         with warnings.catch_warnings():

@@ -25,13 +25,13 @@ def speed_up(unet: UNet, say: Callable[[str], None], injects: bool = False) -> U
     """
     device = unet.conv_in.weight.device.type
     if device == "cuda":
-        from nanoip2p.speed.kernels import measured_kernels  # needs triton, as torch.compile does
-        measured_kernels(unet.to(memory_format=torch.channels_last))  # the layout of tensor cores
-        return unet if injects else compiled(unet, say)
+        from nanoip2p.speed.kernels import use_kernels  # needs triton, as torch.compile does
+        use_kernels(unet.to(memory_format=torch.channels_last))  # the layout of tensor cores
+        return unet if injects else compile_unet(unet, say)
     return repack(unet) if device == "cpu" else unet
 
 
-def compiled(unet: UNet, say: Callable[[str], None]) -> UNet:
+def compile_unet(unet: UNet, say: Callable[[str], None]) -> UNet:
     """Compile the UNet at the first call of each input size. Each call overwrites the output of the last."""
     torch._dynamo.config.recompile_limit = 64  # input sizes (default 8); torch silently runs more uncompiled
     say("compiling: the first step at each picture size takes about a minute")

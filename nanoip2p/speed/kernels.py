@@ -28,7 +28,7 @@ def case(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple:
     return q.shape[2] // heads, *sizes, str(q.dtype), torch.cuda.get_device_capability(q.device)
 
 
-def measured_kernels(unet: UNet, faster: dict[tuple, Tile] = FASTER) -> UNet:
+def use_kernels(unet: UNet, faster: dict[tuple, Tile] = FASTER) -> UNet:
     """Make the attention layers of a UNet on CUDA use our kernel for the cases in `faster`."""
     for layer in unet.modules():
         if faster and isinstance(layer, Attention):
