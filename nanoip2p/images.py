@@ -44,8 +44,8 @@ def find_images(patterns: list[str]) -> list[str]:
 def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image:
     """Open a picture as 8-bit RGB, rotated by its EXIF tag, with white behind transparency.
 
-    content: a stream with the picture; `path` then only names it in errors. Raises ValueError, in one line, if
-    the file is missing, truncated, too large or not a picture.
+    content: a stream to read instead; `path` then only names the picture in errors. Raises ValueError, in one
+    line, if the file is missing, truncated, too large or not a picture.
     """
     try:
         with warnings.catch_warnings():
@@ -109,7 +109,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 def to_pil(tensor: Tensor) -> Image.Image:
     """(3, H, W) -> RGB picture. Clips to [-1, 1] and rounds to 8 bits.
 
-    Raises ValueError for NaN or infinity, which half precision can cause.
+    Raises ValueError for NaN or infinity, which fp16 can cause.
     """
     if not tensor.isfinite().all():
         raise ValueError("the picture came out as NaN or infinity; try --dtype bf16 or fp32")
@@ -125,9 +125,9 @@ def grid(rows: list[list[Image.Image]], labels: list[list[str]]) -> Image.Image:
     widths = [max(row[i].width for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
     wrapped = [[_wrap(label, width, font) for label, width in zip(row, widths)] for row in labels]
     heights = [max(image.height for image in row) for row in rows]
-    text_heights = [max(len(lines) for lines in row) * line_height for row in wrapped]
-    width = sum(widths) + GAP * (len(widths) + 1)
-    canvas = Image.new("RGB", (width, sum(heights + text_heights) + GAP * (len(rows) + 1)), "white")
+    text_heights = [max(map(len, row)) * line_height for row in wrapped]
+    size = sum(widths) + GAP * (len(widths) + 1), sum(heights + text_heights) + GAP * (len(rows) + 1)
+    canvas = Image.new("RGB", size, "white")
     draw, y = ImageDraw.Draw(canvas), GAP
     for row, texts, height, text_height in zip(rows, wrapped, heights, text_heights):
         x = GAP
