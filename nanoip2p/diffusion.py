@@ -51,10 +51,8 @@ class NoiseSchedule:
 
     def alphas_cumprod(self) -> Tensor:
         """a_t, the signal's share of the variance, at each timestep: (num_train_timesteps,) float32."""
-        if self.beta_schedule == "scaled_linear":  # linear in sqrt(beta), as Rombach et al. chose
-            betas = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.num_train_timesteps) ** 2
-        else:
-            betas = torch.linspace(self.beta_start, self.beta_end, self.num_train_timesteps)
+        p = 0.5 if self.beta_schedule == "scaled_linear" else 1  # linear in sqrt(beta), as in LDM
+        betas = torch.linspace(self.beta_start**p, self.beta_end**p, self.num_train_timesteps) ** (1 / p)
         return torch.cumprod(1.0 - betas, dim=0)
 
 

@@ -168,7 +168,7 @@ class Attention(nn.Module):
         projected = isinstance(context, Projected)
         return context.layers[self] if projected else (self.to_k(context), self.to_v(context))
 
-    def forward(self, x: Tensor, context: Context, attend: Attend = attend) -> Tensor:
+    def forward(self, x: Tensor, context: Context, attend: Attend) -> Tensor:
         return self.to_out[0](attend(self, x, context))
 
 
@@ -197,7 +197,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, context: Context, attend: Attend = attend) -> Tensor:
+    def forward(self, x: Tensor, context: Context, attend: Attend) -> Tensor:
         h = self.norm1(x)
         x = x + self.attn1(h, h, attend)
         x = repeat_rows(x, context) + self.attn2(self.norm2(x), context, attend)
@@ -215,7 +215,7 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([block])
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Context, attend: Attend = attend) -> Tensor:
+    def forward(self, x: Tensor, context: Context, attend: Attend) -> Tensor:
         h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)       # (B, h*w, C)
         h = self.transformer_blocks[0](h, context, attend)
         return repeat_rows(x, context) + self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
@@ -247,7 +247,7 @@ class Level(nn.Module):
         self.downsamplers = nn.ModuleList([Resample(c_out, 2)] if resample == "down" else [])
         self.upsamplers = nn.ModuleList([Resample(c_out, 1)] if resample == "up" else [])
 
-    def block(self, i: int, x: Tensor, time: Tensor | dict, context: Context, attend: Attend = attend,
+    def block(self, i: int, x: Tensor, time: Tensor | dict, context: Context, attend: Attend,
               recompute: bool = False) -> Tensor:
         """Run residual block i, then transformer i if there is one."""
         if recompute:
