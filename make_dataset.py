@@ -47,10 +47,10 @@ def add_captions(subparsers) -> None:
     parser.add_argument("--input", type=Path, help="captions: .txt, .csv, or .jsonl (key input or caption)")
     parser.add_argument("--column", help="key (.jsonl) or column (.csv) of the caption")
     parser.add_argument("--out", type=Path, default=Path("data/prompts.jsonl"),
-                        help="the file to write; skips captions that it or its .dropped.jsonl has")
+                        help="output file; skips captions that it or its .dropped.jsonl holds")
     parser.add_argument("--backend", choices=("openai", "scenes"), default="openai",
                         help="openai: a language model; scenes: the grammar of the nano world")
-    parser.add_argument("--n", type=at_least(1), help="first N captions (default: all), or N scenes (1000)")
+    parser.add_argument("--n", type=at_least(1), help="number of captions (default: all) or scenes (1000)")
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the scenes")
     cli.add_settings(parser, Settings)
     parser.set_defaults(run=run_captions)
@@ -171,7 +171,7 @@ def add_pair(subparsers) -> None:
     parser.add_argument("--reweight", nargs=2, action="append", default=[], metavar=("WORD", "FACTOR"),
                         help="for cross and both: scale the attention to a word of the edited caption")
     parser.add_argument("--window", nargs=3, action="append", default=[], metavar=("WORD", "FROM", "TO"),
-                        help="for cross and both: shares of the steps between which a word is injected")
+                        help="for cross and both: inject a word at these shares of the steps, not 0 to P")
     parser.add_argument("--cfg-text", type=finite, help="guidance scale (default: from the weights)")
     for name in ("steps", "resolution"):
         parser.add_argument(f"--{name}", type=at_least(1), help="(default: from the weights)")

@@ -19,10 +19,10 @@ TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_conf
                    "special_tokens_map.json", "added_tokens.json")
 TOKENIZER = "tokenizer (vocab.json and merges.txt, or tokenizer.json)"
 REASONS = {  # error of huggingface_hub -> end of the message "there is no file or folder owner/name, and ..."
-    "GatedRepoError": "the Hub asks you to accept its terms there, then to `hf auth login` or set HF_TOKEN",
-    "RepositoryNotFoundError": "the Hub has none, or a private one: then `hf auth login` or set HF_TOKEN",
+    "GatedRepoError": "the model's terms must be accepted on the Hub; then `hf auth login` or set HF_TOKEN",
+    "RepositoryNotFoundError": "the Hub has no such model; for a private one `hf auth login` or set HF_TOKEN",
     "RevisionNotFoundError": "the Hub has no such revision of it",
-    "OfflineModeIsEnabled": "the Hub's cache lacks some or all of it: unset HF_HUB_OFFLINE to fetch it",
+    "OfflineModeIsEnabled": "the Hub's cache lacks files of the model; unset HF_HUB_OFFLINE to download them",
 }
 
 

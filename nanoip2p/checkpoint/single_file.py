@@ -24,10 +24,10 @@ PREFIXES = {UNet: "model.diffusion_model.", VAE: "first_stage_model.",
 Read = Callable[[], dict[str, Tensor]]  # reads the tensors of a file, memory-mapped
 SD15 = {"unet": UNetConfig().to_json(), "vae": VAEConfig().to_json(),
         "text_encoder": CLIPTextConfig().to_json()}  # the configs of every file of 2022
-# Our name -> original name. UNET_WORDS: layers of the UNet's residual blocks. VAE_WORDS: parts of VAE names
-UNET_WORDS = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+# Our name -> original name. UNET_LAYERS: layers of the UNet's residual blocks. VAE_NAMES: parts of a name
+UNET_LAYERS = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
               "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
-VAE_WORDS = {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2",
+VAE_NAMES = {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2",
              "mid_block.attentions.0": "mid.attn_1", "_blocks": "", "resnets": "block",
              "samplers.0": "sample", "conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut",
              "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
@@ -61,16 +61,16 @@ def unet_places(config: UNetConfig) -> dict[str, str]:
               "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
               "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
               "mid_block.resnets.1": "middle_block.2"}
-    per = config.layers_per_block + 1  # original numbers per level. Down: blocks, downsampler; up: blocks
+    numbers = config.layers_per_block + 1  # per level. Down: blocks and the downsampler; up: blocks
     for i, up in enumerate(config.up_block_types):
-        for j in range(per):
-            places[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{1 + i * per + j}.0"
-            places[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{1 + i * per + j}.1"
-            places[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{i * per + j}.0"
-            places[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{i * per + j}.1"
-        places[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{(i + 1) * per}.0.op"
-        after = 2 if up == "CrossAttnUpBlock2D" else 1  # place within the level's last block
-        places[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{i * per + per - 1}.{after}.conv"
+        for j in range(numbers):
+            places[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{1 + i * numbers + j}.0"
+            places[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{1 + i * numbers + j}.1"
+            places[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{i * numbers + j}.0"
+            places[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{i * numbers + j}.1"
+        places[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{(i + 1) * numbers}.0.op"
+        slot = 2 if up == "CrossAttnUpBlock2D" else 1  # after the other layers of the level's last block
+        places[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{(i + 1) * numbers - 1}.{slot}.conv"
     return places
 
 
@@ -79,14 +79,14 @@ def unet_name(name: str, config: UNetConfig) -> str:
     places = unet_places(config)
     block = next(block for block in places if name.startswith(block + "."))
     layer, _, leaf = name.removeprefix(block + ".").rpartition(".")
-    return ".".join(filter(None, [places[block], UNET_WORDS.get(layer, layer), leaf]))
+    return ".".join(filter(None, [places[block], UNET_LAYERS.get(layer, layer), leaf]))
 
 
 def vae_name(name: str, config: VAEConfig) -> str:
     """The original name of a VAE weight. The original numbers the decoder's levels in reverse."""
     last = len(config.block_out_channels) - 1
     name = re.sub(r"up_blocks\.(\d+)", lambda match: f"up_blocks.{last - int(match[1])}", name)
-    for ours, original in VAE_WORDS.items():
+    for ours, original in VAE_NAMES.items():
         name = name.replace(ours, original)
     return name
 

@@ -55,7 +55,7 @@ class Settings:
                       group="asking a language model")
     temperature: float = flag("sampling temperature", 0.7, type=finite)
     concurrency: int = flag("concurrent requests", 8, type=at_least(1))
-    moderate: bool = flag("apply OpenAI's moderation to captions and answers, as the original", False)
+    moderate: bool = flag("apply OpenAI's moderation to captions and answers, as the original does", False)
     max_tokens: int | None = flag("limit on the input plus output tokens of this run", type=at_least(0))
 
 
@@ -131,8 +131,8 @@ class Job:
         self.client, self.settings, self.todo, self.out, self.bar = client, settings, deque(todo), out, bar
         self.counts, self.used = Counter(), Counter()  # outcomes; input and output tokens
         self.reserved = 0    # upper bound on the tokens of the open requests
-        self.prompt = 0      # input tokens of the first request: mostly the examples
-        self.unanswered = 0  # number of captions in a row without an answer
+        self.shared = 0      # input tokens of the first request: bounds the examples, which requests share
+        self.failures = 0    # number of captions in a row without an answer
         self.problem: Exception | None = None
         self.deadline = math.inf  # time.monotonic() at which waiting ends; set by Ctrl-C
         self.lock = threading.Lock()
@@ -179,9 +179,9 @@ class Job:
             except openai.APIError as error:
                 with self.lock:
                     self.counts["unanswered"] += 1
-                    self.unanswered += 1
+                    self.failures += 1
                     fatal = FATAL if self.used else (*FATAL, openai.APIConnectionError)
-                    if isinstance(error, fatal) or self.unanswered >= MAX_FAILURES:
+                    if isinstance(error, fatal) or self.failures >= MAX_FAILURES:
                         self.problem = error
             except OSError as error:  # the disk is full
                 self.problem = error
@@ -214,12 +214,12 @@ class Job:
         request, client = make_request(text, self.settings), self.client
         with self.lock:
             # A token has at least one byte, so the number of bytes is an upper bound
-            tokens_in = self.prompt + len(text.encode()) if self.prompt else len(str(request).encode())
+            tokens_in = self.shared + len(text.encode()) if self.shared else len(str(request).encode())
             reserved, limit = tokens_in + ANSWER_TOKENS, self.settings.max_tokens
             if limit is not None and self.used.total() + self.reserved + reserved > limit:
                 raise OverBudget
             self.reserved += reserved
-            if not self.prompt:  # first request: fail early if the server does not run
+            if not self.shared:  # first request: fail early if the server does not run
                 client = client.with_options(max_retries=2)
         spent = Counter()
         try:
@@ -238,7 +238,7 @@ class Job:
                 self.reserved -= reserved
                 self.used += spent
                 if spent:
-                    self.prompt, self.unanswered = self.prompt or spent["in"], 0
+                    self.shared, self.failures = self.shared or spent["in"], 0
 
     def flagged(self, texts: list[str]) -> bool:
         """Whether OpenAI's moderation objects to any of the texts."""

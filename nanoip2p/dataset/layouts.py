@@ -83,7 +83,7 @@ def read_data(source: str | Path, split: str = "train", skip_bad: bool = False) 
         warnings.warn(f"pairs left out: {count}; for the first {problem}", stacklevel=2)
         items = sound
     if not items and split == "train":
-        raise ValueError(f"{source} has no pairs in its train split (the first 90%, if it has no own splits)")
+        raise ValueError(f"{source} has no pairs in its train split (the first 90%, without split files)")
     return items
 
 
@@ -189,7 +189,7 @@ def _parquet(path: Path) -> Iterator[Item]:
 
 @contextmanager
 def _open_parquet(path: Path) -> Iterator:
-    """Open a pyarrow.parquet.ParquetFile. Keep it open briefly: it must not be used after a fork."""
+    """Open a pyarrow.parquet.ParquetFile. Close it soon: an open one must not be used after a fork."""
     try:
         import pyarrow.parquet
     except ImportError:

@@ -36,7 +36,7 @@ UNFINISHED = ".unfinished"  # folder in `out`, removed when all prompts are fini
 
 @dataclass(frozen=True)
 class PairSettings:
-    """Settings, with names and defaults of the original's generate_img_dataset.py. ValueError if invalid."""
+    """Settings. Names and defaults follow the original's generate_img_dataset.py. ValueError if invalid."""
 
     n_samples: int = flag("candidates to paint", 100, type=at_least(1), group="candidates of each prompt")
     early_stop: int = flag("stop after N passing candidates; 0: never", 0, type=at_least(0), metavar="N")
@@ -253,6 +253,6 @@ def prompt_folders(root: Path) -> list[Path]:
 
 def list_seeds(root: Path) -> list[tuple[str, list[str]]]:
     """The content of seeds.json: the name of each prompt with kept pairs, and the pairs' seeds as strings."""
-    seeds = [(folder.name, sorted(path.name[:-len("_0.jpg")] for path in folder.glob("*_0.jpg")))
+    found = [(folder.name, sorted(path.name[:-len("_0.jpg")] for path in folder.glob("*_0.jpg")))
              for folder in prompt_folders(root)]
-    return [(name, of_prompt) for name, of_prompt in seeds if of_prompt]
+    return [(name, seeds) for name, seeds in found if seeds]

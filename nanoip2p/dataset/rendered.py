@@ -22,14 +22,14 @@ def draw_scenes(n: int, seed: int) -> list[dict]:
         scene = random_scene("train", int(torch.randint(2**31, (), generator=generator)))
         edits = training_edits(scene)
         if edits:
-            kind = pick(sorted({edit.kind for edit in edits}), generator)  # as in scene_pairs
+            kind = pick(sorted({edit.kind for edit in edits}), generator)  # kind first: see scene_pairs
             edit = pick([edit for edit in edits if edit.kind == kind], generator)
             rows[scene.caption(), pick(edit.instructions[:-1], generator), edit.caption] = None
     return [dict(zip(("input", "edit", "output"), row)) for row in rows]
 
 
 def write_scenes(out: Path, n: int, seed: int) -> None:
-    """Write the triplets of `draw_scenes`. ValueError if `out` holds anything but the first of them."""
+    """Write the triplets of `draw_scenes`. `out` may hold the first of them already, else ValueError."""
     text = "".join(json.dumps(row) + "\n" for row in draw_scenes(n, seed)).encode()
     if out.exists() and not text.startswith(out.read_bytes()):
         raise ValueError(f"{out} holds more or other captions than these {n} of --seed {seed}; name another "

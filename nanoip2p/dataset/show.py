@@ -14,7 +14,7 @@ from nanoip2p.dataset.pairs import prompt_folders
 from nanoip2p.images import grid, open_image
 from nanoip2p.prompt_to_prompt import PairPainter, split_words
 
-WORDS = dict(zip(SIMILARITIES, ("caption before", "caption after", "direction", "pictures")))
+SCORE_NAMES = dict(zip(SIMILARITIES, ("caption before", "caption after", "direction", "pictures")))
 BAR = 40  # length of the histogram's longest bar, in characters
 
 
@@ -56,8 +56,8 @@ def statistics(root: Path, pairs: list[dict]) -> str:
         lines.append(("candidates", f"{len(rows)}, {passed / len(rows):.1%} pass, "
                                     f"{len(pairs) / len(rows):.1%} survive"))
     if pairs:
-        means = {word: sum(pair[name] for pair in pairs) / len(pairs) for name, word in WORDS.items()}
-        lines.append(("mean similarity", ", ".join(f"{word} {mean:.3f}" for word, mean in means.items())))
+        means = {name: sum(pair[key] for pair in pairs) / len(pairs) for key, name in SCORE_NAMES.items()}
+        lines.append(("mean similarity", ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())))
         shares = [pair["p2p_threshold"] for pair in pairs]
         counts = Counter(min(int(share * 10), 9) for share in shares)
         lines.append(("p of survivors", f"mean {sum(shares) / len(shares):.3f}"))
@@ -77,7 +77,7 @@ def contact_sheet(pairs: list[dict], rows: int, seed: int) -> Image.Image:
                          for pair in line for i in (0, 1)])
         labels.append([])
         for title, pair in zip(("best", "random"), line):
-            scores = ", ".join(f"{word} {pair[name]:.2f}" for name, word in WORDS.items())
+            scores = ", ".join(f"{name} {pair[key]:.2f}" for key, name in SCORE_NAMES.items())
             labels[-1] += [f"{title}: {pair.get('input', pair.get('caption'))}",
                            f"{pair.get('edit')} ({scores}, p {pair['p2p_threshold']:.2f})"]
     return grid(pictures, labels)
