@@ -1,7 +1,7 @@
 """Ask a language model for the instruction and edited caption of each caption (section 3.1.1 of the paper).
 
-Any server with OpenAI's chat API works. An ordinary model gets the examples of fewshot.json and answers in a
-JSON schema. A model named "ft:..." was fine-tuned by finetune.py and gets only the caption.
+Any server with OpenAI's chat API works. An ordinary model gets the examples of fewshot.json and answers in
+JSON, under a schema. A model named "ft:..." was fine-tuned by finetune.py and gets only the caption.
 
 Each answer is appended to a file immediately. OUT.jsonl holds the triplets. OUT.dropped.jsonl holds the
 captions without a usable answer, with the reason. A new run skips the captions in these files.
@@ -89,16 +89,15 @@ def make_request(caption: str, settings: Settings) -> dict:
     """The request for one caption. The examples come first, so that servers can cache them."""
     request = {"model": settings.model, "temperature": settings.temperature,
                "frequency_penalty": FREQUENCY_PENALTY, "max_tokens": ANSWER_TOKENS}
-    messages = [{"role": "user", "content": caption}]
+    messages = []
     if not settings.model.startswith("ft:"):
-        examples = [{"role": "system", "content": PROMPT}]
+        messages = [{"role": "system", "content": PROMPT}]
         for before, edit, output in TRIPLETS:
             answer = json.dumps({"edit": edit, "output": output})
-            examples += [{"role": "user", "content": before}, {"role": "assistant", "content": answer}]
-        messages = examples + messages
+            messages += [{"role": "user", "content": before}, {"role": "assistant", "content": answer}]
         schema = {"name": "edit", "strict": True, "schema": SCHEMA}
         request["response_format"] = {"type": "json_schema", "json_schema": schema}
-    return request | {"messages": messages}
+    return request | {"messages": [*messages, {"role": "user", "content": caption}]}
 
 
 def read_answer(reply, caption: str) -> tuple[str, str]:
@@ -108,9 +107,9 @@ def read_answer(reply, caption: str) -> tuple[str, str]:
         if choice.message.refusal or choice.finish_reason == "content_filter":
             raise Unusable("refused")
         content = choice.message.content
-        if choice.finish_reason == "length":  # cut off; without JSON, nothing else would show it
+        if choice.finish_reason == "length":  # cut off, though a fine-tuned model's would parse
             raise ValueError
-        if DELIMITER in content:  # JSON on one line has no line breaks
+        if DELIMITER in content:  # never in JSON: its strings have no line breaks
             edit, output = map(tidy, content.split(DELIMITER))
         else:
             answer = json.loads(content)

@@ -72,8 +72,7 @@ def read_data(source: str | Path, split: str = "train", skip_bad: bool = False) 
     Raises ValueError for an unknown layout, a broken file, a missing text, column or picture, and an empty
     train split. skip_bad: skip the pairs with a missing picture, and warn with their number.
     """
-    source = Path(source)
-    items = _read(source, split)
+    items = _read(Path(source), split)
     missing = [p for p in _pictures(items) if isinstance(p, Path) and not p.is_file()]
     if missing:
         problem, sound = f"there is no picture {missing[0]}", _without(items, set(missing))

@@ -193,10 +193,7 @@ def make_pairs(prompts: list[Prompt], out: Path, painter: TextToImage, judge: Ju
 
 
 def job_of(painter: TextToImage, judge: Judge, settings: PairSettings) -> dict:
-    """Everything that affects the result, except the prompts.
-
-    Omits the name of CLIP, because "networks" hashes its weights, and `batch`, which only affects rounding.
-    """
+    """All that affects the result, except the prompts. Omits `batch` (only rounding) and `clip` (hashed)."""
     fixed = (painter.schedule, painter.vae.scaling_factor, judge.mean.tolist(), judge.std.tolist())
     tokenizers = [model.tokenizer.backend.to_str() for model in (painter, judge)]
     networks = fingerprint(painter.unet, painter.vae, painter.text_encoder, judge.clip,

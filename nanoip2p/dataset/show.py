@@ -44,8 +44,7 @@ def read_pairs(root: Path) -> list[dict]:
 
 def statistics(root: Path, pairs: list[dict]) -> str:
     """A text about the kept pairs: number, quality, p. Reports candidates only if pairs.py listed them."""
-    folders = prompt_folders(root)
-    with_survivors = len({pair["folder"] for pair in pairs})
+    folders, with_survivors = prompt_folders(root), len({pair["folder"] for pair in pairs})
     lines = [("prompts", f"{len(folders)} finished, {with_survivors} of them with survivors"),
              ("surviving pairs", f"{len(pairs)}, {len(pairs) / len(folders):.2f} a prompt")]
     job = read_json(root / "job.json", missing={}).get("job")
