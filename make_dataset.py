@@ -105,8 +105,9 @@ def add_pairs(subparsers) -> None:
     parser.add_argument("--weights", required=True, help="a text-to-image model: a diffusers folder, a "
                                                          ".safetensors or .ckpt file, or a name on the Hub")
     add_flags(parser)
-    parser.add_argument("--skip-bad", action="store_true", help="skip lines that are not prompts")
-    parser.add_argument("--fast", action="store_true", help="see nanoip2p.speed.fast; not for nano weights")
+    parser.add_argument("--skip-bad", action="store_true", help="skip bad lines of --prompts")
+    parser.add_argument("--fast", action="store_true",
+                        help="speed up the UNet, see nanoip2p.speed.fast; not for nano weights")
     add_device(parser)
     cli.add_settings(parser, PairSettings)
     parser.set_defaults(run=run_pairs)
@@ -173,9 +174,9 @@ def add_pair(subparsers) -> None:
     parser.add_argument("--window", nargs=3, action="append", default=[], metavar=("WORD", "FROM", "TO"),
                         help="for cross and both: inject a word at these shares of the steps, not 0 to P")
     parser.add_argument("--cfg-text", type=finite, help="guidance scale (default: from the weights)")
-    for name in ("steps", "resolution"):
-        parser.add_argument(f"--{name}", type=at_least(1), help="(default: from the weights)")
-    parser.add_argument("--sampler", choices=sorted(SAMPLERS), help="(default: from the weights)")
+    parser.add_argument("--steps", type=at_least(1), help="denoising steps (default: from the weights)")
+    parser.add_argument("--resolution", type=at_least(1), help="side in pixels (default: from the weights)")
+    parser.add_argument("--sampler", choices=sorted(SAMPLERS), help="sampler (default: from the weights)")
     parser.add_argument("--negative", default="", help="negative prompt")
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of all random numbers")
     add_device(parser)
