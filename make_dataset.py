@@ -42,15 +42,15 @@ with cli.slow_imports():
 def add_captions(subparsers) -> None:
     """Add `captions`, with its subcommands `prepare-finetune` and `finetune` (the paper's method)."""
     parser = subparsers.add_parser("captions", help="captions -> instructions and edited captions",
-                                   description="OPENAI_API_KEY and, for servers other than OpenAI's, "
-                                               "OPENAI_BASE_URL name the server.")
+                                   description="Set OPENAI_API_KEY to your key and, for a server other "
+                                               "than OpenAI's, OPENAI_BASE_URL to its address.")
     parser.add_argument("--input", type=Path, help="captions: .txt, .csv, or .jsonl (key input or caption)")
     parser.add_argument("--column", help="key (.jsonl) or column (.csv) of the caption")
     parser.add_argument("--out", type=Path, default=Path("data/prompts.jsonl"),
-                        help="captions already in this file or in its .dropped.jsonl are skipped")
+                        help="output file; skips captions that it or its .dropped.jsonl holds")
     parser.add_argument("--backend", choices=("openai", "scenes"), default="openai",
                         help="openai: a language model; scenes: the grammar of the nano world")
-    parser.add_argument("--n", type=at_least(1), help="use the first N captions (all); draw N scenes (1000)")
+    parser.add_argument("--n", type=at_least(1), help="number of captions (default: all) or scenes (1000)")
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the scenes")
     cli.add_settings(parser, Settings)
     parser.set_defaults(run=run_captions)
@@ -91,13 +91,13 @@ def run_prepare(args: argparse.Namespace) -> None:
 def run_finetune(args: argparse.Namespace) -> None:
     """Start a fine-tuning job and print its id as the last line."""
     job = finetune.start(args.chats, args.model, args.epochs)
-    print("started; the finished job names the model to use as captions --model ft:...", file=sys.stderr)
+    print("started; when the job is finished, give its model to captions --model ft:...", file=sys.stderr)
     print(job)
 
 
 def add_pairs(subparsers) -> None:
     """Add `pairs`: section 3.1.2 of the paper."""
-    parser = subparsers.add_parser("pairs", help="caption pairs -> picture pairs that the CLIP filter passes",
+    parser = subparsers.add_parser("pairs", help="caption pairs -> picture pairs that pass the CLIP filter",
                                    description="A file pairs.json in the weights folder can set other "
                                                "defaults for the flags from --n-samples on.")
     parser.add_argument("--prompts", type=Path, required=True, help="JSONL of input, edit and output")
@@ -105,8 +105,9 @@ def add_pairs(subparsers) -> None:
     parser.add_argument("--weights", required=True, help="a text-to-image model: a diffusers folder, a "
                                                          ".safetensors or .ckpt file, or a name on the Hub")
     add_flags(parser)
-    parser.add_argument("--skip-bad", action="store_true", help="skip lines that are not prompts")
-    parser.add_argument("--fast", action="store_true", help="see nanoip2p.speed.fast; not for nano weights")
+    parser.add_argument("--skip-bad", action="store_true", help="skip bad lines of --prompts")
+    parser.add_argument("--fast", action="store_true",
+                        help="speed up the UNet, see nanoip2p.speed.fast; not for nano weights")
     add_device(parser)
     cli.add_settings(parser, PairSettings)
     parser.set_defaults(run=run_pairs)
@@ -115,22 +116,22 @@ def add_pairs(subparsers) -> None:
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add --device and --dtype of the text-to-image model."""
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first available)")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the text-to-image model (default: bf16 "
-                                                                "where it is faster, else fp32)")
+    parser.add_argument("--dtype", choices=sorted(DTYPES),
+                        help="dtype of the text-to-image model (default: bf16 where it is faster, else fp32)")
 
 
 def run_pairs(args: argparse.Namespace) -> None:
     """Check all inputs, then generate pairs. Under torchrun, each process uses one GPU."""
     prompts, bad = read_prompts(args.prompts)
     if bad and not args.skip_bad:
-        raise ValueError(f"{args.prompts}: {bad[0]} (bad lines: {len(bad)}); correct them, or leave them out "
-                         "with --skip-bad")
+        raise ValueError(f"{args.prompts}: {bad[0]} (bad lines: {len(bad)}); correct them, or skip them with "
+                         "--skip-bad")
     if not prompts:
         raise ValueError(f"{args.prompts} contains no prompt")
-    first, name = os.environ.get("RANK", "0") == "0", args.device
-    if name in (None, "cuda") and torch.cuda.is_available():
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    device = pick_device(name)
+    first, device = os.environ.get("RANK", "0") == "0", args.device
+    if device in (None, "cuda") and torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = pick_device(device)
     checkpoint = open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
     settings = pair_settings(vars(args), checkpoint.source, checkpoint.defaults)
     # A continued job keeps its dtype. Jobs older than --dtype have no record of it and used fp32
@@ -138,7 +139,7 @@ def run_pairs(args: argparse.Namespace) -> None:
     dtype = args.dtype or (job.get("dtype", "fp32") if job else pick_dtype(None, device))
     if first:
         print(f"opened {args.weights}: {checkpoint.description}; paints in {dtype}", file=sys.stderr)
-        print(f"{len(prompts)} prompts, {len(bad)} bad lines, {settings.n_samples} candidates of each prompt",
+        print(f"{len(prompts)} prompts, {len(bad)} bad lines, {settings.n_samples} candidates per prompt",
               file=sys.stderr)
     painter = TextToImage.load(checkpoint, device, DTYPES[dtype])
     painter.fill_defaults({key: getattr(settings, key) for key in ("steps", "resolution", "sampler")})
@@ -163,18 +164,19 @@ def add_pair(subparsers) -> None:
     add_flags(parser)
     parser.add_argument("--out", type=Path, default=Path("out/pair.png"), help="the PNG to write")
     parser.add_argument("--heatmaps", action="store_true", help="also show the attention to each word")
-    parser.add_argument("--inject", choices=MODES, default="self", help="attention to take from the source")
+    parser.add_argument("--inject", choices=MODES, default="self",
+                        help="attention maps that the edited picture takes from the source")
     parser.add_argument("--p", type=finite, default=0.5, help="share of the steps that inject")
     parser.add_argument("--blend", nargs=2, metavar=("WORD", "WORD"),
-                        help="a word of each caption: change only where attention to either is high")
+                        help="a word of each caption: change pixels only where attention to either is high")
     parser.add_argument("--reweight", nargs=2, action="append", default=[], metavar=("WORD", "FACTOR"),
                         help="for cross and both: scale the attention to a word of the edited caption")
     parser.add_argument("--window", nargs=3, action="append", default=[], metavar=("WORD", "FROM", "TO"),
-                        help="for cross and both: inject a word between these shares of the steps, not --p")
+                        help="for cross and both: inject a word at these shares of the steps, not 0 to P")
     parser.add_argument("--cfg-text", type=finite, help="guidance scale (default: from the weights)")
-    for name in ("steps", "resolution"):
-        parser.add_argument(f"--{name}", type=at_least(1), help="(default: from the weights)")
-    parser.add_argument("--sampler", choices=sorted(SAMPLERS), help="(default: from the weights)")
+    parser.add_argument("--steps", type=at_least(1), help="denoising steps (default: from the weights)")
+    parser.add_argument("--resolution", type=at_least(1), help="side in pixels (default: from the weights)")
+    parser.add_argument("--sampler", choices=sorted(SAMPLERS), help="sampler (default: from the weights)")
     parser.add_argument("--negative", default="", help="negative prompt")
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of all random numbers")
     add_device(parser)
@@ -212,8 +214,7 @@ def run_pair(args: argparse.Namespace) -> None:
 
 def run_show(args: argparse.Namespace) -> None:
     """Print statistics and write the contact sheet."""
-    sheet = args.sheet or args.folder / "contact-sheet.png"
-    pairs = read_pairs(args.folder)
+    sheet, pairs = args.sheet or args.folder / "contact-sheet.png", read_pairs(args.folder)
     check_writable(sheet)
     print(statistics(args.folder, pairs))
     if pairs:
@@ -222,7 +223,7 @@ def run_show(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the flags of every command. `run` of the result is the function that executes the command."""
+    """Parse the command line. `run` of the result is the function that executes the command."""
     parser = cli.make_parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=cli.make_parser)
     add_captions(subparsers)
@@ -231,7 +232,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     show = subparsers.add_parser("show", help="a contact sheet and statistics of a folder of pairs")
     show.add_argument("folder", type=Path, help="the --out folder of pairs, or the paper's dataset")
     show.add_argument("--sheet", type=Path, help="PNG to write (default: contact-sheet.png in the folder)")
-    show.add_argument("--rows", type=at_least(1), default=8, help="number of best pairs, and of random pairs")
+    show.add_argument("--rows", type=at_least(1), default=8, help="number of best and of random pairs")
     show.add_argument("--seed", type=at_least(0), default=0, help="seed of the random pairs")
     show.set_defaults(run=run_show)
     return parser.parse_args(argv)

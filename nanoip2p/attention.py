@@ -1,6 +1,6 @@
 """Attention: softmax(q k^T / sqrt(d)) v, where d is the width of one head. All networks use this file.
 
-`attention` runs on torch's fused kernels. `attention_reference` computes the same in separate operations.
+`attention` uses torch's fused kernels. `attention_reference` computes the same in separate operations.
 speed/kernels.py has a Triton kernel that can replace `attention` in the layers of a UNet.
 """
 
@@ -11,27 +11,21 @@ from torch import Tensor
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False,
               map_from: Tensor | None = None) -> Tensor:
-    """Multi-head attention on fused kernels, which never store the (Tq, Tk) attention map.
+    """Multi-head attention by torch's scaled_dot_product_attention. Its fused kernels do not store the map.
 
     q (B, Tq, heads * d), k and v (B, Tk, heads * d) -> (B, Tq, heads * d). The last axis concatenates the
-    heads. causal: position i attends only to positions 0..i; needs Tq = Tk. map_from (N,) int32, used by
-    Prompt-to-Prompt: the attention map of row map_from[i] of q and k is applied to row i of v
-    (N, Tk, heads * d), so the result has N rows.
+    heads. The map is softmax(q k^T / sqrt(d)), (Tq, Tk) for each row and head. causal: position i attends
+    only to positions 0..i; needs Tq = Tk. map_from (N,) int32, used by Prompt-to-Prompt: row i of v
+    (N, Tk, heads * d) is weighted by the map of row map_from[i] of q and k, so the result has N rows.
     """
-    check_shapes(q, k, v, heads, causal, map_from)
-    if map_from is not None:
-        q, k = (x.index_select(0, map_from) for x in (q, k))
-    q, k, v = (_split(x, heads) for x in (q, k, v))
+    q, k, v = _prepare(q, k, v, heads, causal, map_from)
     return _merge(F.scaled_dot_product_attention(q, k, v, is_causal=causal))
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False,
                         map_from: Tensor | None = None) -> Tensor:
-    """The same result as `attention`, but slow, and it stores the map: B * heads * Tq * Tk numbers."""
-    check_shapes(q, k, v, heads, causal, map_from)
-    if map_from is not None:
-        q, k = q[map_from], k[map_from]
-    q, k, v = (_split(x, heads) for x in (q, k, v))
+    """The same as `attention`, but slow: it stores the maps, B * heads * Tq * Tk numbers."""
+    q, k, v = _prepare(q, k, v, heads, causal, map_from)
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5               # (B, heads, Tq, Tk)
     if causal:
         future = torch.ones_like(scores, dtype=torch.bool).triu(1)
@@ -48,8 +42,12 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool, map_
     assert not causal or q.shape[1] == k.shape[1], shapes
 
 
-def _split(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)                 # (B, heads, T, d)
+def _prepare(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool, map_from: Tensor | None) -> list:
+    """Check q, k and v, apply map_from to q and k, and split the heads: (rows, heads, T, d) each."""
+    check_shapes(q, k, v, heads, causal, map_from)
+    if map_from is not None:
+        q, k = (x.index_select(0, map_from) for x in (q, k))
+    return [x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v)]
 
 
 def _merge(x: Tensor) -> Tensor:

@@ -17,20 +17,18 @@ ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.g
 
 
 class _Config:
-    """Base class of the three configs below. `library` is (class name, model_type) in transformers."""
-
-    library = ("", "")
+    """Base class of the three configs below."""
 
     def to_json(self) -> dict:
         """The config.json from which transformers builds the same network."""
-        return {"architectures": [self.library[0]], "model_type": self.library[1], **asdict(self)}
+        return {"architectures": [self.architecture[0]], "model_type": self.architecture[1], **asdict(self)}
 
 
 @dataclass(frozen=True)
 class CLIPTextConfig(_Config):
     """Config of the text encoder: names as in transformers' config.json, default values as in SD 1.5."""
 
-    library = ("CLIPTextModel", "clip_text_model")
+    architecture = ("CLIPTextModel", "clip_text_model")  # class name and model_type in transformers
     vocab_size: int = 49408
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -47,7 +45,7 @@ class CLIPTextConfig(_Config):
 class CLIPVisionConfig(_Config):
     """Config of the vision encoder: names and default values as in transformers (ViT-B/32)."""
 
-    library = ("CLIPVisionModel", "clip_vision_model")
+    architecture = ("CLIPVisionModel", "clip_vision_model")
     image_size: int = 224
     patch_size: int = 32
     num_channels: int = 3
@@ -64,14 +62,14 @@ class CLIPVisionConfig(_Config):
 class CLIPConfig(_Config):
     """Configs of both encoders, and the width of their shared embedding space."""
 
-    library = ("CLIPModel", "clip")
+    architecture = ("CLIPModel", "clip")
     text_config: CLIPTextConfig
     vision_config: CLIPVisionConfig
     projection_dim: int = 512
     logit_scale_init_value: float = 2.6592  # log(1 / 0.07)
 
 
-# The defaults of transformers, which it omits from a config.json. They differ from SD 1.5's values above
+# Where transformers' default values differ from SD 1.5's. A config.json may omit transformers' defaults
 TEXT_DEFAULTS = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8,
                  "projection_dim": 512, "eos_token_id": 49407}
 
@@ -143,7 +141,7 @@ class TextEmbeddings(nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        nn.init.normal_(self.token_embedding.weight, std=0.02)  # as OpenAI's code; std=1 trains slowly
+        nn.init.normal_(self.token_embedding.weight, std=0.02)  # as in OpenAI's code; std=1 trains slowly
         nn.init.normal_(self.position_embedding.weight, std=0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -183,7 +181,7 @@ class TextTransformer(nn.Module):
 
     def pool(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """The hidden state at the first end-of-text token: hidden (B, T, D), ids (B, T) -> (B, D)."""
-        # Configs before mid-2023 wrongly have 2. Then the largest id is the end of text, as in OpenAI's code
+        # Configs before mid-2023 wrongly have 2: take the largest id, end-of-text, as OpenAI's code does
         end = ids.argmax(1) if self.eos_token_id == 2 else (ids == self.eos_token_id).int().argmax(1)
         return hidden[torch.arange(len(ids), device=ids.device), end]
 
@@ -231,12 +229,12 @@ class TextEncoder(nn.Module):
                 for name, tensor in CLIP.published_names(state_dict).items()}
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
-        """As torch's; reads both spellings of the names, see published_names."""
+        """As torch's, but also reads names without the prefix, see published_names."""
         return super().load_state_dict(self.published_names(state_dict), strict, assign)
 
 
 class CLIP(nn.Module):
-    """Both encoders, projected into one space. The cosine measures how well a text fits a picture."""
+    """Both encoders, projected into one space. The cosine tells how well a text and a picture match."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__()

@@ -1,7 +1,7 @@
 """The noise schedule: how training adds noise, and at which noise levels a sampler calls the UNet.
 
-Training noises clean latents z_0 with `add_noise`, where a_t = prod_{s<=t} (1 - beta_s). Samplers work on
-x = z_t / sqrt(a_t) = z_0 + sigma eps with sigma = sqrt((1 - a_t) / a_t) (Karras et al. 2022).
+Training adds noise to clean latents z_0 (`add_noise`), with a_t = prod_{s<=t} (1 - beta_s). Samplers work on
+x = z_t / sqrt(a_t) = z_0 + sigma eps, with sigma = sqrt((1 - a_t) / a_t) (Karras et al. 2022).
 """
 
 from dataclasses import asdict, dataclass
@@ -44,24 +44,22 @@ class NoiseSchedule:
         return read_config(cls, defaults | config, FIXED["scheduler"], IGNORED["scheduler"])
 
     def to_json(self) -> dict:
-        """The scheduler_config.json with which every scheduler of diffusers computes the same."""
+        """The scheduler_config.json from which any scheduler of diffusers takes the same steps."""
         config = {key: value for key, value in asdict(self).items() if value is not None}
         return {"_class_name": "EulerAncestralDiscreteScheduler", "prediction_type": "epsilon",
-                "clip_sample": False} | config  # which diffusers' DDIM does by default
+                "clip_sample": False} | config  # diffusers' DDIM clips by default
 
     def alphas_cumprod(self) -> Tensor:
-        """The share of signal a_t at each training timestep: (num_train_timesteps,), float32, falling."""
-        if self.beta_schedule == "scaled_linear":  # linear in sqrt(beta), as Rombach et al. chose
-            betas = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.num_train_timesteps) ** 2
-        else:
-            betas = torch.linspace(self.beta_start, self.beta_end, self.num_train_timesteps)
+        """a_t, the signal's share of the variance, at each timestep: (num_train_timesteps,) float32."""
+        p = 0.5 if self.beta_schedule == "scaled_linear" else 1  # linear in sqrt(beta), as in LDM
+        betas = torch.linspace(self.beta_start**p, self.beta_end**p, self.num_train_timesteps) ** (1 / p)
         return torch.cumprod(1.0 - betas, dim=0)
 
 
 def add_noise(latents: Tensor, noise: Tensor, timestep: Tensor, alphas_cumprod: Tensor) -> Tensor:
     """z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps (Ho et al. 2020, equation 4).
 
-    latents, noise: (B, C, h, w); timestep: (B,) integers; alphas_cumprod: from `NoiseSchedule`, same device.
+    latents, noise: (B, C, h, w); timestep: (B,) integers; alphas_cumprod: of `NoiseSchedule`, same device.
     """
     a = alphas_cumprod[timestep].to(latents.dtype)[:, None, None, None]  # (B, 1, 1, 1)
     return a.sqrt() * latents + (1 - a).sqrt() * noise
@@ -70,25 +68,25 @@ def add_noise(latents: Tensor, noise: Tensor, timestep: Tensor, alphas_cumprod: 
 class Plan(NamedTuple):
     """The steps that a sampler takes."""
 
-    timesteps: list[float]  # n, decreasing: the UNet's input at each step
+    timesteps: list[float]  # n, decreasing: the timestep that the UNet gets at each step
     sigmas: Tensor          # (n, 2) float32: step i goes from noise level sigmas[i, 0] to sigmas[i, 1]
-    start_scale: float      # standard deviation of the noise that a sampler starts from
+    start_scale: float      # standard deviation of the noise with which the sampler starts
 
     def timestep_of(self, device: torch.device | str = "cpu") -> dict[float, Tensor]:
-        """The timestep (1,) of each noise level at which a sampler calls `denoise`."""
+        """{sigma: timestep (1,)} for each noise level at which a sampler calls `denoise`."""
         return dict(zip(self.sigmas[:, 0].tolist(), torch.tensor(self.timesteps, device=device).split(1)))
 
 
 def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
     """Noise levels for `steps` steps of "euler_ancestral", "euler", "ddim" or "dpmpp_2m".
 
-    The values equal those of diffusers' schedulers. A DDIM step ends at timestep t - 1000 // steps, but the
-    next step may start at another timestep: then a row of `sigmas` does not begin where the last row ended.
+    The values equal those of diffusers' schedulers. A DDIM step from timestep t ends at t - n_train // steps,
+    but the next step may start elsewhere, so a row of `sigmas` may not begin where the row before ended.
     Raises ValueError if the schedule has too few timesteps for that many steps.
     """
     n_train = schedule.num_train_timesteps
     if not 1 <= steps <= n_train:
-        raise ValueError(f"cannot take {steps} steps: choose 1 to {n_train}, as many as in training")
+        raise ValueError(f"cannot take {steps} steps: choose 1 to {n_train} (training timesteps)")
     a = schedule.alphas_cumprod().numpy()
     table = np.sqrt((1 - a) / a)                                                # (n_train,) increasing
     timesteps = _spaced(schedule, sampler, steps)                               # (n,) decreasing
@@ -109,7 +107,7 @@ def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
     else:
         ends_clean = sampler == "euler_ancestral" or schedule.final_sigmas_type == "zero"
         following = np.append(sigmas[1:], 0.0 if ends_clean else table[0])
-    # Euler starts at standard deviation sigma; the others, and Euler with "leading", at sqrt(sigma^2 + 1)
+    # Both Euler samplers start at sigma. With "leading" they start at sqrt(sigma^2 + 1), as the others do
     spacing = schedule.timestep_spacing or "linspace"
     only_noise = sampler in ("euler", "euler_ancestral") and spacing != "leading"
     start_scale = float(sigmas[0]) if only_noise else float(np.sqrt(sigmas[0] ** 2 + 1))

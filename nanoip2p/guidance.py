@@ -3,7 +3,7 @@
     e~ = e(z, 0, 0) + s_I (e(z, c_I, 0) - e(z, 0, 0)) + s_T (e(z, c_I, c_T) - e(z, c_I, 0))
 
 e~ is a weighted sum of three branches: [text + image] has weight s_T, [image] s_I - s_T, [none] 1 - s_I.
-A branch of weight 0 is not computed, so s_I = 1 saves a third of the time, and so does s_T = s_I. "No image"
+A branch of weight 0 is not computed, so s_I = 1 or s_T = s_I saves about a third of the time. "No image"
 is zero latents, as in training. "No text" is the encoding of "", or of the negative prompt.
 """
 
@@ -22,19 +22,19 @@ Batch = tuple[int, Tensor | None, Projected]  # n copies of z; picture latents (
 def make_denoiser(unet: UNet, timestep_of: dict[float, Tensor], dtype: torch.dtype, batches: list[Batch],
                   combine: Callable[[list[Tensor]], Tensor],
                   attend_at: Callable[[float], Attend] = lambda sigma: attend) -> Denoise:
-    """Return the function denoise(x, sigma) -> estimate of z_0 for a sampler. x and the estimate are float32.
+    """Make a sampler's function denoise(x, sigma) -> estimate of z_0. x and the estimate are float32.
 
-    timestep_of: from `Plan.timestep_of()`. batches: the UNet runs once for each, in dtype. combine: list of
+    timestep_of: from `Plan.timestep_of`. batches: the UNet runs once for each, in `dtype`. combine: list of
     predicted noise (B, C, h, w), one per branch -> guided noise. attend_at: sigma -> the UNet's attention.
     """
-    timestep_of = unet.project_timesteps(timestep_of)
+    time_of = unet.project_timesteps(timestep_of)
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        z, eps = (x / math.sqrt(sigma**2 + 1)).to(dtype), []  # c_in scales z to unit variance
+        z, eps = (x / math.sqrt(sigma**2 + 1)).to(dtype), []  # variance of about 1, as in training
         for copies, image, text in batches:
             z_in = z.repeat(copies, 1, 1, 1)
             z_in = z_in if image is None else torch.cat([z_in, image], dim=1)          # (n B, 2 C, h, w)
-            eps.extend(unet(z_in, timestep_of[sigma], text, attend_at(sigma)).float().split(len(z)))
+            eps.extend(unet(z_in, time_of[sigma], text, attend_at(sigma)).float().split(len(z)))
         return x - sigma * combine(eps)
 
     return denoise
@@ -54,7 +54,7 @@ def guided_denoiser(unet: UNet, timestep_of: dict[float, Tensor], z_image: Tenso
     for batch in [[branch] for branch in branches] if low_memory else [branches]:
         _, image_of, texts = zip(*batch)
         used = sorted(set(image_of))  # [text + image] and [image] share their rows
-        text_rows = torch.cat([rows + len(rows) * used.index(i) for i in image_of])    # (n B,)
+        text_rows = torch.cat([rows + len(rows) * used.index(i) for i in image_of])    # (R,)
         text = unet.project_context(torch.cat(texts), text_rows)
         batches.append((len(used), images[used].flatten(0, 1), text))
     weights = [weight for weight, _, _ in branches]

@@ -1,5 +1,6 @@
-"""Reading and writing pictures: a file -> RGB -> tensor in [-1, 1] -> PNG with its recipe as metadata."""
+"""Reading and writing pictures: file -> RGB -> tensor in [-1, 1] -> PNG with its recipe (settings) inside."""
 
+import contextlib
 import glob
 import json
 import os
@@ -21,7 +22,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
 RECIPE_KEY = "nanoip2p"  # key of the PNG text chunk that holds the recipe
 LABEL_WIDTH = 192  # pixels; a grid enlarges narrower pictures so that their labels fit
-LABEL_SIZE, LABEL_LETTERS = 14, 200  # font size in pixels; maximum letters of a label
+LABEL_SIZE, LABEL_LETTERS = 14, 200  # font size in pixels; maximum number of letters
 GAP = 8  # pixels between the pictures of a grid
 
 
@@ -45,8 +46,8 @@ def find_images(patterns: list[str]) -> list[str]:
 def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image:
     """Open a picture as 8-bit RGB, rotated by its EXIF tag, with white behind transparency.
 
-    content: a stream to read instead of the file. Raises ValueError, in one line, if the file is missing,
-    truncated, too large or not a picture.
+    content: a stream to read instead; `path` then only names the picture in errors. Raises ValueError, in one
+    line, if the file is missing, truncated, too large or not a picture.
     """
     try:
         with warnings.catch_warnings():
@@ -75,18 +76,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB") if image.mode != "RGB" else image.copy()
+    return image.convert("RGB")  # a copy if it is RGB already
 
 
 def fit_size(width: int, height: int, resolution: int, multiple: int) -> tuple[int, int]:
     """The size at which to edit a picture: sides are multiples of `multiple`, the longer near `resolution`.
 
-    Rounds the short side up and the long side down, as edit_cli.py of the paper's code, but in integers: its
-    floats lose 64 pixels for 7% of all sizes. Raises ValueError if the long side exceeds 2 * resolution.
+    Rounds the short side up and the long side down, as edit_cli.py of the paper's code, but in integers:
+    rounding errors cost edit_cli.py 64 pixels for 7% of all sizes. Raises ValueError if the long side would
+    exceed 2 * resolution.
     """
     if resolution < multiple:
         raise ValueError(f"a resolution of {resolution} is too small; these weights need at least {multiple}")
-    resolution -= resolution % multiple  # so that fit_size does not change its own results
+    resolution -= resolution % multiple  # so that a size that fits stays as it is
     short, long = sorted((width, height))
     new_short = -(-short * resolution // (long * multiple)) * multiple
     new_long = long * new_short // (short * multiple) * multiple
@@ -110,7 +112,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 def to_pil(tensor: Tensor) -> Image.Image:
     """(3, H, W) -> RGB picture. Clips to [-1, 1] and rounds to 8 bits.
 
-    Raises ValueError for NaN or infinity, which half precision can cause.
+    Raises ValueError for NaN or infinity, which fp16 can cause.
     """
     if not tensor.isfinite().all():
         raise ValueError("the picture came out as NaN or infinity; try --dtype bf16 or fp32")
@@ -119,16 +121,16 @@ def to_pil(tensor: Tensor) -> Image.Image:
 
 
 def grid(rows: list[list[Image.Image]], labels: list[list[str]]) -> Image.Image:
-    """Draw rows of pictures of any sizes, with a label below each. Enlarges small pictures."""
+    """Draw rows of pictures of any sizes, with a label below each. Enlarges narrow pictures."""
     font, line_height = ImageFont.load_default(LABEL_SIZE), LABEL_SIZE + 4
     rows = [[ImageOps.scale(image, max(1, -(-LABEL_WIDTH // image.width)), Image.Resampling.LANCZOS)
              for image in row] for row in rows]
     widths = [max(row[i].width for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
     wrapped = [[_wrap(label, width, font) for label, width in zip(row, widths)] for row in labels]
     heights = [max(image.height for image in row) for row in rows]
-    text_heights = [max(len(lines) for lines in row) * line_height for row in wrapped]
-    width = sum(widths) + GAP * (len(widths) + 1)
-    canvas = Image.new("RGB", (width, sum(heights + text_heights) + GAP * (len(rows) + 1)), "white")
+    text_heights = [max(map(len, row)) * line_height for row in wrapped]
+    size = sum(widths) + GAP * (len(widths) + 1), sum(heights + text_heights) + GAP * (len(rows) + 1)
+    canvas = Image.new("RGB", size, "white")
     draw, y = ImageDraw.Draw(canvas), GAP
     for row, texts, height, text_height in zip(rows, wrapped, heights, text_heights):
         x = GAP
@@ -143,7 +145,7 @@ def grid(rows: list[list[Image.Image]], labels: list[list[str]]) -> Image.Image:
 
 
 def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
-    """Wrap a label into lines of at most `width` pixels. Cuts it after LABEL_LETTERS letters."""
+    """Wrap a label into lines of at most `width` pixels. Truncates it to LABEL_LETTERS letters."""
     text = text if len(text) <= LABEL_LETTERS else text[: LABEL_LETTERS - 1] + "…"
     for columns in range(max(len(text), 1), 0, -1):
         lines = textwrap.wrap(text, columns) or [""]
@@ -165,10 +167,7 @@ def read_recipe(path: str | Path) -> dict:
     open_image(path)  # reports a missing or damaged file
     with Image.open(path) as image:
         text = getattr(image, "text", {}).get(RECIPE_KEY)
-    try:
-        recipe = json.loads(text)
-    except (TypeError, ValueError):
-        recipe = None
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path} has no recipe; only PNG files that sample.py wrote have one")
-    return recipe
+    with contextlib.suppress(TypeError, ValueError):
+        if isinstance(recipe := json.loads(text), dict):
+            return recipe
+    raise ValueError(f"{path} has no recipe; only PNG files that sample.py wrote have one")

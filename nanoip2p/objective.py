@@ -1,6 +1,6 @@
 """The training objective (section 3.2 of the paper): the inputs and the loss of the UNet.
 
-Nothing here draws random numbers. training/samples.py puts them into the batch.
+This file draws no random numbers: training/samples.py puts them into the batch.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nanoip2p.diffusion import add_noise
 
-DROP = (0.05, 0.05, 0.05)  # probability to drop only the text, both text and image, only the image
+DROP = (0.05, 0.05, 0.05)  # probabilities of dropping only the text, both text and image, only the image
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def model_input(batch: dict, null: Tensor, scale: float, alphas: Tensor,
     mean, logvar = batch["after"].chunk(2, dim=1)                                    # (B, C, h, w) each
     target = scale * (mean + (0.5 * logvar).exp() * batch["posterior"])
     z_image = batch["before"].chunk(2, dim=1)[0]                                     # the mean, not scaled
-    # drop in [0, 1) decides both: by default, below 0.10 drop the text; from 0.05 to 0.15 drop the image
+    # `drop` in [0, 1) decides for both: by default, no text below 0.10, no image from 0.05 to 0.15
     drop, (text, both, image) = batch["drop"].view(-1, 1, 1), shares
     context = torch.where(drop < text + both, null, batch["text"])
     z_image = z_image * ~((drop >= text) & (drop < text + both + image))[..., None]
@@ -45,17 +45,17 @@ def model_input(batch: dict, null: Tensor, scale: float, alphas: Tensor,
     return {"z_in": torch.cat([z_t, z_image], dim=1), "context": context, "noise": batch["noise"]}
 
 
-def noise_losses(unet: nn.Module, in_channels: int, given: dict, timestep: Tensor, dtype: torch.dtype,
+def noise_losses(unet: nn.Module, in_channels: int, inputs: dict, timestep: Tensor, dtype: torch.dtype,
                  recompute: bool = False) -> Tensor:
     """The mean squared error of the predicted noise for each sample, (B,) float32: equation 1 of the paper.
 
-    in_channels: of the UNet; a text-to-image model uses only the noised target. given: from `model_input`.
+    in_channels: of the UNet; a text-to-image model takes only the noised target. inputs: from `model_input`.
     dtype: autocast dtype; the weights stay in float32. recompute: use gradient checkpointing.
     """
-    z_in = given["z_in"][:, :in_channels]
+    z_in = inputs["z_in"][:, :in_channels]
     with torch.autocast(z_in.device.type, dtype, enabled=dtype != torch.float32):
-        predicted = unet(z_in, timestep, given["context"], recompute=recompute).float()  # (B, C, h, w)
-    return (predicted - given["noise"]).square().mean((1, 2, 3))
+        predicted = unet(z_in, timestep, inputs["context"], recompute=recompute).float()  # (B, C, h, w)
+    return (predicted - inputs["noise"]).square().mean((1, 2, 3))
 
 
 def loss_weight(timestep: Tensor, alphas: Tensor, gamma: float) -> Tensor:
@@ -65,7 +65,7 @@ def loss_weight(timestep: Tensor, alphas: Tensor, gamma: float) -> Tensor:
 
 
 def learning_rate(step: int, steps: int, lr: float, warmup: int, cooldown: float) -> float:
-    """Linear warm-up over `warmup` steps, then constant, then linear to 0 in the last `cooldown` of steps."""
+    """Linear warm-up over `warmup` steps, constant, linear to 0 over the last share `cooldown` of steps."""
     warm = min(1.0, (step + 1) / max(1, warmup))
     cool = min(1.0, (steps - step) / (cooldown * steps)) if cooldown else 1.0
     return lr * warm * cool

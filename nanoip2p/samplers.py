@@ -2,10 +2,11 @@
 
     sampler(denoise, x, sigmas, generator) -> latents (B, C, h, w) float32
 
-`x` (B, C, h, w) are noised latents in the form of Karras et al. 2022, x = z_0 + sigma eps, always float32.
+`x` (B, C, h, w) float32 are noised latents, scaled as by Karras et al. 2022: x = z_0 + sigma eps.
 `denoise(x, sigma: float)` returns the estimate of z_0. `sigmas` (n, 2), from `diffusion.plan`, has one row
 (sigma before, sigma after) for each step. `generator` is a CPU torch.Generator, or a list with one for each
-picture. Samplers draw noise on the CPU, so that a seed gives the same noise on any device, in any batch.
+picture. Samplers draw noise on the CPU, so that a seed gives the same noise on any device and, with a list,
+in any batch.
 """
 
 import math
@@ -19,7 +20,7 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 
 def draw_noise(shape: tuple[int, ...], generator: Generators) -> Tensor:
-    """Unit noise (B, C, h, w), float32 on the CPU. With a list of B generators, each draws one picture."""
+    """Standard normal noise (B, C, h, w) float32 on the CPU. A list has one generator per picture."""
     if isinstance(generator, list):
         assert len(generator) == shape[0], f"{len(generator)} generators for {shape[0]} pictures"
         return torch.cat([torch.randn((1, *shape[1:]), generator=g) for g in generator])
@@ -27,7 +28,7 @@ def draw_noise(shape: tuple[int, ...], generator: Generators) -> Tensor:
 
 
 def _noise_like(x: Tensor, generator: Generators) -> Tensor:
-    """Unit noise like x. On CUDA, copying from pinned memory does not wait for earlier GPU work."""
+    """Noise for x, on its device. On CUDA, copying from pinned memory does not wait for earlier GPU work."""
     noise = draw_noise(x.shape, generator)
     return noise.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else noise.to(x.device)
 
@@ -80,7 +81,7 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators 
     """DPM-Solver++(2M), Lu et al. 2022 (2211.01095), algorithm 2, with lambda = -log sigma.
 
     The first step is first-order: it has no earlier estimate. The last step is first-order if sigma_next = 0
-    (lambda is infinite) or if there are fewer than 15 steps (the authors' advice). Returns z, as `ddim`.
+    (lambda is infinite) or if there are fewer than 15 steps (the authors' advice). Returns z, as `ddim` does.
     """
     x = x.float()
     rows = sigmas.tolist()

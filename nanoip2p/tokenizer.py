@@ -20,7 +20,7 @@ WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p
 
 
 class Tokenizer:
-    """A callable, texts -> token ids. Use load_tokenizer to make one."""
+    """Turns texts into token ids when called. load_tokenizer makes one from files."""
 
     def __init__(self, backend: Backend, start: int, end: int, pad: int, length: int):
         self.backend, self.length = backend, length
@@ -52,7 +52,7 @@ class Tokenizer:
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Read tokenizer.json, or else vocab.json and merges.txt, and the config files in the same folder.
 
-    The padding token is end-of-text unless tokenizer_config.json or special_tokens_map.json has another.
+    Pads with the end-of-text token unless tokenizer_config.json or special_tokens_map.json names another one.
     Raises ValueError, with the folder or file, if anything is missing or broken.
     """
     folder = Path(folder)
@@ -74,8 +74,8 @@ def check_fits(tokenizer: Tokenizer, config, folder: Path) -> None:
     """Raise ValueError if a text encoder with this CLIPTextConfig cannot read the tokenizer's output."""
     length, known = config.max_position_embeddings, tokenizer.backend.get_vocab_size()
     if tokenizer.length > length or known > config.vocab_size:
-        raise ValueError(f"{folder}: the tokenizer makes {tokenizer.length} tokens out of {known}, the text "
-                         f"encoder reads {length} out of {config.vocab_size}; use that encoder's tokenizer")
+        raise ValueError(f"{folder}: the tokenizer makes {tokenizer.length} ids below {known}, the text "
+                         f"encoder reads {length} below {config.vocab_size}; use that encoder's tokenizer")
 
 
 def clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]], unknown: str | None) -> Backend:
@@ -103,7 +103,7 @@ def _vocabulary(folder: Path, fast: dict) -> tuple[dict[str, int], list[tuple[st
 
 
 def _special_tokens(folder: Path, config: dict, fast: dict) -> tuple[dict[str, str], list[AddedToken]]:
-    """The token of each role, and all special tokens. Special tokens are matched before words are split.
+    """The token of each role (see ROLES), and all special tokens, which are matched before words are split.
 
     If tokenizer_config.json has `added_tokens_decoder`, we ignore the older special_tokens_map.json,
     added_tokens.json and the list in tokenizer.json.
@@ -120,7 +120,7 @@ def _special_tokens(folder: Path, config: dict, fast: dict) -> tuple[dict[str, s
         listed += sorted(fast.get("added_tokens", []), key=lambda token: token["id"])
     for key in ("additional_special_tokens", "extra_special_tokens"):
         listed += map(_as_dict, config.get(key) or [])
-    # The flags of a token come from `listed`, or else from its last role, as in transformers
+    # `listed` comes first for its order, and again last because its flags take precedence over the roles'
     special = {token["content"]: token for token in [*listed, *named.values(), *listed]}
     flags = ("single_word", "lstrip", "rstrip", "normalized")
     return ({role: token["content"] for role, token in named.items()},
@@ -134,10 +134,10 @@ def _tokens_by_role(config: dict) -> dict[str, dict]:
 
 
 def _as_dict(token: str | dict) -> dict:
-    """Config files have a token as a string, or as a dictionary of its text and flags."""
+    """Config files write a token as a string, or as a dictionary of its text and flags."""
     return {"content": token} if isinstance(token, str) else token
 
 
 def split_merge(merge: str | list[str]) -> tuple[str, str]:
-    """A merge is "a b" in files before 2024, ["a", "b"] in newer ones."""
+    """Read a merge: "a b" in files from before 2024, ["a", "b"] in newer files."""
     return tuple(merge.split(" ") if isinstance(merge, str) else merge)

@@ -2,7 +2,7 @@
 
 It computes what diffusers' UNet2DConditionModel computes, with the same weight names. InstructPix2Pix
 (2211.09800, section 3.2) only adds 4 input channels to conv_in, for the latents of the input picture.
-R is a residual block, RT a residual block and a transformer. For a picture of 512 x 512 pixels:
+R is a residual block, RT a residual block followed by a transformer. For a picture of 512 x 512 pixels:
 
     part            latents    channels in -> out of each block                        after the blocks
     conv_in         64 x 64    4 or 8 -> 320
@@ -17,8 +17,8 @@ R is a residual block, RT a residual block and a transformer. For a picture of 5
     up_blocks.3     64 x 64    RT 960 -> 320, RT 640 -> 320, RT 640 -> 320
     conv_out        64 x 64    320 -> 4
 
-conv_in, every block of down_blocks and every halving push their output onto a stack of skips, 12 in all. Each
-block of up_blocks pops the last skip and concatenates it to its input: 1920 = 1280 + 640 channels.
+Skip connections: conv_in, every block of down_blocks and every halving push their output onto a stack, 12 in
+all. Each block of up_blocks pops the last one and concatenates it to its input: 1920 = 1280 + 640 channels.
 """
 
 import math
@@ -48,7 +48,7 @@ class UNetConfig:
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     layers_per_block: int = 2  # residual blocks per level in down_blocks; one more in up_blocks
-    attention_head_dim: int | tuple[int, ...] = 8  # despite its name, the NUMBER of heads, or one per level
+    attention_head_dim: int | tuple[int, ...] = 8  # despite its name, the NUMBER of heads (tuple: per level)
     cross_attention_dim: int = 768  # width of a text token
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
@@ -65,7 +65,7 @@ class UNetConfig:
             if not isinstance(getattr(self, key), int) or getattr(self, key) < 1:
                 raise ValueError(f"UNetConfig: {key} = {getattr(self, key)!r} must be an integer from 1 up")
         if any(width % self.norm_num_groups for width in widths):
-            raise ValueError(f"UNetConfig: block_out_channels = {widths}: not multiples of norm_num_groups")
+            raise ValueError(f"UNetConfig: norm_num_groups must divide block_out_channels = {widths}")
         if len(self.heads) != levels or any(not h or c % h for c, h in zip(widths, self.heads)):
             raise ValueError(f"UNetConfig: attention_head_dim = {self.heads} must divide {widths}")
 
@@ -88,37 +88,44 @@ def timestep_embedding(timestep: Tensor, width: int, flip_sin_to_cos: bool, freq
 
 
 class TimeEmbedding(nn.Module):
-    """Timesteps (B,) or a number -> embedding (B, 4 C_0), the input of every residual block."""
+    """Timesteps (B,) or a number -> (B, 4 C_0) or (1, 4 C_0), where C_0 is the width of the first level.
+
+    Every residual block uses this embedding after a SiLU, so we apply that SiLU here, once.
+    """
 
     def __init__(self, config: UNetConfig):
         super().__init__()
         width = config.block_out_channels[0]
-        self.waves = width, config.flip_sin_to_cos, config.freq_shift
+        self.embedding_settings = width, config.flip_sin_to_cos, config.freq_shift
         self.linear_1, self.linear_2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, 4 * width)
 
     def forward(self, timestep: Tensor | float) -> Tensor:
         weight = self.linear_1.weight
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=weight.device).reshape(-1)
-        x = timestep_embedding(timestep, *self.waves).to(weight.dtype)
+        x = timestep_embedding(timestep, *self.embedding_settings).to(weight.dtype)
         return F.silu(self.linear_2(F.silu(self.linear_1(x))))
 
 
 class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions with the timestep added between. (B, C_in, h, w) -> (B, C_out, h, w)."""
+    """Two 3x3 convolutions and a shortcut. (B, C_in, h, w) -> (B, C_out, h, w).
 
-    def __init__(self, c_in: int, c_out: int, config: UNetConfig):
+    The UNet adds the timestep embedding (B, time_width) between them. The VAE has none, so time_width is 0.
+    """
+
+    def __init__(self, c_in: int, c_out: int, groups: int, eps: float, time_width: int = 0):
         super().__init__()
-        groups, eps = config.norm_num_groups, config.norm_eps
         self.norm1 = nn.GroupNorm(groups, c_in, eps=eps)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.time_emb_proj = nn.Linear(4 * config.block_out_channels[0], c_out)
+        if time_width:
+            self.time_emb_proj = nn.Linear(time_width, c_out)
         self.norm2 = nn.GroupNorm(groups, c_out, eps=eps)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x: Tensor, time: Tensor | dict) -> Tensor:
-        time = time[self] if isinstance(time, dict) else self.time_emb_proj(time)
-        h = self.conv1(F.silu(self.norm1(x))) + time[:, :, None, None]
+    def forward(self, x: Tensor, time: Tensor | dict | None = None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        if time is not None:
+            h = h + (time[self] if isinstance(time, dict) else self.time_emb_proj(time))[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         return self.conv_shortcut(x) + h
 
@@ -157,11 +164,11 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def project(self, context: Context) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, L, C)."""
-        plain = isinstance(context, Tensor)
-        return (self.to_k(context), self.to_v(context)) if plain else context.layers[self]
+        """The keys and values of the context: (B, L, C) each."""
+        projected = isinstance(context, Projected)
+        return context.layers[self] if projected else (self.to_k(context), self.to_v(context))
 
-    def forward(self, x: Tensor, context: Context, attend: Attend = attend) -> Tensor:
+    def forward(self, x: Tensor, context: Context, attend: Attend) -> Tensor:
         return self.to_out[0](attend(self, x, context))
 
 
@@ -170,8 +177,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, c: int):
         super().__init__()
-        wide = nn.ModuleDict({"proj": nn.Linear(c, 8 * c)})
-        self.net = nn.ModuleList([wide, nn.Identity(), nn.Linear(4 * c, c)])  # names as in diffusers
+        wide = nn.ModuleDict({"proj": nn.Linear(c, 8 * c)})  # net.0.proj in diffusers, where net.1 is dropout
+        self.net = nn.ModuleList([wide, nn.Identity(), nn.Linear(4 * c, c)])
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.net[0]["proj"](x).chunk(2, dim=-1)           # (B, T, 4 C) each
@@ -190,7 +197,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, context: Context, attend: Attend = attend) -> Tensor:
+    def forward(self, x: Tensor, context: Context, attend: Attend) -> Tensor:
         h = self.norm1(x)
         x = x + self.attn1(h, h, attend)
         x = repeat_rows(x, context) + self.attn2(self.norm2(x), context, attend)
@@ -208,14 +215,14 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([block])
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Context, attend: Attend = attend) -> Tensor:
+    def forward(self, x: Tensor, context: Context, attend: Attend) -> Tensor:
         h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)       # (B, h*w, C)
         h = self.transformer_blocks[0](h, context, attend)
         return repeat_rows(x, context) + self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 class Resample(nn.Module):
-    """Downsampling: a convolution of stride 2. Upsampling: nearest neighbour to `size`, then stride 1."""
+    """Downsampling: a convolution of stride 2. Upsampling: nearest neighbour to `size`, a convolution."""
 
     def __init__(self, channels: int, stride: int):
         super().__init__()
@@ -228,20 +235,21 @@ class Resample(nn.Module):
 class Level(nn.Module):
     """The blocks at one resolution: a row of the table above.
 
-    c_ins: input channels of each residual block. transformers: 0, or one for each block.
+    c_ins: input channels of each residual block. transformers: how many; transformer i follows block i.
     """
 
     def __init__(self, c_ins: list[int], c_out: int, transformers: int, heads: int, resample: str | None,
                  config: UNetConfig):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(c_in, c_out, config) for c_in in c_ins)
+        settings = config.norm_num_groups, config.norm_eps, 4 * config.block_out_channels[0]
+        self.resnets = nn.ModuleList(ResnetBlock(c_in, c_out, *settings) for c_in in c_ins)
         self.attentions = nn.ModuleList(SpatialTransformer(c_out, heads, config) for _ in range(transformers))
         self.downsamplers = nn.ModuleList([Resample(c_out, 2)] if resample == "down" else [])
         self.upsamplers = nn.ModuleList([Resample(c_out, 1)] if resample == "up" else [])
 
-    def block(self, i: int, x: Tensor, time: Tensor, context: Context, attend: Attend = attend,
+    def block(self, i: int, x: Tensor, time: Tensor | dict, context: Context, attend: Attend,
               recompute: bool = False) -> Tensor:
-        """Run residual block i and, if it has one, its transformer."""
+        """Run residual block i, then transformer i if there is one."""
         if recompute:
             return checkpoint(self.block, i, x, time, context, attend, use_reentrant=False,
                               preserve_rng_state=False)
@@ -259,7 +267,7 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(config)
 
-        c, skips = widths[0], [widths[0]]  # channels of x, and of each skip
+        c, skips = widths[0], [widths[0]]  # channels of x, and of each skip connection
         self.down_blocks = nn.ModuleList()
         for i, (c_out, heads, name) in enumerate(zip(widths, config.heads, config.down_block_types)):
             resample = None if i == len(widths) - 1 else "down"
@@ -272,7 +280,7 @@ class UNet(nn.Module):
         self.up_blocks = nn.ModuleList()
         for c_out, heads, name in zip(widths[::-1], config.heads[::-1], config.up_block_types):
             resample = "up" if len(skips) > layers + 1 else None
-            c_ins = [before + skips.pop() for before in [c] + [c_out] * layers]
+            c_ins = [c_in + skips.pop() for c_in in [c] + [c_out] * layers]
             self.up_blocks.append(Level(c_ins, c_out, (layers + 1) * UP_TYPES[name], heads, resample, config))
             c = c_out
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, c, eps=config.norm_eps)
@@ -284,26 +292,26 @@ class UNet(nn.Module):
         return cls(read_config(UNetConfig, config, FIXED["unet"], IGNORED["unet"]))
 
     def project_context(self, context: Tensor, rows: Tensor | None = None) -> Projected:
-        """Compute keys and values of texts (R, L, D) once for all steps. rows None: 0 ... R - 1."""
+        """Keys and values of texts (R, L, D), for all steps. rows: as in Projected; None: 0 to R - 1."""
         layers = [block.attn2 for block in self.modules() if isinstance(block, TransformerBlock)]
         rows = torch.arange(len(context)) if rows is None else rows
         return Projected({layer: layer.project(context) for layer in layers}, rows.to(context.device))
 
     def project_timesteps(self, timestep_of: dict[float, Tensor]) -> dict[float, dict]:
-        """Project all timesteps once, before sampling. {key: timestep (1,)} -> {key: {block: (1, C)}}."""
+        """Project all timesteps once, before sampling. {sigma: timestep (1,)} -> {sigma: {block: (1, C)}}."""
         time = self.time_embedding(torch.cat(list(timestep_of.values())))        # (N, 4 C_0)
         blocks = [block for block in self.modules() if isinstance(block, ResnetBlock)]
         rows = zip(*(block.time_emb_proj(time).split(1) for block in blocks))
-        return {key: dict(zip(blocks, row)) for key, row in zip(timestep_of, rows)}
+        return {sigma: dict(zip(blocks, row)) for sigma, row in zip(timestep_of, rows)}
 
     def forward(self, latents: Tensor, timestep: Tensor | float | dict, context: Context,
                 attend: Attend = attend, recompute: bool = False) -> Tensor:
         """Latents (B, C_in, h, w), timestep, text (B, L, D) -> predicted noise (B, C_out, h, w).
 
-        h and w are arbitrary. timestep: a number, a tensor (1,) or (B,), also fractional (Karras sigmas), or
-        a value of `project_timesteps`. context may also be R texts from `project_context`; then the noise has
-        R rows. attend: the attention of every layer. recompute: gradient checkpointing (Chen et al.
-        1604.06174), which takes a third more time and much less memory.
+        h and w are arbitrary. timestep: a number, a tensor (1,) or (B,), or one value of the dictionary from
+        `project_timesteps`; Karras sigmas have fractional timesteps. context may also be R texts from
+        `project_context`; then the noise has R rows. attend: the attention of every layer. recompute:
+        gradient checkpointing (Chen et al. 1604.06174), which takes a third more time and much less memory.
         """
         assert isinstance(context, Projected) or len(context) == len(latents), "one text for each row"
         time = timestep if isinstance(timestep, dict) else self.time_embedding(timestep)    # (B, 4 C_0)

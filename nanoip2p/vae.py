@@ -1,7 +1,7 @@
 """The variational autoencoder of latent diffusion (Rombach et al. 2112.10752): pixels <-> latents.
 
-It computes the same as diffusers' AutoencoderKL, with the same weight names. Every GroupNorm uses eps 1e-6,
-and the encoder's strided convolutions pad only right and below.
+It computes the same as diffusers' AutoencoderKL, with the same weight names. Unlike in the UNet, every
+GroupNorm uses eps 1e-6, and the encoder's strided convolutions pad only right and below.
 """
 
 import re
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from nanoip2p.attention import attention
 from nanoip2p.common.config import FIXED, IGNORED, read_config
+from nanoip2p.unet import ResnetBlock
 
-EPS = 1e-6  # of every GroupNorm here; torch's default of 1e-5 changes the picture visibly
-LOGVAR_RANGE = (-30.0, 20.0)
-WHOLE = 96  # largest side without tiles, in latent positions (768 pixels in SD 1.5)
+EPS = 1e-6  # of every GroupNorm; torch's default is 1e-5
+MAX_UNTILED = 96  # longest side without tiles, in latent positions (768 pixels in SD 1.5)
 TILE, OVERLAP = 64, 16  # side of a tile and least overlap of two tiles, in latent positions
 OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -44,23 +44,6 @@ def _fixed(levels: int) -> dict:
             "up_block_types": ("UpDecoderBlock2D",) * levels, **FIXED["vae"]}
 
 
-class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions with a shortcut. (B, C_in, H, W) -> (B, C_out, H, W)."""
-
-    def __init__(self, c_in: int, c_out: int, groups: int):
-        super().__init__()
-        self.norm1 = nn.GroupNorm(groups, c_in, eps=EPS)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, c_out, eps=EPS)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + self.conv_shortcut(x)
-
-
 class AttentionBlock(nn.Module):
     """Self-attention over all positions, with one head of width C. (B, C, H, W) -> (B, C, H, W)."""
 
@@ -84,7 +67,7 @@ class MidBlock(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.attentions = nn.ModuleList([AttentionBlock(channels, groups)])
-        self.resnets = nn.ModuleList([ResnetBlock(channels, channels, groups) for _ in range(2)])
+        self.resnets = nn.ModuleList([ResnetBlock(channels, channels, groups, EPS) for _ in range(2)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
@@ -99,9 +82,8 @@ class Resample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2 if down else 1, padding=0 if down else 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.down:
-            return self.conv(F.pad(x, (0, 1, 0, 1)))  # pads only right and below
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        x = F.pad(x, (0, 1, 0, 1)) if self.down else F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self.conv(x)
 
 
 class Level(nn.Module):
@@ -110,7 +92,7 @@ class Level(nn.Module):
     def __init__(self, c_in: int, c_out: int, layers: int, groups: int, resample: str | None):
         super().__init__()
         widths = [c_in] + [c_out] * layers
-        self.resnets = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:]))
+        self.resnets = nn.ModuleList(ResnetBlock(a, b, groups, EPS) for a, b in zip(widths, widths[1:]))
         self.downsamplers = nn.ModuleList([Resample(c_out, True)] if resample == "down" else [])
         self.upsamplers = nn.ModuleList([Resample(c_out, False)] if resample == "up" else [])
 
@@ -145,7 +127,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, latent, h, w) -> (B, C_out, f*h, f*w). Levels have one more residual block than the encoder's."""
+    """(B, latent, h, w) -> (B, C_out, f*h, f*w). Each level has one block more than the encoder's."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -183,7 +165,7 @@ class VAE(nn.Module):
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Image (B, 3, H, W) in [-1, 1] -> mean and log variance, each (B, latent, H/f, W/f), unscaled."""
         mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
-        return mean, logvar.clamp(*LOGVAR_RANGE)
+        return mean, logvar.clamp(-30.0, 20.0)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Unscaled latents (B, latent, h, w) -> image (B, 3, f*h, f*w), about [-1, 1] but not clipped."""
@@ -192,7 +174,7 @@ class VAE(nn.Module):
     def encode_low_memory(self, image: Tensor) -> Tensor:
         """The mean from `encode`, with less memory: one picture at a time, and large pictures in tiles.
 
-        Tiles change the result slightly, because norms and attention cover only one tile.
+        Tiles change the result slightly, because norms and attention then cover one tile, not the picture.
         """
         return in_tiles(lambda part: self.encode(part)[0], image, self.downsampling, 1)
 
@@ -213,14 +195,14 @@ class VAE(nn.Module):
 
 
 def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, scale_in: int, scale_out: int) -> Tensor:
-    """Apply `function` to one picture at a time, and to a large one in tiles, then blend the tiles linearly.
+    """Apply `function` to one picture at a time. Split large ones into tiles, and blend the results linearly.
 
-    (B, C, h, w) -> (B, C', h', w'). scale_in, scale_out: rows of x and of the result per latent position.
+    (B, C, h, w) -> (B, C', h', w'). scale_in, scale_out: pixels of x and of the result per latent position.
     """
     if len(x) > 1:
         return torch.cat([in_tiles(function, picture, scale_in, scale_out) for picture in x.split(1)])
     h, w = (-(-side // scale_in) for side in x.shape[2:])               # latent positions
-    if max(h, w) <= WHOLE:
+    if max(h, w) <= MAX_UNTILED:
         return function(x)
     total = weights = 0
     for top in tile_starts(h):
@@ -236,7 +218,7 @@ def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, scale_in: int, sca
 
 
 def tile_starts(length: int) -> list[int]:
-    """First positions of tiles that cover `length` evenly and overlap by at least OVERLAP."""
+    """Start positions of tiles that cover `length` evenly and overlap by at least OVERLAP."""
     gaps = max(0, -(-(length - TILE) // (TILE - OVERLAP)))
     return [round(i * (length - TILE) / gaps) for i in range(gaps + 1)] if gaps else [0]
 

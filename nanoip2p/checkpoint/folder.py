@@ -23,11 +23,11 @@ class StoredNetwork:
     """A network whose weights are still on disk."""
 
     model: nn.Module  # on torch's meta device, without weights
-    read: Callable[[], dict[str, Tensor]]  # maps the file anew; a kept mapping would fill the memory
+    read: Callable[[], dict[str, Tensor]]  # maps the file at each call; a kept mapping would fill the memory
     path: Path  # the file or folder, for error messages
 
     def load(self, dtype: torch.dtype | None) -> nn.Module:
-        """Load the weights in `dtype` (None: the stored dtype, still on disk). Eval mode, on the CPU.
+        """Load the weights in eval mode on the CPU. dtype: None keeps the stored dtype and maps the file.
 
         Raises ValueError if the names or shapes do not match the model, or a weight is not finite.
         """
@@ -49,11 +49,11 @@ def build_without_memory(cls: type, config: dict, path: Path) -> nn.Module:
 
 def open_network(cls: type, folder: str | Path) -> StoredNetwork:
     """Read config.json and find the weights. Raises ValueError for a missing or unsuitable file."""
-    folder, class_name = Path(folder), CLASS_NAMES[cls]
+    folder, wanted = Path(folder), CLASS_NAMES[cls]
     config = read_json(folder / "config.json")
-    written_by = config.get("_class_name") or config.get("architectures") or class_name
-    if written_by not in (class_name, [class_name]):
-        raise ValueError(f"{folder} holds a {written_by}, not the {class_name} needed here")
+    stored = config.get("_class_name") or config.get("architectures") or wanted
+    if stored not in (wanted, [wanted]):
+        raise ValueError(f"{folder} holds a {stored}, not the {wanted} needed here")
     model = build_without_memory(cls, config, folder / "config.json")
     published_names = getattr(cls, "published_names", dict)
     return StoredNetwork(model, lambda: published_names(find_weights(folder)), folder)

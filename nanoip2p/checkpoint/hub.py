@@ -12,17 +12,17 @@ from pathlib import Path
 CLIP = "openai/clip-vit-large-patch14"  # all SD 1.x models use its tokenizer
 NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(.+))?", re.ASCII)
 TIMEOUT = 10  # seconds for the list of files; huggingface_hub has no default timeout
-# Small files of a model; nanoip2p adds defaults.json (see load.py) and pairs.json (see dataset/pairs.py)
+# Small files of a model. defaults.json (see load.py) and pairs.json (see dataset/pairs.py) are nanoip2p's own
 SMALL = r"(defaults|pairs|scheduler/[^/]+|(unet|vae|text_encoder)/config)\.json|tokenizer/[^/]+\.(json|txt)"
 STEM = r"(diffusion_pytorch_|pytorch_)?model"
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
                    "special_tokens_map.json", "added_tokens.json")
 TOKENIZER = "tokenizer (vocab.json and merges.txt, or tokenizer.json)"
 REASONS = {  # error of huggingface_hub -> end of the message "there is no file or folder owner/name, and ..."
-    "GatedRepoError": "the Hub asks you to accept its terms there, then to `hf auth login` or set HF_TOKEN",
-    "RepositoryNotFoundError": "the Hub has none, or a private one: then `hf auth login` or set HF_TOKEN",
+    "GatedRepoError": "the model's terms must be accepted on the Hub; then `hf auth login` or set HF_TOKEN",
+    "RepositoryNotFoundError": "the Hub has no such model; for a private one `hf auth login` or set HF_TOKEN",
     "RevisionNotFoundError": "the Hub has no such revision of it",
-    "OfflineModeIsEnabled": "the Hub's cache lacks some or all of it: unset HF_HUB_OFFLINE to fetch it",
+    "OfflineModeIsEnabled": "the Hub's cache lacks files of the model; unset HF_HUB_OFFLINE to download them",
 }
 
 
@@ -36,29 +36,28 @@ def fetch_weights(name: str) -> Path:
 
 
 def fetch_clip(name: str) -> Path:
-    """Like fetch_weights, for a CLIPModel with its tokenizer and preprocessor_config.json."""
+    """Like fetch_weights, for a transformers CLIPModel with tokenizer and preprocessor_config.json."""
     return _fetch(name, clip_files, "CLIP (config.json, preprocessor_config.json, weights, tokenizer)")
 
 
 def find_tokenizer(checkpoint: Path, given: str | None) -> Path:
     """Find the tokenizer folder for a single-file checkpoint, which contains no tokenizer.
 
-    Uses `given` (a folder, or a name on the Hub) if it is not None; else the files beside `checkpoint` or in
-    tokenizer/ there; else CLIP's tokenizer from the Hub. ValueError says which files to download.
+    Uses `given` (a folder, or a name on the Hub) if it is not None; else the files in the checkpoint's folder
+    or its subfolder tokenizer/; else CLIP's tokenizer from the Hub. ValueError says which files to download.
     """
     near = checkpoint.parent if given is None else Path(given)
     if found := _folder_of(tokenizer_files, near):
         return found
-    if given is not None and near.exists():
-        raise ValueError(f"{near} holds no {TOKENIZER}")
+    if given is not None:
+        if near.exists():
+            raise ValueError(f"{near} holds no {TOKENIZER}")
+        return _fetch(given, tokenizer_files, TOKENIZER)
     try:
-        return _fetch(given or CLIP, tokenizer_files, TOKENIZER)
+        return _fetch(CLIP, tokenizer_files, TOKENIZER)
     except ValueError as error:
-        if given is not None:
-            raise
-        raise ValueError(
-            f"{checkpoint.name} comes without a tokenizer: put vocab.json and merges.txt of {CLIP} "
-            f"beside it, or name their folder with --tokenizer ({error})") from None
+        raise ValueError(f"{checkpoint.name} comes without a tokenizer: put vocab.json and merges.txt of "
+                         f"{CLIP} beside it, or name their folder with --tokenizer ({error})") from None
 
 
 # Each function below selects paths from the list of a repository's files; [] if a required file is missing.
@@ -105,7 +104,7 @@ def _folder_of(choose: Callable[[list[str]], list[str]], root: Path) -> Path | N
 
 
 def _fetch(name: str, choose: Callable[[list[str]], list[str]], needs: str) -> Path:
-    """Download the chosen files; return their cache folder. needs: text that describes those files."""
+    """Download the files that `choose` returns; return their cache folder. needs: names them in the error."""
     from huggingface_hub import HfApi, snapshot_download
 
     match = NAME.fullmatch(name)
@@ -116,7 +115,7 @@ def _fetch(name: str, choose: Callable[[list[str]], list[str]], needs: str) -> P
     try:
         info = HfApi().model_info(repo, revision=revision, timeout=TIMEOUT)
         files = choose([file.rfilename for file in info.siblings])
-    except Exception as error:  # from several HTTP clients, or from parsing a Wi-Fi login page
+    except Exception as error:  # any HTTP client's error, or an error from parsing a Wi-Fi login page
         problem = error
     if files == []:
         raise ValueError(f"{name} on the Hub holds no {needs}")
@@ -128,7 +127,7 @@ def _fetch(name: str, choose: Callable[[list[str]], list[str]], needs: str) -> P
     except Exception as error:
         problem = problem or error
     kind = type(problem).__name__
-    if kind == "HfHubHTTPError" and problem.response.status_code in (401, 403):  # some mirrors answer so
+    if kind == "HfHubHTTPError" and problem.response.status_code in (401, 403):  # by some mirrors
         kind = "RepositoryNotFoundError"
     first_line = str(problem).partition("\n")[0]
     unknown = f"it is neither in the Hub's cache nor can it be fetched ({kind}: {first_line})"

@@ -39,7 +39,7 @@ class Checkpoint:
     defaults: dict  # the keys of PAPER_DEFAULTS
 
     def open_tokenizer(self) -> tuple[Path, Tokenizer]:
-        """Return (folder, tokenizer). Downloads missing files. ValueError says what the user can do."""
+        """Return (folder, tokenizer). Downloads missing files. ValueError says how to supply them."""
         folder = self.source / "tokenizer"
         if self.tokenizer is not None or not self.source.is_dir():
             folder = find_tokenizer(self.source, self.tokenizer)
@@ -52,9 +52,9 @@ def open_checkpoint(name: str | Path, vae: str | Path | None = None, tokenizer: 
                     raw_weights: bool = False) -> Checkpoint:
     """Open a diffusers folder, a single file (.safetensors, .ckpt), or a name on the Hub.
 
-    vae: a file or folder with an autoencoder to use instead. tokenizer: a tokenizer's folder or name on the
-    Hub. raw_weights: use the raw weights of a file that also holds averaged (EMA) weights. Raises ValueError
-    if `name` is no Stable Diffusion 1.x checkpoint; the message says what `name` is.
+    vae: a file or folder with another autoencoder. tokenizer: a tokenizer's folder or name on the Hub.
+    raw_weights: use the raw weights of a file that also holds averaged (EMA) weights. Raises ValueError if
+    `name` is no Stable Diffusion 1.x checkpoint; the message says what it holds.
     """
     source = Path(name) if Path(name).exists() else fetch_weights(str(name))
     own_vae = None if vae is None else _open_vae(Path(vae))
@@ -63,11 +63,11 @@ def open_checkpoint(name: str | Path, vae: str | Path | None = None, tokenizer: 
     unet, autoencoder, text = (networks[part].model.config for part in PARTS)
     latent = autoencoder.latent_channels
     if unet.cross_attention_dim != text.hidden_size:
-        raise ValueError(f"{source}: the UNet reads text states of width {unet.cross_attention_dim}, "
-                         f"the text encoder writes {text.hidden_size}")
+        raise ValueError(f"{source}: the UNet expects text states of width {unet.cross_attention_dim}, "
+                         f"the text encoder returns {text.hidden_size}")
     if unet.in_channels not in (latent, 2 * latent) or unet.out_channels != latent:
-        raise ValueError(f"{source}: the UNet takes {unet.in_channels}, makes {unet.out_channels} channels; "
-                         f"an editor takes {2 * latent} and its base {latent} (an inpainting model 9)")
+        raise ValueError(f"{source}: the UNet has {unet.in_channels} input and {unet.out_channels} output "
+                         f"channels, not {latent} (editors: {2 * latent}) and {latent}; inpainting models: 9")
     try:
         NoiseSchedule.from_config(schedule).alphas_cumprod()
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
@@ -98,7 +98,7 @@ def _open_single_file(path: Path, raw_weights: bool, vae: StoredNetwork | None) 
 
 
 def _own_metadata(path: Path) -> dict:
-    """The metadata that `convert` wrote to a single file. Other files get only the default settings."""
+    """The metadata that `convert` wrote to a single file; for other files only {"defaults": ...}."""
     try:
         metadata = dict(json.loads(read_metadata(path).get("nanoip2p", "{}")))
         for part in PARTS:

@@ -1,8 +1,8 @@
 """Read the tensors of PyTorch pickles (.ckpt, .bin, .pt) without running any code of the file.
 
-A pickle names the functions to call. torch.load(weights_only=True) allows only the functions that tensors
-need. It refuses a file that names other functions or classes, as Lightning checkpoints of 2022 do (callbacks
-and configs). We replace each of those functions and classes by a class that does nothing.
+A pickle names the functions to call. torch.load(weights_only=True) calls only the functions that tensors
+need, and refuses a file that names other functions or classes. Lightning checkpoints of 2022 name some, for
+callbacks and configs. We replace each of these by a class that does nothing.
 """
 
 import warnings
@@ -39,7 +39,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")
             content = torch.load(path, "cpu", weights_only=True, mmap=mapped)
         while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-            content = content.pop("state_dict")  # ends even in a dict that holds itself
+            content = content.pop("state_dict")  # pop: ends even if a dict contains itself
         tensors = {name: value.detach()
                    for name, value in (content.items() if isinstance(content, dict) else ())
                    if isinstance(name, str) and isinstance(value, Tensor) and value.layout is torch.strided}

@@ -54,9 +54,9 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None = No
             ema: bool = False) -> None:
     """Write a checkpoint to a single file if `target` ends in .safetensors, else to a diffusers folder.
 
-    dtype: None keeps each tensor's dtype. ema: also write the UNet under the names of the EMA weights, which
-    programs of 2022 read. Checks everything before it writes anything. Holds one tensor in memory at a time.
-    Raises ValueError for a bad checkpoint or target.
+    dtype: None keeps each tensor's dtype. ema: also write the UNet under the names of the EMA weights, for
+    programs of 2022 that read those. Checks the checkpoint first; an error while writing leaves no `target`.
+    Holds one tensor in memory at a time. Raises ValueError for a bad checkpoint or target.
     """
     single, target = target.suffix == ".safetensors", target.resolve()
     occupied = target.exists() and (not target.is_file() if single else

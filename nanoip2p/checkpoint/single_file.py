@@ -2,7 +2,7 @@
 
 The original numbers the UNet's blocks through all levels (`input_blocks.0` to `.11`). diffusers and nanoip2p
 number the levels, and the blocks of each level. The layers of a block have other names too. `original_names`
-maps our name of each weight to its original name, for writing. The inverse mapping is for reading.
+maps our name of each weight to its original name, for writing. Reading uses the inverse.
 """
 
 import re
@@ -24,14 +24,14 @@ PREFIXES = {UNet: "model.diffusion_model.", VAE: "first_stage_model.",
 Read = Callable[[], dict[str, Tensor]]  # reads the tensors of a file, memory-mapped
 SD15 = {"unet": UNetConfig().to_json(), "vae": VAEConfig().to_json(),
         "text_encoder": CLIPTextConfig().to_json()}  # the configs of every file of 2022
-# Our name -> original name. UNET_WORDS: layers of the UNet's residual blocks. VAE_WORDS: parts of VAE names
-UNET_WORDS = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+# Our name -> original name. UNET_LAYERS: layers of the UNet's residual blocks. VAE_NAMES: parts of a name
+UNET_LAYERS = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
               "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
-VAE_WORDS = {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2",
+VAE_NAMES = {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2",
              "mid_block.attentions.0": "mid.attn_1", "_blocks": "", "resnets": "block",
              "samplers.0": "sample", "conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut",
              "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-# Tables of the noise schedule, counters, position indices, and networks for training only
+# Tables of the noise schedule, counters, position indices, CLIP's projection, networks for training only
 IGNORED = re.compile(
     r"betas|(log_one_minus_|sqrt_one_minus_|sqrt_recip_|sqrt_recipm1_|sqrt_)?alphas_cumprod(_prev)?"
     r"|posterior_\w+|logvar|lvlb_weights|scale_factor|model_ema\.(decay|num_updates)"
@@ -61,16 +61,16 @@ def unet_places(config: UNetConfig) -> dict[str, str]:
               "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
               "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
               "mid_block.resnets.1": "middle_block.2"}
-    per = config.layers_per_block + 1  # numbers per level. Down: blocks and the downsampler; up: blocks
+    numbers = config.layers_per_block + 1  # of a level. Down: its blocks and downsampler; up: its blocks
     for i, up in enumerate(config.up_block_types):
-        for j in range(per):
-            places[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{1 + i * per + j}.0"
-            places[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{1 + i * per + j}.1"
-            places[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{i * per + j}.0"
-            places[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{i * per + j}.1"
-        places[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{(i + 1) * per}.0.op"
-        after = 2 if up == "CrossAttnUpBlock2D" else 1  # numbered like the level's last block
-        places[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{i * per + per - 1}.{after}.conv"
+        for j in range(numbers):
+            places[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{1 + i * numbers + j}.0"
+            places[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{1 + i * numbers + j}.1"
+            places[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{i * numbers + j}.0"
+            places[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{i * numbers + j}.1"
+        places[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{(i + 1) * numbers}.0.op"
+        slot = 2 if up == "CrossAttnUpBlock2D" else 1  # after the other layers of the level's last block
+        places[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{(i + 1) * numbers - 1}.{slot}.conv"
     return places
 
 
@@ -79,14 +79,14 @@ def unet_name(name: str, config: UNetConfig) -> str:
     places = unet_places(config)
     block = next(block for block in places if name.startswith(block + "."))
     layer, _, leaf = name.removeprefix(block + ".").rpartition(".")
-    return ".".join(filter(None, [places[block], UNET_WORDS.get(layer, layer), leaf]))
+    return ".".join(filter(None, [places[block], UNET_LAYERS.get(layer, layer), leaf]))
 
 
 def vae_name(name: str, config: VAEConfig) -> str:
-    """The original name of a VAE weight. The original numbers the upsampling levels from the last."""
+    """The original name of a VAE weight. The original numbers the decoder's levels in reverse."""
     last = len(config.block_out_channels) - 1
     name = re.sub(r"up_blocks\.(\d+)", lambda match: f"up_blocks.{last - int(match[1])}", name)
-    for ours, original in VAE_WORDS.items():
+    for ours, original in VAE_NAMES.items():
         name = name.replace(ours, original)
     return name
 
@@ -108,7 +108,7 @@ def is_projection(name: str) -> bool:
 
 
 def to_original(model: nn.Module, ema: bool = False) -> dict[str, Tensor]:
-    """A network's weights under their original names (ema: under the names of EMA weights), not copied."""
+    """A network's weights, not copied, under their original names (ema: the names of its EMA weights)."""
     names = original_names(model)
     return {ema_name(names[name]) if ema else names[name]:
             tensor[:, :, None, None] if is_projection(names[name]) else tensor
@@ -126,7 +126,7 @@ def find_networks(read: Read, path: Path, raw_weights: bool = False,
                   configs: dict[str, dict] | None = None) -> tuple[str, dict[str, StoredNetwork]]:
     """Open a single file. Returns a description and the three networks (keys of PARTS).
 
-    configs: configs that differ from Stable Diffusion 1.5's; `convert` stores them in its files. Uses the
+    configs: configs that replace Stable Diffusion 1.5's; `convert` stores them in its files. Uses the
     averaged (EMA) weights if the file has them, unless `raw_weights`. Raises ValueError for a file of another
     family and for unknown tensors.
     """
@@ -136,8 +136,8 @@ def find_networks(read: Read, path: Path, raw_weights: bool = False,
         raise ValueError(f"{path} is no Stable Diffusion checkpoint; it holds {', '.join([*tensors][:3])} …")
     refuse_families(tensors, FAMILIES, path)
     first = tensors.get(PREFIXES[UNet] + "input_blocks.0.0.weight")
-    edits = first is not None and first.shape[1:2] == (8,)
-    configs = SD15 | {"unet": SD15["unet"] | {"in_channels": 8 if edits else 4}} | (configs or {})
+    channels = 8 if first is not None and first.shape[1:2] == (8,) else 4
+    configs = SD15 | {"unet": SD15["unet"] | {"in_channels": channels}} | (configs or {})
     models = {part: build_without_memory(cls, configs[part], path) for part, cls in PARTS.items()}
     known = {name for model in models.values() for name in original_names(model).values()}
     known |= {ema_name(name) for name in known}
@@ -148,13 +148,13 @@ def find_networks(read: Read, path: Path, raw_weights: bool = False,
     kind = "an InstructPix2Pix" if unet.in_channels > unet.out_channels else "a Stable Diffusion 1.x"
     which = "EMA weights" if ema else "raw weights" if has_ema else "no EMA copy"
     description = (f"{kind} checkpoint in the layout of 2022, {unet.in_channels} input channels, {which}, "
-             f"{dtype_names(tensors.values())}")
+                   f"{dtype_names(tensors.values())}")
 
     def read_part(part: str) -> dict[str, Tensor]:
         return from_original(models[part], normalised(read(), path), ema and part == "unet")
 
     return description, {part: StoredNetwork(model, partial(read_part, part), path)
-                   for part, model in models.items()}
+                         for part, model in models.items()}
 
 
 def find_vae(read: Read, path: Path, config: dict | None = None) -> StoredNetwork:

@@ -65,7 +65,7 @@ def find_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
-    """Raise ValueError if tensors do not match a network or are not finite. The message names up to three."""
+    """Raise ValueError unless names and shapes match `expected` and all numbers are finite floats."""
     refuse_names(path, "lacks", [name for name in expected if name not in tensors])
     refuse_names(path, "has unknown", [name for name in tensors if name not in expected])
     refuse_names(path, "does not fit its configuration:",
@@ -97,7 +97,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Convert to `dtype`. Raises ValueError if a number becomes infinite (float16's maximum is 65504)."""
+    """Convert to `dtype`. Raises ValueError if a number exceeds the maximum of float16 (65504)."""
     result = tensor.to(dtype)
     if dtype == torch.float16 != tensor.dtype and not _is_finite(result):
         raise ValueError(f"{name} holds numbers beyond the range of fp16; use bf16 or fp32")
@@ -109,8 +109,8 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype | N
     """Write a safetensors file atomically, one tensor at a time.
 
     dtype: dtype of all floating-point tensors in the file; None keeps each tensor's dtype. We do not use the
-    safetensors library, because it needs all bytes in memory. The format: an 8-byte length, a JSON header of
-    that length, and the tensors one after another.
+    safetensors library, because it needs all tensors in memory. The format: an 8-byte length, a JSON header
+    of that length, and the bytes of each tensor.
     """
     dtypes = {name: dtype if dtype and tensor.is_floating_point() else tensor.dtype
               for name, tensor in tensors.items()}

@@ -1,7 +1,7 @@
 """Ask a language model for the instruction and edited caption of each caption (section 3.1.1 of the paper).
 
-Any server with OpenAI's chat API works. An ordinary model gets the examples of fewshot.json and answers in a
-JSON schema. A model named "ft:..." was fine-tuned by finetune.py and gets only the caption.
+Any server with OpenAI's chat API works. An ordinary model gets the examples of fewshot.json and answers in
+JSON, under a schema. A model named "ft:..." was fine-tuned by finetune.py and gets only the caption.
 
 Each answer is appended to a file immediately. OUT.jsonl holds the triplets. OUT.dropped.jsonl holds the
 captions without a usable answer, with the reason. A new run skips the captions in these files.
@@ -24,14 +24,14 @@ from nanoip2p.common import files
 from nanoip2p.common.cli import at_least, finite, flag
 from nanoip2p.common.files import fold, read_json, tidy
 
-FREQUENCY_PENALTY = 0.1  # the first four constants are from the original's generate_txt_dataset.py
-ANSWER_TOKENS = 256      # token limit of an answer
+# The first four constants are from the original's generate_txt_dataset.py
+FREQUENCY_PENALTY, ANSWER_TOKENS = 0.1, 256  # ANSWER_TOKENS: token limit of an answer
 RETRIES = 3              # further requests after an unusable answer
 DELIMITER = "\n%%\n"     # between instruction and caption, in the answers of a fine-tuned model
 SERVER_RETRIES, TIMEOUT = 5, 120.0  # retries by the client (429, 5xx, lost connection); seconds
-MAX_FAILURES = 5             # the run ends after this number of failed captions in a row
+MAX_FAILURES = 5         # the run ends after this number of failed captions in a row
 GRACE = 10.0             # seconds to wait for open requests after Ctrl-C
-FINAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
+FATAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
 FEWSHOT = read_json(Path(__file__).with_name("fewshot.json"))
 PROMPT = "\n".join(FEWSHOT["prompt"])
 TRIPLETS = [tuple(triplet) for triplet in FEWSHOT["triplets"]]  # input caption, instruction, output caption
@@ -55,15 +55,16 @@ class Settings:
                       group="asking a language model")
     temperature: float = flag("sampling temperature", 0.7, type=finite)
     concurrency: int = flag("concurrent requests", 8, type=at_least(1))
-    moderate: bool = flag("moderate captions and answers, as in the original", False)
-    max_tokens: int | None = flag("limit of input and output tokens of this run", type=at_least(0))
+    moderate: bool = flag("apply OpenAI's moderation to captions and answers, as the original does", False)
+    max_tokens: int | None = flag("limit on the input plus output tokens of this run", type=at_least(0))
 
 
 def read_captions(path: Path, column: str | None = None) -> tuple[list[dict], int]:
-    """Read .txt (one caption per line), .jsonl or .csv. Returns rows {"input", "url" if known}, and repeats.
+    """Read .txt (one caption per line), .jsonl or .csv. Returns rows {"input", "url"}, number of repeats.
 
-    column: the key or column of the caption. Skips and counts repeats: rows with the caption or URL of an
-    earlier row. Raises ValueError for a line without a caption.
+    column: the key or column of the caption. "url" is in a row only if the file has it. Skips empty captions.
+    Skips and counts repeats: rows with the caption or URL of an earlier row. Raises ValueError for a row
+    without a text under that key.
     """
     keys = (column,) if column else ("input", "caption")
     captions, known, repeats = [], set(), 0
@@ -85,31 +86,30 @@ def read_captions(path: Path, column: str | None = None) -> tuple[list[dict], in
 
 
 def make_request(caption: str, settings: Settings) -> dict:
-    """The request for one caption. Only the last message varies, so servers can cache the others."""
+    """The request for one caption. The examples come first, so that servers can cache them."""
     request = {"model": settings.model, "temperature": settings.temperature,
                "frequency_penalty": FREQUENCY_PENALTY, "max_tokens": ANSWER_TOKENS}
-    messages = [{"role": "user", "content": caption}]
+    messages = []
     if not settings.model.startswith("ft:"):
-        examples = [{"role": "system", "content": PROMPT}]
+        messages = [{"role": "system", "content": PROMPT}]
         for before, edit, output in TRIPLETS:
             answer = json.dumps({"edit": edit, "output": output})
-            examples += [{"role": "user", "content": before}, {"role": "assistant", "content": answer}]
-        messages = examples + messages
+            messages += [{"role": "user", "content": before}, {"role": "assistant", "content": answer}]
         schema = {"name": "edit", "strict": True, "schema": SCHEMA}
         request["response_format"] = {"type": "json_schema", "json_schema": schema}
-    return request | {"messages": messages}
+    return request | {"messages": [*messages, {"role": "user", "content": caption}]}
 
 
 def read_answer(reply, caption: str) -> tuple[str, str]:
-    """Parse a chat completion. Returns (instruction, edited caption). Raises Unusable for other answers."""
+    """Parse a chat completion. Returns (instruction, edited caption). Raises Unusable if it holds no edit."""
     try:
         choice = reply.choices[0]
         if choice.message.refusal or choice.finish_reason == "content_filter":
             raise Unusable("refused")
         content = choice.message.content
-        if choice.finish_reason == "length":  # the answer is cut; a fine-tuned model's would look complete
+        if choice.finish_reason == "length":  # cut off, though a fine-tuned model's would parse
             raise ValueError
-        if DELIMITER in content:  # JSON on one line has no line breaks
+        if DELIMITER in content:  # never in JSON: its strings have no line breaks
             edit, output = map(tidy, content.split(DELIMITER))
         else:
             answer = json.loads(content)
@@ -124,23 +124,23 @@ def read_answer(reply, caption: str) -> tuple[str, str]:
 
 
 class Job:
-    """One run over the remaining captions. Threads share the job. `lock` guards its attributes and files."""
+    """One run over the remaining captions, shared by all threads. `lock` guards its counters and files."""
 
     def __init__(self, client: OpenAI, settings: Settings, todo: list[dict], out: Path, bar: tqdm):
         self.client, self.settings, self.todo, self.out, self.bar = client, settings, deque(todo), out, bar
         self.counts, self.used = Counter(), Counter()  # outcomes; input and output tokens
-        self.reserved = 0    # largest possible number of tokens of the open requests
-        self.prompt = 0      # input tokens of the first request, most of them in the examples
-        self.unanswered = 0  # number of captions in a row without an answer
+        self.reserved = 0    # upper bound on the tokens of the open requests
+        self.shared = 0      # input tokens of the first request: bounds the examples, which requests share
+        self.failures = 0    # number of captions in a row without an answer
         self.problem: Exception | None = None
         self.deadline = math.inf  # time.monotonic() at which waiting ends; set by Ctrl-C
-        self.lock = threading.RLock()
+        self.lock = threading.Lock()
 
     def run(self) -> None:
         """Process all captions. Processes the first caption alone, to report a wrong key or model only once.
 
-        After Ctrl-C or SIGTERM, sends no new request, waits up to GRACE seconds for open requests, and raises
-        KeyboardInterrupt. A second Ctrl-C does not wait.
+        After Ctrl-C or SIGTERM, starts no new caption, waits up to GRACE seconds for open requests, then
+        raises KeyboardInterrupt. A second Ctrl-C ends the wait.
         """
         def stop(_number: int, _frame) -> None:
             if self.deadline < math.inf:
@@ -149,10 +149,9 @@ class Job:
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            for captions, count in ((1, 1), (len(self.todo), self.settings.concurrency)):
+            for most, n in ((1, 1), (len(self.todo), self.settings.concurrency)):
                 # Daemon threads: the process can end before the threads end
-                threads = [threading.Thread(target=self.work, args=(captions,), daemon=True)
-                           for _ in range(count)]
+                threads = [threading.Thread(target=self.work, args=(most,), daemon=True) for _ in range(n)]
                 for thread in threads:
                     thread.start()
                 while any(thread.is_alive() for thread in threads) and time.monotonic() < self.deadline:
@@ -164,9 +163,9 @@ class Job:
         if self.deadline < math.inf:
             raise KeyboardInterrupt
 
-    def work(self, captions: int) -> None:
-        """Process at most this number of captions. Returns early when the run has to stop."""
-        for _ in range(captions):
+    def work(self, most: int) -> None:
+        """Process at most `most` captions, in one thread. Returns early when the run has to stop."""
+        for _ in range(most):
             with self.lock:
                 if not self.todo or self.deadline < math.inf or self.problem:
                     return
@@ -179,9 +178,9 @@ class Job:
             except openai.APIError as error:
                 with self.lock:
                     self.counts["unanswered"] += 1
-                    self.unanswered += 1
-                    hopeless = FINAL if self.used else (*FINAL, openai.APIConnectionError)
-                    if isinstance(error, hopeless) or self.unanswered >= MAX_FAILURES:
+                    self.failures += 1
+                    fatal = FATAL if self.used else (*FATAL, openai.APIConnectionError)
+                    if isinstance(error, fatal) or self.failures >= MAX_FAILURES:
                         self.problem = error
             except OSError as error:  # the disk is full
                 self.problem = error
@@ -198,7 +197,8 @@ class Job:
                     raise Unusable("flagged")
             except Unusable as error:
                 reason = str(error)
-                self.counts[f"retried {reason}"] += attempt < RETRIES
+                with self.lock:
+                    self.counts[f"retried {reason}"] += attempt < RETRIES
                 continue
             with self.lock:
                 files.append(self.out, {"input": text, "edit": edit, "output": output, **caption})
@@ -212,13 +212,13 @@ class Job:
         """Send one request; return the completion. Raises OverBudget if it could exceed --max-tokens."""
         request, client = make_request(text, self.settings), self.client
         with self.lock:
-            # A token has at least one byte, so the bytes bound the tokens
-            tokens_in = self.prompt + len(text.encode()) if self.prompt else len(str(request).encode())
+            # A token has at least one byte, so the number of bytes is an upper bound
+            tokens_in = self.shared + len(text.encode()) if self.shared else len(str(request).encode())
             reserved, limit = tokens_in + ANSWER_TOKENS, self.settings.max_tokens
             if limit is not None and self.used.total() + self.reserved + reserved > limit:
                 raise OverBudget
             self.reserved += reserved
-            if not self.prompt:  # fail early if the server does not run
+            if not self.shared:  # first request: fail early if the server does not run
                 client = client.with_options(max_retries=2)
         spent = Counter()
         try:
@@ -233,11 +233,11 @@ class Job:
                 raise Unusable("refused") from None
             raise
         finally:
-            with self.lock:  # both at once: between them, another request could pass the limit
+            with self.lock:  # both in one step: between them, another request could exceed the limit
                 self.reserved -= reserved
                 self.used += spent
                 if spent:
-                    self.prompt, self.unanswered = self.prompt or spent["in"], 0
+                    self.shared, self.failures = self.shared or spent["in"], 0
 
     def flagged(self, texts: list[str]) -> bool:
         """Whether OpenAI's moderation objects to any of the texts."""
@@ -267,8 +267,8 @@ def dropped_path(out: Path) -> Path:
 def ask_all(captions: list[dict], settings: Settings, out: Path) -> str:
     """Process every caption that is not yet in OUT.jsonl or OUT.dropped.jsonl; return a summary.
 
-    captions: from `read_captions`. The environment has OPENAI_API_KEY and OPENAI_BASE_URL. Raises ValueError
-    if the server fails. Ctrl-C and SIGTERM: see Job.run.
+    captions: from `read_captions`. Needs OPENAI_API_KEY (and OPENAI_BASE_URL) in the environment. Raises
+    ValueError if the server fails. Ctrl-C and SIGTERM: see Job.run.
     """
     files.check_writable(out)
     known = set()
@@ -303,7 +303,7 @@ def connect() -> OpenAI:
 
 
 def explain(error: openai.APIError, client: OpenAI) -> str:
-    """One line about the server's error and its remedy. Hides the key if the key has 8 or more characters."""
+    """The server's error and its remedy in one line. Hides the API key if it has 8 or more characters."""
     remedy = ""
     if isinstance(error, openai.APIConnectionError):
         remedy = f" ({error.__cause__}); does OPENAI_BASE_URL name a server that runs?"

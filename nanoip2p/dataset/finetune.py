@@ -18,12 +18,12 @@ FEWEST = 10  # smallest number of examples that OpenAI accepts
 def prepare(human: Path, out: Path) -> int:
     """Convert JSONL rows of "input" (or "caption"), "edit", "output" to training chats; return their number.
 
-    Raises ValueError for a line without these three texts, and for fewer than FEWEST triplets.
+    Raises ValueError for a line that lacks one of the texts, and for fewer than FEWEST lines.
     """
     chats = []
     for number, row in read_rows(human, ".jsonl"):
-        found = (row.get("input", row.get("caption")), row.get("edit"), row.get("output"))
-        texts = [tidy(text) for text in found if isinstance(text, str) and text.strip()]
+        values = (row.get("input", row.get("caption")), row.get("edit"), row.get("output"))
+        texts = [tidy(text) for text in values if isinstance(text, str) and text.strip()]
         if len(texts) < 3:
             raise ValueError(f"{human}, line {number} is not {{input, edit, output}}, three texts")
         chats.append({"messages": [{"role": "user", "content": texts[0]},

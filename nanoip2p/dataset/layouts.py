@@ -3,13 +3,13 @@
     seeds.json        the original layout: 0000000/prompt.json, 0000000/<seed>_0.jpg, 0000000/<seed>_1.jpg
     pairs.jsonl       {"input": path, "edit": text, "output": path}, paths relative to its folder; optionally
                       with captions of both pictures, "input_caption" and "output_caption"
-    *.parquet         also in data/, with the columns of one of three datasets on the Hub, see COLUMNS
-    edit_turns.json   MagicBrush: with images/<id>/ beside it, also in train/, dev/ and test/
+    *.parquet         (or data/*.parquet) with the columns of one of three datasets on the Hub, see COLUMNS
+    edit_turns.json   (or in train/, dev/, test/) MagicBrush, with its images/<id>/ beside the file
 """
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +24,7 @@ from nanoip2p.common.files import listing, read_json, read_rows
 from nanoip2p.images import fit, open_image
 from nanoip2p.world.scenes import Scene
 
-SPLITS = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}  # contiguous, as the original
+SPLITS = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}  # as in the original
 OWN_SPLIT = re.compile(r"(?:^|/)(?:(dev|val|validation)|(test))[-./]")  # dev/..., data/dev-00000...
 COLUMNS = (  # picture before, instruction, picture after
     ("original_image", "edit_prompt", "edited_image"),  # timbrooks/instructpix2pix-clip-filtered
@@ -32,8 +32,7 @@ COLUMNS = (  # picture before, instruction, picture after
     ("source_img", "instruction", "target_img"),        # osunlp/MagicBrush
 )
 PARQUET_CAPTIONS = ("original_prompt", "edited_prompt")  # in the first of these datasets
-JSONL_CAPTIONS = ("input_caption", "output_caption")
-READ_LOCK = Lock()  # without it, threads that need the same row group would each read it
+READ_LOCK = Lock()  # without the lock, threads that need the same row group would each read it
 
 
 @dataclass(frozen=True)
@@ -67,25 +66,23 @@ Item = tuple[Pair, ...]  # the pairs of one prompt; each epoch draws one pair, a
 
 
 def read_data(source: str | Path, split: str = "train", skip_bad: bool = False) -> list[Item]:
-    """The items of a split (a key of SPLITS), in order. Only the train split must not be empty.
+    """The items of a split (a key of SPLITS), in order.
 
     A dataset with separate dev or test files keeps its splits. Other datasets are cut into contiguous splits.
-    Raises ValueError for an unknown layout, a broken list, a missing text, column or picture, and an empty
-    train split. skip_bad: skip pairs with a missing picture, and warn with their number.
+    Raises ValueError for an unknown layout, a broken file, a missing text, column or picture, and an empty
+    train split. skip_bad: skip the pairs with a missing picture, and warn with their number.
     """
-    source = Path(source)
-    items = _read(source, split)
-    problems = {picture: f"there is no picture {picture}" for picture in _pictures(items)
-                if isinstance(picture, Path) and not picture.is_file()}
-    if problems:
-        first, sound = next(iter(problems.values())), _without(items, problems)
+    items = _read(Path(source), split)
+    missing = [p for p in _pictures(items) if isinstance(p, Path) and not p.is_file()]
+    if missing:
+        problem, sound = f"there is no picture {missing[0]}", _without(items, set(missing))
         count = sum(map(len, items)) - sum(map(len, sound))
         if not skip_bad:
-            raise ValueError(f"{first} (pairs that lack one: {count}); --skip-bad leaves them out")
-        warnings.warn(f"pairs left out: {count}; for the first {first}", stacklevel=2)
+            raise ValueError(f"{problem} (pairs that lack one: {count}); --skip-bad leaves them out")
+        warnings.warn(f"pairs left out: {count}; for the first {problem}", stacklevel=2)
         items = sound
     if not items and split == "train":
-        raise ValueError(f"{source} has no pairs in its train split (the first 90%, if it comes unsplit)")
+        raise ValueError(f"{source} has no pairs in its train split (the first 90%, without split files)")
     return items
 
 
@@ -94,9 +91,9 @@ def _pictures(items: list[Item]) -> dict[Picture, None]:
     return dict.fromkeys(picture for item in items for pair in item for picture in (pair.after, pair.before))
 
 
-def _without(items: list[Item], problems: dict[Picture, str]) -> list[Item]:
-    """The items without the pairs that have a picture among `problems`."""
-    kept = (tuple(pair for pair in item if not {pair.before, pair.after} & problems.keys()) for item in items)
+def _without(items: list[Item], bad: Set[Picture]) -> list[Item]:
+    """The items without the pairs that have a bad picture."""
+    kept = (tuple(pair for pair in item if not {pair.before, pair.after} & bad) for item in items)
     return [item for item in kept if item]
 
 
@@ -112,8 +109,8 @@ def _read(source: Path, split: str) -> list[Item]:
             file for pattern in patterns for file in source.glob(pattern))
         own = [OWN_SPLIT.search(file.relative_to(source).as_posix()) for file in files]
         if any(own):
-            names = ["train" if not name else "validation" if name[1] else "test" for name in own]
-            files = [file for file, name in zip(files, names) if name == split]
+            splits = ["train" if not match else "validation" if match[1] else "test" for match in own]
+            files = [file for file, its_split in zip(files, splits) if its_split == split]
             return [item for file in files for item in reader(file)]
         if files:
             return _cut([item for file in files for item in reader(file)], split)
@@ -159,7 +156,7 @@ def _original(path: Path, split: str) -> list[Item]:
 def _jsonl(path: Path) -> Iterator[Item]:
     for number, row in read_rows(path, ".jsonl"):
         before, edit, after = _texts(row, ("input", "edit", "output"), f"{path}, line {number}")
-        captions = _captions(row, JSONL_CAPTIONS)
+        captions = _captions(row, ("input_caption", "output_caption"))
         yield (Pair(path.parent / before, edit, path.parent / after, captions),)
 
 
@@ -191,11 +188,11 @@ def _parquet(path: Path) -> Iterator[Item]:
 
 @contextmanager
 def _open_parquet(path: Path) -> Iterator:
-    """Open a pyarrow.parquet.ParquetFile for one read only: an open file must not be used after a fork."""
+    """Open a pyarrow.parquet.ParquetFile. Close it soon: an open one must not be used after a fork."""
     try:
         import pyarrow.parquet
     except ImportError:
-        raise ValueError(f"{path} is read by a package that is not installed; pip install pyarrow") from None
+        raise ValueError(f"to read {path}, first pip install pyarrow") from None
     try:
         with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
             yield file
@@ -203,7 +200,7 @@ def _open_parquet(path: Path) -> Iterator:
         raise ValueError(f"{path} cannot be read as parquet: {error}") from None
 
 
-@lru_cache(maxsize=4)  # the picture columns of this row group and of the next row group
+@lru_cache(maxsize=4)  # the two picture columns of two successive row groups
 def _column(path: Path, group: int, column: str):
     with _open_parquet(path) as file:
         return file.read_row_group(group, columns=[column], use_threads=False).column(0)
@@ -218,7 +215,7 @@ def _content(cell: Cell) -> BytesIO:
 def load_picture(picture: Picture, resolution: int, flip: bool = False) -> Image.Image:
     """Load a square RGB picture: short side resized to `resolution` (LANCZOS), then centre-cropped.
 
-    flip: mirror it. Raises ValueError for a missing or broken picture; names the file, row and column.
+    flip: mirror the picture. Raises ValueError for a missing or broken picture; names the file, row, column.
     """
     if isinstance(picture, Scene):
         image = picture.render(resolution)
@@ -229,7 +226,7 @@ def load_picture(picture: Picture, resolution: int, flip: bool = False) -> Image
 
 
 def stamp(picture: Picture) -> tuple:
-    """A key that changes with the picture: a scene's repr, or a file's name, size and modification time."""
+    """A cache key that changes with the picture: a scene's repr, or a file's name, size and time."""
     if isinstance(picture, Scene):
         return (repr(picture),)
     if isinstance(picture, Cell):
@@ -239,7 +236,7 @@ def stamp(picture: Picture) -> tuple:
 
 
 def broken_pictures(source: str | Path, resolution: int) -> tuple[int, int, list[str]]:
-    """Open all pictures of all splits. Returns (number of pictures, number of good pairs, error messages)."""
+    """Open every picture of every split. Returns (number of pictures, number of good pairs, messages)."""
     with warnings.catch_warnings(record=True) as missing:
         items = [item for split in SPLITS for item in read_data(source, split, skip_bad=True)]
     pictures, broken = _pictures(items), {}
@@ -249,4 +246,4 @@ def broken_pictures(source: str | Path, resolution: int) -> tuple[int, int, list
         except ValueError as error:
             broken[picture] = str(error)
     problems = [*(str(warning.message) for warning in missing), *broken.values()]
-    return len(pictures), sum(map(len, _without(items, broken))), problems
+    return len(pictures), sum(map(len, _without(items, broken.keys()))), problems

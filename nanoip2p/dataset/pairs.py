@@ -2,7 +2,8 @@
 
     out/job.json, seeds.json       settings of this job; the prompts with kept pairs, and the pairs' seeds
     out/0000000/prompt.json        the first prompt; the folder appears when the prompt is finished
-    out/0000000/<seed>_0.jpg, _1.jpg, metadata.jsonl, candidates.jsonl       kept pairs; all candidates
+    out/0000000/<seed>_0.jpg, <seed>_1.jpg, metadata.jsonl       the kept pairs and their scores
+    out/0000000/candidates.jsonl   the scores of all candidates
 
 Several processes can share a folder: each process takes the next unclaimed prompt. --seed, prompt number and
 candidate number determine all random numbers of a candidate, so interruptions do not change the result.
@@ -35,24 +36,24 @@ UNFINISHED = ".unfinished"  # folder in `out`, removed when all prompts are fini
 
 @dataclass(frozen=True)
 class PairSettings:
-    """Settings, with names and defaults of the original's generate_img_dataset.py. ValueError if invalid."""
+    """Settings. Names and defaults follow the original's generate_img_dataset.py. ValueError if invalid."""
 
     n_samples: int = flag("candidates to paint", 100, type=at_least(1), group="candidates of each prompt")
     early_stop: int = flag("stop after N passing candidates; 0: never", 0, type=at_least(0), metavar="N")
     inject: str = flag("attention maps that the edited picture takes from the source", "self", choices=MODES)
-    min_p2p: float = flag("smallest fraction p of steps that inject", 0.1, type=finite)
-    max_p2p: float = flag("largest fraction p", 0.9, type=finite)
-    min_cfg: float = flag("smallest text guidance", 7.5, type=finite)
-    max_cfg: float = flag("largest text guidance", 15.0, type=finite)
-    steps: int | None = flag("denoising steps (default: of the weights)", type=at_least(1))
-    sampler: str | None = flag("(default: of the weights)", choices=sorted(SAMPLERS))
-    resolution: int | None = flag("width and height in pixels (default: of the weights)", type=at_least(1))
+    min_p2p: float = flag("minimum of p, the share of the steps that inject", 0.1, type=finite)
+    max_p2p: float = flag("maximum of p", 0.9, type=finite)
+    min_cfg: float = flag("minimum text guidance", 7.5, type=finite)
+    max_cfg: float = flag("maximum text guidance", 15.0, type=finite)
+    steps: int | None = flag("denoising steps (default: from the weights)", type=at_least(1))
+    sampler: str | None = flag("sampler (default: from the weights)", choices=sorted(SAMPLERS))
+    resolution: int | None = flag("width and height in pixels (default: from the weights)", type=at_least(1))
     seed: int = flag("seed of all random numbers", 0, type=at_least(0))
-    clip_threshold: float = flag("least similarity of each caption and its picture", 0.2, type=finite,
+    clip_threshold: float = flag("minimum similarity of each caption and its picture", 0.2, type=finite,
                                  group="the CLIP filter")
-    clip_dir_threshold: float = flag("least directional similarity", 0.2, type=finite)
-    clip_img_threshold: float = flag("least similarity of the two pictures", 0.7, type=finite)
-    max_out_samples: int = flag("pairs to keep of each prompt", 4, type=at_least(1))
+    clip_dir_threshold: float = flag("minimum directional similarity", 0.2, type=finite)
+    clip_img_threshold: float = flag("minimum similarity of the two pictures", 0.7, type=finite)
+    max_out_samples: int = flag("maximum number of pairs to keep per prompt", 4, type=at_least(1))
     clip: str = flag("folder of the CLIP model, or its name on the Hub", hub.CLIP)
     batch: int = flag("candidates in one batch", 8, type=at_least(1), group="running")
 
@@ -60,8 +61,8 @@ class PairSettings:
         if min(self.n_samples, self.max_out_samples, self.batch) < 1:
             raise ValueError("n_samples, max_out_samples and batch: at least 1 is needed")
         if not 0 <= self.min_p2p <= self.max_p2p <= 1:
-            raise ValueError(f"min_p2p = {self.min_p2p}, max_p2p = {self.max_p2p}: shares of the steps, "
-                             "from min_p2p to max_p2p, in 0 ... 1")
+            raise ValueError(f"min_p2p = {self.min_p2p}, max_p2p = {self.max_p2p}: 0 <= min_p2p <= max_p2p "
+                             "<= 1 is needed")
         if self.min_cfg > self.max_cfg:
             raise ValueError(f"min_cfg = {self.min_cfg} is more than max_cfg = {self.max_cfg}")
 
@@ -73,18 +74,18 @@ class Prompt:
     number: int  # line number, from 0
     source: str
     output: str
-    record: dict  # the whole line
+    record: dict  # the whole line, with the instruction
 
     @property
     def folder(self) -> str:
-        """The name of its folder, as in the original."""
+        """The name of the prompt's folder, as in the original."""
         return f"{self.number:07d}"
 
 
 def read_prompts(path: Path) -> tuple[list[Prompt], list[str]]:
     """Read a JSONL file. Returns the good lines, and a message for each bad line ("line 3 ...").
 
-    A line holds the texts `input` (or `caption`, as in the paper's files), `edit` and `output`.
+    A line has the keys "input" (or "caption", as in the paper's files), "edit" and "output".
     """
     prompts, bad = [], []
     for number, row in read_rows(path, ".jsonl", bad):
@@ -92,9 +93,9 @@ def read_prompts(path: Path) -> tuple[list[Prompt], list[str]]:
         keys = (source, "edit", "output")
         missing = [key for key in keys if not isinstance(row.get(key), str) or not row[key].strip()]
         if missing:
-            bad.append(f"line {number} lacks {missing[0]!r}, or it is no text")
+            bad.append(f"line {number} has no text under {missing[0]!r}")
         elif any("\ud800" <= letter <= "\udfff" for key in keys for letter in row[key]):
-            bad.append(f"line {number} has half a character")
+            bad.append(f"line {number} has half a character (a lone surrogate)")
         else:
             prompts.append(Prompt(number - 1, row[source], row["output"], row))
     return prompts, bad
@@ -105,9 +106,8 @@ def pair_settings(flags: dict, weights: Path, painter_defaults: dict) -> PairSet
 
     `clip` in pairs.json is a path relative to that folder, or a Hub name. ValueError for an invalid setting.
     """
-    of_painter = {key: painter_defaults[key] for key in ("steps", "resolution", "sampler")}
-    known = asdict(PairSettings()) | of_painter
-    path = weights / "pairs.json"
+    known, path = asdict(PairSettings()), weights / "pairs.json"
+    known |= {key: painter_defaults[key] for key in ("steps", "resolution", "sampler")}
     chosen = read_json(path, missing={}) if weights.is_dir() else {}
     settings = with_defaults(chosen, path, known)
     if "clip" in chosen and (weights / chosen["clip"]).exists():
@@ -116,9 +116,9 @@ def pair_settings(flags: dict, weights: Path, painter_defaults: dict) -> PairSet
 
 
 def candidate(prompt: Prompt, k: int, settings: PairSettings) -> dict:
-    """Seed, p and guidance of candidate k, with the keys of metadata.jsonl. The seed determines the rest."""
-    place = f"nanoip2p pair {settings.seed} {prompt.number} {k}"
-    seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:6], "big")  # 48 bits: no repeated seed
+    """Seed, p and guidance of candidate k, under the keys of metadata.jsonl. The seed fixes the others."""
+    name = f"nanoip2p pair {settings.seed} {prompt.number} {k}"
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")  # 48 bits: no repeated seed
     uniform = random.Random(f"nanoip2p pair {seed}").random  # Python promises never to change these numbers
     return {"seed": seed,
             "p2p_threshold": settings.min_p2p + uniform() * (settings.max_p2p - settings.min_p2p),
@@ -127,7 +127,7 @@ def candidate(prompt: Prompt, k: int, settings: PairSettings) -> dict:
 
 def make_candidates(prompt: Prompt, painter: TextToImage, judge: Judge,
                     settings: PairSettings) -> tuple[list[dict], list[tuple[dict, tuple]]]:
-    """Paint and judge the candidates of one prompt.
+    """Generate and score the candidates of one prompt.
 
     Returns a row for each candidate in order, and the best (row, (before, after)). With early_stop, the rows
     end at the early_stop-th passing candidate, for any batch size.
@@ -167,7 +167,7 @@ def write_prompt(folder: Path, prompt: Prompt, rows: list[dict], kept: list[tupl
 
 def make_pairs(prompts: list[Prompt], out: Path, painter: TextToImage, judge: Judge, settings: PairSettings,
                notes: dict, progress: bool = False) -> None:
-    """Finish every prompt that no other process has claimed, then write seeds.json.
+    """Process every prompt that no other process has finished or claimed, then write seeds.json.
 
     notes: further entries of job.json. ValueError when `out` holds another job or cannot be written.
     """
@@ -185,7 +185,7 @@ def make_pairs(prompts: list[Prompt], out: Path, painter: TextToImage, judge: Ju
                             tried, survived = tried + len(rows), survived + len(kept)
                     bar.set_postfix_str(f"{survived} of {tried} pairs survive", refresh=False)
                     bar.update()
-        finally:  # after Ctrl-C too, so that the finished prompts can be used
+        finally:  # also after Ctrl-C: training on the finished prompts needs seeds.json
             finish_job(out, prompts)
     except OSError as error:
         raise ValueError(f"{out} cannot be written: {error.strerror or error}; finished prompts stay, and "
@@ -193,11 +193,11 @@ def make_pairs(prompts: list[Prompt], out: Path, painter: TextToImage, judge: Ju
 
 
 def job_of(painter: TextToImage, judge: Judge, settings: PairSettings) -> dict:
-    """Everything except the prompts that affects the result. Omits `batch`, which only affects rounding."""
+    """All that affects the result, except the prompts. Omits `batch` (only rounding) and `clip` (hashed)."""
     fixed = (painter.schedule, painter.vae.scaling_factor, judge.mean.tolist(), judge.std.tolist())
-    words = [model.tokenizer.backend.to_str() for model in (painter, judge)]
+    tokenizers = [model.tokenizer.backend.to_str() for model in (painter, judge)]
     networks = fingerprint(painter.unet, painter.vae, painter.text_encoder, judge.clip,
-                           begin=repr((fixed, words)).encode())
+                           begin=repr((fixed, tokenizers)).encode())
     return {"networks": networks,
             **{key: value for key, value in asdict(settings).items() if key not in ("batch", "clip")}}
 
@@ -206,7 +206,7 @@ def is_finished(out: Path, prompt: Prompt) -> bool:
     """Whether the prompt's folder exists. ValueError if the folder belongs to another prompt."""
     path = out / prompt.folder / "prompt.json"
     if path.parent.exists() and read_json(path) != prompt.record:
-        raise ValueError(f"{out} was begun with other prompts (line {prompt.number + 1} is not {path}); "
+        raise ValueError(f"{out} was begun with other prompts ({path} is not line {prompt.number + 1}); "
                          "use the same prompts, or another --out")
     return path.parent.exists()
 
@@ -215,7 +215,7 @@ def is_finished(out: Path, prompt: Prompt) -> bool:
 def claimed(out: Path, name: str) -> Iterator[Path | None]:
     """Yield an empty folder. It becomes out/name if the block succeeds, and is removed if the block fails.
 
-    Yields None if out/name exists, or if another process is making out/name.
+    Yields None if out/name exists, or if another process has claimed `name`.
     """
     folder = out / UNFINISHED / name
     lock = folder.with_suffix(".lock")
@@ -234,7 +234,7 @@ def claimed(out: Path, name: str) -> Iterator[Path | None]:
 
 
 def finish_job(out: Path, prompts: list[Prompt]) -> None:
-    """Write seeds.json under a lock, so that the last process lists the results of all processes."""
+    """Write seeds.json under a lock, so that the last process lists all results. Tidies up a finished job."""
     with locked(out / "job.json", wait=True):
         write_json(list_seeds(out), out / "seeds.json")
         if all((out / prompt.folder).exists() for prompt in prompts):
@@ -250,6 +250,6 @@ def prompt_folders(root: Path) -> list[Path]:
 
 def list_seeds(root: Path) -> list[tuple[str, list[str]]]:
     """The content of seeds.json: the name of each prompt with kept pairs, and the pairs' seeds as strings."""
-    seeds = [(folder.name, sorted(path.name[:-len("_0.jpg")] for path in folder.glob("*_0.jpg")))
+    found = [(folder.name, sorted(path.name[:-len("_0.jpg")] for path in folder.glob("*_0.jpg")))
              for folder in prompt_folders(root)]
-    return [(name, of_prompt) for name, of_prompt in seeds if of_prompt]
+    return [(name, seeds) for name, seeds in found if seeds]

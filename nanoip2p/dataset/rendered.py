@@ -22,14 +22,14 @@ def draw_scenes(n: int, seed: int) -> list[dict]:
         scene = random_scene("train", int(torch.randint(2**31, (), generator=generator)))
         edits = training_edits(scene)
         if edits:
-            kind = pick(sorted({edit.kind for edit in edits}), generator)  # first: "add" has more edits
+            kind = pick(sorted({edit.kind for edit in edits}), generator)  # kind first: see scene_pairs
             edit = pick([edit for edit in edits if edit.kind == kind], generator)
             rows[scene.caption(), pick(edit.instructions[:-1], generator), edit.caption] = None
     return [dict(zip(("input", "edit", "output"), row)) for row in rows]
 
 
 def write_scenes(out: Path, n: int, seed: int) -> None:
-    """Write the triplets of `draw_scenes`. ValueError if `out` holds anything but the first rows."""
+    """Write the triplets of `draw_scenes`. `out` may hold the first of them already, else ValueError."""
     text = "".join(json.dumps(row) + "\n" for row in draw_scenes(n, seed)).encode()
     if out.exists() and not text.startswith(out.read_bytes()):
         raise ValueError(f"{out} holds more or other captions than these {n} of --seed {seed}; name another "
@@ -39,9 +39,10 @@ def write_scenes(out: Path, n: int, seed: int) -> None:
 
 
 def scene_pairs(n: int, split: str = "train", weights: tuple[float, ...] = EQUAL_ODDS) -> list[Pair]:
-    """`n` rendered pairs, four edits per scene, from edits and instructions that editors may train on.
+    """`n` rendered pairs, EDITS_PER_SCENE per scene, from edits and instructions that editors may train on.
 
-    weights: odds of each of EDIT_KINDS. Draws the kind first, because "add" has more edits than "remove".
+    weights: odds of each of EDIT_KINDS. Draws the kind before the edit: else "add", which offers more edits,
+    would be drawn more often than "remove".
     """
     seed = int.from_bytes(hashlib.sha256(split.encode()).digest()[:6], "big")
     generator, pairs = torch.Generator().manual_seed(seed), []
@@ -59,7 +60,7 @@ def scene_pairs(n: int, split: str = "train", weights: tuple[float, ...] = EQUAL
 
 
 def captioned_scenes(n: int, split: str = "train") -> list[Pair]:
-    """`n` rendered pictures with captions, for a text-to-image model (it ignores the input picture).
+    """`n` rendered pictures with captions, to train a text-to-image model, which ignores a Pair's `before`.
 
     Every second scene has an edit applied, so that training includes results of edits, such as empty places.
     """

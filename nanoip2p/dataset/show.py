@@ -14,12 +14,12 @@ from nanoip2p.dataset.pairs import prompt_folders
 from nanoip2p.images import grid, open_image
 from nanoip2p.prompt_to_prompt import PairPainter, split_words
 
-WORDS = dict(zip(SIMILARITIES, ("caption before", "caption after", "direction", "pictures")))
-BAR = 40  # letters of the longest bar of a histogram
+SCORE_NAMES = dict(zip(SIMILARITIES, ("caption before", "caption after", "direction", "pictures")))
+BAR = 40  # length of the histogram's longest bar, in characters
 
 
 def read_table(path: Path, keys: tuple[str, ...]) -> list[dict]:
-    """The rows of a .jsonl file; [] if it is missing. ValueError if a value at one of `keys` is no number."""
+    """The rows of a .jsonl file; [] if it is missing. ValueError if a row has no number at one of `keys`."""
     rows = [row for _, row in read_rows(path)] if path.exists() else []
     for row in rows:
         for key in keys:
@@ -29,7 +29,7 @@ def read_table(path: Path, keys: tuple[str, ...]) -> list[dict]:
 
 
 def read_pairs(root: Path) -> list[dict]:
-    """All kept pairs, by prompt, best first. Keys: those of prompt.json and metadata.jsonl, and "folder"."""
+    """All kept pairs by prompt, best first: the keys of prompt.json and metadata.jsonl, and "folder"."""
     if not root.is_dir() or not prompt_folders(root):
         raise ValueError(f"{root}: there is no such folder, or no finished prompt (0000000, ...) in it")
     pairs = []
@@ -43,9 +43,8 @@ def read_pairs(root: Path) -> list[dict]:
 
 
 def statistics(root: Path, pairs: list[dict]) -> str:
-    """A text about number and quality of the kept pairs. Counts candidates only if pairs.py listed them."""
-    folders = prompt_folders(root)
-    with_survivors = len({pair["folder"] for pair in pairs})
+    """A text about the kept pairs: number, quality, p. Reports candidates only if pairs.py listed them."""
+    folders, with_survivors = prompt_folders(root), len({pair["folder"] for pair in pairs})
     lines = [("prompts", f"{len(folders)} finished, {with_survivors} of them with survivors"),
              ("surviving pairs", f"{len(pairs)}, {len(pairs) / len(folders):.2f} a prompt")]
     job = read_json(root / "job.json", missing={}).get("job")
@@ -56,8 +55,8 @@ def statistics(root: Path, pairs: list[dict]) -> str:
         lines.append(("candidates", f"{len(rows)}, {passed / len(rows):.1%} pass, "
                                     f"{len(pairs) / len(rows):.1%} survive"))
     if pairs:
-        means = {word: sum(pair[name] for pair in pairs) / len(pairs) for name, word in WORDS.items()}
-        lines.append(("mean similarity", ", ".join(f"{word} {mean:.3f}" for word, mean in means.items())))
+        means = {name: sum(pair[key] for pair in pairs) / len(pairs) for key, name in SCORE_NAMES.items()}
+        lines.append(("mean similarity", ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())))
         shares = [pair["p2p_threshold"] for pair in pairs]
         counts = Counter(min(int(share * 10), 9) for share in shares)
         lines.append(("p of survivors", f"mean {sum(shares) / len(shares):.3f}"))
@@ -69,23 +68,22 @@ def statistics(root: Path, pairs: list[dict]) -> str:
 
 def contact_sheet(pairs: list[dict], rows: int, seed: int) -> Image.Image:
     """Rows of two before | after pairs. Left: the best pairs, one per prompt. Right: random pairs."""
-    first_of_prompt = {pair["folder"]: pair for pair in reversed(pairs)}.values()
-    best = sorted(first_of_prompt, key=lambda pair: -pair["clip_sim_dir"])[:rows]
+    best_of_prompt = {pair["folder"]: pair for pair in reversed(pairs)}.values()
+    best = sorted(best_of_prompt, key=lambda pair: -pair["clip_sim_dir"])[:rows]
     pictures, labels = [], []
     for line in zip(best, random.Random(seed).sample(pairs, len(best))):
         pictures.append([open_image(pair["folder"] / f"{pair['seed']}_{i}.jpg")
                          for pair in line for i in (0, 1)])
         labels.append([])
-        for sort, pair in zip(("best", "random"), line):
-            scores = ", ".join(f"{word} {pair[name]:.2f}" for name, word in WORDS.items())
-            labels[-1] += [f"{sort}: {pair.get('input', pair.get('caption'))}",
+        for title, pair in zip(("best", "random"), line):
+            scores = ", ".join(f"{name} {pair[key]:.2f}" for key, name in SCORE_NAMES.items())
+            labels[-1] += [f"{title}: {pair.get('input', pair.get('caption'))}",
                            f"{pair.get('edit')} ({scores}, p {pair['p2p_threshold']:.2f})"]
     return grid(pictures, labels)
 
 
-def draw_heatmaps(model: PairPainter, seed: int, share: float, cfg_text: float,
-                  bar: tqdm | None = None) -> Image.Image:
-    """A row per picture: the picture, and a copy for each caption word, lit by the word's attention."""
+def draw_heatmaps(model: PairPainter, seed: int, share: float, cfg_text: float, bar: tqdm) -> Image.Image:
+    """A row per picture: the picture, and a copy per caption word, bright where attention to it is high."""
     tokenizer = model.painter.tokenizer
     words = [split_words(tokenizer, caption) for caption in model.captions]
     count = max(map(len, words))

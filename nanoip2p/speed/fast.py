@@ -1,8 +1,8 @@
 """`--fast`: faster inference for a UNet of SD's widths. The predicted noise differs only by rounding.
 
-On a CPU, 3x3 convolutions use Winograd's method, whose additions before the products add rounding error, and
-oneDNN packs the weights of all matrix products once. On CUDA, torch.compile fuses the operations and replays
-them as a CUDA graph.
+On a CPU, 3x3 convolutions use Winograd's method, which multiplies less but rounds more often, and oneDNN
+packs the weights of all matrix products once. On CUDA, torch.compile fuses the operations and replays them as
+a CUDA graph.
 """
 
 from collections.abc import Callable
@@ -18,22 +18,22 @@ TRANSFORM = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1
 
 
 def speed_up(unet: UNet, say: Callable[[str], None], injects: bool = False) -> UNet:
-    """Speed up the network in place, depending on its device, and return it. Load its weights before.
+    """Speed up a UNet in place, as its device allows, and return it. Load the weights before.
 
-    say: called with a line of text before slow work. injects: True if most calls pass `attend`; then the UNet
-    is not compiled on CUDA, because it would recompile at every step. The state dict stays the same.
+    say: called with a line of text before slow work. injects: True if most calls of the UNet pass `attend`;
+    then it is not compiled on CUDA, because it would recompile at every step. The state dict stays the same.
     """
     device = unet.conv_in.weight.device.type
     if device == "cuda":
-        from nanoip2p.speed.kernels import measured_kernels  # needs triton, as torch.compile does
-        measured_kernels(unet.to(memory_format=torch.channels_last))  # the layout of tensor cores
-        return unet if injects else compiled(unet, say)
+        from nanoip2p.speed.kernels import use_kernels  # needs triton, as torch.compile does
+        use_kernels(unet.to(memory_format=torch.channels_last))  # the layout of tensor cores
+        return unet if injects else compile_unet(unet, say)
     return repack(unet) if device == "cpu" else unet
 
 
-def compiled(unet: UNet, say: Callable[[str], None]) -> UNet:
-    """Compile the network, once for each input size. Each call overwrites the result of the call before."""
-    torch._dynamo.config.recompile_limit = 64  # input sizes; beyond it (default 8) torch silently runs eager
+def compile_unet(unet: UNet, say: Callable[[str], None]) -> UNet:
+    """Compile the UNet at the first call of each input size. Each call overwrites the output of the last."""
+    torch._dynamo.config.recompile_limit = 64  # input sizes (default 8); torch silently runs more uncompiled
     say("compiling: the first step at each picture size takes about a minute")
     unet.compile(dynamic=False, mode="reduce-overhead")
     return unet
@@ -42,8 +42,8 @@ def compiled(unet: UNet, say: Callable[[str], None]) -> UNet:
 def repack(model: nn.Module, min_channels: int = 128) -> nn.Module:
     """For a CPU: replace linear layers and 1x1 convolutions by `Packed`, 3x3 convolutions by `Winograd`.
 
-    Winograd is faster from `min_channels` on. Both layers use a copy of the weights (16/9 times as large for
-    Winograd). The model is frozen, because a change of the weights would not change the copy.
+    Winograd is faster from `min_channels` on. Both layers compute with a copy of the weights (Winograd's is
+    16/9 times as large). The model is frozen, because a change of the weights would not change the copy.
     """
     for parent in list(model.modules()):
         for name, layer in parent.named_children():

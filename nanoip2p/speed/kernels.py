@@ -16,9 +16,9 @@ from nanoip2p.attention import attention, check_shapes
 from nanoip2p.unet import Attention, UNet
 
 LOG2_E = 1.4426950408889634  # e^x = 2^(x log2 e); GPUs compute powers of 2
-Tile = tuple[int, int, int, int]  # queries per block, keys per block, warps, stages
-# `case` -> tile, where our kernel was faster than all of torch's, from tests/benchmarks/attention.py.
-# The table is empty because we have not measured any GPU yet.
+Tile = tuple[int, int, int, int]  # queries per block, keys per block, num_warps, num_stages
+# {case: tile} for the cases where tests/benchmarks/attention.py found our kernel faster than all of torch's.
+# Empty: we have not measured any GPU yet.
 FASTER: dict[tuple, Tile] = {}
 
 
@@ -28,7 +28,7 @@ def case(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple:
     return q.shape[2] // heads, *sizes, str(q.dtype), torch.cuda.get_device_capability(q.device)
 
 
-def measured_kernels(unet: UNet, faster: dict[tuple, Tile] = FASTER) -> UNet:
+def use_kernels(unet: UNet, faster: dict[tuple, Tile] = FASTER) -> UNet:
     """Make the attention layers of a UNet on CUDA use our kernel for the cases in `faster`."""
     for layer in unet.modules():
         if faster and isinstance(layer, Attention):
@@ -67,33 +67,33 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, tile: Tile,
 
 
 def pieces(d: int) -> tuple[int, int]:
-    """Split head width d into powers of two from 16 up: (main, tail), or (whole, 0) if that is not larger."""
+    """Split head width d into powers of two from 16 up: (main, tail), or (whole, 0) if that saves nothing."""
     whole = max(16, triton.next_power_of_2(d))
     tail = max(16, triton.next_power_of_2(max(1, d - whole // 2)))
     return (whole // 2, tail) if whole // 2 + tail < whole else (whole, 0)
 
 
 @triton.jit
-def _tile(x, rows, end, row_stride, column_stride, FROM: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
+def _load(x, rows, end, row_stride, column_stride, FROM: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
           CHECK: tl.constexpr):
     """Load columns FROM to FROM + WIDTH of a matrix of D columns, 0 outside. CHECK: rows may exceed `end`."""
     columns = FROM + tl.arange(0, WIDTH)
     at = x + rows[:, None] * row_stride + columns[None, :] * column_stride
     if CHECK:
-        tile = tl.load(at, mask=(rows < end)[:, None] & (columns < D)[None, :], other=0.0)
+        block = tl.load(at, mask=(rows < end)[:, None] & (columns < D)[None, :], other=0.0)
     elif FROM + WIDTH > D:
-        tile = tl.load(at, mask=(columns < D)[None, :], other=0.0)
+        block = tl.load(at, mask=(columns < D)[None, :], other=0.0)
     else:
-        tile = tl.load(at)
-    return tile
+        block = tl.load(at)
+    return block
 
 
 @triton.jit
-def _put(tile, x, rows, end, row_stride, column_stride, FROM: tl.constexpr, WIDTH: tl.constexpr,
-         D: tl.constexpr):
+def _store(block, x, rows, end, row_stride, column_stride, FROM: tl.constexpr, WIDTH: tl.constexpr,
+           D: tl.constexpr):
     columns = FROM + tl.arange(0, WIDTH)
     at = x + rows[:, None] * row_stride + columns[None, :] * column_stride
-    tl.store(at, tile.to(x.dtype.element_ty), mask=(rows < end)[:, None] & (columns < D)[None, :])
+    tl.store(at, block.to(x.dtype.element_ty), mask=(rows < end)[:, None] & (columns < D)[None, :])
 
 
 @triton.jit
@@ -108,27 +108,27 @@ def _attention(q, k, v, out, map_from, qb, qt, qc, kb, kt, kc, vb, vt, vc, ob, o
     q, k = q + a * qb + head * D * qc, k + a * kb + head * D * kc
     v, out = v + b * vb + head * D * vc, out + b * ob + head * D * oc
     queries = tl.program_id(0) % programs * BM + tl.arange(0, BM)
-    q0 = _tile(q, queries, Tq, qt, qc, 0, D0, D, True)
-    q1 = _tile(q, queries, Tq, qt, qc, D0, D1, D, True) if D1 > 0 else q0
+    q0 = _load(q, queries, Tq, qt, qc, 0, D0, D, True)
+    q1 = _load(q, queries, Tq, qt, qc, D0, D1, D, True) if D1 > 0 else q0
     top, total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
     sum0 = tl.zeros([BM, D0], tl.float32)
     sum1 = tl.zeros([BM, D1 if D1 > 0 else 1], tl.float32)
     for start in range(0, Tk, BN):
         keys = start + tl.arange(0, BN)
-        s = tl.dot(q0, tl.trans(_tile(k, keys, Tk, kt, kc, 0, D0, D, CHECK)), input_precision="ieee")
+        s = tl.dot(q0, tl.trans(_load(k, keys, Tk, kt, kc, 0, D0, D, CHECK)), input_precision="ieee")
         if D1 > 0:
-            s = tl.dot(q1, tl.trans(_tile(k, keys, Tk, kt, kc, D0, D1, D, CHECK)), s, input_precision="ieee")
+            s = tl.dot(q1, tl.trans(_load(k, keys, Tk, kt, kc, D0, D1, D, CHECK)), s, input_precision="ieee")
         if CHECK:
             s = tl.where((keys < Tk)[None, :], s, float("-inf"))
         new = tl.maximum(top, tl.max(s, 1) * scale)
         p, fade = tl.exp2(s * scale - new[:, None]), tl.exp2(top - new)  # (BM, BN), (BM,)
         top, total = new, total * fade + tl.sum(p, 1)
         p = p.to(v.dtype.element_ty)
-        v0 = _tile(v, keys, Tk, vt, vc, 0, D0, D, CHECK)
+        v0 = _load(v, keys, Tk, vt, vc, 0, D0, D, CHECK)
         sum0 = tl.dot(p, v0, sum0 * fade[:, None], input_precision="ieee")
         if D1 > 0:
-            v1 = _tile(v, keys, Tk, vt, vc, D0, D1, D, CHECK)
+            v1 = _load(v, keys, Tk, vt, vc, D0, D1, D, CHECK)
             sum1 = tl.dot(p, v1, sum1 * fade[:, None], input_precision="ieee")
-    _put(sum0 / total[:, None], out, queries, Tq, ot, oc, 0, D0, D)
+    _store(sum0 / total[:, None], out, queries, Tq, ot, oc, 0, D0, D)
     if D1 > 0:
-        _put(sum1 / total[:, None], out, queries, Tq, ot, oc, D0, D1, D)
+        _store(sum1 / total[:, None], out, queries, Tq, ot, oc, D0, D1, D)

@@ -364,10 +364,10 @@ def shorter_vocabulary(base):
 
 MISFITS = {
     "no tokenizer": (lambda base: shutil.rmtree(base / "tokenizer"), "vocab.json"),
-    "another tokenizer": (shorter_vocabulary, "the text encoder reads 77 out of 300"),
+    "another tokenizer": (shorter_vocabulary, "the text encoder reads 77 below 300"),
     "schedule of words": (lambda base: rewrite(base / "scheduler/scheduler_config.json", beta_start="x"),
                           "noise schedule"),
-    "inpainting": (lambda base: rewrite(base / "unet/config.json", in_channels=9), "9, makes 4 channels"),
+    "inpainting": (lambda base: rewrite(base / "unet/config.json", in_channels=9), "9 input and 4 out"),
     "architectures": (lambda base: rewrite(base / "text_encoder/config.json", architectures=5), "holds a 5"),
     "no heads": (lambda base: rewrite(base / "text_encoder/config.json", num_attention_heads=0), "json"),
 }

@@ -179,15 +179,15 @@ def test_fetches_what_is_needed_once_then_uses_the_cache(server, tmp_path):
     link.resolve().unlink()  # as if the power had failed before it came
     link.unlink()
     [(_, complaint)] = ask(server, tmp_path, ("tiny/editor",), HF_HUB_OFFLINE="1")
-    assert "lacks some or all of it" in complaint
+    assert "lacks files of the model" in complaint
     assert ask(server, tmp_path, ("tiny/editor",)) == [[folder, ""]]
     assert fetched(server) == ["unet/diffusion_pytorch_model.safetensors"]
 
 
 REFUSED = {
-    "weights/nope": "has none, or a private one: then `hf auth login`",
-    "private/model": "has none, or a private one: then `hf auth login`",
-    GATED: "accept its terms there",
+    "weights/nope": "has no such model; for a private one `hf auth login`",
+    "private/model": "has no such model; for a private one `hf auth login`",
+    GATED: "terms must be accepted",
     BROKEN: "500 Internal Server Error",
     SILENT: "neither in the Hub's cache nor can it be fetched (ReadTimeout",
     "portal/login-page": "neither in the Hub's cache nor can it be fetched",
@@ -214,7 +214,7 @@ def test_out_of_reach_and_not_cached(server, tmp_path):
     [(_, down)] = ask(None, tmp_path, ("tiny/editor",))
     assert "neither in the Hub's cache nor can it be fetched (ConnectError" in down
     offline = ask(server, tmp_path, ("tiny/editor",), (None, "a/model.ckpt"), HF_HUB_OFFLINE="1")
-    assert all("unset HF_HUB_OFFLINE to fetch it" in complaint for _, complaint in offline)
+    assert all("unset HF_HUB_OFFLINE to download" in complaint for _, complaint in offline)
     assert server.asked == []
     fetch = f"model.ckpt comes without a tokenizer: put vocab.json and merges.txt of {CLIP} beside it"
     assert offline[1][1].startswith(fetch)
@@ -233,7 +233,7 @@ def test_tokenizer_of_a_single_file(server, tmp_path):
     tiny_files = {"tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer_config.json"}
     assert files_below(clip) == CLIP_FILES and fetched(server) == sorted(CLIP_FILES | tiny_files)
     assert load_tokenizer(tiny)(["a boat"]).tolist() == load_tokenizer(theirs)(["a boat"]).tolist()
-    assert complaint.startswith("there is no file or folder private/model, and the Hub has none")
+    assert complaint.startswith("there is no file or folder private/model, and the Hub has no such model")
     assert gone.startswith(f"there is no file or folder {tmp_path / 'gone'}")
     assert ask(None, home, (None, str(checkpoint))) == [[clip, ""]]
 

@@ -239,7 +239,7 @@ def test_a_damaged_file_is_named(name, damage, folder):
 
 def test_networks_that_do_not_belong_together(folder):
     save_network(randomise(UNet(tiny_unet(8))), folder / "unet")
-    with pytest.raises(ValueError, match="width 12, the text encoder writes 32"):
+    with pytest.raises(ValueError, match="width 12, the text encoder returns 32"):
         load_model(folder)
 
 

@@ -12,7 +12,7 @@ from tiny_configs import TINY_TEXT, TINY_VAE, tiny_unet
 from nanoip2p.checkpoint.single_file import (
     IGNORED,
     PARTS,
-    UNET_WORDS,
+    UNET_LAYERS,
     find_networks,
     find_vae,
     from_original,
@@ -293,7 +293,7 @@ def test_the_readmes_picture_is_true():
     drawn = re.findall(r"^   [|v^]   (\S+) +(\S+)", picture, re.MULTILINE)
     assert len(drawn) >= 20 and {ours: places[ours] for ours, _ in drawn} == dict(drawn)
     inside = picture.split("inside a residual block:")[1].split("the autoencoder:")[0].split()
-    assert dict(zip(inside[::2], inside[1::2])) == UNET_WORDS
+    assert dict(zip(inside[::2], inside[1::2])) == UNET_LAYERS
     for ours, original in re.findall(r"(decoder\.up_blocks\S+) (decoder\S+)", picture):
         assert vae_name(ours, VAEConfig()) == original
     raw, averaged = re.findall(r"averaged weights: +(\S+) (\S+)", picture)[0]

@@ -405,7 +405,7 @@ def test_settings_come_from_flags_then_the_weights_folder_then_the_paper(tmp_pat
 @pytest.mark.parametrize("chosen, named", [
     ({"clips": "x"}, "clips"), ({"n_samples": "many"}, "n_samples"), ({"n_samples": 2.5}, "n_samples"),
     ({"n_samples": True}, "n_samples"), ({"n_samples": 0}, "at least 1"), ({"min_p2p": 0.95}, "max_p2p"),
-    ({"min_cfg": 16}, "max_cfg"), ({"max_p2p": 1.5}, "share"), ({"min_p2p": -0.1}, "share"),
+    ({"min_cfg": 16}, "max_cfg"), ({"max_p2p": 1.5}, "max_p2p <= 1"), ({"min_p2p": -0.1}, "0 <= min_p2p"),
 ])
 def test_settings_that_cannot_be_used_are_named(tmp_path, chosen, named):
     (tmp_path / "pairs.json").write_text(json.dumps(chosen))

@@ -160,11 +160,11 @@ def test_a_unet_takes_our_kernels_where_they_are_faster(monkeypatch):
     monkeypatch.setattr(kernels, "fused_attention", fused)
     with torch.inference_mode():
         wanted = unet(latents, 7.0, context)
-        assert kernels.measured_kernels(unet) is unet and not cases  # the table is empty
-        kernels.measured_kernels(unet, {("another case",): TILE})
+        assert kernels.use_kernels(unet) is unet and not cases  # the table is empty
+        kernels.use_kernels(unet, {("another case",): TILE})
         assert relative_error(unet(latents, 7.0, context), wanted) < 1e-6 and cases and not taken
         tiles.update(dict.fromkeys(cases[:2], TILE))
-        kernels.measured_kernels(unet, tiles)
+        kernels.use_kernels(unet, tiles)
         assert relative_error(unet(latents, 7.0, context), wanted) < 1e-5
     assert len(taken) == sum(one in tiles for one in cases[len(cases) // 2 :]) > 0
     before = len(taken)

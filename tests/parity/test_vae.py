@@ -150,7 +150,7 @@ def test_little_memory_is_exact_up_to_a_size():
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    for name, value in (("WHOLE", 30), ("TILE", 24), ("OVERLAP", 8)):
+    for name, value in (("MAX_UNTILED", 30), ("TILE", 24), ("OVERLAP", 8)):
         monkeypatch.setattr(nanoip2p.vae, name, value)
 
 

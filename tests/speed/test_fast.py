@@ -12,7 +12,7 @@ from torch import nn
 
 from nanoip2p.checkpoint.folder import load_network, save_network
 from nanoip2p.editor import Editor
-from nanoip2p.speed.fast import Packed, Winograd, compiled, repack, speed_up
+from nanoip2p.speed.fast import Packed, Winograd, compile_unet, repack, speed_up
 from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAE
 
@@ -109,7 +109,7 @@ def test_an_edit_compiles_once_for_each_size(tmp_path, monkeypatch):
         f, dynamic=dynamic, fullgraph=True,
         backend=lambda graph, _: (graphs.append(graph), graph.forward)[1]))
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # `compiled` has to raise it
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # `compile_unet` has to raise it
     editor = Editor.load(write_tiny_editor(tmp_path), "cpu")
 
     def edit(side, text):
@@ -117,7 +117,7 @@ def test_an_edit_compiles_once_for_each_size(tmp_path, monkeypatch):
 
     plain = edit(32, "make it night")
     names = list(editor.unet.state_dict())
-    assert compiled(editor.unet, lines.append) is editor.unet and list(editor.unet.state_dict()) == names
+    assert compile_unet(editor.unet, lines.append) is editor.unet and list(editor.unet.state_dict()) == names
     assert edit(32, "make it night") == plain and len(graphs) == 1
     assert edit(32, "turn the house red") != plain and len(graphs) == 1
     edit(40, "make it night")
