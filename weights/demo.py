@@ -1,4 +1,4 @@
-"""Make twelve edits with the shipped nano editor, as one labelled picture (`make demo`)."""
+"""Draw twelve edits by the shipped nano editor as one labelled picture (`make demo`)."""
 
 import sys
 from pathlib import Path
@@ -20,7 +20,7 @@ EDITS = {
 
 
 def run(weights: Path, out: Path, device: str | None = None) -> None:
-    """Edit the pictures in <weights>/examples and write them, labelled, to `out`."""
+    """Edit the pictures in <weights>/examples, and write a grid of inputs and edits to `out`."""
     check_writable(out)
     editor = Editor.load(weights, device)
     inputs = {name: open_image(weights / "examples" / f"{name}.png") for name in EDITS}
@@ -34,7 +34,7 @@ def run(weights: Path, out: Path, device: str | None = None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code, see cli.run."""
+    """Run the command. Returns the exit code, see cli.run."""
     parser = cli.make_parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/demo.png"))
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="the nano editor")
