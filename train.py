@@ -43,8 +43,7 @@ def parse(argv: list[str] | None) -> TrainConfig:
     """Read the flags, which override --preset or the resumed run's settings. ValueError for bad flags."""
     parser = cli.make_parser(description=__doc__)
     cli.add_settings(parser, TrainConfig)
-    given = {key: tuple(value) if isinstance(value, list) else value
-             for key, value in vars(parser.parse_args(argv)).items()}
+    given = vars(parser.parse_args(argv))
     if "resume" in given:
         begun = TrainConfig.from_json(runs.newest_checkpoint(given["resume"])[1]["settings"])
         config = replace(begun, **given | {"out": given["resume"]})

@@ -43,6 +43,7 @@ from nanoip2p.common.device import pick_device
 from nanoip2p.common.files import check_writable, replacing, write_json
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.images import to_tensor
+from nanoip2p.objective import learning_rate
 from nanoip2p.tokenizer import load_tokenizer
 from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAE, VAEConfig
@@ -114,9 +115,8 @@ def fit(name: str, model: torch.nn.Module, loss_of_step, steps: int, lr: float, 
     bar = tqdm(range(first, steps), desc=name, initial=first, total=steps, mininterval=10)
     with cli.stop_between_steps() as stop:
         for step in bar:
-            share = min((step + 1) / 100, 1.0, (steps - step) / (0.3 * steps))
             for group in optimizer.param_groups:
-                group["lr"] = lr * share
+                group["lr"] = learning_rate(step, steps, lr, warmup=100, cooldown=0.3)
             loss, note = loss_of_step(torch.Generator().manual_seed(step))
             optimizer.zero_grad()
             loss.backward()

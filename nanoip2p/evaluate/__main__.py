@@ -35,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
         return command.add_argument
 
     flag = add(scenes, "weights/nano-ip2p", 500, help="folder for scores and pictures of failures")
-    flag("--combinations", choices=("seen", "held-out"), default="seen", help="combinations to edit, see above")
+    flag("--combinations", choices=("seen", "held-out"), default="seen", help="combinations, see above")
     flag("--cfg-image", type=finite, help=DEFAULT)
 
     flag = add(captions, "weights/nano-sd", 320, help="folder for scores.json")

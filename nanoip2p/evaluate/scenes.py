@@ -1,8 +1,7 @@
 """Edit success and preservation on rendered scenes, for which the correct result is known.
 
 Training never uses these scenes or these phrasings of the instructions. --combinations held-out selects
-combinations of things, colours and edits that the training pairs leave out (those of the shipped nano-ip2p,
-which is older, did not).
+combinations of things, colours and edits that training pairs leave out (except those of weights/nano-ip2p).
 
 Success: among the renders of the scene and of all its single edits, the correct render has the smallest mean
 absolute difference to the edited picture. Preservation: PSNR over the pixels that the edit must not change.
@@ -61,8 +60,7 @@ def unchanged_psnr(picture: Image.Image, before: Image.Image, after: Image.Image
 @torch.inference_mode()
 def round_trip(editor: Editor, picture: Image.Image) -> Image.Image:
     """Encode and decode a picture with the autoencoder, without an edit."""
-    weight = editor.unet.conv_in.weight
-    mean, _ = editor.vae.encode(to_tensor(picture)[None].to(weight.device, weight.dtype))
+    mean, _ = editor.vae.encode(to_tensor(picture)[None].to(editor.unet.conv_in.weight))
     return to_pil(editor.vae.decode(mean)[0])
 
 

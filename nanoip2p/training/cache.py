@@ -4,7 +4,6 @@
     texts-00000.safetensors       hidden states (n, 77, D) float16; the first row of all is the empty text
     pictures-00000.safetensors    moments (n, F, 2C, h, w) float16: mean and log variance, unscaled.
                                   F = 2 with flips: the picture and its mirror image
-
 Each distinct text and picture has one row, in order of first use. Files are written atomically.
 """
 
@@ -33,14 +32,12 @@ class Cache:
     """A cache folder. `fill` writes its files, `open` checks them, `get` reads the rows of a pair.
 
     A DataLoader worker can get the open cache by fork or by pickle. A worker reads only the rows it needs.
+    skip_bad: allows broken pictures; `get` raises ValueError for them.
     """
 
     def __init__(self, folder: Path, pairs: list[Pair], model: Model, resolution: int, flips: bool,
                  skip_bad: bool = False):
-        """Reserve the folder. flips: see above. skip_bad: see `fill`.
-
-        Raises ValueError if the folder is the cache of other data or encoders, or no cache.
-        """
+        """Reserve the folder. flips, skip_bad: see above. ValueError if it is of other data or encoders."""
         vae, text_encoder, tokenizer = model.vae, model.text_encoder, model.tokenizer
         texts = list(dict.fromkeys(["", *(pair.edit for pair in pairs)]))
         pictures = list(dict.fromkeys(picture for pair in pairs for picture in (pair.before, pair.after)))
@@ -63,22 +60,18 @@ class Cache:
 
     @torch.no_grad()
     def fill(self, model: Model, rank: int = 0, ranks: int = 1) -> None:
-        """Write the missing ones of the files number rank, rank + ranks, ... Rank 0 shows its progress.
+        """Write the missing files of this rank: files number rank, rank + ranks, ...
 
-        Raises ValueError for an encoding beyond float16, and for a broken picture. skip_bad: writes a row of
-        NaN for a broken picture instead.
+        Raises ValueError for an encoding beyond float16, and for a broken picture (skip_bad: its row is NaN).
         """
-        vae, text_encoder = model.vae, model.text_encoder
-        weight, ids_device = vae.quant_conv.weight, next(text_encoder.parameters()).device
-
         def moments(images: Tensor) -> Tensor:
-            images = images.to(weight.device, weight.dtype)                          # (B, 3, R, R)
+            images = images.to(model.vae.quant_conv.weight)                          # (B, 3, R, R)
             both = (images, images.flip(-1))[: 1 + self.flips]
-            return torch.stack([torch.cat(vae.encode(x), 1) for x in both], 1)       # (B, F, 2C, h, w)
+            return torch.stack([torch.cat(model.vae.encode(x), 1) for x in both], 1)  # (B, F, 2C, h, w)
 
         size = max(1, min(64, 2**21 // self.resolution**2))  # batch size: 32 pictures of 256 pixels
         steps = {"texts": (lambda text: model.tokenizer([text])[0],
-                           lambda ids: text_encoder(ids.to(ids_device)), 64),
+                           lambda ids: model.text_encoder(ids.to(model.device)), 64),
                  "moments": (self._image, moments, size)}
         todo = [shard for shard in self.shards[rank::ranks] if not shard.path.exists()]
         total, hidden = sum(len(shard.items) for shard in todo), rank > 0 or not todo

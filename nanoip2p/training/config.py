@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +27,7 @@ RESUME_MAY_CHANGE = {
     "steps", "lr", "batch_size", "accumulate", "recompute", "compile", "device", "ema_device", "workers",
     "cache", "skip_bad", "save_every", "keep", "sample_every", "validate_every", "log_every", "tensorboard",
     "out", "resume", "check"}
-# Settings that a checkpoint does not store: state.json has the samples per step instead of `accumulate`
-NOT_STORED = {"accumulate", "preset", "resume", "check"}
+NOT_STORED = {"accumulate", "preset", "resume", "check"}  # accumulate follows from state.json's "batch"
 
 
 def between(low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -50,8 +49,8 @@ class TrainConfig:
     raw_weights: bool = flag("use the raw weights of a file that also holds averaged (EMA) weights", False)
     data: str | None = flag("pairs: a folder, a pairs.jsonl or parquet file; 'scenes' renders pairs")
     pairs: int = flag("number of pairs that --data scenes renders", 20_000, type=at_least(1))
-    kind_weights: tuple[float, ...] = flag(f"odds of the edits of --data scenes: {', '.join(EDIT_KINDS)}",
-                                           (1.0,) * len(EDIT_KINDS), type=between(0), nargs=len(EDIT_KINDS))
+    kind_weights: Sequence[float] = flag(f"odds of the edits of --data scenes: {', '.join(EDIT_KINDS)}",
+                                        (1.0,) * len(EDIT_KINDS), type=between(0), nargs=len(EDIT_KINDS))
     text_to_image: bool = flag("train a text-to-image model on the captions of --data scenes", False)
     cache: Path | None = flag("encode all pictures and texts once, into this folder", type=Path)
     skip_bad: bool = flag("leave out pairs with a broken picture", False)
@@ -68,8 +67,8 @@ class TrainConfig:
     cooldown: float = flag("last fraction of the steps, where lr falls to 0", 0.0, type=between(0, 1))
     clip: float = flag("clip the gradient to this norm; 0: off, as in the paper", 1.0, type=between(0))
     snr_gamma: float = flag("min-SNR weighting of the loss, often 5; 0: off", 0.0, type=between(0))
-    drop: tuple[float, ...] = flag("fractions of samples without text, without both, without picture",
-                                   DROP, type=between(0, 1), nargs=3, metavar=("TEXT", "BOTH", "IMAGE"))
+    drop: Sequence[float] = flag("fractions of samples without text, without both, without picture",
+                                DROP, type=between(0, 1), nargs=3, metavar=("TEXT", "BOTH", "IMAGE"))
     ema_decay: float = flag("largest decay of the averaged (EMA) weights", 0.9999, type=between(0, 1))
     resolution: int = flag("width and height in pixels", 256, type=at_least(1))
     flip: bool | None = flag("mirror half of the pairs (default: on, except for scenes)", action=SWITCH)
@@ -104,8 +103,7 @@ class TrainConfig:
     @classmethod
     def from_json(cls, settings: dict) -> "TrainConfig":
         """The inverse of `to_json`. Raises ValueError for an unknown setting, unless it is off."""
-        known = {key: tuple(value) if isinstance(value, list) else value
-                 for key, value in settings.items() if key in cls.__dataclass_fields__}
+        known = {key: value for key, value in settings.items() if key in cls.__dataclass_fields__}
         if unknown := {key: value for key, value in settings.items() if key not in known and value}:
             raise ValueError(f"the run was begun by another version of train.py, with {unknown}")
         return cls(**known | {key: Path(known[key]) for key in ("cache", "out") if known.get(key)})

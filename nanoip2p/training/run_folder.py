@@ -31,8 +31,7 @@ def write_checkpoint(run: Path, step: int, files: dict[str, dict[str, Tensor]], 
                      keep: int) -> None:
     """Write <run>/checkpoints/<step>/ with <name>.safetensors for each of `files`, and state.json.
 
-    Writes to a temporary folder, renames it when all files are on disk, then deletes all checkpoints but the
-    newest `keep`.
+    Writes to a temporary folder, renames it when all files are on disk, then keeps the newest `keep` only.
     """
     folder = run / CHECKPOINTS / f"{step:07d}"
     temporary = folder.with_name(f".{folder.name}.tmp")

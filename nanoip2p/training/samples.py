@@ -1,8 +1,7 @@
 """The samples of a training run.
 
-Sample i of optimizer step s has the number n = s * B + i, with B samples per step. All random numbers of
-sample n are a function of (seed, n). So sample n does not depend on the rank, the worker, the micro-batch or
-a restart.
+Sample i of optimizer step s has the number n = s * (samples per step) + i. All random numbers of sample n are
+a function of (seed, n). So sample n does not depend on the rank, the worker, the micro-batch or a restart.
 """
 
 import hashlib

@@ -48,8 +48,8 @@ class Trainer:
             self.unet, gradient_as_bucket_view=True)
         self.forward = torch.compile(self.parallel) if config.compile else self.parallel
         self.alphas, self.null = model.schedule.alphas_cumprod().to(self.device), null.to(self.device)
-        self.skipped = set()  # reasons why pairs were left out, to warn of each only once
-        self.lr, self.norm = 0.0, 0.0  # learning rate and gradient norm of the last step, for the log
+        # Reasons for skipped pairs, to warn of each once; learning rate and gradient norm of the last step
+        self.skipped, self.lr, self.norm = set(), 0.0, 0.0
 
     def place_encoders(self) -> None:
         """Freeze the encoders, and move them to the device, or to the CPU if a cache replaces them."""
@@ -163,18 +163,16 @@ class Trainer:
 
     def sample_sheet(self, columns: list[Column]) -> Image.Image:
         """Draw a column per pair: the input (of an editor), the averaged model's output, the target."""
-        model, resolution = copy.copy(self.model), self.config.resolution  # an Editor or a TextToImage
+        model, settings = copy.copy(self.model), {"seed": 0, "resolution": self.config.resolution}
         model.unet = self.averaged_unet()
         model.to(self.device)
         inputs, texts, targets = map(list, zip(*columns))
         if self.config.text_to_image:
-            painted = model.generate(texts, seed=0, resolution=resolution)
-            rows, labels = [painted, targets], [texts, ["a true picture"] * len(texts)]
+            rows, labels = [model.generate(texts, **settings)], [texts]
         else:
-            edits = model.edit(inputs, texts, seed=0, resolution=resolution)
-            rows, labels = [inputs, edits, targets], [["input"] * len(texts), texts, ["target"] * len(texts)]
+            rows, labels = [inputs, model.edit(inputs, texts, **settings)], [["input"] * len(texts), texts]
         self.place_encoders()
-        return grid(rows, labels)
+        return grid([*rows, targets], [*labels, ["target"] * len(texts)])
 
 
 def columns_of(items: list[Item], resolution: int, skip_bad: bool) -> list[Column]:
