@@ -76,7 +76,7 @@ def read_items(config: TrainConfig) -> tuple[list[Item], list[Item]]:
     return tuple([(pair,) for pair in pairs] for pairs in splits)
 
 
-def decide(config: TrainConfig, ranks: Ranks, items: int) -> TrainConfig:
+def fill_in(config: TrainConfig, ranks: Ranks, items: int) -> TrainConfig:
     """Fill in `accumulate` and `dtype`. ValueError if items or batch differ from the resumed run."""
     state = runs.newest_checkpoint(config.out)[1] if config.resume else {"batch": PAPER_BATCH}
     micro = config.batch_size * ranks.count
@@ -116,7 +116,7 @@ def run(config: TrainConfig) -> None:
             if problems and not config.skip_bad:
                 raise ValueError("pictures are broken or missing; --skip-bad leaves their pairs out")
         items, validation = read_items(config)
-        config, model, description = decide(config, ranks, len(items)), None, "none"
+        config, model, description = fill_in(config, ranks, len(items)), None, "none"
         if config.weights:
             checkpoint = open_checkpoint(config.weights, config.vae, config.tokenizer, config.raw_weights)
             checkpoint = checkpoint if config.text_to_image else widen(checkpoint)

@@ -58,18 +58,18 @@ UNET = dict(
     attention_head_dim=4, norm_num_groups=16,
 )
 SD_UNET = UNET | dict(in_channels=4, block_out_channels=(64, 112, 112))
-# Unlike the paper, for short runs of small networks: faster averages and min-SNR weights; --lr follows below
-RECIPE = ["--resolution", 64, "--batch-size", 32, "--accumulate", 1,
-          "--warmup", 200, "--cooldown", 0.4,
+# For short runs of small networks. Unlike the paper: small batches, a schedule of the learning rate (which is
+# ten times the paper's, see below), min-SNR weights and a faster average
+RECIPE = ["--resolution", SIZE, "--batch-size", 32, "--accumulate", 1, "--warmup", 200, "--cooldown", 0.4,
           "--snr-gamma", 1, "--ema-decay", 0.999]
 SD_RUNS = (["--lr", 1e-3, "--text-to-image", "--dtype", "bf16"],)
 # The second run starts from the weights of the first. Kinds of edits that still failed have larger odds
-RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--kind-weights", 1.2, 2, 2, 1, 0.8, 1, 0.8],
-        ["--lr", 8e-4, "--dtype", "fp32", "--kind-weights", 1.6, 2, 2, 1.6, 0.5, 0.7, 0.6])
+EDITOR_RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--kind-weights", 1.2, 2, 2, 1, 0.8, 1, 0.8],
+               ["--lr", 8e-4, "--dtype", "fp32", "--kind-weights", 1.6, 2, 2, 1.6, 0.5, 0.7, 0.6])
 # The editor made as in the paper starts from nano-sd and trains on fewer pairs, painted by nano-sd
-PAPER_RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--no-flip"],)
+PAPER_EDITOR_RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--no-flip"],)
 DEFAULTS = {"resolution": 64, "steps": 20, "cfg_text": 2.0, "cfg_image": 1.0, "sampler": "euler_ancestral"}
-PAPER_DEFAULTS = DEFAULTS | {"cfg_image": 1.5}
+PAPER_EDITOR_DEFAULTS = DEFAULTS | {"cfg_image": 1.5}
 SD_DEFAULTS = DEFAULTS | {"cfg_text": 3.0}
 # Defaults of `make_dataset.py pairs` for nano-sd; nano CLIP's similarities are larger than CLIP's
 PAIRS = {"clip": "../nano-clip", "clip_threshold": 0.8, "clip_dir_threshold": 0.7, "clip_img_threshold": 0.5,
@@ -256,7 +256,7 @@ def trained(run: Path, weights: Path, steps: list[int], recipes: tuple, pairs: i
 def export(tokenizer: Path, editor: Path, paper_editor: Path, painter: Path, clip: Path, ship: Path) -> None:
     """Write the folders to ship, in half precision, with example pictures and the picture of the demo."""
     for name, weights, defaults in (("nano-ip2p", editor, DEFAULTS), ("nano-sd", painter, SD_DEFAULTS),
-                                    ("nano-ip2p-paper", paper_editor, PAPER_DEFAULTS)):
+                                    ("nano-ip2p-paper", paper_editor, PAPER_EDITOR_DEFAULTS)):
         parts = load_model(weights, edits=weights != painter)
         save_parts(ship / name, parts.unet, parts.vae, parts.text_encoder, tokenizer,
                    parts.schedule.to_json(), defaults, torch.float16)
@@ -286,9 +286,9 @@ def make(args: argparse.Namespace) -> None:
     pairs = make_pairs(
         args.out / "prompts.jsonl", args.prompts, args.out / "pairs", painter, "--device", device)
     paper_editor = trained(
-        args.out / "paper-editor", painter, args.paper_steps, PAPER_RUNS, args.pairs, device, pairs)
+        args.out / "paper-editor", painter, args.paper_steps, PAPER_EDITOR_RUNS, args.pairs, device, pairs)
     editor = start_folder(args.out / "start", UNET, DEFAULTS, *stages)
-    editor = trained(args.out / "editor", editor, args.editor_steps, RUNS, args.pairs, device)
+    editor = trained(args.out / "editor", editor, args.editor_steps, EDITOR_RUNS, args.pairs, device)
     export(args.out / "tokenizer", editor, paper_editor, painter, clip, args.ship or args.out / "ship")
 
 
@@ -296,20 +296,20 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns the exit code, see cli.run."""
     parser = cli.make_parser(description="Train the shipped nano weights from nothing.")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/nano", help="folder of all stages")
-    parser.add_argument("--ship", type=Path, help="folder that the weights go to (<out>/ship); "
-                                                  "weights replaces the shipped ones")
+    parser.add_argument("--ship", type=Path, help="folder for the exported weights (<out>/ship); "
+                                                  "--ship weights replaces the shipped weights")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first that works")
-    parser.add_argument("--vae-steps", type=at_least(1), default=3200, help="batches of 8 pictures")
-    parser.add_argument("--clip-steps", type=at_least(1), default=800, help="batches of 32 edited scenes")
+    parser.add_argument("--vae-steps", type=at_least(1), default=3200, help="training steps, 8 pictures each")
+    parser.add_argument("--clip-steps", type=at_least(1), default=800, help="training steps, 32 edited scenes each")
     parser.add_argument("--sd-steps", type=at_least(1), nargs=len(SD_RUNS), default=(9000,), metavar="STEPS",
-                        help="batches of 32 captioned pictures")
-    parser.add_argument("--captions", type=at_least(1), default=60_000, help="rendered, captioned pictures")
-    parser.add_argument("--prompts", type=at_least(40), default=677, help="captions to make pairs of")
-    parser.add_argument("--paper-steps", type=at_least(1), nargs=len(PAPER_RUNS), default=(2400,),
-                        metavar="STEPS", help="batches of 32 filtered pairs")
-    parser.add_argument("--editor-steps", type=at_least(1), nargs=len(RUNS), default=(3700, 7400),
-                        metavar="STEPS", help="batches of 32 pairs, of the editor's two runs")
-    parser.add_argument("--pairs", type=at_least(1), default=40_000, help="rendered training pairs")
+                        help="training steps, 32 captioned pictures each")
+    parser.add_argument("--captions", type=at_least(1), default=60_000, help="number of rendered pictures with captions")
+    parser.add_argument("--prompts", type=at_least(40), default=677, help="number of captions to make pairs from")
+    parser.add_argument("--paper-steps", type=at_least(1), nargs=len(PAPER_EDITOR_RUNS), default=(2400,),
+                        metavar="STEPS", help="training steps, 32 filtered pairs each")
+    parser.add_argument("--editor-steps", type=at_least(1), nargs=len(EDITOR_RUNS), default=(3700, 7400),
+                        metavar="STEPS", help="training steps of the editor's two runs, 32 pairs each")
+    parser.add_argument("--pairs", type=at_least(1), default=40_000, help="number of rendered training pairs")
     return cli.run(lambda: make(parser.parse_args(argv)), "stopped; the same command continues",
                    "try a smaller --pairs")
 
