@@ -300,11 +300,11 @@ def main(argv: list[str] | None = None) -> int:
                                                   "--ship weights replaces the shipped weights")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first that works")
     parser.add_argument("--vae-steps", type=at_least(1), default=3200, help="training steps, 8 pictures each")
-    parser.add_argument("--clip-steps", type=at_least(1), default=800, help="training steps, 32 edited scenes each")
+    parser.add_argument("--clip-steps", type=at_least(1), default=800, help="training steps, 32 edits each")
     parser.add_argument("--sd-steps", type=at_least(1), nargs=len(SD_RUNS), default=(9000,), metavar="STEPS",
                         help="training steps, 32 captioned pictures each")
-    parser.add_argument("--captions", type=at_least(1), default=60_000, help="number of rendered pictures with captions")
-    parser.add_argument("--prompts", type=at_least(40), default=677, help="number of captions to make pairs from")
+    parser.add_argument("--captions", type=at_least(1), default=60_000, help="captioned renders for nano-sd")
+    parser.add_argument("--prompts", type=at_least(40), default=677, help="captions to make pairs from")
     parser.add_argument("--paper-steps", type=at_least(1), nargs=len(PAPER_EDITOR_RUNS), default=(2400,),
                         metavar="STEPS", help="training steps, 32 filtered pairs each")
     parser.add_argument("--editor-steps", type=at_least(1), nargs=len(EDITOR_RUNS), default=(3700, 7400),

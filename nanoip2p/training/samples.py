@@ -70,8 +70,8 @@ class Samples(Dataset):
         drawn, skipped, count = draw(self.seed, number, self.shape, self.timesteps), [], len(self.items)
         epoch, place = divmod(number, count)
         places = order(self.seed, epoch, count)
-        for further in range(count if self.skip_bad else 1):
-            item = self.items[places[(place + further) % count]]
+        for ahead in range(count if self.skip_bad else 1):
+            item = self.items[places[(place + ahead) % count]]
             pair = item[int(float(drawn["which"]) * len(item))]
             try:
                 before, after, text = self.source.get(pair, self.flips and bool(drawn["flip"] < 0.5))

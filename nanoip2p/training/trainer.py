@@ -93,7 +93,7 @@ class Trainer:
         for micro in range(config.accumulate):
             batch = self.to_device(next(batches), stop())
             exchange = micro == config.accumulate - 1 or self.ranks.count == 1
-            with nullcontext() if exchange else self.parallel.no_sync():  # average gradients once per step
+            with nullcontext() if exchange else self.parallel.no_sync():  # ranks exchange gradients only once
                 loss = self.losses(self.forward, batch, config.recompute)                # (B,)
                 weight = loss_weight(batch["timestep"], self.alphas, config.snr_gamma)
                 ((loss * weight).mean() / config.accumulate).backward()
@@ -124,8 +124,8 @@ class Trainer:
 
     def averaged_unet(self) -> UNet:
         """The UNet with the averaged weights, on the training device."""
-        on_cpu = self.config.ema_device == "cpu"
-        return copy.deepcopy(self.average).to(self.device) if on_cpu else self.average
+        same = self.config.ema_device == "same"
+        return self.average if same else copy.deepcopy(self.average).to(self.device)
 
     @torch.no_grad()
     def validate(self, batches: list[dict]) -> dict[str, float]:
