@@ -56,10 +56,9 @@ def parse(argv: list[str] | None) -> TrainConfig:
     for name in ("data",) if config.check else ("weights", "data", "out"):
         if getattr(config, name) is None:
             raise ValueError(f"--{name} is needed (or --resume RUN)")
-    scenes, cache = config.data == "scenes", config.cache
-    if scenes and config.out and not cache:
-        cache = config.out / "latents"  # rendering a scene takes longer than training on it
-    return replace(config, cache=cache, flip=not scenes if config.flip is None else config.flip)
+    if config.data == "scenes" and config.out and not config.cache:  # rendering takes longer than training
+        config = replace(config, cache=config.out / "latents")
+    return replace(config, flip=config.data != "scenes") if config.flip is None else config
 
 
 def read_items(config: TrainConfig) -> tuple[list[Item], list[Item]]:

@@ -10,7 +10,7 @@ from nanoip2p.common.files import check_writable, replacing
 from nanoip2p.editor import Editor
 from nanoip2p.images import grid, open_image
 
-WEIGHTS = Path(__file__).resolve().parent.parent / "weights" / "nano-ip2p"
+WEIGHTS = Path(__file__).resolve().with_name("nano-ip2p")
 EDITS = {
     "house": ("make it night", "turn the house blue", "replace the house with a tree"),
     "car": ("paint the car yellow", "add a pink balloon in the middle", "make it rainy"),
@@ -39,12 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("out/demo.png"))
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="the nano editor")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first that works")
-
-    def work() -> None:
-        args = parser.parse_args(argv)
-        run(args.weights, args.out, args.device)
-
-    return cli.run(work, "interrupted; nothing was written", "try --device cpu")
+    return cli.run(lambda: run(**vars(parser.parse_args(argv))),
+                   "interrupted; nothing was written", "try --device cpu")
 
 
 if __name__ == "__main__":
