@@ -47,7 +47,7 @@ from nanoip2p.objective import learning_rate
 from nanoip2p.tokenizer import load_tokenizer
 from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAE, VAEConfig
-from nanoip2p.world.scenes import Scene, Thing, pick, random_scene
+from nanoip2p.world.scenes import Scene, Thing, draw_edit, pick, random_scene
 
 SIZE = 64  # pixels
 TOKENIZER_SCENES, SCALE_PICTURES = 2000, 512  # scenes that set the tokenizer, and the VAE's scaling factor
@@ -89,16 +89,10 @@ def picture(scene) -> torch.Tensor:
     return to_tensor(scene.render(SIZE))
 
 
-def draw_edit(scene, generator):
-    """Draw a kind of edit, then an edit of this kind: otherwise "add", with the most edits, would prevail."""
-    kind = pick(sorted({edit.kind for edit in scene.edits()}), generator)
-    return pick(scene.edits(kind), generator)
-
-
 def draw_scene(generator):
     """Draw a training scene. Half of the scenes have one edit applied: only edits make empty places."""
     scene = random_scene("train", int(torch.randint(2**31, (), generator=generator)))
-    return draw_edit(scene, generator).scene if torch.rand((), generator=generator) < 0.5 else scene
+    return draw_edit(scene.edits(), generator).scene if torch.rand((), generator=generator) < 0.5 else scene
 
 
 def fit(name: str, model: torch.nn.Module, loss_of_step, steps: int, lr: float, folder: Path) -> None:
@@ -167,7 +161,7 @@ def make_tokenizer(folder: Path) -> None:
     generator, sentences = torch.Generator().manual_seed(0), []
     for index in range(TOKENIZER_SCENES):
         scene = random_scene("train", index)
-        sentences += [scene.caption(), *draw_edit(scene, generator).instructions[:-1]]
+        sentences += [scene.caption(), *draw_edit(scene.edits(), generator).instructions[:-1]]
     train_tokenizer(sentences, 1000, folder)
 
 
@@ -199,7 +193,7 @@ def make_clip(folder: Path, tokenizer_folder: Path, device: str, steps: int, bat
     def loss_of_step(generator):
         numbers = torch.randint(2**31, (batch,), generator=generator).tolist()
         scenes = [random_scene("train", number) for number in numbers]
-        edits = [draw_edit(scene, generator) for scene in scenes]
+        edits = [draw_edit(scene.edits(), generator) for scene in scenes]
         after = [edit.scene for edit in edits]
         pixels = torch.stack([picture(scene) for scene in scenes + after]).to(device)
         images = clip.encode_image(pixels)
