@@ -1,13 +1,13 @@
-# make demo      edit a dozen pictures with the shipped weights -> out/demo.png
-# make dataset   captions -> pairs of pictures -> the best of them, in the nano world -> data/nano
-# make train     an editor from the text-to-image model, in the nano world -> runs/first; resumes a stopped run
-# make test      the whole test suite
-# make test-fast the core at small widths against diffusers and transformers, under a minute
-# make docs      every picture of README.md and docs/ anew; half an hour on one core
-# make reproduce the whole paper in the nano world, from nothing: weights, data, scores, figure 8, ablations -> runs
-# make bench     the benchmarks at sizes for a CPU; tests/benchmarks/RESULTS.md has their output
-# make lint      ruff
-# The first target builds .venv; a target rebuilds .venv after a change of pyproject.toml or constraints.txt.
+# make demo      make twelve edits with the shipped weights -> out/demo.png
+# make dataset   make captions, pairs of pictures and a contact sheet, in the nano world -> data/nano
+# make train     train an editor from the nano text-to-image model, or resume this run -> runs/first
+# make test      run the whole test suite
+# make test-fast compare the core at small widths with diffusers and transformers, under a minute
+# make docs      draw every picture of README.md and docs/ again; half an hour on one core
+# make reproduce repeat the paper in the nano world: weights, data, scores, figure 8, ablations -> runs
+# make bench     run the benchmarks at sizes for a CPU; tests/benchmarks/RESULTS.md has results
+# make lint      run ruff
+# Each target first sets up .venv, if it is missing or older than pyproject.toml or constraints.txt.
 
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt

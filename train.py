@@ -40,11 +40,10 @@ VALIDATION_SAMPLES, SHEET_COLUMNS = 64, 8
 
 
 def parse(argv: list[str] | None) -> TrainConfig:
-    """Flags override --preset, or the settings of the run to --resume. Raises ValueError for bad flags."""
+    """Read the flags, which override --preset or the resumed run's settings. ValueError for bad flags."""
     parser = cli.make_parser(description=__doc__)
     cli.add_settings(parser, TrainConfig)
-    given = {key: tuple(value) if isinstance(value, list) else value
-             for key, value in vars(parser.parse_args(argv)).items()}
+    given = vars(parser.parse_args(argv))
     if "resume" in given:
         begun = TrainConfig.from_json(runs.newest_checkpoint(given["resume"])[1]["settings"])
         config = replace(begun, **given | {"out": given["resume"]})
@@ -57,14 +56,13 @@ def parse(argv: list[str] | None) -> TrainConfig:
     for name in ("data",) if config.check else ("weights", "data", "out"):
         if getattr(config, name) is None:
             raise ValueError(f"--{name} is needed (or --resume RUN)")
-    scenes, cache = config.data == "scenes", config.cache
-    if scenes and config.out and not cache:
-        cache = config.out / "latents"  # rendering a scene takes longer than training on it
-    return replace(config, cache=cache, flip=not scenes if config.flip is None else config.flip)
+    if config.data == "scenes" and config.out and not config.cache:  # rendering takes longer than training
+        config = replace(config, cache=config.out / "latents")
+    return replace(config, flip=config.data != "scenes") if config.flip is None else config
 
 
 def read_items(config: TrainConfig) -> tuple[list[Item], list[Item]]:
-    """Training and validation items. Without a validation split, the first training items are used twice."""
+    """Training and validation items. If there is no validation split, validates on training items."""
     if config.text_to_image:
         splits = captioned_scenes(config.pairs), captioned_scenes(VALIDATION_SAMPLES, "validation")
     elif config.data == "scenes":
@@ -77,8 +75,8 @@ def read_items(config: TrainConfig) -> tuple[list[Item], list[Item]]:
     return tuple([(pair,) for pair in pairs] for pairs in splits)
 
 
-def decide(config: TrainConfig, ranks: Ranks, items: int) -> TrainConfig:
-    """Fill in `accumulate` and `dtype`. Raises ValueError if items or batch differ from the resumed run."""
+def fill_in(config: TrainConfig, ranks: Ranks, items: int) -> TrainConfig:
+    """Fill in `accumulate` and `dtype`. ValueError if items or batch differ from the resumed run."""
     state = runs.newest_checkpoint(config.out)[1] if config.resume else {"batch": PAPER_BATCH}
     micro = config.batch_size * ranks.count
     accumulate = config.accumulate or max(1, state["batch"] // micro)
@@ -90,7 +88,7 @@ def decide(config: TrainConfig, ranks: Ranks, items: int) -> TrainConfig:
 
 def print_plan(config: TrainConfig, items: list[Item], validation: list[Item], ranks: int,
                description: str) -> None:
-    """Print the plan of a run before it begins. description: of the weights."""
+    """Print what the run will do. description: the text after "weights"."""
     batch = config.batch_size * config.accumulate * ranks
     samples, held_out = config.steps * batch, 0 if validation[0] in items else len(validation)
     print(f"weights   {description}\n"
@@ -117,7 +115,7 @@ def run(config: TrainConfig) -> None:
             if problems and not config.skip_bad:
                 raise ValueError("pictures are broken or missing; --skip-bad leaves their pairs out")
         items, validation = read_items(config)
-        config, model, description = decide(config, ranks, len(items)), None, "none"
+        config, model, description = fill_in(config, ranks, len(items)), None, "none"
         if config.weights:
             checkpoint = open_checkpoint(config.weights, config.vae, config.tokenizer, config.raw_weights)
             checkpoint = checkpoint if config.text_to_image else widen(checkpoint)
@@ -134,12 +132,12 @@ def run(config: TrainConfig) -> None:
 
 def train(config: TrainConfig, model: Model, items: list[Item], validation_items: list[Item],
           ranks: Ranks) -> None:
-    """Fill the cache, make the trainer, load a checkpoint to resume, make the batches, run the loop."""
+    """Fill the cache, set up the trainer and the data loader, load the checkpoint, run the loop."""
     source = Pictures(config.resolution, model.tokenizer)
     if config.cache:
         pairs = [pair for item in items + validation_items for pair in item]
         source = Cache(config.cache, pairs, model, config.resolution, config.flip, config.skip_bad)
-        source.fill(model, ranks.rank, ranks.count, progress=ranks.rank == 0)
+        source.fill(model, ranks.rank, ranks.count)
         ranks.largest(0)  # wait for all ranks
         source.open()
     trainer, cuda = Trainer(config, model, ranks, len(items)), ranks.device.type == "cuda"
@@ -167,12 +165,16 @@ def train(config: TrainConfig, model: Model, items: list[Item], validation_items
 
 def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], columns: list, first: int,
          stop: Callable[[], bool]) -> None:
-    """Take the steps first + 1 ... config.steps: step, validate, log, save, draw samples."""
+    """The training loop from step first + 1: train, validate, log, save, draw sample sheets."""
     config, ranks, recent = trainer.config, trainer.ranks, []
     log = runs.Log(config.out, first, config.tensorboard) if ranks.rank == 0 else None
     bar = tqdm(total=config.steps * trainer.batch, initial=first * trainer.batch, unit=" samples",
                disable=None if log else True)  # None: no bar unless in a terminal
     began, begun_at = time.perf_counter(), first
+
+    def due(every: int, done: int) -> bool:
+        return every > 0 and (done % every == 0 or done == config.steps)
+
     for done in range(first + 1, config.steps + 1):
         bar.set_description(f"step {done}/{config.steps}")
         try:
@@ -186,14 +188,11 @@ def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], colu
         bar.update(trainer.batch)
         bar.set_postfix(loss=f"{loss:.4f}")
 
-        def due(every: int, done=done) -> bool:
-            return every > 0 and (done % every == 0 or done == config.steps)
-
         memory = {"memory_gb": torch.cuda.max_memory_allocated() / 1e9} if ranks.device.type == "cuda" else {}
         if log and done == first + 1:
             tqdm.write(f"the first step took {time.perf_counter() - began:.1f} s {memory or ''}")
-        row = trainer.validate(validation) if due(config.validate_every) else {}
-        if due(config.log_every):
+        row = trainer.validate(validation) if due(config.validate_every, done) else {}
+        if due(config.log_every, done):
             pace = (time.perf_counter() - began) / (done - begun_at)
             row |= {"loss": ranks.mean(sum(recent) / len(recent)), "lr": trainer.lr,
                     "grad_norm": trainer.norm, "samples_per_second": trainer.batch / pace,
@@ -202,9 +201,9 @@ def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], colu
         if row and log:
             log.write({"step": done, **row})
             tqdm.write(f"step {done}: " + ", ".join(f"{name} {number:.4g}" for name, number in row.items()))
-        if due(config.save_every):
+        if due(config.save_every, done):
             trainer.save(done)
-        if columns and log and due(config.sample_every):
+        if columns and log and due(config.sample_every, done):
             save_png(trainer.sample_sheet(columns), config.out / f"samples-{done:06d}.png", {"step": done})
     bar.close()
 

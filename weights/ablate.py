@@ -2,9 +2,10 @@
 
     python weights/ablate.py --out runs/ablate --prompts 400 --steps 600 --seeds 3
 
-Each variant differs from the first variant by one choice. make_dataset.py makes its data, train.py trains one
-editor for each seed, and `evaluate scenes` scores the editors. Each line of <out>/ablate.jsonl has the scores
-of one editor. After an interruption, the same command continues and skips the editors with a line.
+Each variant differs from the first variant by one choice. make_dataset.py makes the data of a variant,
+train.py trains one editor for each seed, and `evaluate scenes` scores the editors. Each line of
+<out>/ablate.jsonl has the scores of one editor. After an interruption, the same command continues, and skips
+the editors that have a line.
 """
 
 import argparse
@@ -34,18 +35,18 @@ PAIRS = {
 MEASURES = {  # flags of `evaluate scenes`
     "edits": [], "unseen combinations": ["--combinations", "held-out"], "cfg_image 1.5": ["--cfg-image", 1.5],
 }
-# 97.5% quantiles of Student's t distribution for 2, 3, ... seeds
+# 97.5% quantiles of Student's t distribution, for 2, 3, ... seeds (1, 2, ... degrees of freedom)
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """How to train an editor. pairs: a key of PAIRS, or "scenes" (rendered). share: fraction of prompts."""
+    """How to train an editor."""
 
-    pairs: str = "both"
-    share: float = 1.0
-    start: str = "nano-sd"
-    flags: tuple = ()
+    pairs: str = "both"     # a key of PAIRS, or "scenes" for rendered pairs
+    share: float = 1.0      # fraction of the prompts to train on
+    start: str = "nano-sd"  # or "nothing": an untrained UNet
+    flags: tuple = ()       # further flags of train.py
 
 
 VARIANTS = {
@@ -99,7 +100,7 @@ def train_editor(variant: Variant, run: Path, data: str | Path, rendered: int, s
 
 
 def score(weights: Path, n: int) -> dict:
-    """{measure: success, "unchanged": PSNR in dB} of an editor, by `evaluate scenes` on n edits each."""
+    """Score an editor on n edits for each of MEASURES: {measure: success rate, "unchanged": PSNR in dB}."""
     scores = {}
     for number, (measure, flags) in enumerate(MEASURES.items()):
         out = weights.parent / f"scores-{number}"
@@ -110,7 +111,7 @@ def score(weights: Path, n: int) -> dict:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """The mean and half the width of its 95% confidence interval (Student's t; inf for a single value)."""
+    """The mean, and half the width of its 95% confidence interval (Student's t; inf for a single value)."""
     mean = statistics.fmean(values)
     if len(values) == 1:
         return mean, float("inf")
@@ -118,7 +119,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def table(rows: list[dict]) -> str:
-    """A line of Markdown for each variant: means and confidence intervals over its editors."""
+    """A Markdown table with a line for each variant: means and confidence intervals over its editors."""
     lines = [f"| editor | seeds | {' | '.join(MEASURES)} | unchanged |", "|---" * (len(MEASURES) + 3) + "|"]
     for name in VARIANTS:
         own = [row for row in rows if row["variant"] == name]
@@ -134,7 +135,7 @@ def table(rows: list[dict]) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all flags."""
+    """The parser of the command."""
     parser = cli.make_parser(description=__doc__.splitlines()[0], formatter_class=cli.HelpWithDefaults)
     parser.add_argument("--out", type=Path, default=Path("runs/ablate"), help="folder for data, runs, scores")
     parser.add_argument("--prompts", type=at_least(100), default=400, help="number of captions")
@@ -148,7 +149,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> str:
-    """Make, train and score the missing editors; return the table."""
+    """Train and score the missing editors, and return the table of all editors with these settings."""
     out, settings = args.out.resolve(), {"prompts": args.prompts, "steps": args.steps, "n": args.n}
     path = out / "ablate.jsonl"
     home = out / f"prompts-{args.prompts}"  # runs with the same number of prompts share their data

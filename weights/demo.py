@@ -1,4 +1,4 @@
-"""Make twelve edits with the shipped nano editor, as one labelled picture (`make demo`)."""
+"""Draw twelve edits by the shipped nano editor as one labelled picture (`make demo`)."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ from nanoip2p.common.files import check_writable, replacing
 from nanoip2p.editor import Editor
 from nanoip2p.images import grid, open_image
 
-WEIGHTS = Path(__file__).resolve().parent.parent / "weights" / "nano-ip2p"
+WEIGHTS = Path(__file__).resolve().with_name("nano-ip2p")
 EDITS = {
     "house": ("make it night", "turn the house blue", "replace the house with a tree"),
     "car": ("paint the car yellow", "add a pink balloon in the middle", "make it rainy"),
@@ -20,7 +20,7 @@ EDITS = {
 
 
 def run(weights: Path, out: Path, device: str | None = None) -> None:
-    """Edit the pictures in <weights>/examples and write them, labelled, to `out`."""
+    """Edit the pictures in <weights>/examples, and write a grid of inputs and edits to `out`."""
     check_writable(out)
     editor = Editor.load(weights, device)
     inputs = {name: open_image(weights / "examples" / f"{name}.png") for name in EDITS}
@@ -34,17 +34,13 @@ def run(weights: Path, out: Path, device: str | None = None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code, see cli.run."""
+    """Run the command. Returns the exit code, see cli.run."""
     parser = cli.make_parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/demo.png"))
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="the nano editor")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first that works")
-
-    def work() -> None:
-        args = parser.parse_args(argv)
-        run(args.weights, args.out, args.device)
-
-    return cli.run(work, "interrupted; nothing was written", "try --device cpu")
+    return cli.run(lambda: run(**vars(parser.parse_args(argv))),
+                   "interrupted; nothing was written", "try --device cpu")
 
 
 if __name__ == "__main__":

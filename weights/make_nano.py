@@ -4,10 +4,16 @@
     python weights/make_nano.py --ship weights   # also replaces the shipped weights
     python weights/make_nano.py --editor-steps 3700 40000        # train the editor longer, then export it
 
-The stages: tokenizer (byte pairs of the nano world's sentences); CLIP; autoencoder; text-to-image model (by
-train.py); the editor made as in the paper, fine-tuned from the text-to-image model on Prompt-to-Prompt pairs
-that pass the CLIP filter (by make_dataset.py), never on rendered edits; an editor trained on rendered pairs;
-export. Each stage reads the results of earlier stages from --out, and is skipped if its own result exists.
+The stages:
+
+    tokenizer     byte pairs of the nano world's sentences
+    CLIP, VAE     by the loops in this file
+    nano-sd       the text-to-image model, by train.py
+    paper editor  from nano-sd, on Prompt-to-Prompt pairs that pass the CLIP filter (by make_dataset.py)
+    nano-ip2p     an editor trained on rendered pairs, by train.py
+    export        copies of the models in half precision
+
+Each stage reads the results of earlier stages from --out, and does nothing if its own result is complete.
 Random numbers depend only on seed and step: a resumed run gives the same weights as an uninterrupted run. The
 repository does not contain these runs. In a fresh clone, `python train.py --weights weights/nano-ip2p --data
 scenes ...` trains the shipped editor further.
@@ -23,7 +29,7 @@ from pathlib import Path
 import demo
 import torch
 import torch.nn.functional as F
-from run_scripts import make_pairs, train_run
+from run_scripts import ROOT, make_pairs, train_run
 from tqdm import tqdm
 from train_tokenizer import train_tokenizer
 
@@ -37,14 +43,14 @@ from nanoip2p.common.device import pick_device
 from nanoip2p.common.files import check_writable, replacing, write_json
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.images import to_tensor
+from nanoip2p.objective import learning_rate
 from nanoip2p.tokenizer import load_tokenizer
 from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAE, VAEConfig
-from nanoip2p.world.scenes import Scene, Thing, pick, random_scene
+from nanoip2p.world.scenes import Scene, Thing, draw_edit, pick, random_scene
 
-HERE = Path(__file__).resolve().parent
-SIZE = 64
-TOKENIZER_SCENES, SCALE_PICTURES = 2000, 512  # numbers of scenes for the tokenizer and for the latent scale
+SIZE = 64  # pixels
+TOKENIZER_SCENES, SCALE_PICTURES = 2000, 512  # scenes that set the tokenizer, and the VAE's scaling factor
 UNET = dict(
     in_channels=8, block_out_channels=(64, 128, 128), layers_per_block=1, cross_attention_dim=128,
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -52,18 +58,18 @@ UNET = dict(
     attention_head_dim=4, norm_num_groups=16,
 )
 SD_UNET = UNET | dict(in_channels=4, block_out_channels=(64, 112, 112))
-# Short runs, small network: ten times the paper's learning rate, a faster average, and min-SNR weighting
-RECIPE = ["--resolution", 64, "--batch-size", 32, "--accumulate", 1,
-          "--warmup", 200, "--cooldown", 0.4,
+# For short runs of small networks. Unlike the paper: small batches, a schedule of the learning rate (which is
+# ten times the paper's, see below), min-SNR weights and a faster average
+RECIPE = ["--resolution", SIZE, "--batch-size", 32, "--accumulate", 1, "--warmup", 200, "--cooldown", 0.4,
           "--snr-gamma", 1, "--ema-decay", 0.999]
 SD_RUNS = (["--lr", 1e-3, "--text-to-image", "--dtype", "bf16"],)
-# The second run starts from the first run's weights and draws the edits that still failed more often
-RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--kind-weights", 1.2, 2, 2, 1, 0.8, 1, 0.8],
-        ["--lr", 8e-4, "--dtype", "fp32", "--kind-weights", 1.6, 2, 2, 1.6, 0.5, 0.7, 0.6])
+# The second run starts from the weights of the first. Kinds of edits that still failed have larger odds
+EDITOR_RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--kind-weights", 1.2, 2, 2, 1, 0.8, 1, 0.8],
+               ["--lr", 8e-4, "--dtype", "fp32", "--kind-weights", 1.6, 2, 2, 1.6, 0.5, 0.7, 0.6])
 # The editor made as in the paper starts from nano-sd and trains on fewer pairs, painted by nano-sd
-PAPER_RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--no-flip"],)
+PAPER_EDITOR_RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--no-flip"],)
 DEFAULTS = {"resolution": 64, "steps": 20, "cfg_text": 2.0, "cfg_image": 1.0, "sampler": "euler_ancestral"}
-PAPER_DEFAULTS = DEFAULTS | {"cfg_image": 1.5}
+PAPER_EDITOR_DEFAULTS = DEFAULTS | {"cfg_image": 1.5}
 SD_DEFAULTS = DEFAULTS | {"cfg_text": 3.0}
 # Defaults of `make_dataset.py pairs` for nano-sd; nano CLIP's similarities are larger than CLIP's
 PAIRS = {"clip": "../nano-clip", "clip_threshold": 0.8, "clip_dir_threshold": 0.7, "clip_img_threshold": 0.5,
@@ -83,16 +89,10 @@ def picture(scene) -> torch.Tensor:
     return to_tensor(scene.render(SIZE))
 
 
-def draw_edit(scene, generator):
-    """Draw an edit, all kinds equally likely ("add" has 30 times more edits than "remove")."""
-    kind = pick(sorted({edit.kind for edit in scene.edits()}), generator)
-    return pick(scene.edits(kind), generator)
-
-
 def draw_scene(generator):
-    """Draw a training scene. Half of the scenes have one edit applied, to train on edited scenes too."""
+    """Draw a training scene. Half of the scenes have one edit applied: only edits make empty places."""
     scene = random_scene("train", int(torch.randint(2**31, (), generator=generator)))
-    return draw_edit(scene, generator).scene if torch.rand((), generator=generator) < 0.5 else scene
+    return draw_edit(scene.edits(), generator).scene if torch.rand((), generator=generator) < 0.5 else scene
 
 
 def fit(name: str, model: torch.nn.Module, loss_of_step, steps: int, lr: float, folder: Path) -> None:
@@ -109,9 +109,8 @@ def fit(name: str, model: torch.nn.Module, loss_of_step, steps: int, lr: float, 
     bar = tqdm(range(first, steps), desc=name, initial=first, total=steps, mininterval=10)
     with cli.stop_between_steps() as stop:
         for step in bar:
-            share = min((step + 1) / 100, 1.0, (steps - step) / (0.3 * steps))
             for group in optimizer.param_groups:
-                group["lr"] = lr * share
+                group["lr"] = learning_rate(step, steps, lr, warmup=100, cooldown=0.3)
             loss, note = loss_of_step(torch.Generator().manual_seed(step))
             optimizer.zero_grad()
             loss.backward()
@@ -125,8 +124,14 @@ def fit(name: str, model: torch.nn.Module, loss_of_step, steps: int, lr: float, 
                 raise KeyboardInterrupt
 
 
-def make_vae(folder: Path, device: str, steps: int, batch: int = 8) -> VAE:
-    """Train a VAE, 64 x 64 pixels -> 16 x 16 x 4 latents. Loss: L1 and a small KL term for smooth latents."""
+def make_vae(out: Path, device: str, steps: int, batch: int = 8) -> Path:
+    """Train a VAE, 64 x 64 pixels -> 16 x 16 x 4 latents. Loss: L1 and a small KL term for smooth latents.
+
+    Writes it with the scaling factor that gives its latents unit variance, and returns its folder.
+    """
+    folder = out / "vae"
+    if (folder / "config.json").exists():
+        return folder
     torch.manual_seed(0)
     config = VAEConfig(block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8)
     vae = VAE(config).to(device)
@@ -141,21 +146,22 @@ def make_vae(folder: Path, device: str, steps: int, batch: int = 8) -> VAE:
         psnr = -10 * torch.log10(F.mse_loss(restored, x) / 4)
         return l1 + 3e-4 * kl, f"l1 {l1:.4f} kl {kl:.2f} psnr {psnr:.1f}"
 
-    fit("vae", vae, loss_of_step, steps, 1.5e-3, folder)
-    return vae
-
-
-def train_phrase(edit, generator) -> str:
-    """Draw one of the edit's instructions, except the last instruction, which is for evaluation."""
-    return pick(edit.instructions[:-1], generator)
+    fit("vae", vae, loss_of_step, steps, 1.5e-3, out)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        x = torch.stack([picture(draw_scene(generator)) for _ in range(SCALE_PICTURES)]).to(device)
+        scale = 1 / torch.cat([vae.encode(part)[0] for part in x.split(64)]).std().item()
+    vae.config = replace(vae.config, scaling_factor=round(scale, 5))
+    save_network(vae, folder)
+    return folder
 
 
 def make_tokenizer(folder: Path) -> None:
-    """Learn byte pairs from the nano world's sentences. Other texts are encoded as shorter pieces."""
+    """Learn byte pairs from the captions and instructions of training scenes."""
     generator, sentences = torch.Generator().manual_seed(0), []
     for index in range(TOKENIZER_SCENES):
         scene = random_scene("train", index)
-        sentences += [scene.caption(), *draw_edit(scene, generator).instructions[:-1]]
+        sentences += [scene.caption(), *draw_edit(scene.edits(), generator).instructions[:-1]]
     train_tokenizer(sentences, 1000, folder)
 
 
@@ -187,12 +193,12 @@ def make_clip(folder: Path, tokenizer_folder: Path, device: str, steps: int, bat
     def loss_of_step(generator):
         numbers = torch.randint(2**31, (batch,), generator=generator).tolist()
         scenes = [random_scene("train", number) for number in numbers]
-        edits = [draw_edit(scene, generator) for scene in scenes]
+        edits = [draw_edit(scene.edits(), generator) for scene in scenes]
         after = [edit.scene for edit in edits]
         pixels = torch.stack([picture(scene) for scene in scenes + after]).to(device)
         images = clip.encode_image(pixels)
         captions = clip.encode_text(ids_of([scene.caption() for scene in scenes + after]))
-        instructions = clip.encode_text(ids_of([train_phrase(edit, generator) for edit in edits]))
+        instructions = clip.encode_text(ids_of([pick(edit.instructions[:-1], generator) for edit in edits]))
         change = F.normalize(images[batch:] - images[:batch], dim=-1)
         loss_caption, hit_caption = agree(images, captions)
         loss_edit, hit_edit = agree(change, instructions)
@@ -203,23 +209,8 @@ def make_clip(folder: Path, tokenizer_folder: Path, device: str, steps: int, bat
     return clip
 
 
-def vae_folder(out: Path, device: str, steps: int) -> Path:
-    """Train the autoencoder and write it with the scale that gives its latents unit variance."""
-    folder = out / "vae"
-    if not (folder / "config.json").exists():
-        vae = make_vae(out, device, steps).eval()
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            x = torch.stack([picture(draw_scene(generator)) for _ in range(SCALE_PICTURES)]).to(device)
-            scale = 1 / torch.cat([vae.encode(part)[0] for part in x.split(64)]).std().item()
-        vae.scaling_factor = round(scale, 5)
-        vae.config = replace(vae.config, scaling_factor=vae.scaling_factor)
-        save_network(vae, folder)
-    return folder
-
-
 def clip_folder(out: Path, device: str, steps: int) -> Path:
-    """Train CLIP; the folder also holds the tokenizer and says how pictures are normalised: to [-1, 1]."""
+    """Train CLIP. Its folder also gets the tokenizer, and a preprocessor that scales pixels to [-1, 1]."""
     folder = out / "clip"
     if not (folder / "preprocessor_config.json").exists():
         save_network(make_clip(out, out / "tokenizer", device, steps), folder)
@@ -233,7 +224,7 @@ def clip_folder(out: Path, device: str, steps: int) -> Path:
 
 
 def start_folder(folder: Path, unet_settings: dict, defaults: dict, out: Path, vae: Path, clip: Path) -> Path:
-    """An untrained model, from which train.py begins. Its last convolution is zero."""
+    """Write the model from which train.py begins: trained VAE and text encoder, untrained UNet."""
     if not (folder / "model_index.json").exists():
         torch.manual_seed(0)
         joint = load_network(CLIP, clip)
@@ -246,15 +237,9 @@ def start_folder(folder: Path, unet_settings: dict, defaults: dict, out: Path, v
     return folder
 
 
-def paired(out: Path, painter: Path, clip: Path, prompts: int, device: str) -> Path:
-    """Make captions, and the picture pairs that pass the CLIP filter. Returns the folder of the pairs."""
-    write_json(PAIRS | {"clip": str(clip.resolve())}, painter / "pairs.json")
-    return make_pairs(out / "prompts.jsonl", prompts, out / "pairs", painter, "--device", device)
-
-
 def trained(run: Path, weights: Path, steps: list[int], recipes: tuple, pairs: int, device: str,
             data: str | Path = "scenes") -> Path:
-    """Train from `weights` in one run after another; returns the weights of the last run."""
+    """Train in one run for each of `steps`, from the weights of the run before. Returns the last weights."""
     for number, (count, flags) in enumerate(zip(steps, recipes), start=1):
         out = run.with_name(f"{run.name}-{number}")
         weights = train_run(out, weights, count, "--pairs", pairs, "--device", device, "--data", data,
@@ -263,9 +248,9 @@ def trained(run: Path, weights: Path, steps: list[int], recipes: tuple, pairs: i
 
 
 def export(tokenizer: Path, editor: Path, paper_editor: Path, painter: Path, clip: Path, ship: Path) -> None:
-    """Write the folders to ship, in half precision, with a few scenes to try the editor on."""
+    """Write the folders to ship, in half precision, with example pictures and the picture of the demo."""
     for name, weights, defaults in (("nano-ip2p", editor, DEFAULTS), ("nano-sd", painter, SD_DEFAULTS),
-                                    ("nano-ip2p-paper", paper_editor, PAPER_DEFAULTS)):
+                                    ("nano-ip2p-paper", paper_editor, PAPER_EDITOR_DEFAULTS)):
         parts = load_model(weights, edits=weights != painter)
         save_parts(ship / name, parts.unet, parts.vae, parts.text_encoder, tokenizer,
                    parts.schedule.to_json(), defaults, torch.float16)
@@ -282,41 +267,43 @@ def export(tokenizer: Path, editor: Path, paper_editor: Path, painter: Path, cli
 
 
 def make(args: argparse.Namespace) -> None:
-    """Run all stages."""
+    """Run all stages, in order."""
     device = str(pick_device(args.device))
     check_writable(args.out / "tokenizer" / "vocab.json")
     if not (args.out / "tokenizer" / "tokenizer_config.json").exists():
         make_tokenizer(args.out / "tokenizer")
     clip = clip_folder(args.out, device, args.clip_steps)
-    stages = (args.out, vae_folder(args.out, device, args.vae_steps), clip)
+    stages = (args.out, make_vae(args.out, device, args.vae_steps), clip)
     painter = start_folder(args.out / "sd-start", SD_UNET, SD_DEFAULTS, *stages)
     painter = trained(args.out / "sd", painter, args.sd_steps, SD_RUNS, args.captions, device)
-    pairs = paired(args.out, painter, clip, args.prompts, device)
+    write_json(PAIRS | {"clip": str(clip.resolve())}, painter / "pairs.json")
+    pairs = make_pairs(
+        args.out / "prompts.jsonl", args.prompts, args.out / "pairs", painter, "--device", device)
     paper_editor = trained(
-        args.out / "paper-editor", painter, args.paper_steps, PAPER_RUNS, args.pairs, device, pairs)
+        args.out / "paper-editor", painter, args.paper_steps, PAPER_EDITOR_RUNS, args.pairs, device, pairs)
     editor = start_folder(args.out / "start", UNET, DEFAULTS, *stages)
-    editor = trained(args.out / "editor", editor, args.editor_steps, RUNS, args.pairs, device)
+    editor = trained(args.out / "editor", editor, args.editor_steps, EDITOR_RUNS, args.pairs, device)
     export(args.out / "tokenizer", editor, paper_editor, painter, clip, args.ship or args.out / "ship")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code, see cli.run."""
+    """Run the command. Returns the exit code, see cli.run."""
     parser = cli.make_parser(description="Train the shipped nano weights from nothing.")
-    parser.add_argument("--out", type=Path, default=HERE.parent / "runs/nano", help="folder of all stages")
-    parser.add_argument("--ship", type=Path, help="folder that the weights go to (<out>/ship); "
-                                                  "weights replaces the shipped ones")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/nano", help="folder of all stages")
+    parser.add_argument("--ship", type=Path, help="folder for the exported weights (<out>/ship); "
+                                                  "--ship weights replaces the shipped weights")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first that works")
-    parser.add_argument("--vae-steps", type=at_least(1), default=3200, help="batches of 8 pictures")
-    parser.add_argument("--clip-steps", type=at_least(1), default=800, help="batches of 32 edited scenes")
+    parser.add_argument("--vae-steps", type=at_least(1), default=3200, help="training steps, 8 pictures each")
+    parser.add_argument("--clip-steps", type=at_least(1), default=800, help="training steps, 32 edits each")
     parser.add_argument("--sd-steps", type=at_least(1), nargs=len(SD_RUNS), default=(9000,), metavar="STEPS",
-                        help="batches of 32 captioned pictures")
-    parser.add_argument("--captions", type=at_least(1), default=60_000, help="rendered, captioned pictures")
-    parser.add_argument("--prompts", type=at_least(40), default=677, help="captions to make pairs of")
-    parser.add_argument("--paper-steps", type=at_least(1), nargs=len(PAPER_RUNS), default=(2400,),
-                        metavar="STEPS", help="batches of 32 filtered pairs")
-    parser.add_argument("--editor-steps", type=at_least(1), nargs=len(RUNS), default=(3700, 7400),
-                        metavar="STEPS", help="batches of 32 pairs, of the editor's two runs")
-    parser.add_argument("--pairs", type=at_least(1), default=40_000, help="rendered training pairs")
+                        help="training steps, 32 captioned pictures each")
+    parser.add_argument("--captions", type=at_least(1), default=60_000, help="captioned renders for nano-sd")
+    parser.add_argument("--prompts", type=at_least(40), default=677, help="captions to make pairs from")
+    parser.add_argument("--paper-steps", type=at_least(1), nargs=len(PAPER_EDITOR_RUNS), default=(2400,),
+                        metavar="STEPS", help="training steps, 32 filtered pairs each")
+    parser.add_argument("--editor-steps", type=at_least(1), nargs=len(EDITOR_RUNS), default=(3700, 7400),
+                        metavar="STEPS", help="training steps of the editor's two runs, 32 pairs each")
+    parser.add_argument("--pairs", type=at_least(1), default=40_000, help="number of rendered training pairs")
     return cli.run(lambda: make(parser.parse_args(argv)), "stopped; the same command continues",
                    "try a smaller --pairs")
 

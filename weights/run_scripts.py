@@ -1,4 +1,4 @@
-"""Runs train.py, make_dataset.py and evaluate in this process, for make_nano.py and ablate.py."""
+"""Runs train.py, make_dataset.py and `evaluate` in this process. make_nano.py and ablate.py use it."""
 
 import sys
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def call(main: Callable[[list[str]], int], *words) -> None:
 
 
 def make_pairs(prompts: Path, count: int, out: Path, painter: Path, *flags) -> Path:
-    """Write `count` captions of scenes to `prompts` and make pairs of pictures from them; returns `out`."""
+    """Write `count` triplets of the nano world to `prompts`, and make pairs from them. Returns `out`."""
     call(make_dataset.main, "captions", "--backend", "scenes", "--n", count, "--out", prompts)
     call(make_dataset.main, "pairs", "--prompts", prompts, "--out", out, "--weights", painter,
          "--dtype", "bf16", *flags)
@@ -34,7 +34,7 @@ def make_pairs(prompts: Path, count: int, out: Path, painter: Path, *flags) -> P
 
 
 def train_run(out: Path, weights: Path, steps: int, *flags) -> Path:
-    """Train from `weights` in the run folder `out`, or resume the run there; returns its weights."""
+    """Train from `weights` in the run folder `out`, or resume that run. Returns the trained weights."""
     begun = any(out.glob("checkpoints/[0-9]*"))
     start = ["--resume", out] if begun else ["--weights", weights, "--out", out]
     call(train.main, *start, "--steps", steps, *flags)

@@ -1,4 +1,4 @@
-"""Learn a byte-pair vocabulary like CLIP's from texts. make_nano.py uses it for all nano models."""
+"""Learn a byte-pair vocabulary like CLIP's from texts. All nano models share the one of make_nano.py."""
 
 import json
 from collections.abc import Iterable
@@ -21,12 +21,12 @@ def train_tokenizer(texts: Iterable[str], size: int, folder: str | Path) -> None
     tokens = alphabet + [letter + WORD_END for letter in alphabet]
     assert size >= len(tokens) + 2, f"{len(tokens)} bytes and two special tokens do not fit in {size}"
     backend = clip_backend({}, [], None)
-    # The trainer's vocab_size counts only the word-ending bytes that occur, so the merges are cut below
+    # vocab_size counts only those word-ending bytes that occur, so the trainer learns too many merges
     trainer = BpeTrainer(vocab_size=size, min_frequency=2, initial_alphabet=alphabet,
                          end_of_word_suffix=WORD_END, show_progress=False)
     backend.train_from_iterator(texts, trainer)
     merges = [split_merge(merge) for merge in json.loads(backend.to_str())["model"]["merges"]]
-    merges = merges[: size - len(tokens) - 2]
+    merges = merges[: size - len(tokens) - 2]  # START and END are the last two tokens
     tokens += [first + second for first, second in merges] + [START, END]
 
     folder = Path(folder)

@@ -9,7 +9,7 @@ import torch
 
 from nanoip2p.common.files import replacing
 from nanoip2p.dataset.layouts import Pair
-from nanoip2p.world.scenes import EDIT_KINDS, pick, random_scene, training_edits
+from nanoip2p.world.scenes import EDIT_KINDS, draw_edit, pick, random_scene, training_edits
 
 EDITS_PER_SCENE = 4
 EQUAL_ODDS = (1.0,) * len(EDIT_KINDS)
@@ -22,8 +22,7 @@ def draw_scenes(n: int, seed: int) -> list[dict]:
         scene = random_scene("train", int(torch.randint(2**31, (), generator=generator)))
         edits = training_edits(scene)
         if edits:
-            kind = pick(sorted({edit.kind for edit in edits}), generator)  # kind first: see scene_pairs
-            edit = pick([edit for edit in edits if edit.kind == kind], generator)
+            edit = draw_edit(edits, generator)
             rows[scene.caption(), pick(edit.instructions[:-1], generator), edit.caption] = None
     return [dict(zip(("input", "edit", "output"), row)) for row in rows]
 
@@ -67,6 +66,5 @@ def captioned_scenes(n: int, split: str = "train") -> list[Pair]:
     scenes = []
     for index in range(n):
         scene, generator = random_scene(split, index), torch.Generator().manual_seed(index)
-        kind = pick(sorted({edit.kind for edit in scene.edits()}), generator)
-        scenes.append(pick(scene.edits(kind), generator).scene if index % 2 else scene)
+        scenes.append(draw_edit(scene.edits(), generator).scene if index % 2 else scene)
     return [Pair(scene, scene.caption(), scene) for scene in scenes]

@@ -17,7 +17,7 @@ DEFAULT = "as in sample.py; the weights define the default"
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the four commands. `args.run` is the function of the chosen command."""
+    """The parser of the four commands. Its result has the `run` function of the chosen command."""
     parser = cli.make_parser(prog="python -m nanoip2p.evaluate", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=cli.make_parser)
 
@@ -35,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
         return command.add_argument
 
     flag = add(scenes, "weights/nano-ip2p", 500, help="folder for scores and pictures of failures")
-    flag("--combinations", choices=("seen", "held-out"), default="seen", help="combinations to edit")
+    flag("--combinations", choices=("seen", "held-out"), default="seen", help="combinations, see above")
     flag("--cfg-image", type=finite, help=DEFAULT)
 
     flag = add(captions, "weights/nano-sd", 320, help="folder for scores.json")
@@ -49,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--cfg-images", type=finite, nargs="+", metavar="CFG", help="(1.0 ... 2.2; 0.2 ... 2.0 for nano)")
     flag("--strengths", type=finite, nargs="+", default=curve.STRENGTHS, metavar="SHARE", help="for SDEdit")
     flag("--seed", type=at_least(0), default=0, help="edit i has seed + i")
-    flag("--batch", type=at_least(1), default=30, help="edits that share a forward pass")
+    flag("--batch", type=at_least(1), default=30, help="number of edits in a forward pass")
 
     flag = add(magicbrush, "weights/nano-ip2p", None, required=True, help="folder for scores and pictures")
     flag("--data", type=Path, required=True, help="folder of a split, with edit_turns.json")
@@ -60,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command, print its text, write its numbers to <out>/scores.json, and return the exit code."""
+    """Run a command, write its numbers to <out>/scores.json, print its text, and return the exit code."""
     def work() -> None:
         args = make_parser().parse_args(argv)
         if args.out:

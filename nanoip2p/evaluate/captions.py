@@ -1,4 +1,4 @@
-"""CLIP's accuracy in finding a picture's caption among 32 captions, for generated and true pictures."""
+"""How often CLIP finds the caption of a picture among 32 captions, for generated pictures and for renders."""
 
 import argparse
 
@@ -14,7 +14,7 @@ GROUP = 32  # number of captions from which CLIP chooses
 
 
 def distinct_scenes(n: int) -> list[Scene]:
-    """`n` test scenes with distinct captions. Rounds `n` up to a multiple of GROUP."""
+    """`n` test scenes, rounded up to a multiple of GROUP, with distinct captions."""
     scenes, index = {}, 0
     while len(scenes) < -(-n // GROUP) * GROUP:
         scene, index = random_scene("test", index), index + 1
@@ -23,7 +23,7 @@ def distinct_scenes(n: int) -> list[Scene]:
 
 
 def ranked_first(judge: Judge, pictures: list[Image.Image], captions: list[str]) -> list[bool]:
-    """For each picture, whether its own caption has the largest CLIP similarity in its group of GROUP."""
+    """For each picture, whether its own caption is the most similar one (by CLIP) of a group of GROUP."""
     hits = []
     for i in range(0, len(pictures), GROUP):
         images = judge.encode_pictures(pictures[i : i + GROUP])                  # (32, P)

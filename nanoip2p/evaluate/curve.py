@@ -1,11 +1,12 @@
-"""Figure 8 of the paper: strength of the edits against consistency with the input pictures.
+"""Figure 8 of the paper: how strong the edits are, against how well they keep the input.
 
-Each point is one cfg_image of the editor or, with --sdedit, one strength of SDEdit. The x axis is CLIP's
-directional similarity (Gal et al. 2021): the change of the pictures against the change of their captions. The
-y axis is CLIP's similarity of edited picture and input. Larger is better on both axes.
+Each point has one cfg_image of the editor or, with --sdedit, one strength of SDEdit. The x axis is CLIP's
+directional similarity (Gal et al. 2021): the cosine between the change of the pictures and the change of
+their captions. The y axis is the cosine between edited picture and input. Larger is better on both axes.
 
 Each point is a line of <out>/curve.jsonl. A later call does not measure this point again. The plot shows all
-points of the same data and CLIP: a second call with other --weights and the same --out adds a curve.
+points with the same data, CLIP, --n, --steps, --sampler and --seed: a second call with other --weights and
+the same --out adds a curve.
 """
 
 import argparse
@@ -33,10 +34,7 @@ KNOBS = {"editor": "cfg_image", "SDEdit": "strength"}  # the setting that change
 
 
 def examples(data: str, split: str, n: int) -> list[Pair]:
-    """Up to n pairs with captions. Each pair has its own item or scene, so the pairs are independent.
-
-    Raises ValueError if there are fewer than two pairs.
-    """
+    """Up to n pairs with captions, each of another item or scene. ValueError for fewer than two pairs."""
     pairs = scene_pairs(n * EDITS_PER_SCENE, split)[::EDITS_PER_SCENE] if data == "scenes" else [
         item[0] for item in read_data(data, split) if item[0].captions]
     if len(pairs[:n]) < 2:
@@ -45,12 +43,12 @@ def examples(data: str, split: str, n: int) -> list[Pair]:
 
 
 def measure(pairs: list[Pair], judge: Judge, resolution: int, batch: int, seed: int, edit: Callable) -> dict:
-    """Means and standard errors of both similarities. edit: (pictures, pairs, seed) -> edited pictures."""
+    """Means and standard errors of both similarities. edit(pictures, pairs, seed) -> edited pictures."""
     rows = []
     for start in tqdm(range(0, len(pairs), batch), desc=f"{batch} edits at a time", leave=False):
         part = pairs[start : start + batch]
         before = [load_picture(pair.before, resolution) for pair in part]
-        after = edit(before, part, seed + start)  # picture i of the batch has the seed `seed + start + i`
+        after = edit(before, part, seed + start)  # pair i of all pairs has the seed `seed + i`
         images = judge.encode_pictures([*before, *after]).chunk(2)                     # (B, P) each
         texts = [judge.encode_texts(list(captions)) for captions in zip(*(pair.captions for pair in part))]
         rows.append(similarities(*images, *texts)[:, 2:])                              # (B, 2)
@@ -60,7 +58,7 @@ def measure(pairs: list[Pair], judge: Judge, resolution: int, batch: int, seed: 
 
 
 def draw(rows: list[dict], axes) -> None:
-    """Draw a curve with standard errors per method, weights and cfg_text. Label both ends of the curve."""
+    """Draw a curve with error bars for each method, weights and cfg_text. Label both ends of each curve."""
     curves = {}
     for row in rows:
         key = row["method"], row["weights"], row["networks"], row["cfg_text"]
@@ -101,14 +99,15 @@ def run(args: argparse.Namespace) -> tuple[str, None]:
         for value in values:
             point = {"method": method, "weights": str(weights), "networks": model.fingerprint,
                      "cfg_text": scale, **common, KNOBS[method]: value}
-            if not any(point.items() <= row.items() for row in read_jsonl(path)):
-                append(path, point | measure(pairs, judge, editor.side, args.batch, args.seed,
-                                             partial(edit, model, value)))
-            row = next(row for row in read_jsonl(path) if point.items() <= row.items())
+            row = next((row for row in read_jsonl(path) if point.items() <= row.items()), None)
+            if row is None:
+                row = point | measure(pairs, judge, editor.side, args.batch, args.seed,
+                                      partial(edit, model, value))
+                append(path, row)
             lines.append(f"{method:<8}{KNOBS[method]:>10} {value:>5g}" + "".join(
                 f"{row[key]:>10.3f} ± {row[f'{key}_error']:.3f}" for key in ("direction", "image")))
     points = [row for row in read_jsonl(path) if common.items() <= row.items()]
     is_drawn = plot(args.out / "curve.png", partial(draw, points), (10, 7),
                     xlabel="CLIP's directional similarity", ylabel="CLIP's similarity to the input")
     missing = "" if is_drawn else "; pip install matplotlib for a plot"
-    return "\n".join([*lines, f"{len(pairs)} edits; points are in {path}{missing}"]), None
+    return "\n".join([*lines, f"{len(pairs)} edits; the points are in {path}{missing}"]), None

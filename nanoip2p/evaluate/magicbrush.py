@@ -1,8 +1,8 @@
 """The MagicBrush benchmark (Zhang et al. 2306.10012): compare edited pictures to human-made target pictures.
 
 Follows MagicBrush's evaluation/image_eval.py, but in float32 and without the DINO score. Single-turn: each
-turn edits the dataset's input picture; mean over all turns. Multi-turn: each later turn edits the output of
-the previous turn; mean over the last turns.
+turn edits the dataset's input picture, and the scores are means over all turns. Multi-turn: each later turn
+edits the output of the turn before, and the scores are means over the last turns of the sessions.
 
     L1, L2    mean absolute and squared difference of pixels in [0, 1], at the target's size
     CLIP-I    cosine of the CLIP features of the edited picture and the target
@@ -26,7 +26,7 @@ COLUMNS = {"l1": "L1", "l2": "L2", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "clip
 
 
 def read_sessions(data: Path) -> dict[str, list[Pair]]:
-    """Map each session's folder name to its turns. ValueError: see read_data; also for a missing caption."""
+    """Session (folder name) -> turns. ValueError: see read_data; also for a missing caption."""
     sessions = {}
     for pair in (item[0] for split in SPLITS for item in read_data(data, split)):
         if not pair.captions:
@@ -49,7 +49,7 @@ def score(judge: Judge, edited: Image.Image, pair: Pair) -> list[float]:
 
 
 def clip_view(picture: Image.Image, size: int) -> Image.Image:
-    """The short side resized to `size`, then the middle (size, size): the preprocessing of OpenAI's CLIP."""
+    """Resize the short side to `size`, then crop the centre to a square, as OpenAI's CLIP does."""
     short = min(picture.size)
     picture = picture.resize([int(size * side / short) for side in picture.size], Image.Resampling.BICUBIC)
     left, top = (round((side - size) / 2) for side in picture.size)
@@ -57,7 +57,7 @@ def clip_view(picture: Image.Image, size: int) -> Image.Image:
 
 
 def run(args: argparse.Namespace) -> tuple[str, dict]:
-    """Return scores as text and as numbers, and write <out>/edited/. args: see __main__.py."""
+    """Write edits to <out>/edited/, and return their scores as text and as numbers. args: see __main__.py."""
     sessions = dict(list(read_sessions(args.data).items())[: args.n])
     editor = Editor.load(args.weights, args.device)
     judge = Judge.load(args.clip, editor.device)
@@ -79,8 +79,8 @@ def run(args: argparse.Namespace) -> tuple[str, dict]:
         rows["multi-turn"].append(score(judge, own, pair))
     numbers = {"clip": args.clip, "weights": args.weights, **settings}
     lines = [f"{'':<12}{'n':>6}" + "".join(f"{title:>10}" for title in COLUMNS.values())]
-    for way, scores in rows.items():
+    for mode, scores in rows.items():
         means = [sum(values) / len(scores) for values in zip(*scores)]
-        numbers[way] = {"n": len(scores), **dict(zip(COLUMNS, means))}
-        lines.append(f"{way:<12}{len(scores):>6}" + "".join(f"{mean:>10.4f}" for mean in means))
+        numbers[mode] = {"n": len(scores), **dict(zip(COLUMNS, means))}
+        lines.append(f"{mode:<12}{len(scores):>6}" + "".join(f"{mean:>10.4f}" for mean in means))
     return "\n".join([*lines, f"CLIP: {args.clip}"]), numbers

@@ -1,9 +1,9 @@
 """Edit success and preservation on rendered scenes, for which the correct result is known.
 
-Training never uses these scenes or these phrasings of the instructions. With --combinations held-out, editors
-were also not trained on these combinations of things, colours and edits.
+Training never uses these scenes or these phrasings of the instructions. --combinations held-out selects
+combinations of things, colours and edits that training pairs leave out (except those of weights/nano-ip2p).
 
-Success: of the renders of the scene and of all its single edits, the correct render has the smallest mean
+Success: among the renders of the scene and of all its single edits, the correct render has the smallest mean
 absolute difference to the edited picture. Preservation: PSNR over the pixels that the edit must not change.
 """
 
@@ -23,9 +23,9 @@ BATCH = 35  # edits that share a forward pass
 
 
 def choose_edits(n: int, combinations: str = "seen") -> list[tuple[Scene, Edit]]:
-    """`n` distinct scenes with one edit each, cycling through EDIT_KINDS. The same on every machine.
+    """`n` distinct scenes with one edit each, the kinds of EDIT_KINDS in turn. The same on every machine.
 
-    combinations: "held-out" selects edits with scenes.held_out True, "seen" with False.
+    combinations: "held-out" selects edits for which `held_out` is True, "seen" those for which it is False.
     """
     generator, chosen = torch.Generator().manual_seed(0), []
     for index in count():
@@ -38,7 +38,7 @@ def choose_edits(n: int, combinations: str = "seen") -> list[tuple[Scene, Edit]]
 
 
 def nearest_edit(picture: Image.Image, scene: Scene) -> Scene:
-    """The scene (original or after one edit) whose render has the smallest mean absolute difference."""
+    """The scene (this one or after one edit) whose render has the smallest mean absolute difference."""
     candidates = [scene, *(edit.scene for edit in scene.edits())]
     renders = np.stack([np.asarray(candidate.render(picture.width), np.int16) for candidate in candidates])
     distances = np.abs(renders - np.asarray(picture, np.int16)).mean((1, 2, 3))
@@ -59,18 +59,17 @@ def unchanged_psnr(picture: Image.Image, before: Image.Image, after: Image.Image
 
 @torch.inference_mode()
 def round_trip(editor: Editor, picture: Image.Image) -> Image.Image:
-    """The picture, encoded and decoded by the autoencoder."""
-    weight = editor.unet.conv_in.weight
-    mean, _ = editor.vae.encode(to_tensor(picture)[None].to(weight.device, weight.dtype))
+    """Encode and decode a picture with the autoencoder, without an edit."""
+    mean, _ = editor.vae.encode(to_tensor(picture)[None].to(editor.unet.conv_in.weight))
     return to_pil(editor.vae.decode(mean)[0])
 
 
 def score_scenes(editor: Editor, chosen: list[tuple[Scene, Edit]], settings: dict) -> list[dict]:
     """Make and score every edit. settings: for Editor.edit; a value None means the default.
 
-    Returns rows of kind, instruction, success, psnr, ceiling, pictures: (before, edited, right answer). The
-    instruction is the last phrasing of the edit, which training never uses. ceiling: the PSNR of the right
-    answer after the autoencoder alone: about the best that an edit can reach.
+    Returns rows of kind, instruction, success, psnr, ceiling, pictures: (before, edited, correct render). The
+    instruction is the last phrasing of the edit, which training never uses. ceiling: the PSNR of the correct
+    render after the autoencoder alone, about the best that an edit can reach.
     """
     rows = []
     for i in tqdm(range(0, len(chosen), BATCH), desc=f"editing, {BATCH} at a time"):
@@ -109,18 +108,18 @@ def table(rows: list[dict]) -> tuple[str, dict]:
 
 
 def rate(hits: list[bool]) -> tuple[float, float]:
-    """The fraction of hits and its standard error. Laplace's rule keeps the error positive for 71 of 71."""
+    """The fraction of hits and its standard error. Laplace's rule keeps the error positive for 70 of 70."""
     likely = (sum(hits) + 1) / (len(hits) + 2)
     return sum(hits) / len(hits), (likely * (1 - likely) / len(hits)) ** 0.5
 
 
 def run(args: argparse.Namespace) -> tuple[str, dict]:
-    """Return scores as text and as numbers, and write <out>/failed.png. args: see __main__.py."""
+    """Return scores as text and as numbers. Draw some failures to <out>/failed.png. args: see __main__.py."""
     settings = {key: getattr(args, key) for key in ("steps", "cfg_text", "cfg_image", "sampler")}
     editor = Editor.load(args.weights, args.device)
     rows = score_scenes(editor, choose_edits(args.n, args.combinations), settings)
     failed = [row for row in rows if not row["success"]][:16]
     if args.out and failed:
-        labels = [["input", row["instruction"], "right answer"] for row in failed]
+        labels = [["input", row["instruction"], "correct render"] for row in failed]
         save_png(grid([list(row["pictures"]) for row in failed], labels), args.out / "failed.png", {})
     return table(rows)

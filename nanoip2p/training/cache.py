@@ -1,8 +1,8 @@
-"""A cache of latents: each picture and text is encoded once; training reads the encoded rows.
+"""A cache of encoded pictures and texts: each is encoded once, before training. Training reads the rows.
 
     cache.json                    hashes of the data and of the encoders
-    texts-00000.safetensors       text states (n, 77, D) float16; the first row is the empty text's
-    pictures-00000.safetensors    moments (n, F, 2C, h, w) float16: mean and log-variance, unscaled.
+    texts-00000.safetensors       hidden states (n, 77, D) float16; the first row of all is the empty text
+    pictures-00000.safetensors    moments (n, F, 2C, h, w) float16: mean and log variance, unscaled.
                                   F = 2 with flips: the picture and its mirror image
 Each distinct text and picture has one row, in order of first use. Files are written atomically.
 """
@@ -31,20 +31,21 @@ Shard = namedtuple("Shard", "path tensor items")  # path, name of the tensor, on
 class Cache:
     """A cache folder. `fill` writes its files, `open` checks them, `get` reads the rows of a pair.
 
-    DataLoader workers get the open cache by fork or pickle. Each worker reads only the requested rows.
+    A DataLoader worker can get the open cache by fork or by pickle. A worker reads only the rows it needs.
+    skip_bad: allows broken pictures; `get` raises ValueError for them.
     """
 
     def __init__(self, folder: Path, pairs: list[Pair], model: Model, resolution: int, flips: bool,
                  skip_bad: bool = False):
-        """Reserve the folder. flips: see above. ValueError if it belongs to other data or encoders."""
+        """Reserve the folder. flips, skip_bad: see above. ValueError if it is of other data or encoders."""
         vae, text_encoder, tokenizer = model.vae, model.text_encoder, model.tokenizer
         texts = list(dict.fromkeys(["", *(pair.edit for pair in pairs)]))
         pictures = list(dict.fromkeys(picture for pair in pairs for picture in (pair.before, pair.after)))
-        words = (text_encoder.config, tokenizer.backend.to_str(), tokenizer.start, tokenizer.end,
+        begin = (text_encoder.config, tokenizer.backend.to_str(), tokenizer.start, tokenizer.end,
                  tokenizer.pad, tokenizer.length)
         claim_folder(folder, "cache.json", {
             "autoencoder": fingerprint(vae, begin=repr(vae.config).encode()),
-            "text encoder": fingerprint(text_encoder, begin=repr(words).encode()),
+            "text encoder": fingerprint(text_encoder, begin=repr(begin).encode()),
             "dataset": hashlib.sha256(repr((texts, [*map(stamp, pictures)])).encode()).hexdigest()[:16],
             "resolution": resolution, "flips": flips}, "--cache")
         kinds = ("texts", "texts", texts), ("pictures", "moments", pictures)
@@ -55,29 +56,26 @@ class Cache:
         self.files = {}  # the mapped file of each shard
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"files": {}}  # each process maps the files itself
+        return self.__dict__ | {"files": {}}  # open files cannot be pickled; the worker opens its own
 
     @torch.no_grad()
-    def fill(self, model: Model, rank: int = 0, ranks: int = 1, progress: bool = True) -> None:
+    def fill(self, model: Model, rank: int = 0, ranks: int = 1) -> None:
         """Write the missing files of this rank: files number rank, rank + ranks, ...
 
         Raises ValueError for an encoding beyond float16, and for a broken picture (skip_bad: its row is NaN).
         """
-        vae, text_encoder = model.vae, model.text_encoder
-        weight, ids_device = vae.quant_conv.weight, next(text_encoder.parameters()).device
-
         def moments(images: Tensor) -> Tensor:
-            images = images.to(weight.device, weight.dtype)                          # (B, 3, R, R)
+            images = images.to(model.vae.quant_conv.weight)                          # (B, 3, R, R)
             both = (images, images.flip(-1))[: 1 + self.flips]
-            return torch.stack([torch.cat(vae.encode(x), 1) for x in both], 1)       # (B, F, 2C, h, w)
+            return torch.stack([torch.cat(model.vae.encode(x), 1) for x in both], 1)  # (B, F, 2C, h, w)
 
         size = max(1, min(64, 2**21 // self.resolution**2))  # batch size: 32 pictures of 256 pixels
         steps = {"texts": (lambda text: model.tokenizer([text])[0],
-                           lambda ids: text_encoder(ids.to(ids_device)), 64),
+                           lambda ids: model.text_encoder(ids.to(model.device)), 64),
                  "moments": (self._image, moments, size)}
         todo = [shard for shard in self.shards[rank::ranks] if not shard.path.exists()]
-        total, quiet = sum(len(shard.items) for shard in todo), not (progress and todo)
-        with tqdm(total=total, desc="encoding", disable=quiet) as bar, ThreadPoolExecutor(8) as pool:
+        total, hidden = sum(len(shard.items) for shard in todo), rank > 0 or not todo
+        with tqdm(total=total, desc="encoding", disable=hidden) as bar, ThreadPoolExecutor(8) as pool:
             for path, tensor, items in todo:
                 load, encode, size = steps[tensor]
                 loaded, rows = pool.map(load, items), []
@@ -98,7 +96,7 @@ class Cache:
             return torch.full((3, self.resolution, self.resolution), torch.nan)
 
     def open(self) -> "Cache":
-        """Memory-map all files. ValueError if a file is missing or damaged."""
+        """Memory-map all files and return self. ValueError if a file is missing or damaged."""
         for path, tensor, items in self.shards:
             if not path.exists():
                 raise ValueError(f"{path} is missing; run again to write it")
@@ -111,7 +109,7 @@ class Cache:
         return self
 
     def get(self, pair: Pair, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Moments before and after (2C, h, w), and text states (77, D): float32, on the CPU."""
+        """Moments of both pictures (2C, h, w) and hidden states of the text (77, D): float32, on the CPU."""
         return self.row(pair.before, int(flip)), self.row(pair.after, int(flip)), self.row(pair.edit)
 
     def row(self, item: str | Picture, *within: int) -> Tensor:
@@ -120,5 +118,5 @@ class Cache:
         file = self.files[shard.path] = self.files.get(shard.path) or safe_open(shard.path, "pt")
         content = file.get_slice(shard.tensor)[(row, *within)].float()
         if content.isnan().any():
-            raise ValueError(f"{item} was broken when its latents were made")
+            raise ValueError(f"{item} was broken when this cache was made")
         return content

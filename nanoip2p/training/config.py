@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +11,9 @@ from nanoip2p.objective import DROP
 from nanoip2p.world.scenes import EDIT_KINDS
 
 PAPER_BATCH = 1024  # samples per optimizer step
-PAPER_VISITS = 10_000 * PAPER_BATCH / 313_010  # steps x samples / prompts: 33 epochs
-SWITCH = argparse.BooleanOptionalAction  # --no-compile turns off what a preset turned on
-# Each batch size fits into the memory of the named GPU; gradient accumulation gives the same samples per step
+PAPER_VISITS = 10_000 * PAPER_BATCH / 313_010  # steps x batch / prompts: the paper trained for 33 epochs
+SWITCH = argparse.BooleanOptionalAction  # --no-recompute overrides a preset with recompute
+# Batch sizes that fit into the memory of a GPU. Gradient accumulation makes up 1024 samples per step
 PRESETS = {
     "paper": {"batch_size": 32, "clip": 0.0},  # 8 GPUs with batch size 32 each
     "48gb": {"batch_size": 64},
@@ -27,7 +27,7 @@ RESUME_MAY_CHANGE = {
     "steps", "lr", "batch_size", "accumulate", "recompute", "compile", "device", "ema_device", "workers",
     "cache", "skip_bad", "save_every", "keep", "sample_every", "validate_every", "log_every", "tensorboard",
     "out", "resume", "check"}
-NOT_STORED = {"accumulate", "preset", "resume", "check"}  # accumulate is computed from the samples per step
+NOT_STORED = {"accumulate", "preset", "resume", "check"}  # accumulate follows from state.json's "batch"
 
 
 def between(low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -49,8 +49,8 @@ class TrainConfig:
     raw_weights: bool = flag("use the raw weights of a file that also holds averaged (EMA) weights", False)
     data: str | None = flag("pairs: a folder, a pairs.jsonl or parquet file; 'scenes' renders pairs")
     pairs: int = flag("number of pairs that --data scenes renders", 20_000, type=at_least(1))
-    kind_weights: tuple[float, ...] = flag(f"odds of each edit of --data scenes: {', '.join(EDIT_KINDS)}",
-                                           (1.0,) * len(EDIT_KINDS), type=between(0), nargs=len(EDIT_KINDS))
+    kind_weights: Sequence[float] = flag(f"odds of the edits of --data scenes: {', '.join(EDIT_KINDS)}",
+                                        (1.0,) * len(EDIT_KINDS), type=between(0), nargs=len(EDIT_KINDS))
     text_to_image: bool = flag("train a text-to-image model on the captions of --data scenes", False)
     cache: Path | None = flag("encode all pictures and texts once, into this folder", type=Path)
     skip_bad: bool = flag("leave out pairs with a broken picture", False)
@@ -58,20 +58,20 @@ class TrainConfig:
     resume: Path | None = flag("continue the run in this folder, with its settings", type=Path)
     check: bool = flag("only open the data and print the plan", False)
 
-    preset: str | None = flag("defaults of several flags", choices=PRESETS, group="recipe")
+    preset: str | None = flag("a set of defaults for other flags", choices=PRESETS, group="recipe")
     steps: int = flag("number of optimizer steps", 10_000, type=at_least(1))
     batch_size: int = flag("samples per micro-batch on each device", 16, type=at_least(1))
     accumulate: int | None = flag("micro-batches per step (default: for 1024 samples)", type=at_least(1))
     lr: float = flag("learning rate", 1e-4, type=between(0))
     warmup: int = flag("number of warm-up steps of the learning rate", 0, type=at_least(0))
-    cooldown: float = flag("final fraction of the steps, with falling learning rate", 0.0, type=between(0, 1))
+    cooldown: float = flag("last fraction of the steps, where lr falls to 0", 0.0, type=between(0, 1))
     clip: float = flag("clip the gradient to this norm; 0: off, as in the paper", 1.0, type=between(0))
     snr_gamma: float = flag("min-SNR weighting of the loss, often 5; 0: off", 0.0, type=between(0))
-    drop: tuple[float, ...] = flag("fractions of samples without text, without both, without image",
-                                   DROP, type=between(0, 1), nargs=3, metavar=("TEXT", "BOTH", "IMAGE"))
+    drop: Sequence[float] = flag("fractions of samples without text, without both, without picture",
+                                DROP, type=between(0, 1), nargs=3, metavar=("TEXT", "BOTH", "IMAGE"))
     ema_decay: float = flag("largest decay of the averaged (EMA) weights", 0.9999, type=between(0, 1))
     resolution: int = flag("width and height in pixels", 256, type=at_least(1))
-    flip: bool | None = flag("mirror half of the pairs (default: all data but scenes)", action=SWITCH)
+    flip: bool | None = flag("mirror half of the pairs (default: on, except for scenes)", action=SWITCH)
     seed: int = flag("seed of all random numbers", 0, type=at_least(0))
     dtype: str | None = flag("dtype of matrix products (default: bf16 if faster)", choices=("fp32", "bf16"))
 
@@ -79,7 +79,7 @@ class TrainConfig:
     workers: int | None = flag("processes that load data (default: 4 with CUDA, else 0)", type=at_least(0))
     recompute: bool = flag("gradient checkpointing: slower, but needs less memory", False, action=SWITCH)
     ema_device: str = flag("device of the averaged (EMA) weights", "same", choices=("same", "cpu"))
-    compile: bool = flag("torch.compile the network", False, action=SWITCH)
+    compile: bool = flag("compile the UNet with torch.compile", False, action=SWITCH)
     log_every: int = flag("steps between logged losses", 50, type=at_least(1))
     validate_every: int = flag("steps between validations; 0: none", 500, type=at_least(0))
     sample_every: int = flag("steps between sample sheets; 0: none", 1000, type=at_least(0))
@@ -91,7 +91,7 @@ class TrainConfig:
         if max(self.kind_weights) == 0:
             raise ValueError("--kind-weights are all zero; one of them has to be positive")
         if sum(self.drop) > 1:
-            raise ValueError(f"--drop {' '.join(map(str, self.drop))}: the shares add up to more than 1")
+            raise ValueError(f"--drop {' '.join(map(str, self.drop))}: the fractions add up to more than 1")
         if self.text_to_image and self.data != "scenes":
             raise ValueError("--text-to-image needs --data scenes; other data has no captions to train on")
 
@@ -102,9 +102,8 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, settings: dict) -> "TrainConfig":
-        """The inverse of `to_json`. ValueError for unknown settings (of another version) that are not off."""
-        known = {key: tuple(value) if isinstance(value, list) else value
-                 for key, value in settings.items() if key in cls.__dataclass_fields__}
+        """The inverse of `to_json`. Raises ValueError for an unknown setting, unless it is off."""
+        known = {key: value for key, value in settings.items() if key in cls.__dataclass_fields__}
         if unknown := {key: value for key, value in settings.items() if key not in known and value}:
             raise ValueError(f"the run was begun by another version of train.py, with {unknown}")
         return cls(**known | {key: Path(known[key]) for key in ("cache", "out") if known.get(key)})
@@ -114,7 +113,7 @@ def odd_settings(config: TrainConfig, batch: int, items: int) -> list[str]:
     """Warnings about unusual settings, one sentence each. batch: samples per step. items: number of items."""
     visits, steps = config.steps * batch / items, math.ceil(PAPER_VISITS * items / batch)
     notes = {
-        f"{visits:,.0f} visits of each item; the paper's run had {PAPER_VISITS:.0f}, as with --steps {steps}":
+        f"{visits:,.0f} visits of each item; the paper made {PAPER_VISITS:.0f}, which is --steps {steps}":
             visits > 10 * PAPER_VISITS,
         "the run ends before it has visited each item once": visits < 1,
         f"a step of {batch} samples visits each of the {items} items more than once": batch > items,

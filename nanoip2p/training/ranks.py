@@ -1,4 +1,4 @@
-"""The ranks (processes) of a training run. torchrun starts one rank per device. The default is one rank.
+"""The ranks (processes) of a training run: one per device under torchrun, otherwise a single one.
 
 Each rank has all weights and trains on its own micro-batches. DistributedDataParallel averages the gradients.
 """
@@ -19,15 +19,15 @@ MAX_WAIT = timedelta(days=1)  # how long a rank waits for a rank that encodes da
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process, the number of processes, and its device."""
+    """The number of this process, the count of all processes, and the device of this process."""
 
     rank: int
     count: int
     device: torch.device
-    group: object = None  # a gloo group for small messages, so that no GPU has to wait for them
+    group: object = None  # a gloo group: small messages travel by CPU, and no GPU waits for them
 
     def largest(self, number: int) -> int:
-        """The maximum of `number` over all ranks. Every rank has to call this, and waits for the others."""
+        """The maximum of `number` over all ranks. Every rank has to call this: it is also a barrier."""
         return int(self._reduced(number, dist.ReduceOp.MAX))
 
     def mean(self, number: float) -> float:

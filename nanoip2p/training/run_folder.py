@@ -20,7 +20,7 @@ FILES = ("unet", "ema", "exp_avg", "exp_avg_sq")  # raw and averaged weights, Ad
 
 @contextmanager
 def occupied(run: Path) -> Iterator[None]:
-    """Lock a run's folder. Raises ValueError if another process holds the lock."""
+    """Lock a run's folder for a `with` block. Raises ValueError if another process holds the lock."""
     with locked(run / ".lock") as held:
         if not held:
             raise ValueError(f"{run} is being trained by another process; wait for it, or stop it")
@@ -49,7 +49,7 @@ def write_checkpoint(run: Path, step: int, files: dict[str, dict[str, Tensor]], 
         flush(run)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    # Ignore newer checkpoints: they are damaged, because the run resumed from an earlier checkpoint
+    # Delete newer checkpoints too: they are damaged, or the run would have resumed from them
     stay = [path for path in checkpoints(run) if path.name <= folder.name][-keep:]
     for other in set(checkpoints(run)) - set(stay):
         shutil.rmtree(other)
@@ -70,7 +70,7 @@ def checkpoints(run: Path) -> list[Path]:
 def newest_checkpoint(run: Path) -> tuple[Path, dict]:
     """The newest undamaged checkpoint and its state.json. Warns about damaged checkpoints.
 
-    Detects missing and truncated files, but not flipped bits. ValueError if no checkpoint is left.
+    Detects missing and truncated files, but not flipped bits. ValueError if no checkpoint is undamaged.
     """
     for folder in reversed(checkpoints(run)):
         try:
@@ -84,10 +84,10 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict]:
 
 
 class Log:
-    """Writes log.jsonl, one row per event, and optionally a TensorBoard log."""
+    """Writes log.jsonl, one row per step with something to log, and optionally a TensorBoard log."""
 
     def __init__(self, run: Path, first: int, tensorboard: bool = False):
-        """Delete the rows after step `first`, where the run continues."""
+        """Open the log. first: the step from which the run continues; deletes the rows of later steps."""
         self.path = run / "log.jsonl"
         rows = [row for row in read_jsonl(self.path) if row["step"] <= first]
         with replacing(self.path) as temporary:
@@ -98,7 +98,7 @@ class Log:
             self.board = SummaryWriter(run / "tensorboard", purge_step=first + 1)
 
     def write(self, row: dict) -> None:
-        """Append a row: "step" and named numbers."""
+        """Append a row: {"step": number, name: number, ...}."""
         append(self.path, row)
         if self.board:
             for name, number in row.items():
@@ -107,7 +107,7 @@ class Log:
 
 
 def plot_log(run: Path) -> bool:
-    """Draw loss.png from log.jsonl; False if matplotlib is not installed."""
+    """Draw loss.png from log.jsonl. Returns False if matplotlib is not installed."""
     rows = read_jsonl(run / "log.jsonl")
 
     def draw(axes) -> None:

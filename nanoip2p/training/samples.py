@@ -1,7 +1,7 @@
 """The samples of a training run.
 
-Sample i of optimizer step s has the number n = s * batch + i. All random numbers of sample n are a function
-of (seed, n). So sample n does not depend on the rank, the worker, the micro-batch or a restart.
+Sample i of optimizer step s has the number n = s * (samples per step) + i. All random numbers of sample n are
+a function of (seed, n). So sample n does not depend on the rank, the worker, the micro-batch or a restart.
 """
 
 import hashlib
@@ -25,10 +25,10 @@ def order(seed: int, epoch: int, count: int) -> Tensor:
 
 
 def draw(seed: int, number: int, shape: tuple[int, int, int], timesteps: int) -> dict:
-    """All random numbers of sample `number`, on the CPU. shape: the latents' shape (C, h, w).
+    """All random numbers of sample `number`, on the CPU. shape: of the latents, (C, h, w).
 
-    Returns `posterior` and `noise`, standard normal of this shape; `timestep`, an integer in [0, timesteps);
-    and `which`, `flip` and `drop`, uniform in [0, 1).
+    `posterior` and `noise` are standard normal, of this shape. `timestep` is an integer in [0, timesteps).
+    `which` (chooses a pair of the item), `flip` and `drop` are uniform in [0, 1).
     """
     digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -42,7 +42,7 @@ def draw(seed: int, number: int, shape: tuple[int, int, int], timesteps: int) ->
 
 
 class Pictures:
-    """Loads pairs as pictures and token ids, for a run without a cache.Cache."""
+    """Loads pairs as pictures and token ids. Takes the place of cache.Cache in a run without --cache."""
 
     def __init__(self, resolution: int, tokenizer: Tokenizer):
         self.resolution, self.tokenizer = resolution, tokenizer
@@ -55,10 +55,10 @@ class Pictures:
 
 
 class Samples(Dataset):
-    """Sample n as a dict: its random numbers, and one pair of its item.
+    """samples[n] is a dict: the random numbers of sample n, and one pair of its item.
 
-    source: Pictures or Cache. flips: mirror half of the pairs. shape, timesteps: see `draw`. skip_bad: if a
-    picture is broken, use the next item. Without skip_bad, the sample is then {"error": reason}.
+    source: Pictures or Cache. flips: mirror half of the pairs. shape, timesteps: see `draw`. If a picture is
+    broken, the sample is {"error": reason}, or with skip_bad the sample of the next sound item.
     """
 
     def __init__(self, items: list[Item], source, seed: int, flips: bool, shape: tuple[int, int, int],
@@ -70,8 +70,8 @@ class Samples(Dataset):
         drawn, skipped, count = draw(self.seed, number, self.shape, self.timesteps), [], len(self.items)
         epoch, place = divmod(number, count)
         places = order(self.seed, epoch, count)
-        for further in range(count if self.skip_bad else 1):
-            item = self.items[places[(place + further) % count]]
+        for ahead in range(count if self.skip_bad else 1):
+            item = self.items[places[(place + ahead) % count]]
             pair = item[int(float(drawn["which"]) * len(item))]
             try:
                 before, after, text = self.source.get(pair, self.flips and bool(drawn["flip"] < 0.5))
@@ -79,11 +79,11 @@ class Samples(Dataset):
                                 "name": f"{number} ('{pair.edit}' on {pair.before})"}
             except ValueError as error:
                 skipped.append(str(error))
-        return {"error": f"{skipped[0]} (--skip-bad leaves such pairs out)"}
+        return {"error": f"{skipped[0]} (--skip-bad leaves out such pairs)"}
 
 
 def collate(samples: list[dict]) -> dict:
-    """Stack samples to tensors (B, ...), and join the `skipped` lists; or return the first error dict."""
+    """Stack samples to tensors (B, ...), and join their `skipped` lists; or return the first error dict."""
     if errors := [sample for sample in samples if "error" in sample]:
         return errors[0]
     skipped = [reason for sample in samples for reason in sample.pop("skipped")]
@@ -99,7 +99,7 @@ def sample_numbers(first: int, last: int, accumulate: int, batch: int, rank: int
 
 
 def validation_batches(samples: Samples, count: int, batch: int) -> Iterator[dict]:
-    """Yield the samples 0 ... count - 1, without conditioning dropout, with evenly spaced timesteps."""
+    """Yield batches of samples 0 ... count - 1, with evenly spaced timesteps and no dropped conditions."""
     for numbers in torch.arange(count).split(batch):
         timesteps = (numbers + 0.5) * samples.timesteps / count
         yield collate([samples[number] for number in numbers.tolist()]) | {

@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches, Adam, and the moving average of the weights."""
+"""The trainer: optimizer steps, the moving average of the weights, validation, checkpoints, sample sheets."""
 
 import copy
 import math
@@ -21,7 +21,7 @@ from nanoip2p.training.config import TrainConfig
 from nanoip2p.training.ranks import Ranks
 from nanoip2p.unet import UNet
 
-Column = tuple[Image.Image, str, Image.Image]  # of a sample sheet: before, edit, after
+Column = tuple[Image.Image, str, Image.Image]  # a column of a sample sheet: input, instruction, target
 
 
 class Diverged(ValueError):
@@ -32,12 +32,12 @@ class Trainer:
     """The trained UNet, the moving average of its weights, AdamW, and the frozen encoders."""
 
     def __init__(self, config: TrainConfig, model: Model, ranks: Ranks, items: int):
-        """config: `accumulate` and `dtype` must not be None. items: number of items, saved in checkpoints."""
+        """config: `accumulate` and `dtype` must be set. items: number of items, to save in checkpoints."""
         self.config, self.model, self.ranks, self.device = config, model, ranks, ranks.device
         self.items, self.batch = items, config.batch_size * config.accumulate * ranks.count
         with torch.no_grad():
             [null] = encode_texts(model.text_encoder, model.tokenizer, [""]).values()
-        self.rest_encoders()
+        self.place_encoders()
         layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         self.unet = model.unet.to(self.device, memory_format=layout).train()
         average = copy.deepcopy(self.unet).requires_grad_(False).eval()
@@ -48,10 +48,11 @@ class Trainer:
             self.unet, gradient_as_bucket_view=True)
         self.forward = torch.compile(self.parallel) if config.compile else self.parallel
         self.alphas, self.null = model.schedule.alphas_cumprod().to(self.device), null.to(self.device)
-        self.skipped, self.lr, self.norm = set(), 0.0, 0.0  # lr and norm: those of the last step
+        # Reasons for skipped pairs, to warn of each once; learning rate and gradient norm of the last step
+        self.skipped, self.lr, self.norm = set(), 0.0, 0.0
 
-    def rest_encoders(self) -> None:
-        """Freeze the encoders. Move them to the CPU if a cache replaces them."""
+    def place_encoders(self) -> None:
+        """Freeze the encoders, and move them to the device, or to the CPU if a cache replaces them."""
         for encoder in (self.model.vae, self.model.text_encoder):
             encoder.requires_grad_(False).to("cpu" if self.config.cache else self.device)
 
@@ -64,7 +65,7 @@ class Trainer:
     def to_device(self, batch: dict, stop: bool = False) -> dict:
         """Move a batch of `collate` to the device, and encode its pictures and texts if there is no cache.
 
-        All ranks raise ValueError if any rank has a broken picture, or KeyboardInterrupt if any has to stop.
+        All ranks raise ValueError if any rank has a broken picture, KeyboardInterrupt if any rank has `stop`.
         """
         verdict = self.ranks.largest(2 if "error" in batch else int(stop))
         if verdict == 2:
@@ -85,14 +86,14 @@ class Trainer:
     def step(self, batches: Iterator[dict], step: int, stop: Callable[[], bool] = bool) -> float:
         """Take optimizer step number `step` (from 0). Returns this rank's mean loss, without min-SNR weights.
 
-        stop: called before each micro-batch; True raises KeyboardInterrupt. Raises ValueError for a broken
-        picture, and Diverged. After an exception, the weights are unchanged.
+        stop: called before each micro-batch; if True, the step raises KeyboardInterrupt. Also raises
+        ValueError for a broken picture, and Diverged. After an exception, the weights are unchanged.
         """
         config, losses, names = self.config, [], []
         for micro in range(config.accumulate):
             batch = self.to_device(next(batches), stop())
-            exchange = micro == config.accumulate - 1 or self.ranks.count == 1  # else accumulate only
-            with nullcontext() if exchange else self.parallel.no_sync():
+            exchange = micro == config.accumulate - 1 or self.ranks.count == 1
+            with nullcontext() if exchange else self.parallel.no_sync():  # ranks exchange gradients only once
                 loss = self.losses(self.forward, batch, config.recompute)                # (B,)
                 weight = loss_weight(batch["timestep"], self.alphas, config.snr_gamma)
                 ((loss * weight).mean() / config.accumulate).backward()
@@ -115,7 +116,7 @@ class Trainer:
 
     @torch.no_grad()
     def update_average(self, n: int) -> None:
-        """Update the average after optimizer step n = 1, 2, ... with decay min(ema_decay, (1+n)/(10+n))."""
+        """After optimizer step n = 1, 2, ...: update the average with decay min(ema_decay, (1+n)/(10+n))."""
         share = 1 - min(self.config.ema_decay, (1 + n) / (10 + n))
         average = list(self.average.parameters())
         raw = [weight.to(average[0].device) for weight in self.unet.parameters()]
@@ -123,32 +124,32 @@ class Trainer:
 
     def averaged_unet(self) -> UNet:
         """The UNet with the averaged weights, on the training device."""
-        on_cpu = self.config.ema_device == "cpu"
-        return copy.deepcopy(self.average).to(self.device) if on_cpu else self.average
+        same = self.config.ema_device == "same"
+        return self.average if same else copy.deepcopy(self.average).to(self.device)
 
     @torch.no_grad()
     def validate(self, batches: list[dict]) -> dict[str, float]:
-        """The mean losses of the raw and of the averaged weights, over batches of `to_device`."""
+        """The mean losses of the raw and of the averaged weights. batches: as `to_device` returns them."""
         networks = {"validation": self.unet, "validation_ema": self.averaged_unet()}
         return {name: torch.cat([self.losses(unet, batch) for batch in batches]).double().mean().item()
                 for name, unet in networks.items()}
 
     def load(self) -> int:
-        """Load the newest checkpoint of the run. Returns the number of its steps."""
+        """Load the newest checkpoint of the run. Returns the number of steps it was trained for."""
         checkpoint, state = runs.newest_checkpoint(self.config.out)
         unet, average, first, second = (read_tensors(checkpoint / f"{name}.safetensors")
                                         for name in runs.FILES)
         self.unet.load_state_dict(unet)
         self.average.load_state_dict(average)
         for name, weight in self.unet.named_parameters():
-            self.optimizer.state[weight] = {  # moments in the memory format of the weight
+            self.optimizer.state[weight] = {  # empty_like: the moments need the weight's memory format
                 "step": torch.tensor(float(state["step"]), device=self.device),
                 "exp_avg": torch.empty_like(weight).copy_(first[name]),
                 "exp_avg_sq": torch.empty_like(weight).copy_(second[name])}
         return state["step"]
 
     def save(self, step: int) -> None:
-        """On rank 0: write the averaged model to <out>/weights, then a checkpoint after `step` steps."""
+        """On rank 0: write the averaged model to <out>/weights, then the checkpoint of `step` steps."""
         if self.ranks.rank > 0:
             return
         model = self.model
@@ -161,23 +162,21 @@ class Trainer:
         runs.write_checkpoint(self.config.out, step, files, state, self.config.keep)
 
     def sample_sheet(self, columns: list[Column]) -> Image.Image:
-        """One column per pair: the input, the output of the averaged model, the target."""
-        model, resolution = copy.copy(self.model), self.config.resolution  # an Editor or a TextToImage
+        """Draw a column per pair: the input (of an editor), the averaged model's output, the target."""
+        model, settings = copy.copy(self.model), {"seed": 0, "resolution": self.config.resolution}
         model.unet = self.averaged_unet()
         model.to(self.device)
         inputs, texts, targets = map(list, zip(*columns))
         if self.config.text_to_image:
-            painted = model.generate(texts, seed=0, resolution=resolution)
-            rows, labels = [painted, targets], [texts, ["a true picture"] * len(texts)]
+            rows, labels = [model.generate(texts, **settings)], [texts]
         else:
-            edits = model.edit(inputs, texts, seed=0, resolution=resolution)
-            rows, labels = [inputs, edits, targets], [["input"] * len(texts), texts, ["target"] * len(texts)]
-        self.rest_encoders()
-        return grid(rows, labels)
+            rows, labels = [inputs, model.edit(inputs, texts, **settings)], [["input"] * len(texts), texts]
+        self.place_encoders()
+        return grid([*rows, targets], [*labels, ["target"] * len(texts)])
 
 
 def columns_of(items: list[Item], resolution: int, skip_bad: bool) -> list[Column]:
-    """The first pair of each item, for a sample sheet. skip_bad: skip pairs with a broken picture."""
+    """The first pair of each item as a column. skip_bad: skip a pair with a broken picture."""
     columns = []
     for [pair, *_] in items:
         with suppress(ValueError) if skip_bad else nullcontext():

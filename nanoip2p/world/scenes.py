@@ -158,6 +158,12 @@ def pick(options: list, generator: torch.Generator):
     return options[int(torch.randint(len(options), (), generator=generator))]
 
 
+def draw_edit(edits: list[Edit], generator: torch.Generator) -> Edit:
+    """Draw a kind of edit, then an edit of this kind: otherwise "add", with the most edits, would prevail."""
+    kind = pick(sorted({edit.kind for edit in edits}), generator)
+    return pick([edit for edit in edits if edit.kind == kind], generator)
+
+
 def random_scene(split: str, index: int) -> Scene:
     """Scene number `index` of a split ("train", "test", any word), with one to three things.
 
