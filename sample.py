@@ -36,22 +36,24 @@ with cli.slow_imports():
     from nanoip2p.speed import fast as speed
     from nanoip2p.world import scenes
 
-NOT_IN_RECIPE = ("output", "recipe", "device", "fast")  # settings that do not change the picture
+# Settings that change the picture by rounding at most
+NOT_IN_RECIPE = ("output", "recipe", "device", "fast")
 # --sweep varies both scales. From the paper's defaults it covers cfg_text 3 ... 12 and cfg_image 1 ... 2
 SWEEP_FACTORS = (0.4, 0.7, 1, 1.3, 1.6)      # multiply cfg_text
 SWEEP_STEPS = (-0.5, -0.25, 0, 0.25, 0.5)    # added to cfg_image
-NANO_RESOLUTION, NANO_WORDS, PHOTO = 64, 1000, 256  # pixels; maximum vocabulary; pixels of a photograph
+# `nano_notes`: resolution and maximum vocabulary of nano weights; a longer side than PHOTO gets a note
+NANO_RESOLUTION, NANO_VOCABULARY, PHOTO = 64, 1000, 256
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The flags with their defaults. A PNG's recipe stores them, except NOT_IN_RECIPE."""
+    """The flags with their defaults. The recipe in a PNG stores all but NOT_IN_RECIPE."""
 
     input: list[str] | None = flag("pictures, globs or folders", nargs="+", action="extend",
                                    group="what to edit, and how")
     edit: list[str] | None = flag('an instruction, such as "make it night"; may be repeated', action="append")
     turns: bool = flag("apply the instructions one after another, not each to the input", False)
-    n: int = flag("samples per edit, with seeds s, s + 1, ...", 1, type=at_least(1))
+    n: int = flag("samples per edit; their seeds are --seed, --seed + 1, ...", 1, type=at_least(1))
     negative: str = flag("negative prompt", "")
     steps: int | None = flag("denoising steps", type=at_least(1),
                              group="sampling (defaults: from the weights folder, else from the paper)")
@@ -138,26 +140,23 @@ def plan_pictures(settings: Settings, inputs: list[str]) -> list[Picture]:
     """All pictures to make, ordered by input, edit, sample. Raises ValueError for an unusable --output."""
     edits = [tuple(settings.edit)] if settings.turns else [(edit,) for edit in settings.edit]
     variants = [(edit, settings.seed + i) for edit in edits for i in range(settings.n)]
-    output, one = Path(settings.output), settings.grid or settings.sweep
-    to_folder = output.is_dir() or settings.output.endswith(("/", os.sep)) or not output.suffix
+    output, one = Path(settings.output), "--grid" if settings.grid else "--sweep" if settings.sweep else ""
+    to_folder = output.is_dir() or settings.output.endswith("/") or not output.suffix
     if not to_folder and output.suffix.lower() != ".png":
         raise ValueError(f"{output} should end in .png (or in / for a folder); only PNG is written")
     several = len(inputs) * len(settings.edit) * settings.n > 1
     if settings.sweep and (several or settings.grid or settings.keep_size):
         raise ValueError("--sweep needs one --edit and one --input, and excludes --n, --grid and --keep-size")
     if one and to_folder:
-        name = "--grid" if settings.grid else "--sweep"
-        raise ValueError(f"{name} writes one picture, so --output {settings.output} must end in .png")
-    if not settings.grid and not to_folder and len(inputs) > 1:
+        raise ValueError(f"{one} writes one picture, so --output {settings.output} must end in .png")
+    if len(inputs) > 1 and not (settings.grid or to_folder):
         raise ValueError(f"{len(inputs)} inputs need a folder as --output, not {output}")
-    bases = [output / stem for stem in unique_stems(inputs)] if to_folder else (
+    stems = [output / stem for stem in unique_stems(inputs)] if to_folder else (
         [output.with_suffix("")] * len(inputs))
-    numbers = [f"_{k:0{len(str(len(variants)))}d}" for k in range(1, len(variants) + 1)]
-    if len(variants) == 1 or settings.grid:
-        numbers = [""] * len(variants)
-    suffix = ".png" if to_folder else output.suffix
-    pictures = [Picture(path, edit, seed, f"{base}{number}{suffix}")
-                for path, base in zip(inputs, bases) for (edit, seed), number in zip(variants, numbers)]
+    suffix, digits = ".png" if to_folder else output.suffix, len(str(len(variants)))
+    number = f"_{{:0{digits}}}" if len(variants) > 1 and not settings.grid else ""  # such as "_{:02}"
+    pictures = [Picture(path, edit, seed, f"{stem}{number.format(k)}{suffix}")
+                for path, stem in zip(inputs, stems) for k, (edit, seed) in enumerate(variants, 1)]
     sources = {os.path.realpath(path) for path in inputs}
     for path in dict.fromkeys(picture.output for picture in pictures):
         if os.path.realpath(path) in sources:
@@ -167,7 +166,7 @@ def plan_pictures(settings: Settings, inputs: list[str]) -> list[Picture]:
 
 
 def unique_stems(paths: list[str]) -> list[str]:
-    """Output names, unique even if case is ignored: a/house.png, b/House.jpg -> house, House-2."""
+    """Stems of output files, unique even if case is ignored: a/house.png, b/House.jpg -> house, House-2."""
     stems = {}
     for stem in (Path(path).stem for path in paths):
         names = (stem if k == 1 else f"{stem}-{k}" for k in count(1))
@@ -208,8 +207,10 @@ def run(settings: Settings) -> None:
     for places in same_size([sizes[picture.input] for picture in pictures], settings.batch):
         batch = [pictures[i] for i in places]
         edited = edit_batch(editor, batch, sizes[batch[0].input], sampling, settings.keep_size)
-        stages |= zip(batch, edited) if settings.grid else ()
-        for picture, made in zip(batch, edited) if not settings.grid else ():
+        if settings.grid:
+            stages |= zip(batch, edited)
+            continue
+        for picture, made in zip(batch, edited):
             own = {"input": [picture.input], "edit": list(picture.edits), "n": 1, "seed": picture.seed}
             save_png(made[-1], picture.output, recipe | own)
             print(f"{picture.output}  {', then '.join(picture.edits)}  (seed {picture.seed})")
@@ -220,9 +221,9 @@ def run(settings: Settings) -> None:
 
 
 def nano_notes(editor: Editor, edits: list[str], sizes: dict[str, tuple[int, int]]) -> list[str]:
-    """Notes for the user of the nano weights: unknown words, too large pictures. [] for other weights."""
-    words = editor.tokenizer.backend.get_vocab_size()  # CLIP's own tokenizer has 49,408
-    if editor.defaults["resolution"] != NANO_RESOLUTION or words > NANO_WORDS:
+    """Notes about unknown words and large pictures, for users of the nano weights. [] for other weights."""
+    vocabulary = editor.tokenizer.backend.get_vocab_size()  # CLIP's own tokenizer has 49,408
+    if editor.defaults["resolution"] != NANO_RESOLUTION or vocabulary > NANO_VOCABULARY:
         return []
     unknown = scenes.unknown_words(" ".join(edits))
     notes = [f"unknown here: {', '.join(unknown)}"] if unknown else []
@@ -235,15 +236,15 @@ def edit_batch(editor: Editor, batch: list[Picture], size: tuple[int, int], samp
                keep_size: bool) -> list[list[Image.Image]]:
     """Edit a batch. Returns for each picture [input, after the first instruction, after the second, ...].
 
-    Crops inputs whose aspect ratio is not that of `size`. keep_size: stretches inputs to `size` instead and
-    scales the results back, so that the edit has the size of the input and shows all of it.
+    Crops each input to the aspect ratio of `size`. keep_size: stretches each input to `size` instead, and
+    scales the results back to the size of the input, so that nothing is cropped.
     """
     originals = {path: open_image(path) for path in {picture.input for picture in batch}}
     fitted = {path: image.resize(size, Image.Resampling.LANCZOS) if keep_size else fit(image, size)
               for path, image in originals.items()}
     stages = [[fitted[picture.input] for picture in batch]]
-    for turn in range(len(batch[0].edits)):
-        stages.append(editor.edit(stages[-1], [picture.edits[turn] for picture in batch], batch=len(batch),
+    for instructions in zip(*(picture.edits for picture in batch)):
+        stages.append(editor.edit(stages[-1], instructions, batch=len(batch),
                                   seed=[picture.seed for picture in batch], **sampling))
     if keep_size:
         stages = [[image.resize(originals[picture.input].size, Image.Resampling.LANCZOS)
@@ -252,7 +253,7 @@ def edit_batch(editor: Editor, batch: list[Picture], size: tuple[int, int], samp
 
 
 def sweep(editor: Editor, picture: Picture, size: tuple[int, int], sampling: dict) -> Image.Image:
-    """The input, and below it a grid of edits with one seed: rows by cfg_text, columns by cfg_image."""
+    """The input above a grid of edits with one seed. cfg_text changes by row, cfg_image by column."""
     texts = [round(sampling["cfg_text"] * factor, 4) for factor in SWEEP_FACTORS]
     images = [round(sampling["cfg_image"] + step, 4) for step in SWEEP_STEPS]
     before, cells = fit(open_image(picture.input), size), []
@@ -278,7 +279,7 @@ def draw_grid(pictures: list[Picture], stages: dict[Picture, list[Image.Image]])
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return the exit code, see cli.run."""
-    return cli.run(lambda: run(parse(argv)), "interrupted; the pictures printed above are complete",
+    return cli.run(lambda: run(parse(argv)), "interrupted; the pictures named above are complete",
                    "try --low-memory, --batch 1 or a smaller --resolution")
 
 
