@@ -13,7 +13,7 @@ import os
 import random
 import sys
 import textwrap
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count, product
 from pathlib import Path
 
@@ -82,16 +82,6 @@ class Settings:
                       "CUDA: channels last and CUDA graphs, after a minute of compiling", False)
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One picture to make."""
-
-    input: str
-    edits: tuple[str, ...]  # one instruction, or several with --turns
-    seed: int
-    output: str
-
-
 def make_parser() -> argparse.ArgumentParser:
     """A parser with all flags of Settings. Its help ends with the words that the nano weights know."""
     edits = {edit.kind: edit.instructions[0] for edit in scenes.random_scene("train", 0).edits()}
@@ -136,9 +126,12 @@ def as_flags(recipe: dict) -> list[str]:
     return argv
 
 
-def plan_pictures(settings: Settings, inputs: list[str]) -> list[Picture]:
-    """All pictures to make, ordered by input, edit, sample. Raises ValueError for an unusable --output."""
-    edits = [tuple(settings.edit)] if settings.turns else [(edit,) for edit in settings.edit]
+def plan_pictures(settings: Settings, inputs: list[str]) -> list[Settings]:
+    """The settings of each picture to make: one input, one seed, one output, and one edit or all turns.
+
+    Ordered by input, edit, sample. Raises ValueError for an unusable --output.
+    """
+    edits = [settings.edit] if settings.turns else [[edit] for edit in settings.edit]
     variants = [(edit, settings.seed + i) for edit in edits for i in range(settings.n)]
     output, one = Path(settings.output), "--grid" if settings.grid else "--sweep" if settings.sweep else ""
     to_folder = output.is_dir() or settings.output.endswith("/") or not output.suffix
@@ -151,11 +144,12 @@ def plan_pictures(settings: Settings, inputs: list[str]) -> list[Picture]:
         raise ValueError(f"{one} writes one picture, so --output {settings.output} must end in .png")
     if len(inputs) > 1 and not (settings.grid or to_folder):
         raise ValueError(f"{len(inputs)} inputs need a folder as --output, not {output}")
-    stems = [output / stem for stem in unique_stems(inputs)] if to_folder else (
-        [output.with_suffix("")] * len(inputs))
+    alone = [output.with_suffix("")] * len(inputs)
+    stems = [output / stem for stem in unique_stems(inputs)] if to_folder else alone
     suffix, digits = ".png" if to_folder else output.suffix, len(str(len(variants)))
     number = f"_{{:0{digits}}}" if len(variants) > 1 and not settings.grid else ""  # such as "_{:02}"
-    pictures = [Picture(path, edit, seed, f"{stem}{number.format(k)}{suffix}")
+    pictures = [replace(settings, input=[path], edit=edit, n=1, seed=seed,
+                        output=f"{stem}{number.format(k)}{suffix}")
                 for path, stem in zip(inputs, stems) for k, (edit, seed) in enumerate(variants, 1)]
     sources = {os.path.realpath(path) for path in inputs}
     for path in dict.fromkeys(picture.output for picture in pictures):
@@ -194,30 +188,29 @@ def run(settings: Settings) -> None:
             sizes[path] = fit_size(*size, sampling["resolution"], editor.multiple)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-    recipe = {key: value for key, value in asdict(settings).items() if key not in NOT_IN_RECIPE}
-    recipe |= sampling | {"version": __version__, "torch": torch.__version__}
-    sampling |= {"negative": settings.negative, "low_memory": settings.low_memory, "progress": True}
+    given = sampling | {"negative": settings.negative, "low_memory": settings.low_memory, "progress": True}
 
-    if settings.sweep:
-        [picture] = pictures
-        save_png(sweep(editor, picture, sizes[picture.input], sampling), settings.output, recipe)
-        print(f"{settings.output}  {settings.edit[0]}, by cfg_text and cfg_image  (seed {settings.seed})")
-        return
+    def write(image: Image.Image, made_by: Settings, text: str) -> None:
+        recipe = {key: value for key, value in asdict(made_by).items() if key not in NOT_IN_RECIPE} | sampling
+        save_png(image, made_by.output, recipe | {"version": __version__, "torch": torch.__version__})
+        print(f"{made_by.output}  {text}  (seed {made_by.seed})")
+
     stages = {}
-    for places in same_size([sizes[picture.input] for picture in pictures], settings.batch):
+    for places in same_size([sizes[picture.input[0]] for picture in pictures], settings.batch):
         batch = [pictures[i] for i in places]
-        edited = edit_batch(editor, batch, sizes[batch[0].input], sampling, settings.keep_size)
-        if settings.grid:
-            stages |= zip(batch, edited)
-            continue
-        for picture, made in zip(batch, edited):
-            own = {"input": [picture.input], "edit": list(picture.edits), "n": 1, "seed": picture.seed}
-            save_png(made[-1], picture.output, recipe | own)
-            print(f"{picture.output}  {', then '.join(picture.edits)}  (seed {picture.seed})")
+        size = sizes[batch[0].input[0]]
+        if settings.sweep:
+            table = sweep(editor, batch[0], size, given)
+            write(table, batch[0], f"{settings.edit[0]}, by cfg_text and cfg_image")
+        elif settings.grid:
+            stages |= zip(places, edit_batch(editor, batch, size, given))
+        else:
+            for picture, made in zip(batch, edit_batch(editor, batch, size, given)):
+                write(made[-1], picture, ", then ".join(picture.edit))
     if settings.grid:
-        save_png(draw_grid(pictures, stages), settings.output, recipe | {"input": inputs})
-        edits = sum(len(picture.edits) for picture in pictures)
-        print(f"{settings.output}  {edits} edit{'s' * (edits > 1)}  (seed {settings.seed})")
+        edits = sum(len(picture.edit) for picture in pictures)
+        table = draw_grid(pictures, stages)
+        write(table, replace(settings, input=inputs), f"{edits} edit{'s' * (edits > 1)}")
 
 
 def nano_notes(editor: Editor, edits: list[str], sizes: dict[str, tuple[int, int]]) -> list[str]:
@@ -232,48 +225,49 @@ def nano_notes(editor: Editor, edits: list[str], sizes: dict[str, tuple[int, int
     return [f"note: the nano weights know a small painted world; {note}" for note in notes]
 
 
-def edit_batch(editor: Editor, batch: list[Picture], size: tuple[int, int], sampling: dict,
-               keep_size: bool) -> list[list[Image.Image]]:
-    """Edit a batch. Returns for each picture [input, after the first instruction, after the second, ...].
+def edit_batch(editor: Editor, batch: list[Settings], size: tuple[int, int],
+               sampling: dict) -> list[tuple[Image.Image, ...]]:
+    """Edit a batch. Returns for each picture (input, after the first instruction, after the second, ...).
 
     Crops each input to the aspect ratio of `size`. keep_size: stretches each input to `size` instead, and
     scales the results back to the size of the input, so that nothing is cropped.
     """
-    originals = {path: open_image(path) for path in {picture.input for picture in batch}}
+    paths, keep_size = [picture.input[0] for picture in batch], batch[0].keep_size
+    originals = {path: open_image(path) for path in set(paths)}
     fitted = {path: image.resize(size, Image.Resampling.LANCZOS) if keep_size else fit(image, size)
               for path, image in originals.items()}
-    stages = [[fitted[picture.input] for picture in batch]]
-    for instructions in zip(*(picture.edits for picture in batch)):
+    stages = [[fitted[path] for path in paths]]
+    for instructions in zip(*(picture.edit for picture in batch)):
         stages.append(editor.edit(stages[-1], instructions, batch=len(batch),
                                   seed=[picture.seed for picture in batch], **sampling))
     if keep_size:
-        stages = [[image.resize(originals[picture.input].size, Image.Resampling.LANCZOS)
-                   for picture, image in zip(batch, stage)] for stage in stages]
-    return [list(of_one) for of_one in zip(*stages)]
+        stages = [[image.resize(originals[path].size, Image.Resampling.LANCZOS)
+                   for path, image in zip(paths, stage)] for stage in stages]
+    return list(zip(*stages))
 
 
-def sweep(editor: Editor, picture: Picture, size: tuple[int, int], sampling: dict) -> Image.Image:
+def sweep(editor: Editor, picture: Settings, size: tuple[int, int], sampling: dict) -> Image.Image:
     """The input above a grid of edits with one seed. cfg_text changes by row, cfg_image by column."""
     texts = [round(sampling["cfg_text"] * factor, 4) for factor in SWEEP_FACTORS]
     images = [round(sampling["cfg_image"] + step, 4) for step in SWEEP_STEPS]
-    before, cells = fit(open_image(picture.input), size), []
+    before, cells = fit(open_image(picture.input[0]), size), []
     for text, image in tqdm(list(product(texts, images)), unit="edit"):
         scales = {"cfg_text": text, "cfg_image": image, "progress": False}
-        cells.append(editor.edit(before, picture.edits[0], seed=picture.seed, **sampling | scales))
+        cells.append(editor.edit(before, picture.edit[0], seed=picture.seed, **sampling | scales))
     rows = [cells[i : i + len(images)] for i in range(0, len(cells), len(images))]
     labels = [[f"cfg_text {text:g}, cfg_image {image:g}" for image in images] for text in texts]
     return grid([[before], *rows], [["input"], *labels])
 
 
-def draw_grid(pictures: list[Picture], stages: dict[Picture, list[Image.Image]]) -> Image.Image:
+def draw_grid(pictures: list[Settings], stages: dict[int, tuple[Image.Image, ...]]) -> Image.Image:
     """One row for each input: the input, then every edit of it (with --turns, every turn)."""
     several = len({picture.seed for picture in pictures}) > 1
     rows, labels = {}, {}
-    for picture in pictures:
-        before, *edited = stages[picture]
-        rows.setdefault(picture.input, [before]).extend(edited)
-        labels.setdefault(picture.input, ["input"]).extend(
-            f"{edit} (seed {picture.seed})" if several else edit for edit in picture.edits)
+    for i, picture in enumerate(pictures):
+        before, *edited = stages[i]
+        rows.setdefault(picture.input[0], [before]).extend(edited)
+        labels.setdefault(picture.input[0], ["input"]).extend(
+            f"{edit} (seed {picture.seed})" if several else edit for edit in picture.edit)
     return grid(list(rows.values()), list(labels.values()))
 
 
