@@ -64,18 +64,18 @@ class Settings:
     seed: int | None = flag("seed of the noise (default: random)", type=at_least(0))
     output: str | None = flag("a PNG file, or a folder for several inputs", group="what to write")
     keep_size: bool = flag("scale the result to the size of the input", False)
-    grid: bool = flag("one labelled picture: input | edits", False)
-    sweep: bool = flag("one labelled picture of one edit at 5 x 5 guidance scales, around --cfg-text "
+    grid: bool = flag("write one labelled picture: input | edits", False)
+    sweep: bool = flag("write one labelled picture: one edit at 5 x 5 guidance scales, around --cfg-text "
                        "(rows) and --cfg-image (columns)", False)
-    recipe: str | None = flag("a PNG that sample.py wrote: use its settings, except those given as flags")
+    recipe: str | None = flag("a PNG that sample.py wrote: use its settings, unless a flag overrides them")
     weights: str = flag("a diffusers folder, a .safetensors or .ckpt file, or a name on the Hub",
                         "weights/nano-ip2p", group="weights and device")
     vae: str | None = flag("use this autoencoder instead of the checkpoint's: a file or folder")
-    tokenizer: str | None = flag("for a single file of weights: a folder or a name on the Hub")
+    tokenizer: str | None = flag("tokenizer of a single file of weights: a folder or a name on the Hub")
     raw_weights: bool = flag("use the raw weights of a file that also has EMA weights", False)
     device: str | None = flag("cuda, cuda:1, mps or cpu (default: the first available)")
     dtype: str = flag("half precision is faster on a GPU", "fp32", choices=sorted(DTYPES))
-    batch: int = flag("maximum pictures of one size in a forward pass", 8, type=at_least(1))
+    batch: int = flag("maximum number of pictures, of one size, in a forward pass", 8, type=at_least(1))
     low_memory: bool = flag("compute one guidance branch at a time, keep one network on the device, and use "
                             "VAE tiles above 768 pixels, which change the picture slightly", False)
     fast: bool = flag("faster, equal up to rounding. CPU: Winograd convolutions, which need more memory. "
@@ -88,11 +88,11 @@ def make_parser() -> argparse.ArgumentParser:
     words = {"things": scenes.KINDS, "colours": scenes.COLOURS, "times": scenes.TIMES,
              "weathers": scenes.WEATHERS, "grounds": scenes.GROUNDS, "places": scenes.SLOTS,
              "edits": edits.values()}
-    lines = [textwrap.fill(f"  {name:<11}{', '.join(known)}", 100, subsequent_indent=" " * 13)
-             for name, known in words.items()]
-    parser = cli.make_parser(description=__doc__, epilog="\n".join(
-        ["The default (nano) weights know a small painted world, no photographs. The place is often wrong:",
-         *lines]))
+    lines = ["The default (nano) weights know no photographs, only a small painted world with these words.",
+             "They often add a thing in the wrong place."]
+    lines += [textwrap.fill(f"  {name:<11}{', '.join(known)}", 100, subsequent_indent=" " * 13)
+              for name, known in words.items()]
+    parser = cli.make_parser(description=__doc__, epilog="\n".join(lines))
     cli.add_settings(parser, Settings)
     return parser
 
@@ -144,12 +144,13 @@ def plan_pictures(settings: Settings, inputs: list[str]) -> list[Settings]:
         raise ValueError(f"{one} writes one picture, so --output {settings.output} must end in .png")
     if len(inputs) > 1 and not (settings.grid or to_folder):
         raise ValueError(f"{len(inputs)} inputs need a folder as --output, not {output}")
-    alone = [output.with_suffix("")] * len(inputs)
-    stems = [output / stem for stem in unique_stems(inputs)] if to_folder else alone
-    suffix, digits = ".png" if to_folder else output.suffix, len(str(len(variants)))
-    number = f"_{{:0{digits}}}" if len(variants) > 1 and not settings.grid else ""  # such as "_{:02}"
+    if to_folder:
+        stems, suffix = [output / stem for stem in unique_stems(inputs)], ".png"
+    else:
+        stems, suffix = [output.with_suffix("")] * len(inputs), output.suffix
+    numbered, digits = len(variants) > 1 and not settings.grid, len(str(len(variants)))
     pictures = [replace(settings, input=[path], edit=edit, n=1, seed=seed,
-                        output=f"{stem}{number.format(k)}{suffix}")
+                        output=f"{stem}_{k:0{digits}}{suffix}" if numbered else f"{stem}{suffix}")
                 for path, stem in zip(inputs, stems) for k, (edit, seed) in enumerate(variants, 1)]
     sources = {os.path.realpath(path) for path in inputs}
     for path in dict.fromkeys(picture.output for picture in pictures):

@@ -50,9 +50,11 @@ class Editor(Model):
                                        "sampler": sampler, "resolution": resolution})
         levels = plan(self.schedule, settings["sampler"], settings["steps"])
         single, (images, instructions, seeds) = self._requests(seed, images=images, instructions=instructions)
-        keys = [id(image) for image in images]  # encode each picture only once
-        pixels = {key: self._to_pixels(image, settings["resolution"])
-                  for key, image in dict(zip(keys, images)).items()}                    # (3, H, W) each
+        keys, pixels = [id(image) for image in images], {}  # encode each picture only once
+        for key, image in dict(zip(keys, images)).items():
+            image = as_image(image)
+            size = fit_size(*image.size, settings["resolution"], self.multiple)
+            pixels[key] = to_tensor(fit(image, size))                                   # (3, H, W)
         for network in (self.unet, self.vae) if low_memory else ():
             network.to("cpu")
         with self._on_device(self.text_encoder, low_memory):
@@ -78,11 +80,6 @@ class Editor(Model):
                 with self._on_device(self.vae, low_memory):
                     edited |= zip(group, self.decode(z, low_memory))
         return edited[0] if single else [edited[i] for i in range(len(images))]
-
-    def _to_pixels(self, image, resolution: int) -> Tensor:
-        """A picture -> pixels (3, H, W) in [-1, 1], resized for the UNet."""
-        image = as_image(image)
-        return to_tensor(fit(image, fit_size(*image.size, resolution, self.multiple)))
 
     def _encode(self, pixels: Tensor, low_memory: bool) -> Tensor:
         """Pixels (B, 3, H, W) in [-1, 1] -> z_image (B, C, h, w): mode of the VAE's posterior, unscaled."""

@@ -114,8 +114,7 @@ class Model:
 
         Repeats a single value. A single seed s becomes s, s + 1, ...; None draws s at random. Sets last_seed.
         """
-        seed = random.randrange(2**31) if seed is None else seed
-        given["seeds"] = seed
+        given["seeds"] = seed = random.randrange(2**31) if seed is None else seed
         lengths = {name: len(value) for name, value in given.items() if isinstance(value, (list, tuple))}
         if len(set(lengths.values())) > 1:
             counts = ", ".join(f"{length} {name}" for name, length in lengths.items())
