@@ -127,7 +127,7 @@ def as_flags(recipe: dict) -> list[str]:
 
 
 def plan_pictures(settings: Settings, inputs: list[str]) -> list[Settings]:
-    """The settings of each picture to make: one input, one seed, one output, and one edit or all turns.
+    """The settings of each picture to make: one input, one seed, one output, and one edit (or all turns).
 
     Ordered by input, edit, sample. Raises ValueError for an unusable --output.
     """
@@ -171,7 +171,7 @@ def unique_stems(paths: list[str]) -> list[str]:
 
 
 def run(settings: Settings) -> None:
-    """Check all inputs and outputs, then edit. Write each batch as soon as it is finished."""
+    """Check all inputs and outputs, then edit. Write each batch when it is finished, a grid at the end."""
     inputs = find_images(settings.input)
     pictures = plan_pictures(settings, inputs)
     sizes = {path: open_image(path).size for path in inputs}  # a bad picture raises early
@@ -184,7 +184,7 @@ def run(settings: Settings) -> None:
     for note in nano_notes(editor, settings.edit, sizes):
         print(note, file=sys.stderr)
     sampling = editor.fill_defaults({key: getattr(settings, key) for key in editor.defaults})
-    for path, size in sizes.items():
+    for path, size in sizes.items():  # from here on, the sizes at which to edit
         try:
             sizes[path] = fit_size(*size, sampling["resolution"], editor.multiple)
         except ValueError as error:

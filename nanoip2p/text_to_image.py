@@ -35,7 +35,7 @@ class TextToImage(Model):
         if settings["resolution"] < 1 or settings["resolution"] % self.multiple:
             raise ValueError(f"these weights cannot use a resolution of {settings['resolution']}; take a "
                              f"multiple of {self.multiple}")
-        plan(self.schedule, settings["sampler"], settings["steps"])
+        plan(self.schedule, settings["sampler"], settings["steps"])  # raises for too many steps
         return settings
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
