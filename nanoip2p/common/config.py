@@ -31,7 +31,7 @@ FIXED = {
 }
 IGNORED = {
     "unet": {"sample_size", "addition_embed_type_num_heads"},
-    "vae": {"sample_size", "force_upcast"},  # hints for tiling and for half precision
+    "vae": {"sample_size", "force_upcast"},  # diffusers' hints for tiling and for half precision
     # Initialisation, token ids, and the generation settings that transformers wrote before 2023
     "clip": set(
         "architectures model_type torch_dtype dtype transformers_version initializer_range "
@@ -39,7 +39,7 @@ IGNORED = {
         "return_dict chunk_size_feed_forward tie_word_embeddings diversity_penalty "
         "encoder_no_repeat_ngram_size length_penalty max_length min_length temperature top_k top_p typical_p "
         "no_repeat_ngram_size num_beam_groups num_beams num_return_sequences repetition_penalty".split()),
-    # Settings of features that are off, and of PNDM: Stable Diffusion 1.x folders ship PNDM's config
+    # Settings of features that are off, and of the PNDM scheduler, which Stable Diffusion 1.x folders name
     "scheduler": {"clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "skip_prk_steps",
                   "flow_shift", "time_shift_type"},
 }
@@ -52,13 +52,13 @@ def read_config(cls: type, config: dict, fixed: dict, ignored: set[str]):
     the key and its value for any other unknown key, and for a `fixed` key with an unsupported value.
     """
     fields = {field.name for field in dataclasses.fields(cls)}
-    honoured = {}
+    supported = {}
     for key, value in config.items():
         value = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
         if key in fields:
-            honoured[key] = value
+            supported[key] = value
         elif key in fixed and value != fixed[key]:
             raise ValueError(f"{cls.__name__}: {key} = {value!r} is not supported, only {fixed[key]!r}")
         elif not (key in fixed or key in ignored or key.startswith("_") or value is None or value is False):
             raise ValueError(f"{cls.__name__}: unknown setting {key} = {value!r}; not Stable Diffusion 1.x")
-    return cls(**honoured)
+    return cls(**supported)
