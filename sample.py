@@ -13,7 +13,7 @@ import os
 import random
 import sys
 import textwrap
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count, product
 from pathlib import Path
 
@@ -36,22 +36,24 @@ with cli.slow_imports():
     from nanoip2p.speed import fast as speed
     from nanoip2p.world import scenes
 
-NOT_IN_RECIPE = ("output", "recipe", "device", "fast")  # settings that do not change the picture
+# Settings that change the picture by rounding at most
+NOT_IN_RECIPE = ("output", "recipe", "device", "fast")
 # --sweep varies both scales. From the paper's defaults it covers cfg_text 3 ... 12 and cfg_image 1 ... 2
 SWEEP_FACTORS = (0.4, 0.7, 1, 1.3, 1.6)      # multiply cfg_text
 SWEEP_STEPS = (-0.5, -0.25, 0, 0.25, 0.5)    # added to cfg_image
-NANO_RESOLUTION, NANO_WORDS, PHOTO = 64, 1000, 256  # pixels; maximum vocabulary; pixels of a photograph
+# `nano_notes`: resolution and maximum vocabulary of nano weights; a longer side than PHOTO gets a note
+NANO_RESOLUTION, NANO_VOCABULARY, PHOTO = 64, 1000, 256
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The flags with their defaults. A PNG's recipe stores them, except NOT_IN_RECIPE."""
+    """The flags with their defaults. The recipe in a PNG stores all but NOT_IN_RECIPE."""
 
     input: list[str] | None = flag("pictures, globs or folders", nargs="+", action="extend",
                                    group="what to edit, and how")
     edit: list[str] | None = flag('an instruction, such as "make it night"; may be repeated', action="append")
     turns: bool = flag("apply the instructions one after another, not each to the input", False)
-    n: int = flag("samples per edit, with seeds s, s + 1, ...", 1, type=at_least(1))
+    n: int = flag("samples per edit; their seeds are --seed, --seed + 1, ...", 1, type=at_least(1))
     negative: str = flag("negative prompt", "")
     steps: int | None = flag("denoising steps", type=at_least(1),
                              group="sampling (defaults: from the weights folder, else from the paper)")
@@ -62,32 +64,22 @@ class Settings:
     seed: int | None = flag("seed of the noise (default: random)", type=at_least(0))
     output: str | None = flag("a PNG file, or a folder for several inputs", group="what to write")
     keep_size: bool = flag("scale the result to the size of the input", False)
-    grid: bool = flag("one labelled picture: input | edits", False)
-    sweep: bool = flag("one labelled picture of one edit at 5 x 5 guidance scales, around --cfg-text "
+    grid: bool = flag("write one labelled picture: input | edits", False)
+    sweep: bool = flag("write one labelled picture: one edit at 5 x 5 guidance scales, around --cfg-text "
                        "(rows) and --cfg-image (columns)", False)
-    recipe: str | None = flag("a PNG that sample.py wrote: use its settings, except those given as flags")
+    recipe: str | None = flag("a PNG that sample.py wrote: use its settings, unless a flag overrides them")
     weights: str = flag("a diffusers folder, a .safetensors or .ckpt file, or a name on the Hub",
                         "weights/nano-ip2p", group="weights and device")
     vae: str | None = flag("use this autoencoder instead of the checkpoint's: a file or folder")
-    tokenizer: str | None = flag("for a single file of weights: a folder or a name on the Hub")
+    tokenizer: str | None = flag("tokenizer of a single file of weights: a folder or a name on the Hub")
     raw_weights: bool = flag("use the raw weights of a file that also has EMA weights", False)
     device: str | None = flag("cuda, cuda:1, mps or cpu (default: the first available)")
     dtype: str = flag("half precision is faster on a GPU", "fp32", choices=sorted(DTYPES))
-    batch: int = flag("maximum pictures of one size in a forward pass", 8, type=at_least(1))
+    batch: int = flag("maximum number of pictures, of one size, in a forward pass", 8, type=at_least(1))
     low_memory: bool = flag("compute one guidance branch at a time, keep one network on the device, and use "
                             "VAE tiles above 768 pixels, which change the picture slightly", False)
     fast: bool = flag("faster, equal up to rounding. CPU: Winograd convolutions, which need more memory. "
                       "CUDA: channels last and CUDA graphs, after a minute of compiling", False)
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One picture to make."""
-
-    input: str
-    edits: tuple[str, ...]  # one instruction, or several with --turns
-    seed: int
-    output: str
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -96,11 +88,11 @@ def make_parser() -> argparse.ArgumentParser:
     words = {"things": scenes.KINDS, "colours": scenes.COLOURS, "times": scenes.TIMES,
              "weathers": scenes.WEATHERS, "grounds": scenes.GROUNDS, "places": scenes.SLOTS,
              "edits": edits.values()}
-    lines = [textwrap.fill(f"  {name:<11}{', '.join(known)}", 100, subsequent_indent=" " * 13)
-             for name, known in words.items()]
-    parser = cli.make_parser(description=__doc__, epilog="\n".join(
-        ["The default (nano) weights know a small painted world, no photographs. The place is often wrong:",
-         *lines]))
+    lines = ["The default (nano) weights know no photographs, only a small painted world with these words.",
+             "They often add a thing in the wrong place."]
+    lines += [textwrap.fill(f"  {name:<11}{', '.join(known)}", 100, subsequent_indent=" " * 13)
+              for name, known in words.items()]
+    parser = cli.make_parser(description=__doc__, epilog="\n".join(lines))
     cli.add_settings(parser, Settings)
     return parser
 
@@ -134,30 +126,32 @@ def as_flags(recipe: dict) -> list[str]:
     return argv
 
 
-def plan_pictures(settings: Settings, inputs: list[str]) -> list[Picture]:
-    """All pictures to make, ordered by input, edit, sample. Raises ValueError for an unusable --output."""
-    edits = [tuple(settings.edit)] if settings.turns else [(edit,) for edit in settings.edit]
+def plan_pictures(settings: Settings, inputs: list[str]) -> list[Settings]:
+    """The settings of each picture to make: one input, one seed, one output, and one edit (or all turns).
+
+    Ordered by input, edit, sample. Raises ValueError for an unusable --output.
+    """
+    edits = [settings.edit] if settings.turns else [[edit] for edit in settings.edit]
     variants = [(edit, settings.seed + i) for edit in edits for i in range(settings.n)]
-    output, one = Path(settings.output), settings.grid or settings.sweep
-    to_folder = output.is_dir() or settings.output.endswith(("/", os.sep)) or not output.suffix
+    output, one = Path(settings.output), "--grid" if settings.grid else "--sweep" if settings.sweep else ""
+    to_folder = output.is_dir() or settings.output.endswith("/") or not output.suffix
     if not to_folder and output.suffix.lower() != ".png":
         raise ValueError(f"{output} should end in .png (or in / for a folder); only PNG is written")
     several = len(inputs) * len(settings.edit) * settings.n > 1
     if settings.sweep and (several or settings.grid or settings.keep_size):
         raise ValueError("--sweep needs one --edit and one --input, and excludes --n, --grid and --keep-size")
     if one and to_folder:
-        name = "--grid" if settings.grid else "--sweep"
-        raise ValueError(f"{name} writes one picture, so --output {settings.output} must end in .png")
-    if not settings.grid and not to_folder and len(inputs) > 1:
+        raise ValueError(f"{one} writes one picture, so --output {settings.output} must end in .png")
+    if len(inputs) > 1 and not (settings.grid or to_folder):
         raise ValueError(f"{len(inputs)} inputs need a folder as --output, not {output}")
-    bases = [output / stem for stem in unique_stems(inputs)] if to_folder else (
-        [output.with_suffix("")] * len(inputs))
-    numbers = [f"_{k:0{len(str(len(variants)))}d}" for k in range(1, len(variants) + 1)]
-    if len(variants) == 1 or settings.grid:
-        numbers = [""] * len(variants)
-    suffix = ".png" if to_folder else output.suffix
-    pictures = [Picture(path, edit, seed, f"{base}{number}{suffix}")
-                for path, base in zip(inputs, bases) for (edit, seed), number in zip(variants, numbers)]
+    if to_folder:
+        stems, suffix = [output / stem for stem in unique_stems(inputs)], ".png"
+    else:
+        stems, suffix = [output.with_suffix("")] * len(inputs), output.suffix
+    numbered, digits = len(variants) > 1 and not settings.grid, len(str(len(variants)))
+    pictures = [replace(settings, input=[path], edit=edit, n=1, seed=seed,
+                        output=f"{stem}_{k:0{digits}}{suffix}" if numbered else f"{stem}{suffix}")
+                for path, stem in zip(inputs, stems) for k, (edit, seed) in enumerate(variants, 1)]
     sources = {os.path.realpath(path) for path in inputs}
     for path in dict.fromkeys(picture.output for picture in pictures):
         if os.path.realpath(path) in sources:
@@ -167,7 +161,7 @@ def plan_pictures(settings: Settings, inputs: list[str]) -> list[Picture]:
 
 
 def unique_stems(paths: list[str]) -> list[str]:
-    """Output names, unique even if case is ignored: a/house.png, b/House.jpg -> house, House-2."""
+    """Stems of output files, unique even if case is ignored: a/house.png, b/House.jpg -> house, House-2."""
     stems = {}
     for stem in (Path(path).stem for path in paths):
         names = (stem if k == 1 else f"{stem}-{k}" for k in count(1))
@@ -177,7 +171,7 @@ def unique_stems(paths: list[str]) -> list[str]:
 
 
 def run(settings: Settings) -> None:
-    """Check all inputs and outputs, then edit. Write each batch as soon as it is finished."""
+    """Check all inputs and outputs, then edit. Write each batch when it is finished, a grid at the end."""
     inputs = find_images(settings.input)
     pictures = plan_pictures(settings, inputs)
     sizes = {path: open_image(path).size for path in inputs}  # a bad picture raises early
@@ -190,39 +184,40 @@ def run(settings: Settings) -> None:
     for note in nano_notes(editor, settings.edit, sizes):
         print(note, file=sys.stderr)
     sampling = editor.fill_defaults({key: getattr(settings, key) for key in editor.defaults})
-    for path, size in sizes.items():
+    for path, size in sizes.items():  # from here on, the sizes at which to edit
         try:
             sizes[path] = fit_size(*size, sampling["resolution"], editor.multiple)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-    recipe = {key: value for key, value in asdict(settings).items() if key not in NOT_IN_RECIPE}
-    recipe |= sampling | {"version": __version__, "torch": torch.__version__}
-    sampling |= {"negative": settings.negative, "low_memory": settings.low_memory, "progress": True}
+    given = sampling | {"negative": settings.negative, "low_memory": settings.low_memory, "progress": True}
 
-    if settings.sweep:
-        [picture] = pictures
-        save_png(sweep(editor, picture, sizes[picture.input], sampling), settings.output, recipe)
-        print(f"{settings.output}  {settings.edit[0]}, by cfg_text and cfg_image  (seed {settings.seed})")
-        return
+    def write(image: Image.Image, made_by: Settings, text: str) -> None:
+        recipe = {key: value for key, value in asdict(made_by).items() if key not in NOT_IN_RECIPE} | sampling
+        save_png(image, made_by.output, recipe | {"version": __version__, "torch": torch.__version__})
+        print(f"{made_by.output}  {text}  (seed {made_by.seed})")
+
     stages = {}
-    for places in same_size([sizes[picture.input] for picture in pictures], settings.batch):
+    for places in same_size([sizes[picture.input[0]] for picture in pictures], settings.batch):
         batch = [pictures[i] for i in places]
-        edited = edit_batch(editor, batch, sizes[batch[0].input], sampling, settings.keep_size)
-        stages |= zip(batch, edited) if settings.grid else ()
-        for picture, made in zip(batch, edited) if not settings.grid else ():
-            own = {"input": [picture.input], "edit": list(picture.edits), "n": 1, "seed": picture.seed}
-            save_png(made[-1], picture.output, recipe | own)
-            print(f"{picture.output}  {', then '.join(picture.edits)}  (seed {picture.seed})")
+        size = sizes[batch[0].input[0]]
+        if settings.sweep:
+            table = sweep(editor, batch[0], size, given)
+            write(table, batch[0], f"{settings.edit[0]}, by cfg_text and cfg_image")
+        elif settings.grid:
+            stages |= zip(places, edit_batch(editor, batch, size, given))
+        else:
+            for picture, made in zip(batch, edit_batch(editor, batch, size, given)):
+                write(made[-1], picture, ", then ".join(picture.edit))
     if settings.grid:
-        save_png(draw_grid(pictures, stages), settings.output, recipe | {"input": inputs})
-        edits = sum(len(picture.edits) for picture in pictures)
-        print(f"{settings.output}  {edits} edit{'s' * (edits > 1)}  (seed {settings.seed})")
+        edits = sum(len(picture.edit) for picture in pictures)
+        table = draw_grid(pictures, stages)
+        write(table, replace(settings, input=inputs), f"{edits} edit{'s' * (edits > 1)}")
 
 
 def nano_notes(editor: Editor, edits: list[str], sizes: dict[str, tuple[int, int]]) -> list[str]:
-    """Notes for the user of the nano weights: unknown words, too large pictures. [] for other weights."""
-    words = editor.tokenizer.backend.get_vocab_size()  # CLIP's own tokenizer has 49,408
-    if editor.defaults["resolution"] != NANO_RESOLUTION or words > NANO_WORDS:
+    """Notes about unknown words and large pictures, for users of the nano weights. [] for other weights."""
+    vocabulary = editor.tokenizer.backend.get_vocab_size()  # CLIP's own tokenizer has 49,408
+    if editor.defaults["resolution"] != NANO_RESOLUTION or vocabulary > NANO_VOCABULARY:
         return []
     unknown = scenes.unknown_words(" ".join(edits))
     notes = [f"unknown here: {', '.join(unknown)}"] if unknown else []
@@ -231,54 +226,55 @@ def nano_notes(editor: Editor, edits: list[str], sizes: dict[str, tuple[int, int
     return [f"note: the nano weights know a small painted world; {note}" for note in notes]
 
 
-def edit_batch(editor: Editor, batch: list[Picture], size: tuple[int, int], sampling: dict,
-               keep_size: bool) -> list[list[Image.Image]]:
-    """Edit a batch. Returns for each picture [input, after the first instruction, after the second, ...].
+def edit_batch(editor: Editor, batch: list[Settings], size: tuple[int, int],
+               sampling: dict) -> list[tuple[Image.Image, ...]]:
+    """Edit a batch. Returns for each picture (input, after the first instruction, after the second, ...).
 
-    Crops inputs whose aspect ratio is not that of `size`. keep_size: stretches inputs to `size` instead and
-    scales the results back, so that the edit has the size of the input and shows all of it.
+    Crops each input to the aspect ratio of `size`. keep_size: stretches each input to `size` instead, and
+    scales the results back to the size of the input, so that nothing is cropped.
     """
-    originals = {path: open_image(path) for path in {picture.input for picture in batch}}
+    paths, keep_size = [picture.input[0] for picture in batch], batch[0].keep_size
+    originals = {path: open_image(path) for path in set(paths)}
     fitted = {path: image.resize(size, Image.Resampling.LANCZOS) if keep_size else fit(image, size)
               for path, image in originals.items()}
-    stages = [[fitted[picture.input] for picture in batch]]
-    for turn in range(len(batch[0].edits)):
-        stages.append(editor.edit(stages[-1], [picture.edits[turn] for picture in batch], batch=len(batch),
+    stages = [[fitted[path] for path in paths]]
+    for instructions in zip(*(picture.edit for picture in batch)):
+        stages.append(editor.edit(stages[-1], instructions, batch=len(batch),
                                   seed=[picture.seed for picture in batch], **sampling))
     if keep_size:
-        stages = [[image.resize(originals[picture.input].size, Image.Resampling.LANCZOS)
-                   for picture, image in zip(batch, stage)] for stage in stages]
-    return [list(of_one) for of_one in zip(*stages)]
+        stages = [[image.resize(originals[path].size, Image.Resampling.LANCZOS)
+                   for path, image in zip(paths, stage)] for stage in stages]
+    return list(zip(*stages))
 
 
-def sweep(editor: Editor, picture: Picture, size: tuple[int, int], sampling: dict) -> Image.Image:
-    """The input, and below it a grid of edits with one seed: rows by cfg_text, columns by cfg_image."""
+def sweep(editor: Editor, picture: Settings, size: tuple[int, int], sampling: dict) -> Image.Image:
+    """The input above a grid of edits with one seed. cfg_text changes by row, cfg_image by column."""
     texts = [round(sampling["cfg_text"] * factor, 4) for factor in SWEEP_FACTORS]
     images = [round(sampling["cfg_image"] + step, 4) for step in SWEEP_STEPS]
-    before, cells = fit(open_image(picture.input), size), []
+    before, cells = fit(open_image(picture.input[0]), size), []
     for text, image in tqdm(list(product(texts, images)), unit="edit"):
         scales = {"cfg_text": text, "cfg_image": image, "progress": False}
-        cells.append(editor.edit(before, picture.edits[0], seed=picture.seed, **sampling | scales))
+        cells.append(editor.edit(before, picture.edit[0], seed=picture.seed, **sampling | scales))
     rows = [cells[i : i + len(images)] for i in range(0, len(cells), len(images))]
     labels = [[f"cfg_text {text:g}, cfg_image {image:g}" for image in images] for text in texts]
     return grid([[before], *rows], [["input"], *labels])
 
 
-def draw_grid(pictures: list[Picture], stages: dict[Picture, list[Image.Image]]) -> Image.Image:
+def draw_grid(pictures: list[Settings], stages: dict[int, tuple[Image.Image, ...]]) -> Image.Image:
     """One row for each input: the input, then every edit of it (with --turns, every turn)."""
     several = len({picture.seed for picture in pictures}) > 1
     rows, labels = {}, {}
-    for picture in pictures:
-        before, *edited = stages[picture]
-        rows.setdefault(picture.input, [before]).extend(edited)
-        labels.setdefault(picture.input, ["input"]).extend(
-            f"{edit} (seed {picture.seed})" if several else edit for edit in picture.edits)
+    for i, picture in enumerate(pictures):
+        before, *edited = stages[i]
+        rows.setdefault(picture.input[0], [before]).extend(edited)
+        labels.setdefault(picture.input[0], ["input"]).extend(
+            f"{edit} (seed {picture.seed})" if several else edit for edit in picture.edit)
     return grid(list(rows.values()), list(labels.values()))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return the exit code, see cli.run."""
-    return cli.run(lambda: run(parse(argv)), "interrupted; the pictures printed above are complete",
+    return cli.run(lambda: run(parse(argv)), "interrupted; the pictures named above are complete",
                    "try --low-memory, --batch 1 or a smaller --resolution")
 
 

@@ -1,4 +1,4 @@
-"""The commands of nanoip2p. An installed package offers the first three under the name in the middle.
+"""The commands of nanoip2p. The first three, once installed, also have the names in the second column.
 
     sample.py         nanoip2p-edit        edit pictures by instruction
     make_dataset.py   nanoip2p-dataset     captions -> instructions -> pairs of pictures
@@ -15,7 +15,7 @@ from nanoip2p.common import cli
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the list above and return the exit code, see cli.run."""
+    """Print this file's docstring and return the exit code, see cli.run."""
     parser = cli.make_parser(prog="python -m nanoip2p", description=__doc__)
     return cli.run(lambda: (parser.parse_args(argv), print(__doc__.strip())), "interrupted", "")
 

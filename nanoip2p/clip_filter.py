@@ -8,7 +8,7 @@ similarity of StyleGAN-NADA (Gal et al. 2108.00946, equation 4):
 
 Names, thresholds and preprocessing follow the paper's code (metrics/clip_similarity.py and
 dataset_creation/generate_img_dataset.py); the paper's text sets the picture threshold to 0.75. Our CLIP gets
-8-bit pictures before JPEG compression and runs in float32; the paper's code has float pictures and float16.
+8-bit pictures before JPEG compression and runs in float32; the paper's code scores float pictures in float16.
 """
 
 from dataclasses import dataclass
@@ -37,15 +37,13 @@ class Thresholds:
 
     def reasons(self, scores: dict[str, float]) -> list[str]:
         """Names of the similarities below their threshold: [] if the pair passes. NaN counts as too low."""
-        least = zip(SIMILARITIES, (self.caption, self.caption, self.direction, self.image))
-        return [name for name, threshold in least if not scores[name] >= threshold]
+        thresholds = zip(SIMILARITIES, (self.caption, self.caption, self.direction, self.image))
+        return [name for name, threshold in thresholds if not scores[name] >= threshold]
 
 
 def best(candidates: list, most: int) -> list:
-    """The best (row, ...) tuples, at most `most`: highest clip_sim_dir first, then highest seed."""
-    def rank(candidate: tuple) -> tuple:
-        return candidate[0]["clip_sim_dir"], candidate[0]["seed"]
-    return sorted(candidates, key=rank, reverse=True)[:most]
+    """At most `most` of the (row, ...) tuples: by highest clip_sim_dir, and among equals by highest seed."""
+    return sorted(candidates, key=lambda it: (it[0]["clip_sim_dir"], it[0]["seed"]), reverse=True)[:most]
 
 
 def similarities(before: Tensor, after: Tensor, text_before: Tensor, text_after: Tensor) -> Tensor:
@@ -63,7 +61,7 @@ class Judge:
     """CLIP with its tokenizer and its picture preprocessing."""
 
     def __init__(self, clip: CLIP, tokenizer: Tokenizer, mean: list[float], std: list[float]):
-        """mean, std: of pixels in [0, 1], one for each colour channel, from preprocessor_config.json."""
+        """mean, std: of pixels in [0, 1], three numbers each, from preprocessor_config.json."""
         self.clip, self.tokenizer = clip, tokenizer
         self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
 
@@ -100,7 +98,7 @@ class Judge:
 
     @torch.inference_mode()
     def encode_pictures(self, pictures: list[Image.Image]) -> Tensor:
-        """RGB pictures of one size -> unit vectors (B, P), in one forward."""
+        """RGB pictures of one size -> unit vectors (B, P), in one forward pass."""
         return self.clip.encode_image(self.prepare(pictures).to(self.clip.logit_scale.device))
 
     def prepare(self, pictures: list[Image.Image]) -> Tensor:

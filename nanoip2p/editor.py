@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nanoip2p.diffusion import Plan, plan
+from nanoip2p.diffusion import plan
 from nanoip2p.guidance import guided_denoiser
 from nanoip2p.images import fit, fit_size, to_tensor
 from nanoip2p.pipeline import Callback, Model, as_image, encode_texts, reporting, same_size
@@ -31,28 +31,30 @@ class Editor(Model):
     ) -> Image.Image | list[Image.Image]:
         """Edit pictures by instruction. Returns a list of RGB pictures, or one if no argument is a list.
 
-        images: one picture or a list. A picture is a path, an image of PIL, an array (H, W, 3) or a tensor
-        (3, H, W) of uint8 or of floats in [0, 1]. `images.fit_size` computes the size of the result.
+        images: one picture or a list. A picture is a path, a PIL image, an array (H, W, 3) or a tensor
+        (3, H, W), of uint8 or of floats in [0, 1]. `images.fit_size` computes the size of the result.
         instructions: one for all pictures, or a list with one for each picture.
         seed: a list with one for each picture, or one number (picture i then uses seed + i), or None for a
         random seed. `last_seed` keeps the seed. Device and batch do not change the noise of a picture.
 
         steps, cfg_text and cfg_image (s_T and s_I of the paper's equation 3), sampler and resolution (the
         approximate longer side, in pixels): None takes the default of the weights.
-        negative: the negative prompt. batch: the most pictures of one size in a forward pass.
+        negative: the negative prompt. batch: maximum number of pictures, of one size, in a forward pass.
         low_memory: compute the guidance branches one by one, keep one network on the device at a time, and
         encode and decode large pictures in tiles.
-        callback(step, latents): called at each step of each batch; step counts from 0, and latents
-        (B, C, h, w) are the current estimate of the edited pictures; use `decode` to see them.
+        callback(step, latents): called at each step of a batch; step restarts at 0 for each batch. latents
+        (B, C, h, w) are the current estimate of the edited pictures; `decode` turns them into pictures.
         Raises ValueError for settings, pictures or types that cannot be used.
         """
         settings = self.fill_defaults({"steps": steps, "cfg_text": cfg_text, "cfg_image": cfg_image,
-                                  "sampler": sampler, "resolution": resolution})
-        noise_levels = plan(self.schedule, settings["sampler"], settings["steps"])
+                                       "sampler": sampler, "resolution": resolution})
+        levels = plan(self.schedule, settings["sampler"], settings["steps"])
         single, (images, instructions, seeds) = self._requests(seed, images=images, instructions=instructions)
-        keys = [id(image) for image in images]  # encode each picture only once
-        pixels = {key: self._to_pixels(image, settings["resolution"])
-                  for key, image in dict(zip(keys, images)).items()}                    # (3, H, W) each
+        keys, pixels = [id(image) for image in images], {}  # encode each picture only once
+        for key, image in dict(zip(keys, images)).items():
+            image = as_image(image)
+            size = fit_size(*image.size, settings["resolution"], self.multiple)
+            pixels[key] = to_tensor(fit(image, size))                                   # (3, H, W)
         for network in (self.unet, self.vae) if low_memory else ():
             network.to("cpu")
         with self._on_device(self.text_encoder, low_memory):
@@ -63,37 +65,27 @@ class Editor(Model):
                 new = [key for key in dict.fromkeys(keys[i] for i in group) if key not in z_images]
                 if new:
                     z_images |= zip(new, self._encode(torch.stack([pixels[key] for key in new]), low_memory))
-                z = self._denoise(
-                    torch.stack([z_images[keys[i]] for i in group]),
-                    torch.stack([text_states[instructions[i]] for i in group]), text_states[negative],
-                    [torch.Generator().manual_seed(seeds[i]) for i in group], noise_levels, settings,
-                    low_memory, bar, callback)
+                z_image = torch.stack([z_images[keys[i]] for i in group])               # (B, C, h, w)
+                context = torch.stack([text_states[instructions[i]] for i in group])    # (B, T, D)
+                generators = [torch.Generator().manual_seed(seeds[i]) for i in group]
+                noise = draw_noise(z_image.shape, generators).to(self.device)
+                with self._on_device(self.unet, low_memory):
+                    denoise = guided_denoiser(
+                        self.unet, levels.timestep_of(z_image.device), z_image, context,
+                        text_states[negative].expand_as(context), settings["cfg_text"],
+                        settings["cfg_image"], low_memory)
+                    z = SAMPLERS[settings["sampler"]](
+                        reporting(denoise, bar, callback), levels.start_scale * noise, levels.sigmas,
+                        generators)
                 with self._on_device(self.vae, low_memory):
                     edited |= zip(group, self.decode(z, low_memory))
         return edited[0] if single else [edited[i] for i in range(len(images))]
-
-    def _to_pixels(self, image, resolution: int) -> Tensor:
-        """A picture -> pixels (3, H, W) in [-1, 1], resized for the UNet."""
-        image = as_image(image)
-        return to_tensor(fit(image, fit_size(*image.size, resolution, self.multiple)))
 
     def _encode(self, pixels: Tensor, low_memory: bool) -> Tensor:
         """Pixels (B, 3, H, W) in [-1, 1] -> z_image (B, C, h, w): mode of the VAE's posterior, unscaled."""
         x = pixels.to(self.device, self.unet.conv_in.weight.dtype)
         with self._on_device(self.vae, low_memory):
             return self.vae.encode_low_memory(x) if low_memory else self.vae.encode(x)[0]
-
-    def _denoise(self, z_image: Tensor, context: Tensor, null_text: Tensor, generators: list[torch.Generator],
-                 noise_levels: Plan, settings: dict, low_memory: bool, bar: tqdm,
-                 callback: Callback | None) -> Tensor:
-        """z_image (B, C, h, w), context (B, T, D), null_text (T, D) -> scaled latents (B, C, h, w)."""
-        start = noise_levels.start_scale * draw_noise(z_image.shape, generators).to(self.device)
-        with self._on_device(self.unet, low_memory):
-            denoise = guided_denoiser(
-                self.unet, noise_levels.timestep_of(z_image.device), z_image, context,
-                null_text.expand_as(context), settings["cfg_text"], settings["cfg_image"], low_memory)
-            return SAMPLERS[settings["sampler"]](
-                reporting(denoise, bar, callback), start, noise_levels.sigmas, generators)
 
     @contextmanager
     def _on_device(self, network: nn.Module, low_memory: bool):

@@ -1,4 +1,4 @@
-"""The base class of Editor and TextToImage, and the handling of their pictures, texts and seeds."""
+"""The base class of Editor and TextToImage, and how both handle pictures, texts and seeds."""
 
 import hashlib
 import itertools
@@ -23,7 +23,7 @@ from nanoip2p.vae import VAE
 
 CHECKOUT = Path(__file__).resolve().parents[1]  # root of the repository, which holds the nano weights
 Callback = Callable[[int, Tensor], None]
-# From the paper's appendix and its edit_cli.py; a defaults.json in the weights folder overrides them
+# From the paper's appendix and the authors' edit_cli.py; a defaults.json in the weights folder overrides them
 PAPER_DEFAULTS = dict(resolution=512, steps=100, cfg_text=7.5, cfg_image=1.5, sampler="euler_ancestral")
 
 
@@ -38,16 +38,16 @@ class Model:
         """All networks have one device and one dtype. defaults: needs every key of PAPER_DEFAULTS."""
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.schedule, self.defaults, self.tokenizer_folder = schedule, defaults, tokenizer_folder
-        self.device = unet.conv_in.weight.device  # with low_memory, networks wait on the CPU
-        self.last_seed: int | list[int] | None = None  # of the last call, to reproduce it
+        self.device = unet.conv_in.weight.device  # where they compute; they may wait on the CPU
+        self.last_seed: int | list[int] | None = None  # argument that repeats the last call
 
     @classmethod
     def load(cls, weights=None, device: str | torch.device | None = None,
              dtype: torch.dtype = torch.float32, low_memory: bool = False) -> "Model":
         """Load weights: a folder, a single file, a name on the Hub, or an open Checkpoint.
 
-        weights None: the nano weights. device None: see pick_device. low_memory: keep the networks on the
-        CPU, for `edit` with low_memory. Raises ValueError, in one line, for a missing or broken file.
+        weights None: the nano weights. device None: see pick_device. low_memory: leave the networks on the
+        CPU until `edit` needs them. Raises ValueError, in one line, for a missing or broken file.
         """
         from nanoip2p.checkpoint.load import load_model  # the core itself reads no checkpoints
 
@@ -87,11 +87,11 @@ class Model:
 
     @property
     def fingerprint(self) -> str:
-        """A short hash of the weights."""
+        """A short hash of the weights, see `fingerprint`."""
         return fingerprint(self.unet, self.vae, self.text_encoder)
 
     def fill_defaults(self, settings: dict) -> dict:
-        """Replace each None by the default of the weights. ValueError for a wrong type or sampler."""
+        """Replace each None by the default of the weights. ValueError for a wrong type or unknown sampler."""
         settings = {key: self.defaults[key] if value is None else value for key, value in settings.items()}
         for key, value in settings.items():
             wanted = type(PAPER_DEFAULTS[key])
@@ -110,12 +110,11 @@ class Model:
         return [to_pil(picture) for picture in pixels]                                  # (3, H, W) each
 
     def _requests(self, seed: int | list[int] | None, **given) -> tuple[bool, list[list]]:
-        """Turn the arguments and the seed into equally long lists. Returns (no argument was a list, lists).
+        """Turn the arguments and the seed into lists of one length. Returns (whether none was a list, lists).
 
-        Repeats single values. A single seed s becomes s, s + 1, ...; None draws s at random. Sets last_seed.
+        Repeats a single value. A single seed s becomes s, s + 1, ...; None draws s at random. Sets last_seed.
         """
-        seed = random.randrange(2**31) if seed is None else seed
-        given["seeds"] = seed
+        given["seeds"] = seed = random.randrange(2**31) if seed is None else seed
         lengths = {name: len(value) for name, value in given.items() if isinstance(value, (list, tuple))}
         if len(set(lengths.values())) > 1:
             counts = ", ".join(f"{length} {name}" for name, length in lengths.items())
@@ -131,7 +130,7 @@ class Model:
 def as_image(picture) -> Image.Image:
     """Path, PIL image, array (H, W, 3) or tensor (3, H, W) -> RGB PIL image.
 
-    Arrays and tensors have uint8, or floats in [0, 1]. Raises ValueError for other types, modes and ranges.
+    Arrays and tensors hold uint8, or floats in [0, 1]. Raises ValueError for other types, modes and ranges.
     """
     if isinstance(picture, (str, Path)):
         return open_image(picture)
@@ -147,14 +146,14 @@ def as_image(picture) -> Image.Image:
         if pixels.dtype == np.uint8:
             return Image.fromarray(pixels)
     shape = f" {tuple(picture.shape)}" if hasattr(picture, "shape") else ""
-    raise ValueError(f"{type(picture).__name__}{shape} cannot be used; give a path, an image of PIL, an "
+    raise ValueError(f"{type(picture).__name__}{shape} cannot be used; give a path, a PIL image, an "
                      "array (H, W, 3) or a tensor (3, H, W), of uint8 or of floats in [0, 1]")
 
 
 def find_weights(name: str | Path) -> str | Path:
-    """Look for `name` in the working directory, then in the checkout; if it is in neither, return a Hub name.
+    """The path of `name` in the working directory, else in the checkout, else `name` itself, as a Hub name.
 
-    Raises ValueError for missing nano weights (weights/...), which are not on the Hub.
+    Raises ValueError if a name that begins with weights/ has no path: the nano weights are not on the Hub.
     """
     for path in (Path(name), CHECKOUT / name):
         if path.exists():
@@ -165,10 +164,9 @@ def find_weights(name: str | Path) -> str | Path:
 
 
 def encode_texts(text_encoder: TextEncoder, tokenizer: Tokenizer, texts: list[str]) -> dict[str, Tensor]:
-    """The hidden states (T, D) of each distinct text.
+    """The hidden states (T, D) of each distinct text. Raises ValueError for a text that is not a string.
 
     Encodes the texts one by one: in a batch, rounding would depend on the other texts.
-    Raises ValueError for a text that is not a string.
     """
     for text in texts:
         if not isinstance(text, str):
@@ -189,13 +187,13 @@ def reporting(denoise: Denoise, bar: tqdm, callback: Callback | None) -> Denoise
     """Wrap a denoiser: each call advances the progress bar and calls callback(step, estimate of z_0)."""
     steps = itertools.count()
 
-    def reporting(x: Tensor, sigma: float) -> Tensor:
+    def reported(x: Tensor, sigma: float) -> Tensor:
         denoised = denoise(x, sigma)
         bar.update()
         if callback:
             callback(next(steps), denoised)
         return denoised
-    return reporting
+    return reported
 
 
 def fingerprint(*networks: nn.Module, begin: bytes = b"") -> str:

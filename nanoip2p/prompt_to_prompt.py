@@ -1,19 +1,19 @@
-"""Prompt-to-Prompt: two captions -> two pictures that differ only by the edit. Stores no attention maps.
+"""Prompt-to-Prompt: two captions -> two pictures that differ only by the edit. No attention map is stored.
 
     pair_painter = PairPainter(TextToImage.load("weights/nano-sd"), "a red house", "a blue house")
     [(source, edited)] = pair_painter.paint(seeds=[0], shares=[0.5], cfg_text=[3.0])
 
 Both pictures are generated in one batch, from the same noise. In the first share p of the steps, the edited
 picture uses the attention maps A = softmax(q k^T / sqrt(d)) of the source (Hertz et al. 2208.01626, section
-3.1). We change the values v, or pick rows of q and k, instead of changing A, so A need not be stored:
+3.1). We change the values v, or pick rows of q and k, instead of changing A. So A need not be stored:
 
     self-attention (algorithm 1)    A_src v_edit = A(q_src, k_src) v_edit: `attention` with map_from
     replace, word swap (3.2)        (A_src M) v_edit = A_src (M v_edit), with M (T, T) from `token_map`
-    refine, added words (3.2)       A* = A_src M diag(a) + A_edit diag(1 - a), a_j = 1 if token j takes a map;
+    refine, added words (3.2)       A* = A_src M diag(a) + A_edit diag(1 - a), a_j = 1 if M has a map for j;
                                     A* v = A_src (M diag(a) v) + A_edit (diag(1 - a) v)
     reweight by c (3.2)             (A* diag(c)) v = A* (diag(c) v)
     time windows (3.2)              a_j = 0 while token j is outside the time window of its word
-    local blend (3.2, "local")      the attention to a word w is A 1_w: append 1_w to v as one more column
+    local blend (3.2, "local")      the attention to a word w is A 1_w: one more call, with 1_w as v
 
 Modes: "self" injects self-attention in every layer, in both guidance branches, as InstructPix2Pix's own code
 does (section 3.1.2). "cross" injects cross-attention in the branch with caption. "both" is the method of
@@ -39,7 +39,7 @@ from nanoip2p.tokenizer import WORD_END, Tokenizer
 from nanoip2p.unet import DOWN_TYPES, Attend, Attention, Context, attend, repeat_rows
 
 MODES = ("self", "cross", "both", "none")
-# Local blend: threshold as a share of the heat map's maximum; share of the steps after which it starts
+# Local blend: threshold as a share of the heat map's maximum; share of the steps before the first blend
 BLEND_THRESHOLD, BLEND_FROM = 0.3, 0.2
 
 
@@ -77,20 +77,21 @@ class PairPainter:
         self.weights = torch.ones_like(self.has_source)                              # (T,): c of each token
         for word, factor in (reweight or {}).items():
             self.weights[find_words(tokenizer, edit, word)] = factor
-        self.windows = [(self.columns([find_words(tokenizer, edit, word)])[:, 0] > 0, *window)
-                        for word, window in (windows or {}).items()]            # (T,) bool, from, to
+        self.windows = [(find_words(tokenizer, edit, word), *window)            # token positions, from, to
+                        for word, window in (windows or {}).items()]
         self.blend = blend and [self.columns([find_words(tokenizer, text, word)])
                                 for text, word in zip((source, edit), blend)]   # (T, 1) each
-        # Heat maps use the second lowest level of the UNet, 16 x 16 for latents of 64 x 64
+        # Heat maps use the second lowest level of the UNet (16 x 16 for latents of 64 x 64) if it has
+        # cross-attention, else the lowest
         has_text = [DOWN_TYPES[name] for name in painter.unet.config.down_block_types]
         level = len(has_text) - (2 if has_text[:-1] and has_text[-2] else 1)
         self.coarse = [-(-side // 2**level) for side in painter.latent_shape(self.settings["resolution"])[1:]]
-        # Both guidance branches are equal until the first cross-attention, so compute that prefix only once,
-        # unless mode "both" injects self-attention there, because it does so in one branch only
+        # Both guidance branches are equal before the first cross-attention, so these layers run only once,
+        # unless mode "both" injects self-attention there, which it does in one branch only
         self.share_prefix = inject != "both" or any(has_text[:level])
 
     def columns(self, words: list[list[int]]) -> Tensor:
-        """Token positions of each of W words -> (T, W), with 1 at the tokens of each word, else 0."""
+        """Token positions of each of W words -> (T, W): 1 at the tokens of the word, else 0."""
         columns = torch.zeros(len(self.has_source), len(words), device=self.has_source.device)
         for column, tokens in enumerate(words):
             columns[tokens, column] = 1
@@ -101,7 +102,7 @@ class PairPainter:
               bar: tqdm | None = None) -> list[tuple[Image.Image, Image.Image]]:
         """Generate a pair (source, edited) for each seed, all in one batch.
 
-        shares: p of each pair; injects while step / (steps - 1) < p. bar: advances at each step.
+        shares: p of each pair; a step with step / (steps - 1) < p injects. bar: advances at each step.
         """
         if self.inject == "none":
             source, edit = (self.painter.generate(
@@ -115,10 +116,10 @@ class PairPainter:
     @torch.inference_mode()
     def sample(self, seeds: list[int], shares: list[float], cfg_text: list[float],
                words: list[Tensor] | None = None, bar: tqdm | None = None) -> tuple[Tensor, Tensor | None]:
-        """Latents (2 B, C, h, w) of B pairs, [edits | sources], and the heat maps of `words`.
+        """Latents (2 B, C, h, w) of B pairs, [edits | sources], and heat maps (2 B, W, h', w') of `words`.
 
-        words: `columns` (T, W) of the source and of the edited caption. Heat maps (2 B, W, h', w') are the
-        attention to each word, averaged over heads, summed over the steps and the layers of the coarse level.
+        words: `columns` (T, W) of the source and of the edited caption. A heat map is the attention to one
+        word, averaged over heads, summed over the steps and over the layers of size `coarse`.
         """
         unet, device, pairs = self.painter.unet, self.null.device, len(seeds)
         # B rows each of: edits with caption, sources with caption, edits without, sources without
@@ -126,11 +127,13 @@ class PairPainter:
         rows = torch.arange(2 * pairs, device=device).repeat(2) if self.share_prefix else None
         text = unet.project_context(text.repeat_interleave(pairs, dim=0), rows)            # of (4 B, T, D)
         guidance = torch.tensor(cfg_text * 2, device=device)[:, None, None, None]
-        steps, timestep_of, heat = len(self.plan.timesteps), self.plan.timestep_of(device), None
+        steps, timestep_of = len(self.plan.timesteps), self.plan.timestep_of(device)
+        heat = maps = None
         progress_of = {sigma: step / max(1, steps - 1) for step, sigma in enumerate(timestep_of)}
         if words is not None:
             words = torch.stack(words[::-1]).repeat_interleave(pairs, dim=0)               # (2 B, T, W)
             heat = torch.zeros(2 * pairs, math.prod(self.coarse), words.shape[2], device=device)
+            maps = heat.transpose(1, 2).unflatten(2, self.coarse)  # the same memory, as (2 B, W, h', w')
 
         def attend_at(sigma: float) -> Attend:
             progress = progress_of[sigma]
@@ -154,12 +157,12 @@ class PairPainter:
         for step, sigmas in enumerate(self.plan.sigmas.split(1 if self.blend else len(self.plan.sigmas)), 1):
             x = sampler(denoise, x, sigmas, generators)
             if self.blend and step > BLEND_FROM * steps:
-                x = blend_locally(x, heat.transpose(1, 2).unflatten(2, self.coarse)[:, -1:])
-        return x, None if heat is None else heat.transpose(1, 2).unflatten(2, self.coarse)
+                x = blend_locally(x, maps[:, -1:])  # the last word is the blend word
+        return x, maps
 
     def injection(self, progress: float, active: Tensor, words: Tensor | None = None,
                   heat: Tensor | None = None) -> "Injection":
-        """The injection for a step. progress: share of the steps done. active (B,): progress < p."""
+        """The injection of one step. progress: share of the steps done. active (B,) bool: progress < p."""
         pairs, coarse, both = len(active), math.prod(self.coarse), self.inject == "both"
         injection = Injection(pairs, coarse, words, heat, self_limit=coarse if both else math.inf)
         if self.inject in ("self", "both"):
@@ -169,7 +172,7 @@ class PairPainter:
         if self.inject in ("cross", "both"):
             now = active.float()[:, None].repeat(1, len(self.has_source))            # (B, T): 1 if injected
             for tokens, begin, end in self.windows:
-                now = torch.where(tokens, float(begin <= progress < end), now)
+                now[:, tokens] = float(begin <= progress < end)
             scale = now * self.has_source * self.weights                        # (B, T)
             injection.source_weights = self.mapping * scale[:, None]            # (B, T, T)
             injection.own_weights = now * (1 - self.has_source) * self.weights + 1 - now     # (B, T)
@@ -178,7 +181,7 @@ class PairPainter:
 
 @dataclass
 class Injection:
-    """The attention of one step with injection: UNet.forward's `inject`. Rows are ordered as in `sample`."""
+    """The attention of one step with injection: UNet.forward's `attend`. Rows are ordered as in `sample`."""
 
     pairs: int                          # B
     coarse: int                         # number of positions in the layers that the heat maps sum over
@@ -214,7 +217,7 @@ class Injection:
 
     def add_heat(self, layer: Attention, q: Tensor, k: Tensor) -> None:
         """Add the attention to each word to `heat`, averaged over heads: A times the word's 0/1 column."""
-        width = q.shape[2] // layer.heads  # width of a head: up to so many words in one attention call
+        width = q.shape[2] // layer.heads  # of a head: the maximum number of words in one attention call
         for words, heat in zip(self.words.to(q.dtype).split(width, dim=2), self.heat.split(width, dim=2)):
             columns = F.pad(words, (0, width - words.shape[2])).repeat(1, 1, layer.heads)
             maps = self.to_text(layer, q, k, columns).unflatten(2, (layer.heads, width))
@@ -224,8 +227,8 @@ class Injection:
 def blend_locally(x: Tensor, heat: Tensor) -> Tensor:
     """In x (2 B, C, h, w), [edits | sources], replace each edit by its source where both heat maps are low.
 
-    heat (2 B, 1, h', w'): heat maps of the blend words. As in the authors' code, a 3x3 max-pooling grows the
-    region of high heat, and the threshold is BLEND_THRESHOLD times the maximum.
+    heat (2 B, 1, h', w'): heat maps of the blend words. As in the authors' code, a 3x3 max-pooling first
+    grows the hot regions. Heat above BLEND_THRESHOLD times the map's maximum is high.
     """
     heat = F.interpolate(F.max_pool2d(heat, 3, stride=1, padding=1), size=x.shape[2:])
     hot_edit, hot_source = (heat > BLEND_THRESHOLD * heat.amax((2, 3), keepdim=True)).chunk(2)
@@ -238,7 +241,7 @@ def align(source: list[int], edit: list[int]) -> list[tuple[range, range]]:
 
     A token common to both is a block of one position each. The tokens between common tokens form a block that
     was swapped, added (no source positions) or dropped (no edit positions). The alignment is Needleman-Wunsch
-    with 1 for a match and 0 for a gap, without mismatches: Hertz et al. score a mismatch -1, below two gaps.
+    with 1 for a match and 0 for a gap. It needs no mismatches: Hertz et al. score one -1, below two gaps.
     """
     n, m = len(source), len(edit)
     common = [[0] * (m + 1) for _ in range(n + 1)]  # longest common subsequence of source[i:] and edit[j:]
@@ -260,7 +263,7 @@ def align(source: list[int], edit: list[int]) -> list[tuple[range, range]]:
 
 
 def token_map(source: list[int], edit: list[int], end: int) -> Tensor:
-    """M (T, T) float32 from the token ids (T) of each caption, which include `end` and padding.
+    """M (T, T) float32 from the T token ids of each caption, with end token (`end`) and padding.
 
     Column j of M weights the source maps that token j of the edited caption uses. A common token uses the map
     of its source token. An added token has a zero column and keeps its own map (refine). In a swapped block
@@ -277,7 +280,7 @@ def token_map(source: list[int], edit: list[int], end: int) -> Tensor:
             mapping[list(rows), list(columns)] = 1
         elif rows and columns:
             mapping[rows.start : rows.stop, columns.start : columns.stop] = 1 / len(columns)
-    padding = range(max(n_source, n_edit), len(edit))  # in both captions
+    padding = range(max(n_source, n_edit), len(edit))  # positions that are padding in both captions
     mapping[padding, padding] = 1
     return mapping
 

@@ -8,13 +8,12 @@ An editor is fine-tuned from such a model, and prompt_to_prompt.py generates the
 with one. The same seed gives the same pictures as diffusers' StableDiffusionPipeline.
 
 With `images` and `strength`, `generate` runs SDEdit (Meng et al. 2108.01073), the paper's baseline: it adds
-part of the noise to the input and denoises it with the caption of the wanted picture. A higher strength
-follows the caption more and the input less.
+noise to the input, up to an intermediate noise level, and denoises the result with the caption of the wanted
+picture. A higher strength follows the caption more and the input less.
 """
 
 import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from nanoip2p.diffusion import plan
@@ -36,7 +35,7 @@ class TextToImage(Model):
         if settings["resolution"] < 1 or settings["resolution"] % self.multiple:
             raise ValueError(f"these weights cannot use a resolution of {settings['resolution']}; take a "
                              f"multiple of {self.multiple}")
-        plan(self.schedule, settings["sampler"], settings["steps"])
+        plan(self.schedule, settings["sampler"], settings["steps"])  # raises for too many steps
         return settings
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
@@ -57,21 +56,26 @@ class TextToImage(Model):
         number (picture i then uses seed + i), or None for a random seed. `last_seed` keeps the seed.
         steps, cfg_text (s_T; 1 means no guidance), sampler, resolution (in pixels): None takes the default of
         the weights. images (see pipeline.as_image), strength (share of the steps to take, in (0, 1]): SDEdit,
-        like diffusers' StableDiffusionImg2ImgPipeline, but with the mode of the posterior, not a sample.
-        negative: the negative prompt. batch: the most pictures in a forward pass.
+        as diffusers' StableDiffusionImg2ImgPipeline, but from the mode of the VAE's posterior, not a sample.
+        negative: the negative prompt. batch: maximum number of pictures in a forward pass.
         callback(step, latents): see Editor.edit. Raises ValueError for unusable settings and types.
         """
         settings = self.fill_defaults({"steps": steps, "cfg_text": cfg_text, "sampler": sampler,
-                                  "resolution": resolution})
+                                       "resolution": resolution})
         if (images is None) != (strength is None):
             raise ValueError("SDEdit needs both images and strength; to generate from captions give neither")
         single, (captions, scales, images, seeds) = self._requests(
             seed, captions=captions, cfg_text=settings["cfg_text"], images=images)
         levels = plan(self.schedule, settings["sampler"], settings["steps"])
-        sigmas = levels.sigmas[-steps_taken(settings["steps"], 1 if strength is None else strength):]
+        share = 1 if strength is None else strength
+        taken = int(settings["steps"] * share)  # as in diffusers
+        if taken < 1 or share > 1:
+            raise ValueError(f"a strength of {strength} cannot be used: take at most 1, and enough for one "
+                             f"of {settings['steps']} steps")
+        sigmas = levels.sigmas[-taken:]
         text_states = encode_texts(self.text_encoder, self.tokenizer, [negative, *captions])
         parts = [range(len(captions))[i : i + batch] for i in range(0, len(captions), batch)]
-        pictures = []
+        pictures, side = [], settings["resolution"]
         with tqdm(total=len(sigmas) * len(parts), disable=not progress, unit="step") as bar:
             for part in parts:
                 context = torch.stack([text_states[captions[i]] for i in part])        # (B, T, D)
@@ -79,25 +83,12 @@ class TextToImage(Model):
                 denoise = text_guided_denoiser(
                     self.unet, levels.timestep_of(context.device), context,
                     text_states[negative].expand_as(context), torch.tensor([float(scales[i]) for i in part]))
-                noise = draw_noise((len(part), *self.latent_shape(settings["resolution"])), generators)
-                x = levels.start_scale * noise.to(context.device)                      # (B, C, h, w)
+                noise = draw_noise((len(part), *self.latent_shape(side)), generators).to(context.device)
+                x = levels.start_scale * noise                                         # (B, C, h, w)
                 if strength is not None:
-                    z = self._encode([images[i] for i in part], settings["resolution"])
-                    x = z.float() + sigmas[0, 0] * noise.to(context.device)
+                    pixels = torch.stack([to_tensor(fit(as_image(images[i]), (side, side))) for i in part])
+                    z = self.vae.encode(pixels.to(self.unet.conv_in.weight))[0] * self.vae.scaling_factor
+                    x = z.float() + sigmas[0, 0] * noise
                 pictures += self.decode(SAMPLERS[settings["sampler"]](
                     reporting(denoise, bar, callback), x, sigmas, generators))
         return pictures[0] if single else pictures
-
-    def _encode(self, images: list, resolution: int) -> Tensor:
-        """B pictures -> scaled latents (B, C, h, w)."""
-        pixels = torch.stack([to_tensor(fit(as_image(image), (resolution, resolution))) for image in images])
-        return self.vae.encode(pixels.to(self.unet.conv_in.weight))[0] * self.vae.scaling_factor
-
-
-def steps_taken(steps: int, strength: float) -> int:
-    """The number of steps of SDEdit, as in diffusers. Raises ValueError unless it is in 1 ... `steps`."""
-    taken = int(steps * strength)
-    if taken < 1 or strength > 1:
-        raise ValueError(f"a strength of {strength} cannot be used: take at most 1, and enough for one of "
-                         f"{steps} steps")
-    return taken

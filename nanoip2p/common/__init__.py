@@ -1,1 +1,1 @@
-"""Helpers that all folders use: files, command lines, config.json, devices, plots."""
+"""Helpers for the rest of the package: files, command lines, config.json, devices, plots."""

@@ -38,7 +38,7 @@ class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescr
 
 
 def make_parser(**settings) -> argparse.ArgumentParser:
-    """An ArgumentParser with --version. It raises a one-line ValueError instead of exiting."""
+    """An ArgumentParser with --version. A wrong flag raises a one-line ValueError instead of exiting."""
     parser = argparse.ArgumentParser(allow_abbrev=False, **{"formatter_class": HelpWithDefaults} | settings)
     parser.add_argument("--version", action="version", version=f"nanoip2p {__version__}")
 
@@ -50,7 +50,7 @@ def make_parser(**settings) -> argparse.ArgumentParser:
 
 
 def flag(help: str, default=None, **options):
-    """A dataclass field for add_settings. options: for add_argument; `group` begins a group of flags."""
+    """A dataclass field for add_settings. options: arguments of add_argument; `group` starts a new group."""
     return dataclasses.field(default=default, metadata={"help": help, **options})
 
 
@@ -140,13 +140,13 @@ def stop_between_steps() -> Iterator[Callable[[], bool]]:
 
 
 def leave_signals_to_the_parent(_worker: int) -> None:
-    """Ignore Ctrl-C in a data-loading process: the parent process still needs data for its last step."""
+    """Ignore Ctrl-C and SIGTERM in a data loader: its parent process still needs data for the last step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of open_checkpoint. Every script that opens a checkpoint needs them."""
+    """Add --vae, --tokenizer and --raw-weights, which `open_checkpoint` takes. (sample.py has its own.)"""
     parser.add_argument("--vae", help="use this autoencoder instead of the checkpoint's: a file or folder")
     parser.add_argument("--tokenizer", help="tokenizer of a single-file checkpoint: a folder or Hub name")
     parser.add_argument("--raw-weights", action="store_true", default=None,

@@ -41,7 +41,7 @@ FIXED = {
 }
 IGNORED = {
     "unet": {"sample_size", "addition_embed_type_num_heads"},
-    "vae": {"sample_size", "force_upcast"},  # hints for tiling and for half precision
+    "vae": {"sample_size", "force_upcast"},  # diffusers' hints for tiling and for half precision
     # Initialisation, token ids, and the generation settings that transformers wrote before 2023
     "clip": set(
         "architectures model_type torch_dtype dtype transformers_version initializer_range "
@@ -49,7 +49,7 @@ IGNORED = {
         "return_dict chunk_size_feed_forward tie_word_embeddings diversity_penalty "
         "encoder_no_repeat_ngram_size length_penalty max_length min_length temperature top_k top_p typical_p "
         "no_repeat_ngram_size num_beam_groups num_beams num_return_sequences repetition_penalty".split()),
-    # Settings of features that are off, and of PNDM: Stable Diffusion 1.x folders ship PNDM's config
+    # Settings of features that are off, and of the PNDM scheduler, which Stable Diffusion 1.x folders name
     "scheduler": {"clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "skip_prk_steps",
                   "flow_shift", "time_shift_type"},
 }
@@ -59,18 +59,18 @@ def read_config(cls: type, config: dict, fixed: dict, ignored: set[str]):
     """Build the dataclass `cls` from the content of a config.json. Missing fields keep their defaults.
 
     Ignores keys that begin with "_", and unknown keys whose value is None or False. Raises ValueError with
-    the key and its value for any other unknown key, for a `fixed` key with an unsupported value, and for a value
-    of the wrong type or outside its range (see LIMITS).
+    the key and its value for any other unknown key, for a `fixed` key with an unsupported value, and for a
+    value of the wrong type or outside its range (see LIMITS).
     """
-    kinds, known = typing.get_type_hints(cls), {}
+    kinds, supported = typing.get_type_hints(cls), {}
     for key, value in config.items():
         name = f"{cls.__name__}: {key}"
         if key in kinds:
-            known[key] = checked(value, kinds[key], name, *LIMITS.get(key, WIDTHS))
+            supported[key] = checked(value, kinds[key], name, *LIMITS.get(key, WIDTHS))
             if isinstance(value, list) and len(value) > LEVELS:
                 raise ValueError(f"{name} has {len(value)} entries, at most {LEVELS} are supported")
         elif key in fixed and (tuple(value) if isinstance(value, list) else value) != fixed[key]:
             raise ValueError(f"{name} = {value!r} is not supported, only {fixed[key]!r}")
         elif not (key in fixed or key in ignored or key.startswith("_") or value is None or value is False):
-            raise ValueError(f"{name} = {value!r} is unknown; not Stable Diffusion 1.x")
-    return cls(**known)
+            raise ValueError(f"{name} = {value!r} is unsupported; not Stable Diffusion 1.x")
+    return cls(**supported)

@@ -36,12 +36,11 @@ def check_writable(path: str | Path) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            usable = not path.exists() or path.is_file()
+        tempfile.TemporaryFile(dir=path.parent).close()
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is not a file that can be replaced; name another output")
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror}") from None
-    if not usable:
-        raise ValueError(f"{path} is not a file that can be replaced; name another output")
 
 
 def read_json(path: Path, missing: dict | None = None, kind: type = dict) -> dict | list:
@@ -88,7 +87,8 @@ def read_rows(path: Path, kind: str | None = None,
     """Yield (line number from 1, row) for each row of a file. Skips blank lines.
 
     kind: ".jsonl", ".csv" or ".txt" (each line becomes {"input": line}); default: the file's suffix.
-    problems: collects a message for each bad line; None raises ValueError, as an unreadable file does.
+    problems: a list to which each bad line adds a message. If it is None, a bad line raises ValueError. An
+    unreadable file always does.
     """
     kind = (kind or path.suffix).lower()
     try:
@@ -120,7 +120,7 @@ def _parse(content: bytes, path: Path, is_json: bool, problems: list | None) -> 
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The rows of a file that `append` wrote. Skips an incomplete last line. A missing file has no rows."""
+    """The rows of a file that `append` wrote, without an incomplete last line. A missing file has no rows."""
     content = path.read_bytes() if path.exists() else b""
     return [row for _, row in _parse(_complete(content), path, True, None)]
 
@@ -152,21 +152,22 @@ def append(path: Path, row: dict) -> None:
 def claim_folder(folder: Path, marker: str, job: dict, flag: str, notes: dict | None = None) -> None:
     """Reserve a folder for one job: write `job` as JSON to folder/marker, or compare `job` with that file.
 
-    flag: the flag that names the folder. notes: further entries, which are not compared. Several processes of
-    one job may call this at once. Raises ValueError if the folder holds another job or other files.
+    flag: the command-line flag of the folder. notes: further entries of the file, which are not compared.
+    Several processes of one job may call this at once. Raises ValueError if the folder holds another job, or
+    files but no marker.
     """
     path, job = folder / marker, json.loads(json.dumps(job))  # tuples become lists, as in the file
     foreign = sorted(entry.name for entry in folder.glob("[!.]*"))
-    if not path.exists():  # checked after the glob, because another process may write it now
+    if not path.exists():  # after the glob: another process of this job may write files in between
         if foreign:
             raise ValueError(f"{folder} holds {foreign[0]} but no {marker}; choose another {flag}")
-        write_json({**(notes or {}), **job}, path)
+        write_json((notes or {}) | job, path)
     if difference := _difference(read_json(path), job):
         raise ValueError(f"{folder} was begun with {difference}; use the same setting, or another {flag}")
 
 
 def _difference(there: dict, wanted: dict) -> str | None:
-    """A text that names the first entry of `wanted` that differs in `there`; None if none differs."""
+    """Describe the first entry of `wanted` that differs in `there`. None if all are equal."""
     for key, value in wanted.items():
         found = there.get(key)
         if isinstance(value, dict) and isinstance(found, dict):
@@ -181,8 +182,8 @@ def _difference(there: dict, wanted: dict) -> str | None:
 def locked(path: Path, wait: bool = False) -> Iterator[bool]:
     """Try to lock a file, and yield whether this process holds the lock. Creates a missing file.
 
-    wait: wait for the lock. The system releases the lock of a dead process. Uses lockf, because forked data
-    loaders would inherit a lock of flock. The lock excludes other processes, not other threads.
+    wait: wait until the lock is free. The system frees the lock of a dead process. Uses lockf, because forked
+    data loaders would inherit a lock of flock. The lock excludes other processes, not other threads.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:

@@ -21,9 +21,8 @@ GROUND_COLOUR = {"grass": (98, 178, 74), "sand": (236, 206, 138), "snow": (238, 
                  "dirt": (138, 98, 66)}
 FOG = {"day": (226, 230, 234), "sunset": (232, 196, 172), "night": (104, 110, 132)}
 OVERCAST = {"clear": 0.0, "cloudy": 0.45, "rainy": 0.85, "foggy": 0.5}  # share of grey in the sky
-HORIZON = 0.62  # HORIZON, and BASE where things stand: distance from the top, in picture heights
-BASE = 0.86
-HEIGHT = {"small": 0.27, "medium": 0.31, "large": 0.35}
+HORIZON, BASE = 0.62, 0.86  # of the hills; of the things: distance from the top, in picture heights
+HEIGHT = {"small": 0.27, "medium": 0.31, "large": 0.35}  # unit of a thing's shapes, in picture heights
 OUTLINE = (52, 42, 50)
 
 
@@ -53,7 +52,7 @@ class Pen:
         self.at(0.0, 1.0, 1.0)
 
     def at(self, x: float, y: float, unit: float) -> None:
-        """Set the origin (x right, y down) and the unit of u and v, as fractions of the picture."""
+        """Set the origin of u and v (x right, y down) and their unit, as fractions of the picture."""
         self.x, self.y, self.unit = x, y, unit
 
     def points(self, uv) -> list[tuple[float, float]]:
@@ -62,7 +61,7 @@ class Pen:
                 for u, v in uv]
 
     def lit(self, colour: tuple, glow: bool) -> tuple:
-        """The colour under the scene's light. A glowing colour is not changed."""
+        """The colour under the scene's light. glow: the colour itself."""
         return colour if glow else tuple(round(c * part) for c, part in zip(colour, self.light))
 
     def polygon(self, colour: tuple, *uv: tuple[float, float], glow: bool = False) -> None:
@@ -133,7 +132,7 @@ def paint_ground(pen: Pen, scene) -> None:
 
 
 def paint_weather(pen: Pen, scene) -> Image.Image:
-    """Paint rain or fog over the whole picture."""
+    """Paint rain or fog over the whole picture. Returns the picture."""
     if scene.weather == "rainy":
         pen.at(0.0, 1.0, 1.0)
         for i in range(44):

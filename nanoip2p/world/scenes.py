@@ -1,13 +1,14 @@
 """The nano world: rendered scenes in which every edit has a known correct result.
 
 A `Scene` has a time, a weather, a ground and up to three things. It renders at any size, and it lists all its
-edits with instructions, edited caption and edited scene. So the nano models have unlimited training data, and
-edits can be scored (evaluate/scenes.py).
+edits with instructions, edited caption and edited scene. So the nano models never run out of training data,
+and evaluate/scenes.py can compare an edit with the correct picture.
 """
 
 import random
 import re
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from PIL import Image
@@ -42,8 +43,8 @@ PHRASINGS = {
 }
 EDIT_KINDS = tuple(PHRASINGS)
 
-# Combinations that `training_edits` keeps from the nano editors. Training covers each part of a combination.
-# nano-clip and nano-sd train on all combinations, as CLIP and Stable Diffusion have seen nearly everything.
+# Combinations that `training_edits` leaves out. Editors still see each part, in other combinations. nano-clip
+# and nano-sd train on all combinations, because CLIP and Stable Diffusion have seen nearly everything.
 HELD_OUT_THINGS = {("house", "purple"), ("tree", "white"), ("car", "pink"), ("tent", "orange"),
                    ("mushroom", "blue"), ("flower", "green"), ("rocket", "red"), ("balloon", "yellow")}
 HELD_OUT_EDITS = {("recolour", "flower"), ("replace", "tent"), ("add", "rocket"), ("remove", "mushroom")}
@@ -51,12 +52,12 @@ HELD_OUT_EDITS = {("recolour", "flower"), ("replace", "tent"), ("add", "rocket")
 
 @dataclass(frozen=True)
 class Thing:
-    """One object. `dx`, `dy` shift it from the centre of its slot, in fractions of the picture."""
+    """One object. `dx` and `dy` shift it from the default place in its slot, in fractions of the picture."""
 
     kind: str
     colour: str
     size: str = "medium"
-    slot: int = 1
+    slot: int = 1  # index into SLOTS
     dx: float = 0.0
     dy: float = 0.0
 
@@ -86,20 +87,20 @@ class Scene:
     weather: str
     ground: str
     things: tuple[Thing, ...]  # from left to right
-    landscape: int  # 0..9999, shapes the hills
+    landscape: int  # 0 ... 9999: the shape of the hills
 
     def __post_init__(self):
         # Sort the things, so that scenes with the same picture compare equal
         object.__setattr__(self, "things", tuple(sorted(self.things, key=lambda thing: thing.slot)))
 
     def caption(self) -> str:
-        """The caption of the picture, with the things from left to right. The paper's term: input caption."""
+        """The caption of the picture, which names the things from left to right."""
         things = [f"{thing.name} {SLOTS[thing.slot]}" for thing in self.things]
         listed = " and ".join(things) or "an empty place"
         return f"{listed}, on {self.ground}, {self.weather} {self.time}"
 
     def edits(self, only: str | None = None) -> list[Edit]:
-        """All edits of this scene, in a fixed order. only: one of EDIT_KINDS; omits edits of other kinds."""
+        """All edits of this scene, in a fixed order. only: one of EDIT_KINDS, to get no other edits."""
         found = []
 
         def add(kind: str, scene: Scene, thing: str = "", **words: str) -> None:
@@ -111,16 +112,14 @@ class Scene:
             others = tuple(other for other in self.things if other is not thing)
             for kind, field, options in (("recolour", "colour", COLOURS), ("replace", "kind", KINDS)):
                 for new in options:
-                    if new != thing.colour and new not in kinds:
+                    if new != thing.colour and new not in kinds:  # kinds: no two things may share one
                         changed = replace(self, things=others + (replace(thing, **{field: new}),))
                         add(kind, changed, thing.kind, old=thing.kind, new=new)
             add("remove", replace(self, things=others), thing.kind, old=thing.kind)
-        for slot in sorted(set(range(len(SLOTS))) - {thing.slot for thing in self.things}):
-            for kind in KINDS:
-                for colour in COLOURS if kind not in kinds else ():
-                    new = Thing(kind, colour, slot=slot)
-                    add("add", replace(self, things=self.things + (new,)), kind, new=new.name,
-                        where=SLOTS[slot])
+        free = sorted(set(range(len(SLOTS))) - {thing.slot for thing in self.things})
+        for slot, kind, colour in product(free, [kind for kind in KINDS if kind not in kinds], COLOURS):
+            new = Thing(kind, colour, slot=slot)
+            add("add", replace(self, things=self.things + (new,)), kind, new=new.name, where=SLOTS[slot])
         for kind, options in (("time", TIMES), ("weather", WEATHERS), ("ground", GROUNDS)):
             old = getattr(self, kind)
             for new in options:
@@ -143,7 +142,7 @@ def unknown_words(text: str) -> list[str]:
 
 
 def held_out(scene: Scene, edit: Edit) -> bool:
-    """Whether an edit, or a thing in either scene, is a held-out combination (not used to train editors)."""
+    """Whether an edit, or a thing before or after the edit, is a held-out combination."""
     shown = {(thing.kind, thing.colour) for thing in scene.things + edit.scene.things}
     return not shown.isdisjoint(HELD_OUT_THINGS) or (edit.kind, edit.thing) in HELD_OUT_EDITS
 
@@ -167,7 +166,7 @@ def draw_edit(edits: list[Edit], generator: torch.Generator) -> Edit:
 def random_scene(split: str, index: int) -> Scene:
     """Scene number `index` of a split ("train", "test", any word), with one to three things.
 
-    The scene is the same on every machine, because Python guarantees the sequence of `random.Random.random`.
+    The scene is the same on every machine: Python guarantees which numbers `random.Random.random` returns.
     """
     rng = random.Random(f"nanoip2p {split} {index}")
 
