@@ -17,7 +17,7 @@ from torch import Tensor
 from nanoip2p.common.files import replacing
 
 MAX_MEGAPIXELS = 100  # 300 MB as RGB; protects against decompression bombs
-# The formats that open_image reads. Pillow knows more, and starts Ghostscript for a PostScript file named x.png
+# open_image reads no others: Pillow would start Ghostscript for a PostScript file named x.png
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
 RECIPE_KEY = "nanoip2p"  # key of the PNG text chunk that holds the recipe
@@ -52,8 +52,9 @@ def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's warnings about large files and odd EXIF
-            Image.init()  # the formats of this Pillow; AVIF may be missing
-            with Image.open(content or path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+            Image.init()
+            known = [name for name in FORMATS if name in Image.OPEN]  # some builds of Pillow lack AVIF
+            with Image.open(content or path, formats=known) as image:
                 if image.width * image.height > MAX_MEGAPIXELS * 10**6:  # checked before decoding
                     raise ValueError(f"more than {MAX_MEGAPIXELS} megapixels; shrink it")
                 return to_rgb(ImageOps.exif_transpose(image))

@@ -91,7 +91,7 @@ def finite(text: str) -> float:
 
 
 def one_line(message) -> str:
-    """A message as one line of at most LETTERS. Escapes control characters, which could steer the terminal."""
+    """A message as one line of at most LETTERS. Escapes control characters: they could steer the terminal."""
     text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in
                    " ".join(str(message).split()))
     half = LETTERS // 2 - 2

@@ -9,13 +9,14 @@ import typing
 
 from nanoip2p.common.schema import checked
 
-# The range of each number, and of other whole numbers: far beyond every Stable Diffusion 1.x and CLIP. Without
-# limits, a config.json of a few bytes could take minutes to build, or gigabytes
+# Ranges of numbers, far beyond every Stable Diffusion 1.x and CLIP; WIDTHS is for all others. Without limits,
+# a config.json of a few bytes could take minutes to build, or gigabytes
 LIMITS = {
-    "layers_per_block": (1, 32), "num_hidden_layers": (1, 128), "vocab_size": (1, 2**20), "freq_shift": (0, 1),
-    "eos_token_id": (0, 2**20), "norm_eps": (0, 1), "layer_norm_eps": (0, 1), "scaling_factor": (1e-6, 1e6),
-    "logit_scale_init_value": (-100, 100), "num_train_timesteps": (1, 100_000), "steps_offset": (0, 100_000),
-    "beta_start": (1e-9, 0.999), "beta_end": (1e-9, 0.999)}
+    "layers_per_block": (1, 32), "num_hidden_layers": (1, 128), "freq_shift": (0, 1),
+    "vocab_size": (1, 2**20), "eos_token_id": (0, 2**20), "norm_eps": (0, 1), "layer_norm_eps": (0, 1),
+    "scaling_factor": (1e-6, 1e6), "logit_scale_init_value": (-100, 100),
+    "num_train_timesteps": (1, 100_000), "steps_offset": (0, 100_000), "beta_start": (1e-9, 0.999),
+    "beta_end": (1e-9, 0.999)}
 WIDTHS, LEVELS = (1, 2**16), 8
 FIXED = {
     "unet": {

@@ -20,7 +20,7 @@ def checked(value, kind, where: str, least: float = -math.inf, most: float = mat
     try:
         return _converted(value, kind, least, most)
     except (ValueError, OverflowError):
-        text = repr(value) if isinstance(value, (bool, int, float, str, types.NoneType)) else type(value).__name__
+        text = type(value).__name__ if isinstance(value, (list, dict)) else repr(value)
         text = text if len(text) <= 40 else text[:40] + "…"
         raise ValueError(f"{where} = {text} should be {_described(kind, least, most)}") from None
 

@@ -1,8 +1,8 @@
 """Give mutated inputs to every reader: `python tests/fuzz/fuzz.py --n 100000 --seed 1`, or `make fuzz`.
 
-An input passes if the reader accepts it, or refuses it as the scripts do (exit code 2, one line of at most 500
-printable characters), within SECONDS and MEGABYTES, and if nothing is written outside its folder, no program
-is started, and no connection is made.
+An input passes if the reader accepts it, or refuses it as the scripts do (exit code 2, one line of at most
+500 printable characters), within SECONDS and MEGABYTES. It must not write outside its folder, start a
+program or make a connection.
 """
 
 import argparse
@@ -21,15 +21,17 @@ from collections import Counter
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS / "helpers"), str(TESTS.parent / "weights"), str(TESTS.parent), str(Path(__file__).parent)]
+sys.path[:0] = [str(path) for path in (
+    TESTS / "helpers", TESTS.parent / "weights", TESTS.parent, TESTS / "fuzz")]
 
-import torch
-from mutators import change_file
-from readers import READERS
+import torch  # noqa: E402
+from mutators import change_file  # noqa: E402
+from readers import READERS  # noqa: E402
 
-from nanoip2p.common import cli
+from nanoip2p.common import cli  # noqa: E402
 
 SECONDS, MEGABYTES, LETTERS = 10, 300, 500
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 watch = {"folder": None, "problem": None}  # of the input that is being read
 
 
@@ -41,11 +43,12 @@ def hook(event: str, args: tuple) -> None:
     """Note what an input must not cause."""
     if not watch["folder"]:
         return
-    if event == "open" and isinstance(args[0], (str, bytes)) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+    if event == "open" and isinstance(args[0], (str, bytes)) and args[2] & WRITING:
         written = args[0]
     elif event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
         written = args[1] if event == "os.rename" else args[0]
-    elif event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect", "socket.getaddrinfo"):
+    elif event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect",
+                   "socket.getaddrinfo"):
         watch["problem"] = f"{event} {args!r:.100}"
         return
     else:

@@ -14,8 +14,8 @@ from PIL import Image, PngImagePlugin
 
 NUMBERS = (0, -1, 1, 2, 77, 2**31, 10**7, 10**9, 2**63, 10**30, -10**400, 0.5, -0.0, 1e-320, 1e308,
            float("nan"), float("inf"), -float("inf"))
-TEXTS = ("", "x", "77", "null", "../../victim/x", "/etc/hostname", "..", ".", "a\x1b[2Jb\x07", "a\nb\rc", "\x00",
-         "\ud800", "é" * 300, "a" * 100_000, "--", "-h", "a/b", "owner/name", "https://example.invalid/x")
+TEXTS = ("", "x", "77", "null", "../../victim/x", "/etc/hostname", "..", ".", "a\x1b[2Jb\x07", "a\nb\rc",
+         "\x00", "\ud800", "é" * 300, "a" * 100_000, "--", "-h", "a/b", "owner/name", "https://example.invalid/x")
 OTHERS = (None, True, False, [], {}, [[]], [None], {"": None}, {"x": {"y": []}})
 
 
@@ -77,7 +77,8 @@ def raw(rng: random.Random, content: bytes) -> bytes:
         elif change == 3:
             content[begin:end] = bytes(end - begin)
         else:
-            content[begin:begin] = rng.choice((b"\x00", b"\xff\xfe", b"\n", b"\x1b[2J", b"{", b"]", b'"', b"9" * 30))
+            content[begin:begin] = rng.choice(
+                (b"\x00", b"\xff\xfe", b"\n", b"\x1b[2J", b"{", b"]", b'"', b"9" * 30))
     return bytes(content)
 
 

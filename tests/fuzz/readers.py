@@ -123,9 +123,10 @@ def write_recipe(folder: Path) -> None:
     """A picture with a recipe, and its input."""
     write_picture(folder / "house.png")
     save_png(PICTURE, folder / "recipe.png", {
-        "input": [str(folder / "house.png")], "edit": ["make it night"], "turns": False, "n": 1, "negative": "",
-        "steps": 4, "resolution": 64, "cfg_text": 3.0, "cfg_image": 1.2, "sampler": "euler", "seed": 5,
-        "keep_size": False, "weights": "weights/nano-ip2p", "dtype": "fp32", "batch": 8, "version": "0.1.0"})
+        "input": [str(folder / "house.png")], "edit": ["make it night"], "turns": False, "n": 1, "negative":
+        "", "steps": 4, "resolution": 64, "cfg_text": 3.0, "cfg_image": 1.2, "sampler": "euler", "seed": 5,
+        "keep_size": False, "weights": "weights/nano-ip2p", "dtype": "fp32", "batch": 8,
+        "version": "0.1.0"})
 
 
 def read_recipe_and_plan(folder: Path) -> None:
@@ -235,7 +236,7 @@ def write_parquet(folder: Path) -> None:
     write_picture(folder / "a.png")
     picture = {"bytes": (folder / "a.png").read_bytes(), "path": None}
     (folder / "a.png").unlink()
-    table = {"original_prompt": ["a house"] * 3, "original_image": [picture] * 3, "edit_prompt": ["night"] * 3,
+    table = {"original_prompt": ["a house"] * 3, "original_image": [picture] * 3, "edit_prompt": ["x"] * 3,
              "edited_prompt": ["a house at night"] * 3, "edited_image": [picture] * 3}
     pyarrow.parquet.write_table(pyarrow.table(table), folder / "train.parquet")
 

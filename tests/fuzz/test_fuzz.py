@@ -10,14 +10,16 @@ from readers import READERS
 
 ROOT = Path(__file__).resolve().parents[2]
 # What opens or parses a file; a function that calls one of these is a reader
-OPENING = {"read_json", "read_rows", "read_jsonl", "read_tensors", "read_metadata", "read_pickle", "open_image",
-           "loads", "safe_open", "load_file", "ParquetFile", "read_bytes", "read_text", "DictReader", "open"}
+OPENING = {
+    "read_json", "read_rows", "read_jsonl", "read_tensors", "read_metadata", "read_pickle", "open_image",
+    "loads", "safe_open", "load_file", "ParquetFile", "read_bytes", "read_text", "DictReader", "open"}
 # These read nothing that comes from outside, or hand a file on unread
-EXEMPT = {"files.py:append", "files.py:locked", "files.py:claim_folder", "files.py:mend_last_line",
-          "files.py:check_writable", "finetune.py:start", "rendered.py:write_scenes", "tensors.py:write_tensors",
-          "run_folder.py:flush", "magicbrush.py:score", "magicbrush.py:run", "curve.py:run", "sample.py:run",
-          "sample.py:edit_batch", "sample.py:sweep", "captions.py:ask_all", "make_dataset.py:run_pairs",
-          "pipeline.py:as_image", "trainer.py:load"}
+EXEMPT = {
+    "files.py:append", "files.py:locked", "files.py:claim_folder", "files.py:mend_last_line",
+    "files.py:check_writable", "finetune.py:start", "rendered.py:write_scenes", "tensors.py:write_tensors",
+    "run_folder.py:flush", "magicbrush.py:score", "magicbrush.py:run", "curve.py:run", "sample.py:run",
+    "sample.py:edit_batch", "sample.py:sweep", "captions.py:ask_all", "make_dataset.py:run_pairs",
+    "pipeline.py:as_image", "trainer.py:load"}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def test_the_valid_input_is_read(name, fuzzer):
 
 def test_every_input_is_read_or_refused_in_one_line(tmp_path):
     failures = fuzz(2000, 0, tmp_path)
-    assert not failures, "\n\n".join(f"{name}, seed {seed!r}: {problem}" for name, seed, problem in failures[:5])
+    assert not failures, "\n\n".join(f"{name}, seed {seed!r}: {text}" for name, seed, text in failures[:5])
 
 
 def test_every_function_that_reads_is_reached_by_a_reader(fuzzer):
@@ -55,8 +57,8 @@ def test_every_function_that_reads_is_reached_by_a_reader(fuzzer):
     for path in files:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
-                calls = {call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-                         for call in ast.walk(node) if isinstance(call, ast.Call)}
+                functions = [call.func for call in ast.walk(node) if isinstance(call, ast.Call)]
+                calls = {getattr(function, "attr", getattr(function, "id", "")) for function in functions}
                 if calls & OPENING:
                     readers.add(f"{path.name}:{node.name}")
     assert not readers - reached - EXEMPT
