@@ -74,8 +74,8 @@ def check_fits(tokenizer: Tokenizer, config, folder: Path) -> None:
     """Raise ValueError if a text encoder with this CLIPTextConfig cannot read the tokenizer's output."""
     length, known = config.max_position_embeddings, tokenizer.backend.get_vocab_size()
     if tokenizer.length > length or known > config.vocab_size:
-        raise ValueError(f"{folder}: the tokenizer makes {tokenizer.length} tokens with ids below {known}, the "
-                         f"text encoder reads {length} with ids below {config.vocab_size}; use its tokenizer")
+        raise ValueError(f"{folder}: the tokenizer makes {tokenizer.length} tokens with ids below {known}, "
+                         f"the text encoder reads {length} with ids below {config.vocab_size}; use its own")
 
 
 def clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]], unknown: str | None) -> Backend:
@@ -120,7 +120,7 @@ def _special_tokens(folder: Path, config: dict, fast: dict) -> tuple[dict[str, s
         listed += sorted(fast.get("added_tokens", []), key=lambda token: token["id"])
     for key in ("additional_special_tokens", "extra_special_tokens"):
         listed += map(_as_dict, config.get(key) or [])
-    # `listed` comes first for its order, and again last because its flags take precedence over the roles'
+    # `listed` comes first to set the order, and again last so that its flags replace those of `named`
     special = {token["content"]: token for token in [*listed, *named.values(), *listed]}
     flags = ("single_word", "lstrip", "rstrip", "normalized")
     return ({role: token["content"] for role, token in named.items()},
