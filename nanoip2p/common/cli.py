@@ -137,7 +137,7 @@ def leave_signals_to_the_parent(_worker: int) -> None:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add --vae, --tokenizer and --raw-weights, which `open_checkpoint` takes. (sample.py has its own.)"""
+    """Add --vae, --tokenizer and --raw-weights of `open_checkpoint`. sample.py and train.py add their own."""
     parser.add_argument("--vae", help="use this autoencoder instead of the checkpoint's: a file or folder")
     parser.add_argument("--tokenizer", help="tokenizer of a single-file checkpoint: a folder or Hub name")
     parser.add_argument("--raw-weights", action="store_true", default=None,
