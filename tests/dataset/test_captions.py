@@ -195,7 +195,7 @@ def test_moderation_of_captions_and_answers(server, ask):
     server.plan[TEXTS[1]] = ["flagged", "flagged", "well"]
     code, rows, dropped, said = ask(texts, "--moderate")
     assert (code, by_input(rows)) == (0, expected(TEXTS[:2]))
-    assert dropped == [{"input": texts[1], "why": "flagged"}] and "once more: 2 flagged" in said
+    assert dropped == [{"input": texts[1], "why": "flagged"}] and "retries: 2 flagged" in said
     assert texts[1] not in server.asked  # the language model never saw it
     inputs = [request["input"] for what, request in server.requests if what == "/moderations"]
     assert [TEXTS[0]] in inputs and list(edit_of(TEXTS[0])) in inputs
