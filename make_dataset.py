@@ -57,8 +57,8 @@ def add_captions(subparsers) -> None:
 
     below = parser.add_subparsers(title="fine-tuning, as in the paper", parser_class=cli.make_parser)
     prepare = below.add_parser("prepare-finetune", help="hand-written triplets -> training data")
-    prepare.add_argument("human", type=Path, help=".jsonl of input, edit, output; the paper has 700 of them")
-    prepare.add_argument("--chats", type=Path, help="the file to write (default: human.chat.jsonl)")
+    prepare.add_argument("human", type=Path, help=".jsonl of input, edit, output; the paper used 700 of them")
+    prepare.add_argument("--chats", type=Path, help="file to write (default: human, with suffix .chat.jsonl)")
     prepare.set_defaults(run=run_prepare)
     tune = below.add_parser("finetune", help="upload training data, start a job, print the job id")
     tune.add_argument("chats", type=Path, help="the file that prepare-finetune wrote")
@@ -138,7 +138,7 @@ def run_pairs(args: argparse.Namespace) -> None:
     job = read_json(args.out / "job.json", missing={})
     dtype = args.dtype or (job.get("dtype", "fp32") if job else pick_dtype(None, device))
     if first:
-        print(f"opened {args.weights}: {checkpoint.description}; paints in {dtype}", file=sys.stderr)
+        print(f"opened {args.weights}: {checkpoint.description}; computes in {dtype}", file=sys.stderr)
         print(f"{len(prompts)} prompts, {len(bad)} bad lines, {settings.n_samples} candidates per prompt",
               file=sys.stderr)
     painter = TextToImage.load(checkpoint, device, DTYPES[dtype])
@@ -172,7 +172,7 @@ def add_pair(subparsers) -> None:
     parser.add_argument("--reweight", nargs=2, action="append", default=[], metavar=("WORD", "FACTOR"),
                         help="for cross and both: scale the attention to a word of the edited caption")
     parser.add_argument("--window", nargs=3, action="append", default=[], metavar=("WORD", "FROM", "TO"),
-                        help="for cross and both: inject a word at these shares of the steps, not 0 to P")
+                        help="for cross and both: inject a word between two shares of the steps, not 0 to P")
     parser.add_argument("--cfg-text", type=finite, help="guidance scale (default: from the weights)")
     parser.add_argument("--steps", type=at_least(1), help="denoising steps (default: from the weights)")
     parser.add_argument("--resolution", type=at_least(1), help="side in pixels (default: from the weights)")
@@ -197,7 +197,7 @@ def run_pair(args: argparse.Namespace) -> None:
     checkpoint = open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    print(f"opened {args.weights}: {checkpoint.description}; paints in {dtype}", file=sys.stderr)
+    print(f"opened {args.weights}: {checkpoint.description}; computes in {dtype}", file=sys.stderr)
     painter = TextToImage.load(checkpoint, device, DTYPES[dtype])
     model = PairPainter(painter, args.source, args.edit, args.inject, args.steps, args.sampler,
                         args.resolution, args.negative, reweight, windows, args.blend)

@@ -96,8 +96,8 @@ def print_plan(config: TrainConfig, items: list[Item], validation: list[Item], r
           f"for validation: {held_out}\n"
           f"batch     {config.batch_size} x {config.accumulate} accumulated x {ranks} devices = {batch}, "
           f"computed in {config.dtype}\n"
-          f"run       {config.steps} steps = {samples} samples = {samples / len(items):,.1f} visits of each "
-          f"item, written to {config.out or '--out'}")
+          f"run       {config.steps} steps = {samples} samples = {samples / len(items):,.1f} epochs, "
+          f"written to {config.out or '--out'}")
     for note in odd_settings(config, batch, len(items)):
         print(f"note      {note}")
 

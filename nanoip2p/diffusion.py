@@ -81,7 +81,7 @@ def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
     """Noise levels for `steps` steps of "euler_ancestral", "euler", "ddim" or "dpmpp_2m".
 
     The values equal those of diffusers' schedulers. A DDIM step from timestep t ends at t - n_train // steps,
-    but the next step may start elsewhere, so a row of `sigmas` may not begin where the row before ended.
+    but the next step can start elsewhere, so a row of `sigmas` need not begin where the last one ended.
     Raises ValueError if the schedule has too few timesteps for that many steps.
     """
     n_train = schedule.num_train_timesteps
@@ -107,7 +107,7 @@ def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
     else:
         ends_clean = sampler == "euler_ancestral" or schedule.final_sigmas_type == "zero"
         following = np.append(sigmas[1:], 0.0 if ends_clean else table[0])
-    # Both Euler samplers start at sigma. With "leading" they start at sqrt(sigma^2 + 1), as the others do
+    # The noise starts at sigma for both Euler samplers without "leading", otherwise at sqrt(sigma^2 + 1)
     spacing = schedule.timestep_spacing or "linspace"
     only_noise = sampler in ("euler", "euler_ancestral") and spacing != "leading"
     start_scale = float(sigmas[0]) if only_noise else float(np.sqrt(sigmas[0] ** 2 + 1))

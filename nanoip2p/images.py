@@ -22,7 +22,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
 RECIPE_KEY = "nanoip2p"  # key of the PNG text chunk that holds the recipe
 LABEL_WIDTH = 192  # pixels; a grid enlarges narrower pictures so that their labels fit
-LABEL_SIZE, LABEL_LETTERS = 14, 200  # font size in pixels; maximum number of letters
+LABEL_SIZE, LABEL_LETTERS = 14, 200  # font size in pixels; maximum number of characters
 GAP = 8  # pixels between the pictures of a grid
 
 
@@ -89,7 +89,7 @@ def fit_size(width: int, height: int, resolution: int, multiple: int) -> tuple[i
     """
     if resolution < multiple:
         raise ValueError(f"a resolution of {resolution} is too small; these weights need at least {multiple}")
-    resolution -= resolution % multiple  # so that a size that fits stays as it is
+    resolution -= resolution % multiple  # so that a picture of a valid size keeps its size
     short, long = sorted((width, height))
     new_short = -(-short * resolution // (long * multiple)) * multiple
     new_long = long * new_short // (short * multiple) * multiple
@@ -146,7 +146,7 @@ def grid(rows: list[list[Image.Image]], labels: list[list[str]]) -> Image.Image:
 
 
 def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
-    """Wrap a label into lines of at most `width` pixels. Truncates it to LABEL_LETTERS letters."""
+    """Wrap a label into lines of at most `width` pixels. Truncates it to LABEL_LETTERS characters."""
     text = text if len(text) <= LABEL_LETTERS else text[: LABEL_LETTERS - 1] + "…"
     for columns in range(max(len(text), 1), 0, -1):
         lines = textwrap.wrap(text, columns) or [""]

@@ -38,8 +38,8 @@ class Model:
         """All networks have one device and one dtype. defaults: needs every key of PAPER_DEFAULTS."""
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.schedule, self.defaults, self.tokenizer_folder = schedule, defaults, tokenizer_folder
-        self.device = unet.conv_in.weight.device  # where they compute; they may wait on the CPU
-        self.last_seed: int | list[int] | None = None  # argument that repeats the last call
+        self.device = unet.conv_in.weight.device  # low_memory keeps the networks on the CPU between uses
+        self.last_seed: int | list[int] | None = None  # the `seed` with which a call repeats the last one
 
     @classmethod
     def load(cls, weights=None, device: str | torch.device | None = None,
@@ -110,7 +110,7 @@ class Model:
         return [to_pil(picture) for picture in pixels]                                  # (3, H, W) each
 
     def _requests(self, seed: int | list[int] | None, **given) -> tuple[bool, list[list]]:
-        """Turn the arguments and the seed into lists of one length. Returns (whether none was a list, lists).
+        """Turn the arguments and seed into lists of equal length. Returns (whether none was a list, lists).
 
         Repeats a single value. A single seed s becomes s, s + 1, ...; None draws s at random. Sets last_seed.
         """
@@ -118,7 +118,7 @@ class Model:
         lengths = {name: len(value) for name, value in given.items() if isinstance(value, (list, tuple))}
         if len(set(lengths.values())) > 1:
             counts = ", ".join(f"{length} {name}" for name, length in lengths.items())
-            raise ValueError(f"{counts}: give lists of one length, or a single value for all pictures")
+            raise ValueError(f"{counts}: give lists of equal length, or a single value for all pictures")
         n = max(lengths.values(), default=1)
         *lists, seeds = (list(value) if name in lengths else [value] * n for name, value in given.items())
         if not all(isinstance(value, int) for value in seeds):

@@ -167,7 +167,7 @@ class PairPainter:
         injection = Injection(pairs, coarse, words, heat, self_limit=coarse if both else math.inf)
         if self.inject in ("self", "both"):
             rows = torch.arange(4 * pairs, device=active.device, dtype=torch.int32).view(2, 2, pairs)
-            rows[: 1 if both else 2, 0] += pairs * active                       # [caption or not, edit]
+            rows[: 1 if both else 2, 0] += pairs * active                 # [caption or not, edit or source]
             injection.self_from = rows.flatten()
         if self.inject in ("cross", "both"):
             now = active.float()[:, None].repeat(1, len(self.has_source))            # (B, T): 1 if injected
@@ -241,7 +241,7 @@ def align(source: list[int], edit: list[int]) -> list[tuple[range, range]]:
 
     A token common to both is a block of one position each. The tokens between common tokens form a block that
     was swapped, added (no source positions) or dropped (no edit positions). The alignment is Needleman-Wunsch
-    with 1 for a match and 0 for a gap. It needs no mismatches: Hertz et al. score one -1, below two gaps.
+    with 1 for a match and 0 for a gap. A mismatch never occurs: its score of -1 is below that of two gaps.
     """
     n, m = len(source), len(edit)
     common = [[0] * (m + 1) for _ in range(n + 1)]  # longest common subsequence of source[i:] and edit[j:]
@@ -263,7 +263,7 @@ def align(source: list[int], edit: list[int]) -> list[tuple[range, range]]:
 
 
 def token_map(source: list[int], edit: list[int], end: int) -> Tensor:
-    """M (T, T) float32 from the T token ids of each caption, with end token (`end`) and padding.
+    """M (T, T) float32. source, edit: the T token ids of each caption, with the end token `end` and padding.
 
     Column j of M weights the source maps that token j of the edited caption uses. A common token uses the map
     of its source token. An added token has a zero column and keeps its own map (refine). In a swapped block

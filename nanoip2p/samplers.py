@@ -62,7 +62,7 @@ def euler_ancestral(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Gene
 def ddim(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = None, eta: float = 0) -> Tensor:
     """DDIM, Song et al. 2020, equation 12. eta = 0 is deterministic; eta = 1 is DDPM's ancestral sampling.
 
-    Steps and returns z = sqrt(a) x instead of x, with a = 1 / (1 + sigma^2), as diffusers does.
+    The state and the result are z = sqrt(a) x, not x, with a = 1 / (1 + sigma^2), as in diffusers.
     """
     z = x.float() / math.sqrt(1 + float(sigmas[0, 0]) ** 2)
     for sigma, sigma_next in sigmas.tolist():

@@ -70,8 +70,8 @@ class TextToImage(Model):
         share = 1 if strength is None else strength
         taken = int(settings["steps"] * share)  # as in diffusers
         if taken < 1 or share > 1:
-            raise ValueError(f"a strength of {strength} cannot be used: take at most 1, and enough for one "
-                             f"of {settings['steps']} steps")
+            raise ValueError(f"a strength of {strength} cannot be used: it must be at most 1, and make "
+                             f"at least one of the {settings['steps']} steps")
         sigmas = levels.sigmas[-taken:]
         text_states = encode_texts(self.text_encoder, self.tokenizer, [negative, *captions])
         parts = [range(len(captions))[i : i + batch] for i in range(0, len(captions), batch)]

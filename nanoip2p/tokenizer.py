@@ -120,7 +120,7 @@ def _special_tokens(folder: Path, config: dict, fast: dict) -> tuple[dict[str, s
         listed += sorted(fast.get("added_tokens", []), key=lambda token: token["id"])
     for key in ("additional_special_tokens", "extra_special_tokens"):
         listed += map(_as_dict, config.get(key) or [])
-    # `listed` comes first for its order, and again last because its flags take precedence over the roles'
+    # `listed` comes first to set the order, and again last so that its flags replace those of `named`
     special = {token["content"]: token for token in [*listed, *named.values(), *listed]}
     flags = ("single_word", "lstrip", "rstrip", "normalized")
     return ({role: token["content"] for role, token in named.items()},

@@ -23,11 +23,11 @@ class StoredNetwork:
     """A network whose weights are still on disk."""
 
     model: nn.Module  # on torch's meta device, without weights
-    read: Callable[[], dict[str, Tensor]]  # maps the file at each call; a kept mapping would fill the memory
+    read: Callable[[], dict[str, Tensor]]  # memory-maps the file anew; a kept mapping would fill the memory
     path: Path  # the file or folder, for error messages
 
     def load(self, dtype: torch.dtype | None) -> nn.Module:
-        """Load the weights in eval mode on the CPU. dtype: None keeps the stored dtype and maps the file.
+        """Load the weights in eval mode on the CPU. dtype: None keeps the stored dtype, memory-mapped.
 
         Raises ValueError if the names or shapes do not match the model, or a weight is not finite.
         """

@@ -1,6 +1,6 @@
 """Open a checkpoint of Stable Diffusion 1.x or InstructPix2Pix, in every common layout.
 
-A diffusers folder:                                     A single file of 2022 (see single_file.py):
+A diffusers folder:                                     An original single file (see single_file.py):
     model_index.json  unet/  vae/  text_encoder/            model.diffusion_model.*  first_stage_model.*
     tokenizer/  scheduler/                                  cond_stage_model.*  model_ema.*
     defaults.json  (ours: default settings)                 metadata "nanoip2p"  (ours: all JSON files)
@@ -63,11 +63,11 @@ def open_checkpoint(name: str | Path, vae: str | Path | None = None, tokenizer: 
     unet, autoencoder, text = (networks[part].model.config for part in PARTS)
     latent = autoencoder.latent_channels
     if unet.cross_attention_dim != text.hidden_size:
-        raise ValueError(f"{source}: the UNet expects text states of width {unet.cross_attention_dim}, "
+        raise ValueError(f"{source}: the UNet expects hidden states of width {unet.cross_attention_dim}, "
                          f"the text encoder returns {text.hidden_size}")
     if unet.in_channels not in (latent, 2 * latent) or unet.out_channels != latent:
         raise ValueError(f"{source}: the UNet has {unet.in_channels} input and {unet.out_channels} output "
-                         f"channels, not {latent} (editors: {2 * latent}) and {latent}; inpainting models: 9")
+                         f"channels, but needs {latent} (editor: {2 * latent}) and {latent}; inpainting: 9")
     try:
         NoiseSchedule.from_config(schedule).alphas_cumprod()
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Write a model as a diffusers folder, or as a single file in the layout of 2022."""
+"""Write a model as a diffusers folder, or as a single file in the original layout."""
 
 import json
 import shutil
@@ -55,7 +55,7 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None = No
     """Write a checkpoint to a single file if `target` ends in .safetensors, else to a diffusers folder.
 
     dtype: None keeps each tensor's dtype. ema: also write the UNet under the names of the EMA weights, for
-    programs of 2022 that read those. Checks the checkpoint first; an error while writing leaves no `target`.
+    older programs that read those. Checks the checkpoint first; an error while writing leaves no `target`.
     Holds one tensor in memory at a time. Raises ValueError for a bad checkpoint or target.
     """
     single, target = target.suffix == ".safetensors", target.resolve()

@@ -1,4 +1,4 @@
-"""Weight names of 2022: the single-file layout of the original Stable Diffusion and InstructPix2Pix code.
+"""The original single-file layout: the weight names of the Stable Diffusion and InstructPix2Pix code.
 
 The original numbers the UNet's blocks through all levels (`input_blocks.0` to `.11`). diffusers and nanoip2p
 number the levels, and the blocks of each level. The layers of a block have other names too. `original_names`
@@ -23,7 +23,7 @@ PREFIXES = {UNet: "model.diffusion_model.", VAE: "first_stage_model.",
             TextEncoder: "cond_stage_model.transformer."}
 Read = Callable[[], dict[str, Tensor]]  # reads the tensors of a file, memory-mapped
 SD15 = {"unet": UNetConfig().to_json(), "vae": VAEConfig().to_json(),
-        "text_encoder": CLIPTextConfig().to_json()}  # the configs of every file of 2022
+        "text_encoder": CLIPTextConfig().to_json()}  # the configs of every original file
 # Our name -> original name. UNET_LAYERS: layers of the UNet's residual blocks. VAE_NAMES: parts of a name
 UNET_LAYERS = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
               "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
@@ -61,7 +61,7 @@ def unet_places(config: UNetConfig) -> dict[str, str]:
               "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
               "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
               "mid_block.resnets.1": "middle_block.2"}
-    numbers = config.layers_per_block + 1  # of a level. Down: its blocks and downsampler; up: its blocks
+    numbers = config.layers_per_block + 1  # per level, in the original. Down: blocks, downsampler; up: blocks
     for i, up in enumerate(config.up_block_types):
         for j in range(numbers):
             places[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{1 + i * numbers + j}.0"
@@ -147,7 +147,7 @@ def find_networks(read: Read, path: Path, raw_weights: bool = False,
     unet = models["unet"].config
     kind = "an InstructPix2Pix" if unet.in_channels > unet.out_channels else "a Stable Diffusion 1.x"
     which = "EMA weights" if ema else "raw weights" if has_ema else "no EMA copy"
-    description = (f"{kind} checkpoint in the layout of 2022, {unet.in_channels} input channels, {which}, "
+    description = (f"{kind} checkpoint in the original layout, {unet.in_channels} input channels, {which}, "
                    f"{dtype_names(tensors.values())}")
 
     def read_part(part: str) -> dict[str, Tensor]:
@@ -178,7 +178,7 @@ def find_vae(read: Read, path: Path, config: dict | None = None) -> StoredNetwor
 
 
 def normalised(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Drop IGNORED tensors and scalars (no network has scalars), and normalise the names.
+    """Drop IGNORED tensors and scalars (the three networks have none), and normalise the names.
 
     Some programs add `state_dict.` before names or omit `text_model.`. Raises ValueError if two names of the
     file become the same name.

@@ -34,7 +34,8 @@ class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescr
     """Appends each flag's default to its help, and keeps the line breaks of the description."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        hidden = action.default is None or action.default is False or action.default == []
+        return action.help if hidden else super()._get_help_string(action)
 
 
 def make_parser(**settings) -> argparse.ArgumentParser:
@@ -146,7 +147,7 @@ def leave_signals_to_the_parent(_worker: int) -> None:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add --vae, --tokenizer and --raw-weights, which `open_checkpoint` takes. (sample.py has its own.)"""
+    """Add --vae, --tokenizer and --raw-weights of `open_checkpoint`. sample.py and train.py add their own."""
     parser.add_argument("--vae", help="use this autoencoder instead of the checkpoint's: a file or folder")
     parser.add_argument("--tokenizer", help="tokenizer of a single-file checkpoint: a folder or Hub name")
     parser.add_argument("--raw-weights", action="store_true", default=None,

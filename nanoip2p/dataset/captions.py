@@ -107,7 +107,7 @@ def read_answer(reply, caption: str) -> tuple[str, str]:
         if choice.message.refusal or choice.finish_reason == "content_filter":
             raise Unusable("refused")
         content = choice.message.content
-        if choice.finish_reason == "length":  # cut off, though a fine-tuned model's would parse
+        if choice.finish_reason == "length":  # cut off; a fine-tuned model's answer could still parse
             raise ValueError
         if DELIMITER in content:  # never in JSON: its strings have no line breaks
             edit, output = map(tidy, content.split(DELIMITER))
@@ -130,7 +130,7 @@ class Job:
         self.client, self.settings, self.todo, self.out, self.bar = client, settings, deque(todo), out, bar
         self.counts, self.used = Counter(), Counter()  # outcomes; input and output tokens
         self.reserved = 0    # upper bound on the tokens of the open requests
-        self.shared = 0      # input tokens of the first request: bounds the examples, which requests share
+        self.shared = 0      # input tokens of the first request: an upper bound for those of the examples
         self.failures = 0    # number of captions in a row without an answer
         self.problem: Exception | None = None
         self.deadline = math.inf  # time.monotonic() at which waiting ends; set by Ctrl-C
@@ -233,7 +233,7 @@ class Job:
                 raise Unusable("refused") from None
             raise
         finally:
-            with self.lock:  # both in one step: between them, another request could exceed the limit
+            with self.lock:  # one lock for both counters: else another request could exceed the limit
                 self.reserved -= reserved
                 self.used += spent
                 if spent:
@@ -253,9 +253,9 @@ class Job:
                              if name.startswith(kind) and n) or "none"
 
         return (f"{self.counts['written']} edits written to {self.out}\n"
-                f"captions dropped: {listed('dropped ')}; answers asked for once more: {listed('retried ')}\n"
+                f"captions dropped: {listed('dropped ')}; retries: {listed('retried ')}\n"
                 f"tokens: {self.used['in']:,} in, {self.used['out']:,} out\n"
-                f"captions left for the same command: {len(self.todo)} not asked (--max-tokens), "
+                f"captions left for the next run: {len(self.todo)} not asked (--max-tokens), "
                 f"{self.counts['unanswered']} without an answer")
 
 

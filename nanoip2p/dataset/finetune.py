@@ -1,6 +1,6 @@
 """Fine-tune a language model on hand-written triplets (the paper used 700, section 3.1.1).
 
-The original fine-tuned a completion model, with delimiters around each text. A chat model needs only the
+The original fine-tuned a completion model, with a delimiter after each text. A chat model needs only the
 delimiter between instruction and edited caption.
 """
 

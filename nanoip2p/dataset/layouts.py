@@ -82,7 +82,7 @@ def read_data(source: str | Path, split: str = "train", skip_bad: bool = False) 
         warnings.warn(f"pairs left out: {count}; for the first {problem}", stacklevel=2)
         items = sound
     if not items and split == "train":
-        raise ValueError(f"{source} has no pairs in its train split (the first 90%, without split files)")
+        raise ValueError(f"{source} has no pairs in its train split (the first 90%, or its split files)")
     return items
 
 
@@ -174,8 +174,8 @@ def _parquet(path: Path) -> Iterator[Item]:
         schema, number = file.schema_arrow, 0
         columns = next((columns for columns in COLUMNS if set(columns) <= set(schema.names)), None)
         if not columns or not all("binary" in str(schema.field(name).type) for name in columns[::2]):
-            raise ValueError(f"{path} has the columns {', '.join(schema.names)}; known, with pictures as "
-                             f"bytes, {' | '.join(', '.join(names) for names in COLUMNS)}")
+            raise ValueError(f"{path} has the columns {', '.join(schema.names)}; readable, with pictures "
+                             f"as bytes: {' | '.join(', '.join(names) for names in COLUMNS)}")
         before, edit, after = columns
         texts = [edit, *(name for name in PARQUET_CAPTIONS if name in schema.names)]
         for group in range(file.num_row_groups):

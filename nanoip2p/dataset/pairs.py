@@ -38,7 +38,7 @@ UNFINISHED = ".unfinished"  # folder in `out`, removed when all prompts are fini
 class PairSettings:
     """Settings. Names and defaults follow the original's generate_img_dataset.py. ValueError if invalid."""
 
-    n_samples: int = flag("candidates to paint", 100, type=at_least(1), group="candidates of each prompt")
+    n_samples: int = flag("number of candidates", 100, type=at_least(1), group="candidates of each prompt")
     early_stop: int = flag("stop after N passing candidates; 0: never", 0, type=at_least(0), metavar="N")
     inject: str = flag("attention maps that the edited picture takes from the source", "self", choices=MODES)
     min_p2p: float = flag("minimum of p, the share of the steps that inject", 0.1, type=finite)
@@ -183,7 +183,7 @@ def make_pairs(prompts: list[Prompt], out: Path, painter: TextToImage, judge: Ju
                             rows, kept = make_candidates(prompt, painter, judge, settings)
                             write_prompt(folder, prompt, rows, kept)
                             tried, survived = tried + len(rows), survived + len(kept)
-                    bar.set_postfix_str(f"{survived} of {tried} pairs survive", refresh=False)
+                    bar.set_postfix_str(f"{survived} of {tried} pairs kept", refresh=False)
                     bar.update()
         finally:  # also after Ctrl-C: training on the finished prompts needs seeds.json
             finish_job(out, prompts)

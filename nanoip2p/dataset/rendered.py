@@ -28,7 +28,7 @@ def draw_scenes(n: int, seed: int) -> list[dict]:
 
 
 def write_scenes(out: Path, n: int, seed: int) -> None:
-    """Write the triplets of `draw_scenes`. `out` may hold the first of them already, else ValueError."""
+    """Write the triplets of `draw_scenes`. ValueError if `out` exists and does not begin in the same way."""
     text = "".join(json.dumps(row) + "\n" for row in draw_scenes(n, seed)).encode()
     if out.exists() and not text.startswith(out.read_bytes()):
         raise ValueError(f"{out} holds more or other captions than these {n} of --seed {seed}; name another "
@@ -40,8 +40,8 @@ def write_scenes(out: Path, n: int, seed: int) -> None:
 def scene_pairs(n: int, split: str = "train", weights: tuple[float, ...] = EQUAL_ODDS) -> list[Pair]:
     """`n` rendered pairs, EDITS_PER_SCENE per scene, from edits and instructions that editors may train on.
 
-    weights: odds of each of EDIT_KINDS. Draws the kind before the edit: else "add", which offers more edits,
-    would be drawn more often than "remove".
+    weights: frequency of each of EDIT_KINDS. Draws the kind before the edit: else "add", which has
+    more edits, would be drawn more often than "remove".
     """
     seed = int.from_bytes(hashlib.sha256(split.encode()).digest()[:6], "big")
     generator, pairs = torch.Generator().manual_seed(seed), []

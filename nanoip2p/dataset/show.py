@@ -45,21 +45,21 @@ def read_pairs(root: Path) -> list[dict]:
 def statistics(root: Path, pairs: list[dict]) -> str:
     """A text about the kept pairs: number, quality, p. Reports candidates only if pairs.py listed them."""
     folders, with_survivors = prompt_folders(root), len({pair["folder"] for pair in pairs})
-    lines = [("prompts", f"{len(folders)} finished, {with_survivors} of them with survivors"),
-             ("surviving pairs", f"{len(pairs)}, {len(pairs) / len(folders):.2f} a prompt")]
+    lines = [("prompts", f"{len(folders)} finished, {with_survivors} of them with kept pairs"),
+             ("kept pairs", f"{len(pairs)}, {len(pairs) / len(folders):.2f} a prompt")]
     job = read_json(root / "job.json", missing={}).get("job")
     rows = [row for folder in folders for row in read_table(folder / "candidates.jsonl", SIMILARITIES)]
     if job and rows:
         thresholds = Thresholds(*(float(job[f"clip_{name}threshold"]) for name in ("img_", "dir_", "")))
         passed = sum(not thresholds.reasons(row) for row in rows)
         lines.append(("candidates", f"{len(rows)}, {passed / len(rows):.1%} pass, "
-                                    f"{len(pairs) / len(rows):.1%} survive"))
+                                    f"{len(pairs) / len(rows):.1%} are kept"))
     if pairs:
         means = {name: sum(pair[key] for pair in pairs) / len(pairs) for key, name in SCORE_NAMES.items()}
         lines.append(("mean similarity", ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())))
         shares = [pair["p2p_threshold"] for pair in pairs]
         counts = Counter(min(int(share * 10), 9) for share in shares)
-        lines.append(("p of survivors", f"mean {sum(shares) / len(shares):.3f}"))
+        lines.append(("p of kept pairs", f"mean {sum(shares) / len(shares):.3f}"))
         for bin in range(10):
             bar = "#" * round(BAR * counts[bin] / max(counts.values()))
             lines.append(("", f"{bin / 10:.1f} ... {(bin + 1) / 10:.1f} {bar:<{BAR}} {counts[bin]}"))

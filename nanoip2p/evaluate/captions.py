@@ -1,4 +1,4 @@
-"""How often CLIP finds the caption of a picture among 32 captions, for generated pictures and for renders."""
+"""CLIP retrieval: how often a picture's own caption ranks first of 32, for generated pictures and renders."""
 
 import argparse
 
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict]:
     renders = [scene.render(painter.defaults["resolution"]) for scene in scenes]
     numbers = {"n": len(scenes)}
     lines = [f"the true caption comes first of {GROUP}, of {len(scenes)} pictures"]
-    for kind, pictures in (("painted", painted), ("true renders", renders)):
+    for kind, pictures in (("generated", painted), ("true renders", renders)):
         numbers[kind], error = rate(ranked_first(judge, pictures, captions))
         lines.append(f"  {kind:<14}{numbers[kind]:>6.1%} ± {error:.1%}")
     return "\n".join(lines), numbers

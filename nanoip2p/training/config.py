@@ -13,7 +13,7 @@ from nanoip2p.world.scenes import EDIT_KINDS
 PAPER_BATCH = 1024  # samples per optimizer step
 PAPER_VISITS = 10_000 * PAPER_BATCH / 313_010  # steps x batch / prompts: the paper trained for 33 epochs
 SWITCH = argparse.BooleanOptionalAction  # --no-recompute overrides a preset with recompute
-# Batch sizes that fit into the memory of a GPU. Gradient accumulation makes up 1024 samples per step
+# Batch sizes that fit into the memory of a GPU. Gradient accumulation raises them to 1024 samples per step
 PRESETS = {
     "paper": {"batch_size": 32, "clip": 0.0},  # 8 GPUs with batch size 32 each
     "48gb": {"batch_size": 64},
@@ -49,7 +49,7 @@ class TrainConfig:
     raw_weights: bool = flag("use the raw weights of a file that also holds averaged (EMA) weights", False)
     data: str | None = flag("pairs: a folder, a pairs.jsonl or parquet file; 'scenes' renders pairs")
     pairs: int = flag("number of pairs that --data scenes renders", 20_000, type=at_least(1))
-    kind_weights: Sequence[float] = flag(f"odds of the edits of --data scenes: {', '.join(EDIT_KINDS)}",
+    kind_weights: Sequence[float] = flag(f"frequencies of edits in --data scenes: {', '.join(EDIT_KINDS)}",
                                         (1.0,) * len(EDIT_KINDS), type=between(0), nargs=len(EDIT_KINDS))
     text_to_image: bool = flag("train a text-to-image model on the captions of --data scenes", False)
     cache: Path | None = flag("encode all pictures and texts once, into this folder", type=Path)
@@ -113,10 +113,10 @@ def odd_settings(config: TrainConfig, batch: int, items: int) -> list[str]:
     """Warnings about unusual settings, one sentence each. batch: samples per step. items: number of items."""
     visits, steps = config.steps * batch / items, math.ceil(PAPER_VISITS * items / batch)
     notes = {
-        f"{visits:,.0f} visits of each item; the paper made {PAPER_VISITS:.0f}, which is --steps {steps}":
+        f"{visits:,.0f} epochs; the paper trained for {PAPER_VISITS:.0f}, which is --steps {steps} here":
             visits > 10 * PAPER_VISITS,
-        "the run ends before it has visited each item once": visits < 1,
-        f"a step of {batch} samples visits each of the {items} items more than once": batch > items,
+        "the run is shorter than one epoch": visits < 1,
+        f"a step of {batch} samples is longer than an epoch of {items} items": batch > items,
         f"--warmup {config.warmup} is longer than the run": config.warmup > config.steps,
         "there is no checkpoint before the end of the run": config.save_every >= config.steps >= 100}
     return [note for note, applies in notes.items() if applies]

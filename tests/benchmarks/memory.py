@@ -95,7 +95,7 @@ def training_memory(batch: int, side: int = 32, dtype: torch.dtype = torch.bfloa
 def main(argv: list[str] | None = None) -> None:
     argparse.ArgumentParser(description=__doc__).parse_args(argv)
     print("GB on a GPU for Stable Diffusion 1.5, 256 pixels, bf16 and --cache unless said otherwise.\n"
-          "Counted, not measured: CUDA itself, workspaces and gaps in memory come on top.")
+          "Counted, not measured: CUDA itself, workspaces and fragmentation come on top.")
     print(f"{'micro-batch':<42}" + "".join(f"{batch:>7}" for batch in BATCHES))
     for name, way in WAYS.items():
         sizes = [sum(training_memory(batch, **way).values()) / 1e9 for batch in BATCHES]

@@ -52,7 +52,7 @@ def test_a_bad_answer_is_asked_for_again(server, ask, kind, counted):
     code, rows, dropped, said = ask(TEXTS[:3], "--concurrency", 2)
     assert (code, by_input(rows), dropped) == (0, expected(TEXTS[:3]), [])
     assert Counter(server.asked) == {TEXTS[0]: 2, TEXTS[1]: 1, TEXTS[2]: 2}
-    assert (f"once more: 2 {counted}" if counted else "once more: none") in said
+    assert (f"retries: 2 {counted}" if counted else "retries: none") in said
 
 
 @pytest.mark.parametrize("kind, reason", [
@@ -63,7 +63,7 @@ def test_what_stays_bad_is_dropped_for_good(server, ask, kind, reason):
     code, rows, dropped, said = ask(TEXTS[:3])
     assert (code, by_input(rows)) == (0, expected([TEXTS[0], TEXTS[2]]))
     assert dropped == [{"input": TEXTS[1], "why": reason}]
-    assert f"dropped: 1 {reason}; answers asked for once more: 3 {reason}" in said
+    assert f"dropped: 1 {reason}; retries: 3 {reason}" in said
     assert server.asked.count(TEXTS[1]) == 4  # as the original: three more attempts
     server.asked.clear()
     code, again, *_ = ask(TEXTS[:4])
@@ -195,7 +195,7 @@ def test_moderation_of_captions_and_answers(server, ask):
     server.plan[TEXTS[1]] = ["flagged", "flagged", "well"]
     code, rows, dropped, said = ask(texts, "--moderate")
     assert (code, by_input(rows)) == (0, expected(TEXTS[:2]))
-    assert dropped == [{"input": texts[1], "why": "flagged"}] and "once more: 2 flagged" in said
+    assert dropped == [{"input": texts[1], "why": "flagged"}] and "retries: 2 flagged" in said
     assert texts[1] not in server.asked  # the language model never saw it
     inputs = [request["input"] for what, request in server.requests if what == "/moderations"]
     assert [TEXTS[0]] in inputs and list(edit_of(TEXTS[0])) in inputs

@@ -283,7 +283,7 @@ def test_a_folder_that_is_empty_or_unknown_or_not_there(tmp_path):
 def test_what_is_wrong_with_parquet_is_named_in_one_line(tmp_path, monkeypatch):
     other = write_parquet(tmp_path / "a.parquet", columns=("before", "edit_prompt", "edited_image"))
     told = complaint(other)
-    assert "a.parquet has the columns img_id, before, edit_prompt, edited_image; known" in told
+    assert "a.parquet has the columns img_id, before, edit_prompt, edited_image; readable" in told
     assert all(name in told for columns in COLUMNS for name in columns)
     paths = write_parquet(tmp_path / "b.parquet", [("a.png", "edit", "b.png")] * 3, plain=True)  # no bytes
     assert "pictures as bytes" in complaint(paths)

@@ -345,7 +345,7 @@ def test_a_job_keeps_the_dtype_that_the_device_chose(
     for faster in ("bf16", "fp32"):  # as if the device had changed before the second run
         monkeypatch.setattr(make_dataset, "pick_dtype", lambda name, device, faster=faster: name or faster)
         assert make_dataset.main(chosen) == 0
-        assert "; paints in bf16\n" in capsys.readouterr().err
+        assert "; computes in bf16\n" in capsys.readouterr().err
         job = json.loads((tmp_path / "out" / "job.json").read_text())
         assert job["dtype"] == "bf16" and "dtype" not in job["job"]
     plain = json.loads((finished / "job.json").read_text())
@@ -356,7 +356,7 @@ def test_a_job_keeps_the_dtype_that_the_device_chose(
     (tmp_path / "old" / "job.json").write_text(json.dumps(plain))
     monkeypatch.setattr(make_dataset, "pick_dtype", lambda name, device: "bf16")
     assert make_dataset.main([word.replace("/out", "/old") for word in chosen]) == 0
-    assert "; paints in fp32\n" in capsys.readouterr().err
+    assert "; computes in fp32\n" in capsys.readouterr().err
 
 
 def test_prompts_may_follow(finished, weights, prompts, start, tmp_path):
@@ -473,9 +473,9 @@ def test_show_prints_statistics_and_a_contact_sheet(finished, tmp_path, capsys):
     tried = [row for path in finished.glob("*/candidates.jsonl") for row in rows(path)]
     passing = sum(row["clip_sim_dir"] >= 0 for row in tried) / len(tried)
     mean = sum(row["p2p_threshold"] for row in kept) / len(kept)
-    for part in (f"surviving pairs {len(kept)}, {len(kept) / 3:.2f} a prompt",
-                 f"p of survivors mean {mean:.3f}",
-                 f"candidates {len(tried)}, {passing:.1%} pass, {len(kept) / len(tried):.1%} survive",
+    for part in (f"kept pairs {len(kept)}, {len(kept) / 3:.2f} a prompt",
+                 f"p of kept pairs mean {mean:.3f}",
+                 f"candidates {len(tried)}, {passing:.1%} pass, {len(kept) / len(tried):.1%} are kept",
                  "3 finished"):
         assert part in text
     for i, name in enumerate(("caption before", "caption after", "direction", "pictures")):
@@ -503,7 +503,7 @@ def test_show_reads_the_papers_own_folder_and_names_what_is_broken(finished, tmp
     folder.mkdir()
     (folder / "prompt.json").write_text('{"caption": "a", "edit": "b", "output": "c"}')
     assert make_dataset.main(["show", str(tmp_path)]) == 0
-    assert "surviving pairs 0, 0.00" in " ".join(capsys.readouterr().out.split())
+    assert "kept pairs 0, 0.00" in " ".join(capsys.readouterr().out.split())
     row = dict.fromkeys(("seed", "p2p_threshold", "cfg_scale", *SIMILARITIES), 1)
     (folder / "metadata.jsonl").write_text(json.dumps(row) + "\n")
     for i in (0, 1):

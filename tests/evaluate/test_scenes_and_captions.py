@@ -149,5 +149,5 @@ def test_true_renders_score_next_to_painted_ones(monkeypatch, tmp_path, capsys):
     clip = str(Path(__file__).resolve().parents[2] / "weights" / "nano-clip")
     assert evaluate.main(["captions", "--clip", clip, "--n", "32", "--out", str(tmp_path)]) == 0
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert scores["painted"] == 1 / 32 and scores["true renders"] > 0.9 and scores["n"] == 32
+    assert scores["generated"] == 1 / 32 and scores["true renders"] > 0.9 and scores["n"] == 32
     assert "3.1%" in capsys.readouterr().out

@@ -195,7 +195,7 @@ def test_half_precision_stays_near_single(editor, tiny):
 
 @pytest.mark.parametrize("wrong, message", [
     ({"sampler": "heun"}, "sampler 'heun'"), ({"steps": 0}, "steps"), ({"resolution": 4}, "resolution"),
-    ({"seed": [1, 2]}, "1 images, 1 instructions, 2 seeds: give lists of one length"),
+    ({"seed": [1, 2]}, "1 images, 1 instructions, 2 seeds: give lists of equal length"),
     ({"instructions": []}, "0 instructions"), ({"instructions": [3]}, "a text is a string, not int"),
     ({"instructions": None}, "not NoneType"), ({"negative": None}, "a text is a string, not NoneType"),
     ({"seed": "7"}, "seed '7' is neither an integer"),

@@ -52,7 +52,7 @@ def test_equals_diffusers(folder, pictures, sampler, strength):
 
 def test_a_strength_that_is_no_share_is_refused(folder, pictures):
     for strength in (0.1, 1.1):
-        with pytest.raises(ValueError, match="of 8 steps"):
+        with pytest.raises(ValueError, match="of the 8 steps"):
             TextToImage.load(folder, "cpu").generate(
                 CAPTIONS, images=pictures, strength=strength, steps=8, resolution=32)
 

@@ -102,8 +102,8 @@ def test_an_editor_and_a_painter_are_told_apart(folder, tmp_path):
     ({"sampler": "heun"}, "unknown sampler 'heun'; take one of euler_ancestral"), ({"steps": 0}, "0 steps"),
     ({"resolution": 36}, "these weights cannot use a resolution of 36; take a multiple of 8$"),
     ({"resolution": 0}, "a resolution of 0"), ({"resolution": -8}, "a resolution of -8"),
-    ({"seed": [1]}, "2 captions, 1 seeds: give lists of one length, or a single value"),
-    ({"cfg_text": [1.0] * 3}, "2 captions, 3 cfg_text: give lists of one length"),
+    ({"seed": [1]}, "2 captions, 1 seeds: give lists of equal length, or a single value"),
+    ({"cfg_text": [1.0] * 3}, "2 captions, 3 cfg_text: give lists of equal length"),
     ({"captions": 3}, "a text is a string, not int; give one string or a list"),
     ({"strength": 0.5}, "SDEdit needs both images and strength"), ({"images": []}, "SDEdit needs both"),
 ], ids=str)

@@ -90,3 +90,11 @@ def test_ctrl_c_during_slow_imports_is_silent():
             "print('went on')")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_help_shows_a_default_of_zero_and_no_empty_one():
+    parser = cli.make_parser()
+    for name, default in (("--seed", 0), ("--list", []), ("--switch", False), ("--none", None)):
+        parser.add_argument(name, default=default, help=f"the {name} one")
+    text = parser.format_help()
+    assert "the --seed one (default: 0)" in text and text.count("default") == 1

@@ -66,7 +66,7 @@ def test_the_device_chooses_the_dtype(folder, tmp_path, monkeypatch, capsys, fas
     monkeypatch.setattr(TextToImage, "load", lambda *args: (loaded.append(args[2]), load(*args))[1])
     words = ["--weights", str(folder), "--out", str(tmp_path / "pair.png"), "--steps", "1", "--device", "cpu"]
     assert make_dataset.main(["pair", *CAPTIONS, *words]) == 0
-    assert f"; paints in {faster}\n" in capsys.readouterr().err
+    assert f"; computes in {faster}\n" in capsys.readouterr().err
     assert loaded == [torch.bfloat16 if faster == "bf16" else torch.float32]
 
 

@@ -629,10 +629,10 @@ def test_a_run_goes_on_in_the_dtype_in_which_it_began(start, tmp_path, monkeypat
 
 @pytest.mark.parametrize("more, items, note", [
     ({"steps": 10_000, "batch_size": 4, "accumulate": 256}, 18,
-     "568,889 visits|1024 samples visits each of the 18 items more than once"),
-    ({"steps": 10_000, "batch_size": 8}, 200, r"400 visits of each item.*--steps 818$"),
-    ({"steps": 3, "batch_size": 8}, 200, "ends before it has visited each item once"),
-    ({"steps": 3, "batch_size": 300}, 200, "300 samples visits each of the 200 items more than once"),
+     "568,889 epochs|1024 samples is longer than an epoch of 18 items"),
+    ({"steps": 10_000, "batch_size": 8}, 200, r"400 epochs.*--steps 818 here$"),
+    ({"steps": 3, "batch_size": 8}, 200, "shorter than one epoch"),
+    ({"steps": 3, "batch_size": 300}, 200, "300 samples is longer than an epoch of 200 items"),
     ({"steps": 90, "warmup": 91, "batch_size": 8}, 200, "--warmup 91 is longer than the run"),
     ({"steps": 100, "save_every": 100, "batch_size": 8}, 200, "no checkpoint before"),
     ({"steps": 300, "save_every": 100, "batch_size": 8}, 200, None),
