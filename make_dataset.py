@@ -92,7 +92,7 @@ def run_finetune(args: argparse.Namespace) -> None:
     """Start a fine-tuning job and print its id as the last line."""
     job = finetune.start(args.chats, args.model, args.epochs)
     print("started; when the job is finished, give its model to captions --model ft:...", file=sys.stderr)
-    print(job)
+    print(cli.one_line(job))
 
 
 def add_pairs(subparsers) -> None:

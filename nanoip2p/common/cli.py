@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from nanoip2p import __version__
 
@@ -37,16 +38,35 @@ class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescr
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
-def make_parser(**settings) -> argparse.ArgumentParser:
-    """An ArgumentParser with --version. A wrong flag raises a one-line ValueError instead of exiting."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, **{"formatter_class": HelpWithDefaults} | settings)
-    parser.add_argument("--version", action="version", version=f"nanoip2p {__version__}")
+class Parser(argparse.ArgumentParser):
+    """Raises a one-line ValueError for a wrong flag, instead of exiting. Accepts no empty path."""
 
-    def fail(message: str):
+    def error(self, message: str):
+        """Called for a wrong flag."""
         raise ValueError(f"{message} (see --help)")
 
-    parser.error = fail
+    def parse_known_args(self, args=None, namespace=None):
+        """Parse the words of a parser or subparser."""
+        words = sys.argv[1:] if args is None else args
+        odd = [word for word in words if word[:1] == "-" and word.partition("=")[2] == "--"]
+        if odd or words.count("--") > 1:  # argparse would turn the value "--" into an empty list
+            self.error(f"{(odd or ['a second --'])[0]} gives no value")
+        return super().parse_known_args(args, namespace)
+
+
+def make_parser(**settings) -> argparse.ArgumentParser:
+    """A Parser with --version."""
+    parser = Parser(allow_abbrev=False, **{"formatter_class": HelpWithDefaults} | settings)
+    parser.add_argument("--version", action="version", version=f"nanoip2p {__version__}")
+    parser.register("type", Path, path)
     return parser
+
+
+def path(text: str) -> Path:
+    """The argparse type in place of Path, for which an empty text is the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
 
 
 def flag(help: str, default=None, **options):

@@ -57,6 +57,11 @@ def pixels(path):
     return np.asarray(Image.open(path)).astype(int)
 
 
+def again(run, recipe, *more, output="again.png"):
+    """With the weights that `run` names, because they are not shipped."""
+    return run("--recipe", recipe, "--output", output, *more)
+
+
 def refusal(capsys, code):
     """The one line that a refused command prints."""
     printed = capsys.readouterr()
@@ -232,7 +237,7 @@ def test_a_sweep_is_the_same_edit_at_other_scales(run, monkeypatch, capsys):
         alone = one(*flags, "--cfg-text", text, "--cfg-image", image, name="wide.jpg", output="alone.png")
         assert run(*alone) == 0
         assert np.array_equal(np.asarray(rows[row + 1][column]), pixels("alone.png"))
-    assert sample.main(["--recipe", "out.png", "--output", "again.png", "--device", "cpu"]) == 0
+    assert again(run, "out.png") == 0
     assert np.array_equal(pixels("again.png"), pixels("out.png"))
 
 
@@ -240,9 +245,7 @@ def test_a_recipe_repeats_one_picture_of_many(run):
     assert run("--input", "house.png", "wide.jpg", "boat.png", *TWO_EDITS, "--n", "2",
                "--sampler", "dpmpp_2m", "--negative", "blurry", "--output", "done") == 0
     for name in ("house_1.png", "boat_4.png", "wide_2.png"):
-        # Of the flags that `run` adds, only the device is no part of a recipe
-        words = ["--recipe", f"done/{name}", "--output", "again.png", "--device", "cpu"]
-        assert sample.main(words) == 0
+        assert again(run, f"done/{name}") == 0
         assert read_recipe("again.png") == read_recipe(f"done/{name}")
         # In a batch of another size sums are rounded differently
         assert np.abs(pixels("again.png") - pixels(f"done/{name}")).max() <= 1
@@ -252,15 +255,14 @@ def test_a_recipe_repeats_one_picture_of_many(run):
 def test_other_recipes(flags, run):
     assert run("--input", "wide.jpg", *TWO_EDITS, "--output", "out.png", *flags) == 0
     for path in [path for path in files() if path.startswith("out")]:
-        assert sample.main(["--recipe", path, "--output", "again.png", "--device", "cpu"]) == 0
+        assert again(run, path) == 0
         assert read_recipe("again.png") == read_recipe(path)
         assert np.abs(pixels("again.png") - pixels(path)).max() <= 1
 
 
 def test_flags_override_a_recipe(run):
     assert run(*one("--seed", "3", "--cfg-text", "5")) == 0
-    others = ["--input", "boat.png", "--seed", "4", "--device", "cpu"]
-    assert sample.main(["--recipe", "out.png", "--output", "b.png", *others]) == 0
+    assert again(run, "out.png", "--input", "boat.png", "--seed", "4", output="b.png") == 0
     assert run(*one("--seed", "4", "--cfg-text", "5", name="boat.png", output="c.png")) == 0
     assert np.array_equal(pixels("b.png"), pixels("c.png"))
 
@@ -428,7 +430,7 @@ def test_another_autoencoder_and_a_tokenizer_by_name(run, weights, tmp_path_fact
     assert run(*one("--seed", "3", "--vae", str(other / "vae"), output="other.png")) == 0
     assert np.array_equal(pixels("out.png"), pixels("same.png"))
     assert not np.array_equal(pixels("out.png"), pixels("other.png"))
-    assert sample.main(["--recipe", "other.png", "--output", "again.png", "--device", "cpu"]) == 0
+    assert again(run, "other.png", "--vae", str(other / "vae")) == 0
     assert np.array_equal(pixels("other.png"), pixels("again.png"))
 
 
