@@ -20,7 +20,7 @@ from pathlib import Path
 
 from nanoip2p import __version__
 from nanoip2p.common import cli
-from nanoip2p.common.cli import at_least, finite, flag, one_line
+from nanoip2p.common.cli import at_least, finite, flag, one_line, pixels
 
 with cli.slow_imports():
     import torch
@@ -62,7 +62,7 @@ class Settings:
     negative: str = flag("negative prompt", "")
     steps: int | None = flag("denoising steps", type=at_least(1),
                              group="sampling (defaults: from the weights folder, else from the paper)")
-    resolution: int | None = flag("approximate longer side in pixels", type=at_least(1))
+    resolution: int | None = flag("approximate longer side in pixels", type=pixels)
     cfg_text: float | None = flag("guidance scale of the instruction (s_T)", type=finite)
     cfg_image: float | None = flag("guidance scale of the input picture (s_I)", type=finite)
     sampler: str | None = flag("sampling method", choices=sorted(SAMPLERS))

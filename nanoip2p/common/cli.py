@@ -88,16 +88,20 @@ def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
         group.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, **options)
 
 
-def at_least(lowest: int) -> Callable[[str], int]:
-    """An argparse type: an integer of at least `lowest`."""
+def at_least(lowest: int, most: int = 2**63 - 1) -> Callable[[str], int]:
+    """An argparse type: an integer from `lowest` to `most`."""
     def number(text: str) -> int:
         try:
-            if lowest <= int(text) < 2**63:
+            if lowest <= int(text) <= most:
                 return int(text)
         except ValueError:
             pass
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {lowest} up")
+        limit = f" to {most}" * (most < 2**63 - 1)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {lowest} up{limit}")
     return number
+
+
+pixels = at_least(1, 10_000)  # of a side; images.MAX_MEGAPIXELS is the square of 10,000
 
 
 def finite(text: str) -> float:
