@@ -72,7 +72,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("the value range of floating-point pixels is unknown; save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # 16-bit grey: PNG gives "I;16" or, in older Pillow, "I"
-        grey = np.asarray(image).astype(np.int64)
+        grey = np.asarray(image).astype(np.int32)
         if grey.min() < 0 or grey.max() > 65535:
             raise ValueError("the value range of 32-bit pixels is unknown; save it with 8 or 16 bits")
         return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import nanoip2p
+import train
 from nanoip2p import __main__ as package
 from nanoip2p.common import cli
 
@@ -78,6 +79,12 @@ def test_a_message_is_one_printable_line():
         line.encode()
     assert cli.one_line("gib, 夜 \n\t x") == "gib, 夜 x"
     assert cli.one_line("a" * 600 + "the advice").endswith("the advice")
+
+
+def test_the_names_of_broken_pictures_are_printed_escaped(capsys, monkeypatch):
+    monkeypatch.setattr(train, "broken_pictures", lambda *_: (1, 0, ["a\x1b[2J.png cannot be used"]))
+    assert train.main(["--check", "--data", "x", "--device", "cpu"]) == 2
+    assert "  a\\x1b[2J.png cannot be used\n" in capsys.readouterr().out
 
 
 def test_every_parser_has_a_version(capsys):

@@ -405,8 +405,9 @@ def test_a_recipe_of_shipped_weights_needs_no_flag_and_is_shown(run, capsys):
     assert np.array_equal(pixels("again.png"), pixels("night.png"))
 
 
-def test_no_more_pictures_than_a_plan_can_hold(run, capsys):
-    assert "more than 1,000,000 pictures" in refusal(capsys, run(*one("--n", str(10**15), output="out/")))
+def test_no_more_pictures_than_a_plan_can_hold(run, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "MOST_PICTURES", 5)
+    assert "--n 6: more than 5 pictures" in refusal(capsys, run(*one("--n", "6", output="out/")))
 
 
 def test_data_never_steers_the_terminal(run, capsys):
