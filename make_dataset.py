@@ -24,7 +24,7 @@ with cli.slow_imports():
     from nanoip2p.checkpoint.load import open_checkpoint
     from nanoip2p.checkpoint.tensors import DTYPES
     from nanoip2p.clip_filter import Judge
-    from nanoip2p.common.cli import add_flags, at_least, finite
+    from nanoip2p.common.cli import add_flags, at_least, finite, pixels
     from nanoip2p.common.device import pick_device, pick_dtype
     from nanoip2p.common.files import check_writable, read_json
     from nanoip2p.dataset import finetune
@@ -92,7 +92,7 @@ def run_finetune(args: argparse.Namespace) -> None:
     """Start a fine-tuning job and print its id as the last line."""
     job = finetune.start(args.chats, args.model, args.epochs)
     print("started; when the job is finished, give its model to captions --model ft:...", file=sys.stderr)
-    print(job)
+    print(cli.one_line(job))
 
 
 def add_pairs(subparsers) -> None:
@@ -175,7 +175,7 @@ def add_pair(subparsers) -> None:
                         help="for cross and both: inject a word between two shares of the steps, not 0 to P")
     parser.add_argument("--cfg-text", type=finite, help="guidance scale (default: from the weights)")
     parser.add_argument("--steps", type=at_least(1), help="denoising steps (default: from the weights)")
-    parser.add_argument("--resolution", type=at_least(1), help="side in pixels (default: from the weights)")
+    parser.add_argument("--resolution", type=pixels, help="side in pixels (default: from the weights)")
     parser.add_argument("--sampler", choices=sorted(SAMPLERS), help="sampler (default: from the weights)")
     parser.add_argument("--negative", default="", help="negative prompt")
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of all random numbers")

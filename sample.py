@@ -13,13 +13,14 @@ import os
 import random
 import sys
 import textwrap
+import typing
 from dataclasses import asdict, dataclass, replace
 from itertools import count, product
 from pathlib import Path
 
 from nanoip2p import __version__
 from nanoip2p.common import cli
-from nanoip2p.common.cli import at_least, finite, flag
+from nanoip2p.common.cli import at_least, finite, flag, one_line, pixels
 
 with cli.slow_imports():
     import torch
@@ -29,6 +30,7 @@ with cli.slow_imports():
     from nanoip2p.checkpoint.load import open_checkpoint
     from nanoip2p.checkpoint.tensors import DTYPES
     from nanoip2p.common.files import check_writable
+    from nanoip2p.common.schema import checked
     from nanoip2p.editor import Editor
     from nanoip2p.images import find_images, fit, fit_size, grid, open_image, read_recipe, save_png
     from nanoip2p.pipeline import find_weights, same_size
@@ -38,6 +40,9 @@ with cli.slow_imports():
 
 # Settings that change the picture by rounding at most
 NOT_IN_RECIPE = ("output", "recipe", "device", "fast")
+# A recipe comes from strangers: larger numbers, or longer lists, need the user's own flag
+RECIPE_LIMITS = {"n": 16, "steps": 1000, "batch": 64, "resolution": 2048, "edit": 64, "input": 100}
+MOST_PICTURES = 10**6  # of one command: their plan takes 1 minute and 0.6 GB
 # --sweep varies both scales. From the paper's defaults it covers cfg_text 3 ... 12 and cfg_image 1 ... 2
 SWEEP_FACTORS = (0.4, 0.7, 1, 1.3, 1.6)      # multiply cfg_text
 SWEEP_STEPS = (-0.5, -0.25, 0, 0.25, 0.5)    # added to cfg_image
@@ -57,7 +62,7 @@ class Settings:
     negative: str = flag("negative prompt", "")
     steps: int | None = flag("denoising steps", type=at_least(1),
                              group="sampling (defaults: from the weights folder, else from the paper)")
-    resolution: int | None = flag("approximate longer side in pixels", type=at_least(1))
+    resolution: int | None = flag("approximate longer side in pixels", type=pixels)
     cfg_text: float | None = flag("guidance scale of the instruction (s_T)", type=finite)
     cfg_image: float | None = flag("guidance scale of the input picture (s_I)", type=finite)
     sampler: str | None = flag("sampling method", choices=sorted(SAMPLERS))
@@ -100,30 +105,55 @@ def make_parser() -> argparse.ArgumentParser:
 def parse(argv: list[str] | None) -> Settings:
     """Flags override the recipe, which overrides the defaults. Raises ValueError for conflicting flags."""
     parser = make_parser()
-    flags = vars(parser.parse_args(argv))
+    flags, brought = vars(parser.parse_args(argv)), []
     if "recipe" in flags:
-        flags = vars(parser.parse_args(as_flags(read_recipe(flags["recipe"])))) | flags
+        brought = as_flags(flags["recipe"], flags)
+        try:
+            flags = vars(parser.parse_args(brought)) | flags
+        except ValueError as error:
+            raise ValueError(f"{flags['recipe']}: {error}") from None
     settings = Settings(**{"seed": random.randrange(1_000_000)} | flags)
-    missing = [f"--{key}" for key in ("input", "edit", "output") if getattr(settings, key) is None]
+    missing = [f"--{key}" for key in ("input", "edit", "output") if not getattr(settings, key)]
     if missing:
         raise ValueError(f"needed, but not given: {', '.join(missing)} (see --help)")
     if settings.fast and settings.low_memory:
         raise ValueError("--fast needs more memory; use either --fast or --low-memory")
     if not all(edit.strip() for edit in settings.edit):
         raise ValueError('an instruction is empty; say what to change, such as --edit "make it night"')
+    for word in brought:
+        print(one_line(f"{settings.recipe} brings {word}"), file=sys.stderr)
     return settings
 
 
-def as_flags(recipe: dict) -> list[str]:
-    """Turn a recipe into command-line flags, so that the parser checks its values."""
-    argv = []
-    for key in [key for key in vars(Settings()) if key not in NOT_IN_RECIPE]:
+def as_flags(path: str, given: dict) -> list[str]:
+    """Turn the recipe of a PNG into command-line flags, so that the parser checks the ranges.
+
+    Leaves out the settings `given` and the defaults. Raises ValueError for what only the user may decide:
+    weights other than the shipped ones, which may be fetched; inputs that are no files; large numbers.
+    """
+    recipe, argv = read_recipe(path), []
+    for key, kind in typing.get_type_hints(Settings).items():
         value, name = recipe.get(key), "--" + key.replace("_", "-")
-        if value is True:
-            argv.append(name)
-        elif value is not None and value is not False:
-            argv += [f"{name}={item}" for item in (value if isinstance(value, list) else [value])]
+        if key in (*NOT_IN_RECIPE, *given) or value in (None, getattr(Settings, key)):
+            continue
+        value = checked(value, kind, f"{path}: {key}", most=2**63)
+        own = f"if you mean it, give {name} yourself"
+        items = value if isinstance(value, list) else [value]
+        amount = len(items) if isinstance(value, list) else value
+        if key in RECIPE_LIMITS and amount > RECIPE_LIMITS[key]:
+            raise ValueError(f"{path} asks for {amount} of {key}, more than {RECIPE_LIMITS[key]}; {own}")
+        if key in ("weights", "vae", "tokenizer") and not is_shipped(key, value):
+            raise ValueError(f"{path} names other {key} than the shipped, {value}; {own}")
+        if key == "input" and not all(map(os.path.isfile, items)):
+            raise ValueError(f"{path} names inputs that are no files here; {own}")
+        argv += [name] if value is True else [f"{name}={item}" for item in items]
     return argv
+
+
+def is_shipped(key: str, name: str) -> bool:
+    """Whether `name` is in the folder weights/, here or (weights themselves) in the checkout."""
+    inside = name.startswith("weights/") and ".." not in Path(name).parts
+    return inside and Path(find_weights(name) if key == "weights" else name).exists()
 
 
 def plan_pictures(settings: Settings, inputs: list[str]) -> list[Settings]:
@@ -132,8 +162,10 @@ def plan_pictures(settings: Settings, inputs: list[str]) -> list[Settings]:
     Ordered by input, edit, sample. Raises ValueError for an unusable --output.
     """
     edits = [settings.edit] if settings.turns else [[edit] for edit in settings.edit]
-    variants = [(edit, settings.seed + i) for edit in edits for i in range(settings.n)]
+    if len(inputs) * len(edits) * settings.n > MOST_PICTURES:
+        raise ValueError(f"--n {settings.n}: more than {MOST_PICTURES:,} pictures; make them in parts")
     output, one = Path(settings.output), "--grid" if settings.grid else "--sweep" if settings.sweep else ""
+    variants = [(edit, settings.seed + i) for edit in edits for i in range(settings.n)]
     to_folder = output.is_dir() or settings.output.endswith("/") or not output.suffix
     if not to_folder and output.suffix.lower() != ".png":
         raise ValueError(f"{output} should end in .png (or in / for a folder); only PNG is written")
@@ -177,12 +209,12 @@ def run(settings: Settings) -> None:
     sizes = {path: open_image(path).size for path in inputs}  # a bad picture raises early
     checkpoint = open_checkpoint(
         find_weights(settings.weights), settings.vae, settings.tokenizer, settings.raw_weights)
-    print(f"opened {settings.weights}: {checkpoint.description}", file=sys.stderr)
+    print(one_line(f"opened {settings.weights}: {checkpoint.description}"), file=sys.stderr)
     editor = Editor.load(checkpoint, settings.device, DTYPES[settings.dtype], settings.low_memory)
     if settings.fast:
         speed.speed_up(editor.unet, lambda line: print(line, file=sys.stderr))
     for note in nano_notes(editor, settings.edit, sizes):
-        print(note, file=sys.stderr)
+        print(one_line(note), file=sys.stderr)
     sampling = editor.fill_defaults({key: getattr(settings, key) for key in editor.defaults})
     for path, size in sizes.items():  # from here on, the sizes at which to edit
         try:
@@ -194,7 +226,7 @@ def run(settings: Settings) -> None:
     def write(image: Image.Image, made_by: Settings, text: str) -> None:
         recipe = {key: value for key, value in asdict(made_by).items() if key not in NOT_IN_RECIPE} | sampling
         save_png(image, made_by.output, recipe | {"version": __version__, "torch": torch.__version__})
-        print(f"{made_by.output}  {text}  (seed {made_by.seed})")
+        print(f"{one_line(made_by.output)}  {one_line(text)}  (seed {made_by.seed})")
 
     stages = {}
     for places in same_size([sizes[picture.input[0]] for picture in pictures], settings.batch):

@@ -111,7 +111,8 @@ def run(config: TrainConfig) -> None:
     with started(config.device) as ranks:
         if config.check and config.data != "scenes":
             pictures, pairs, problems = broken_pictures(config.data, config.resolution)
-            print(f"pictures  {pictures}; sound pairs in all splits: {pairs}", *problems[:20], sep="\n  ")
+            shown = map(cli.one_line, problems[:20])
+            print(f"pictures  {pictures}; sound pairs in all splits: {pairs}", *shown, sep="\n  ")
             if problems and not config.skip_bad:
                 raise ValueError("pictures are broken or missing; --skip-bad leaves their pairs out")
         items, validation = read_items(config)

@@ -11,10 +11,10 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from nanoip2p.common.files import replacing
+from nanoip2p.common.files import regular, replacing
 
 MAX_MEGAPIXELS = 100  # 300 MB as RGB; protects against decompression bombs
 # open_image reads no others: Pillow would start Ghostscript for a PostScript file named x.png
@@ -47,21 +47,23 @@ def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image
     """Open a picture as 8-bit RGB, rotated by its EXIF tag, with white behind transparency.
 
     content: a stream to read instead; `path` then only names the picture in errors. Raises ValueError, in one
-    line, if the file is missing, truncated, too large or not a picture.
+    line, if the file is missing, truncated, too large or not in one of FORMATS, whatever its suffix says.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's warnings about large files and odd EXIF
             Image.init()
             known = [name for name in FORMATS if name in Image.OPEN]  # some builds of Pillow lack AVIF
-            with Image.open(content or path, formats=known) as image:
+            with Image.open(content or regular(path), formats=known) as image:
                 if image.width * image.height > MAX_MEGAPIXELS * 10**6:  # checked before decoding
                     raise ValueError(f"more than {MAX_MEGAPIXELS} megapixels; shrink it")
                 return to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise ValueError(f"there is no picture {path}") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} cannot be used: damaged, or none of {', '.join(known)}") from None
     except Exception as error:  # a damaged file can raise anything: SyntaxError, struct.error, ...
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()).removeprefix(f"{path} ") or type(error).__name__
         raise ValueError(f"{path} cannot be used: {reason}") from None
 
 
@@ -70,7 +72,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("the value range of floating-point pixels is unknown; save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # 16-bit grey: PNG gives "I;16" or, in older Pillow, "I"
-        grey = np.asarray(image).astype(np.int64)
+        grey = np.asarray(image).astype(np.int32)
         if grey.min() < 0 or grey.max() > 65535:
             raise ValueError("the value range of 32-bit pixels is unknown; save it with 8 or 16 bits")
         return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
@@ -166,9 +168,9 @@ def save_png(image: Image.Image, path: str | Path, recipe: dict) -> None:
 def read_recipe(path: str | Path) -> dict:
     """Read the recipe that save_png wrote. Raises ValueError if the file has none or is not a picture."""
     open_image(path)  # reports a missing or damaged file
-    with Image.open(path) as image:
-        text = getattr(image, "text", {}).get(RECIPE_KEY)
-    with contextlib.suppress(TypeError, ValueError):
-        if isinstance(recipe := json.loads(text), dict):
+    with contextlib.suppress(OSError, TypeError, ValueError, RecursionError):
+        with Image.open(path, formats=["PNG"]) as image:
+            recipe = json.loads(image.text.get(RECIPE_KEY))
+        if isinstance(recipe, dict):
             return recipe
     raise ValueError(f"{path} has no recipe; only PNG files that sample.py wrote have one")

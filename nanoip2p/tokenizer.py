@@ -10,6 +10,7 @@ from tokenizers.models import BPE
 from torch import Tensor
 
 from nanoip2p.common.files import read_json
+from nanoip2p.common.schema import LONGEST
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 ROLES = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
@@ -29,12 +30,15 @@ class Tokenizer:
     def __call__(self, texts: list[str]) -> Tensor:
         """Texts -> token ids (B, length) int64: start, tokens, end, padding.
 
-        Truncates long texts, with a warning. Raises ValueError for a text that is not valid Unicode.
+        Truncates long texts, with a warning. Raises ValueError for a text that is not valid Unicode, or of
+        more than LONGEST letters, which would take minutes.
         """
         assert not isinstance(texts, str), "the tokenizer needs a list of texts, not one text"
         return torch.tensor([self._row(text) for text in texts], dtype=torch.int64).reshape(-1, self.length)
 
     def _row(self, text: str) -> list[int]:
+        if len(text) > LONGEST:
+            raise ValueError(f"a text has {len(text)} letters, at most {LONGEST} work: {text[:40]!r}…")
         try:
             text.encode()
         except UnicodeEncodeError as error:

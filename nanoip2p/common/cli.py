@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from nanoip2p import __version__
 
@@ -38,16 +39,35 @@ class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescr
         return action.help if hidden else super()._get_help_string(action)
 
 
-def make_parser(**settings) -> argparse.ArgumentParser:
-    """An ArgumentParser with --version. A wrong flag raises a one-line ValueError instead of exiting."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, **{"formatter_class": HelpWithDefaults} | settings)
-    parser.add_argument("--version", action="version", version=f"nanoip2p {__version__}")
+class Parser(argparse.ArgumentParser):
+    """Raises a one-line ValueError for a wrong flag, instead of exiting. Accepts no empty path."""
 
-    def fail(message: str):
+    def error(self, message: str):
+        """Called for a wrong flag."""
         raise ValueError(f"{message} (see --help)")
 
-    parser.error = fail
+    def parse_known_args(self, args=None, namespace=None):
+        """Parse the words of a parser or subparser."""
+        words = sys.argv[1:] if args is None else args
+        odd = [word for word in words if word[:1] == "-" and word.partition("=")[2] == "--"]
+        if odd or words.count("--") > 1:  # argparse would turn the value "--" into an empty list
+            self.error(f"{(odd or ['a second --'])[0]} gives no value")
+        return super().parse_known_args(args, namespace)
+
+
+def make_parser(**settings) -> argparse.ArgumentParser:
+    """A Parser with --version."""
+    parser = Parser(allow_abbrev=False, **{"formatter_class": HelpWithDefaults} | settings)
+    parser.add_argument("--version", action="version", version=f"nanoip2p {__version__}")
+    parser.register("type", Path, path)
     return parser
+
+
+def path(text: str) -> Path:
+    """The argparse type in place of Path, for which an empty text is the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
 
 
 def flag(help: str, default=None, **options):
@@ -69,16 +89,20 @@ def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
         group.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, **options)
 
 
-def at_least(lowest: int) -> Callable[[str], int]:
-    """An argparse type: an integer of at least `lowest`."""
+def at_least(lowest: int, most: int = 2**63 - 1) -> Callable[[str], int]:
+    """An argparse type: an integer from `lowest` to `most`."""
     def number(text: str) -> int:
         try:
-            if lowest <= int(text) < 2**63:
+            if lowest <= int(text) <= most:
                 return int(text)
         except ValueError:
             pass
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {lowest} up")
+        limit = f" to {most}" * (most < 2**63 - 1)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {lowest} up{limit}")
     return number
+
+
+pixels = at_least(1, 10_000)  # of a side; images.MAX_MEGAPIXELS is the square of 10,000
 
 
 def finite(text: str) -> float:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from nanoip2p.checkpoint import hub
 from nanoip2p.checkpoint.load import with_defaults
 from nanoip2p.clip_filter import Judge, Thresholds, best
-from nanoip2p.common.cli import at_least, finite, flag
+from nanoip2p.common.cli import at_least, finite, flag, pixels
 from nanoip2p.common.files import claim_folder, locked, read_json, read_rows, write_json
 from nanoip2p.pipeline import fingerprint
 from nanoip2p.prompt_to_prompt import MODES, PairPainter
@@ -47,7 +47,7 @@ class PairSettings:
     max_cfg: float = flag("maximum text guidance", 15.0, type=finite)
     steps: int | None = flag("denoising steps (default: from the weights)", type=at_least(1))
     sampler: str | None = flag("sampler (default: from the weights)", choices=sorted(SAMPLERS))
-    resolution: int | None = flag("width and height in pixels (default: from the weights)", type=at_least(1))
+    resolution: int | None = flag("width and height in pixels (default: from the weights)", type=pixels)
     seed: int = flag("seed of all random numbers", 0, type=at_least(0))
     clip_threshold: float = flag("minimum similarity of each caption and its picture", 0.2, type=finite,
                                  group="the CLIP filter")

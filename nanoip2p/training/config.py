@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanoip2p.common.cli import at_least, finite, flag
+from nanoip2p.common.cli import at_least, finite, flag, pixels
 from nanoip2p.objective import DROP
 from nanoip2p.world.scenes import EDIT_KINDS
 
@@ -70,13 +70,14 @@ class TrainConfig:
     drop: Sequence[float] = flag("fractions of samples without text, without both, without picture",
                                 DROP, type=between(0, 1), nargs=3, metavar=("TEXT", "BOTH", "IMAGE"))
     ema_decay: float = flag("largest decay of the averaged (EMA) weights", 0.9999, type=between(0, 1))
-    resolution: int = flag("width and height in pixels", 256, type=at_least(1))
+    resolution: int = flag("width and height in pixels", 256, type=pixels)
     flip: bool | None = flag("mirror half of the pairs (default: on, except for scenes)", action=SWITCH)
     seed: int = flag("seed of all random numbers", 0, type=at_least(0))
     dtype: str | None = flag("dtype of matrix products (default: bf16 if faster)", choices=("fp32", "bf16"))
 
     device: str | None = flag("cuda, mps or cpu (default: the first that works)", group="running")
-    workers: int | None = flag("processes that load data (default: 4 with CUDA, else 0)", type=at_least(0))
+    workers: int | None = flag("processes that load data (default: 4 with CUDA, else 0)",
+                              type=at_least(0, 1000))
     recompute: bool = flag("gradient checkpointing: slower, but needs less memory", False, action=SWITCH)
     ema_device: str = flag("device of the averaged (EMA) weights", "same", choices=("same", "cpu"))
     compile: bool = flag("compile the UNet with torch.compile", False, action=SWITCH)

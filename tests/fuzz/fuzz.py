@@ -30,7 +30,7 @@ from readers import READERS  # noqa: E402
 
 from nanoip2p.common import cli  # noqa: E402
 
-SECONDS, MEGABYTES, LETTERS = 10, 300, 500
+SECONDS, MEGABYTES, LETTERS = 10, 500, 500  # 100 megapixels, which are allowed, take 400 MB with alpha
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 watch = {"folder": None, "problem": None}  # of the input that is being read
 

@@ -10,7 +10,7 @@ import types
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, features
 from safetensors.torch import save_file
 from tiny_editor import write_tiny_clip, write_tiny_editor, write_tiny_painter
 
@@ -108,7 +108,7 @@ def read_judge(folder: Path) -> None:
 
 def write_pictures(folder: Path) -> None:
     """Each raster format."""
-    for suffix in ("png", "jpg", "webp", "tif", "bmp", "gif"):
+    for suffix in ("png", "jpg", "webp", "tif", "bmp", "gif", *("avif",) * features.check("avif")):
         write_picture(folder / f"picture.{suffix}")
     PICTURE.convert("I;16").save(folder / "grey.png")
 

@@ -1,16 +1,20 @@
 """Pictures of every kind that people have, and files that only claim to be pictures."""
 
 import io
+import os
 import random
 import struct
+import subprocess
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from nanoip2p.images import (
+    FORMATS,
+    SUFFIXES,
     find_images,
     fit,
     fit_size,
@@ -169,8 +173,34 @@ def test_damaged_files_never_raise_anything_else(tmp_path):
 def test_absent_files_are_one_line(tmp_path):
     with pytest.raises(ValueError, match="no picture"):
         open_image(tmp_path / "absent.png")
-    with pytest.raises(ValueError, match="Is a directory"):
-        open_image(tmp_path)
+    os.mkfifo(tmp_path / "fifo.png")  # nobody writes to it: to open it would wait for ever
+    for path in (tmp_path, tmp_path / "fifo.png", "/dev/zero"):
+        for read in (open_image, read_recipe):
+            with pytest.raises(ValueError, match="cannot be used: is not a regular file"):
+                read(path)
+
+
+def test_no_other_reader_of_pillow_is_asked(tmp_path, monkeypatch):
+    """Some start programs. The content decides, not the name."""
+    gradient().save(tmp_path / "x.png", "PCX")
+    gradient().save(tmp_path / "jpeg.png", "JPEG")
+    asked = []
+    for name, (factory, accept) in Image.OPEN.items():
+        monkeypatch.setitem(Image.OPEN, name, (factory, lambda prefix, name=name, accept=accept: (
+            asked.append(name), accept(prefix) if accept else True)[1]))
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("started a program"))
+    for read in (open_image, read_recipe):
+        with pytest.raises(ValueError, match="x.png cannot be used: damaged, or none of PNG, JPEG, "):
+            read(tmp_path / "x.png")
+    assert asked and set(asked) <= set(FORMATS)
+    assert open_image(tmp_path / "jpeg.png").size == (6, 4)
+    with pytest.raises(ValueError, match="no recipe"):
+        read_recipe(tmp_path / "jpeg.png")
+
+
+def test_the_suffixes_are_those_of_the_formats():
+    Image.init()
+    assert {Image.EXTENSION[suffix] for suffix in SUFFIXES} == set(FORMATS) & set(Image.OPEN)
 
 
 @pytest.mark.parametrize("size, resolution, multiple, expected", [
@@ -266,7 +296,10 @@ def test_without_a_recipe(tmp_path):
     gradient().save(tmp_path / "plain.png")
     gradient().save(tmp_path / "plain.jpg")
     save_png(gradient(), tmp_path / "list.png", [1, 2])
-    for name in ("plain.png", "plain.jpg", "list.png"):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("nanoip2p", "[" * 100_000)
+    gradient().save(tmp_path / "deep.png", pnginfo=text)
+    for name in ("plain.png", "plain.jpg", "list.png", "deep.png"):
         with pytest.raises(ValueError, match="no recipe"):
             read_recipe(tmp_path / name)
 

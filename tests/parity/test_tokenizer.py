@@ -157,6 +157,14 @@ def test_dropped_text_is_quoted(nano):
     assert ids[1, -1] == tokenizer.end and ids[1, -2] == tokenizer(["house"])[0, 1]
 
 
+def test_a_text_of_ten_megabytes_is_refused_at_once(nano):
+    with pytest.raises(ValueError, match="has 10000000 letters, at most 10000 work: 'aaaa") as caught:
+        load_tokenizer(nano)(["a" * 10**7])
+    assert len(str(caught.value)) < 200
+    with pytest.warns(UserWarning, match="do not fit"):
+        assert load_tokenizer(nano)(["a" * 10_000]).shape == (1, 77)
+
+
 def test_bytes_that_are_no_unicode_are_refused(nano):
     with pytest.raises(ValueError, match="not valid Unicode"):
         load_tokenizer(nano)([b"caf\xe9".decode("utf-8", "surrogateescape")])

@@ -1,6 +1,7 @@
 """What every command promises: checked flags, one line for a mistake, exit codes."""
 
 import argparse
+import random
 import subprocess
 import sys
 import warnings
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import nanoip2p
+import train
 from nanoip2p import __main__ as package
 from nanoip2p.common import cli
 
@@ -50,17 +52,39 @@ def test_warnings_are_notes(capsys):
 
 @pytest.mark.parametrize("words", [
     ["--n", "0"], ["--n", "1.5"], ["--n", "²"], ["--n", "9" * 30], ["--n"],
-    ["--x", "nan"], ["--x", "inf"], ["--x", "much"], ["--nn", "3"],
+    ["--x", "nan"], ["--x", "inf"], ["--x", "much"], ["--nn", "3"], ["--x=--"], ["--n", "--"], ["--p", ""],
+    ["--pixels", "10001"],
 ])
 def test_flags_check_themselves(words, capsys):
     parser = cli.make_parser()
     parser.add_argument("--nnn", type=int)  # of which --nn must not be taken for short
     parser.add_argument("--n", type=cli.at_least(1))
     parser.add_argument("--x", type=cli.finite)
-    assert parser.parse_args(["--n", "7", "--x", "1e3"]) == argparse.Namespace(nnn=None, n=7, x=1000.0)
+    parser.add_argument("--p", type=Path)
+    parser.add_argument("--pixels", type=cli.pixels)
+    assert parser.parse_args(["--n", "7", "--x", "1e3"]) == argparse.Namespace(
+        nnn=None, n=7, x=1000.0, p=None, pixels=None)
     assert run(lambda: parser.parse_args(words)) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and words[0] in error and "--help" in error
+
+
+def test_a_message_is_one_printable_line():
+    chance = random.Random(0)
+    for _ in range(2000):
+        letters = [chr(chance.choice((chance.randrange(256), chance.randrange(0x110000)))) for _ in range(
+            chance.choice((3, 30, 600)))]
+        line = cli.one_line("".join(letters))
+        assert line.isprintable() and len(line) <= 500
+        line.encode()
+    assert cli.one_line("gib, 夜 \n\t x") == "gib, 夜 x"
+    assert cli.one_line("a" * 600 + "the advice").endswith("the advice")
+
+
+def test_the_names_of_broken_pictures_are_printed_escaped(capsys, monkeypatch):
+    monkeypatch.setattr(train, "broken_pictures", lambda *_: (1, 0, ["a\x1b[2J.png cannot be used"]))
+    assert train.main(["--check", "--data", "x", "--device", "cpu"]) == 2
+    assert "  a\\x1b[2J.png cannot be used\n" in capsys.readouterr().out
 
 
 def test_every_parser_has_a_version(capsys):

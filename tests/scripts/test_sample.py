@@ -57,6 +57,11 @@ def pixels(path):
     return np.asarray(Image.open(path)).astype(int)
 
 
+def again(run, recipe, *more, output="again.png"):
+    """With the weights that `run` names, because they are not shipped."""
+    return run("--recipe", recipe, "--output", output, *more)
+
+
 def refusal(capsys, code):
     """The one line that a refused command prints."""
     printed = capsys.readouterr()
@@ -232,7 +237,7 @@ def test_a_sweep_is_the_same_edit_at_other_scales(run, monkeypatch, capsys):
         alone = one(*flags, "--cfg-text", text, "--cfg-image", image, name="wide.jpg", output="alone.png")
         assert run(*alone) == 0
         assert np.array_equal(np.asarray(rows[row + 1][column]), pixels("alone.png"))
-    assert sample.main(["--recipe", "out.png", "--output", "again.png", "--device", "cpu"]) == 0
+    assert again(run, "out.png") == 0
     assert np.array_equal(pixels("again.png"), pixels("out.png"))
 
 
@@ -240,9 +245,7 @@ def test_a_recipe_repeats_one_picture_of_many(run):
     assert run("--input", "house.png", "wide.jpg", "boat.png", *TWO_EDITS, "--n", "2",
                "--sampler", "dpmpp_2m", "--negative", "blurry", "--output", "done") == 0
     for name in ("house_1.png", "boat_4.png", "wide_2.png"):
-        # Of the flags that `run` adds, only the device is no part of a recipe
-        words = ["--recipe", f"done/{name}", "--output", "again.png", "--device", "cpu"]
-        assert sample.main(words) == 0
+        assert again(run, f"done/{name}") == 0
         assert read_recipe("again.png") == read_recipe(f"done/{name}")
         # In a batch of another size sums are rounded differently
         assert np.abs(pixels("again.png") - pixels(f"done/{name}")).max() <= 1
@@ -252,15 +255,14 @@ def test_a_recipe_repeats_one_picture_of_many(run):
 def test_other_recipes(flags, run):
     assert run("--input", "wide.jpg", *TWO_EDITS, "--output", "out.png", *flags) == 0
     for path in [path for path in files() if path.startswith("out")]:
-        assert sample.main(["--recipe", path, "--output", "again.png", "--device", "cpu"]) == 0
+        assert again(run, path) == 0
         assert read_recipe("again.png") == read_recipe(path)
         assert np.abs(pixels("again.png") - pixels(path)).max() <= 1
 
 
 def test_flags_override_a_recipe(run):
     assert run(*one("--seed", "3", "--cfg-text", "5")) == 0
-    others = ["--input", "boat.png", "--seed", "4", "--device", "cpu"]
-    assert sample.main(["--recipe", "out.png", "--output", "b.png", *others]) == 0
+    assert again(run, "out.png", "--input", "boat.png", "--seed", "4", output="b.png") == 0
     assert run(*one("--seed", "4", "--cfg-text", "5", name="boat.png", output="c.png")) == 0
     assert np.array_equal(pixels("b.png"), pixels("c.png"))
 
@@ -292,6 +294,10 @@ WRONG = {
     "empty folder": (one(name="void"), "there is no picture at void"),
     "empty edit": (one("--edit", " "), "instruction is empty"),
     "no quotes": (["--edit", "make", "it", "night", "--input", "house.png"], "arguments: it night"),
+    "dashes": (one("--edit=--"), "--edit=-- gives no value"),
+    "no output": (one(output=""), "not given: --output"),
+    "large": (one("--resolution", "10001"), "'10001' is not a whole number from 1 up to 10000"),
+    "a long text": (one("--negative", "x" * 10_001), "a text has 10001 letters, at most 10000 work"),
     "bytes": (["--input", "house.png", "--edit", "\udcff", "--output", "o.png"], "not valid Unicode"),
     "jpg": (one(output="out.jpg"), "should end in .png"),
     "many to one": (["--input", "house.png", "boat.png", "--edit", "x", "--output", "o.png"], "2 inputs"),
@@ -334,19 +340,88 @@ def test_mistakes_are_one_line(name, run, capsys, tmp_path):
 
 
 RECIPES = {
-    "nonsense": ({"steps": "many"}, "'many' is not a whole number"),
-    "no input": ({"edit": ["red"]}, "not given: --input"),
-    "types": ({"input": {"a": 1}, "edit": [3]}, "no picture at {'a': 1}"),
-    "flags": ({"input": ["house.png"], "edit": [""], "unknown": "--help"}, "instruction is empty"),
+    "nonsense": ({"steps": "many"}, "steps = 'many' should be a whole number"),
+    "no input": ({"input": None}, "not given: --input"),
+    "no edit": ({"edit": []}, "not given: --edit"),
+    "an object": ({"input": {"a": 1}}, "input = dict should be a list"),
+    "a number": ({"input": 5}, "input = 5 should be a list"),
+    "a number as text": ({"edit": [3]}, "edit = list should be a list, each item a text"),
+    "empty": ({"edit": [""], "unknown": "--help"}, "instruction is empty"),
+    "dashes": ({"edit": ["--"]}, "--edit=-- gives no value"),
+    "a choice": ({"sampler": "magic"}, "invalid choice: 'magic'"),
+    "below": ({"steps": 0}, "'0' is not a whole number from 1"),
+    "huge": ({"cfg_text": 10**400}, "cfg_text = 10000"),
+    "not finite": ({"cfg_text": float("nan")}, "cfg_text = nan"),
+    "samples": ({"n": 10**8}, "asks for 100000000 of n, more than 16; if you mean it, give --n yourself"),
+    "steps": ({"steps": 1001}, "more than 1000; if you mean it, give --steps"),
+    "batch": ({"batch": 65}, "more than 64; if you mean it, give --batch"),
+    "resolution": ({"resolution": 4096}, "more than 2048; if you mean it, give --resolution"),
+    "edits": ({"edit": ["red"] * 65}, "65 of edit, more than 64"),
+    "inputs": ({"input": ["house.png"] * 101}, "101 of input, more than 100"),
+    "a glob": ({"input": ["*.png"]}, "no files here; if you mean it, give --input yourself"),
+    "a folder": ({"input": ["."]}, "no files here"),
+    "absent": ({"input": ["house.png", "gone.png"]}, "no files here"),
+    "a device": ({"input": ["/dev/zero"]}, "no files here"),
+    "no name": ({"input": ["a\x00b"]}, "no files here"),
+    "the Hub": ({"weights": "owner/name"},
+                "names other weights than the shipped, owner/name; if you mean it, give --weights yourself"),
+    "a way out": ({"weights": "weights/../house.png"}, "names other weights"),
+    "own weights": ({"weights": "void"}, "names other weights"),
+    "not shipped": ({"weights": "weights/none"}, "there is no weights/none"),
+    "autoencoder": ({"vae": "weights/nano"}, "names other vae than the shipped"),
+    "tokenizer": ({"tokenizer": "owner/name"}, "give --tokenizer yourself"),
 }
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_odd_recipes_are_one_line(name, run, capsys):
+def test_odd_recipes_are_one_line(name, run, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "open_checkpoint", lambda *_: pytest.fail("opened weights"))
+    monkeypatch.setattr(sample, "plan_pictures", lambda *_: pytest.fail("planned"))
+    Path("void").mkdir()
     recipe, message = RECIPES[name]
-    save_png(Image.new("RGB", (8, 8)), "odd.png", recipe)
-    line = refusal(capsys, run("--recipe", "odd.png", "--output", "o.png"))
+    save_png(Image.new("RGB", (8, 8)), "odd.png", {"input": ["house.png"], "edit": ["red"], **recipe})
+    line = refusal(capsys, sample.main(["--recipe", "odd.png", "--output", "o.png"]))
     assert message in line
+
+
+def test_what_a_recipe_may_not_say_the_user_may(run, weights):
+    odd = {"n": 17, "steps": 1001, "batch": 65, "resolution": 4096, "weights": "owner/name", "vae": "a/b",
+           "tokenizer": "c/d", "input": ["*.png"], "edit": ["red"] * 65}
+    save_png(Image.new("RGB", (8, 8)), "odd.png", odd)
+    given = [f"--{key}={value[0] if isinstance(value, list) else value}" for key, value in odd.items()]
+    settings = sample.parse(["--recipe", "odd.png", "--output", "out/", *given])
+    assert settings.n == 17 and settings.weights == "owner/name" and settings.input == ["*.png"]
+
+
+def test_a_recipe_of_shipped_weights_needs_no_flag_and_is_shown(run, capsys):
+    flags = ["--seed", "3", "--weights", "weights/nano-ip2p-paper", "--steps", "1", "--device", "cpu"]
+    assert sample.main(one(*flags, output="night.png")) == 0
+    capsys.readouterr()
+    assert sample.main(["--recipe", "night.png", "--output", "again.png", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().err.splitlines()
+    for word in ("--input=house.png", "--edit=make it night", "--steps=1", "--seed=3",
+                 "--weights=weights/nano-ip2p-paper"):
+        assert f"night.png brings {word}" in shown
+    assert np.array_equal(pixels("again.png"), pixels("night.png"))
+
+
+def test_no_more_pictures_than_a_plan_can_hold(run, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "MOST_PICTURES", 5)
+    assert "--n 6: more than 5 pictures" in refusal(capsys, run(*one("--n", "6", output="out/")))
+
+
+def test_data_never_steers_the_terminal(run, capsys):
+    """A file name, an edit and a recipe with escape sequences."""
+    evil = "a\x1b[2Jb\x07\u202e"
+    shutil.copy("house.png", f"{evil}.png")
+    argv = ["--input", ".", "--edit", evil, "--output", "done/"]
+    assert run(*argv) == 0 and run("--recipe", f"done/{evil}.png", "--output", "again.png") == 0
+    assert sample.main(one("--edit", f"{evil} word", "--steps", "1", output="o/")) == 0
+    assert run("--input", f"{evil}?", "--edit", "x", "--output", "again.png") == 2
+    printed = capsys.readouterr()
+    text = printed.out + printed.err
+    assert "a\\x1b[2Jb" in printed.out and "brings --edit=a\\x1b" in printed.err and "unknown here" in text
+    assert all(letter.isprintable() or letter in "\n\r" for letter in text)
 
 
 def test_bad_pictures_are_refused_before_any_work(run, capsys, monkeypatch):
@@ -428,7 +503,7 @@ def test_another_autoencoder_and_a_tokenizer_by_name(run, weights, tmp_path_fact
     assert run(*one("--seed", "3", "--vae", str(other / "vae"), output="other.png")) == 0
     assert np.array_equal(pixels("out.png"), pixels("same.png"))
     assert not np.array_equal(pixels("out.png"), pixels("other.png"))
-    assert sample.main(["--recipe", "other.png", "--output", "again.png", "--device", "cpu"]) == 0
+    assert again(run, "other.png", "--vae", str(other / "vae")) == 0
     assert np.array_equal(pixels("other.png"), pixels("again.png"))
 
 
