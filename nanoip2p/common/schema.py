@@ -6,8 +6,8 @@ import typing
 from contextlib import suppress
 
 LONGEST = 10_000  # items of a list and letters of a text; no setting of any model comes near it
-NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "an object",
-         types.NoneType: "null"}
+NAMES = {bool: "true or false", int: "a whole number", float: "a number", dict: "an object",
+         str: f"a text of at most {LONGEST:,} letters", types.NoneType: "null"}
 
 
 def checked(value, kind, where: str, least: float = -math.inf, most: float = math.inf):
