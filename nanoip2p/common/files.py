@@ -113,7 +113,7 @@ def read_rows(path: Path, kind: str | None = None, problems: list[str] | None = 
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yield the lines of a file with their ends. Of a line far longer than LONGEST_LINE, yields the end only."""
+    """Yield the lines of a file with their ends. A line far longer than LONGEST_LINE loses its beginning."""
     rest = b""
     while block := file.read(LONGEST_LINE):
         *lines, rest = (rest + block).splitlines(keepends=True)

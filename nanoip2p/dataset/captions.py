@@ -29,11 +29,11 @@ from nanoip2p.common.cli import at_least, finite, flag
 from nanoip2p.common.files import fold, read_json, tidy
 from nanoip2p.common.schema import LONGEST, checked
 from nanoip2p.dataset import chat
+from nanoip2p.dataset.chat import ANSWER_TOKENS, Unusable
 
-# The first four constants are from the original's generate_txt_dataset.py
-FREQUENCY_PENALTY, ANSWER_TOKENS = 0.1, 256  # ANSWER_TOKENS: token limit of an answer
+# The first two constants are from the original's generate_txt_dataset.py
+FREQUENCY_PENALTY = 0.1
 RETRIES = 3              # further requests after an unusable answer
-DELIMITER = "\n%%\n"     # between instruction and caption, in the answers of a fine-tuned model
 MAX_FAILURES = 5         # the run ends after this number of failed captions in a row
 GRACE = 10.0             # seconds to wait for open requests after Ctrl-C
 FATAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
@@ -42,10 +42,6 @@ PROMPT = "\n".join(FEWSHOT["prompt"])
 TRIPLETS = [tuple(triplet) for triplet in FEWSHOT["triplets"]]  # input caption, instruction, output caption
 SCHEMA = {"type": "object", "required": ["edit", "output"], "additionalProperties": False,
           "properties": {"edit": {"type": "string"}, "output": {"type": "string"}}}
-
-
-class Unusable(Exception):
-    """The answer is not an edit. The message: "refused", "malformed", "unchanged" or "flagged"."""
 
 
 class OverBudget(Exception):
@@ -134,45 +130,14 @@ def make_request(caption: str, settings: Settings) -> dict:
     return request | {"messages": [*messages, {"role": "user", "content": caption}]}
 
 
-def read_answer(reply: dict, caption: str) -> tuple[str, str]:
-    """Parse a chat completion. Returns (instruction, edited caption). Raises Unusable if it holds no edit."""
-    try:
-        choice = checked(reply.get("choices"), list[dict], "choices")[0]
-        message = checked(choice.get("message"), dict, "message")
-        if message.get("refusal") or choice.get("finish_reason") == "content_filter":
-            raise Unusable("refused")
-        content = checked(message.get("content"), str, "content")
-        if choice.get("finish_reason") == "length":  # cut off, though a fine-tuned model's would parse
-            raise ValueError
-        if DELIMITER in content:  # never in JSON: its strings have no line breaks
-            edit, output = map(tidy, content.split(DELIMITER))
-        else:
-            answer = chat.read_object(content)
-            edit, output = (tidy(checked(answer.get(key), str, key)) for key in ("edit", "output"))
-        if not edit or not fold(output):
-            raise ValueError
-    except (ValueError, IndexError):
-        raise Unusable("malformed") from None
-    if fold(output) == fold(caption):
-        raise Unusable("unchanged")
-    return edit, output
-
-
-def spent_tokens(reply: dict, most_in: int) -> Counter:
-    """The tokens that a completion took, by its own count; where that makes no sense, the upper bounds."""
-    usage, spent = reply.get("usage"), Counter({"in": most_in, "out": ANSWER_TOKENS})
-    for way, key in (("in", "prompt_tokens"), ("out", "completion_tokens")):
-        with suppress(ValueError):
-            spent[way] = checked(checked(usage, dict, "usage").get(key), int, key, 1, 10**9)
-    return spent
-
-
 class Job:
     """One run over the remaining captions, shared by all threads. `lock` guards its counters and files."""
 
-    def __init__(self, client: OpenAI, settings: Settings, todo: Iterator[dict], left: int, out: Path, bar: tqdm):
-        self.client, self.settings, self.todo, self.out, self.bar = client, settings, todo, out, bar
-        self.left = left     # number of captions in `todo`
+    def __init__(self, client: OpenAI, settings: Settings, todo: Iterator[dict], left: int, out: Path,
+                 bar: tqdm):
+        """left: the number of captions in `todo`."""
+        self.client, self.settings, self.todo, self.left = client, settings, todo, left
+        self.out, self.bar = out, bar
         self.counts, self.used = Counter(), Counter()  # outcomes; input and output tokens
         self.reserved = 0    # upper bound on the tokens of the open requests
         self.shared = 0      # input tokens of the first request: bounds the examples, which requests share
@@ -238,7 +203,7 @@ class Job:
         attempts = 0 if moderate and self.flagged([text]) else 1 + RETRIES
         for attempt in range(attempts):
             try:
-                edit, output = read_answer(self.reply(text), text)
+                edit, output = chat.read_answer(self.reply(text), text)
                 if moderate and self.flagged([edit, output]):
                     raise Unusable("flagged")
             except Unusable as error:
@@ -269,7 +234,7 @@ class Job:
         spent = Counter()
         try:
             reply = chat.ask(client.chat.completions, **request)
-            spent = spent_tokens(reply, tokens_in)
+            spent = chat.spent_tokens(reply, tokens_in)
             return reply
         except openai.BadRequestError as error:
             if error.code in ("content_filter", "content_policy_violation"):
@@ -287,10 +252,7 @@ class Job:
         for _ in range(1 + RETRIES):
             verdict = chat.ask(self.client.moderations, model="omni-moderation-latest", input=texts)
             with suppress(ValueError):
-                results = checked(verdict.get("results"), list[dict], "results")
-                flags = [checked(result.get("flagged"), bool, "flagged") for result in results]
-                if len(flags) == len(texts):
-                    return any(flags)
+                return any(chat.read_flags(verdict, len(texts)))
         raise openai.APIError("the answer is no moderation", request=None, body=None)
 
     def summary(self) -> str:
@@ -325,9 +287,8 @@ def known_captions(out: Path) -> set[int]:
 def ask_all(captions: Captions, settings: Settings, out: Path, most: int | None = None) -> str:
     """Process every caption that is not yet in OUT.jsonl or OUT.dropped.jsonl; return a summary.
 
-    most: only the first ones. Needs OPENAI_API_KEY (and OPENAI_BASE_URL) in the environment. Raises ValueError
-    if the server fails, if `out` cannot be written, or if another process writes it. Ctrl-C and SIGTERM: see
-    Job.run.
+    most: only the first ones. Needs OPENAI_API_KEY (and OPENAI_BASE_URL) in the environment. Raises
+    ValueError if the server fails, or if `out` cannot be written. Ctrl-C and SIGTERM: see Job.run.
     """
     files.check_writable(out)
     try:
@@ -336,8 +297,8 @@ def ask_all(captions: Captions, settings: Settings, out: Path, most: int | None 
                 raise ValueError(f"{out} is being written by another process; wait for it, or stop it")
             return run_job(captions, settings, out, most)
     except OSError as error:
-        raise ValueError(f"{out} cannot be written: {error.strerror or error}; make room if its disk is full, "
-                         "and start the same command again: finished captions stay") from None
+        raise ValueError(f"{out} cannot be written: {error.strerror or error}; free space if its disk is full. "
+                         "Finished captions stay, and the same command goes on from there") from None
 
 
 def run_job(captions: Captions, settings: Settings, out: Path, most: int | None) -> str:
@@ -349,7 +310,8 @@ def run_job(captions: Captions, settings: Settings, out: Path, most: int | None)
     def todo() -> Iterator[dict]:
         return (row for row in islice(captions, most) if not known or mark(fold(row["input"])) not in known)
 
-    client, left, total = chat.connect(settings.timeout), sum(1 for _ in todo()), min(captions.count, most or math.inf)
+    client, left = chat.connect(settings.timeout), sum(1 for _ in todo())
+    total = min(captions.count, most or captions.count)
     with tqdm(total=total, initial=total - left, desc="captions", unit="caption") as bar:
         job = Job(client, settings, todo(), left, out, bar)
         job.run()

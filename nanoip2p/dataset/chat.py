@@ -1,4 +1,4 @@
-"""The client of the language model: the openai package, with limits on what a server can do to us.
+"""Talk to a language model: the openai package, with limits on what a server can do, and what it answered.
 
 An answer that breaks a limit is an error of the HTTP library, so the openai package asks again.
 """
@@ -7,15 +7,24 @@ import json
 import sys
 import threading
 import time
+from collections import Counter
+from contextlib import suppress
 
 import openai
 from openai import OpenAI
 
+from nanoip2p.common.files import fold, tidy
 from nanoip2p.common.schema import checked
 
 SERVER_RETRIES, TIMEOUT = 5, 120  # retries by the client (429, 5xx, bad answer); seconds
+ANSWER_TOKENS = 256  # token limit of an answer, as in the original
+DELIMITER = "\n%%\n"  # between instruction and caption, in the answers of a fine-tuned model
 LONGEST_ANSWER = 2**20  # bytes; the answer to a caption has about 1,000
 HTTP = sys.modules[openai.DefaultHttpxClient.__base__.__module__.split(".")[0]]  # httpx, or httpx2
+
+
+class Unusable(Exception):
+    """The answer is not an edit. The message: "refused", "malformed", "unchanged" or "flagged"."""
 
 
 class Client(openai.DefaultHttpxClient):
@@ -88,7 +97,7 @@ def read_object(content: bytes | str) -> dict:
 
 
 def ask(resource, **request) -> dict:
-    """Create a chat completion, a moderation, ...: a resource of the client. Returns the answer as it came."""
+    """Create a chat completion or another resource of the client. Returns the answer without checks."""
     return read_object(resource.with_raw_response.create(**request).http_response.content)
 
 
@@ -119,3 +128,44 @@ def explain(error: openai.APIError, client: OpenAI) -> str:
     if len(key) >= 8:  # a shorter key is a placeholder, and may be part of a word
         message = message.replace(key, "***")
     return f"{client.base_url} says: {message}"
+
+
+def read_answer(reply: dict, caption: str) -> tuple[str, str]:
+    """Parse a chat completion. Returns (instruction, edited caption). Raises Unusable if it holds no edit."""
+    try:
+        choice = checked(reply.get("choices"), list[dict], "choices")[0]
+        message = checked(choice.get("message"), dict, "message")
+        if message.get("refusal") or choice.get("finish_reason") == "content_filter":
+            raise Unusable("refused")
+        content = checked(message.get("content"), str, "content")
+        if choice.get("finish_reason") == "length":  # cut off, though a fine-tuned model's would parse
+            raise ValueError
+        if DELIMITER in content:  # never in JSON: its strings have no line breaks
+            edit, output = map(tidy, content.split(DELIMITER))
+        else:
+            answer = read_object(content)
+            edit, output = (tidy(checked(answer.get(key), str, key)) for key in ("edit", "output"))
+        if not edit or not fold(output):
+            raise ValueError
+    except (ValueError, IndexError):
+        raise Unusable("malformed") from None
+    if fold(output) == fold(caption):
+        raise Unusable("unchanged")
+    return edit, output
+
+
+def spent_tokens(reply: dict, most_in: int) -> Counter:
+    """The tokens that a completion took, by its own count; where that makes no sense, the upper bounds."""
+    usage, spent = reply.get("usage"), Counter({"in": most_in, "out": ANSWER_TOKENS})
+    for way, key in (("in", "prompt_tokens"), ("out", "completion_tokens")):
+        with suppress(ValueError):
+            spent[way] = checked(checked(usage, dict, "usage").get(key), int, key, 1, 10**9)
+    return spent
+
+
+def read_flags(reply: dict, n: int) -> list[bool]:
+    """Parse the moderation of `n` texts: whether it objects to each. Raises ValueError if it is none."""
+    results = checked(reply.get("results"), list[dict], "results")
+    if len(results) != n:
+        raise ValueError
+    return [checked(result.get("flagged"), bool, "flagged") for result in results]

@@ -13,7 +13,7 @@ from nanoip2p.common.cli import one_line
 from nanoip2p.common.files import read_rows, regular, replacing, tidy
 from nanoip2p.common.schema import checked
 from nanoip2p.dataset import chat
-from nanoip2p.dataset.captions import DELIMITER
+from nanoip2p.dataset.chat import DELIMITER
 
 FEWEST = 10  # smallest number of examples that OpenAI accepts
 UPLOAD = 3600.0  # seconds for an upload; OpenAI accepts 512 MB

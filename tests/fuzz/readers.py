@@ -173,9 +173,9 @@ def write_answer(folder: Path) -> None:
 def read_answer(folder: Path) -> None:
     """The answer's bytes, as they come from the server."""
     reply = chat.read_object((folder / "answer.json").read_bytes())
-    captions.spent_tokens(reply, 100)
-    with contextlib.suppress(captions.Unusable):
-        captions.read_answer(reply, "a red house")
+    chat.spent_tokens(reply, 100)
+    with contextlib.suppress(chat.Unusable):
+        chat.read_answer(reply, "a red house")
 
 
 def write_original(folder: Path) -> None:
