@@ -90,7 +90,12 @@ def tidy(text: str) -> str:
 
 def fold(text: str) -> str:
     """Normalise a caption to find duplicates: lower case, single spaces, no final punctuation."""
-    return tidy(text).strip(" .!?").lower()
+    return bare(tidy(text))
+
+
+def bare(text: str) -> str:
+    """The second half of `fold`, for a text that is `tidy`."""
+    return text.strip(" .!?").lower()
 
 
 def read_rows(path: Path, kind: str | None = None, problems: list[str] | None = None,

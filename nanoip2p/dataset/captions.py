@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from nanoip2p.common import files
 from nanoip2p.common.cli import at_least, finite, flag
-from nanoip2p.common.files import fold, read_json, tidy
+from nanoip2p.common.files import bare, fold, read_json, tidy
 from nanoip2p.common.schema import LONGEST, checked
 from nanoip2p.dataset import chat
 from nanoip2p.dataset.chat import ANSWER_TOKENS, Unusable
@@ -103,7 +103,7 @@ def read_captions(path: Path, column: str | None = None) -> Captions:
             checked(text, str, f"{path}, line {number}: caption")
             url = str(checked(url, str | int, f"{path}, line {number}: url"))
         text, url = tidy(text), url and tidy(url)
-        folded = fold(text)
+        folded = bare(text)
         if not folded:
             continue
         marks = {mark(folded), mark(f"url {url}")} if url else {mark(folded)}
@@ -297,8 +297,8 @@ def ask_all(captions: Captions, settings: Settings, out: Path, most: int | None 
                 raise ValueError(f"{out} is being written by another process; wait for it, or stop it")
             return run_job(captions, settings, out, most)
     except OSError as error:
-        raise ValueError(f"{out} cannot be written: {error.strerror or error}; free space if its disk is full. "
-                         "Finished captions stay, and the same command goes on from there") from None
+        raise ValueError(f"{out} cannot be written: {error.strerror or error}; if its disk is full, free "
+                         "space. Finished captions stay, and the same command goes on from there") from None
 
 
 def run_job(captions: Captions, settings: Settings, out: Path, most: int | None) -> str:
