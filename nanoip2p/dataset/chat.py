@@ -167,5 +167,5 @@ def read_flags(reply: dict, n: int) -> list[bool]:
     """Parse the moderation of `n` texts: whether it objects to each. Raises ValueError if it is none."""
     results = checked(reply.get("results"), list[dict], "results")
     if len(results) != n:
-        raise ValueError
+        raise ValueError(f"the server judged {len(results)} texts, not {n}")
     return [checked(result.get("flagged"), bool, "flagged") for result in results]

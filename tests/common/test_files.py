@@ -68,7 +68,8 @@ def test_rows_of_every_kind_of_file(tmp_path):
 
 @pytest.mark.parametrize("line, reason", [
     (b"[1]", "is not JSON of one object"), (b'{"a": ', "is not JSON"), (b'{"a": "\xff"}', "is not JSON"),
-    (b"[" * 100_000, "is not JSON")], ids=["list", "cut", "latin", "deep"])
+    (b"[" * 100_000, "is not JSON"), (b'{"a": 1} {}', "is not JSON"),
+    (b'{"a": "' + b"x" * 2**20, "is not JSON")], ids=["list", "cut", "latin", "deep", "more", "long"])
 def test_a_broken_line_is_named_or_collected(line, reason, tmp_path):
     path, problems = tmp_path / "a.jsonl", []
     path.write_bytes(b'{"a": 1}\n' + line + b'\n{"a": 3}\n')

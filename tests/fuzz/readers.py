@@ -178,6 +178,19 @@ def read_answer(folder: Path) -> None:
         chat.read_answer(reply, "a red house")
 
 
+def write_verdict(folder: Path) -> None:
+    """A moderation, with the id that a file or job would have."""
+    (folder / "verdict.json").write_text(json.dumps({"id": "file-7", "results": [{"flagged": False}] * 2}))
+
+
+def read_verdict(folder: Path) -> None:
+    """The two answers other than chat completions."""
+    verdict = chat.read_object((folder / "verdict.json").read_bytes())
+    with contextlib.suppress(ValueError):
+        chat.read_flags(verdict, 2)
+    print(finetune.identity(verdict))
+
+
 def write_original(folder: Path) -> None:
     """The layout of the paper, as `pairs` writes it."""
     for number in range(3):
@@ -323,6 +336,7 @@ READERS = {
     "shards": (write_shards, find_weights), "clip": (write_tiny_clip, read_judge),
     "pictures": (write_pictures, read_pictures), "recipe": (write_recipe, read_recipe_and_plan),
     "texts": (write_texts, read_texts), "answer": (write_answer, read_answer),
+    "verdict": (write_verdict, read_verdict),
     "original layout": (write_original, read_original), "pairs.jsonl": (write_jsonl, read_layout),
     "parquet": (write_parquet, read_layout), "magicbrush": (write_magicbrush, read_magicbrush),
     "run": (write_run, read_run), "cache": (write_cache, read_cache), "curve": (write_curve, read_curve)}
