@@ -79,11 +79,6 @@ class Captions:
             yield {"input": text, **({"url": url} if url else {})}
 
 
-def mark(text: str) -> int:
-    """60 bits that stand for a text in a set. Among a million texts, the chance of equal marks is 1e-6."""
-    return hash(text) >> 4
-
-
 def read_captions(path: Path, column: str | None = None) -> Captions:
     """Read .txt (one caption per line), .jsonl or .csv.
 
@@ -92,7 +87,7 @@ def read_captions(path: Path, column: str | None = None) -> Captions:
     without a text under that key.
     """
     keys = (column,) if column else ("input", "caption")
-    captions, known = Captions(), set()
+    captions, known = Captions(), set()  # of hashes, not texts; two of 10^6 are equal with a chance of 10^-8
     for number, row in files.read_rows(path):
         text = next((row[key] for key in keys if key in row), None)
         if not isinstance(text, str):
@@ -106,7 +101,7 @@ def read_captions(path: Path, column: str | None = None) -> Captions:
         folded = bare(text)
         if not folded:
             continue
-        marks = {mark(folded), mark(f"url {url}")} if url else {mark(folded)}
+        marks = {hash(folded), hash(f"url {url}")} if url else {hash(folded)}
         if known.isdisjoint(marks):
             captions.add(text, url)
             known |= marks
@@ -274,13 +269,13 @@ def dropped_path(out: Path) -> Path:
 
 
 def known_captions(out: Path) -> set[int]:
-    """The marks of the captions in OUT.jsonl and OUT.dropped.jsonl. Raises ValueError for other files."""
+    """The hashes of the captions in OUT.jsonl and OUT.dropped.jsonl. Raises ValueError for other files."""
     known = set()
     for path, keys in ((out, ("input", "edit", "output")), (dropped_path(out), ("input", "why"))):
         for number, row in files.read_rows(path, ".jsonl", appended=True) if path.exists() else ():
             if not all(isinstance(row.get(key), str) for key in keys):
                 raise ValueError(f"{path}, line {number} is not {{{', '.join(keys)}}}; name another --out")
-            known.add(mark(fold(row["input"])))
+            known.add(hash(fold(row["input"])))
     return known
 
 
@@ -308,7 +303,7 @@ def run_job(captions: Captions, settings: Settings, out: Path, most: int | None)
         files.mend_last_line(path)
 
     def todo() -> Iterator[dict]:
-        return (row for row in islice(captions, most) if not known or mark(fold(row["input"])) not in known)
+        return (row for row in islice(captions, most) if not known or hash(fold(row["input"])) not in known)
 
     client, left = chat.connect(settings.timeout), sum(1 for _ in todo())
     total = min(captions.count, most or captions.count)
