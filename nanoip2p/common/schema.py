@@ -6,8 +6,8 @@ import typing
 from contextlib import suppress
 
 LONGEST = 10_000  # items of a list and letters of a text; no setting of any model comes near it
-NAMES = {bool: "true or false", int: "a whole number", float: "a number", dict: "an object",
-         str: f"a text of at most {LONGEST:,} letters", types.NoneType: "null"}
+NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "an object",
+         types.NoneType: "null"}
 
 
 def checked(value, kind, where: str, least: float = -math.inf, most: float = math.inf):
@@ -22,6 +22,8 @@ def checked(value, kind, where: str, least: float = -math.inf, most: float = mat
     except (ValueError, OverflowError):
         text = type(value).__name__ if isinstance(value, (list, dict)) else repr(value)
         text = text if len(text) <= 40 else text[:40] + "…"
+        if isinstance(value, (str, list)) and len(value) > LONGEST:
+            text += f" ({len(value):,} long; at most {LONGEST:,})"
         raise ValueError(f"{where} = {text} should be {_described(kind, least, most)}") from None
 
 

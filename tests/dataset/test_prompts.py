@@ -95,7 +95,7 @@ def test_repeats_are_asked_once_and_urls_are_kept(server, ask, tmp_path):
     ("a.jsonl", b'{"input": 3}\n', [], "line 1"),
     ("a.jsonl", b'{"input": "x", "url": {"a": 1}}\n', [], "a.jsonl, line 1: url = dict should be a text"),
     ("a.jsonl", b'{"input": "x", "url": NaN}\n', [], "url = nan should be"),
-    ("a.txt", b"x" * 10_001 + b"\n", [], "line 1: caption = 'xxx"),
+    ("a.txt", b"x" * 10_001 + b"\n", [], "(10,001 long; at most 10,000)"),
     ("a.txt", b"y\n" + b"x" * 2**21 + b"\n", [], "longer than 1,048,576 bytes"),
     ("a.csv", b'input\n"' + b"x\n" * 10**5, [], "cannot be read after line"),
     ("a.csv", b"input\nx\ncaf\xe9\n", [], "cannot be read after line 2: 'utf-8'"),
