@@ -22,6 +22,8 @@ def checked(value, kind, where: str, least: float = -math.inf, most: float = mat
     except (ValueError, OverflowError):
         text = type(value).__name__ if isinstance(value, (list, dict)) else repr(value)
         text = text if len(text) <= 40 else text[:40] + "…"
+        if isinstance(value, (str, list)) and len(value) > LONGEST:
+            text += f" ({len(value):,} long; at most {LONGEST:,})"
         raise ValueError(f"{where} = {text} should be {_described(kind, least, most)}") from None
 
 

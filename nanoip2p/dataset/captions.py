@@ -7,13 +7,17 @@ Each answer is appended to a file immediately. OUT.jsonl holds the triplets. OUT
 captions without a usable answer, with the reason. A new run skips the captions in these files.
 """
 
+import io
 import json
 import math
 import signal
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 import openai
@@ -22,13 +26,14 @@ from tqdm import tqdm
 
 from nanoip2p.common import files
 from nanoip2p.common.cli import at_least, finite, flag
-from nanoip2p.common.files import fold, read_json, tidy
+from nanoip2p.common.files import bare, fold, read_json, tidy
+from nanoip2p.common.schema import LONGEST, checked
+from nanoip2p.dataset import chat
+from nanoip2p.dataset.chat import ANSWER_TOKENS, Unusable
 
-# The first four constants are from the original's generate_txt_dataset.py
-FREQUENCY_PENALTY, ANSWER_TOKENS = 0.1, 256  # ANSWER_TOKENS: token limit of an answer
+# The first two constants are from the original's generate_txt_dataset.py
+FREQUENCY_PENALTY = 0.1
 RETRIES = 3              # further requests after an unusable answer
-DELIMITER = "\n%%\n"     # between instruction and caption, in the answers of a fine-tuned model
-SERVER_RETRIES, TIMEOUT = 5, 120.0  # retries by the client (429, 5xx, lost connection); seconds
 MAX_FAILURES = 5         # the run ends after this number of failed captions in a row
 GRACE = 10.0             # seconds to wait for open requests after Ctrl-C
 FATAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
@@ -37,10 +42,6 @@ PROMPT = "\n".join(FEWSHOT["prompt"])
 TRIPLETS = [tuple(triplet) for triplet in FEWSHOT["triplets"]]  # input caption, instruction, output caption
 SCHEMA = {"type": "object", "required": ["edit", "output"], "additionalProperties": False,
           "properties": {"edit": {"type": "string"}, "output": {"type": "string"}}}
-
-
-class Unusable(Exception):
-    """The answer is not an edit. The message: "refused", "malformed", "unchanged" or "flagged"."""
 
 
 class OverBudget(Exception):
@@ -57,32 +58,56 @@ class Settings:
     concurrency: int = flag("concurrent requests", 8, type=at_least(1))
     moderate: bool = flag("apply OpenAI's moderation to captions and answers, as the original does", False)
     max_tokens: int | None = flag("limit on the input plus output tokens of this run", type=at_least(0))
+    timeout: int = flag("seconds for each whole answer of the server", chat.TIMEOUT, type=at_least(1))
 
 
-def read_captions(path: Path, column: str | None = None) -> tuple[list[dict], int]:
-    """Read .txt (one caption per line), .jsonl or .csv. Returns rows {"input", "url"}, number of repeats.
+class Captions:
+    """The captions of a file, as one block of bytes: a million dictionaries would take 600 MB."""
+
+    def __init__(self):
+        self.block, self.count, self.repeats = io.BytesIO(), 0, 0
+
+    def add(self, text: str, url: str) -> None:
+        """Append a caption. Neither text has tabs or line breaks: `tidy` replaces them."""
+        self.block.write(f"{text}\t{url}\n".encode())
+        self.count += 1
+
+    def __iter__(self) -> Iterator[dict]:
+        """The rows {"input", "url"}. "url" is in a row only if its caption has one."""
+        for line in io.BytesIO(self.block.getvalue()):
+            text, _, url = line.decode().rstrip("\n").partition("\t")
+            yield {"input": text, **({"url": url} if url else {})}
+
+
+def read_captions(path: Path, column: str | None = None) -> Captions:
+    """Read .txt (one caption per line), .jsonl or .csv.
 
     column: the key or column of the caption. "url" is in a row only if the file has it. Skips empty captions.
     Skips and counts repeats: rows with the caption or URL of an earlier row. Raises ValueError for a row
     without a text under that key.
     """
     keys = (column,) if column else ("input", "caption")
-    captions, known, repeats = [], set(), 0
+    captions, known = Captions(), set()  # of hashes, not texts; two of 10^6 are equal with a chance of 10^-8
     for number, row in files.read_rows(path):
         text = next((row[key] for key in keys if key in row), None)
         if not isinstance(text, str):
             raise ValueError(f"{path}, line {number}: no text under {' or '.join(keys)} (--column); there is "
                              f"{', '.join(row) or 'nothing'}")
-        url = str(row.get("url") or row.get("URL") or "")
-        marks = {fold(text), ("url", url)} if url else {fold(text)}
-        if not fold(text):
+        url = row.get("url") or row.get("URL") or ""
+        if not isinstance(url, str) or max(len(text), len(url)) > LONGEST:  # `checked` is slow
+            checked(text, str, f"{path}, line {number}: caption")
+            url = str(checked(url, str | int, f"{path}, line {number}: url"))
+        text, url = tidy(text), url and tidy(url)
+        folded = bare(text)
+        if not folded:
             continue
-        if known & marks:
-            repeats += 1
-        else:
-            captions.append({"input": tidy(text), **({"url": url} if url else {})})
+        marks = {hash(folded), hash(f"url {url}")} if url else {hash(folded)}
+        if known.isdisjoint(marks):
+            captions.add(text, url)
             known |= marks
-    return captions, repeats
+        else:
+            captions.repeats += 1
+    return captions
 
 
 def make_request(caption: str, settings: Settings) -> dict:
@@ -100,34 +125,14 @@ def make_request(caption: str, settings: Settings) -> dict:
     return request | {"messages": [*messages, {"role": "user", "content": caption}]}
 
 
-def read_answer(reply, caption: str) -> tuple[str, str]:
-    """Parse a chat completion. Returns (instruction, edited caption). Raises Unusable if it holds no edit."""
-    try:
-        choice = reply.choices[0]
-        if choice.message.refusal or choice.finish_reason == "content_filter":
-            raise Unusable("refused")
-        content = choice.message.content
-        if choice.finish_reason == "length":  # cut off; a fine-tuned model's answer could still parse
-            raise ValueError
-        if DELIMITER in content:  # never in JSON: its strings have no line breaks
-            edit, output = map(tidy, content.split(DELIMITER))
-        else:
-            answer = json.loads(content)
-            edit, output = tidy(answer["edit"]), tidy(answer["output"])
-        if not edit or not fold(output):
-            raise ValueError
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise Unusable("malformed") from None
-    if fold(output) == fold(caption):
-        raise Unusable("unchanged")
-    return edit, output
-
-
 class Job:
     """One run over the remaining captions, shared by all threads. `lock` guards its counters and files."""
 
-    def __init__(self, client: OpenAI, settings: Settings, todo: list[dict], out: Path, bar: tqdm):
-        self.client, self.settings, self.todo, self.out, self.bar = client, settings, deque(todo), out, bar
+    def __init__(self, client: OpenAI, settings: Settings, todo: Iterator[dict], left: int, out: Path,
+                 bar: tqdm):
+        """left: the number of captions in `todo`."""
+        self.client, self.settings, self.todo, self.left = client, settings, todo, left
+        self.out, self.bar = out, bar
         self.counts, self.used = Counter(), Counter()  # outcomes; input and output tokens
         self.reserved = 0    # upper bound on the tokens of the open requests
         self.shared = 0      # input tokens of the first request: an upper bound for those of the examples
@@ -149,7 +154,7 @@ class Job:
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            for most, n in ((1, 1), (len(self.todo), self.settings.concurrency)):
+            for most, n in ((1, 1), (self.left, self.settings.concurrency)):
                 # Daemon threads: the process can end before the threads end
                 threads = [threading.Thread(target=self.work, args=(most,), daemon=True) for _ in range(n)]
                 for thread in threads:
@@ -167,13 +172,14 @@ class Job:
         """Process at most `most` captions, in one thread. Returns early when the run has to stop."""
         for _ in range(most):
             with self.lock:
-                if not self.todo or self.deadline < math.inf or self.problem:
+                if not self.left or self.deadline < math.inf or self.problem:
                     return
-                caption = self.todo.popleft()
+                caption, self.left = next(self.todo), self.left - 1
             try:
                 self.ask(caption)
             except OverBudget:  # open requests may use fewer tokens than reserved; other threads go on
-                self.todo.appendleft(caption)
+                with self.lock:
+                    self.todo, self.left = chain([caption], self.todo), self.left + 1
                 return
             except openai.APIError as error:
                 with self.lock:
@@ -192,7 +198,7 @@ class Job:
         attempts = 0 if moderate and self.flagged([text]) else 1 + RETRIES
         for attempt in range(attempts):
             try:
-                edit, output = read_answer(self.reply(text), text)
+                edit, output = chat.read_answer(self.reply(text), text)
                 if moderate and self.flagged([edit, output]):
                     raise Unusable("flagged")
             except Unusable as error:
@@ -208,7 +214,7 @@ class Job:
             files.append(dropped_path(self.out), {"input": text, "why": reason})
             self.counts[f"dropped {reason}"] += 1
 
-    def reply(self, text: str):
+    def reply(self, text: str) -> dict:
         """Send one request; return the completion. Raises OverBudget if it could exceed --max-tokens."""
         request, client = make_request(text, self.settings), self.client
         with self.lock:
@@ -222,11 +228,8 @@ class Job:
                 client = client.with_options(max_retries=2)
         spent = Counter()
         try:
-            reply = client.chat.completions.create(**request)
-            if isinstance(reply, str):  # the client returns a web page as text
-                raise openai.APIError("the answer is no chat completion", request=None, body=None)
-            spent["in"] = getattr(reply.usage, "prompt_tokens", None) or tokens_in
-            spent["out"] = getattr(reply.usage, "completion_tokens", None) or ANSWER_TOKENS
+            reply = chat.ask(client.chat.completions, **request)
+            spent = chat.spent_tokens(reply, tokens_in)
             return reply
         except openai.BadRequestError as error:
             if error.code in ("content_filter", "content_policy_violation"):
@@ -241,10 +244,11 @@ class Job:
 
     def flagged(self, texts: list[str]) -> bool:
         """Whether OpenAI's moderation objects to any of the texts."""
-        verdict = self.client.moderations.create(model="omni-moderation-latest", input=texts)
-        if isinstance(verdict, str) or len(verdict.results) != len(texts):
-            raise openai.APIError("the answer is no moderation", request=None, body=None)
-        return any(result.flagged for result in verdict.results)
+        for _ in range(1 + RETRIES):
+            verdict = chat.ask(self.client.moderations, model="omni-moderation-latest", input=texts)
+            with suppress(ValueError):
+                return any(chat.read_flags(verdict, len(texts)))
+        raise openai.APIError("the answer is no moderation", request=None, body=None)
 
     def summary(self) -> str:
         """A text of several lines about the outcome of this run."""
@@ -255,7 +259,7 @@ class Job:
         return (f"{self.counts['written']} edits written to {self.out}\n"
                 f"captions dropped: {listed('dropped ')}; retries: {listed('retried ')}\n"
                 f"tokens: {self.used['in']:,} in, {self.used['out']:,} out\n"
-                f"captions left for the next run: {len(self.todo)} not asked (--max-tokens), "
+                f"captions left for the next run: {self.left} not asked (--max-tokens), "
                 f"{self.counts['unanswered']} without an answer")
 
 
@@ -264,52 +268,50 @@ def dropped_path(out: Path) -> Path:
     return out.with_suffix(".dropped.jsonl")
 
 
-def ask_all(captions: list[dict], settings: Settings, out: Path) -> str:
-    """Process every caption that is not yet in OUT.jsonl or OUT.dropped.jsonl; return a summary.
-
-    captions: from `read_captions`. Needs OPENAI_API_KEY (and OPENAI_BASE_URL) in the environment. Raises
-    ValueError if the server fails. Ctrl-C and SIGTERM: see Job.run.
-    """
-    files.check_writable(out)
+def known_captions(out: Path) -> set[int]:
+    """The hashes of the captions in OUT.jsonl and OUT.dropped.jsonl. Raises ValueError for other files."""
     known = set()
     for path, keys in ((out, ("input", "edit", "output")), (dropped_path(out), ("input", "why"))):
-        for number, row in enumerate(files.read_jsonl(path), start=1):
+        for number, row in files.read_rows(path, ".jsonl", appended=True) if path.exists() else ():
             if not all(isinstance(row.get(key), str) for key in keys):
                 raise ValueError(f"{path}, line {number} is not {{{', '.join(keys)}}}; name another --out")
-            known.add(fold(row["input"]))
+            known.add(hash(fold(row["input"])))
+    return known
+
+
+def ask_all(captions: Captions, settings: Settings, out: Path, most: int | None = None) -> str:
+    """Process every caption that is not yet in OUT.jsonl or OUT.dropped.jsonl; return a summary.
+
+    most: only the first ones. Needs OPENAI_API_KEY (and OPENAI_BASE_URL) in the environment. Raises
+    ValueError if the server fails, or if `out` cannot be written. Ctrl-C and SIGTERM: see Job.run.
+    """
+    files.check_writable(out)
+    try:
+        with files.locked(out.with_name(f".{out.stem}.lock")) as held:  # `out` itself may be replaced
+            if not held:
+                raise ValueError(f"{out} is being written by another process; wait for it, or stop it")
+            return run_job(captions, settings, out, most)
+    except OSError as error:
+        raise ValueError(f"{out} cannot be written: {error.strerror or error}; if its disk is full, free "
+                         "space. Finished captions stay, and the same command goes on from there") from None
+
+
+def run_job(captions: Captions, settings: Settings, out: Path, most: int | None) -> str:
+    """As `ask_all`, without a lock."""
+    known = known_captions(out)
+    for path in (out, dropped_path(out)):
         files.mend_last_line(path)
-    todo, client = [caption for caption in captions if fold(caption["input"]) not in known], connect()
-    with tqdm(total=len(captions), initial=len(captions) - len(todo), desc="captions", unit="caption") as bar:
-        job = Job(client, settings, todo, out, bar)
+
+    def todo() -> Iterator[dict]:
+        return (row for row in islice(captions, most) if not known or hash(fold(row["input"])) not in known)
+
+    client, left = chat.connect(settings.timeout), sum(1 for _ in todo())
+    total = min(captions.count, most or captions.count)
+    with tqdm(total=total, initial=total - left, desc="captions", unit="caption") as bar:
+        job = Job(client, settings, todo(), left, out, bar)
         job.run()
     if isinstance(job.problem, openai.APIError):
-        raise ValueError(explain(job.problem, client)) from None
+        raise ValueError(chat.explain(job.problem, client)) from None
     if job.problem:
         raise job.problem
     return job.summary()
-
-
-def connect() -> OpenAI:
-    """Make the client. Raises ValueError for a missing key or an invalid OPENAI_BASE_URL."""
-    try:
-        client = OpenAI(max_retries=SERVER_RETRIES, timeout=TIMEOUT)
-        if not client.api_key.strip():
-            raise openai.OpenAIError("the key is empty")  # some releases of openai accept an empty key
-        return client
-    except openai.OpenAIError:
-        raise ValueError("set OPENAI_API_KEY to your key, or to any word if the server needs none") from None
-    except Exception as error:  # an error of the HTTP library
-        raise ValueError(f"OPENAI_BASE_URL: {error}") from None
-
-
-def explain(error: openai.APIError, client: OpenAI) -> str:
-    """The server's error and its remedy in one line. Hides the API key if it has 8 or more characters."""
-    remedy = ""
-    if isinstance(error, openai.APIConnectionError):
-        remedy = f" ({error.__cause__}); does OPENAI_BASE_URL name a server that runs?"
-    elif isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
-        remedy = "; is OPENAI_API_KEY right for this server?"
-    message, key = error.message[:300] + remedy, client.api_key.strip()
-    if len(key) >= 8:  # a shorter key is a placeholder, and may be part of a word
-        message = message.replace(key, "***")
-    return f"{client.base_url} says: {message}"

@@ -9,10 +9,14 @@ from pathlib import Path
 
 import openai
 
-from nanoip2p.common.files import read_rows, replacing, tidy
-from nanoip2p.dataset.captions import DELIMITER, connect, explain
+from nanoip2p.common.cli import one_line
+from nanoip2p.common.files import read_rows, regular, replacing, tidy
+from nanoip2p.common.schema import checked
+from nanoip2p.dataset import chat
+from nanoip2p.dataset.chat import DELIMITER
 
 FEWEST = 10  # smallest number of examples that OpenAI accepts
+UPLOAD = 3600.0  # seconds for an upload; OpenAI accepts 512 MB
 
 
 def prepare(human: Path, out: Path) -> int:
@@ -40,10 +44,16 @@ def start(chats: Path, model: str, epochs: int) -> str:
 
     Raises ValueError if the server refuses.
     """
-    content, client = chats.read_bytes(), connect()
+    content, client = regular(chats).read_bytes(), chat.connect(total=UPLOAD)
     try:
-        file = client.files.create(file=(chats.name, content), purpose="fine-tune")
+        file = chat.ask(client.files, file=(chats.name, content), purpose="fine-tune")
         method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": epochs}}}
-        return client.fine_tuning.jobs.create(model=model, training_file=file.id, method=method).id
+        job = chat.ask(client.fine_tuning.jobs, model=model, training_file=identity(file), method=method)
+        return identity(job)
     except openai.APIError as error:
-        raise ValueError(explain(error, client)) from None
+        raise ValueError(chat.explain(error, client)) from None
+
+
+def identity(answer: dict) -> str:
+    """The id of a file or job. Raises ValueError if the server's answer has none."""
+    return one_line(checked(answer.get("id"), str, "the server's answer: id"))

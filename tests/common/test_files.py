@@ -5,10 +5,12 @@ import os
 import resource
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
+from nanoip2p.common import files
 from nanoip2p.common.files import (
     append,
     check_writable,
@@ -66,7 +68,8 @@ def test_rows_of_every_kind_of_file(tmp_path):
 
 @pytest.mark.parametrize("line, reason", [
     (b"[1]", "is not JSON of one object"), (b'{"a": ', "is not JSON"), (b'{"a": "\xff"}', "is not JSON"),
-    (b"[" * 100_000, "is not JSON")], ids=["list", "cut", "latin", "deep"])
+    (b"[" * 100_000, "is not JSON"), (b'{"a": 1} {}', "is not JSON"),
+    (b'{"a": "' + b"x" * 2**20, "is not JSON")], ids=["list", "cut", "latin", "deep", "more", "long"])
 def test_a_broken_line_is_named_or_collected(line, reason, tmp_path):
     path, problems = tmp_path / "a.jsonl", []
     path.write_bytes(b'{"a": 1}\n' + line + b'\n{"a": 3}\n')
@@ -74,6 +77,44 @@ def test_a_broken_line_is_named_or_collected(line, reason, tmp_path):
         list(read_rows(path))
     assert list(read_rows(path, problems=problems)) == [(1, {"a": 1}), (3, {"a": 3})]
     assert len(problems) == 1 and problems[0].startswith(f"line 2 {reason}")
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+@pytest.mark.parametrize("longest", [1, 2, 3, 7, 50])
+def test_lines_are_those_of_the_whole_file_wherever_its_blocks_end(tmp_path, monkeypatch, end, longest):
+    monkeypatch.setattr(files, "LONGEST_LINE", longest)
+    path = tmp_path / "a.txt"
+    for content in (b"", end, b"a", b"ab" + end + end + b"c", b"abc" * 9 + end + b"d" + end,
+                    b"a" + end + b"bcd" * 9):
+        path.write_bytes(content)
+        problems = []
+        rows = dict(read_rows(path, problems=problems))
+        lines = dict(enumerate(content.splitlines(keepends=True), start=1))
+        assert rows == {number: {"input": line.decode().strip()} for number, line in lines.items()
+                        if line.strip() and len(line) <= longest}
+        assert len(problems) == sum(len(line) > longest for line in lines.values())
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".txt", ".csv"])
+def test_a_long_line_takes_little_memory(tmp_path, kind):
+    path = tmp_path / f"a{kind}"
+    with path.open("wb") as file:
+        file.truncate(50 * 10**6)  # zeros
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="longer than 1,048,576 bytes"):
+            list(read_rows(path))
+        assert tracemalloc.get_traced_memory()[1] < 10**7
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".txt", ".csv"])
+def test_a_fifo_is_refused(tmp_path, kind):
+    os.mkfifo(tmp_path / f"a{kind}")
+    for read in (lambda path: list(read_rows(path)), read_jsonl):
+        with pytest.raises(ValueError, match="not a regular file"):
+            read(tmp_path / f"a{kind}")
 
 
 def test_after_a_kill_at_any_byte_whole_rows_stay(tmp_path):

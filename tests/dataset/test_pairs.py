@@ -417,7 +417,7 @@ def test_settings_that_cannot_be_used_are_named(tmp_path, chosen, named):
     (["--weights", "nowhere"], "nowhere"), (["--clip", "nowhere"], "nowhere"), (["--resolution", "33"], "33"),
     (["--n-samples", "0"], "--n-samples"), (["--min-p2p", "nan"], "--min-p2p"), (["--batch", "x"], "--batch"),
     (["--min-cfg", "20"], "min_cfg"), (["--inject", "all"], "--inject"), (["--device", "abacus"], "abacus"),
-    (["--prompts", "nowhere"], "nowhere"), (["--prompts", os.devnull], "no prompt"),
+    (["--prompts", "nowhere"], "nowhere"), (["--prompts", os.devnull], "regular file"),
     (["--raw-weights"], "--raw-weights"), (["--steps", "5000"], "5000"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(weights, prompts, tmp_path, capsys, words, named):

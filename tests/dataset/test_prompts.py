@@ -1,10 +1,12 @@
 """Captions are read in every form, and a file of triplets survives whatever happens to its run."""
 
+import csv
 import json
 import random
 import signal
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -29,9 +31,49 @@ def test_captions_in_every_form(tmp_path):
     for name, content in forms.items():
         path = tmp_path / name
         path.write_bytes(b"\xef\xbb\xbf" + content.encode())
-        found, repeats = captions.read_captions(path, "TEXT" if name == "e.csv" else None)
+        found = captions.read_captions(path, "TEXT" if name == "e.csv" else None)
         urls = [{} if name == "a.txt" else {"url": url} for _, url in rows]
-        assert found == [{"input": text, **url} for (text, _), url in zip(rows, urls)] and repeats == 0, name
+        assert list(found) == [{"input": text, **url} for (text, _), url in zip(rows, urls)], name
+        assert (found.count, found.repeats) == (2, 0)
+
+
+def test_a_row_is_a_repeat_as_the_long_way_round_finds_it(tmp_path):
+    """In random files with few words and URLs, of every kind."""
+    rng = random.Random(0)
+    for kind in ("jsonl", "csv", "txt") * 20:
+        rows, kept, marks = [], [], set()
+        for _ in range(30):
+            text = rng.choice(("a", "A ", " b. ", "b", "c  d", "c d!", "", "é", "\u2029x"))
+            url = {"url": rng.choice(("", "a", "u", "v w"))} if kind != "txt" else {}
+            rows.append({"input": text, **url})
+        path = tmp_path / f"a.{kind}"
+        with path.open("w", encoding="utf-8", newline="") as file:
+            if kind == "csv":
+                writer = csv.DictWriter(file, ("input", "url"))
+                writer.writeheader()
+                writer.writerows(rows)
+            else:
+                file.writelines((json.dumps(row) if kind == "jsonl" else row["input"]) + "\n" for row in rows)
+        rows = [row for row in rows if files.fold(row["input"])]
+        for row in rows:
+            own = {files.fold(row["input"])} | ({("url", row["url"])} if row.get("url") else set())
+            if not own & marks:
+                marks |= own
+                url = {"url": row["url"]} if row.get("url") else {}
+                kept.append({"input": files.tidy(row["input"]), **url})
+        found = captions.read_captions(path)
+        assert (list(found), found.count, found.repeats) == (kept, len(kept), len(rows) - len(kept))
+
+
+def test_many_captions_take_little_memory(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("".join(f"caption number {n} of a long list with some words\n" for n in range(50_000)))
+    tracemalloc.start()
+    try:
+        found = captions.read_captions(path)
+        assert found.count == 50_000 and tracemalloc.get_traced_memory()[1] < 250 * found.count
+    finally:
+        tracemalloc.stop()
 
 
 def test_repeats_are_asked_once_and_urls_are_kept(server, ask, tmp_path):
@@ -51,6 +93,12 @@ def test_repeats_are_asked_once_and_urls_are_kept(server, ask, tmp_path):
     ("a.jsonl", b'{"input": "x"}\n[1]\n', [], "line 2"),
     ("a.jsonl", b'\n{"text": "x"}\n', [], "line 2: no text under input or caption (--column); there is text"),
     ("a.jsonl", b'{"input": 3}\n', [], "line 1"),
+    ("a.jsonl", b'{"input": "x", "url": {"a": 1}}\n', [], "a.jsonl, line 1: url = dict should be a text"),
+    ("a.jsonl", b'{"input": "x", "url": NaN}\n', [], "url = nan should be"),
+    ("a.txt", b"x" * 10_001 + b"\n", [], "(10,001 long; at most 10,000)"),
+    ("a.txt", b"y\n" + b"x" * 2**21 + b"\n", [], "longer than 1,048,576 bytes"),
+    ("a.csv", b'input\n"' + b"x\n" * 10**5, [], "cannot be read after line"),
+    ("a.csv", b"input\nx\ncaf\xe9\n", [], "cannot be read after line 2: 'utf-8'"),
     ("a.csv", b"id,TEXT\n1,x\n", [], "there is id, TEXT"),
     ("a.csv", b"id,TEXT\n1,x\n", ["--column", "text"], "no text under text"),
     ("a.txt", b"caf\xe9\n", [], "line 1 is not UTF-8"),
@@ -139,7 +187,8 @@ def test_a_full_disk_ends_the_run_and_the_next_one_goes_on(server, ask, monkeypa
 
     monkeypatch.setattr(files, "append", fill_up)
     code, rows, _, said = ask(TEXTS, "--concurrency", 3)
-    assert code == 2 and len(rows) == 2 and said.count("error:") == 1 and "No space left" in said
+    assert code == 2 and len(rows) == 2 and said.count("error:") == 1
+    assert "prompts.jsonl cannot be written: No space left on device; if its disk is full, free space" in said
     monkeypatch.setattr(files, "append", append)
     assert by_input(ask(TEXTS)[1]) == by_input(expected(TEXTS))
 

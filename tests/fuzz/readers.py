@@ -4,6 +4,7 @@ A reader is (write, read). write(folder) makes valid files; read(folder) does wh
 COVERS says which functions of nanoip2p the readers reach; test_fuzz.py finds functions that no reader covers.
 """
 
+import contextlib
 import json
 import shutil
 import types
@@ -22,7 +23,7 @@ from nanoip2p.checkpoint.save import convert
 from nanoip2p.checkpoint.tensors import find_weights
 from nanoip2p.clip_filter import SIMILARITIES, Judge
 from nanoip2p.common.files import append
-from nanoip2p.dataset import captions, finetune, pairs, show
+from nanoip2p.dataset import captions, chat, finetune, pairs, show
 from nanoip2p.dataset.layouts import SPLITS, broken_pictures, load_picture, read_data
 from nanoip2p.evaluate import curve, magicbrush
 from nanoip2p.images import find_images, open_image, read_recipe, save_png
@@ -170,17 +171,24 @@ def write_answer(folder: Path) -> None:
 
 
 def read_answer(folder: Path) -> None:
-    """The answer as the openai package builds it: without checking types."""
-    def build(content):
-        if isinstance(content, dict):
-            return types.SimpleNamespace(**{str(key): build(inner) for key, inner in content.items()})
-        return [build(inner) for inner in content] if isinstance(content, list) else content
-    reply = build(json.loads((folder / "answer.json").read_text()))
-    try:
-        captions.spent_tokens(reply, 100)
-        captions.read_answer(reply, "a red house")
-    except captions.Unusable:
-        pass
+    """The answer's bytes, as they come from the server."""
+    reply = chat.read_object((folder / "answer.json").read_bytes())
+    chat.spent_tokens(reply, 100)
+    with contextlib.suppress(chat.Unusable):
+        chat.read_answer(reply, "a red house")
+
+
+def write_verdict(folder: Path) -> None:
+    """A moderation, with the id that a file or job would have."""
+    (folder / "verdict.json").write_text(json.dumps({"id": "file-7", "results": [{"flagged": False}] * 2}))
+
+
+def read_verdict(folder: Path) -> None:
+    """The two answers other than chat completions."""
+    verdict = chat.read_object((folder / "verdict.json").read_bytes())
+    with contextlib.suppress(ValueError):
+        chat.read_flags(verdict, 2)
+    print(finetune.identity(verdict))
 
 
 def write_original(folder: Path) -> None:
@@ -328,6 +336,7 @@ READERS = {
     "shards": (write_shards, find_weights), "clip": (write_tiny_clip, read_judge),
     "pictures": (write_pictures, read_pictures), "recipe": (write_recipe, read_recipe_and_plan),
     "texts": (write_texts, read_texts), "answer": (write_answer, read_answer),
+    "verdict": (write_verdict, read_verdict),
     "original layout": (write_original, read_original), "pairs.jsonl": (write_jsonl, read_layout),
     "parquet": (write_parquet, read_layout), "magicbrush": (write_magicbrush, read_magicbrush),
     "run": (write_run, read_run), "cache": (write_cache, read_cache), "curve": (write_curve, read_curve)}

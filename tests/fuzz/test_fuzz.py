@@ -18,7 +18,7 @@ EXEMPT = {
     "files.py:append", "files.py:locked", "files.py:claim_folder", "files.py:mend_last_line",
     "files.py:check_writable", "finetune.py:start", "rendered.py:write_scenes", "tensors.py:write_tensors",
     "run_folder.py:flush", "magicbrush.py:score", "magicbrush.py:run", "curve.py:run", "sample.py:run",
-    "sample.py:edit_batch", "sample.py:sweep", "captions.py:ask_all", "make_dataset.py:run_pairs",
+    "sample.py:edit_batch", "sample.py:sweep", "make_dataset.py:run_pairs",
     "pipeline.py:as_image", "trainer.py:load"}
 
 

@@ -1,5 +1,7 @@
 """A server that speaks OpenAI's API, as well or badly as others do, and how to run `captions` on it."""
 
+import contextlib
+import gzip
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -42,9 +44,10 @@ class Server(BaseHTTPRequestHandler):
         request = json.loads(body)
         server.requests.append((what, request))
         if what == "/fine_tuning/jobs":
-            return self.reply({"id": "ftjob-42", "object": "fine_tuning.job", "status": "queued"})
+            return self.reply({"id": server.identity, "object": "fine_tuning.job", "status": "queued"})
         if what == "/moderations":
-            return self.reply({"results": [{"flagged": "forbidden" in text} for text in request["input"]]})
+            verdict = [{"flagged": "forbidden" in text} for text in request["input"]]
+            return self.reply(server.verdicts.pop() if server.verdicts else {"results": verdict})
         text = request["messages"][-1]["content"]
         with server.lock:
             server.asked.append(text)
@@ -77,6 +80,8 @@ class Server(BaseHTTPRequestHandler):
                  "choices": [] if kind == "no choice" else [choice], "usage": TOKENS}
         if kind == "no usage":
             del reply["usage"]
+        if kind == "odd usage":
+            reply["usage"] = self.server.usage
         self.reply(reply)
 
     def busy(self, *_):
@@ -105,6 +110,62 @@ class Server(BaseHTTPRequestHandler):
     def web_page(self, *_):
         self.reply("<html>Welcome to the hotel", kind="text/html")
 
+    def redirect(self, request, text, kind):
+        """To server.elsewhere, or to this server under another path, which answers well."""
+        if self.path.startswith("/v1/again"):
+            return self.well(request, text, kind)
+        target = self.server.elsewhere or "/v1/again/chat/completions"
+        self.reply("", 307, Location=target)
+
+    def endless(self, *_):
+        self.stream(b" " * 2**16, 0)
+
+    def dripping(self, *_):
+        self.stream(b" ", 0.1)
+
+    def dripping_header(self, *_):
+        with contextlib.suppress(OSError):
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+            while not self.server.closing.wait(0.1):
+                self.wfile.write(b"x")
+        self.close_connection = True
+
+    def endless_error(self, *_):
+        self.stream(b" " * 2**16, 0, 400)
+
+    def endless_redirect(self, *_):
+        self.stream(b" " * 2**16, 0, 307, Location="/v1/again/chat/completions")
+
+    def swelling(self, *_):
+        """Two million zeros, compressed; the question asked for no compression."""
+        body = gzip.compress(bytes(2 * 10**6))
+        self.send_response(200)
+        self.send_header("Content-Encoding", "gzip")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def odd_compression(self, *_):
+        self.reply("{}", **{"Content-Encoding": "br"})
+
+    def deep_json(self, *_):
+        self.reply("[" * 100_000)
+
+    def list(self, *_):
+        self.reply("[]")
+
+    def stream(self, piece, pause, status=200, **headers):
+        """Send pieces until the client hangs up."""
+        self.send_response(status)
+        for name, value in {"Transfer-Encoding": "chunked", **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            while not self.server.closing.wait(pause):
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+                self.server.sent += len(piece)
+        self.close_connection = True
+
     def silent(self, *_):
         self.server.closing.wait(20)
         self.close_connection = True
@@ -130,6 +191,8 @@ def server(monkeypatch):
     server = ManyClients(("127.0.0.1", 0), Server)
     server.handle_error = lambda *_: None  # clients that were killed
     server.plan, server.asked, server.requests, server.uploads = {}, [], [], []
+    server.identity = "ftjob-42"
+    server.elsewhere, server.sent, server.usage, server.verdicts = None, 0, None, []
     server.lock, server.closing, server.before = threading.Lock(), threading.Event(), lambda text: None
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")

@@ -1,0 +1,171 @@
+"""Talk to a language model: the openai package, with limits on what a server can do, and what it answered.
+
+An answer that breaks a limit is an error of the HTTP library, so the openai package asks again.
+"""
+
+import json
+import sys
+import threading
+import time
+from collections import Counter
+from contextlib import suppress
+
+import openai
+from openai import OpenAI
+
+from nanoip2p.common.files import fold, tidy
+from nanoip2p.common.schema import checked
+
+SERVER_RETRIES, TIMEOUT = 5, 120  # retries by the client (429, 5xx, bad answer); seconds
+ANSWER_TOKENS = 256  # token limit of an answer, as in the original
+DELIMITER = "\n%%\n"  # between instruction and caption, in the answers of a fine-tuned model
+LONGEST_ANSWER = 2**20  # bytes; the answer to a caption has about 1,000
+HTTP = sys.modules[openai.DefaultHttpxClient.__base__.__module__.split(".")[0]]  # httpx, or httpx2
+
+
+class Unusable(Exception):
+    """The answer is not an edit. The message: "refused", "malformed", "unchanged" or "flagged"."""
+
+
+class Client(openai.DefaultHttpxClient):
+    """An HTTP client that limits the size and the total time of an answer, and never changes the host."""
+
+    def __init__(self, seconds: float):
+        # A compressed answer could grow a thousandfold
+        super().__init__(event_hooks={"request": [self.check_host], "response": [self.limit_size]},
+                         headers={"Accept-Encoding": "identity"})
+        self.seconds, self.home = seconds, None
+
+    def send(self, request, **options):
+        """Send a request, and read its whole answer, which has to be a JSON object if it is no error.
+
+        Works in a thread, as a timeout of the HTTP library starts again with each byte.
+        """
+        outcome, send = [], super().send
+
+        def work() -> None:
+            try:
+                response = send(request, **options)
+                if response.is_success:
+                    read_object(response.content)
+                outcome.append(response)
+            except ValueError as error:
+                outcome.append(HTTP.RemoteProtocolError(str(error)))
+            except Exception as error:
+                outcome.append(error)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        thread.join(self.seconds)
+        if not outcome:
+            raise HTTP.ReadTimeout(f"no whole answer within {self.seconds:g} s (--timeout)")
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        return outcome[0]
+
+    def check_host(self, request) -> None:
+        """Before each request: refuse a redirect to another host, port, or from https to http."""
+        url = request.url
+        self.home = self.home or url
+        if url.host != self.home.host or url.scheme != "https" and (url.scheme, url.port) != (
+                self.home.scheme, self.home.port):
+            raise HTTP.RemoteProtocolError(f"the answer is a redirect to {url}, which is not followed")
+
+    def limit_size(self, response) -> None:
+        """After the header of each answer: limit its body."""
+        if response.headers.get("content-encoding", "identity") not in ("identity", "gzip"):
+            raise HTTP.DecodingError("the answer is compressed, though we asked for a plain one")
+        pieces, end = response.iter_bytes(), time.monotonic() + self.seconds
+
+        def limited():
+            size = 0
+            for piece in pieces:
+                size += len(piece)
+                if size > LONGEST_ANSWER or time.monotonic() > end:
+                    raise HTTP.ReadError(f"the answer has more than {LONGEST_ANSWER:,} bytes")
+                yield piece
+
+        response.iter_bytes = limited
+
+
+def read_object(content: bytes | str) -> dict:
+    """Parse a JSON object. Raises ValueError if it is none."""
+    try:
+        return checked(json.loads(content), dict, "the answer")
+    except (ValueError, RecursionError):
+        raise ValueError("the answer is not JSON of one object") from None
+
+
+def ask(resource, **request) -> dict:
+    """Create a chat completion or another resource of the client. Returns the answer without checks."""
+    return read_object(resource.with_raw_response.create(**request).http_response.content)
+
+
+def connect(timeout: float = TIMEOUT, total: float | None = None) -> OpenAI:
+    """Make the client. Raises ValueError for a missing key or an invalid OPENAI_BASE_URL.
+
+    timeout: seconds of silence. total: seconds from the request to the end of its answer; default: timeout.
+    """
+    timeout = min(timeout, 86_400)  # a day; the system's timers take 24 days at most
+    try:
+        client = OpenAI(max_retries=SERVER_RETRIES, timeout=timeout, http_client=Client(total or timeout))
+        if not client.api_key.strip():
+            raise openai.OpenAIError("the key is empty")  # some releases of openai accept an empty key
+        return client
+    except openai.OpenAIError:
+        raise ValueError("set OPENAI_API_KEY to your key, or to any word if the server needs none") from None
+    except Exception as error:  # an error of the HTTP library
+        raise ValueError(f"OPENAI_BASE_URL: {error}") from None
+
+
+def explain(error: openai.APIError, client: OpenAI) -> str:
+    """The server's error and its remedy in one line. Hides the API key if it has 8 or more characters."""
+    message, key = error.message, client.api_key.strip()
+    if isinstance(error, openai.APIConnectionError):
+        message += f" ({error.__cause__}); does OPENAI_BASE_URL name the right server, and does it run?"
+    elif isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
+        message += "; is OPENAI_API_KEY right for this server?"
+    if len(key) >= 8:  # a shorter key is a placeholder, and may be part of a word
+        message = message.replace(key, "***")
+    return f"{client.base_url} says: {message}"
+
+
+def read_answer(reply: dict, caption: str) -> tuple[str, str]:
+    """Parse a chat completion. Returns (instruction, edited caption). Raises Unusable if it holds no edit."""
+    try:
+        choice = checked(reply.get("choices"), list[dict], "choices")[0]
+        message = checked(choice.get("message"), dict, "message")
+        if message.get("refusal") or choice.get("finish_reason") == "content_filter":
+            raise Unusable("refused")
+        content = checked(message.get("content"), str, "content")
+        if choice.get("finish_reason") == "length":  # cut off, though a fine-tuned model's would parse
+            raise ValueError
+        if DELIMITER in content:  # never in JSON: its strings have no line breaks
+            edit, output = map(tidy, content.split(DELIMITER))
+        else:
+            answer = read_object(content)
+            edit, output = (tidy(checked(answer.get(key), str, key)) for key in ("edit", "output"))
+        if not edit or not fold(output):
+            raise ValueError
+    except (ValueError, IndexError):
+        raise Unusable("malformed") from None
+    if fold(output) == fold(caption):
+        raise Unusable("unchanged")
+    return edit, output
+
+
+def spent_tokens(reply: dict, most_in: int) -> Counter:
+    """The tokens that a completion took, by its own count; where that makes no sense, the upper bounds."""
+    usage, spent = reply.get("usage"), Counter({"in": most_in, "out": ANSWER_TOKENS})
+    for way, key in (("in", "prompt_tokens"), ("out", "completion_tokens")):
+        with suppress(ValueError):
+            spent[way] = checked(checked(usage, dict, "usage").get(key), int, key, 1, 10**9)
+    return spent
+
+
+def read_flags(reply: dict, n: int) -> list[bool]:
+    """Parse the moderation of `n` texts: whether it objects to each. Raises ValueError if it is none."""
+    results = checked(reply.get("results"), list[dict], "results")
+    if len(results) != n:
+        raise ValueError(f"the server judged {len(results)} texts, not {n}")
+    return [checked(result.get("flagged"), bool, "flagged") for result in results]
