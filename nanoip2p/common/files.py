@@ -5,10 +5,13 @@ import fcntl
 import io
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and halves of characters
 
 
 @contextmanager
@@ -201,3 +204,20 @@ def locked(path: Path, wait: bool = False) -> Iterator[bool]:
         except (BlockingIOError, PermissionError):  # the error depends on the system
             held = False
         yield held
+
+
+def inside(root: Path, name: str) -> Path:
+    """The path root/name of a file that data names. Raises ValueError if that leads out of `root`.
+
+    `root` itself may be a link. Links below may point to other places below, and in a cache of the Hub, whose
+    pictures all are links, to its blobs.
+    """
+    path, parts = root / name, Path(name).parts
+    if not parts or parts[0] == "/" or ".." in parts or CONTROL.search(name):
+        raise ValueError(f"{root}: the name {name!r} in its data is not that of a file inside the folder")
+    if any(root.joinpath(*parts[: i + 1]).is_symlink() for i in range(len(parts))):
+        top = Path(os.path.realpath(root))
+        hub = [up.parent for up in top.parents if up.name == "snapshots" and (up.parent / "blobs").is_dir()]
+        if not Path(os.path.realpath(path)).is_relative_to(hub[0] if hub else top):
+            raise ValueError(f"{path} is a link that leads out of {root}; copy the file to its place")
+    return path

@@ -9,6 +9,7 @@ import shutil
 import types
 from pathlib import Path
 
+import ablate
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -22,8 +23,8 @@ from nanoip2p.checkpoint.save import convert
 from nanoip2p.checkpoint.tensors import find_weights
 from nanoip2p.clip_filter import SIMILARITIES, Judge
 from nanoip2p.common.files import append
-from nanoip2p.dataset import captions, finetune, pairs, show
-from nanoip2p.dataset.layouts import SPLITS, broken_pictures, load_picture, read_data
+from nanoip2p.dataset import captions, finetune, layouts, pairs, show
+from nanoip2p.dataset.layouts import broken_pictures, load_picture, read_data
 from nanoip2p.evaluate import curve, magicbrush
 from nanoip2p.images import find_images, open_image, read_recipe, save_png
 from nanoip2p.training import run_folder
@@ -202,6 +203,7 @@ def write_original(folder: Path) -> None:
 
 def read_layout(folder: Path) -> None:
     """What train.py --check and training do with a folder of pairs."""
+    layouts._column.cache_clear()  # each input has the same path
     broken_pictures(folder, 16)
     for item in read_data(folder):
         for pair in item:
@@ -282,7 +284,7 @@ def write_cache(folder: Path) -> None:
     """A cache of latents of two pairs."""
     write_jsonl(folder / "data")
     write_tiny_editor(folder / "weights")
-    open_cache(folder).fill(load_model(folder / "weights"), progress=False)
+    open_cache(folder).fill(load_model(folder / "weights"))
     shutil.rmtree(folder / "weights")
 
 
@@ -304,8 +306,9 @@ def open_cache(folder: Path) -> Cache:
 def read_cache(folder: Path) -> None:
     """What training does with a cache."""
     cache = open_cache(folder).open()
-    for pair in [pair for split in SPLITS for item in read_data(Path("data"), split) for pair in item]:
-        cache.get(pair, False)
+    for item in read_data(Path("data")):
+        for pair in item:
+            cache.get(pair, True)
 
 
 def write_curve(folder: Path) -> None:
@@ -322,6 +325,18 @@ def read_curve(folder: Path) -> None:
     curve.plot(folder / "curve.png", lambda axes: curve.draw(rows, axes))
 
 
+def write_scores(folder: Path) -> None:
+    """The scores of two ablated editors."""
+    write_rows(folder / "ablate.jsonl", *[{
+        "variant": "P2P: cross", "seed": seed, "prompts": 400, "steps": 600, "n": 210, "unchanged": 25.0,
+        **dict.fromkeys(ablate.MEASURES, 0.5)} for seed in (0, 1)])
+
+
+def read_scores(folder: Path) -> None:
+    """The table."""
+    ablate.table(ablate.read_scores(folder / "ablate.jsonl"))
+
+
 READERS = {
     "editor": (write_tiny_editor, read_editor), "painter": (write_painter, read_painter),
     "single file": (write_single, read_single), "pickle": (write_pickle, find_weights),
@@ -330,4 +345,5 @@ READERS = {
     "texts": (write_texts, read_texts), "answer": (write_answer, read_answer),
     "original layout": (write_original, read_original), "pairs.jsonl": (write_jsonl, read_layout),
     "parquet": (write_parquet, read_layout), "magicbrush": (write_magicbrush, read_magicbrush),
-    "run": (write_run, read_run), "cache": (write_cache, read_cache), "curve": (write_curve, read_curve)}
+    "run": (write_run, read_run), "cache": (write_cache, read_cache), "curve": (write_curve, read_curve),
+    "ablate": (write_scores, read_scores)}
