@@ -213,7 +213,7 @@ def inside(root: Path, name: str) -> Path:
     pictures all are links, to its blobs.
     """
     path, parts = root / name, Path(name).parts
-    if not parts or parts[0] == "/" or ".." in parts or CONTROL.search(name):
+    if not parts or "//" in f"/{name}" or ".." in parts or CONTROL.search(name):
         raise ValueError(f"{root}: the name {name!r} in its data is not that of a file inside the folder")
     if any(root.joinpath(*parts[: i + 1]).is_symlink() for i in range(len(parts))):
         top = Path(os.path.realpath(root))
