@@ -191,7 +191,7 @@ def _parquet(path: Path) -> Iterator[Item]:
         before, edit, after = columns
         texts = [edit, *(name for name in PARQUET_CAPTIONS if name in schema.names)]
         for group in range(file.num_row_groups):
-            columns = _read_group(file, group, texts).columns
+            columns = _read_group(file, path, group, texts).columns
             for row, values in enumerate(zip(*columns)):  # one by one: all texts together can take many GB
                 found, where = dict(zip(texts, [value.as_py() for value in values])), f"{path} row {number}"
                 instruction, = _texts(found, (edit,), where)
@@ -213,26 +213,31 @@ def _open_parquet(path: Path) -> Iterator:
         raise ValueError(f"to read {path}, first pip install pyarrow") from None
     try:
         about = parquet.read_metadata(regular(path))
-        groups = [about.row_group(group) for group in range(about.num_row_groups)]
-        largest = max([group.total_byte_size for group in groups], default=0)
+        groups = range(about.num_row_groups)
+        largest = max([about.row_group(group).total_byte_size for group in groups], default=0)
         most = max(GROUP_BYTES, GROUP_MULTIPLE * path.stat().st_size)
         if about.num_rows > MOST_ROWS or largest > most:
             raise ValueError(f"{path} has {about.num_rows} rows and {largest} bytes in a row group; at most "
                              f"{MOST_ROWS} rows and {most} bytes are read; split it")
-        # A value that repeats stays in its dictionary: written out for each row, it could take many GB.
-        # pyarrow cannot do so for DELTA_LENGTH_BYTE_ARRAY, an encoding that repeats no value
-        texts = [i for i in range(about.num_columns * bool(groups))
-                 if about.schema.column(i).physical_type == "BYTE_ARRAY"
-                 and "DELTA_LENGTH_BYTE_ARRAY" not in groups[0].column(i).encodings]
+        # A value that repeats stays in its dictionary: written out for each row, it could take many GB
+        texts = [i for i in range(about.num_columns) if about.schema.column(i).physical_type == "BYTE_ARRAY"]
         with parquet.ParquetFile(path, memory_map=True, metadata=about, read_dictionary=texts) as file:
             yield file
     except (OSError, LookupError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise ValueError(f"{path} cannot be read as parquet: {error}") from None
 
 
-def _read_group(file, group: int, columns: list[str]):
+def _read_group(file, path: Path, group: int, columns: list[str]):
     """Read columns of a row group as a pyarrow.Table whose values exist and are valid."""
-    table = file.read_row_group(group, columns, use_threads=False)
+    try:
+        table = file.read_row_group(group, columns, use_threads=False)
+    except OSError as error:
+        # An encoding that repeats no value, which pyarrow cannot read as a dictionary. The list of encodings in
+        # the metadata is no way to know: pyarrow 26 aborts the process where it is broken
+        if "DeltaLengthByteArray" not in str(error):
+            raise
+        with type(file)(path, memory_map=True, metadata=file.metadata) as plain:
+            table = plain.read_row_group(group, columns, use_threads=False)
     table.validate(full=True)
     if table.num_rows != file.metadata.row_group(group).num_rows:
         raise OSError(f"row group {group} lacks rows")
@@ -242,7 +247,7 @@ def _read_group(file, group: int, columns: list[str]):
 @lru_cache(maxsize=4)  # the two picture columns of two successive row groups
 def _column(path: Path, group: int, column: str):
     with _open_parquet(path) as file:
-        return _read_group(file, group, [column]).column(0)
+        return _read_group(file, path, group, [column]).column(0)
 
 
 def _content(cell: Cell) -> BytesIO:
