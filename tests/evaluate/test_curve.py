@@ -194,7 +194,7 @@ def test_a_point_that_is_not_ours_is_named(key, tmp_path):
         curve.read_points(path)
 
 
-@pytest.mark.parametrize("name", ["a$b$c", "$\\frac", "\ud800", "x" * 9000, "a\nb\x1b"])
+@pytest.mark.parametrize("name", ["a$b$c", "$\\frac$", "\ud800", "x" * 9000, "a\nb\x1b"])
 def test_any_name_of_weights_is_a_label(name, tmp_path):
     (tmp_path / "curve.jsonl").write_text(json.dumps(POINT | {"weights": name, "cfg_image": 1e300}))
     rows = curve.read_points(tmp_path / "curve.jsonl")

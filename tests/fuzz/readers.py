@@ -317,6 +317,8 @@ def write_curve(folder: Path) -> None:
         "method": "editor", "weights": "w", "networks": "n", "cfg_text": 2.0, "data": "scenes", "n": 4,
         "cfg_image": scale, "direction": 0.1, "image": 0.9, "direction_error": 0.01, "image_error": 0.01}
         for scale in (0.2, 1.0)])
+    read_curve(folder)  # matplotlib writes its cache of fonts when it first draws
+    (folder / "curve.png").unlink()
 
 
 def read_curve(folder: Path) -> None:
