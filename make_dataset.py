@@ -134,9 +134,7 @@ def run_pairs(args: argparse.Namespace) -> None:
     device = pick_device(device)
     checkpoint = open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
     settings = pair_settings(vars(args), checkpoint.source, checkpoint.defaults)
-    # A continued job keeps its dtype. Jobs older than --dtype have no record of it and used fp32
-    job = read_json(args.out / "job.json", missing={})
-    dtype = args.dtype or (job.get("dtype", "fp32") if job else pick_dtype(None, device))
+    dtype = job_dtype(args.out, args.dtype, device)
     if first:
         print(f"opened {args.weights}: {checkpoint.description}; computes in {dtype}", file=sys.stderr)
         print(f"{len(prompts)} prompts, {len(bad)} bad lines, {settings.n_samples} candidates per prompt",
@@ -153,6 +151,18 @@ def run_pairs(args: argparse.Namespace) -> None:
         pairs = sum(len(seeds) for _, seeds in list_seeds(args.out))
         print(f"{args.out}: {done} of {len(prompts)} prompts finished, {pairs} pairs kept; to see them: "
               f"python make_dataset.py show {args.out}")
+
+
+def job_dtype(out: Path, given: str | None, device: torch.device) -> str:
+    """The dtype `given`, else that of the job in `out`, else the fast one."""
+    path = out / "job.json"
+    job = read_json(path, missing={})
+    if given or not job:
+        return pick_dtype(given, device)
+    dtype = job.get("dtype", "fp32")  # jobs older than --dtype have no record of it and used fp32
+    if dtype not in list(DTYPES):
+        raise ValueError(f"{path}: dtype = {dtype!r:.40} should be one of {', '.join(DTYPES)}")
+    return dtype
 
 
 def add_pair(subparsers) -> None:

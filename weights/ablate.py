@@ -9,6 +9,7 @@ the editors that have a line.
 """
 
 import argparse
+import shutil
 import statistics
 import sys
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from nanoip2p.checkpoint.save import save_parts
 from nanoip2p.common import cli
 from nanoip2p.common.cli import at_least
 from nanoip2p.common.files import append, read_json, read_jsonl, write_json
+from nanoip2p.common.schema import checked_rows
+from nanoip2p.dataset.pairs import list_seeds
 from nanoip2p.evaluate import __main__ as evaluate
 from nanoip2p.unet import UNet
 
@@ -37,6 +40,7 @@ MEASURES = {  # flags of `evaluate scenes`
 }
 # 97.5% quantiles of Student's t distribution, for 2, 3, ... seeds (1, 2, ... degrees of freedom)
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+SEEDS = len(STUDENT) + 1  # the maximum number of editors per variant
 
 
 @dataclass(frozen=True)
@@ -70,9 +74,10 @@ def make_data(variant: Variant, out: Path, prompts: int) -> str | Path:
     run_scripts.make_pairs(out / "prompts.jsonl", prompts, folder, PAINTER, *PAIRS[variant.pairs])
     if variant.share == 1:
         return folder
-    part, seeds = out / f"{variant.pairs}-{variant.share}", read_json(folder / "seeds.json", kind=list)
-    part.mkdir(exist_ok=True)
-    few = [[f"../{variant.pairs}/{name}", kept] for name, kept in seeds[: round(variant.share * len(seeds))]]
+    part, seeds = out / f"{variant.pairs}-{variant.share}", list_seeds(folder)
+    few = seeds[: round(variant.share * len(seeds))]
+    for name, _ in few:
+        shutil.copytree(folder / name, part / name, dirs_exist_ok=True)
     write_json(few, part / "seeds.json")
     return part
 
@@ -118,17 +123,25 @@ def interval(values: list[float]) -> tuple[float, float]:
     return mean, STUDENT[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
 
 
+def read_scores(path: Path) -> list[dict]:
+    """The rows of ablate.jsonl; [] if it is missing. ValueError for a row that `run` did not write."""
+    kinds = dict.fromkeys(("prompts", "steps", "n"), (int, 1)) | dict.fromkeys(MEASURES, (float, 0, 1))
+    kinds |= {"variant": (str,), "seed": (int, 0, SEEDS - 1), "unchanged": (float | None, -100, 100)}
+    return checked_rows(read_jsonl(path), kinds, path)
+
+
 def table(rows: list[dict]) -> str:
     """A Markdown table with a line for each variant: means and confidence intervals over its editors."""
     lines = [f"| editor | seeds | {' | '.join(MEASURES)} | unchanged |", "|---" * (len(MEASURES) + 3) + "|"]
     for name in VARIANTS:
-        own = [row for row in rows if row["variant"] == name]
+        own = {row["seed"]: row for row in rows if row["variant"] == name}.values()
         if own:
             cells = []
             for measure in (*MEASURES, "unchanged"):
-                mean, half = interval([row[measure] for row in own])
+                values = [row[measure] for row in own if row[measure] is not None]
+                mean, half = interval(values) if values else (float("nan"), 0)
                 scale, unit = (1, " dB") if measure == "unchanged" else (100, "%")
-                error = f" ± {scale * half:.1f}" if len(own) > 1 else ""
+                error = f" ± {scale * half:.1f}" if len(values) > 1 else ""
                 cells.append(f"{scale * mean:.1f}{error}{unit}")
             lines.append(f"| {name} | {len(own)} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -140,7 +153,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("runs/ablate"), help="folder for data, runs, scores")
     parser.add_argument("--prompts", type=at_least(100), default=400, help="number of captions")
     parser.add_argument("--steps", type=at_least(1), default=600, help="training steps of 32 pairs")
-    parser.add_argument("--seeds", type=int, choices=range(1, 11), default=3, metavar="1 … 10",
+    parser.add_argument("--seeds", type=int, choices=range(1, SEEDS + 1), default=3, metavar="1 … 10",
                         help="editors per variant")
     parser.add_argument("--n", type=at_least(1), default=210, help="edits that score each editor")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT",
@@ -157,14 +170,14 @@ def run(args: argparse.Namespace) -> str:
     for seed in range(args.seeds):
         for number, (name, variant) in enumerate(VARIANTS.items()):
             known = {"variant": name, "seed": seed, **settings}
-            if name not in args.only or any(known.items() <= row.items() for row in read_jsonl(path)):
+            if name not in args.only or any(known.items() <= row.items() for row in read_scores(path)):
                 continue
             print(f"\n{name}, seed {seed}", file=sys.stderr)
             data = make_data(variant, home, args.prompts)
             folder = home / f"{number}-{seed}-{args.steps}"
             weights = train_editor(variant, folder, data, 4 * args.prompts, args.steps, seed)
             append(path, known | score(weights, args.n))
-    return table([row for row in read_jsonl(path) if settings.items() <= row.items()])
+    return table([row for row in read_scores(path) if settings.items() <= row.items()])
 
 
 def main(argv: list[str] | None = None) -> int:

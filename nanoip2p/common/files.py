@@ -4,14 +4,18 @@ import csv
 import fcntl
 import json
 import os
+import re
 import tempfile
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
 
 LONGEST_LINE = 2**20  # bytes in a line of a JSONL, CSV or text file; 200 times a caption with its edit
+
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and halves of characters
 
 
 @contextmanager
@@ -238,3 +242,20 @@ def locked(path: Path, wait: bool = False) -> Iterator[bool]:
         except (BlockingIOError, PermissionError):  # the error depends on the system
             held = False
         yield held
+
+
+def inside(root: Path, name: str) -> Path:
+    """The path root/name of a file that data names. Raises ValueError if that leads out of `root`.
+
+    `root` itself may be a link. Links below may point to other places below, and in a cache of the Hub, whose
+    pictures all are links, to its blobs.
+    """
+    path, parts = root / name, Path(name).parts
+    if not parts or "//" in f"/{name}" or ".." in parts or CONTROL.search(name):
+        raise ValueError(f"{root}: the name {name!r} in its data is not that of a file inside the folder")
+    if any(map(os.path.islink, accumulate((str(root), *parts), os.path.join))):  # faster than resolve
+        top = Path(os.path.realpath(root))
+        hub = [up.parent for up in top.parents if up.name == "snapshots" and (up.parent / "blobs").is_dir()]
+        if not Path(os.path.realpath(path)).is_relative_to(hub[0] if hub else top):
+            raise ValueError(f"{path} is a link that leads out of {root}; copy the file to its place")
+    return path

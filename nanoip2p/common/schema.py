@@ -3,7 +3,9 @@
 import math
 import types
 import typing
+from collections.abc import Iterable
 from contextlib import suppress
+from pathlib import Path
 
 LONGEST = 10_000  # items of a list and letters of a text; no setting of any model comes near it
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "an object",
@@ -25,6 +27,12 @@ def checked(value, kind, where: str, least: float = -math.inf, most: float = mat
         if isinstance(value, (str, list)) and len(value) > LONGEST:
             text += f" ({len(value):,} long; at most {LONGEST:,})"
         raise ValueError(f"{where} = {text} should be {_described(kind, least, most)}") from None
+
+
+def checked_rows(rows: Iterable[dict], kinds: dict[str, tuple], path: Path) -> list[dict]:
+    """The rows of the file `path`, with some entries checked. kinds: key -> (kind, least, most)."""
+    return [row | {key: checked(row.get(key), kind, f"{path}, row {number}: {key}", *limits)
+                   for key, (kind, *limits) in kinds.items()} for number, row in enumerate(rows, 1)]
 
 
 def _converted(value, kind, least: float, most: float):

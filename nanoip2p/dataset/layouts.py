@@ -5,6 +5,9 @@
                       with captions of both pictures, "input_caption" and "output_caption"
     *.parquet         (or data/*.parquet) with the columns of one of three datasets on the Hub, see COLUMNS
     edit_turns.json   (or in train/, dev/, test/) MagicBrush, with its images/<id>/ beside the file
+
+The paths in pairs.jsonl, which users write themselves, may lead anywhere. Those in the other layouts, which
+users download, stay in their folder.
 """
 
 import re
@@ -20,7 +23,8 @@ from threading import Lock
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from nanoip2p.common.files import listing, read_json, read_rows
+from nanoip2p.common.files import inside, listing, read_json, read_rows, regular
+from nanoip2p.common.schema import checked
 from nanoip2p.images import fit, open_image
 from nanoip2p.world.scenes import Scene
 
@@ -32,6 +36,10 @@ COLUMNS = (  # picture before, instruction, picture after
     ("source_img", "instruction", "target_img"),        # osunlp/MagicBrush
 )
 PARQUET_CAPTIONS = ("original_prompt", "edited_prompt")  # in the first of these datasets
+MOST_ROWS = 5_000_000  # of a parquet file: the largest dataset of edits has 4 million. A row takes 0.7 kB
+# Bytes of a parquet row group before compression: 1 GB, or this multiple of the file, because pictures do not
+# compress further. A file that claims more is a decompression bomb
+GROUP_BYTES, GROUP_MULTIPLE = 2**30, 10
 READ_LOCK = Lock()  # without the lock, threads that need the same row group would each read it
 
 
@@ -124,12 +132,12 @@ def _texts(row, keys: tuple[str, ...], where: str) -> list[str]:
     for key in keys:
         if not isinstance(row.get(key), str):
             raise ValueError(f'{where}: no text under "{key}"; it has {", ".join(row) or "nothing"}')
-    return [row[key] for key in keys]
+    return [checked(row[key], str, f"{where}: {key}") for key in keys]
 
 
-def _captions(row, keys: tuple[str, str]) -> tuple[str, str] | None:
-    texts = tuple(row.get(key) if isinstance(row, dict) else None for key in keys)
-    return texts if all(isinstance(text, str) for text in texts) else None
+def _captions(row, keys: tuple[str, str], where: str) -> tuple[str, str] | None:
+    found = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in keys)
+    return tuple(_texts(row, keys, where)) if found else None
 
 
 def _cut(rows: list, split: str) -> list:
@@ -142,31 +150,35 @@ def _original(path: Path, split: str) -> list[Item]:
     items = []
     for entry in _cut(read_json(path, kind=list), split):
         if not isinstance(entry, list) or [type(part) for part in entry] != [str, list]:
-            raise ValueError(f'{path}: {entry!r} is not ["0000000", ["seed", ...]]')
-        folder, seeds = path.parent / entry[0], entry[1]
+            raise ValueError(f'{path}: {entry!r:.80} is not ["0000000", ["seed", ...]]')
+        folder, seeds = inside(path.parent, entry[0]), checked(entry[1], list[str | int], f"{path}: seeds")
         if seeds:
-            prompt = read_json(folder / "prompt.json")
-            edit, = _texts(prompt, ("edit",), str(folder / "prompt.json"))
-            captions = _captions(prompt, ("input" if "input" in prompt else "caption", "output"))
-            items.append(tuple(Pair(folder / f"{s}_0.jpg", edit, folder / f"{s}_1.jpg", captions)
-                               for s in seeds))
+            where = folder / "prompt.json"
+            prompt = read_json(where)
+            edit, = _texts(prompt, ("edit",), where)
+            captions = _captions(prompt, ("input" if "input" in prompt else "caption", "output"), where)
+            items.append(tuple(Pair(inside(path.parent, f"{entry[0]}/{s}_0.jpg"), edit,
+                                    inside(path.parent, f"{entry[0]}/{s}_1.jpg"), captions) for s in seeds))
     return items
 
 
 def _jsonl(path: Path) -> Iterator[Item]:
     for number, row in read_rows(path, ".jsonl"):
-        before, edit, after = _texts(row, ("input", "edit", "output"), f"{path}, line {number}")
-        captions = _captions(row, ("input_caption", "output_caption"))
+        where = f"{path}, line {number}"
+        before, edit, after = _texts(row, ("input", "edit", "output"), where)
+        captions = _captions(row, ("input_caption", "output_caption"), where)
         yield (Pair(path.parent / before, edit, path.parent / after, captions),)
 
 
 def _magicbrush(path: Path) -> Iterator[Item]:
     descriptions = read_json(path.with_name("global_descriptions.json"), missing={})
     for number, row in enumerate(read_json(path, kind=list)):
-        before, edit, after = _texts(row, ("input", "instruction", "output"), f"{path}, entry {number}")
+        where = f"{path}, entry {number}"
+        before, edit, after = _texts(row, ("input", "instruction", "output"), where)
         name = before.split("-")[0]  # 242679-input.png is in images/242679
-        folder, captions = path.parent / "images" / name, _captions(descriptions.get(name), (before, after))
-        yield (Pair(folder / before, edit, folder / after, captions),)
+        captions = _captions(descriptions.get(name), (before, after), where)
+        pictures = [inside(path.parent, f"images/{name}/{picture}") for picture in (before, after)]
+        yield (Pair(pictures[0], edit, pictures[1], captions),)
 
 
 def _parquet(path: Path) -> Iterator[Item]:
@@ -179,37 +191,71 @@ def _parquet(path: Path) -> Iterator[Item]:
         before, edit, after = columns
         texts = [edit, *(name for name in PARQUET_CAPTIONS if name in schema.names)]
         for group in range(file.num_row_groups):
-            for row, found in enumerate(file.read_row_group(group, texts, use_threads=False).to_pylist()):
-                instruction, = _texts(found, (edit,), f"{path} row {number}")
+            columns = _read_group(file, path, group, texts).columns
+            for row, values in enumerate(zip(*columns)):  # one by one: all texts together can take many GB
+                found, where = dict(zip(texts, [value.as_py() for value in values])), f"{path} row {number}"
+                instruction, = _texts(found, (edit,), where)
                 cells = [Cell(path, group, row, column, number) for column in (before, after)]
-                yield (Pair(cells[0], instruction, cells[1], _captions(found, PARQUET_CAPTIONS)),)
+                yield (Pair(cells[0], instruction, cells[1], _captions(found, PARQUET_CAPTIONS, where)),)
                 number += 1
 
 
 @contextmanager
 def _open_parquet(path: Path) -> Iterator:
-    """Open a pyarrow.parquet.ParquetFile. Close it soon: an open one must not be used after a fork."""
+    """Open a pyarrow.parquet.ParquetFile. Close it soon: an open one must not be used after a fork.
+
+    Raises ValueError for a file beyond MOST_ROWS or GROUP_BYTES, and for errors of pyarrow in the block.
+    """
     try:
-        import pyarrow.parquet
+        import pyarrow
+        from pyarrow import parquet
     except ImportError:
         raise ValueError(f"to read {path}, first pip install pyarrow") from None
     try:
-        with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
+        about = parquet.read_metadata(regular(path))
+        groups = range(about.num_row_groups)
+        largest = max([about.row_group(group).total_byte_size for group in groups], default=0)
+        most = max(GROUP_BYTES, GROUP_MULTIPLE * path.stat().st_size)
+        if about.num_rows > MOST_ROWS or largest > most:
+            raise ValueError(f"{path} has {about.num_rows} rows and {largest} bytes in a row group; at most "
+                             f"{MOST_ROWS} rows and {most} bytes are read; split it")
+        # A value that repeats stays in its dictionary: written out for each row, it could take many GB
+        texts = [i for i in range(about.num_columns) if about.schema.column(i).physical_type == "BYTE_ARRAY"]
+        with parquet.ParquetFile(path, memory_map=True, metadata=about, read_dictionary=texts) as file:
             yield file
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, LookupError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise ValueError(f"{path} cannot be read as parquet: {error}") from None
+
+
+def _read_group(file, path: Path, group: int, columns: list[str]):
+    """Read columns of a row group as a pyarrow.Table whose values exist and are valid."""
+    try:
+        table = file.read_row_group(group, columns, use_threads=False)
+    except OSError as error:
+        # An encoding that repeats no value; pyarrow cannot read it as a dictionary. The metadata lists the
+        # encodings, but pyarrow 26 aborts the process if that list is broken
+        if "DeltaLengthByteArray" not in str(error):
+            raise
+        with type(file)(path, memory_map=True, metadata=file.metadata) as plain:
+            table = plain.read_row_group(group, columns, use_threads=False)
+    table.validate(full=True)
+    if table.num_rows != file.metadata.row_group(group).num_rows:
+        raise OSError(f"row group {group} lacks rows")
+    return table
 
 
 @lru_cache(maxsize=4)  # the two picture columns of two successive row groups
 def _column(path: Path, group: int, column: str):
     with _open_parquet(path) as file:
-        return file.read_row_group(group, columns=[column], use_threads=False).column(0)
+        return _read_group(file, path, group, [column]).column(0)
 
 
 def _content(cell: Cell) -> BytesIO:
     with READ_LOCK:
-        content = _column(cell.file, cell.group, cell.column)[cell.row].as_py()
-    return BytesIO(content.get("bytes") if isinstance(content, dict) else content)  # None: an empty file
+        column = _column(cell.file, cell.group, cell.column)
+        content = column[cell.row].as_py() if cell.row < len(column) else None  # the file can have changed
+    content = content.get("bytes") if isinstance(content, dict) else content
+    return BytesIO(content if isinstance(content, bytes) else b"")  # open_image refuses an empty file
 
 
 def load_picture(picture: Picture, resolution: int, flip: bool = False) -> Image.Image:

@@ -14,6 +14,7 @@ import json
 import os
 import random
 import shutil
+import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,16 +23,18 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanoip2p.checkpoint import hub
-from nanoip2p.checkpoint.load import with_defaults
 from nanoip2p.clip_filter import Judge, Thresholds, best
 from nanoip2p.common.cli import at_least, finite, flag, pixels
 from nanoip2p.common.files import claim_folder, locked, read_json, read_rows, write_json
+from nanoip2p.common.schema import LONGEST, checked
 from nanoip2p.pipeline import fingerprint
 from nanoip2p.prompt_to_prompt import MODES, PairPainter
 from nanoip2p.samplers import SAMPLERS
 from nanoip2p.text_to_image import TextToImage
 
 UNFINISHED = ".unfinished"  # folder in `out`, removed when all prompts are finished
+PROMPTS = 10**7  # the maximum number of prompts: names of folders have 7 digits
+MOST = 10_000  # of each number in pairs.json: 100 times as many candidates as in the paper
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,14 @@ class PairSettings:
     batch: int = flag("candidates in one batch", 8, type=at_least(1), group="running")
 
     def __post_init__(self):
-        if min(self.n_samples, self.max_out_samples, self.batch) < 1:
-            raise ValueError("n_samples, max_out_samples and batch: at least 1 is needed")
+        for key in ("n_samples", "max_out_samples", "batch", "steps", "resolution", "early_stop", "seed"):
+            value, least = getattr(self, key), int(key not in ("early_stop", "seed"))
+            if value is not None and value < least:
+                raise ValueError(f"{key} = {value}: at least {least} is needed")
+        for key, known in (("inject", MODES), ("sampler", (None, *SAMPLERS))):
+            if getattr(self, key) not in known:
+                raise ValueError(f"{key} = {getattr(self, key)} should be one of "
+                                 f"{', '.join(filter(None, known))}")
         if not 0 <= self.min_p2p <= self.max_p2p <= 1:
             raise ValueError(f"min_p2p = {self.min_p2p}, max_p2p = {self.max_p2p}: 0 <= min_p2p <= max_p2p "
                              "<= 1 is needed")
@@ -92,8 +101,12 @@ def read_prompts(path: Path) -> tuple[list[Prompt], list[str]]:
         source = "caption" if "caption" in row and "input" not in row else "input"
         keys = (source, "edit", "output")
         missing = [key for key in keys if not isinstance(row.get(key), str) or not row[key].strip()]
+        if number > PROMPTS:
+            raise ValueError(f"{path} has more than {PROMPTS} lines; split it, for several --out")
         if missing:
             bad.append(f"line {number} has no text under {missing[0]!r}")
+        elif max(len(row[key]) for key in keys) > LONGEST:
+            bad.append(f"line {number} has a text of more than {LONGEST} letters")
         elif any("\ud800" <= letter <= "\udfff" for key in keys for letter in row[key]):
             bad.append(f"line {number} has half a character (a lone surrogate)")
         else:
@@ -104,15 +117,21 @@ def read_prompts(path: Path) -> tuple[list[Prompt], list[str]]:
 def pair_settings(flags: dict, weights: Path, painter_defaults: dict) -> PairSettings:
     """Take each setting from `flags`, else from pairs.json in the weights folder, else from the defaults.
 
-    `clip` in pairs.json is a path relative to that folder, or a Hub name. ValueError for an invalid setting.
+    `clip` in pairs.json is a path relative to that folder: only the user decides what is downloaded.
+    ValueError for an invalid setting.
     """
-    known, path = asdict(PairSettings()), weights / "pairs.json"
-    known |= {key: painter_defaults[key] for key in ("steps", "resolution", "sampler")}
-    chosen = read_json(path, missing={}) if weights.is_dir() else {}
-    settings = with_defaults(chosen, path, known)
-    if "clip" in chosen and (weights / chosen["clip"]).exists():
-        settings["clip"] = str(weights / chosen["clip"])
-    return PairSettings(**settings | {key: flags[key] for key in known if key in flags})
+    kinds, path = typing.get_type_hints(PairSettings), weights / "pairs.json"
+    settings = {key: painter_defaults[key] for key in ("steps", "resolution", "sampler")}
+    for key, value in (read_json(path, missing={}) if weights.is_dir() else {}).items():
+        if key not in kinds:
+            raise ValueError(f"{path}: unknown setting {key}; known are {', '.join(kinds)}")
+        settings[key] = checked(value, kinds[key], f"{path}: {key}", -MOST, 2**63 if key == "seed" else MOST)
+        if key == "clip" and (weights / value).exists():
+            settings[key] = str(weights / value)
+        elif key == "clip" and value != hub.CLIP and "clip" not in flags:
+            raise ValueError(f"{path} names the CLIP model {value}, but there is no such folder; to download "
+                             "a model of that name from the Hub, give it as --clip")
+    return PairSettings(**settings | {key: flags[key] for key in kinds if key in flags})
 
 
 def candidate(prompt: Prompt, k: int, settings: PairSettings) -> dict:

@@ -9,36 +9,36 @@ from PIL import Image
 from tqdm import tqdm
 
 from nanoip2p.clip_filter import SIMILARITIES, Thresholds
-from nanoip2p.common.files import read_json, read_rows
+from nanoip2p.common.files import inside, read_json, read_rows, tidy
+from nanoip2p.common.schema import checked, checked_rows
 from nanoip2p.dataset.pairs import prompt_folders
 from nanoip2p.images import grid, open_image
 from nanoip2p.prompt_to_prompt import PairPainter, split_words
 
 SCORE_NAMES = dict(zip(SIMILARITIES, ("caption before", "caption after", "direction", "pictures")))
+COSINES = dict.fromkeys(SIMILARITIES, (float, -1.01, 1.01))  # with room for rounding
+KEPT = {"seed": (int, 0, 2**63), "p2p_threshold": (float, 0, 1)} | COSINES  # of a row of metadata.jsonl
 BAR = 40  # length of the histogram's longest bar, in characters
 
 
-def read_table(path: Path, keys: tuple[str, ...]) -> list[dict]:
-    """The rows of a .jsonl file; [] if it is missing. ValueError if a row has no number at one of `keys`."""
-    rows = [row for _, row in read_rows(path)] if path.exists() else []
-    for row in rows:
-        for key in keys:
-            if not isinstance(row.get(key), int | float):
-                raise ValueError(f"{path}: {key} = {row.get(key)!r} should be a number")
-    return rows
+def read_table(path: Path, kinds: dict[str, tuple]) -> list[dict]:
+    """The rows of a .jsonl file; [] if it is missing. kinds: see checked_rows."""
+    return checked_rows((row for _, row in read_rows(path)), kinds, path) if path.exists() else []
 
 
 def read_pairs(root: Path) -> list[dict]:
-    """All kept pairs by prompt, best first: the keys of prompt.json and metadata.jsonl, and "folder"."""
+    """All kept pairs by prompt, best first: texts, the keys of metadata.jsonl, and "folder", "pictures"."""
     if not root.is_dir() or not prompt_folders(root):
         raise ValueError(f"{root}: there is no such folder, or no finished prompt (0000000, ...) in it")
     pairs = []
     for folder in prompt_folders(root):
-        prompt = read_json(folder / "prompt.json") | {"folder": folder}
-        for row in read_table(folder / "metadata.jsonl", ("seed", "p2p_threshold", *SIMILARITIES)):
-            if not 0 <= row["p2p_threshold"] <= 1:
-                raise ValueError(f"{folder / 'metadata.jsonl'}: p2p_threshold should lie in 0 ... 1")
-            pairs.append(prompt | row)
+        path = folder / "prompt.json"
+        prompt = read_json(path)
+        texts = {key: checked(prompt.get(key), str | None, f"{path}: {key}")
+                 for key in ("input", "caption", "edit")}
+        for row in read_table(folder / "metadata.jsonl", KEPT):
+            pictures = [inside(root, f"{folder.name}/{row['seed']}_{i}.jpg") for i in (0, 1)]
+            pairs.append(texts | row | {"folder": folder, "pictures": pictures})
     return pairs
 
 
@@ -47,10 +47,12 @@ def statistics(root: Path, pairs: list[dict]) -> str:
     folders, with_survivors = prompt_folders(root), len({pair["folder"] for pair in pairs})
     lines = [("prompts", f"{len(folders)} finished, {with_survivors} of them with kept pairs"),
              ("kept pairs", f"{len(pairs)}, {len(pairs) / len(folders):.2f} a prompt")]
-    job = read_json(root / "job.json", missing={}).get("job")
-    rows = [row for folder in folders for row in read_table(folder / "candidates.jsonl", SIMILARITIES)]
+    path = root / "job.json"
+    job = checked(read_json(path, missing={}).get("job"), dict | None, f"{path}: job")
+    rows = [row for folder in folders for row in read_table(folder / "candidates.jsonl", COSINES)]
     if job and rows:
-        thresholds = Thresholds(*(float(job[f"clip_{name}threshold"]) for name in ("img_", "dir_", "")))
+        keys = [f"clip_{name}threshold" for name in ("img_", "dir_", "")]
+        thresholds = Thresholds(*(checked(job.get(key), float, f"{path}: {key}") for key in keys))
         passed = sum(not thresholds.reasons(row) for row in rows)
         lines.append(("candidates", f"{len(rows)}, {passed / len(rows):.1%} pass, "
                                     f"{len(pairs) / len(rows):.1%} are kept"))
@@ -72,13 +74,12 @@ def contact_sheet(pairs: list[dict], rows: int, seed: int) -> Image.Image:
     best = sorted(best_of_prompt, key=lambda pair: -pair["clip_sim_dir"])[:rows]
     pictures, labels = [], []
     for line in zip(best, random.Random(seed).sample(pairs, len(best))):
-        pictures.append([open_image(pair["folder"] / f"{pair['seed']}_{i}.jpg")
-                         for pair in line for i in (0, 1)])
+        pictures.append([open_image(path) for pair in line for path in pair["pictures"]])
         labels.append([])
         for title, pair in zip(("best", "random"), line):
             scores = ", ".join(f"{name} {pair[key]:.2f}" for key, name in SCORE_NAMES.items())
-            labels[-1] += [f"{title}: {pair.get('input', pair.get('caption'))}",
-                           f"{pair.get('edit')} ({scores}, p {pair['p2p_threshold']:.2f})"]
+            labels[-1] += [tidy(f"{title}: {pair['caption'] if pair['input'] is None else pair['input']}"),
+                           tidy(f"{pair['edit']} ({scores}, p {pair['p2p_threshold']:.2f})")]
     return grid(pictures, labels)
 
 

@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from nanoip2p.checkpoint import hub
 from nanoip2p.clip_filter import Judge, similarities
-from nanoip2p.common.files import append, read_jsonl
+from nanoip2p.common.files import append, read_jsonl, tidy
 from nanoip2p.common.plots import plot
+from nanoip2p.common.schema import checked, checked_rows
 from nanoip2p.dataset.layouts import Pair, load_picture, read_data
 from nanoip2p.dataset.rendered import EDITS_PER_SCENE, scene_pairs
 from nanoip2p.editor import Editor
@@ -31,6 +32,9 @@ PAPER = {"cfg_text": 7.5, "cfg_images": (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2), "cl
 NANO = {"cfg_text": 2.0, "cfg_images": (0.2, 0.4, 0.6, 0.8, 1.0, 1.4, 2.0), "clip": "weights/nano-clip"}
 STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 KNOBS = {"editor": "cfg_image", "SDEdit": "strength"}  # the setting that changes along a curve
+MEASURED = ("direction", "image", "direction_error", "image_error")
+KINDS = {"method": (str,), "weights": (str,), "networks": (str,), "cfg_text": (float,),
+         **dict.fromkeys(MEASURED, (float, -1.01, 1.01))}  # of a point, see checked_rows
 
 
 def examples(data: str, split: str, n: int) -> list[Pair]:
@@ -54,7 +58,18 @@ def measure(pairs: list[Pair], judge: Judge, resolution: int, batch: int, seed: 
         rows.append(similarities(*images, *texts)[:, 2:])                              # (B, 2)
     table = torch.cat(rows).double()
     means, errors = table.mean(0).tolist(), (table.std(0) / len(table) ** 0.5).tolist()
-    return dict(zip(("direction", "image", "direction_error", "image_error"), means + errors))
+    return dict(zip(MEASURED, means + errors))
+
+
+def read_points(path: Path) -> list[dict]:
+    """The rows of curve.jsonl; [] if it is missing. ValueError for a row that `run` did not write."""
+    rows = checked_rows(read_jsonl(path), KINDS, path)
+    for number, row in enumerate(rows, 1):
+        if row["method"] not in KNOBS:
+            raise ValueError(f"{path}, row {number}: method should be {' or '.join(KNOBS)}")
+        knob = KNOBS[row["method"]]
+        row[knob] = checked(row.get(knob), float, f"{path}, row {number}: {knob}")
+    return rows
 
 
 def draw(rows: list[dict], axes) -> None:
@@ -67,7 +82,8 @@ def draw(rows: list[dict], axes) -> None:
         knob, keys = KNOBS[method], ("direction", "image", "image_error", "direction_error")
         curve.sort(key=itemgetter(knob))
         x, y, y_error, x_error = zip(*map(itemgetter(*keys), curve))
-        label = f"{method}, {Path(weights).name}, cfg_text {cfg_text:g}, by {knob}"
+        name = tidy(Path(weights).name)[:100].replace("$", r"\$")  # matplotlib would read formulas between $
+        label = f"{method}, {name}, cfg_text {cfg_text:g}, by {knob}"
         axes.errorbar(x, y, y_error, x_error, marker=".", capsize=2, label=label)
         for i in {0, len(curve) - 1}:
             axes.annotate(f"{curve[i][knob]:g}", (x[i], y[i]), (4, 4), fontsize=8, textcoords="offset points")
@@ -99,14 +115,14 @@ def run(args: argparse.Namespace) -> tuple[str, None]:
         for value in values:
             point = {"method": method, "weights": str(weights), "networks": model.fingerprint,
                      "cfg_text": scale, **common, KNOBS[method]: value}
-            row = next((row for row in read_jsonl(path) if point.items() <= row.items()), None)
+            row = next((row for row in read_points(path) if point.items() <= row.items()), None)
             if row is None:
                 row = point | measure(pairs, judge, editor.side, args.batch, args.seed,
                                       partial(edit, model, value))
                 append(path, row)
             lines.append(f"{method:<8}{KNOBS[method]:>10} {value:>5g}" + "".join(
                 f"{row[key]:>10.3f} ± {row[f'{key}_error']:.3f}" for key in ("direction", "image")))
-    points = [row for row in read_jsonl(path) if common.items() <= row.items()]
+    points = [row for row in read_points(path) if common.items() <= row.items()]
     is_drawn = plot(args.out / "curve.png", partial(draw, points), (10, 7),
                     xlabel="CLIP's directional similarity", ylabel="CLIP's similarity to the input")
     missing = "" if is_drawn else "; pip install matplotlib for a plot"

@@ -17,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from nanoip2p.clip_filter import Judge
+from nanoip2p.common.files import inside
 from nanoip2p.dataset.layouts import SPLITS, Pair, read_data
 from nanoip2p.editor import Editor
 from nanoip2p.images import open_image, save_png, to_tensor
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict]:
 
     rows = {"single-turn": [], "multi-turn": []}
     for name, pairs in tqdm(sessions.items(), desc="editing and scoring", unit="session"):
-        out = args.out / "edited" / name  # image_eval.py expects these file names
+        out = inside(args.out / "edited", name)  # image_eval.py expects these file names
         for turn, pair in enumerate(pairs, 1):
             edited = editor.edit(open_image(pair.before), pair.edit, **settings)
             save_png(edited, out / f"{name}_{f'inde_{turn}' if turn > 1 else 1}.png", settings)

@@ -25,7 +25,7 @@ from nanoip2p.images import to_tensor
 from nanoip2p.pipeline import Model, fingerprint
 
 SHARD = 256  # rows per file: 8 MB of pictures (256 pixels, flips) or 30 MB of texts
-Shard = namedtuple("Shard", "path tensor items")  # path, name of the tensor, one item per row
+Shard = namedtuple("Shard", "path tensor items shape")  # path, name of the tensor, its rows, shape of a row
 
 
 class Cache:
@@ -48,9 +48,12 @@ class Cache:
             "text encoder": fingerprint(text_encoder, begin=repr(begin).encode()),
             "dataset": hashlib.sha256(repr((texts, [*map(stamp, pictures)])).encode()).hexdigest()[:16],
             "resolution": resolution, "flips": flips}, "--cache")
-        kinds = ("texts", "texts", texts), ("pictures", "moments", pictures)
-        self.shards = [Shard(folder / f"{name}-{i // SHARD:05d}.safetensors", tensor, items[i : i + SHARD])
-                       for name, tensor, items in kinds for i in range(0, len(items), SHARD)]
+        side = resolution // vae.downsampling
+        kinds = (("texts", "texts", texts, [tokenizer.length, text_encoder.config.hidden_size]),
+                 ("pictures", "moments", pictures, [1 + flips, 2 * vae.config.latent_channels, side, side]))
+        self.shards = [
+            Shard(folder / f"{name}-{i // SHARD:05d}.safetensors", tensor, items[i : i + SHARD], shape)
+            for name, tensor, items, shape in kinds for i in range(0, len(items), SHARD)]
         self.rows = {item: (shard, row) for shard in self.shards for row, item in enumerate(shard.items)}
         self.resolution, self.flips, self.skip_bad = resolution, flips, skip_bad
         self.files = {}  # the mapped file of each shard
@@ -76,7 +79,7 @@ class Cache:
         todo = [shard for shard in self.shards[rank::ranks] if not shard.path.exists()]
         total, hidden = sum(len(shard.items) for shard in todo), rank > 0 or not todo
         with tqdm(total=total, desc="encoding", disable=hidden) as bar, ThreadPoolExecutor(8) as pool:
-            for path, tensor, items in todo:
+            for path, tensor, items, _ in todo:
                 load, encode, size = steps[tensor]
                 loaded, rows = pool.map(load, items), []
                 while batch := list(islice(loaded, size)):
@@ -97,13 +100,14 @@ class Cache:
 
     def open(self) -> "Cache":
         """Memory-map all files and return self. ValueError if a file is missing or damaged."""
-        for path, tensor, items in self.shards:
-            if not path.exists():
+        for path, tensor, items, shape in self.shards:
+            if not path.is_file():
                 raise ValueError(f"{path} is missing; run again to write it")
             try:
                 self.files[path] = safe_open(path, "pt")
-                if self.files[path].get_slice(tensor).get_shape()[0] != len(items):
-                    raise ValueError("wrong number of rows")
+                stored = self.files[path].get_slice(tensor)
+                if (stored.get_shape(), stored.get_dtype()) != ([len(items), *shape], "F16"):
+                    raise ValueError(f"it holds {stored.get_dtype()} {stored.get_shape()}")
             except (SafetensorError, OSError, ValueError) as error:
                 raise ValueError(f"{path} is damaged ({error}); delete that file and run again") from None
         return self
@@ -117,6 +121,6 @@ class Cache:
         shard, row = self.rows[item]
         file = self.files[shard.path] = self.files.get(shard.path) or safe_open(shard.path, "pt")
         content = file.get_slice(shard.tensor)[(row, *within)].float()
-        if content.isnan().any():
+        if not content.isfinite().all():
             raise ValueError(f"{item} was broken when this cache was made")
         return content

@@ -15,6 +15,7 @@ from nanoip2p.common.files import (
     append,
     check_writable,
     claim_folder,
+    inside,
     locked,
     mend_last_line,
     read_jsonl,
@@ -200,3 +201,40 @@ def test_a_lock_excludes_other_processes_but_not_beyond_death(tmp_path):
             os._exit(0)
         os.waitpid(child, 0)
         assert start().communicate()[0] == "False\n"
+
+
+@pytest.mark.parametrize("name", ["", ".", "/", "..", "../x", "a/../../x", "a/..", "/etc/hostname", "//a",
+                                  "a//b", "a\x1b[2J", "a\nb", "\x00", "\ud800"])
+def test_a_name_in_data_stays_inside(name, tmp_path):
+    with pytest.raises(ValueError, match="is not that of a file inside"):
+        inside(tmp_path, name)
+
+
+def test_links_in_data_stay_inside(tmp_path):
+    root, other = tmp_path / "data", tmp_path / "other"
+    for folder in (root / "a", other):
+        folder.mkdir(parents=True)
+        (folder / "x").touch()
+    for link, target in (("data/out", other), ("data/a/up", "../../other/x"), ("data/in", "a"),
+                         ("data/loop", "loop"), ("link", root)):
+        (tmp_path / link).symlink_to(target)
+    for name in ("a/x", "in/x", "in/missing", "./a/x", "a b/é"):
+        assert inside(root, name) == root / name
+        assert inside(tmp_path / "link", name) == tmp_path / "link" / name
+    for name in ("out/x", "out/missing", "a/up", "in/up", "out"):
+        with pytest.raises(ValueError, match="is a link that leads out of"):
+            inside(root, name)
+    inside(root, "loop")  # reading it is an error
+
+
+def test_the_links_of_the_hubs_cache_lead_to_its_blobs(tmp_path):
+    root = tmp_path / "datasets--a--b" / "snapshots" / "1"
+    root.mkdir(parents=True)
+    (root / "x").symlink_to("../../blobs/1")
+    (root / "y").symlink_to("../../../other/1")
+    with pytest.raises(ValueError, match="leads out"):
+        inside(root, "x")
+    (root.parent.parent / "blobs").mkdir()
+    assert inside(root, "x") == root / "x"
+    with pytest.raises(ValueError, match="leads out"):
+        inside(root, "y")

@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
+from nanoip2p.dataset import layouts
 from nanoip2p.dataset.layouts import COLUMNS, Cell, Pair, load_picture, read_data, stamp
 from nanoip2p.dataset.rendered import captioned_scenes, scene_pairs
 from nanoip2p.images import to_tensor
@@ -257,6 +258,14 @@ def test_a_split_may_be_empty_but_for_train(tmp_path):
     (write_jsonl, "pairs.jsonl", '\n{"input": "a", "prompt": "b", "output": "c"}',
      'pairs.jsonl, line 2: no text under "edit"; it has input, prompt, output'),
     (write_jsonl, "pairs.jsonl", '\n\n{"input": ', "pairs.jsonl, line 3 is not JSON"),
+    (write_original, "seeds.json", '[["../x", ["11"]], []]', "the name '../x' in its data"),
+    (write_original, "seeds.json", '[["/etc", ["11"]], []]', "the name '/etc' in its data"),
+    (write_original, "seeds.json", '[["0000003", ["../../x"]], []]', "the name '0000003/../../x_0.jpg'"),
+    (write_original, "seeds.json", '[["0000003", [null]], []]', "seeds = list should be a list, each item a"),
+    (write_magicbrush, "edit_turns.json", '[{"input": "../../x/y", "instruction": "a", "output": "b"}]',
+     "the name 'images/../../x/y/../../x/y'"),
+    (write_magicbrush, "edit_turns.json", '[{"input": "24-x", "instruction": "a", "output": "/etc/x"}]',
+     "the name 'images/24//etc/x'"),
     (write_magicbrush, "images/243/243-input.png", None, "no picture {root}/images/243/243-input.png"),
     (write_magicbrush, "edit_turns.json", "[7]", 'edit_turns.json, entry 0: no text under "input"; it has'),
     (write_magicbrush, "edit_turns.json", None, "{root} is no training data"),
@@ -267,6 +276,70 @@ def test_what_is_broken_is_named_in_one_line(tmp_path, write, file, content, nam
     if content is not None:
         (root / file).write_text(content)
     assert named.replace("{root}", str(root)) in complaint(root)
+
+
+def test_only_ones_own_list_names_pictures_elsewhere(tmp_path):
+    """Absolute paths and ../ in pairs.jsonl are useful; a link out of a downloaded folder is refused."""
+    here = write_jsonl(tmp_path / "mine")
+    picture = here / "pictures" / "0a.png"
+    for path in ("../mine/pictures/0a.png", str(picture)):
+        (tmp_path / "own").mkdir(exist_ok=True)
+        (tmp_path / "own" / "pairs.jsonl").write_text(
+            2 * (json.dumps({"input": path, "edit": "a", "output": path}) + "\n"))
+        assert read_data(tmp_path / "own")[0][0].before.samefile(picture)
+    for write, name in ((write_original, "0000003/11_1.jpg"), (write_magicbrush, "images/243/243-input.png")):
+        root = write(tmp_path / name[:1])
+        (root / name).unlink()
+        (root / name).symlink_to(picture)
+        assert f"{root / name} is a link that leads out" in complaint(root)
+
+
+@pytest.mark.parametrize("text", ["a" * 10_001, "a" * 10**6])
+@pytest.mark.parametrize("write", [write_original, write_jsonl, write_magicbrush, lambda root, rows: (
+    write_parquet(root / "x.parquet", rows))])
+def test_a_text_has_a_limit(tmp_path, write, text):
+    assert "should be a text" in complaint(write(tmp_path, [(ROWS[0][0], text, ROWS[0][2])] * 2))
+
+
+def test_parquet_has_limits(tmp_path, monkeypatch):
+    """Of rows, and of what a row group takes when it is read; a picture that repeats takes no memory."""
+    path, black = tmp_path / "x.parquet", io.BytesIO()
+    Image.new("RGB", (400, 400)).save(black, "BMP")
+    table = pyarrow.table(dict(zip(COLUMNS[1], ([black.getvalue()] * 100, ["x"] * 100,
+                                                [{"bytes": black.getvalue()}] * 100))))
+    pyarrow.parquet.write_table(table, path)
+    before = pyarrow.total_allocated_bytes()
+    pair, = read_data(path)[0]
+    for picture in (pair.before, pair.after):
+        assert load_picture(picture, 8).getcolors() == [(64, (0, 0, 0))]
+    assert pyarrow.total_allocated_bytes() - before < 4e6  # of 96 MB
+    monkeypatch.setattr(layouts, "GROUP_BYTES", 2**19)
+    told = complaint(path)
+    assert "bytes in a row group; at most 5000000 rows and 524288 bytes" in told and "x.parquet" in told
+    monkeypatch.undo()
+    monkeypatch.setattr(layouts, "MOST_ROWS", 99)
+    assert "has 100 rows" in complaint(path)
+
+
+@pytest.mark.parametrize("encoding", ["DELTA_LENGTH_BYTE_ARRAY", "PLAIN"])
+def test_parquet_without_dictionaries_is_read(tmp_path, encoding):
+    path = tmp_path / "x.parquet"
+    table = pyarrow.table(dict(zip(COLUMNS[1], zip(*ROWS))))
+    pyarrow.parquet.write_table(table, path, 3, use_dictionary=False,
+                                column_encoding=dict.fromkeys(COLUMNS[1], encoding))
+    pair, = read_data(path)[4]
+    assert pair.edit == "edit 4" and load_picture(pair.before, 16).size == (16, 16)
+
+
+@pytest.mark.parametrize("cell", [None, [b"x"], {"bytes": 7, "x": b""}, {"path": b"x"}, {"bytes": [b"x"]},
+                                  b""])
+def test_a_cell_without_bytes_is_a_broken_picture(tmp_path, cell):
+    path = tmp_path / "x.parquet"
+    cells = pyarrow.array([cell, cell], None if cell is not None else pyarrow.binary())
+    pyarrow.parquet.write_table(pyarrow.table(dict(zip(COLUMNS[1], (cells, ["x", "y"], cells)))), path)
+    pair, = read_data(path)[0]
+    with pytest.raises(ValueError, match="x.parquet row 0, column input_image cannot be used"):
+        load_picture(pair.before, 8)
 
 
 def test_a_folder_that_is_empty_or_unknown_or_not_there(tmp_path):

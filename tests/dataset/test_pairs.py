@@ -405,6 +405,9 @@ def test_settings_come_from_flags_then_the_weights_folder_then_the_paper(tmp_pat
 @pytest.mark.parametrize("chosen, named", [
     ({"clips": "x"}, "clips"), ({"n_samples": "many"}, "n_samples"), ({"n_samples": 2.5}, "n_samples"),
     ({"n_samples": True}, "n_samples"), ({"n_samples": 0}, "at least 1"), ({"min_p2p": 0.95}, "max_p2p"),
+    ({"seed": -1}, "seed"), ({"steps": 0}, "at least 1"), ({"batch": 10**9}, "from -10000 to 10000"),
+    ({"clip": "owner/clip"}, "give it as --clip"), ({"inject": "all"}, "self"), ({"sampler": "x"}, "ddim"),
+    ({"clip": []}, "a text"), ({"max_cfg": float("nan")}, "a number"),
     ({"min_cfg": 16}, "max_cfg"), ({"max_p2p": 1.5}, "max_p2p <= 1"), ({"min_p2p": -0.1}, "0 <= min_p2p"),
 ])
 def test_settings_that_cannot_be_used_are_named(tmp_path, chosen, named):
@@ -549,8 +552,12 @@ def test_a_broken_job_file_is_one_line(tmp_path):
 @pytest.mark.parametrize("name, content, hint", [
     ("metadata.jsonl", {"clip_sim_dir": None}, "clip_sim_dir = None should be a number"),
     ("metadata.jsonl", {"p2p_threshold": "x"}, "p2p_threshold = 'x' should be a number"),
-    ("metadata.jsonl", {"p2p_threshold": float("inf")}, "p2p_threshold should lie in 0 ... 1"),
+    ("metadata.jsonl", {"p2p_threshold": float("inf")}, "p2p_threshold = inf should be a number from 0 to 1"),
     ("candidates.jsonl", {"clip_sim_0": None}, "clip_sim_0 = None should be a number"),
+    ("metadata.jsonl", {"seed": "../1"}, "row 1: seed = '../1' should be a whole number"),
+    ("prompt.json", {"edit": []}, "edit = list should be a text or null"),
+    ("job.json", {"job": []}, "job = list should be an object"),
+    ("job.json", {"job": {"clip_img_threshold": "x"}}, "clip_img_threshold = 'x' should be a number"),
 ])
 def test_show_says_in_one_line_what_is_no_number(name, content, hint, tmp_path, capsys):
     folder, row = tmp_path / "0000000", dict.fromkeys(("seed", "p2p_threshold", *SIMILARITIES), 1)
@@ -562,3 +569,21 @@ def test_show_says_in_one_line_what_is_no_number(name, content, hint, tmp_path, 
     assert make_dataset.main(["show", str(tmp_path)]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert hint in line and name in line
+
+
+@pytest.mark.parametrize("dtype", ["int4", [], None, 7])
+def test_a_job_of_an_unknown_dtype_is_one_line(dtype, tmp_path):
+    (tmp_path / "job.json").write_text(json.dumps({"job": {}, "dtype": dtype}))
+    with pytest.raises(ValueError, match="dtype = .* should be one of fp32, fp16, bf16"):
+        make_dataset.job_dtype(tmp_path, None, torch.device("cpu"))
+    assert make_dataset.job_dtype(tmp_path, "fp32", torch.device("cpu")) == "fp32"
+
+
+def test_prompts_have_limits(tmp_path, monkeypatch):
+    path, row = tmp_path / "prompts.jsonl", {"input": "a", "edit": "b", "output": "c"}
+    path.write_text("".join(json.dumps(row | {"edit": "b" * n}) + "\n" for n in (1, 10_000, 10_001)))
+    found, bad = read_prompts(path)
+    assert len(found) == 2 and bad == ["line 3 has a text of more than 10000 letters"]
+    monkeypatch.setattr(pairs, "PROMPTS", 2)
+    with pytest.raises(ValueError, match="more than 2 lines"):
+        read_prompts(path)

@@ -176,3 +176,27 @@ def test_examples_have_captions(tmp_path):
         curve.examples(str(tmp_path), "train", 9)
     with pytest.raises(ValueError, match="test split of scenes needs two pairs"):
         curve.examples("scenes", "test", 1)
+
+
+POINT = {"method": "editor", "weights": "w", "networks": "n", "cfg_text": 2.0, "cfg_image": 1.0,
+         "direction": 0.1, "image": 0.9, "direction_error": 0.01, "image_error": 0.01}
+
+
+@pytest.mark.parametrize("key", POINT)
+def test_a_point_that_is_not_ours_is_named(key, tmp_path):
+    path = tmp_path / "curve.jsonl"
+    for value in (None, {}, ["x"], 10**400, float("nan"), "x" * 20_000):
+        path.write_text("".join(json.dumps(row) + "\n" for row in (POINT, POINT | {key: value})))
+        with pytest.raises(ValueError, match=f"curve.jsonl, row 2: {key} "):
+            curve.read_points(path)
+    path.write_text(json.dumps(POINT | {"method": "magic"}))
+    with pytest.raises(ValueError, match="method should be editor or SDEdit"):
+        curve.read_points(path)
+
+
+@pytest.mark.parametrize("name", ["a$b$c", "$\\frac$", "\ud800", "x" * 9000, "a\nb\x1b"])
+def test_any_name_of_weights_is_a_label(name, tmp_path):
+    (tmp_path / "curve.jsonl").write_text(json.dumps(POINT | {"weights": name, "cfg_image": 1e300}))
+    rows = curve.read_points(tmp_path / "curve.jsonl")
+    assert curve.plot(tmp_path / "curve.png", lambda axes: curve.draw(rows, axes))
+    assert Image.open(tmp_path / "curve.png").width == 960

@@ -120,8 +120,31 @@ def recipe(rng: random.Random, content: bytes) -> bytes:
     return file.getvalue()
 
 
+def parquet(rng: random.Random, content: bytes) -> bytes:
+    """A parquet file with a column of another type, name or content, in another encoding."""
+    import pyarrow
+    import pyarrow.parquet
+    table = pyarrow.parquet.read_table(io.BytesIO(content))
+    names, i, n = table.column_names, rng.randrange(table.num_columns), len(table)
+    change = rng.random()
+    if change < 0.6:
+        cell = rng.choice((None, 1.5, True, [b"x"], [], b"\xff", {"bytes": 7}, {"path": b"x"},
+                           {"bytes": None}, {"bytes": {"bytes": b"x"}}, {"bytes": [b"x"]},
+                           "a" * 100_000, "\x1b[2J"))
+        table = table.set_column(i, names[i], pyarrow.array([cell] * n))
+    elif change < 0.8:
+        table = table.rename_columns([*names[:i], rng.choice((*names, "", "x\x1b[2J")), *names[i + 1 :]])
+    else:
+        table = table.drop_columns([names[i]]) if change < 0.9 else table.slice(0, rng.randrange(n))
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(
+        table, file, rng.choice((None, 1, 2)), use_dictionary=rng.random() < 0.5,
+        compression=rng.choice(("none", "snappy", "zstd")), write_statistics=rng.random() < 0.5)
+    return file.getvalue()
+
+
 STRUCTURED = {".json": lambda rng, content: dumps(json_value(rng, json.loads(content))), ".jsonl": lines,
-              ".safetensors": safetensors_header}
+              ".safetensors": safetensors_header, ".parquet": parquet}
 
 
 def change_file(path: Path, rng: random.Random) -> None:

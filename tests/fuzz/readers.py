@@ -10,6 +10,7 @@ import shutil
 import types
 from pathlib import Path
 
+import ablate
 import torch
 from PIL import Image, features
 from safetensors.torch import save_file
@@ -23,8 +24,8 @@ from nanoip2p.checkpoint.save import convert
 from nanoip2p.checkpoint.tensors import find_weights
 from nanoip2p.clip_filter import SIMILARITIES, Judge
 from nanoip2p.common.files import append
-from nanoip2p.dataset import captions, chat, finetune, pairs, show
-from nanoip2p.dataset.layouts import SPLITS, broken_pictures, load_picture, read_data
+from nanoip2p.dataset import captions, chat, finetune, layouts, pairs, show
+from nanoip2p.dataset.layouts import broken_pictures, load_picture, read_data
 from nanoip2p.evaluate import curve, magicbrush
 from nanoip2p.images import find_images, open_image, read_recipe, save_png
 from nanoip2p.training import run_folder
@@ -210,6 +211,7 @@ def write_original(folder: Path) -> None:
 
 def read_layout(folder: Path) -> None:
     """What train.py --check and training do with a folder of pairs."""
+    layouts._column.cache_clear()  # each input has the same path
     broken_pictures(folder, 16)
     for item in read_data(folder):
         for pair in item:
@@ -290,7 +292,7 @@ def write_cache(folder: Path) -> None:
     """A cache of latents of two pairs."""
     write_jsonl(folder / "data")
     write_tiny_editor(folder / "weights")
-    open_cache(folder).fill(load_model(folder / "weights"), progress=False)
+    open_cache(folder).fill(load_model(folder / "weights"))
     shutil.rmtree(folder / "weights")
 
 
@@ -312,8 +314,9 @@ def open_cache(folder: Path) -> Cache:
 def read_cache(folder: Path) -> None:
     """What training does with a cache."""
     cache = open_cache(folder).open()
-    for pair in [pair for split in SPLITS for item in read_data(Path("data"), split) for pair in item]:
-        cache.get(pair, False)
+    for item in read_data(Path("data")):
+        for pair in item:
+            cache.get(pair, True)
 
 
 def write_curve(folder: Path) -> None:
@@ -322,12 +325,26 @@ def write_curve(folder: Path) -> None:
         "method": "editor", "weights": "w", "networks": "n", "cfg_text": 2.0, "data": "scenes", "n": 4,
         "cfg_image": scale, "direction": 0.1, "image": 0.9, "direction_error": 0.01, "image_error": 0.01}
         for scale in (0.2, 1.0)])
+    read_curve(folder)  # matplotlib writes its cache of fonts when it first draws
+    (folder / "curve.png").unlink()
 
 
 def read_curve(folder: Path) -> None:
     """The plot, and the search for a point."""
     rows = curve.read_points(folder / "curve.jsonl")
     curve.plot(folder / "curve.png", lambda axes: curve.draw(rows, axes))
+
+
+def write_scores(folder: Path) -> None:
+    """The scores of two ablated editors."""
+    write_rows(folder / "ablate.jsonl", *[{
+        "variant": "P2P: cross", "seed": seed, "prompts": 400, "steps": 600, "n": 210, "unchanged": 25.0,
+        **dict.fromkeys(ablate.MEASURES, 0.5)} for seed in (0, 1)])
+
+
+def read_scores(folder: Path) -> None:
+    """The table."""
+    ablate.table(ablate.read_scores(folder / "ablate.jsonl"))
 
 
 READERS = {
@@ -339,4 +356,5 @@ READERS = {
     "verdict": (write_verdict, read_verdict),
     "original layout": (write_original, read_original), "pairs.jsonl": (write_jsonl, read_layout),
     "parquet": (write_parquet, read_layout), "magicbrush": (write_magicbrush, read_magicbrush),
-    "run": (write_run, read_run), "cache": (write_cache, read_cache), "curve": (write_curve, read_curve)}
+    "run": (write_run, read_run), "cache": (write_cache, read_cache), "curve": (write_curve, read_curve),
+    "ablate": (write_scores, read_scores)}

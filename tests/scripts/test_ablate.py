@@ -32,12 +32,13 @@ def asked(monkeypatch):
         commands.append(words)
         if words[:2] == ["make_dataset.py", "pairs"]:
             out = Path(words[words.index("--out") + 1])
-            for name in ("0000000", "0000001"):
+            names = [f"{number:07d}" for number in range(20)]
+            for name in names:
                 (out / name).mkdir(parents=True, exist_ok=True)
                 (out / name / "prompt.json").write_text('{"edit": "make it night"}')
                 for side in (0, 1):
                     Image.new("RGB", (64, 64)).save(out / name / f"7_{side}.jpg")
-            (out / "seeds.json").write_text(json.dumps([["0000000", ["7"]], ["0000001", ["7"]]] * 10))
+            (out / "seeds.json").write_text(json.dumps([[name, ["7"]] for name in names]))
         if words[0] == "evaluate":
             out = Path(words[words.index("--out") + 1])
             out.mkdir(parents=True, exist_ok=True)
@@ -89,7 +90,26 @@ def test_a_tenth_is_data_that_training_reads(asked, tmp_path):
     pairs = [pair for item in read_data(part) for pair in item]
     whole = [pair for item in read_data(part.parent / "both") for pair in item]
     assert len(pairs) == 1 and len(whole) == 18
-    assert pairs[0].before.samefile(whole[0].before)
+    assert pairs[0].before.read_bytes() == whole[0].before.read_bytes()
+
+
+ROW = {"variant": "P2P: none", "seed": 0, "prompts": 100, "steps": 3, "n": 210, "unchanged": 20.0,
+       **dict.fromkeys(ablate.MEASURES, 0.5)}
+
+
+@pytest.mark.parametrize("key", ROW)
+def test_a_row_that_is_not_ours_is_named(key, tmp_path):
+    path = tmp_path / "ablate.jsonl"
+    for value in ({}, "x" * 20_000, 10**400, float("nan"), *(() if key == "unchanged" else (None,))):
+        path.write_text("".join(json.dumps(row) + "\n" for row in (ROW, ROW | {key: value})))
+        with pytest.raises(ValueError, match=f"ablate.jsonl, row 2: {key} = "):
+            ablate.read_scores(path)
+
+
+def test_the_table_takes_each_editor_once_and_needs_no_psnr(tmp_path):
+    path = tmp_path / "ablate.jsonl"
+    path.write_text("".join(json.dumps(ROW | {"unchanged": None}) + "\n" for _ in range(20)))
+    assert "| P2P: none | 1 | 50.0% | 50.0% | 50.0% | nan dB |" in ablate.table(ablate.read_scores(path))
 
 
 def test_what_is_scored_is_not_made_again(asked, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from comparing import relative_error
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_editor import write_tiny_editor
 from torch.utils.data import DataLoader, Dataset
 
@@ -217,6 +217,25 @@ def test_a_damaged_file_is_named_with_a_remedy_that_works(model, pairs, tmp_path
     one_line(f"{shard} is missing", lambda: Cache(folder, pairs, model, 32, True).open())
     opened(folder, pairs, model)
     assert files(folder) == whole
+
+
+@pytest.mark.parametrize("change", [
+    lambda rows: rows.float(), lambda rows: rows[1:], lambda rows: rows[..., 1:], lambda rows: rows[:, None],
+    lambda rows: torch.cat([rows, rows])])
+@pytest.mark.parametrize("name", ["texts-00000", "pictures-00001"])
+def test_stored_rows_of_another_shape_or_dtype_are_named(model, pairs, tmp_path, name, change):
+    filled(tmp_path / "cache", pairs, model)
+    path = tmp_path / "cache" / f"{name}.safetensors"
+    (key, rows), = load_file(path).items()
+    save_file({key: change(rows).contiguous()}, path)
+    one_line(f"{path} is damaged .*delete that file", lambda: opened(tmp_path / "cache", pairs, model))
+
+
+def test_an_infinite_row_is_no_row(model, pairs, tmp_path):
+    filled(tmp_path / "cache", pairs, model)
+    path = tmp_path / "cache" / "texts-00000.safetensors"
+    save_file({"texts": load_file(path)["texts"].fill_(torch.inf)}, path)
+    one_line("was broken", lambda: opened(tmp_path / "cache", pairs, model).row(""))
 
 
 def test_broken_pictures_are_named_or_left_out(model, pairs, tmp_path):
