@@ -31,6 +31,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def regular(path: str | Path) -> Path:
+    """The path. ValueError if it exists but is no regular file: reading a FIFO or a device may never end."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a regular file")
+    return path
+
+
 def check_writable(path: str | Path) -> None:
     """Raise ValueError if `replacing(path)` cannot write. Call this before a long computation."""
     path = Path(path)
