@@ -20,9 +20,13 @@ def checked(value, kind, where: str, least: float = -math.inf, most: float = mat
     try:
         return _converted(value, kind, least, most)
     except (ValueError, OverflowError):
-        text = type(value).__name__ if isinstance(value, (list, dict)) else repr(value)
-        text = text if len(text) <= 40 else text[:40] + "…"
-        raise ValueError(f"{where} = {text} should be {_described(kind, least, most)}") from None
+        raise ValueError(f"{where} = {shown(value)} should be {_described(kind, least, most)}") from None
+
+
+def shown(value) -> str:
+    """A value for a message, at most 41 letters. Of a list or an object the type: it may be deeply nested."""
+    text = type(value).__name__ if isinstance(value, (list, dict)) else repr(value)
+    return text if len(text) <= 40 else text[:40] + "…"
 
 
 def _converted(value, kind, least: float, most: float):
