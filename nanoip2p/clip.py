@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nanoip2p.attention import attention
 from nanoip2p.common.config import FIXED, IGNORED, read_config
+from nanoip2p.common.schema import checked
 
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
 
@@ -154,6 +155,8 @@ class VisionEmbeddings(nn.Module):
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
         width, patch = config.hidden_size, config.patch_size
+        if not 1 <= config.image_size // patch <= 128:
+            raise ValueError(f"CLIP: image_size = {config.image_size} must be 1 to 128 patches of {patch}")
         self.size = (config.image_size, config.image_size)
         self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
         self.patch_embedding = nn.Conv2d(config.num_channels, width, patch, stride=patch, bias=False)
@@ -251,8 +254,8 @@ class CLIP(nn.Module):
         towers = (("text_config", CLIPTextConfig, TEXT_DEFAULTS), ("vision_config", CLIPVisionConfig, {}))
         for key, tower, defaults in towers:
             # Configs of 2022 also have `text_config_dict`. It takes precedence, as in transformers
-            given = defaults | (config.get(f"{key}_dict") or config.get(key) or {})
-            config = config | {key: read_config(tower, given, FIXED["clip"], IGNORED["clip"])}
+            given = checked(config.get(f"{key}_dict") or config.get(key) or {}, dict, f"CLIPConfig: {key}")
+            config = config | {key: read_config(tower, defaults | given, FIXED["clip"], IGNORED["clip"])}
         return cls(read_config(CLIPConfig, config, FIXED["clip"], IGNORED["clip"]))
 
     def encode_text(self, ids: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nanoip2p.clip import CLIP
 from nanoip2p.common.files import read_json
+from nanoip2p.common.schema import checked
 from nanoip2p.images import to_tensor
 from nanoip2p.tokenizer import Tokenizer, check_fits, load_tokenizer
 
@@ -79,12 +80,10 @@ class Judge:
         check_fits(tokenizer, clip.config.text_config, folder)
         path = folder / "preprocessor_config.json"
         settings = read_json(path)
-        try:
-            mean, std = ([float(x) for x in settings[key]] for key in ("image_mean", "image_std"))
-            if not len(mean) == len(std) == 3 or not min(std) > 0:
-                raise ValueError(f"mean {mean}, standard deviation {std}")
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: needs image_mean and image_std of three colours ({error})") from None
+        mean, std = (checked(settings.get(key), list[float], f"{path}: {key}", least, 1000)
+                     for key, least in (("image_mean", -1000), ("image_std", 0.001)))
+        if not len(mean) == len(std) == 3:
+            raise ValueError(f"{path}: image_mean and image_std need three colours")
         return cls(clip.to(device), tokenizer, mean, std)
 
     @torch.inference_mode()

@@ -53,7 +53,11 @@ class NoiseSchedule:
         """a_t, the signal's share of the variance, at each timestep: (num_train_timesteps,) float32."""
         p = 0.5 if self.beta_schedule == "scaled_linear" else 1  # linear in sqrt(beta), as in LDM
         betas = torch.linspace(self.beta_start**p, self.beta_end**p, self.num_train_timesteps) ** (1 / p)
-        return torch.cumprod(1.0 - betas, dim=0)
+        a = torch.cumprod(1.0 - betas, dim=0)
+        if not a[-1] > 0:
+            raise ValueError(f"beta_start = {self.beta_start} and beta_end = {self.beta_end} leave no signal "
+                             f"after num_train_timesteps = {self.num_train_timesteps}")
+        return a
 
 
 def add_noise(latents: Tensor, noise: Tensor, timestep: Tensor, alphas_cumprod: Tensor) -> Tensor:

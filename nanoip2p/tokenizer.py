@@ -9,12 +9,13 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 from torch import Tensor
 
-from nanoip2p.common.files import read_json
-from nanoip2p.common.schema import LONGEST
+from nanoip2p.common.files import read_json, regular
+from nanoip2p.common.schema import LONGEST, checked
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 ROLES = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
 LENGTH = 77  # tokens per text, unless tokenizer_config.json has another number
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # of a special token
 WORD_END = "</w>"
 # A word is a run of letters, one digit, or a run of other characters, as in OpenAI's simple_tokenizer.py
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -62,21 +63,27 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     folder = Path(folder)
     config = read_json(folder / "tokenizer_config.json", missing={})
     fast = read_json(folder / "tokenizer.json", missing={})
-    vocab, merges = _vocabulary(folder, fast)
     roles, special = _special_tokens(folder, config, fast)
-    if missing := {roles["bos_token"], roles["eos_token"]} - vocab.keys():
-        raise ValueError(f"{folder}: the vocabulary lacks {min(missing)!r}, so it is not CLIP's")
-    backend = clip_backend(vocab, merges, roles["unk_token"])
-    backend.add_tokens(special)
-    length = config.get("model_max_length") or LENGTH
+    length = checked(config.get("model_max_length"), int | float | None,
+                     f"{folder / 'tokenizer_config.json'}: model_max_length", 3) or LENGTH
     length = length if length < 10**6 else LENGTH  # transformers writes 1e30 for "not set"
-    ids = (backend.token_to_id(roles[role]) for role in ("bos_token", "eos_token", "pad_token"))
+    try:
+        vocab, merges = _vocabulary(folder, fast)
+        backend = clip_backend(vocab, merges, roles["unk_token"])
+        backend.add_tokens([AddedToken(special=True, **token) for token in special])
+    except Exception as error:  # the library checks types and contents, and raises nothing narrower
+        files = "tokenizer.json" if fast else "vocab.json or merges.txt"
+        raise ValueError(f"{folder}: {files} is missing or broken: {error}") from None
+    missing = {roles[role] for role in ("bos_token", "eos_token", "unk_token")} - vocab.keys()
+    ids = [backend.token_to_id(roles[role]) for role in ("bos_token", "eos_token", "pad_token")]
+    if missing or None in ids:  # an empty text has no id
+        raise ValueError(f"{folder}: the vocabulary lacks {min(missing, default='')!r}, so it is not CLIP's")
     return Tokenizer(backend, *ids, int(length))
 
 
 def check_fits(tokenizer: Tokenizer, config, folder: Path) -> None:
     """Raise ValueError if a text encoder with this CLIPTextConfig cannot read the tokenizer's output."""
-    length, known = config.max_position_embeddings, tokenizer.backend.get_vocab_size()
+    length, known = config.max_position_embeddings, max(tokenizer.backend.get_vocab().values()) + 1
     if tokenizer.length > length or known > config.vocab_size:
         raise ValueError(f"{folder}: the tokenizer makes {tokenizer.length} tokens with ids below {known}, "
                          f"the text encoder reads {length} with ids below {config.vocab_size}; use its own")
@@ -96,50 +103,51 @@ def clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]], unknown: 
 def _vocabulary(folder: Path, fast: dict) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary {token: id} and ordered merges. tokenizer.json takes precedence, as in transformers."""
     if fast:
-        model = fast.get("model", {})
-        if not {"vocab", "merges"} <= model.keys():
-            raise ValueError(f"{folder / 'tokenizer.json'} has no BPE vocabulary, so it is not CLIP's")
-        return model["vocab"], [split_merge(merge) for merge in model["merges"]]
-    try:
-        return BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{folder}: vocab.json or merges.txt is missing or broken: {error}") from None
+        model = checked(fast.get("model"), dict, "model")
+        return checked(model.get("vocab"), dict, "vocab"), [split_merge(merge) for merge in model["merges"]]
+    return BPE.read_file(*(str(regular(folder / name)) for name in ("vocab.json", "merges.txt")))
 
 
-def _special_tokens(folder: Path, config: dict, fast: dict) -> tuple[dict[str, str], list[AddedToken]]:
+def _special_tokens(folder: Path, config: dict, fast: dict) -> tuple[dict[str, str], list[dict]]:
     """The token of each role (see ROLES), and all special tokens, which are matched before words are split.
 
     If tokenizer_config.json has `added_tokens_decoder`, we ignore the older special_tokens_map.json,
     added_tokens.json and the list in tokenizer.json.
     """
-    named = _tokens_by_role(ROLES) | _tokens_by_role(config)
+    path = folder / "tokenizer_config.json"
+    named = _tokens_by_role(ROLES, path) | _tokens_by_role(config, path)
     if "added_tokens_decoder" in config:
-        by_id = config["added_tokens_decoder"]
-        listed = [by_id[key] for key in sorted(by_id, key=int)]
+        by_id = checked(config["added_tokens_decoder"], dict, f"{path}: added_tokens_decoder")
+        listed = [by_id[key] for key in sorted(by_id, key=lambda key: (len(key), key))]  # as numbers
     else:
-        named |= _tokens_by_role(read_json(folder / "special_tokens_map.json", missing={}))
-        roles = {token["content"] for token in named.values()}
-        added = read_json(folder / "added_tokens.json", missing={})
+        path = folder / "special_tokens_map.json"
+        named |= _tokens_by_role(read_json(path, missing={}), path)
+        roles, path = {token["content"] for token in named.values()}, folder / "added_tokens.json"
+        added = {text: checked(number, int, f"{path}: {text}") for text, number in
+                 read_json(path, missing={}).items()}
         listed = [{"content": text, "normalized": text not in roles} for text in sorted(added, key=added.get)]
-        listed += sorted(fast.get("added_tokens", []), key=lambda token: token["id"])
+        path = folder / "tokenizer.json"
+        tokens = checked(fast.get("added_tokens", []), list[dict], f"{path}: added_tokens")
+        listed += sorted(tokens, key=lambda token: checked(token.get("id"), int, f"{path}: id of a token"))
     for key in ("additional_special_tokens", "extra_special_tokens"):
-        listed += map(_as_dict, config.get(key) or [])
+        more = checked(config.get(key), list[str | dict] | dict | None, f"{folder}: {key}") or []
+        listed += more.values() if isinstance(more, dict) else more
+    listed = [_token(token, f"{folder}: a special token") for token in listed]
     # `listed` comes first to set the order, and again last so that its flags replace those of `named`
     special = {token["content"]: token for token in [*listed, *named.values(), *listed]}
-    flags = ("single_word", "lstrip", "rstrip", "normalized")
-    return ({role: token["content"] for role, token in named.items()},
-            [AddedToken(text, special=True, **{flag: token[flag] for flag in flags if flag in token})
-             for text, token in special.items()])
+    return {role: token["content"] for role, token in named.items()}, list(special.values())
 
 
-def _tokens_by_role(config: dict) -> dict[str, dict]:
-    return {key: _as_dict(token) for key, token in config.items()
+def _tokens_by_role(config: dict, path: Path) -> dict[str, dict]:
+    return {key: _token(token, f"{path}: {key}") for key, token in config.items()
             if key.endswith("_token") and isinstance(token, (str, dict))}
 
 
-def _as_dict(token: str | dict) -> dict:
-    """Config files write a token as a string, or as a dictionary of its text and flags."""
-    return {"content": token} if isinstance(token, str) else token
+def _token(token, where: str) -> dict:
+    """Config files write a token as a text, or as an object of its text and flags. Returns the latter."""
+    token = {"content": token} if isinstance(token, str) else checked(token, dict, where)
+    return {"content": checked(token.get("content"), str, f"{where}: content")} | {
+        flag: checked(token[flag], bool, f"{where}: {flag}") for flag in FLAGS if flag in token}
 
 
 def split_merge(merge: str | list[str]) -> tuple[str, str]:

@@ -61,12 +61,10 @@ class UNetConfig:
             names = getattr(self, key)
             if len(names) != levels or not set(names) <= set(known):
                 raise ValueError(f"UNetConfig: {key} = {names} must be {levels} of {sorted(known)}")
-        for key in ("in_channels", "layers_per_block", "cross_attention_dim", "norm_num_groups"):
-            if not isinstance(getattr(self, key), int) or getattr(self, key) < 1:
-                raise ValueError(f"UNetConfig: {key} = {getattr(self, key)!r} must be an integer from 1 up")
-        if any(width % self.norm_num_groups for width in widths):
-            raise ValueError(f"UNetConfig: norm_num_groups must divide block_out_channels = {widths}")
-        if len(self.heads) != levels or any(not h or c % h for c, h in zip(widths, self.heads)):
+        if any(width % self.norm_num_groups for width in widths) or widths[0] % 2 or widths[0] < 4:
+            raise ValueError(f"UNetConfig: norm_num_groups must divide block_out_channels = {widths}, "
+                             "the first of which must be even and at least 4")
+        if len(self.heads) != levels or any(c % h for c, h in zip(widths, self.heads)):
             raise ValueError(f"UNetConfig: attention_head_dim = {self.heads} must divide {widths}")
 
     @property

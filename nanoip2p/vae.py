@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nanoip2p.attention import attention
 from nanoip2p.common.config import FIXED, IGNORED, read_config
+from nanoip2p.common.schema import checked
 from nanoip2p.unet import ResnetBlock
 
 EPS = 1e-6  # of every GroupNorm; torch's default is 1e-5
@@ -159,7 +160,8 @@ class VAE(nn.Module):
     @classmethod
     def from_config(cls, config: dict) -> "VAE":
         """Build from diffusers' vae/config.json. Raises ValueError for unsupported settings."""
-        levels = len(config.get("block_out_channels", VAEConfig.block_out_channels))
+        widths = config.get("block_out_channels", VAEConfig.block_out_channels)
+        levels = len(checked(widths, tuple[int, ...], "VAEConfig: block_out_channels"))
         return cls(read_config(VAEConfig, config, _fixed(levels), IGNORED["vae"]))
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:

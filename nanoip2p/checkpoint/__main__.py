@@ -6,6 +6,7 @@
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         args = parser.parse_args(argv)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # deletes unfinished files, as Ctrl-C does
         checkpoint = open_checkpoint(args.source, args.vae, args.tokenizer, args.raw_weights)
         print(f"{args.source}: {checkpoint.description}")
         for part, network in checkpoint.networks.items():

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from nanoip2p.checkpoint.tensors import cast, check_tensors, find_weights, write_tensors
 from nanoip2p.clip import CLIP, TextEncoder
 from nanoip2p.common.files import read_json, write_json
+from nanoip2p.common.schema import checked, shown
 from nanoip2p.unet import UNet
 from nanoip2p.vae import VAE
 
 # Our class -> the class that reads the same folder in diffusers or transformers
 CLASS_NAMES = {UNet: "UNet2DConditionModel", VAE: "AutoencoderKL", TextEncoder: "CLIPTextModel",
                CLIP: "CLIPModel"}
+MOST_PARAMETERS = 10**10  # of one network: ten times the UNet of Stable Diffusion 1.x
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,11 @@ def build_without_memory(cls: type, config: dict, path: Path) -> nn.Module:
     """Build a network on torch's meta device. ValueError for a bad setting; its message names `path`."""
     try:
         with torch.device("meta"):
-            return cls.from_config(config)
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+            model = cls.from_config(config)
+        if (count := sum(p.numel() for p in model.parameters())) > MOST_PARAMETERS:
+            raise ValueError(f"{count:.1e} parameters, at most {MOST_PARAMETERS:.0e} are supported")
+        return model
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -51,9 +56,10 @@ def open_network(cls: type, folder: str | Path) -> StoredNetwork:
     """Read config.json and find the weights. Raises ValueError for a missing or unsuitable file."""
     folder, wanted = Path(folder), CLASS_NAMES[cls]
     config = read_json(folder / "config.json")
-    stored = config.get("_class_name") or config.get("architectures") or wanted
-    if stored not in (wanted, [wanted]):
-        raise ValueError(f"{folder} holds a {stored}, not the {wanted} needed here")
+    architectures = checked(config.get("architectures") or [wanted], list[str], f"{folder}: architectures")
+    stored = config.get("_class_name") or architectures[0]
+    if stored != wanted:
+        raise ValueError(f"{folder} holds a {shown(stored)}, not the {wanted} needed here")
     model = build_without_memory(cls, config, folder / "config.json")
     published_names = getattr(cls, "published_names", dict)
     return StoredNetwork(model, lambda: published_names(find_weights(folder)), folder)

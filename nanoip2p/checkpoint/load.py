@@ -18,6 +18,7 @@ from nanoip2p.checkpoint.hub import fetch_weights, find_tokenizer
 from nanoip2p.checkpoint.single_file import PARTS, find_networks, find_vae
 from nanoip2p.checkpoint.tensors import dtype_names, read_metadata, read_tensors
 from nanoip2p.common.files import read_json
+from nanoip2p.common.schema import checked
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.editor import Editor
 from nanoip2p.pipeline import PAPER_DEFAULTS
@@ -25,6 +26,10 @@ from nanoip2p.text_to_image import TextToImage
 from nanoip2p.tokenizer import Tokenizer, check_fits, load_tokenizer
 from nanoip2p.unet import UNet
 from nanoip2p.vae import VAE
+
+# Ranges of settings in defaults.json and pairs.json, far beyond every use; flags may go beyond
+LIMITS = {"resolution": (1, 4096), "steps": (1, 10_000), "n_samples": (1, 10_000), "batch": (1, 1000)}
+LIMITS |= dict.fromkeys(("cfg_text", "cfg_image", "min_cfg", "max_cfg"), (-1000, 1000))
 
 
 @dataclass(frozen=True)
@@ -68,9 +73,12 @@ def open_checkpoint(name: str | Path, vae: str | Path | None = None, tokenizer: 
     if unet.in_channels not in (latent, 2 * latent) or unet.out_channels != latent:
         raise ValueError(f"{source}: the UNet has {unet.in_channels} input and {unet.out_channels} output "
                          f"channels, but needs {latent} (editor: {2 * latent}) and {latent}; inpainting: 9")
+    if not autoencoder.in_channels == autoencoder.out_channels == 3:
+        raise ValueError(f"{source}: the autoencoder's pictures have {autoencoder.in_channels} and "
+                         f"{autoencoder.out_channels} colours, not 3")
     try:
         NoiseSchedule.from_config(schedule).alphas_cumprod()
-    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except ValueError as error:
         raise ValueError(f"{source}: its noise schedule cannot be used ({error})") from None
     description = description if vae is None else f"{description}, autoencoder of {vae}"
     return Checkpoint(source, description, networks, tokenizer, schedule, defaults)
@@ -100,12 +108,11 @@ def _open_single_file(path: Path, raw_weights: bool, vae: StoredNetwork | None) 
 def _own_metadata(path: Path) -> dict:
     """The metadata that `convert` wrote to a single file; for other files only {"defaults": ...}."""
     try:
-        metadata = dict(json.loads(read_metadata(path).get("nanoip2p", "{}")))
-        for part in PARTS:
-            if not isinstance(metadata.get(part, {}), dict):
-                raise ValueError(f"{part} = {metadata[part]!r} should be an object")
-        return metadata | {"defaults": with_defaults(dict(metadata.get("defaults", {})), "defaults")}
-    except (ValueError, TypeError, RecursionError) as error:
+        metadata = checked(json.loads(read_metadata(path).get("nanoip2p", "{}")), dict, "nanoip2p")
+        for key in {*PARTS, "schedule", "defaults"} & metadata.keys():
+            checked(metadata[key], dict, key)
+        return metadata | {"defaults": with_defaults(metadata.get("defaults", {}), "defaults")}
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: its metadata is broken ({error})") from None
 
 
@@ -161,10 +168,7 @@ def load_model(checkpoint: str | Path | Checkpoint, dtype: torch.dtype = torch.f
 
 def with_defaults(chosen: dict, path: Path | str, defaults: dict = PAPER_DEFAULTS) -> dict:
     """Override `defaults` by a checkpoint's settings `chosen`. ValueError names `path` and the setting."""
-    for key, value in chosen.items():
-        if key not in defaults:
-            raise ValueError(f"{path}: unknown setting {key}; known are {', '.join(defaults)}")
-        wanted = type(defaults[key])
-        if type(value) is not wanted and not (wanted is float and type(value) is int):
-            raise ValueError(f"{path}: {key} = {value!r} should be a {wanted.__name__}")
-    return defaults | chosen
+    if unknown := chosen.keys() - defaults.keys():
+        raise ValueError(f"{path}: unknown setting {min(unknown)}; known are {', '.join(defaults)}")
+    return defaults | {key: checked(value, type(defaults[key]), f"{path}: {key}", *LIMITS.get(key, ()))
+                       for key, value in chosen.items()}

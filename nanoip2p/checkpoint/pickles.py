@@ -2,7 +2,8 @@
 
 A pickle names the functions to call. torch.load(weights_only=True) calls only the functions that tensors
 need, and refuses a file that names other functions or classes. Lightning checkpoints of 2022 name some, for
-callbacks and configs. We replace each of these by a class that does nothing.
+callbacks and configs. We replace each of these by a class that does nothing. Before torch 2.10 a file could
+still corrupt memory, and run code, through weights_only=True (GHSA-63cw-57p8-fm3p), so we need torch 2.10.
 """
 
 import warnings
@@ -12,6 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+# Bytes of tensors for each byte of the file. Weights hardly shrink when compressed, zeros a thousandfold
+MOST_UNPACKED, FREE = 20, 100 * 2**20
 
 
 class _Inert:
@@ -28,12 +32,15 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
     The tensors are on the CPU, need no gradients, and are memory-mapped (unless the file is compressed or
     older than PyTorch 1.6). Raises ValueError if the file has another format (TorchScript, tar), is
-    truncated, or has no named tensors. Also raises ValueError for a non-empty dict or list of an unknown
-    class, and for any unknown class in a file older than PyTorch 1.6: torch.load cannot read these.
+    truncated, has no named tensors, or unpacks to much more than its size. Also raises ValueError for a
+    non-empty dict or list of an unknown class, and for any unknown class in a file older than PyTorch 1.6:
+    torch.load cannot read these.
     """
     try:
-        zipped = zipfile.is_zipfile(path)
-        mapped = zipped and not any(part.compress_type for part in zipfile.ZipFile(path).infolist())
+        zipped, most = zipfile.is_zipfile(path), MOST_UNPACKED * path.stat().st_size + FREE
+        parts = zipfile.ZipFile(path).infolist() if zipped else []
+        mapped = zipped and not any(part.compress_type for part in parts)
+        _check_size(sum(part.file_size for part in parts), most)
         unknown = get_unsafe_globals_in_checkpoint(path) if zipped else []
         with safe_globals([(_Inert, name) for name in unknown]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -45,9 +52,16 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
                    if isinstance(name, str) and isinstance(value, Tensor) and value.layout is torch.strided}
         if not tensors:
             raise ValueError("no named tensors in it")
+        _check_size(sum(tensor.nbytes for tensor in tensors.values()), most)  # they may share their numbers
         return tensors
     except Exception as error:  # a broken pickle can raise any exception
         # torch writes advice before and after the line that names the problem: keep only that line
         reason = str(error).partition("WeightsUnpickler error: ")[2].partition("\n")[0] or str(error)
         reason = reason.encode("unicode_escape").decode()  # the reason may quote control characters
         raise ValueError(f"{path} is damaged or no file of torch.save ({reason}); fetch it again") from None
+
+
+def _check_size(unpacked: int, most: int) -> None:
+    if unpacked > most:
+        raise ValueError(f"it unpacks to {unpacked:.1e} bytes; {MOST_UNPACKED} times its size and "
+                         f"{FREE:.0e} are the limit")

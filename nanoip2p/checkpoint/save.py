@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from nanoip2p.checkpoint.load import Checkpoint
 from nanoip2p.checkpoint.single_file import to_original
 from nanoip2p.checkpoint.tensors import write_tensors
 from nanoip2p.clip import TextEncoder
-from nanoip2p.common.files import replacing, write_json
+from nanoip2p.common.files import remove_leftovers, replacing, write_json
 from nanoip2p.pipeline import PAPER_DEFAULTS
 from nanoip2p.unet import UNet
 from nanoip2p.vae import VAE
@@ -55,7 +54,8 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None = No
     """Write a checkpoint to a single file if `target` ends in .safetensors, else to a diffusers folder.
 
     dtype: None keeps each tensor's dtype. ema: also write the UNet under the names of the EMA weights, for
-    older programs that read those. Checks the checkpoint first; an error while writing leaves no `target`.
+    older programs that read those. Checks the checkpoint first; an error while writing leaves no `target`,
+    and what a killed conversion to the same `target` left is deleted.
     Holds one tensor in memory at a time. Raises ValueError for a bad checkpoint or target.
     """
     single, target = target.suffix == ".safetensors", target.resolve()
@@ -67,6 +67,7 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None = No
         raise ValueError(f"{target} is the checkpoint itself; name another target")
     if ema and not single:
         raise ValueError("--ema-copy is for single files; a folder holds one set of weights")
+    remove_leftovers(target)
     models = {part: network.load(None) for part, network in checkpoint.networks.items()}
     if single:
         tensors = {name: tensor for model in models.values() for name, tensor in to_original(model).items()}
@@ -75,8 +76,8 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None = No
         metadata |= {"schedule": checkpoint.schedule, "defaults": checkpoint.defaults}
         return write_tensors(tensors, target, dtype, {"nanoip2p": json.dumps(metadata)})
     tokenizer_folder, _ = checkpoint.open_tokenizer()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as unfinished:
-        save_parts(f"{unfinished}/new", *models.values(), tokenizer_folder, checkpoint.schedule,
-                   checkpoint.defaults, dtype)
-        Path(unfinished, "new").replace(target)
+    if target.exists():
+        target.rmdir()  # empty
+    with replacing(target) as unfinished:
+        save_parts(unfinished, *models.values(), tokenizer_folder, checkpoint.schedule, checkpoint.defaults,
+                   dtype)

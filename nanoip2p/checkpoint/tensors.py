@@ -16,7 +16,8 @@ from torch import Tensor
 
 from nanoip2p.checkpoint.hub import weight_files
 from nanoip2p.checkpoint.pickles import read_pickle
-from nanoip2p.common.files import listing, read_json, replacing
+from nanoip2p.common.files import listing, read_json, regular, replacing
+from nanoip2p.common.schema import checked
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SAFETENSORS_NAMES = {
@@ -29,7 +30,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     Raises ValueError if the file is missing, truncated or of another format.
     """
-    if not path.is_file():
+    if not regular(path).is_file():
         raise ValueError(f"{path} is missing; {listing(path.parent)}")
     with path.open("rb") as file:
         pickled = file.read(4).startswith((b"PK\3\4", b"\x80"))
@@ -44,7 +45,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file; {} for any other file."""
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(regular(path), "pt") as file:
             return file.metadata() or {}
     except (SafetensorError, OSError):
         return {}
@@ -57,10 +58,9 @@ def find_weights(folder: Path) -> dict[str, Tensor]:
         raise ValueError("diffusion_pytorch_model.safetensors or model.safetensors is missing; "
                          f"{listing(folder)}")
     for index in (folder / name for name in files if name.endswith(".json")):
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-            raise ValueError(f"{index} has no weight_map that names files; fetch it again")
-        files = {Path(shard).name for shard in shards.values()}  # in this folder only
+        shards = checked(read_json(index).get("weight_map"), dict, f"{index}: weight_map")
+        files = {Path(checked(shard, str, f"{index}: shard of {name}")).name  # in this folder only
+                 for name, shard in shards.items()}
     return {name: tensor for file in sorted(files) for name, tensor in read_tensors(folder / file).items()}
 
 

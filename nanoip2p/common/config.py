@@ -7,17 +7,18 @@ overlooked `use_linear_projection: true` would give a wrong picture and no error
 
 import typing
 
-from nanoip2p.common.schema import checked
+from nanoip2p.common.schema import checked, shown
 
 # Ranges of numbers, far beyond every Stable Diffusion 1.x and CLIP; WIDTHS is for all others. Without limits,
 # a config.json of a few bytes could take minutes to build, or gigabytes
 LIMITS = {
     "layers_per_block": (1, 32), "num_hidden_layers": (1, 128), "freq_shift": (0, 1),
     "vocab_size": (1, 2**20), "eos_token_id": (0, 2**20), "norm_eps": (0, 1), "layer_norm_eps": (0, 1),
-    "scaling_factor": (1e-6, 1e6), "logit_scale_init_value": (-100, 100),
-    "num_train_timesteps": (1, 100_000), "steps_offset": (0, 100_000), "beta_start": (1e-9, 0.999),
-    "beta_end": (1e-9, 0.999)}
-WIDTHS, LEVELS = (1, 2**16), 8
+    "scaling_factor": (1e-6, 1e6), "logit_scale_init_value": (-100, 100), "num_channels": (3, 3),
+    "image_size": (1, 2048), "patch_size": (1, 2048), "max_position_embeddings": (1, 2048),
+    "num_train_timesteps": (1, 100_000), "steps_offset": (0, 100_000), "beta_start": (1e-7, 0.999),
+    "beta_end": (1e-7, 0.999)}
+WIDTHS, LEVELS = (1, 2**16), 6  # each level doubles the sides of the smallest picture
 FIXED = {
     "unet": {
         "act_fn": "silu", "center_input_sample": False, "downsample_padding": 1, "mid_block_scale_factor": 1,
@@ -68,10 +69,10 @@ def read_config(cls: type, config: dict, fixed: dict, ignored: set[str]):
         name = f"{cls.__name__}: {key}"
         if key in kinds:
             supported[key] = checked(value, kinds[key], name, *LIMITS.get(key, WIDTHS))
-            if isinstance(value, list) and len(value) > LEVELS:
-                raise ValueError(f"{name} has {len(value)} entries, at most {LEVELS} are supported")
+            if isinstance(value, list) and not 1 <= len(value) <= LEVELS:
+                raise ValueError(f"{name} has {len(value)} entries, 1 to {LEVELS} are supported")
         elif key in fixed and (tuple(value) if isinstance(value, list) else value) != fixed[key]:
-            raise ValueError(f"{name} = {value!r} is not supported, only {fixed[key]!r}")
+            raise ValueError(f"{name} = {shown(value)} is not supported, only {fixed[key]!r}")
         elif not (key in fixed or key in ignored or key.startswith("_") or value is None or value is False):
-            raise ValueError(f"{name} = {value!r} is unsupported; not Stable Diffusion 1.x")
+            raise ValueError(f"{name} = {shown(value)} is unsupported; not Stable Diffusion 1.x")
     return cls(**supported)

@@ -1,10 +1,13 @@
 """Atomic writes, and readers that report a bad file as a one-line ValueError."""
 
 import csv
+import errno
 import fcntl
+import glob
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections import deque
 from collections.abc import Iterator
@@ -20,22 +23,59 @@ CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters,
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`. The temporary file replaces `path` when the block succeeds.
+    """Yield a temporary path beside `path`. What the block makes there replaces `path` when it succeeds.
 
-    Creates missing folders. Raises ValueError if `path` is a folder or a device.
+    Creates missing folders. Raises ValueError if `path` is a folder or a device; an OSError that names `path`
+    if the disk is full.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a file that can be replaced; name another output")
     path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{_hidden(path)}{os.getpid()}.tmp")
+    try:
+        with _full_disk_named(path):
+            yield temporary
+            os.replace(temporary, path)
+    finally:
+        _delete(temporary)
+
+
+def _hidden(path: Path) -> str:
+    """The beginning of the names of temporary files of `path` on this machine."""
     # The same folder: a rename is atomic only within a file system. The leading dot: *.png does not match.
     # The host name: processes on two machines that share a disk can have the same process id.
-    temporary = path.with_name(f".{path.name[:60]}.{os.uname().nodename[:20]}.{os.getpid()}.tmp")
+    return f".{path.name[:60]}.{os.uname().nodename[:20]}."
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete what killed processes of this machine left when they were `replacing(path)`."""
+    for temporary in path.parent.glob(f"{glob.escape(_hidden(path))}*.tmp"):
+        try:
+            os.kill(int(temporary.name.split(".")[-2]), 0)  # signal 0 does nothing, to a living process
+        except ProcessLookupError:
+            _delete(temporary)
+        except (ValueError, OverflowError, PermissionError):  # no process id; another user's process
+            pass
+
+
+@contextmanager
+def _full_disk_named(path: Path) -> Iterator[None]:
+    """Add the path, and the folder to clear, to the error of a full disk."""
     try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        full = OSError(f"{path} cannot be written: {os.strerror(error.errno)}; make room in {path.parent}")
+        full.errno = error.errno  # an outer `replacing` then names its own path
+        raise full from None
 
 
 def regular(path: str | Path) -> Path:
@@ -61,7 +101,7 @@ def check_writable(path: str | Path) -> None:
 def read_json(path: Path, missing: dict | None = None, kind: type = dict) -> dict | list:
     """The JSON object (or list) in a file, or `missing` if there is no file. ValueError for a bad file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(regular(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         if missing is not None:
             return missing
@@ -194,7 +234,7 @@ def _is_cut(line: bytes) -> bool:
 
 def append(path: Path, row: dict) -> None:
     """Append a row to a .jsonl file. A killed process or a full disk can leave an incomplete last line."""
-    with path.open("a", encoding="utf-8") as file:
+    with _full_disk_named(path), regular(path).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

@@ -22,11 +22,16 @@ def checked(value, kind, where: str, least: float = -math.inf, most: float = mat
     try:
         return _converted(value, kind, least, most)
     except (ValueError, OverflowError):
-        text = type(value).__name__ if isinstance(value, (list, dict)) else repr(value)
-        text = text if len(text) <= 40 else text[:40] + "…"
+        text = shown(value)
         if isinstance(value, (str, list)) and len(value) > LONGEST:
             text += f" ({len(value):,} long; at most {LONGEST:,})"
         raise ValueError(f"{where} = {text} should be {_described(kind, least, most)}") from None
+
+
+def shown(value) -> str:
+    """A value for a message, at most 41 letters. Of a list or an object the type: it may be deeply nested."""
+    text = type(value).__name__ if isinstance(value, (list, dict)) else repr(value)
+    return text if len(text) <= 40 else text[:40] + "…"
 
 
 def checked_rows(rows: Iterable[dict], kinds: dict[str, tuple], path: Path) -> list[dict]:

@@ -1,8 +1,10 @@
 """Any layout to any other: nothing is lost on the way, and others open what we write."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import sys
 import types
 import weakref
@@ -321,9 +323,43 @@ def test_a_conversion_that_fails_half_way_leaves_nothing(folder, tmp_path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shutil, "copyfile", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match=f"^{tmp_path}/new cannot be .*: No space .*; make room in {tmp_path}$"):
         convert(open_checkpoint(folder), tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["new", "new.safetensors"])
+def test_after_a_kill_the_next_conversion_clears_up(name, folder, tmp_path, monkeypatch):
+    def kill(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint = open_checkpoint(folder)
+    if not (child := os.fork()):
+        monkeypatch.setattr("nanoip2p.checkpoint.tensors.cast", kill)
+        try:
+            convert(checkpoint, tmp_path / name)
+        finally:
+            os._exit(1)
+    os.waitpid(child, 0)
+    left, = tmp_path.iterdir()
+    assert left.name.startswith(f".{name}.")
+    foreign = [tmp_path / left.name.replace(str(child), other) for other in (str(os.getppid()), "mine")]
+    for path in foreign:
+        path.mkdir()
+    convert(checkpoint, tmp_path / name)
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / name, *foreign])
+
+
+@pytest.mark.parametrize("name", ["new", "new.safetensors"])
+def test_sigterm_clears_up_at_once(name, folder, tmp_path, monkeypatch, capsys):
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr("nanoip2p.checkpoint.tensors.cast",
+                            lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert main([str(folder), str(tmp_path / name)]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().err == "interrupted; nothing was written\n"
 
 
 def test_every_name_of_the_full_size_there_and_back_is_bit_exact(folder, tmp_path):
@@ -368,7 +404,7 @@ MISFITS = {
     "schedule of words": (lambda base: rewrite(base / "scheduler/scheduler_config.json", beta_start="x"),
                           "noise schedule"),
     "inpainting": (lambda base: rewrite(base / "unet/config.json", in_channels=9), "9 input and 4 out"),
-    "architectures": (lambda base: rewrite(base / "text_encoder/config.json", architectures=5), "holds a 5"),
+    "architectures": (lambda base: rewrite(base / "text_encoder/config.json", architectures=5), "tures = 5"),
     "no heads": (lambda base: rewrite(base / "text_encoder/config.json", num_attention_heads=0), "json"),
 }
 

@@ -153,6 +153,28 @@ def test_filled_containers_of_foreign_classes_are_refused_in_one_line(kind, ligh
             assert same(read_pickle(path), LITTLE)
 
 
+def compress(path):
+    packed = path.with_suffix(".packed")
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    return packed
+
+
+@pytest.mark.parametrize("kind", ["compressed", "shared"])
+def test_a_file_that_unpacks_to_much_more_than_its_size_is_refused_before_that(kind, tmp_path, monkeypatch):
+    zeros = torch.zeros(1).expand(2**20) if kind == "shared" else torch.zeros(2**20)
+    path = save({"zeros": zeros}, tmp_path / "x.ckpt", "zip")
+    if kind == "compressed":
+        path = compress(path)
+    assert same(read_pickle(path), {"zeros": zeros}), "4 MB are no harm"
+    monkeypatch.setattr(nanoip2p.checkpoint.pickles, "FREE", 10**6)
+    if kind == "compressed":
+        monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(ValueError, match=r"it unpacks to 4.2e\+06 bytes; 20 times its size and 1e\+06 are"):
+        read_pickle(path)
+
+
 class Opcodes(bytes):
     """A program for the pickle machine. Those below, if run, leave a file "ran" in the working folder."""
 

@@ -1,8 +1,10 @@
 """Files are written whole or not at all, read with errors that name the line, and claimed by one job."""
 
+import errno
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tracemalloc
@@ -10,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from nanoip2p.checkpoint.load import open_checkpoint
+from nanoip2p.checkpoint.tensors import find_weights, read_metadata, read_tensors
 from nanoip2p.common import files
 from nanoip2p.common.files import (
     append,
@@ -18,10 +22,13 @@ from nanoip2p.common.files import (
     inside,
     locked,
     mend_last_line,
+    read_json,
     read_jsonl,
     read_rows,
+    regular,
     replacing,
 )
+from nanoip2p.tokenizer import load_tokenizer
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
@@ -141,6 +148,35 @@ def test_other_broken_files_are_refused_and_left_alone(content, tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="line"):
         read_jsonl(path)
+
+
+@pytest.mark.parametrize("read", [
+    read_json, read_jsonl, mend_last_line, read_tensors, read_metadata, open_checkpoint,
+    lambda path: list(read_rows(path, ".csv")), lambda path: append(path, {}),
+    lambda path: find_weights(path.parent), lambda path: load_tokenizer(path.parent)])
+def test_a_fifo_or_a_device_is_refused_at_once(read, tmp_path):
+    for name in ("vocab.json", "model.safetensors"):
+        os.mkfifo(tmp_path / name)
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits for the other end"))
+    signal.alarm(2)
+    try:
+        with pytest.raises(ValueError, match="vocab.json.* is not a|model.safetensors.* is not a"):
+            read(tmp_path / "vocab.json")
+    finally:
+        signal.alarm(0)
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="zero.json is not a regular file"):
+        regular(tmp_path / "zero.json")
+
+
+def test_a_full_disk_names_the_file_and_where_to_make_room(tmp_path):
+    with pytest.raises(OSError) as caught, replacing(tmp_path / "out") as folder:
+        folder.mkdir()
+        with replacing(folder / "inner"):
+            raise OSError(errno.ENOSPC, "")
+    assert str(caught.value) == (
+        f"{tmp_path / 'out'} cannot be written: No space left on device; make room in {tmp_path}")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_loses_no_row(tmp_path):

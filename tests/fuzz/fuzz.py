@@ -47,6 +47,8 @@ def hook(event: str, args: tuple) -> None:
         written = args[0]
     elif event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
         written = args[1] if event == "os.rename" else args[0]
+        if event in ("os.remove", "os.rmdir") and args[1] != -1:  # shutil.rmtree names open folders
+            written = os.path.join(os.readlink(f"/proc/self/fd/{args[1]}"), os.fsdecode(written))
     elif event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect",
                    "socket.getaddrinfo"):
         watch["problem"] = f"{event} {args!r:.100}"
@@ -119,7 +121,9 @@ class Fuzzer:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         text = [path for path in files if path.suffix != ".safetensors"] or files
         for _ in range(rng.choice((1, 1, 1, 2))):
-            change_file(rng.choice(text if rng.random() < 0.8 else files), rng)
+            path = rng.choice(text if rng.random() < 0.8 else files)
+            if path.is_file():  # the first of two changes can make it something else
+                change_file(path, rng)
         return problem_of(self.readers[name][1], folder)
 
 

@@ -6,6 +6,7 @@ Every change comes from a `random.Random`, so a seed repeats it.
 import copy
 import io
 import json
+import os
 import random
 import struct
 from pathlib import Path
@@ -148,7 +149,13 @@ STRUCTURED = {".json": lambda rng, content: dumps(json_value(rng, json.loads(con
 
 
 def change_file(path: Path, rng: random.Random) -> None:
-    """Change a file in place, by its suffix: three of four times in its structure, else in its bytes."""
+    """Change a file in place, by its suffix: three of four times in its structure, else in its bytes.
+
+    Rarely it becomes a FIFO, a device or a folder.
+    """
+    if rng.random() < 0.02:
+        path.unlink()
+        return rng.choice((os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")))(path)
     content = path.read_bytes()
     change = STRUCTURED.get(path.suffix, raw) if rng.random() < 0.75 else raw
     if path.name == "recipe.png" and change is raw and rng.random() < 0.75:

@@ -8,6 +8,7 @@ import contextlib
 import json
 import shutil
 import types
+import zipfile
 from pathlib import Path
 
 import ablate
@@ -15,6 +16,7 @@ import torch
 from PIL import Image, features
 from safetensors.torch import save_file
 from tiny_editor import write_tiny_clip, write_tiny_editor, write_tiny_painter
+from train_tokenizer import train_tokenizer
 
 import make_dataset
 import sample
@@ -28,6 +30,7 @@ from nanoip2p.dataset import captions, chat, finetune, layouts, pairs, show
 from nanoip2p.dataset.layouts import broken_pictures, load_picture, read_data
 from nanoip2p.evaluate import curve, magicbrush
 from nanoip2p.images import find_images, open_image, read_recipe, save_png
+from nanoip2p.tokenizer import START, load_tokenizer
 from nanoip2p.training import run_folder
 from nanoip2p.training.cache import Cache
 
@@ -83,14 +86,46 @@ def write_single(folder: Path) -> None:
 
 
 def read_single(folder: Path) -> None:
-    """A single file."""
+    """A single file, and its conversion."""
     edit(folder / "single.safetensors")
+    convert(open_checkpoint(folder / "single.safetensors"), folder / "new")
+    shutil.rmtree(folder / "new")
 
 
 def write_pickle(folder: Path) -> None:
     """A network's folder with a pickle, in place of safetensors."""
     tensors = {"conv.weight": torch.ones(2, 3), "conv.bias": torch.zeros(2)}
     torch.save({"state_dict": tensors, "step": 7}, folder / "diffusion_pytorch_model.bin")
+
+
+def write_packed(folder: Path) -> None:
+    """A compressed pickle of many equal numbers, and a tokenizer as transformers 5 saves it."""
+    torch.save({"conv.weight": torch.ones(2**16)}, folder / "x.bin")
+    with (zipfile.ZipFile(folder / "x.bin") as old, zipfile.ZipFile(
+            folder / "diffusion_pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as new):
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    (folder / "x.bin").unlink()
+
+
+def write_fast_tokenizer(folder: Path) -> None:
+    """The files of transformers 5, and the older ones that list more tokens."""
+    train_tokenizer(["a cat on a sofa"] * 3, 540, folder)
+    backend = load_tokenizer(folder).backend
+    (folder / "vocab.json").unlink()
+    (folder / "merges.txt").unlink()
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "added_tokens.json").write_text(json.dumps({"<my-cat>": 600}))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": {
+        "content": START, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "model_max_length": 77, "pad_token": "<pad>", "extra_special_tokens": {"style_token": "<style>"},
+        "additional_special_tokens": ["<a>", {"content": "<b>"}]}))
+
+
+def read_tokenizer(folder: Path) -> None:
+    """The ids of a text."""
+    load_tokenizer(folder)(["a cat on <a> sofa, é 😀"])
 
 
 def write_shards(folder: Path) -> None:
@@ -350,6 +385,7 @@ def read_scores(folder: Path) -> None:
 READERS = {
     "editor": (write_tiny_editor, read_editor), "painter": (write_painter, read_painter),
     "single file": (write_single, read_single), "pickle": (write_pickle, find_weights),
+    "packed": (write_packed, find_weights), "tokenizer": (write_fast_tokenizer, read_tokenizer),
     "shards": (write_shards, find_weights), "clip": (write_tiny_clip, read_judge),
     "pictures": (write_pictures, read_pictures), "recipe": (write_recipe, read_recipe_and_plan),
     "texts": (write_texts, read_texts), "answer": (write_answer, read_answer),

@@ -11,7 +11,8 @@ import torch
 import transformers
 from train_tokenizer import train_tokenizer
 
-from nanoip2p.tokenizer import END, START, load_tokenizer
+from nanoip2p.clip import CLIPTextConfig
+from nanoip2p.tokenizer import END, START, check_fits, load_tokenizer
 
 CLIP_FILES = Path(__file__).resolve().parents[3] / "shared" / "clip-tokenizer"
 needs_clip = pytest.mark.skipif(not CLIP_FILES.is_dir(), reason="CLIP's vocabulary is not in the project")
@@ -101,6 +102,10 @@ def with_added_tokens_file(folder: Path) -> None:
     (folder / "added_tokens.json").write_text(json.dumps({"MAKE": size, "cat": size + 1}))
 
 
+def with_named_tokens(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text('{"extra_special_tokens": {"style_token": "<my-cat>"}}')
+
+
 def bare(folder: Path) -> None:
     for file in folder.glob("*token*.json"):
         file.unlink()
@@ -117,6 +122,7 @@ def bare(folder: Path) -> None:
         saved_by_transformers,
         with_more_tokens,
         with_added_tokens_file,
+        with_named_tokens,
     ],
 )
 @pytest.mark.parametrize("vocabulary", ["nano", pytest.param("clip", marks=needs_clip)])
@@ -170,6 +176,16 @@ def test_bytes_that_are_no_unicode_are_refused(nano):
         load_tokenizer(nano)([b"caf\xe9".decode("utf-8", "surrogateescape")])
 
 
+def test_ids_beyond_the_text_encoders_table_are_refused(nano, tmp_path):
+    folder = shutil.copytree(nano, tmp_path / "gap")
+    vocab = json.loads((folder / "vocab.json").read_text())
+    config = CLIPTextConfig(vocab_size=len(vocab))
+    check_fits(load_tokenizer(folder), config, folder)
+    (folder / "vocab.json").write_text(json.dumps(vocab | {"a": 10**6}))
+    with pytest.raises(ValueError, match="ids below 1000001, the text encoder reads 77 with ids below"):
+        check_fits(load_tokenizer(folder), config, folder)
+
+
 @pytest.mark.parametrize(
     "name, content, complaint",
     [
@@ -178,8 +194,19 @@ def test_bytes_that_are_no_unicode_are_refused(nano):
         ("vocab.json", "{", "vocab.json .* broken"),
         ("vocab.json", '{"a": 0}', "vocab.json .* broken|lacks"),
         ("tokenizer_config.json", "{", "tokenizer_config.json cannot be read as JSON"),
-        ("tokenizer.json", '{"model": {"vocab": []}}', "tokenizer.json has no BPE vocabulary"),
+        ("tokenizer.json", '{"model": {"vocab": []}}', "tokenizer.json is .* vocab = list should"),
+        ("tokenizer.json", '{"model": []}', "tokenizer.json is .* model = list should be an object"),
+        ("tokenizer.json", '{"model": {"vocab": {"a": 0}}}', "tokenizer.json is .* broken"),
+        ("tokenizer.json", '{"added_tokens": [{"content": "a"}]}', "id of a token = None should be"),
+        ("merges.txt", "a b", "merges.txt is missing or broken: .*out of vocabulary"),
         ("tokenizer_config.json", '{"eos_token": "</s>"}', "lacks '</s>'"),
+        ("tokenizer_config.json", '{"pad_token": ""}', "lacks ''"),
+        ("tokenizer_config.json", '{"unk_token": {"content": 7}}', "unk_token: content = 7 should be a text"),
+        ("tokenizer_config.json", '{"unk_token": {"content": "a", "lstrip": 1}}', "lstrip = 1 should be"),
+        ("tokenizer_config.json", '{"model_max_length": "77"}', "model_max_length = '77' should be a whole"),
+        ("tokenizer_config.json", '{"model_max_length": 2}', "model_max_length = 2 should be"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": 5}}', "token = 5 should be an object"),
+        ("added_tokens.json", '{"a": "b"}', "added_tokens.json: a = 'b' should be a whole number"),
     ],
 )
 def test_broken_folders_are_named(name, content, complaint, nano, tmp_path):
