@@ -2,8 +2,8 @@
 
 A pickle names the functions to call. torch.load(weights_only=True) calls only the functions that tensors
 need, and refuses a file that names other functions or classes. Lightning checkpoints of 2022 name some, for
-callbacks and configs. We replace each of these by a class that does nothing. Before torch 2.10 a file could
-still corrupt memory, and run code, through weights_only=True (GHSA-63cw-57p8-fm3p), so we need torch 2.10.
+callbacks and configs. We replace each of these by a class that does nothing. Before torch 2.10, weights_only
+does not protect from every file (GHSA-63cw-57p8-fm3p), so there we read no pickle.
 """
 
 import warnings
@@ -34,8 +34,11 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     older than PyTorch 1.6). Raises ValueError if the file has another format (TorchScript, tar), is
     truncated, has no named tensors, or unpacks to much more than its size. Also raises ValueError for a
     non-empty dict or list of an unknown class, and for any unknown class in a file older than PyTorch 1.6:
-    torch.load cannot read these.
+    torch.load cannot read these. Raises ValueError for every pickle before torch 2.10.
     """
+    if torch.__version__ < (2, 10):
+        raise ValueError(f"{path} is a pickle, which torch {torch.__version__} does not read safely; update "
+                         "torch to 2.10 or newer, or take a .safetensors file")
     try:
         zipped, most = zipfile.is_zipfile(path), MOST_UNPACKED * path.stat().st_size + FREE
         parts = zipfile.ZipFile(path).infolist() if zipped else []

@@ -213,7 +213,7 @@ def read_jsonl(path: Path) -> list[dict]:
 def mend_last_line(path: Path) -> None:
     """Repair a file after a killed `append`: delete an incomplete last line, or add a missing line break."""
     if path.exists():
-        with path.open("rb+") as file:
+        with regular(path).open("rb+") as file:
             last = deque(_lines(file), maxlen=1).pop() if path.stat().st_size else b"\n"
             if _is_cut(last):
                 file.truncate(file.tell() - len(last))

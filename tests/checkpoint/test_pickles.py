@@ -397,3 +397,11 @@ def test_a_file_packed_again_with_compression(tmp_path):
             packed.writestr(part.filename, stored.read(part))
     read = read_pickle(tmp_path / "packed.pt")
     assert read.keys() == TENSORS.keys() and all(torch.equal(read[name], TENSORS[name]) for name in read)
+
+
+def test_an_old_torch_reads_no_pickle(tmp_path, monkeypatch):
+    torch.save({"a": torch.ones(1)}, tmp_path / "a.ckpt")
+    assert read_pickle(tmp_path / "a.ckpt")
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.9.1+cpu"))
+    with pytest.raises(ValueError, match=r"torch 2\.9\.1\+cpu does not read safely; update"):
+        read_pickle(tmp_path / "a.ckpt")
