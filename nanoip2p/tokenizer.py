@@ -74,8 +74,8 @@ def check_fits(tokenizer: Tokenizer, config, folder: Path) -> None:
     """Raise ValueError if a text encoder with this CLIPTextConfig cannot read the tokenizer's output."""
     length, known = config.max_position_embeddings, tokenizer.backend.get_vocab_size()
     if tokenizer.length > length or known > config.vocab_size:
-        raise ValueError(f"{folder}: the tokenizer makes {tokenizer.length} tokens with ids below {known}, the "
-                         f"text encoder reads {length} with ids below {config.vocab_size}; use its tokenizer")
+        raise ValueError(f"{folder}: the tokenizer makes {tokenizer.length} tokens with ids below {known}, "
+                         f"the text encoder reads {length} with ids below {config.vocab_size}; use its own")
 
 
 def clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]], unknown: str | None) -> Backend:
