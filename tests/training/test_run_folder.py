@@ -19,7 +19,7 @@ FILES = [f"{name}.safetensors" for name in runs.FILES]
 def write(run, step, keep=2):
     """A checkpoint whose numbers are all the step."""
     files = {name: {"w": torch.full((5,), float(step))} for name in runs.FILES}
-    runs.write_checkpoint(run, step, files, {"batch": 4, "settings": {"lr": 1e-3}}, keep)
+    runs.write_checkpoint(run, step, files, {"batch": 4, "items": 9, "settings": {"lr": 1e-3}}, keep)
 
 
 def names(run):
