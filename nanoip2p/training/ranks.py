@@ -17,6 +17,7 @@ from itertools import count as numbers
 import torch
 import torch.distributed as dist
 
+from nanoip2p.common.cli import AtOnce
 from nanoip2p.common.device import pick_device
 
 MAX_WAIT = timedelta(days=1)  # how long a rank waits for a rank that encodes data or samples pictures
@@ -126,6 +127,9 @@ def started(device: str | None, timeout: float) -> Iterator[Ranks]:
     try:
         yield Ranks(rank, count, chosen, group)
         watch.leave()
+    except AtOnce:  # the group's threads may wait for a rank that is stopped, and a usual exit for them
+        print("stopped; go on with --resume from the last checkpoint", file=sys.stderr)
+        os._exit(130)
     except (KeyboardInterrupt, ValueError):
         watch.leave()
         raise

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from tiny_editor import write_tiny_editor, write_tiny_painter
 from train_runs import STATE, UNET, rows, state, words, write_pictures
 
 import train
+from nanoip2p.common import cli
 from nanoip2p.dataset.layouts import read_data
 from nanoip2p.dataset.rendered import scene_pairs
 from nanoip2p.editor import Editor
@@ -98,7 +100,7 @@ def straight(start, folder, tmp_path_factory):
     (False, 0, 1), (False, 2, 3), (True, 0, 3), (True, 2, 1)])
 def test_a_resumed_run_equals_one_that_never_stopped(start, folder, straight, tmp_path, cache, workers,
                                                      accumulate):
-    more = ["--workers", workers, *(["--cache", tmp_path / "cache"] if cache else [])]
+    more = ["--workers", workers, *(["--cache", tmp_path / "run" / "cache"] if cache else [])]
     assert run(start, tmp_path / "run", "--steps", 3, "--accumulate", accumulate, *more, data=folder) == 0
     half = state(tmp_path / "run")
     assert resume(tmp_path / "run", "--steps", 6) == 0
@@ -144,9 +146,10 @@ def test_killed_at_random_moments_and_resumed_it_ends_where_it_would_have(start,
     assert server(*({"argv": argv} for argv in plain)) == [[0], [0]]
     kills, finished = [0, 0], [False, False]
     for attempt in range(40):
-        jobs = [{"argv": ["--resume", str(out)] if runs.checkpoints(out) else argv,
+        jobs = [{"argv": ["--resume", str(out), "--cache", str(tmp_path / "latents")][: 2 + 2 * i]
+                 if runs.checkpoints(out) else argv,
                  "seconds": draw.uniform(0.1, 0.4) * 1.2**attempt, "err": str(tmp_path / "told")}
-                for out, argv in zip(outs, begin)]
+                for i, (out, argv) in enumerate(zip(outs, begin))]
         for i, [code] in enumerate(server(*jobs)):
             assert code in (0, -signal.SIGALRM)
             finished[i] |= code == 0
@@ -157,7 +160,7 @@ def test_killed_at_random_moments_and_resumed_it_ends_where_it_would_have(start,
     assert [state(out) for out in outs] == [state(tmp_path / f"plain{i}") for i in (0, 1)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_loses_nothing(start, whole, tmp_path, monkeypatch, capsys, number):
     step, taken, usual = Trainer.step, [], signal.getsignal(number)
 
@@ -189,6 +192,59 @@ def test_ctrl_c_to_the_whole_group_with_workers_is_one_line(start, folder, tmp_p
     assert err.splitlines()[-1].startswith("stopped; go on with --resume")
     last = [second, *(line for line in out.splitlines() if line.startswith("step "))][-1]
     assert runs.newest_checkpoint(tmp_path / "run")[1]["step"] == int(last.split()[1].strip(":"))
+
+
+SIGNALS = [{"signal": int(number), "in": place, "pipe": pipe, "workers": workers}
+           for number, place, pipe, workers in [  # every pair of values occurs
+               (signal.SIGTERM, "step", "closed", 2), (signal.SIGTERM, "validate", "full", 0),
+               (signal.SIGTERM, "validate", None, 2), (signal.SIGINT, "step", None, 0),
+               (signal.SIGINT, "validate", "closed", 2), (signal.SIGINT, "step", "full", 2),
+               (signal.SIGHUP, "step", "full", 0), (signal.SIGHUP, "validate", "closed", 0),
+               (signal.SIGHUP, "step", None, 2)]]
+
+
+def test_any_signal_ends_a_run_whatever_its_streams_with_a_checkpoint_and_no_process_left(
+        start, folder, server, tmp_path):
+    more = ("--steps", 3000, "--validate-every", 2, "--log-every", 1)
+    jobs = [job | {"argv": words(start, tmp_path / str(i), *more, "--workers", job["workers"], data=folder),
+                   "err": str(tmp_path / f"told{i}")} for i, job in enumerate(SIGNALS)]
+    began = time.monotonic()
+    codes = server(*jobs)
+    assert codes == [[130]] * len(jobs) and time.monotonic() - began < 20  # nine at once, with their start
+    for i, job in enumerate(jobs):
+        step = runs.newest_checkpoint(tmp_path / str(i))[1]["step"]
+        assert step == {"step": 2, "validate": 4}[job["in"]]
+        told = (tmp_path / f"told{i}").read_text()
+        assert "Traceback" not in told and ("stopped; go on" in told) == (job["pipe"] is None)
+
+
+def test_a_run_goes_on_without_its_readers_and_without_streams(start, whole, server, tmp_path,
+                                                                monkeypatch):
+    argv = words(start, tmp_path / "run", "--steps", 6, "--log-every", 2, "--validate-every", 3)
+    job = {"argv": argv, "signal": signal.SIGWINCH, "in": "step", "pipe": "closed"}  # a signal without effect
+    assert server(job) == [[0]] and state(tmp_path / "run") == state(whole)
+    monkeypatch.setattr(sys, "stdout", None)  # as Python does when they are closed at its start
+    monkeypatch.setattr(sys, "stderr", None)
+    assert resume(tmp_path / "run", "--steps", 7) == 0
+
+
+def test_nohup_still_keeps_a_run_from_a_closed_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with cli.stop_between_steps() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_third_ctrl_c_ends_at_once_and_saves_no_half_step(start, tmp_path, monkeypatch, capsys):
+    def pressed(self, n):
+        for _ in range(3):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "update_average", pressed)
+    assert run(start, tmp_path / "run", "--steps", 6) == 130 and not runs.checkpoints(tmp_path / "run")
 
 
 # What goes wrong on the way
@@ -595,6 +651,7 @@ def test_paths_of_a_run_survive_json(whole):
     args = train.parse(["--resume", str(whole)])
     assert args.out == whole and args.cache == whole / "latents" and isinstance(args.cache, Path)
     assert settings["kind_weights"] == list(args.kind_weights) and not settings.keys() & NOT_STORED
+    assert settings["cache"] == "latents"
 
 
 # What a run says about itself
@@ -655,9 +712,9 @@ def test_without_clipping_the_gradient_is_used_as_it_is(start, tmp_path):
 def test_a_run_of_another_version_goes_on_unless_it_used_what_is_gone(whole):
     settings = runs.newest_checkpoint(whole)[1]["settings"]
     old = settings | {"fsdp": False, "offset_noise": 0.0}
-    assert TrainConfig.from_json(old) == TrainConfig.from_json(settings)
+    assert TrainConfig.as_flags(old) == TrainConfig.as_flags(settings)
     with pytest.raises(ValueError, match="another version.*'offset_noise': 0.1"):
-        TrainConfig.from_json(settings | {"offset_noise": 0.1})
+        TrainConfig.as_flags(settings | {"offset_noise": 0.1})
 
 
 @pytest.mark.parametrize("flags, dtype", [([], "fp32"), (["--dtype", "bf16"], "bf16")])
