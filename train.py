@@ -78,7 +78,7 @@ def resumed(parser: ArgumentParser, given: dict) -> TrainConfig:
         raise ValueError(f"the cache of {out} is outside of that folder; name it again: --cache {cache}")
     for name in ("weights", "vae", "tokenizer"):
         source = getattr(begun, name)
-        if source and name not in given and not Path(source).exists() and not is_cached(source):
+        if source and name not in given and not os.path.exists(source) and not is_cached(source):
             raise ValueError(f"--{name} {source} of {out} is neither here nor in the Hub's cache; give that "
                              "flag again to fetch it")
     config = replace(begun, **{"cache": cache} | given | {"out": out})

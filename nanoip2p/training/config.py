@@ -120,7 +120,7 @@ class TrainConfig:
             raise ValueError(f"the run was begun by another version of train.py, with {unknown}")
         for key in sorted(settings.keys() & known):
             value, name = settings[key], f"--{key.replace('_', '-')}"
-            if isinstance(value, list):
+            if isinstance(value, list) and "nargs" in fields[key].metadata:
                 argv += [name, *map(str, checked(value, list[float], name))]
             elif isinstance(value, bool) and value != fields[key].default:
                 argv.append(name if value else name.replace("--", "--no-", 1))

@@ -320,7 +320,7 @@ def test_a_disk_that_is_full_loses_no_checkpoint(start, tmp_path, monkeypatch, c
     monkeypatch.setattr(runs, "write_tensors", full)
     assert run(start, tmp_path / "run", "--steps", 4, "--save-every", 1) == 2
     [error] = errors(capsys)
-    assert "No space left" in error
+    assert "No space left" in error and "checkpoints/0000002: " in error and "free 0.0 GB" in error
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["0000001"]
     assert resume(tmp_path / "run") == 0
@@ -605,6 +605,94 @@ def test_a_run_goes_on_with_as_many_samples_a_step(start, tmp_path, capsys):
     assert resume(tmp_path / "run", "--steps", 3, "--batch-size", 5) == 2
     assert "12 samples a step" in errors(capsys)[0]
     assert resume(tmp_path / "run", "--steps", 3, "--accumulate", 1) == 2
+
+
+# What a run folder says is not believed
+
+def restate(out, **changed):
+    """Change state.json of the newest checkpoint."""
+    path = runs.newest_checkpoint(out)[0] / "state.json"
+    content = json.loads(path.read_text())
+    content["settings"] |= changed.pop("settings", {})
+    path.write_text(json.dumps(content | changed))
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "copy")
+
+
+BAD = [None, True, -1, 0.5, 10**400, float("nan"), "x", "--check", "-h", [], ["--check"], [[1]], {"x": 1}]
+
+
+@pytest.mark.parametrize("key", sorted(vars(TrainConfig()).keys() - NOT_STORED))
+def test_the_flags_check_every_stored_setting(copy, key):
+    """A bad value is refused and named, or it is a value that the flag takes too."""
+    for value in BAD:
+        restate(copy, settings={key: value})
+        try:
+            config = train.parse(["--resume", str(copy)])
+        except ValueError as error:
+            assert "state.json" in str(error) or f"--{key}" in str(error) or key == "cache", error
+        else:
+            default, taken = getattr(TrainConfig(), key), getattr(config, key)
+            assert not config.check
+            assert taken == default or type(taken) is type(value) or str(taken) in (
+                str(value), str(copy / str(value)))  # a cache is below its run
+
+
+@pytest.mark.parametrize("key, value", [("workers", 10**6), ("pairs", 10**9), ("resolution", 10**6),
+                                        ("batch_size", 10**9)])
+def test_a_size_beyond_all_machines_is_refused(copy, capsys, key, value):
+    restate(copy, settings={key: value})
+    assert resume(copy) == 2
+    assert "is not a whole number from" in errors(capsys)[0]
+    with pytest.raises(ValueError, match="is not a whole number from"):
+        train.parse([f"--{key.replace('_', '-')}", str(value)])
+
+
+def test_a_cache_outside_of_the_run_needs_its_flag_again(start, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(start, "runs/a", "--steps", 1, "--cache", "data/latents", data=folder) == 0
+    assert resume("runs/a", "--steps", 2) == 2
+    assert errors(capsys)[0].endswith("name it again: --cache data/latents")
+    assert resume("runs/a", "--steps", 2, "--cache", "data/latents") == 0
+    assert run(start, "runs/b", "--steps", 1, "--cache", "runs/b/latents", data=folder) == 0
+    Path("runs/b").rename("elsewhere")
+    assert resume("elsewhere", "--steps", 2) == 0 and not Path("runs/b").exists()
+    Path("elsewhere/latents").rename("victim")
+    Path("elsewhere/latents").symlink_to(tmp_path / "victim")
+    for cache in ("latents", "../victim", "x/../../victim", str(tmp_path / "victim")):
+        restate(Path("elsewhere"), settings={"cache": cache})
+        assert resume("elsewhere", "--steps", 3) == 2
+        assert "--cache" in errors(capsys)[0]
+    for path in ("runs/b", "elsewhere"):  # as runs of older versions: paths from where train.py was started
+        restate(Path("runs/a"), settings={"out": "runs/a", "cache": f"{path}/latents"})
+        assert resume("runs/a", "--steps", 3) == 2
+        restate(Path("runs/a"), settings={"out": path, "cache": f"{path}/latents"})
+        assert train.parse(["--resume", "runs/a"]).cache == Path("runs/a/latents")
+
+
+def test_a_run_folder_fetches_no_model_that_the_user_has_not_named(copy, tmp_path, capsys, monkeypatch):
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for flag in ("weights", "vae", "tokenizer"):
+        restate(copy, settings={flag: "some-owner/model@main"})
+        assert resume(copy) == 2
+        [error] = errors(capsys)
+        assert f"--{flag} some-owner/model@main" in error and "give that flag again" in error
+        named = train.parse(["--resume", str(copy), f"--{flag}", "some-owner/model@main"])
+        assert getattr(named, flag) == "some-owner/model@main"
+        (tmp_path / "hub" / "models--some-owner--model").mkdir(parents=True)
+        assert getattr(train.parse(["--resume", str(copy)]), flag) == "some-owner/model@main"
+        (tmp_path / "hub" / "models--some-owner--model").rmdir()
+        restate(copy, settings={flag: str(tmp_path) if flag == "weights" else None})
+
+
+def test_control_characters_of_a_run_folder_do_not_reach_the_terminal(copy, tmp_path, capsys):
+    (tmp_path / "a\x1b[2Jb").mkdir()
+    restate(copy, settings={"weights": str(tmp_path / "a\x1b[2Jb"), "data": "x\x1b[2J"})
+    assert resume(copy) == 2 and "\x1b" not in "".join(capsys.readouterr())
 
 
 # A text-to-image model
