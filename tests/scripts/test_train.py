@@ -689,6 +689,16 @@ def test_a_run_folder_fetches_no_model_that_the_user_has_not_named(copy, tmp_pat
         restate(copy, settings={flag: str(tmp_path) if flag == "weights" else None})
 
 
+def test_what_is_in_the_way_is_told_before_a_run_trains(start, copy, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Trainer, "step", None)
+    (copy / "tensorboard").symlink_to(tmp_path)
+    assert resume(copy, "--steps", 9) == 2
+    assert "tensorboard is a link" in errors(capsys)[0]
+    (tmp_path / "file").touch()
+    assert run(start, tmp_path / "file") == 2
+    assert "file is no folder" in errors(capsys)[0]
+
+
 def test_control_characters_of_a_run_folder_do_not_reach_the_terminal(copy, tmp_path, capsys):
     (tmp_path / "a\x1b[2Jb").mkdir()
     restate(copy, settings={"weights": str(tmp_path / "a\x1b[2Jb"), "data": "x\x1b[2J"})
