@@ -3,6 +3,7 @@
 Each rank has all weights and trains on its own micro-batches. DistributedDataParallel averages the gradients.
 """
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -93,6 +94,9 @@ class Watch:
             if lost and not self.left.is_set():
                 print(f"error: rank {', '.join(lost)} ended or was stopped; go on with --resume (waited "
                       f"--timeout {self.timeout:g} s)", file=sys.stderr)
+                for process in multiprocessing.active_children():  # that load data
+                    process.kill()
+                    process.join(1)
                 os._exit(2)  # the main thread may be waiting in a library, for ever
 
     def leave(self) -> None:
