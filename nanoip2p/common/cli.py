@@ -206,19 +206,21 @@ class Lasting:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> None:
-        """Write and flush."""
+        """Write, and flush whole lines: those of several ranks stay apart."""
         try:
             while not select.select([], [self.stream], [], 0.2)[1]:
                 if SIGNALS:
                     raise BrokenPipeError
             self.stream.write(text)
-            self.stream.flush()
+            if text.endswith("\n") or not text:
+                self.stream.flush()
         except OSError:
             with open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), self.stream.fileno())  # also for the text in its buffer
 
     def flush(self) -> None:
-        """`write` has flushed."""
+        """As of every stream."""
+        self.write("")
 
 
 @contextmanager

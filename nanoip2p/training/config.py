@@ -118,6 +118,8 @@ class TrainConfig:
         known = fields.keys() - NOT_STORED | {"out"}  # older runs stored `out`
         if unknown := {key: value for key, value in settings.items() if key not in known and value}:
             raise ValueError(f"the run was begun by another version of train.py, with {unknown}")
+        if "--" in settings.values():  # argparse would drop it
+            raise ValueError("a setting is '--'")
         for key in sorted(settings.keys() & known):
             value, name = settings[key], f"--{key.replace('_', '-')}"
             if isinstance(value, list) and "nargs" in fields[key].metadata:
