@@ -622,7 +622,7 @@ def copy(whole, tmp_path):
     return shutil.copytree(whole, tmp_path / "copy")
 
 
-BAD = [None, True, -1, 0.5, 10**400, float("nan"), "x", "--", "--check", "-h", [], ["--check"], [[1]], {"x": 1}]
+BAD = [None, True, -1, 0.5, 10**400, float("nan"), "x", "--", "--check", "-h", [], ["--check"], [[1]], {}]
 
 
 @pytest.mark.parametrize("key", sorted(vars(TrainConfig()).keys() - NOT_STORED))
