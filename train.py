@@ -9,12 +9,15 @@
 Writes to --out: checkpoints/, weights/ (the EMA weights), log.jsonl, loss.png and samples-*.png.
 """
 
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from argparse import ArgumentParser
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 from nanoip2p.common import cli
 
@@ -23,6 +26,7 @@ with cli.slow_imports():
     from torch.utils.data import DataLoader
     from tqdm import tqdm
 
+    from nanoip2p.checkpoint.hub import is_cached
     from nanoip2p.checkpoint.load import load_model, open_checkpoint, widen
     from nanoip2p.common.device import pick_dtype
     from nanoip2p.dataset.layouts import Item, broken_pictures, read_data
@@ -44,21 +48,45 @@ def parse(argv: list[str] | None) -> TrainConfig:
     parser = cli.make_parser(description=__doc__)
     cli.add_settings(parser, TrainConfig)
     given = vars(parser.parse_args(argv))
-    if "resume" in given:
-        begun = TrainConfig.from_json(runs.newest_checkpoint(given["resume"])[1]["settings"])
-        config = replace(begun, **given | {"out": given["resume"]})
-        for key in vars(config).keys() - RESUME_MAY_CHANGE:
-            if getattr(config, key) != getattr(begun, key):
-                raise ValueError(f"--{key.replace('_', '-')} cannot change: {config.out} was begun with "
-                                 f"{getattr(begun, key)}; leave the flag out, or begin another run")
-        return config
-    config = TrainConfig(**PRESETS.get(given.get("preset"), {}) | given)
+    config = resumed(parser, given) if "resume" in given else (
+        TrainConfig(**PRESETS.get(given.get("preset"), {}) | given))
     for name in ("data",) if config.check else ("weights", "data", "out"):
         if getattr(config, name) is None:
             raise ValueError(f"--{name} is needed (or --resume RUN)")
+    if config.resume:
+        return config
     if config.data == "scenes" and config.out and not config.cache:  # rendering takes longer than training
         config = replace(config, cache=config.out / "latents")
     return replace(config, flip=config.data != "scenes") if config.flip is None else config
+
+
+def resumed(parser: ArgumentParser, given: dict) -> TrainConfig:
+    """The settings of a run, changed by the given flags. ValueError for flags that cannot change.
+
+    state.json may be a stranger's: it decides on no write outside its run, and on no download.
+    """
+    out = given["resume"]
+    checkpoint, state = runs.newest_checkpoint(out)
+    try:
+        begun = TrainConfig(**vars(parser.parse_args(TrainConfig.as_flags(state["settings"]))))
+    except ValueError as error:
+        raise ValueError(f"{checkpoint / 'state.json'}: {error}") from None
+    cache = begun.cache and Path(os.path.normpath(
+        out / (os.path.relpath(begun.cache, begun.out) if begun.out else begun.cache)))
+    below = cache and Path(os.path.realpath(cache)).is_relative_to(os.path.realpath(out))
+    if cache and "cache" not in given and not below:
+        raise ValueError(f"the cache of {out} is outside of that folder; name it again: --cache {cache}")
+    for name in ("weights", "vae", "tokenizer"):
+        source = getattr(begun, name)
+        if source and name not in given and not os.path.exists(source) and not is_cached(source):
+            raise ValueError(f"--{name} {source} of {out} is neither here nor in the Hub's cache; give that "
+                             "flag again to fetch it")
+    config = replace(begun, **{"cache": cache} | given | {"out": out})
+    for key in vars(config).keys() - RESUME_MAY_CHANGE:
+        if getattr(config, key) != getattr(begun, key):
+            raise ValueError(f"--{key.replace('_', '-')} cannot change: {out} was begun with "
+                             f"{getattr(begun, key)}; leave the flag out, or begin another run")
+    return config
 
 
 def read_items(config: TrainConfig) -> tuple[list[Item], list[Item]]:
@@ -91,24 +119,27 @@ def print_plan(config: TrainConfig, items: list[Item], validation: list[Item], r
     """Print what the run will do. description: the text after "weights"."""
     batch = config.batch_size * config.accumulate * ranks
     samples, held_out = config.steps * batch, 0 if validation[0] in items else len(validation)
-    print(f"weights   {description}\n"
-          f"data      {config.data}: {len(items)} items to train on, {sum(map(len, items))} pairs; held out "
+    data = cli.one_line(config.data)
+    print(f"weights   {cli.one_line(description)}\n"
+          f"data      {data}: {len(items)} items to train on, {sum(map(len, items))} pairs; held out "
           f"for validation: {held_out}\n"
           f"batch     {config.batch_size} x {config.accumulate} accumulated x {ranks} devices = {batch}, "
           f"computed in {config.dtype}\n"
           f"run       {config.steps} steps = {samples} samples = {samples / len(items):,.1f} epochs, "
-          f"written to {config.out or '--out'}")
+          f"written to {cli.one_line(config.out or '--out')}")
     for note in odd_settings(config, batch, len(items)):
         print(f"note      {note}")
 
 
 def run(config: TrainConfig) -> None:
     """Open data and weights, print the plan, train."""
+    if config.out:
+        runs.check_folder(config.out)
     if not config.resume and config.out and runs.checkpoints(config.out):
         raise ValueError(f"{config.out} already holds a run; continue it with --resume, or change --out")
     if config.tensorboard and not find_spec("tensorboard"):
         raise ValueError("--tensorboard needs the package tensorboard; pip install tensorboard")
-    with started(config.device) as ranks:
+    with started(config.device, config.timeout) as ranks:
         if config.check and config.data != "scenes":
             pictures, pairs, problems = broken_pictures(config.data, config.resolution)
             shown = map(cli.one_line, problems[:20])
@@ -151,23 +182,24 @@ def train(config: TrainConfig, model: Model, items: list[Item], validation_items
     numbers = sample_numbers(first, config.steps, config.accumulate, config.batch_size, ranks.rank,
                              ranks.count)
     workers = config.workers if config.workers is not None else 4 if cuda else 0
-    batches = DataLoader(samples, batch_sampler=numbers, num_workers=workers, collate_fn=collate,
-                         pin_memory=cuda, worker_init_fn=cli.leave_signals_to_the_parent)
+    loader = DataLoader(samples, batch_sampler=numbers, num_workers=workers, collate_fn=collate,
+                        pin_memory=cuda, worker_init_fn=cli.leave_signals_to_the_parent)
     fixed = Samples(validation_items, source, 0, False, shape, timesteps, config.skip_bad)
     validation = [trainer.to_device(batch)
                   for batch in validation_batches(fixed, VALIDATION_SAMPLES, config.batch_size)]
     chosen = validation_items[:: max(1, len(validation_items) // SHEET_COLUMNS)][:SHEET_COLUMNS]
     columns = columns_of(chosen, config.resolution, config.skip_bad)
-    with runs.occupied(config.out) if ranks.rank == 0 else nullcontext(), cli.stop_between_steps() as stop:
-        loop(trainer, iter(batches), validation, columns, first, stop)
+    with (runs.occupied(config.out) if ranks.rank == 0 else nullcontext(), cli.stop_between_steps() as stop,
+          cli.ending_children()):
+        loop(trainer, iter(loader), validation, columns, first, stop)
     if ranks.rank == 0 and not runs.plot_log(config.out):
         print("pip install matplotlib for loss.png")
 
 
 def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], columns: list, first: int,
-         stop: Callable[[], bool]) -> None:
+         stop: cli.Stop) -> None:
     """The training loop from step first + 1: train, validate, log, save, draw sample sheets."""
-    config, ranks, recent = trainer.config, trainer.ranks, []
+    config, ranks, recent, saved = trainer.config, trainer.ranks, [], first
     log = runs.Log(config.out, first, config.tensorboard) if ranks.rank == 0 else None
     bar = tqdm(total=config.steps * trainer.batch, initial=first * trainer.batch, unit=" samples",
                disable=None if log else True)  # None: no bar unless in a terminal
@@ -182,8 +214,9 @@ def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], colu
             loss = trainer.step(batches, done - 1, stop)
         except (ValueError, KeyboardInterrupt) as error:  # raised before the weights changed
             bar.close()
-            if done - 1 > first and not isinstance(error, Diverged):
+            if done - 1 > saved and not isinstance(error, (Diverged, cli.AtOnce)):
                 trainer.save(done - 1)
+                ranks.largest(0)  # torchrun ends the others when one has ended
             raise
         recent.append(loss)
         bar.update(trainer.batch)
@@ -192,7 +225,8 @@ def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], colu
         memory = {"memory_gb": torch.cuda.max_memory_allocated() / 1e9} if ranks.device.type == "cuda" else {}
         if log and done == first + 1:
             tqdm.write(f"the first step took {time.perf_counter() - began:.1f} s {memory or ''}")
-        row = trainer.validate(validation) if due(config.validate_every, done) else {}
+        validate = due(config.validate_every, done)
+        row = validate and stop.interruptible(trainer.validate, validation) or {}
         if due(config.log_every, done):
             pace = (time.perf_counter() - began) / (done - begun_at)
             row |= {"loss": ranks.mean(sum(recent) / len(recent)), "lr": trainer.lr,
@@ -204,15 +238,20 @@ def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], colu
             tqdm.write(f"step {done}: " + ", ".join(f"{name} {number:.4g}" for name, number in row.items()))
         if due(config.save_every, done):
             trainer.save(done)
-        if columns and log and due(config.sample_every, done):
-            save_png(trainer.sample_sheet(columns), config.out / f"samples-{done:06d}.png", {"step": done})
+            saved = done
+        draw = columns and log and due(config.sample_every, done)
+        if draw and (sheet := stop.interruptible(trainer.sample_sheet, columns)):
+            save_png(sheet, config.out / f"samples-{done:06d}.png", {"step": done})
     bar.close()
+    if ranks.largest(stop()):
+        raise KeyboardInterrupt
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return the exit code, see cli.run."""
-    return cli.run(lambda: run(parse(argv)), "stopped; go on with --resume and the --out folder",
-                   "try a smaller --batch-size with more --accumulate, --recompute, or --ema-device cpu")
+    with cli.lasting_streams():
+        return cli.run(lambda: run(parse(argv)), "stopped; go on with --resume and the --out folder",
+                       "try a smaller --batch-size with more --accumulate, --recompute, or --ema-device cpu")
 
 
 if __name__ == "__main__":

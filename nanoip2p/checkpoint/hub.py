@@ -40,6 +40,13 @@ def fetch_clip(name: str) -> Path:
     return _fetch(name, clip_files, "CLIP (config.json, preprocessor_config.json, weights, tokenizer)")
 
 
+def is_cached(name: str) -> bool:
+    """Whether the Hub's cache has files of this model: the user has asked for it before."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+    match = NAME.fullmatch(name)
+    return bool(match) and Path(HF_HUB_CACHE, f"models--{match[1].replace('/', '--')}").is_dir()
+
+
 def find_tokenizer(checkpoint: Path, given: str | None) -> Path:
     """Find the tokenizer folder for a single-file checkpoint, which contains no tokenizer.
 

@@ -2,11 +2,13 @@
 
 import argparse
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanoip2p.common.cli import at_least, finite, flag, pixels
+from nanoip2p.common.schema import checked
 from nanoip2p.objective import DROP
 from nanoip2p.world.scenes import EDIT_KINDS
 
@@ -26,8 +28,11 @@ PRESETS = {
 RESUME_MAY_CHANGE = {
     "steps", "lr", "batch_size", "accumulate", "recompute", "compile", "device", "ema_device", "workers",
     "cache", "skip_bad", "save_every", "keep", "sample_every", "validate_every", "log_every", "tensorboard",
-    "out", "resume", "check"}
-NOT_STORED = {"accumulate", "preset", "resume", "check"}  # accumulate follows from state.json's "batch"
+    "out", "resume", "check", "timeout"}
+# accumulate follows from state.json's "batch", and `out` is where state.json is
+NOT_STORED = {"accumulate", "preset", "resume", "check", "out"}
+# A rendered pair takes 1 kB of memory. More samples, pixels or processes than these fit into no machine
+MOST_PAIRS, MOST_SAMPLES, MOST_WORKERS = 10**7, 2**16, 1000
 
 
 def between(low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -48,7 +53,7 @@ class TrainConfig:
     tokenizer: str | None = flag("tokenizer of a single-file checkpoint: a folder or Hub name")
     raw_weights: bool = flag("use the raw weights of a file that also holds averaged (EMA) weights", False)
     data: str | None = flag("pairs: a folder, a pairs.jsonl or parquet file; 'scenes' renders pairs")
-    pairs: int = flag("number of pairs that --data scenes renders", 20_000, type=at_least(1))
+    pairs: int = flag("number of pairs that --data scenes renders", 20_000, type=at_least(1, MOST_PAIRS))
     kind_weights: Sequence[float] = flag(f"frequencies of edits in --data scenes: {', '.join(EDIT_KINDS)}",
                                         (1.0,) * len(EDIT_KINDS), type=between(0), nargs=len(EDIT_KINDS))
     text_to_image: bool = flag("train a text-to-image model on the captions of --data scenes", False)
@@ -60,7 +65,7 @@ class TrainConfig:
 
     preset: str | None = flag("a set of defaults for other flags", choices=PRESETS, group="recipe")
     steps: int = flag("number of optimizer steps", 10_000, type=at_least(1))
-    batch_size: int = flag("samples per micro-batch on each device", 16, type=at_least(1))
+    batch_size: int = flag("samples per micro-batch on each device", 16, type=at_least(1, MOST_SAMPLES))
     accumulate: int | None = flag("micro-batches per step (default: for 1024 samples)", type=at_least(1))
     lr: float = flag("learning rate", 1e-4, type=between(0))
     warmup: int = flag("number of warm-up steps of the learning rate", 0, type=at_least(0))
@@ -77,7 +82,9 @@ class TrainConfig:
 
     device: str | None = flag("cuda, mps or cpu (default: the first that works)", group="running")
     workers: int | None = flag("processes that load data (default: 4 with CUDA, else 0)",
-                              type=at_least(0, 1000))
+                               type=at_least(0, MOST_WORKERS))
+    timeout: float = flag("seconds after which ranks give up one that died or was stopped", 30.0,
+                          type=between(1))
     recompute: bool = flag("gradient checkpointing: slower, but needs less memory", False, action=SWITCH)
     ema_device: str = flag("device of the averaged (EMA) weights", "same", choices=("same", "cpu"))
     compile: bool = flag("compile the UNet with torch.compile", False, action=SWITCH)
@@ -97,17 +104,31 @@ class TrainConfig:
             raise ValueError("--text-to-image needs --data scenes; other data has no captions to train on")
 
     def to_json(self) -> dict:
-        """The settings that a checkpoint stores."""
-        return {key: str(value) if isinstance(value, Path) else value for key, value in vars(self).items()
-                if key not in NOT_STORED}
+        """The settings that a checkpoint stores. The path of the cache is relative to the run."""
+        cache = self.cache and os.path.relpath(self.cache, self.out)
+        return {key: value for key, value in vars(self).items() if key not in NOT_STORED} | {"cache": cache}
 
     @classmethod
-    def from_json(cls, settings: dict) -> "TrainConfig":
-        """The inverse of `to_json`. Raises ValueError for an unknown setting, unless it is off."""
-        known = {key: value for key, value in settings.items() if key in cls.__dataclass_fields__}
+    def as_flags(cls, settings: dict) -> list[str]:
+        """The flags for settings that `to_json` made, so that the parser checks them.
+
+        Raises ValueError for an unknown setting, unless it is off.
+        """
+        fields, argv = cls.__dataclass_fields__, []
+        known = fields.keys() - NOT_STORED | {"out"}  # older runs stored `out`
         if unknown := {key: value for key, value in settings.items() if key not in known and value}:
             raise ValueError(f"the run was begun by another version of train.py, with {unknown}")
-        return cls(**known | {key: Path(known[key]) for key in ("cache", "out") if known.get(key)})
+        if "--" in settings.values():  # argparse would drop it
+            raise ValueError("a setting is '--'")
+        for key in sorted(settings.keys() & known):
+            value, name = settings[key], f"--{key.replace('_', '-')}"
+            if isinstance(value, list) and "nargs" in fields[key].metadata:
+                argv += [name, *map(str, checked(value, list[float], name))]
+            elif isinstance(value, bool) and value != fields[key].default:
+                argv.append(name if value else name.replace("--", "--no-", 1))
+            elif value is not None and not isinstance(value, bool):
+                argv.append(f"{name}={value}")
+        return argv
 
 
 def odd_settings(config: TrainConfig, batch: int, items: int) -> list[str]:

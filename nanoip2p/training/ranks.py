@@ -3,18 +3,27 @@
 Each rank has all weights and trains on its own micro-batches. DistributedDataParallel averages the gradients.
 """
 
+import multiprocessing
 import os
+import signal
+import sys
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count as numbers
 
 import torch
 import torch.distributed as dist
 
+from nanoip2p.common.cli import AtOnce
 from nanoip2p.common.device import pick_device
 
 MAX_WAIT = timedelta(days=1)  # how long a rank waits for a rank that encodes data or samples pictures
+JOIN = timedelta(minutes=5)   # how long the first ranks wait for the last: imports from a cold disk take long
+TICKS = 10                    # how often a rank beats within --timeout
 
 
 @dataclass(frozen=True)
@@ -37,13 +46,71 @@ class Ranks:
     def _reduced(self, number: float, operation) -> float:
         reduced = torch.tensor(number, dtype=torch.float64)
         if self.count > 1:
-            dist.all_reduce(reduced, operation, group=self.group)
+            work = dist.all_reduce(reduced, operation, group=self.group, async_op=True)
+            while not work.is_completed():  # not `wait`: no handler of a signal runs in it
+                time.sleep(0.001)
+            work.wait()
         return reduced.item()
 
 
+class Watch:
+    """Two threads. One says that this rank lives and listens to the others, also while they encode a cache or
+    sample pictures. The other ends the process when a rank is silent.
+    """
+
+    def __init__(self, rank: int, count: int, timeout: float):
+        """Join the store that the ranks share. timeout: in seconds."""
+        # Not with the connection of the process group, in which the main thread may be waiting
+        self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=JOIN)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        self.rank, self.timeout, self.keys = rank, timeout, [f"{attempt} lives {n}" for n in range(count)]
+        # For each rank: its last beat, and the ticks since. Ticks, not seconds: Ctrl-Z may stop all ranks
+        self.beats, self.silent = [b""] * count, [0] * count
+        self.left, self.failed = threading.Event(), False
+        self.listener = threading.Thread(target=self.listen, daemon=True)
+        self.listener.start()
+        threading.Thread(target=self.judge, daemon=True).start()
+
+    def listen(self) -> None:
+        """Beat and listen. If the store is gone, this hangs or ends: then all are silent, this rank too."""
+        with suppress(RuntimeError):
+            for number in numbers():
+                self.store.set(self.keys[self.rank], "left" if self.left.is_set() else str(number))
+                for rank, key in enumerate(self.keys):
+                    if self.store.check([key]) and (beat := self.store.get(key)) != self.beats[rank]:
+                        self.beats[rank], self.silent[rank] = beat, 0
+                if self.beats[self.rank] == b"left":
+                    return
+                self.left.wait(self.timeout / TICKS)
+
+    def judge(self) -> None:
+        """End this process if a rank is silent, or has left although this rank needs it."""
+        while not self.left.wait(self.timeout / TICKS):
+            for rank, beat in enumerate(self.beats):
+                self.silent[rank] += (TICKS if self.failed else 0) if beat == b"left" else 1
+            lost = [str(rank) for rank, ticks in enumerate(self.silent) if ticks >= TICKS - 2]
+            if str(self.rank) in lost:  # of the store
+                lost = ["0"] if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" else ["of torchrun"]
+            if lost and not self.left.is_set():
+                print(f"error: rank {', '.join(lost)} ended or was stopped; go on with --resume (waited "
+                      f"--timeout {self.timeout:g} s)", file=sys.stderr)
+                for process in multiprocessing.active_children():  # that load data
+                    process.kill()
+                    process.join(1)
+                os._exit(2)  # the main thread may be waiting in a library, for ever
+
+    def leave(self) -> None:
+        """Say that this rank ends. It watches no more."""
+        self.left.set()
+        self.listener.join(1)
+
+
 @contextmanager
-def started(device: str | None) -> Iterator[Ranks]:
-    """Join the process group if torchrun started this process. With CUDA, each rank uses its own GPU."""
+def started(device: str | None, timeout: float) -> Iterator[Ranks]:
+    """Join the process group if torchrun started this process. With CUDA, each rank uses its own GPU.
+
+    timeout: after how many seconds without a sign of life of a rank the others end.
+    """
     count, chosen = int(os.environ.get("WORLD_SIZE", 1)), pick_device(device)
     if count == 1:
         yield Ranks(0, 1, chosen)
@@ -51,8 +118,29 @@ def started(device: str | None) -> Iterator[Ranks]:
     if chosen.type == "cuda":
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the library waits for other ranks
     try:
-        yield Ranks(dist.get_rank(), count, chosen, dist.new_group(backend="gloo", timeout=MAX_WAIT))
+        store, rank, count = next(dist.rendezvous("env://", timeout=JOIN))
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=count)
+        group, watch = dist.new_group(backend="gloo", timeout=MAX_WAIT), Watch(rank, count, timeout)
+    except RuntimeError as error:
+        raise ValueError(f"the {count} ranks did not all start within {JOIN}: {error}") from None
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    try:
+        yield Ranks(rank, count, chosen, group)
+        watch.leave()
+    except AtOnce:  # the group's threads may wait for a rank that is stopped, and a usual exit for them
+        print("stopped; go on with --resume from the last checkpoint", file=sys.stderr)
+        os._exit(130)
+    except (KeyboardInterrupt, ValueError):
+        watch.leave()
+        raise
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError):  # perhaps of a connection to a rank that has died:
+            watch.failed = True                            # then the watch ends this process
+            time.sleep(timeout)
+        raise
     finally:
         dist.destroy_process_group()

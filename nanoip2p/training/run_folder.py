@@ -1,5 +1,6 @@
 """The folder of a training run: atomically written checkpoints, the log, and the plot of the log."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,11 +12,39 @@ from pathlib import Path
 from torch import Tensor
 
 from nanoip2p.checkpoint.tensors import read_tensors, write_tensors
-from nanoip2p.common.files import append, locked, read_json, read_jsonl, replacing
+from nanoip2p.common.files import append, locked, read_json, read_jsonl, replacing, write_json
 from nanoip2p.common.plots import plot
+from nanoip2p.common.schema import checked
 
 CHECKPOINTS = "checkpoints"
 FILES = ("unet", "ema", "exp_avg", "exp_avg_sq")  # raw and averaged weights, Adam's two moments
+STATE = {"step": int, "batch": int, "items": int, "settings": dict}  # of state.json
+LARGEST = 2**53  # float64 and JSON's readers keep whole numbers exact up to here
+
+
+def check_folder(run: Path) -> None:
+    """Raise ValueError if a link, or something of another kind, is where a run writes a file or folder."""
+    files = [run / ".lock", run / "log.jsonl", run / "loss.png", *run.glob("samples-*.png")]
+    weights, saved = run / "weights", run / CHECKPOINTS
+    parts = [weights / name for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")]
+    for path in (run, saved, *saved.glob("[0-9]*"), *saved.glob(".[0-9]*"), weights, *parts,
+                 run / "tensorboard", *files):
+        kind, is_link = "file" if path in files else "folder", path.is_symlink() and path != run
+        if is_link or os.path.lexists(path) and not (path.is_file() if path in files else path.is_dir()):
+            raise ValueError(f"{path} is {'a link' if is_link else 'no ' + kind}; a run writes a {kind} of "
+                             "this name, so move that away, or name another folder")
+
+
+@contextmanager
+def room(path: Path, size: float) -> Iterator[None]:
+    """Name the file and what to free if the disk is full. size: of what is being written, in bytes."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ValueError(f"{path}: {error.strerror}; free {size / 1e9:.1f} GB on its disk and go on with "
+                             "--resume, or take a smaller --keep") from None
+        raise
 
 
 @contextmanager
@@ -35,20 +64,22 @@ def write_checkpoint(run: Path, step: int, files: dict[str, dict[str, Tensor]], 
     """
     folder = run / CHECKPOINTS / f"{step:07d}"
     temporary = folder.with_name(f".{folder.name}.tmp")
+    size = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        for name, tensors in files.items():
-            write_tensors(tensors, temporary / f"{name}.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=2))
-        for path in (*temporary.iterdir(), temporary):
-            flush(path)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-        flush(folder.parent)
-        flush(run)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with room(folder, size):
+        try:
+            temporary.mkdir(parents=True)
+            for name, tensors in files.items():
+                write_tensors(tensors, temporary / f"{name}.safetensors")
+            write_json({"step": step, **state}, temporary / "state.json")
+            for path in (*temporary.iterdir(), temporary):
+                flush(path)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
+            flush(folder.parent)
+            flush(run)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     # Delete newer checkpoints too: they are damaged, or the run would have resumed from them
     stay = [path for path in checkpoints(run) if path.name <= folder.name][-keep:]
     for other in set(checkpoints(run)) - set(stay):
@@ -75,6 +106,8 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict]:
     for folder in reversed(checkpoints(run)):
         try:
             state = read_json(folder / "state.json")
+            for key, kind in STATE.items():
+                checked(state.get(key), kind, f"{folder / 'state.json'}: {key}", 1, LARGEST)
             for name in FILES:
                 read_tensors(folder / f"{name}.safetensors")
             return folder, state
@@ -83,13 +116,25 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict]:
     raise ValueError(f"{run} has no checkpoint to resume from; begin the run again without --resume")
 
 
+def read_log(run: Path) -> list[dict]:
+    """The rows of log.jsonl. ValueError for a row without a step, or with something that is no number."""
+    rows = read_jsonl(run / "log.jsonl")
+    for number, row in enumerate(rows, 1):
+        where = f"{run / 'log.jsonl'}, row {number}: "
+        checked(row.get("step"), int, f"{where}step", 0, LARGEST)
+        for name, value in row.items():
+            if not isinstance(value, float):  # a validation loss can be NaN
+                checked(value, int, where + name, -LARGEST, LARGEST)
+    return rows
+
+
 class Log:
     """Writes log.jsonl, one row per step with something to log, and optionally a TensorBoard log."""
 
     def __init__(self, run: Path, first: int, tensorboard: bool = False):
         """Open the log. first: the step from which the run continues; deletes the rows of later steps."""
         self.path = run / "log.jsonl"
-        rows = [row for row in read_jsonl(self.path) if row["step"] <= first]
+        rows = [row for row in read_log(run) if row["step"] <= first]
         with replacing(self.path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         self.board = None
@@ -99,7 +144,8 @@ class Log:
 
     def write(self, row: dict) -> None:
         """Append a row: {"step": number, name: number, ...}."""
-        append(self.path, row)
+        with room(self.path, 1e6):
+            append(self.path, row)
         if self.board:
             for name, number in row.items():
                 self.board.add_scalar(name, number, row["step"])
@@ -108,7 +154,7 @@ class Log:
 
 def plot_log(run: Path) -> bool:
     """Draw loss.png from log.jsonl. Returns False if matplotlib is not installed."""
-    rows = read_jsonl(run / "log.jsonl")
+    rows = read_log(run)
 
     def draw(axes) -> None:
         for key in ("loss", "validation", "validation_ema"):

@@ -3,7 +3,7 @@
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nanoip2p.checkpoint.save import save_parts
 from nanoip2p.checkpoint.tensors import DTYPES, read_tensors
+from nanoip2p.common.cli import Stop
 from nanoip2p.dataset.layouts import Item, load_picture
 from nanoip2p.images import grid
 from nanoip2p.objective import encode, learning_rate, loss_weight, model_input, noise_losses
@@ -83,15 +84,15 @@ class Trainer:
             batch = encode(batch, self.model.vae, self.model.text_encoder)
         return batch | {key: batch[key].float() for key in ("before", "after", "text")}
 
-    def step(self, batches: Iterator[dict], step: int, stop: Callable[[], bool] = bool) -> float:
+    def step(self, batches: Iterator[dict], step: int, stop: Stop | None = None) -> float:
         """Take optimizer step number `step` (from 0). Returns this rank's mean loss, without min-SNR weights.
 
         stop: called before each micro-batch; if True, the step raises KeyboardInterrupt. Also raises
         ValueError for a broken picture, and Diverged. After an exception, the weights are unchanged.
         """
-        config, losses, names = self.config, [], []
+        config, losses, names, stop = self.config, [], [], stop or Stop()
         for micro in range(config.accumulate):
-            batch = self.to_device(next(batches), stop())
+            batch = self.to_device(stop.interruptible(next, batches) or {}, stop())
             exchange = micro == config.accumulate - 1 or self.ranks.count == 1
             with nullcontext() if exchange else self.parallel.no_sync():  # ranks exchange gradients only once
                 loss = self.losses(self.forward, batch, config.recompute)                # (B,)

@@ -318,7 +318,7 @@ def write_run(folder: Path) -> None:
 def read_run(folder: Path) -> None:
     """`train.py --resume`, until it loads weights."""
     config = train.parse(["--resume", str(folder)])
-    train.decide(config, types.SimpleNamespace(count=1, device=torch.device("cpu")), 4000)
+    train.fill_in(config, types.SimpleNamespace(count=1, device=torch.device("cpu")), 4000)
     run_folder.Log(folder, 1)
     run_folder.plot_log(folder)
 

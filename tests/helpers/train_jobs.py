@@ -4,7 +4,12 @@ It reads a JSON list of jobs a line, forks the ranks of each, all at once, and p
 Importing once and forking takes milliseconds where a new Python takes seconds. A job is
     {"argv": of train.py, "ranks": how many, with the environment that torchrun gives them,
      "err": file for what they print, "seconds": after which a timer kills rank 0,
-     "event": number of the flush or rename before which rank 0 kills itself}
+     "event": number of the flush or rename before which rank 0 kills itself,
+     "signal": number of a signal that rank `of` sends to itself, once and `in` "step" or "validate", where
+     it then waits for "seconds_in",
+     "pressed": how often rank 0 gets Ctrl-C, beginning four seconds after its start,
+     "pipe": "closed" or "full", the state of standard output and error from then on}
+A rank that ends by itself, but leaves processes behind, has the code "left".
 """
 
 import importlib
@@ -14,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +29,7 @@ import torch
 
 import train
 from nanoip2p.training import run_folder as runs
+from nanoip2p.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,8 +54,42 @@ def die_before(event: int) -> None:
     runs.flush, os.replace = counted(runs.flush), counted(os.replace)
 
 
+def spoil_streams(pipe: str) -> None:
+    """Standard output and error become a pipe whose reader has gone, or does not read."""
+    reading, writing = os.pipe()
+    if pipe == "closed":
+        os.close(reading)
+    else:
+        os.set_blocking(writing, False)
+        try:
+            while os.write(writing, bytes(4096)):
+                pass
+        except BlockingIOError:
+            os.set_blocking(writing, True)
+    os.dup2(writing, 1)
+    os.dup2(writing, 2)
+
+
+def send_in(job: dict) -> None:
+    """Send the signal in the second step, or in a validation that would take long."""
+    name = {"step": "update_average", "validate": "validate"}[job["in"]]
+    plain, count = getattr(Trainer, name), iter(range(1, 10**9))
+
+    def sending(*args):
+        if next(count) == 2:
+            if job.get("pipe"):
+                spoil_streams(job["pipe"])
+            os.kill(os.getpid(), job["signal"])
+            if job["in"] == "validate":
+                time.sleep(job.get("seconds_in", 60))
+        return plain(*args)
+
+    setattr(Trainer, name, sending)
+
+
 def run(job: dict, rank: int, port: int) -> int:
     """In the child, whose standard output is not for the codes."""
+    os.setpgid(0, 0)
     told = os.open(job.get("err", os.devnull), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(told, 1)
     os.dup2(told, 2)
@@ -60,7 +101,29 @@ def run(job: dict, rank: int, port: int) -> int:
         signal.setitimer(signal.ITIMER_REAL, job["seconds"])    # whose signal ends a process at once
     if job.get("event") and rank == 0:
         die_before(job["event"])
+    if job.get("pressed") and rank == 0:
+        presses = "sleep 4; " + f"kill -INT {os.getpid()}; sleep 0.3; " * job["pressed"]
+        subprocess.Popen(presses, shell=True, start_new_session=True)
+    if job.get("signal") and rank == job.get("of", 0):
+        send_in(job)
     return train.main(job["argv"])
+
+
+STOPPED = []  # ranks that a signal has stopped, which are killed when the others have ended
+
+
+def ended(child: int) -> int | str:
+    """Wait until a rank ends or is stopped, and return how."""
+    status = os.waitpid(child, os.WUNTRACED)[1]
+    if os.WIFSTOPPED(status):
+        STOPPED.append(child)
+        return "stopped"
+    code = os.waitstatus_to_exitcode(status)
+    try:
+        os.killpg(child, 0)
+    except ProcessLookupError:
+        return code
+    return "left" if code >= 0 else code  # those of a killed rank end some seconds later
 
 
 def main() -> None:
@@ -84,8 +147,11 @@ def main() -> None:
                         traceback.print_exc()
                     finally:
                         os._exit(code)
-        codes = [[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in ranks]
-                 for ranks in children]
+        codes = [[ended(child) for child in ranks] for ranks in children]
+        for child in STOPPED:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        STOPPED.clear()
         print(json.dumps(codes), flush=True)
 
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from tiny_editor import write_tiny_editor, write_tiny_painter
 from train_runs import STATE, UNET, rows, state, words, write_pictures
 
 import train
+from nanoip2p.common import cli
 from nanoip2p.dataset.layouts import read_data
 from nanoip2p.dataset.rendered import scene_pairs
 from nanoip2p.editor import Editor
@@ -98,7 +100,7 @@ def straight(start, folder, tmp_path_factory):
     (False, 0, 1), (False, 2, 3), (True, 0, 3), (True, 2, 1)])
 def test_a_resumed_run_equals_one_that_never_stopped(start, folder, straight, tmp_path, cache, workers,
                                                      accumulate):
-    more = ["--workers", workers, *(["--cache", tmp_path / "cache"] if cache else [])]
+    more = ["--workers", workers, *(["--cache", tmp_path / "run" / "cache"] if cache else [])]
     assert run(start, tmp_path / "run", "--steps", 3, "--accumulate", accumulate, *more, data=folder) == 0
     half = state(tmp_path / "run")
     assert resume(tmp_path / "run", "--steps", 6) == 0
@@ -144,9 +146,10 @@ def test_killed_at_random_moments_and_resumed_it_ends_where_it_would_have(start,
     assert server(*({"argv": argv} for argv in plain)) == [[0], [0]]
     kills, finished = [0, 0], [False, False]
     for attempt in range(40):
-        jobs = [{"argv": ["--resume", str(out)] if runs.checkpoints(out) else argv,
+        jobs = [{"argv": ["--resume", str(out), "--cache", str(tmp_path / "latents")][: 2 + 2 * i]
+                 if runs.checkpoints(out) else argv,
                  "seconds": draw.uniform(0.1, 0.4) * 1.2**attempt, "err": str(tmp_path / "told")}
-                for out, argv in zip(outs, begin)]
+                for i, (out, argv) in enumerate(zip(outs, begin))]
         for i, [code] in enumerate(server(*jobs)):
             assert code in (0, -signal.SIGALRM)
             finished[i] |= code == 0
@@ -157,7 +160,7 @@ def test_killed_at_random_moments_and_resumed_it_ends_where_it_would_have(start,
     assert [state(out) for out in outs] == [state(tmp_path / f"plain{i}") for i in (0, 1)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_loses_nothing(start, whole, tmp_path, monkeypatch, capsys, number):
     step, taken, usual = Trainer.step, [], signal.getsignal(number)
 
@@ -189,6 +192,59 @@ def test_ctrl_c_to_the_whole_group_with_workers_is_one_line(start, folder, tmp_p
     assert err.splitlines()[-1].startswith("stopped; go on with --resume")
     last = [second, *(line for line in out.splitlines() if line.startswith("step "))][-1]
     assert runs.newest_checkpoint(tmp_path / "run")[1]["step"] == int(last.split()[1].strip(":"))
+
+
+SIGNALS = [{"signal": int(number), "in": place, "pipe": pipe, "workers": workers}
+           for number, place, pipe, workers in [  # every pair of values occurs
+               (signal.SIGTERM, "step", "closed", 2), (signal.SIGTERM, "validate", "full", 0),
+               (signal.SIGTERM, "validate", None, 2), (signal.SIGINT, "step", None, 0),
+               (signal.SIGINT, "validate", "closed", 2), (signal.SIGINT, "step", "full", 2),
+               (signal.SIGHUP, "step", "full", 0), (signal.SIGHUP, "validate", "closed", 0),
+               (signal.SIGHUP, "step", None, 2)]]
+
+
+def test_any_signal_ends_a_run_whatever_its_streams_with_a_checkpoint_and_no_process_left(
+        start, folder, server, tmp_path):
+    more = ("--steps", 3000, "--validate-every", 2, "--log-every", 1)
+    jobs = [job | {"argv": words(start, tmp_path / str(i), *more, "--workers", job["workers"], data=folder),
+                   "err": str(tmp_path / f"told{i}")} for i, job in enumerate(SIGNALS)]
+    began = time.monotonic()
+    codes = server(*jobs)
+    assert codes == [[130]] * len(jobs) and time.monotonic() - began < 20  # nine at once, with their start
+    for i, job in enumerate(jobs):
+        step = runs.newest_checkpoint(tmp_path / str(i))[1]["step"]
+        assert step == {"step": 2, "validate": 4}[job["in"]]
+        told = (tmp_path / f"told{i}").read_text()
+        assert "Traceback" not in told and ("stopped; go on" in told) == (job["pipe"] is None)
+
+
+def test_a_run_goes_on_without_its_readers_and_without_streams(start, whole, server, tmp_path,
+                                                                monkeypatch):
+    argv = words(start, tmp_path / "run", "--steps", 6, "--log-every", 2, "--validate-every", 3)
+    job = {"argv": argv, "signal": signal.SIGWINCH, "in": "step", "pipe": "closed"}  # a signal without effect
+    assert server(job) == [[0]] and state(tmp_path / "run") == state(whole)
+    monkeypatch.setattr(sys, "stdout", None)  # as Python does when they are closed at its start
+    monkeypatch.setattr(sys, "stderr", None)
+    assert resume(tmp_path / "run", "--steps", 7) == 0
+
+
+def test_nohup_still_keeps_a_run_from_a_closed_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with cli.stop_between_steps() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_third_ctrl_c_ends_at_once_and_saves_no_half_step(start, tmp_path, monkeypatch, capsys):
+    def pressed(self, n):
+        for _ in range(3 if n == 2 else 0):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "update_average", pressed)
+    assert run(start, tmp_path / "run", "--steps", 6) == 130 and not runs.checkpoints(tmp_path / "run")
 
 
 # What goes wrong on the way
@@ -264,7 +320,7 @@ def test_a_disk_that_is_full_loses_no_checkpoint(start, tmp_path, monkeypatch, c
     monkeypatch.setattr(runs, "write_tensors", full)
     assert run(start, tmp_path / "run", "--steps", 4, "--save-every", 1) == 2
     [error] = errors(capsys)
-    assert "No space left" in error
+    assert "No space left" in error and "checkpoints/0000002: " in error and "free 0.0 GB" in error
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["0000001"]
     assert resume(tmp_path / "run") == 0
@@ -551,6 +607,104 @@ def test_a_run_goes_on_with_as_many_samples_a_step(start, tmp_path, capsys):
     assert resume(tmp_path / "run", "--steps", 3, "--accumulate", 1) == 2
 
 
+# What a run folder says is not believed
+
+def restate(out, **changed):
+    """Change state.json of the newest checkpoint."""
+    path = runs.newest_checkpoint(out)[0] / "state.json"
+    content = json.loads(path.read_text())
+    content["settings"] |= changed.pop("settings", {})
+    path.write_text(json.dumps(content | changed))
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "copy")
+
+
+BAD = [None, True, -1, 0.5, 10**400, float("nan"), "x", "--", "--check", "-h", [], ["--check"], [[1]], {}]
+
+
+@pytest.mark.parametrize("key", sorted(vars(TrainConfig()).keys() - NOT_STORED))
+def test_the_flags_check_every_stored_setting(copy, key):
+    """A bad value is refused and named, or it is a value that the flag takes too."""
+    for value in BAD:
+        restate(copy, settings={key: value})
+        try:
+            config = train.parse(["--resume", str(copy)])
+        except ValueError as error:
+            assert "state.json" in str(error) or f"--{key}" in str(error) or key == "cache", error
+        else:
+            default, taken = getattr(TrainConfig(), key), getattr(config, key)
+            assert not config.check
+            assert taken == default or type(taken) is type(value) or str(taken) in (
+                str(value), str(copy / str(value)))  # a cache is below its run
+
+
+@pytest.mark.parametrize("key, value", [("workers", 10**6), ("pairs", 10**9), ("resolution", 10**6),
+                                        ("batch_size", 10**9)])
+def test_a_size_beyond_all_machines_is_refused(copy, key, value):
+    restate(copy, settings={key: value})
+    for argv in (["--resume", str(copy)], [f"--{key.replace('_', '-')}", str(value)]):
+        with pytest.raises(ValueError, match="is not a whole number from"):
+            train.parse(argv)
+
+
+def test_a_cache_outside_of_the_run_needs_its_flag_again(start, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(start, "runs/a", "--steps", 1, "--cache", "data/latents", data=folder) == 0
+    assert resume("runs/a", "--steps", 2) == 2
+    assert errors(capsys)[0].endswith("name it again: --cache data/latents")
+    assert resume("runs/a", "--steps", 2, "--cache", "data/latents") == 0
+    assert run(start, "runs/b", "--steps", 1, "--cache", "runs/b/latents", data=folder) == 0
+    Path("runs/b").rename("elsewhere")
+    assert resume("elsewhere", "--steps", 2) == 0 and not Path("runs/b").exists()
+    Path("elsewhere/latents").rename("victim")
+    Path("elsewhere/latents").symlink_to(tmp_path / "victim")
+    for cache in ("latents", "../victim", "x/../../victim", str(tmp_path / "victim")):
+        restate(Path("elsewhere"), settings={"cache": cache})
+        assert resume("elsewhere", "--steps", 3) == 2
+        assert "--cache" in errors(capsys)[0]
+    for path in ("runs/b", "elsewhere"):  # as runs of older versions: paths from where train.py was started
+        restate(Path("runs/a"), settings={"out": "runs/a", "cache": f"{path}/latents"})
+        assert resume("runs/a", "--steps", 3) == 2
+        restate(Path("runs/a"), settings={"out": path, "cache": f"{path}/latents"})
+        assert train.parse(["--resume", "runs/a"]).cache == Path("runs/a/latents")
+
+
+def test_a_run_folder_fetches_no_model_that_the_user_has_not_named(copy, tmp_path, capsys, monkeypatch):
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for flag in ("weights", "vae", "tokenizer"):
+        restate(copy, settings={flag: "some-owner/model@main"})
+        assert resume(copy) == 2
+        [error] = errors(capsys)
+        assert f"--{flag} some-owner/model@main" in error and "give that flag again" in error
+        named = train.parse(["--resume", str(copy), f"--{flag}", "some-owner/model@main"])
+        assert getattr(named, flag) == "some-owner/model@main"
+        (tmp_path / "hub" / "models--some-owner--model").mkdir(parents=True)
+        assert getattr(train.parse(["--resume", str(copy)]), flag) == "some-owner/model@main"
+        (tmp_path / "hub" / "models--some-owner--model").rmdir()
+        restate(copy, settings={flag: str(tmp_path) if flag == "weights" else None})
+
+
+def test_what_is_in_the_way_is_told_before_a_run_trains(start, copy, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Trainer, "step", None)
+    (copy / "tensorboard").symlink_to(tmp_path)
+    assert resume(copy, "--steps", 9) == 2
+    assert "tensorboard is a link" in errors(capsys)[0]
+    (tmp_path / "file").touch()
+    assert run(start, tmp_path / "file") == 2
+    assert "file is no folder" in errors(capsys)[0]
+
+
+def test_control_characters_of_a_run_folder_do_not_reach_the_terminal(capsys):
+    config = TrainConfig(data="x\x1b[2J", out=Path("y\x1b[2J"), accumulate=1)
+    train.print_plan(config, [(1,)], [(1,)], 1, "z\x1b[2J")
+    told = capsys.readouterr().out
+    assert "\x1b" not in told and told.count("\\x1b[2J") == 3
+
+
 # A text-to-image model
 
 @pytest.fixture(scope="module")
@@ -595,6 +749,7 @@ def test_paths_of_a_run_survive_json(whole):
     args = train.parse(["--resume", str(whole)])
     assert args.out == whole and args.cache == whole / "latents" and isinstance(args.cache, Path)
     assert settings["kind_weights"] == list(args.kind_weights) and not settings.keys() & NOT_STORED
+    assert settings["cache"] == "latents"
 
 
 # What a run says about itself
@@ -655,9 +810,9 @@ def test_without_clipping_the_gradient_is_used_as_it_is(start, tmp_path):
 def test_a_run_of_another_version_goes_on_unless_it_used_what_is_gone(whole):
     settings = runs.newest_checkpoint(whole)[1]["settings"]
     old = settings | {"fsdp": False, "offset_noise": 0.0}
-    assert TrainConfig.from_json(old) == TrainConfig.from_json(settings)
+    assert TrainConfig.as_flags(old) == TrainConfig.as_flags(settings)
     with pytest.raises(ValueError, match="another version.*'offset_noise': 0.1"):
-        TrainConfig.from_json(settings | {"offset_noise": 0.1})
+        TrainConfig.as_flags(settings | {"offset_noise": 0.1})
 
 
 @pytest.mark.parametrize("flags, dtype", [([], "fp32"), (["--dtype", "bf16"], "bf16")])

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -183,3 +184,42 @@ def test_a_rank_that_dies_ends_the_job_and_the_run_goes_on(start, folder, out, s
     plain = words(start, tmp_path / "plain", "--steps", step, *more, data=folder)
     assert server({"argv": plain, "ranks": 2}) == [[0, 0]]
     assert state(tmp_path / "run") == state(tmp_path / "plain")
+
+
+# A rank that is missing
+
+MISSING = [{"signal": number, "in": place, "of": lost} for number, place, lost in [
+    (signal.SIGSTOP, "step", 0), (signal.SIGSTOP, "validate", 1), (signal.SIGKILL, "step", 1),
+    (signal.SIGKILL, "validate", 0)]]
+
+
+def test_the_others_end_and_name_the_rank_that_is_missing(start, folder, server, tmp_path):
+    more = ("--steps", 3000, "--save-every", 1, "--validate-every", 1, "--timeout", 3, "--workers", 1)
+    jobs = [job | {"argv": words(start, tmp_path / str(i), *more, data=folder), "ranks": 2,
+                   "err": str(tmp_path / f"told{i}")} for i, job in enumerate(MISSING)]
+    began = time.monotonic()
+    codes = server(*jobs)
+    assert time.monotonic() - began < 30
+    for i, job in enumerate(jobs):
+        lines = (tmp_path / f"told{i}").read_text()
+        [error] = [line for line in lines.splitlines() if "error: " in line]
+        assert f"rank {job['of']} ended or was stopped" in error and "Traceback" not in lines
+        runs.newest_checkpoint(tmp_path / str(i))
+    assert [pair[1 - job["of"]] for pair, job in zip(codes, jobs)] == [2] * len(jobs)
+
+
+def test_a_rank_that_works_for_long_is_waited_for(start, folder, server, tmp_path):
+    argv, told = words(start, tmp_path / "run", "--steps", 3, "--validate-every", 1, "--timeout", 1,
+                       data=folder), tmp_path / "told"
+    job = {"signal": signal.SIGWINCH, "in": "validate", "of": 1, "seconds_in": 2}  # a signal without effect
+    assert server({"argv": argv, "ranks": 2, "err": str(told), **job}) == [[0, 0]], told.read_text()
+
+
+def test_ctrl_c_works_while_a_rank_is_stopped(start, folder, server, tmp_path):
+    """Pressed three times. The timeout is far away."""
+    argv = words(start, tmp_path / "run", "--steps", 3000, "--timeout", 300, data=folder)
+    told = tmp_path / "told"
+    job = {"argv": argv, "ranks": 2, "err": str(told), "signal": signal.SIGSTOP, "in": "step", "of": 1,
+           "pressed": 3}
+    [codes] = server(job)
+    assert codes == [130, "stopped"] and "Traceback" not in told.read_text()

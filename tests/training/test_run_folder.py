@@ -1,5 +1,6 @@
 """The folder of a run: checkpoints are there whole or not at all, the log has no rows of a lost future."""
 
+import errno
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ FILES = [f"{name}.safetensors" for name in runs.FILES]
 def write(run, step, keep=2):
     """A checkpoint whose numbers are all the step."""
     files = {name: {"w": torch.full((5,), float(step))} for name in runs.FILES}
-    runs.write_checkpoint(run, step, files, {"batch": 4, "settings": {"lr": 1e-3}}, keep)
+    runs.write_checkpoint(run, step, files, {"batch": 4, "items": 9, "settings": {"lr": 1e-3}}, keep)
 
 
 def names(run):
@@ -109,7 +110,7 @@ def test_nothing_gets_its_name_before_it_is_on_the_disk(tmp_path, monkeypatch):
 
 
 def cut(path):
-    path.write_bytes(path.read_bytes()[:-1])
+    path.write_bytes(path.read_bytes()[:-2])  # the last may be a line break
 
 
 def text(content):
@@ -201,3 +202,76 @@ def test_losses_are_drawn_where_matplotlib_is(tmp_path, monkeypatch):
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "loss.png"]
     shutil.rmtree(tmp_path)
+
+
+# What a run writes lies in its folder
+
+PLACES = [*[f"weights/{part}" for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")],
+          "checkpoints", "checkpoints/0000002", "checkpoints/.0000003.tmp", "weights", "tensorboard",
+          "log.jsonl", ".lock", "loss.png", "samples-000004.png"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_link_or_another_kind_of_file_in_the_way_is_told(tmp_path, place):
+    (tmp_path / "elsewhere").mkdir()
+    run, is_file = tmp_path / "run", place.endswith(("jsonl", "lock", "png"))
+    write(run, 1)
+    runs.check_folder(run)
+    path = run / place
+    shutil.rmtree(path, ignore_errors=True)
+    path.parent.mkdir(exist_ok=True)
+    for make in (lambda: path.symlink_to(tmp_path / "elsewhere"),
+                 lambda: path.symlink_to(tmp_path / "nowhere"),
+                 path.mkdir if is_file else path.touch, lambda: os.mkfifo(path)):
+        make()
+        with pytest.raises(ValueError, match="move that away") as error:
+            runs.check_folder(run)
+        assert str(path) in str(error.value)
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    path.touch() if is_file else path.mkdir()
+    runs.check_folder(run)
+
+
+def test_the_run_itself_may_be_a_link_but_no_file(tmp_path):
+    write(tmp_path / "disk", 1)
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    runs.check_folder(tmp_path / "run")
+    runs.check_folder(tmp_path / "new")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is no folder"):
+        runs.check_folder(tmp_path / "file")
+
+
+@pytest.mark.parametrize("key", runs.STATE)
+def test_a_state_of_wrong_types_is_a_damaged_checkpoint(tmp_path, key):
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    path = tmp_path / runs.CHECKPOINTS / "0000002" / "state.json"
+    state = json.loads(path.read_text())
+    for value in (None, "2", [2], 2.5, True, -1, 10**30):
+        path.write_text(json.dumps(state | {key: value}))
+        step, [told] = newest(tmp_path)
+        assert step == 1 and f"state.json: {key} = " in told
+
+
+@pytest.mark.parametrize("row, named", [
+    ({"loss": 1.0}, "step"), ({"step": "1"}, "step"), ({"step": 1.0}, "step"),
+    ({"step": 1, "loss": None}, "loss"),
+    ({"step": 1, "loss": {}}, "loss"), ({"step": 1, "loss": 10**400}, "loss"), ({"step": -1}, "step")])
+def test_a_log_with_something_else_than_numbers_is_one_line(tmp_path, row, named):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "validation": NaN}\n' + json.dumps(row) + "\n")
+    for read in (lambda: runs.Log(tmp_path, 9), lambda: runs.plot_log(tmp_path)):
+        with pytest.raises(ValueError, match=rf"log\.jsonl, row 2: {named} = "):
+            read()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("name", ["flush", "write_tensors", "append"])
+def test_a_full_disk_is_told_with_the_file_and_what_to_free(tmp_path, monkeypatch, name, number):
+    def full(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(runs, name, full)
+    with pytest.raises(ValueError, match="free 0.0 GB on its disk") as error:
+        runs.Log(tmp_path, 0).write({"step": 1}) if name == "append" else write(tmp_path, 1)
+    assert ("log.jsonl" if name == "append" else "checkpoints/0000001") in str(error.value)
