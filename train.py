@@ -34,6 +34,7 @@ with cli.slow_imports():
     from nanoip2p.images import save_png
     from nanoip2p.pipeline import Model
     from nanoip2p.training import run_folder as runs
+    from nanoip2p.training import signals
     from nanoip2p.training.cache import Cache
     from nanoip2p.training.config import PAPER_BATCH, PRESETS, RESUME_MAY_CHANGE, TrainConfig, odd_settings
     from nanoip2p.training.ranks import Ranks, started
@@ -183,21 +184,21 @@ def train(config: TrainConfig, model: Model, items: list[Item], validation_items
                              ranks.count)
     workers = config.workers if config.workers is not None else 4 if cuda else 0
     loader = DataLoader(samples, batch_sampler=numbers, num_workers=workers, collate_fn=collate,
-                        pin_memory=cuda, worker_init_fn=cli.leave_signals_to_the_parent)
+                        pin_memory=cuda, worker_init_fn=signals.leave_signals_to_the_parent)
     fixed = Samples(validation_items, source, 0, False, shape, timesteps, config.skip_bad)
     validation = [trainer.to_device(batch)
                   for batch in validation_batches(fixed, VALIDATION_SAMPLES, config.batch_size)]
     chosen = validation_items[:: max(1, len(validation_items) // SHEET_COLUMNS)][:SHEET_COLUMNS]
     columns = columns_of(chosen, config.resolution, config.skip_bad)
-    with (runs.occupied(config.out) if ranks.rank == 0 else nullcontext(), cli.stop_between_steps() as stop,
-          cli.ending_children()):
+    lock = runs.occupied(config.out) if ranks.rank == 0 else nullcontext()
+    with lock, signals.stop_between_steps() as stop, signals.ending_children():
         loop(trainer, iter(loader), validation, columns, first, stop)
     if ranks.rank == 0 and not runs.plot_log(config.out):
         print("pip install matplotlib for loss.png")
 
 
 def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], columns: list, first: int,
-         stop: cli.Stop) -> None:
+         stop: signals.Stop) -> None:
     """The training loop from step first + 1: train, validate, log, save, draw sample sheets."""
     config, ranks, recent, saved = trainer.config, trainer.ranks, [], first
     log = runs.Log(config.out, first, config.tensorboard) if ranks.rank == 0 else None
@@ -214,7 +215,7 @@ def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], colu
             loss = trainer.step(batches, done - 1, stop)
         except (ValueError, KeyboardInterrupt) as error:  # raised before the weights changed
             bar.close()
-            if done - 1 > saved and not isinstance(error, (Diverged, cli.AtOnce)):
+            if done - 1 > saved and not isinstance(error, (Diverged, signals.AtOnce)):
                 trainer.save(done - 1)
                 ranks.largest(0)  # torchrun ends the others when one has ended
             raise
@@ -226,7 +227,7 @@ def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], colu
         if log and done == first + 1:
             tqdm.write(f"the first step took {time.perf_counter() - began:.1f} s {memory or ''}")
         validate = due(config.validate_every, done)
-        row = validate and stop.interruptible(trainer.validate, validation) or {}
+        row = (stop.interruptible(trainer.validate, validation) if validate else None) or {}
         if due(config.log_every, done):
             pace = (time.perf_counter() - began) / (done - begun_at)
             row |= {"loss": ranks.mean(sum(recent) / len(recent)), "lr": trainer.lr,
@@ -249,7 +250,7 @@ def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], colu
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return the exit code, see cli.run."""
-    with cli.lasting_streams():
+    with signals.lasting_streams():
         return cli.run(lambda: run(parse(argv)), "stopped; go on with --resume and the --out folder",
                        "try a smaller --batch-size with more --accumulate, --recompute, or --ema-device cpu")
 

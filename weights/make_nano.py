@@ -45,6 +45,7 @@ from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.images import to_tensor
 from nanoip2p.objective import learning_rate
 from nanoip2p.tokenizer import load_tokenizer
+from nanoip2p.training import signals
 from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAE, VAEConfig
 from nanoip2p.world.scenes import Scene, Thing, draw_edit, pick, random_scene
@@ -107,7 +108,7 @@ def fit(name: str, model: torch.nn.Module, loss_of_step, steps: int, lr: float, 
         model.load_state_dict(states[0])
         optimizer.load_state_dict(states[1])
     bar = tqdm(range(first, steps), desc=name, initial=first, total=steps, mininterval=10)
-    with cli.stop_between_steps() as stop:
+    with signals.stop_between_steps() as stop:
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, lr, warmup=100, cooldown=0.3)

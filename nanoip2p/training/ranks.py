@@ -18,8 +18,8 @@ from itertools import count as numbers
 import torch
 import torch.distributed as dist
 
-from nanoip2p.common.cli import AtOnce
 from nanoip2p.common.device import pick_device
+from nanoip2p.training.signals import AtOnce
 
 MAX_WAIT = timedelta(days=1)  # how long a rank waits for a rank that encodes data or samples pictures
 JOIN = timedelta(minutes=5)   # how long the first ranks wait for the last: imports from a cold disk take long

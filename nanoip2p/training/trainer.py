@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from nanoip2p.checkpoint.save import save_parts
 from nanoip2p.checkpoint.tensors import DTYPES, read_tensors
-from nanoip2p.common.cli import Stop
 from nanoip2p.dataset.layouts import Item, load_picture
 from nanoip2p.images import grid
 from nanoip2p.objective import encode, learning_rate, loss_weight, model_input, noise_losses
@@ -20,6 +19,7 @@ from nanoip2p.pipeline import Model, encode_texts
 from nanoip2p.training import run_folder as runs
 from nanoip2p.training.config import TrainConfig
 from nanoip2p.training.ranks import Ranks
+from nanoip2p.training.signals import Stop
 from nanoip2p.unet import UNet
 
 Column = tuple[Image.Image, str, Image.Image]  # a column of a sample sheet: input, instruction, target

@@ -91,6 +91,8 @@ def problem_of(read, folder: Path) -> str | None:
     if code not in (0, 2) or code == 2 and not last.startswith("error: "):
         return f"exit code {code}: {text!r:.300}"
     # tqdm moves the cursor with \r; everything else is data
+    if "less memory" in last:  # what this file's cli.run advises
+        return "runs out of memory"
     bad = [letter for letter in text if not letter.isprintable() and letter not in "\n\r"]
     if bad:
         return f"prints {bad[0]!r}: {text!r:.300}"

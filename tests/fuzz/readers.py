@@ -25,7 +25,7 @@ from nanoip2p.checkpoint.load import load_model, open_checkpoint
 from nanoip2p.checkpoint.save import convert
 from nanoip2p.checkpoint.tensors import find_weights
 from nanoip2p.clip_filter import SIMILARITIES, Judge
-from nanoip2p.common.files import append
+from nanoip2p.common.files import append, regular
 from nanoip2p.dataset import captions, chat, finetune, layouts, pairs, show
 from nanoip2p.dataset.layouts import broken_pictures, load_picture, read_data
 from nanoip2p.evaluate import curve, magicbrush
@@ -208,7 +208,7 @@ def write_answer(folder: Path) -> None:
 
 def read_answer(folder: Path) -> None:
     """The answer's bytes, as they come from the server."""
-    reply = chat.read_object((folder / "answer.json").read_bytes())
+    reply = chat.read_object(regular(folder / "answer.json").read_bytes())
     chat.spent_tokens(reply, 100)
     with contextlib.suppress(chat.Unusable):
         chat.read_answer(reply, "a red house")
@@ -221,7 +221,7 @@ def write_verdict(folder: Path) -> None:
 
 def read_verdict(folder: Path) -> None:
     """The two answers other than chat completions."""
-    verdict = chat.read_object((folder / "verdict.json").read_bytes())
+    verdict = chat.read_object(regular(folder / "verdict.json").read_bytes())
     with contextlib.suppress(ValueError):
         chat.read_flags(verdict, 2)
     print(finetune.identity(verdict))

@@ -296,7 +296,7 @@ WRONG = {
     "no quotes": (["--edit", "make", "it", "night", "--input", "house.png"], "arguments: it night"),
     "dashes": (one("--edit=--"), "--edit=-- gives no value"),
     "no output": (one(output=""), "not given: --output"),
-    "large": (one("--resolution", "10001"), "'10001' is not a whole number from 1 up to 10000"),
+    "large": (one("--resolution", "10001"), "'10001' is not a whole number from 1 to 10,000"),
     "a long text": (one("--negative", "x" * 10_001), "a text has 10001 letters, at most 10000 work"),
     "bytes": (["--input", "house.png", "--edit", "\udcff", "--output", "o.png"], "not valid Unicode"),
     "jpg": (one(output="out.jpg"), "should end in .png"),

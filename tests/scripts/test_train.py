@@ -22,12 +22,12 @@ from tiny_editor import write_tiny_editor, write_tiny_painter
 from train_runs import STATE, UNET, rows, state, words, write_pictures
 
 import train
-from nanoip2p.common import cli
 from nanoip2p.dataset.layouts import read_data
 from nanoip2p.dataset.rendered import scene_pairs
 from nanoip2p.editor import Editor
 from nanoip2p.text_to_image import TextToImage
 from nanoip2p.training import run_folder as runs
+from nanoip2p.training import signals
 from nanoip2p.training.cache import Cache
 from nanoip2p.training.config import NOT_STORED, PRESETS, RESUME_MAY_CHANGE, TrainConfig, odd_settings
 from nanoip2p.training.samples import order
@@ -231,7 +231,7 @@ def test_a_run_goes_on_without_its_readers_and_without_streams(start, whole, ser
 def test_nohup_still_keeps_a_run_from_a_closed_terminal():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with cli.stop_between_steps() as stop:
+        with signals.stop_between_steps() as stop:
             signal.raise_signal(signal.SIGHUP)
             assert not stop()
     finally:

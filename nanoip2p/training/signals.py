@@ -1,0 +1,128 @@
+"""Signals and closed streams during training: a run ends within seconds, and with a checkpoint.
+
+A signal only sets a mark, which training reads between micro-batches. So no step is left half done.
+"""
+
+import io
+import multiprocessing
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+SIGNALS: list[int] = []  # those that came to this process since stop_between_steps began
+
+
+class AtOnce(KeyboardInterrupt):
+    """The third Ctrl-C: what was being written or computed is lost."""
+
+
+class Stop:
+    """Calls return True after Ctrl-C, SIGTERM or SIGHUP, which comes when a terminal closes."""
+
+    def __init__(self):
+        self.waiting = False
+
+    def __call__(self) -> bool:
+        return bool(SIGNALS)
+
+    def press(self, number: int, _frame) -> None:
+        """The handler of the signals."""
+        SIGNALS.append(number)
+        if SIGNALS.count(signal.SIGINT) > 2:  # torchrun forwards each Ctrl-C, so it counts twice
+            raise AtOnce
+        if self.waiting:
+            raise KeyboardInterrupt
+
+    def interruptible(self, work: Callable, *given):
+        """work(*given), or None if a signal came before its end: for long work that changes nothing."""
+        try:
+            try:
+                self.waiting = True
+                return None if SIGNALS else work(*given)
+            finally:
+                self.waiting = False
+        except AtOnce:
+            raise
+        except KeyboardInterrupt:
+            return None
+
+
+@contextmanager
+def stop_between_steps() -> Iterator[Stop]:
+    """Yield a Stop. Until the end of the block, signals do not end the process; the third Ctrl-C does."""
+    stop, numbers = Stop(), [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        numbers.append(signal.SIGHUP)
+    SIGNALS.clear()
+    previous = {number: signal.signal(number, stop.press) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def leave_signals_to_the_parent(_worker: int) -> None:
+    """Ignore signals in a data loader: its parent process may need data for the last step, and ends it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def ending_children() -> Iterator[None]:
+    """End the processes of data loaders at the end of the block: they ignore signals."""
+    try:
+        yield
+    finally:
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises when a loader is killed
+        for process in multiprocessing.active_children():
+            process.kill()
+            process.join()
+        signal.signal(signal.SIGCHLD, handler)
+
+
+class Lasting:
+    """A text stream that outlives its reader: it drops text for a closed pipe, and after a signal for a full
+    one, which would keep the process waiting."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        """Write, and flush whole lines: those of several ranks stay apart."""
+        try:
+            while not select.select([], [self.stream], [], 0.2)[1]:
+                if SIGNALS:
+                    raise BrokenPipeError
+            self.stream.write(text)
+            if text.endswith("\n") or not text:
+                self.stream.flush()
+        except OSError:
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())  # also for the text in its buffer
+
+    def flush(self) -> None:
+        """As of every stream."""
+        self.write("")
+
+
+@contextmanager
+def lasting_streams() -> Iterator[None]:
+    """Make standard output and error Lasting. A stream without a file, as in tests, stays."""
+    before = sys.stdout, sys.stderr
+    for name, stream in zip(("stdout", "stderr"), before):
+        with suppress(io.UnsupportedOperation):
+            if stream is None:  # it was closed when the process began
+                stream = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+            stream.fileno()
+            setattr(sys, name, Lasting(stream))
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
