@@ -5,6 +5,7 @@
 # make test-fast compare the core at small widths with diffusers and transformers, under a minute
 # make docs      draw every picture of README.md and docs/ again; half an hour on one core
 # make reproduce repeat the paper in the nano world: weights, data, scores, figure 8, ablations -> runs
+# make fuzz      100,000 mutated inputs for everything that reads files; an hour on one core
 # make bench     run the benchmarks at sizes for a CPU; tests/benchmarks/RESULTS.md has results
 # make lint      run ruff
 # Each target first sets up .venv, if it is missing or older than pyproject.toml or constraints.txt.
@@ -12,7 +13,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo dataset train docs reproduce test test-fast bench lint
+.PHONY: demo dataset train docs reproduce test test-fast fuzz bench lint
 
 demo: .venv/runtime
 	.venv/bin/python weights/demo.py --out out/demo.png
@@ -52,13 +53,16 @@ reproduce: .venv/test
 	.venv/bin/python weights/ablate.py --out runs/ablate
 
 # Small networks are faster on one thread
-test test-fast bench: export OMP_NUM_THREADS = 1
+test test-fast fuzz bench: export OMP_NUM_THREADS = 1
 
 test: .venv/test
 	.venv/bin/python -m pytest
 
 test-fast: .venv/test
 	.venv/bin/python -m pytest tests/parity -m "not full"
+
+fuzz: .venv/test
+	ulimit -v 16000000; .venv/bin/python tests/fuzz/fuzz.py --n 100000 --seed 1
 
 bench: .venv/test
 	.venv/bin/python tests/benchmarks/edit.py --width half --repeat 3

@@ -136,17 +136,14 @@ def fuzz(n: int, seed: int, root: Path, only: list[str] | None = None, progress:
         sys.addaudithook(hook)
         watch["hooked"] = True
     signal.signal(signal.SIGALRM, expire)
-    here, fuzzer, failures = os.getcwd(), Fuzzer(root, only), []
+    fuzzer, failures = Fuzzer(root, only), []
     names = list(fuzzer.readers)
-    try:
-        for k in range(n):  # without a bar: tqdm moves the bars of readers below it
-            if progress and k % 1000 == 0:
-                print(f"{k} of {n} inputs, {len(failures)} failures", file=sys.stderr)
-            name = names[k % len(names)]
-            if problem := fuzzer.try_one(name, f"{seed} {k}"):
-                failures.append((name, f"{seed} {k}", problem))
-    finally:
-        os.chdir(here)
+    for k in range(n):  # without a bar: tqdm moves the bars of readers below it
+        if progress and k % 1000 == 0:
+            print(f"{k} of {n} inputs, {len(failures)} failures", file=sys.stderr)
+        name = names[k % len(names)]
+        if problem := fuzzer.try_one(name, f"{seed} {k}"):
+            failures.append((name, f"{seed} {k}", problem))
     return failures
 
 

@@ -6,9 +6,11 @@ COVERS says which functions of nanoip2p the readers reach; test_fuzz.py finds fu
 
 import contextlib
 import json
+import os
 import shutil
 import types
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import ablate
@@ -64,6 +66,7 @@ def read_editor(folder: Path) -> None:
 def write_painter(folder: Path) -> None:
     """A text-to-image model with pairs.json."""
     write_tiny_painter(folder)
+    (folder / "clip").mkdir()
     (folder / "pairs.json").write_text(json.dumps({"n_samples": 2, "inject": "self", "clip": "clip",
                                                    "min_p2p": 0.1, "max_cfg": 9.0, "steps": 3, "batch": 2}))
 
@@ -86,8 +89,9 @@ def write_single(folder: Path) -> None:
 
 
 def read_single(folder: Path) -> None:
-    """A single file, and its conversion."""
+    """A single file, its autoencoder in another checkpoint, and its conversion."""
     edit(folder / "single.safetensors")
+    open_checkpoint(folder / "single.safetensors", vae=folder / "single.safetensors").networks["vae"].load(None)
     convert(open_checkpoint(folder / "single.safetensors"), folder / "new")
     shutil.rmtree(folder / "new")
 
@@ -327,7 +331,8 @@ def write_cache(folder: Path) -> None:
     """A cache of latents of two pairs."""
     write_jsonl(folder / "data")
     write_tiny_editor(folder / "weights")
-    open_cache(folder).fill(load_model(folder / "weights"))
+    with working_in(folder):
+        open_cache(folder).fill(load_model(folder / "weights"))
     shutil.rmtree(folder / "weights")
 
 
@@ -336,22 +341,32 @@ MODELS = {}
 
 def open_cache(folder: Path) -> Cache:
     """The cache of the pairs in data/, with a model that is made once."""
-    import os
     if not MODELS:
         MODELS["tiny"] = load_model(folder / "weights")
     for path in (folder / "data").rglob("*.png"):
         os.utime(path, (EPOCH, EPOCH))
-    os.chdir(folder)
     found = [pair for item in read_data(Path("data")) for pair in item]
     return Cache(Path("cache"), found, MODELS["tiny"], 16, True)
 
 
+@contextmanager
+def working_in(folder: Path):
+    """Change the working folder: a cache knows its pictures by their paths, and the copies lie elsewhere."""
+    here = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(here)
+
+
 def read_cache(folder: Path) -> None:
     """What training does with a cache."""
-    cache = open_cache(folder).open()
-    for item in read_data(Path("data")):
-        for pair in item:
-            cache.get(pair, True)
+    with working_in(folder):
+        cache = open_cache(folder).open()
+        for item in read_data(Path("data")):
+            for pair in item:
+                cache.get(pair, True)
 
 
 def write_curve(folder: Path) -> None:
