@@ -90,9 +90,10 @@ def write_single(folder: Path) -> None:
 
 def read_single(folder: Path) -> None:
     """A single file, its autoencoder in another checkpoint, and its conversion."""
-    edit(folder / "single.safetensors")
-    open_checkpoint(folder / "single.safetensors", vae=folder / "single.safetensors").networks["vae"].load(None)
-    convert(open_checkpoint(folder / "single.safetensors"), folder / "new")
+    path = folder / "single.safetensors"
+    edit(path)
+    open_checkpoint(path, vae=path).networks["vae"].load(None)
+    convert(open_checkpoint(path), folder / "new")
     shutil.rmtree(folder / "new")
 
 
