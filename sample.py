@@ -33,15 +33,15 @@ with cli.slow_imports():
     from nanoip2p.common.schema import checked
     from nanoip2p.editor import Editor
     from nanoip2p.images import find_images, fit, fit_size, grid, open_image, read_recipe, save_png
-    from nanoip2p.pipeline import find_weights, same_size
+    from nanoip2p.pipeline import CHECKOUT, find_weights, same_size
     from nanoip2p.samplers import SAMPLERS
     from nanoip2p.speed import fast as speed
     from nanoip2p.world import scenes
 
 # Settings that change the picture by rounding at most
-NOT_IN_RECIPE = ("output", "recipe", "device", "fast")
+NOT_IN_RECIPE = ("output", "recipe", "device", "fast", "batch")
 # A recipe comes from strangers: larger numbers, or longer lists, need the user's own flag
-RECIPE_LIMITS = {"n": 16, "steps": 1000, "batch": 64, "resolution": 2048, "edit": 64, "input": 100}
+RECIPE_LIMITS = {"n": 16, "steps": 1000, "resolution": 2048, "edit": 64, "input": 100}
 MOST_PICTURES = 10**6  # of one command: their plan takes 1 minute and 0.6 GB
 # --sweep varies both scales. From the paper's defaults it covers cfg_text 3 ... 12 and cfg_image 1 ... 2
 SWEEP_FACTORS = (0.4, 0.7, 1, 1.3, 1.6)      # multiply cfg_text
@@ -141,19 +141,20 @@ def as_flags(path: str, given: dict) -> list[str]:
         items = value if isinstance(value, list) else [value]
         amount = len(items) if isinstance(value, list) else value
         if key in RECIPE_LIMITS and amount > RECIPE_LIMITS[key]:
-            raise ValueError(f"{path} asks for {amount} of {key}, more than {RECIPE_LIMITS[key]}; {own}")
-        if key in ("weights", "vae", "tokenizer") and not is_shipped(key, value):
+            raise ValueError(f"{path} brings {name} {amount}, more than {RECIPE_LIMITS[key]}; {own}")
+        if key in ("weights", "vae", "tokenizer") and not is_shipped(value):
             raise ValueError(f"{path} names other {key} than the shipped, {value}; {own}")
-        if key == "input" and not all(map(os.path.isfile, items)):
-            raise ValueError(f"{path} names inputs that are no files here; {own}")
+        missing = [item for item in items if key == "input" and not os.path.isfile(item)]
+        if missing:
+            raise ValueError(f"{path} names the input {missing[0]}, which is no file here; {own}")
         argv += [name] if value is True else [f"{name}={item}" for item in items]
     return argv
 
 
-def is_shipped(key: str, name: str) -> bool:
-    """Whether `name` is in the folder weights/, here or (weights themselves) in the checkout."""
-    inside = name.startswith("weights/") and ".." not in Path(name).parts
-    return inside and Path(find_weights(name) if key == "weights" else name).exists()
+def is_shipped(name: str) -> bool:
+    """Whether `name` lies in the folder weights/ of the working directory or of the checkout."""
+    return any((root / name).exists() and (root / name).resolve().is_relative_to((root / "weights").resolve())
+               for root in (Path(), CHECKOUT))
 
 
 def plan_pictures(settings: Settings, inputs: list[str]) -> list[Settings]:
@@ -163,7 +164,8 @@ def plan_pictures(settings: Settings, inputs: list[str]) -> list[Settings]:
     """
     edits = [settings.edit] if settings.turns else [[edit] for edit in settings.edit]
     if len(inputs) * len(edits) * settings.n > MOST_PICTURES:
-        raise ValueError(f"--n {settings.n}: more than {MOST_PICTURES:,} pictures; make them in parts")
+        raise ValueError(f"{len(inputs)} inputs x {len(edits)} edits x --n {settings.n} are more than "
+                         f"{MOST_PICTURES:,} pictures; make them in parts")
     output, one = Path(settings.output), "--grid" if settings.grid else "--sweep" if settings.sweep else ""
     variants = [(edit, settings.seed + i) for edit in edits for i in range(settings.n)]
     to_folder = output.is_dir() or settings.output.endswith("/") or not output.suffix

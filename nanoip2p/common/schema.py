@@ -1,6 +1,7 @@
 """Check the types and ranges of values from files, once, where they enter. JSON files can hold anything."""
 
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Iterable
@@ -22,15 +23,14 @@ def checked(value, kind, where: str, least: float = -math.inf, most: float = mat
     try:
         return _converted(value, kind, least, most)
     except (ValueError, OverflowError):
-        text = shown(value)
         if isinstance(value, (str, list)) and len(value) > LONGEST:
-            text += f" ({len(value):,} long; at most {LONGEST:,})"
-        raise ValueError(f"{where} = {text} should be {_described(kind, least, most)}") from None
+            raise ValueError(f"{where} is {len(value):,} long; at most {LONGEST:,} are read") from None
+        raise ValueError(f"{where} = {shown(value)} should be {_described(kind, least, most)}") from None
 
 
 def shown(value) -> str:
-    """A value for a message, at most 41 letters. Of a list or an object the type: it may be deeply nested."""
-    text = type(value).__name__ if isinstance(value, (list, dict)) else repr(value)
+    """A value for a message, at most 41 letters."""
+    text = reprlib.repr(value)  # not repr: the value may be deeply nested
     return text if len(text) <= 40 else text[:40] + "…"
 
 

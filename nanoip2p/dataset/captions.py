@@ -93,10 +93,9 @@ def read_captions(path: Path, column: str | None = None) -> Captions:
         if not isinstance(text, str):
             raise ValueError(f"{path}, line {number}: no text under {' or '.join(keys)} (--column); there is "
                              f"{', '.join(row) or 'nothing'}")
-        url = row.get("url") or row.get("URL") or ""
-        if not isinstance(url, str) or max(len(text), len(url)) > LONGEST:  # `checked` is slow
+        url = str(row.get("url") or row.get("URL") or "")[:LONGEST]
+        if len(text) > LONGEST:  # `checked` is slow
             checked(text, str, f"{path}, line {number}: caption")
-            url = str(checked(url, str | int, f"{path}, line {number}: url"))
         text, url = tidy(text), url and tidy(url)
         folded = bare(text)
         if not folded:
@@ -188,7 +187,7 @@ class Job:
                     fatal = FATAL if self.used else (*FATAL, openai.APIConnectionError)
                     if isinstance(error, fatal) or self.failures >= MAX_FAILURES:
                         self.problem = error
-            except OSError as error:  # the disk is full
+            except Exception as error:  # the disk is full, for example
                 self.problem = error
             self.bar.update()
 

@@ -67,8 +67,9 @@ class Client(openai.DefaultHttpxClient):
         """Before each request: refuse a redirect to another host, port, or from https to http."""
         url = request.url
         self.home = self.home or url
-        if url.host != self.home.host or url.scheme != "https" and (url.scheme, url.port) != (
-                self.home.scheme, self.home.port):
+        same = (url.scheme, url.port) == (self.home.scheme, self.home.port)
+        upgraded = (self.home.scheme, url.scheme) == ("http", "https") and url.port in (None, self.home.port)
+        if url.host != self.home.host or not (same or upgraded):
             raise HTTP.RemoteProtocolError(f"the answer is a redirect to {url}, which is not followed")
 
     def limit_size(self, response) -> None:
@@ -82,7 +83,7 @@ class Client(openai.DefaultHttpxClient):
             for piece in pieces:
                 size += len(piece)
                 if size > LONGEST_ANSWER or time.monotonic() > end:
-                    raise HTTP.ReadError(f"the answer has more than {LONGEST_ANSWER:,} bytes")
+                    raise HTTP.ReadError(f"the answer is longer than {LONGEST_ANSWER:,} bytes, or too slow")
                 yield piece
 
         response.iter_bytes = limited
@@ -109,8 +110,8 @@ def connect(timeout: float = TIMEOUT, total: float | None = None) -> OpenAI:
     timeout = min(timeout, 86_400)  # a day; the system's timers take 24 days at most
     try:
         client = OpenAI(max_retries=SERVER_RETRIES, timeout=timeout, http_client=Client(total or timeout))
-        if not client.api_key.strip():
-            raise openai.OpenAIError("the key is empty")  # some releases of openai accept an empty key
+        if not client.api_key.strip() or not client.api_key.isascii():  # openai accepts some of these
+            raise openai.OpenAIError("the key is empty, or has letters that no header can hold")
         return client
     except openai.OpenAIError:
         raise ValueError("set OPENAI_API_KEY to your key, or to any word if the server needs none") from None

@@ -89,27 +89,29 @@ class Lasting:
     one, which would keep the process waiting."""
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream, self.text = stream, ""
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
 
     def write(self, text: str) -> None:
-        """Write, and flush whole lines: those of several ranks stay apart."""
+        """Write whole lines at once, so that the lines of several ranks stay apart."""
+        self.text += text
+        if text.endswith("\n"):
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the text, also of an unfinished line."""
+        text, self.text = self.text, ""
         try:
             while not select.select([], [self.stream], [], 0.2)[1]:
                 if SIGNALS:
                     raise BrokenPipeError
             self.stream.write(text)
-            if text.endswith("\n") or not text:
-                self.stream.flush()
+            self.stream.flush()
         except OSError:
             with open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), self.stream.fileno())  # also for the text in its buffer
-
-    def flush(self) -> None:
-        """As of every stream."""
-        self.write("")
 
 
 @contextmanager
@@ -125,4 +127,6 @@ def lasting_streams() -> Iterator[None]:
     try:
         yield
     finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
         sys.stdout, sys.stderr = before

@@ -199,7 +199,7 @@ FAULTS = {
     "no object": ("vae/config.json", lambda _: [], "list, not a dict"),
     "default name": ("defaults.json", put("stepps", 3), "unknown setting stepps"),
     "default type": ("defaults.json", put("steps", 2.5), "steps = 2.5 should be a whole number from 1"),
-    "huge default": ("defaults.json", put("cfg_text", 10**400), "cfg_text = 1000.*… should be a number from"),
+    "huge default": ("defaults.json", put("cfg_text", 10**400), "cfg_text = 1000.* should be a number from"),
     "null": ("vae/config.json", put("scaling_factor", None), "scaling_factor = None should be a number"),
     "text": ("unet/config.json", put("norm_eps", "x"), "norm_eps = 'x' should be a number from 0 to 1"),
     "negative": ("unet/config.json", put("attention_head_dim", -2), "attention_head_dim = -2 should be"),
@@ -212,7 +212,7 @@ FAULTS = {
     "noise": ("scheduler/scheduler_config.json", put("beta_start", 2.0), "beta_start = 2.0 should be"),
     "timesteps": ("scheduler/scheduler_config.json", put("num_train_timesteps", 10**9), "1 to 100000"),
     "no signal": ("scheduler/scheduler_config.json", put("beta_end", 0.999), "leave no signal"),
-    "nested": ("vae/config.json", put("act_fn", [[["silu"]]]), "act_fn = list is not supported"),
+    "nested": ("vae/config.json", put("act_fn", [[["silu"]]]), "is not supported, only 'silu'"),
     "tokens": ("tokenizer/tokenizer_config.json", put("model_max_length", 90), "makes 90 tokens .* reads 77"),
 }
 

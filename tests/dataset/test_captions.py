@@ -187,7 +187,7 @@ def test_no_answer_may_be_endless(server, ask):
     assert (code, by_input(rows)) == (0, expected([TEXTS[0], TEXTS[2]])) and "1 without an answer" in said
     assert server.sent < 100 * chat.LONGEST_ANSWER
     server.plan.update({text: ["endless"] for text in TEXTS})
-    assert "more than 1,048,576 bytes" in ask(TEXTS)[3]
+    assert "longer than 1,048,576 bytes" in ask(TEXTS)[3]
 
 
 @pytest.mark.parametrize("scheme, host, followed", [

@@ -18,7 +18,7 @@ EXEMPT = {
     "files.py:append", "files.py:locked", "files.py:claim_folder", "files.py:mend_last_line",
     "finetune.py:start", "rendered.py:write_scenes", "tensors.py:write_tensors", "run_folder.py:flush",
     "magicbrush.py:score", "magicbrush.py:run", "sample.py:run", "sample.py:edit_batch", "sample.py:sweep",
-    "pipeline.py:as_image", "trainer.py:load", "signals.py:write", "signals.py:lasting_streams",
+    "pipeline.py:as_image", "trainer.py:load", "signals.py:flush", "signals.py:lasting_streams",
     "train.py:train"}
 
 

@@ -86,7 +86,7 @@ def test_the_recipe_names_everything(run, weights):
         "input": ["house.png"], "edit": ["make it night"], "turns": False, "n": 1, "seed": 3, "steps": 2,
         "cfg_text": DEFAULTS["cfg_text"], "cfg_image": 1.7, "sampler": "ddim", "negative": "blurry",
         "resolution": DEFAULTS["resolution"], "weights": str(weights), "dtype": "fp32",
-        "keep_size": False, "grid": False, "sweep": False, "batch": 8, "low_memory": False,
+        "keep_size": False, "grid": False, "sweep": False, "low_memory": False,
         "raw_weights": False,
         "vae": None, "tokenizer": None,
         "version": nanoip2p.__version__, "torch": torch.__version__,
@@ -343,31 +343,30 @@ RECIPES = {
     "nonsense": ({"steps": "many"}, "steps = 'many' should be a whole number"),
     "no input": ({"input": None}, "not given: --input"),
     "no edit": ({"edit": []}, "not given: --edit"),
-    "an object": ({"input": {"a": 1}}, "input = dict should be a list"),
+    "an object": ({"input": {"a": 1}}, "input = {'a': 1} should be a list"),
     "a number": ({"input": 5}, "input = 5 should be a list"),
-    "a number as text": ({"edit": [3]}, "edit = list should be a list, each item a text"),
+    "a number as text": ({"edit": [3]}, "edit = [3] should be a list, each item a text"),
     "empty": ({"edit": [""], "unknown": "--help"}, "instruction is empty"),
     "dashes": ({"edit": ["--"]}, "--edit=-- gives no value"),
     "a choice": ({"sampler": "magic"}, "invalid choice: 'magic'"),
     "below": ({"steps": 0}, "'0' is not a whole number from 1"),
     "huge": ({"cfg_text": 10**400}, "cfg_text = 10000"),
     "not finite": ({"cfg_text": float("nan")}, "cfg_text = nan"),
-    "samples": ({"n": 10**8}, "asks for 100000000 of n, more than 16; if you mean it, give --n yourself"),
+    "samples": ({"n": 10**8}, "brings --n 100000000, more than 16; if you mean it, give --n yourself"),
     "steps": ({"steps": 1001}, "more than 1000; if you mean it, give --steps"),
-    "batch": ({"batch": 65}, "more than 64; if you mean it, give --batch"),
     "resolution": ({"resolution": 4096}, "more than 2048; if you mean it, give --resolution"),
-    "edits": ({"edit": ["red"] * 65}, "65 of edit, more than 64"),
-    "inputs": ({"input": ["house.png"] * 101}, "101 of input, more than 100"),
-    "a glob": ({"input": ["*.png"]}, "no files here; if you mean it, give --input yourself"),
-    "a folder": ({"input": ["."]}, "no files here"),
-    "absent": ({"input": ["house.png", "gone.png"]}, "no files here"),
-    "a device": ({"input": ["/dev/zero"]}, "no files here"),
-    "no name": ({"input": ["a\x00b"]}, "no files here"),
+    "edits": ({"edit": ["red"] * 65}, "brings --edit 65, more than 64"),
+    "inputs": ({"input": ["house.png"] * 101}, "brings --input 101, more than 100"),
+    "a glob": ({"input": ["*.png"]}, "no file here; if you mean it, give --input yourself"),
+    "a folder": ({"input": ["."]}, "no file here"),
+    "absent": ({"input": ["house.png", "gone.png"]}, "no file here"),
+    "a device": ({"input": ["/dev/zero"]}, "no file here"),
+    "no name": ({"input": ["a\x00b"]}, "no file here"),
     "the Hub": ({"weights": "owner/name"},
                 "names other weights than the shipped, owner/name; if you mean it, give --weights yourself"),
     "a way out": ({"weights": "weights/../house.png"}, "names other weights"),
     "own weights": ({"weights": "void"}, "names other weights"),
-    "not shipped": ({"weights": "weights/none"}, "there is no weights/none"),
+    "not shipped": ({"weights": "weights/none"}, "than the shipped, weights/none"),
     "autoencoder": ({"vae": "weights/nano"}, "names other vae than the shipped"),
     "tokenizer": ({"tokenizer": "owner/name"}, "give --tokenizer yourself"),
 }
@@ -385,7 +384,7 @@ def test_odd_recipes_are_one_line(name, run, capsys, monkeypatch):
 
 
 def test_what_a_recipe_may_not_say_the_user_may(run, weights):
-    odd = {"n": 17, "steps": 1001, "batch": 65, "resolution": 4096, "weights": "owner/name", "vae": "a/b",
+    odd = {"n": 17, "steps": 1001, "resolution": 4096, "weights": "owner/name", "vae": "a/b",
            "tokenizer": "c/d", "input": ["*.png"], "edit": ["red"] * 65}
     save_png(Image.new("RGB", (8, 8)), "odd.png", odd)
     given = [f"--{key}={value[0] if isinstance(value, list) else value}" for key, value in odd.items()]
@@ -407,7 +406,7 @@ def test_a_recipe_of_shipped_weights_needs_no_flag_and_is_shown(run, capsys):
 
 def test_no_more_pictures_than_a_plan_can_hold(run, capsys, monkeypatch):
     monkeypatch.setattr(sample, "MOST_PICTURES", 5)
-    assert "--n 6: more than 5 pictures" in refusal(capsys, run(*one("--n", "6", output="out/")))
+    assert "x --n 6 are more than 5 pictures" in refusal(capsys, run(*one("--n", "6", output="out/")))
 
 
 def test_data_never_steers_the_terminal(run, capsys):
