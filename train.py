@@ -191,8 +191,10 @@ def train(config: TrainConfig, model: Model, items: list[Item], validation_items
     chosen = validation_items[:: max(1, len(validation_items) // SHEET_COLUMNS)][:SHEET_COLUMNS]
     columns = columns_of(chosen, config.resolution, config.skip_bad)
     lock = runs.occupied(config.out) if ranks.rank == 0 else nullcontext()
-    with lock, signals.stop_between_steps() as stop, signals.ending_children():
-        loop(trainer, iter(loader), validation, columns, first, stop)
+    with lock, signals.stop_between_steps() as stop:
+        batches = iter(loader)
+        with signals.ending_loaders(batches):
+            loop(trainer, batches, validation, columns, first, stop)
     if ranks.rank == 0 and not runs.plot_log(config.out):
         print("pip install matplotlib for loss.png")
 
@@ -251,7 +253,7 @@ def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], colu
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return the exit code, see cli.run."""
     with signals.lasting_streams():
-        return cli.run(lambda: run(parse(argv)), "stopped; go on with --resume and the --out folder",
+        return cli.run(lambda: run(parse(argv)), "stopped; go on with --resume, if there is a checkpoint",
                        "try a smaller --batch-size with more --accumulate, --recompute, or --ema-device cpu")
 
 

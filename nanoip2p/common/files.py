@@ -34,7 +34,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{_hidden(path)}{os.getpid()}.tmp")
     try:
-        with _full_disk_named(path):
+        with full_disk_named(path):
             yield temporary
             os.replace(temporary, path)
     finally:
@@ -66,7 +66,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 @contextmanager
-def _full_disk_named(path: Path) -> Iterator[None]:
+def full_disk_named(path: Path) -> Iterator[None]:
     """Add the path, and the folder to clear, to the error of a full disk."""
     try:
         yield
@@ -235,7 +235,7 @@ def _is_cut(line: bytes) -> bool:
 
 def append(path: Path, row: dict) -> None:
     """Append a row to a .jsonl file. A killed process or a full disk can leave an incomplete last line."""
-    with _full_disk_named(path), regular(path).open("a", encoding="utf-8") as file:
+    with full_disk_named(path), regular(path).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

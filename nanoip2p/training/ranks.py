@@ -3,7 +3,6 @@
 Each rank has all weights and trains on its own micro-batches. DistributedDataParallel averages the gradients.
 """
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -19,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from nanoip2p.common.device import pick_device
-from nanoip2p.training.signals import AtOnce
+from nanoip2p.training.signals import SIGNALS, AtOnce, end_loaders
 
 MAX_WAIT = timedelta(days=1)  # how long a rank waits for a rank that encodes data or samples pictures
 JOIN = timedelta(minutes=5)   # how long the first ranks wait for the last: imports from a cold disk take long
@@ -92,11 +91,10 @@ class Watch:
             if str(self.rank) in lost:  # of the store
                 lost = ["0"] if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" else ["of torchrun"]
             if lost and not self.left.is_set():
-                print(f"error: rank {', '.join(lost)} ended or was stopped; go on with --resume (waited "
-                      f"--timeout {self.timeout:g} s)", file=sys.stderr)
-                for process in multiprocessing.active_children():  # that load data
-                    process.kill()
-                    process.join(1)
+                SIGNALS.append(signal.SIGTERM)  # so that no full pipe holds up the message
+                print(f"error: rank {', '.join(lost)} ended or was stopped (--timeout {self.timeout:g} s); "
+                      "go on with --resume, from the last checkpoint", file=sys.stderr)
+                end_loaders()
                 os._exit(2)  # the main thread may be waiting in a library, for ever
 
     def leave(self) -> None:
@@ -116,7 +114,7 @@ def started(device: str | None, timeout: float) -> Iterator[Ranks]:
         yield Ranks(0, 1, chosen)
         return
     if chosen.type == "cuda":
-        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        chosen = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")  # ValueError: more processes than GPUs
         torch.cuda.set_device(chosen)
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the library waits for other ranks
     try:
@@ -125,21 +123,22 @@ def started(device: str | None, timeout: float) -> Iterator[Ranks]:
                                 world_size=count)
         group, watch = dist.new_group(backend="gloo", timeout=MAX_WAIT), Watch(rank, count, timeout)
     except RuntimeError as error:
-        raise ValueError(f"the {count} ranks did not all start within {JOIN}: {error}") from None
+        raise ValueError(f"the {count} ranks could not join (each waits {JOIN}): {error}") from None
     finally:
         signal.signal(signal.SIGINT, handler)
     try:
         yield Ranks(rank, count, chosen, group)
         watch.leave()
     except AtOnce:  # the group's threads may wait for a rank that is stopped, and a usual exit for them
-        print("stopped; go on with --resume from the last checkpoint", file=sys.stderr)
+        print("stopped; go on with --resume, from the last checkpoint", file=sys.stderr)
         os._exit(130)
     except (KeyboardInterrupt, ValueError):
         watch.leave()
         raise
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError):  # perhaps of a connection to a rank that has died:
-            watch.failed = True                            # then the watch ends this process
+            print(f"rank {rank}: {error}", file=sys.stderr)  # then the watch ends this process
+            watch.failed = True
             time.sleep(timeout)
         raise
     finally:

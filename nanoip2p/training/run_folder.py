@@ -1,6 +1,5 @@
 """The folder of a training run: atomically written checkpoints, the log, and the plot of the log."""
 
-import errno
 import json
 import os
 import shutil
@@ -12,7 +11,15 @@ from pathlib import Path
 from torch import Tensor
 
 from nanoip2p.checkpoint.tensors import read_tensors, write_tensors
-from nanoip2p.common.files import append, locked, read_json, read_jsonl, replacing, write_json
+from nanoip2p.common.files import (
+    append,
+    full_disk_named,
+    locked,
+    read_json,
+    read_jsonl,
+    replacing,
+    write_json,
+)
 from nanoip2p.common.plots import plot
 from nanoip2p.common.schema import checked
 
@@ -36,18 +43,6 @@ def check_folder(run: Path) -> None:
 
 
 @contextmanager
-def room(path: Path, size: float) -> Iterator[None]:
-    """Name the file and what to free if the disk is full. size: of what is being written, in bytes."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ValueError(f"{path}: {error.strerror}; free {size / 1e9:.1f} GB on its disk and go on with "
-                             "--resume, or take a smaller --keep") from None
-        raise
-
-
-@contextmanager
 def occupied(run: Path) -> Iterator[None]:
     """Lock a run's folder for a `with` block. Raises ValueError if another process holds the lock."""
     with locked(run / ".lock") as held:
@@ -64,9 +59,8 @@ def write_checkpoint(run: Path, step: int, files: dict[str, dict[str, Tensor]], 
     """
     folder = run / CHECKPOINTS / f"{step:07d}"
     temporary = folder.with_name(f".{folder.name}.tmp")
-    size = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
     shutil.rmtree(temporary, ignore_errors=True)
-    with room(folder, size):
+    with full_disk_named(folder):
         try:
             temporary.mkdir(parents=True)
             for name, tensors in files.items():
@@ -144,8 +138,7 @@ class Log:
 
     def write(self, row: dict) -> None:
         """Append a row: {"step": number, name: number, ...}."""
-        with room(self.path, 1e6):
-            append(self.path, row)
+        append(self.path, row)
         if self.board:
             for name, number in row.items():
                 self.board.add_scalar(name, number, row["step"])

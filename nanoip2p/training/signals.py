@@ -4,7 +4,6 @@ A signal only sets a mark, which training reads between micro-batches. So no ste
 """
 
 import io
-import multiprocessing
 import os
 import select
 import signal
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 SIGNALS: list[int] = []  # those that came to this process since stop_between_steps began
+LOADERS: list = []        # the processes that load data
 
 
 class AtOnce(KeyboardInterrupt):
@@ -61,6 +61,7 @@ def stop_between_steps() -> Iterator[Stop]:
     try:
         yield stop
     finally:
+        SIGNALS.clear()
         for number, handler in previous.items():
             signal.signal(number, handler)
 
@@ -72,21 +73,27 @@ def leave_signals_to_the_parent(_worker: int) -> None:
 
 
 @contextmanager
-def ending_children() -> Iterator[None]:
-    """End the processes of data loaders at the end of the block: they ignore signals."""
+def ending_loaders(batches: Iterator) -> Iterator[None]:
+    """End the processes of a DataLoader's iterator at the end of the block: they ignore signals."""
+    LOADERS[:] = getattr(batches, "_workers", [])
     try:
         yield
     finally:
         handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises when a loader is killed
-        for process in multiprocessing.active_children():
-            process.kill()
-            process.join()
+        end_loaders()
         signal.signal(signal.SIGCHLD, handler)
 
 
+def end_loaders() -> None:
+    """Kill the processes of `ending_loaders`."""
+    for process in LOADERS:
+        process.kill()
+        process.join(1)
+
+
 class Lasting:
-    """A text stream that outlives its reader: it drops text for a closed pipe, and after a signal for a full
-    one, which would keep the process waiting."""
+    """A text stream that outlives its reader. Drops the text for a closed pipe, and after a signal also for a
+    full pipe, in which the process would wait."""
 
     def __init__(self, stream):
         self.stream, self.text = stream, ""
@@ -119,7 +126,7 @@ def lasting_streams() -> Iterator[None]:
     """Make standard output and error Lasting. A stream without a file, as in tests, stays."""
     before = sys.stdout, sys.stderr
     for name, stream in zip(("stdout", "stderr"), before):
-        with suppress(io.UnsupportedOperation):
+        with suppress(io.UnsupportedOperation, AttributeError, ValueError):  # of a stream without a file
             if stream is None:  # it was closed when the process began
                 stream = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
             stream.fileno()
