@@ -60,8 +60,7 @@ def stop_between_steps() -> Iterator[Stop]:
     previous = {number: signal.signal(number, stop.press) for number in numbers}
     try:
         yield stop
-    finally:
-        SIGNALS.clear()
+    finally:  # SIGNALS stay: the last messages must not wait for a full pipe
         for number, handler in previous.items():
             signal.signal(number, handler)
 
