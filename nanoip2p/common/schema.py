@@ -23,9 +23,10 @@ def checked(value, kind, where: str, least: float = -math.inf, most: float = mat
     try:
         return _converted(value, kind, least, most)
     except (ValueError, OverflowError):
-        if isinstance(value, (str, list)) and len(value) > LONGEST:
+        wanted = _described(kind, least, most)
+        if {str: "a text", list: "a list"}.get(type(value), "no") in wanted and len(value) > LONGEST:
             raise ValueError(f"{where} is {len(value):,} long; at most {LONGEST:,} are read") from None
-        raise ValueError(f"{where} = {shown(value)} should be {_described(kind, least, most)}") from None
+        raise ValueError(f"{where} = {shown(value)} should be {wanted}") from None
 
 
 def shown(value) -> str:

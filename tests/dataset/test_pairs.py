@@ -555,8 +555,8 @@ def test_a_broken_job_file_is_one_line(tmp_path):
     ("metadata.jsonl", {"p2p_threshold": float("inf")}, "p2p_threshold = inf should be a number from 0 to 1"),
     ("candidates.jsonl", {"clip_sim_0": None}, "clip_sim_0 = None should be a number"),
     ("metadata.jsonl", {"seed": "../1"}, "row 1: seed = '../1' should be a whole number"),
-    ("prompt.json", {"edit": []}, "edit = list should be a text or null"),
-    ("job.json", {"job": []}, "job = list should be an object"),
+    ("prompt.json", {"edit": []}, "edit = [] should be a text or null"),
+    ("job.json", {"job": []}, "job = [] should be an object"),
     ("job.json", {"job": {"clip_img_threshold": "x"}}, "clip_img_threshold = 'x' should be a number"),
 ])
 def test_show_says_in_one_line_what_is_no_number(name, content, hint, tmp_path, capsys):

@@ -102,7 +102,7 @@ def test_a_row_that_is_not_ours_is_named(key, tmp_path):
     path = tmp_path / "ablate.jsonl"
     for value in ({}, "x" * 20_000, 10**400, float("nan"), *(() if key == "unchanged" else (None,))):
         path.write_text("".join(json.dumps(row) + "\n" for row in (ROW, ROW | {key: value})))
-        with pytest.raises(ValueError, match=f"ablate.jsonl, row 2: {key} = "):
+        with pytest.raises(ValueError, match=f"ablate.jsonl, row 2: {key} (= |is 20,000 long)"):
             ablate.read_scores(path)
 
 
