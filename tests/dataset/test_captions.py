@@ -102,9 +102,16 @@ def test_a_server_that_often_fails_is_borne_with(server, ask):
     assert (code, rows) == (0, expected(TEXTS[::2])) and "6 without an answer" in said
 
 
+def test_an_error_of_our_own_does_not_look_like_success(server, ask, monkeypatch):
+    monkeypatch.setattr(chat, "spent_tokens", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ask(TEXTS)
+
+
 @pytest.mark.parametrize("trouble, hint", [
     ("wrong key", "OPENAI_API_KEY right"), ("no key", "set OPENAI_API_KEY"),
     ("empty key", "set OPENAI_API_KEY"), ("line break in key", "OPENAI"),
+    ("accent in key", "set OPENAI_API_KEY"),
     ("no server", "does OPENAI_BASE_URL name the right server"), ("no address", "OPENAI_BASE_URL"),
     ("unknown model", "does not exist"), ("hang up", "does OPENAI_BASE_URL name the right server"),
 ])
@@ -117,6 +124,8 @@ def test_what_is_hopeless_is_one_line(server, ask, trouble, hint, monkeypatch):
         monkeypatch.setenv("OPENAI_API_KEY", " ")
     elif trouble == "line break in key":
         monkeypatch.setenv("OPENAI_API_KEY", KEY + "\n")
+    elif trouble == "accent in key":
+        monkeypatch.setenv("OPENAI_API_KEY", "clé")
     elif trouble == "no server":
         monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     elif trouble == "no address":

@@ -88,6 +88,11 @@ def test_repeats_are_asked_once_and_urls_are_kept(server, ask, tmp_path):
     assert server.asked == ["A cat", "A dog"]
 
 
+def test_a_long_cell_in_another_column_is_no_obstacle(tmp_path):
+    (tmp_path / "a.csv").write_text("html,caption\n" + "x" * 140_000 + ",A cat\n")
+    assert list(captions.read_captions(tmp_path / "a.csv")) == [{"input": "A cat"}]
+
+
 @pytest.mark.parametrize("name, content, flags, hint", [
     ("a.jsonl", b'{"input": "x"}\n{"inp', [], "line 2 is not JSON"),
     ("a.jsonl", b'{"input": "x"}\n[1]\n', [], "line 2"),

@@ -392,6 +392,14 @@ def test_what_a_recipe_may_not_say_the_user_may(run, weights):
     assert settings.n == 17 and settings.weights == "owner/name" and settings.input == ["*.png"]
 
 
+@pytest.mark.parametrize("name", ["weights/nano-sd", "./weights/nano-sd",
+                                  f"{pipeline.CHECKOUT}/weights/nano-sd"])
+def test_a_recipe_may_name_shipped_weights_by_any_path(run, name):
+    recipe = {"input": ["house.png"], "edit": ["red"], "weights": name}
+    save_png(Image.new("RGB", (8, 8)), "odd.png", recipe)
+    assert sample.parse(["--recipe", "odd.png", "--output", "o.png"]).weights == name
+
+
 def test_a_recipe_of_shipped_weights_needs_no_flag_and_is_shown(run, capsys):
     flags = ["--seed", "3", "--weights", "weights/nano-ip2p-paper", "--steps", "1", "--device", "cpu"]
     assert sample.main(one(*flags, output="night.png")) == 0

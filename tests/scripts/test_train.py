@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from comparing import relative_error
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_editor import write_tiny_editor, write_tiny_painter
+from torch.utils.data import DataLoader
 from train_runs import STATE, UNET, rows, state, words, write_pictures
 
 import train
@@ -226,6 +228,22 @@ def test_a_run_goes_on_without_its_readers_and_without_streams(start, whole, ser
     monkeypatch.setattr(sys, "stdout", None)  # as Python does when they are closed at its start
     monkeypatch.setattr(sys, "stderr", None)
     assert resume(tmp_path / "run", "--steps", 7) == 0
+
+
+def test_a_line_is_written_at_once_so_that_the_lines_of_ranks_stay_apart():
+    reading, writing = socket.socketpair(type=socket.SOCK_DGRAM)  # each write is received by itself
+    with reading, writing, open(writing.fileno(), "w", closefd=False) as stream:
+        print("step", 3, "loss", file=signals.Lasting(stream))
+        assert reading.recv(100) == b"step 3 loss\n"
+
+
+def test_loaders_which_ignore_signals_end_with_their_block():
+    batches = iter(DataLoader([0] * 100, num_workers=2, worker_init_fn=signals.leave_signals_to_the_parent))
+    with signals.ending_loaders(batches):
+        next(batches)
+        loaders = list(signals.LOADERS)
+        assert len(loaders) == 2 and all(process.is_alive() for process in loaders)
+    assert not any(process.is_alive() for process in loaders)
 
 
 def test_nohup_still_keeps_a_run_from_a_closed_terminal():

@@ -5,7 +5,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from tiny_editor import write_tiny_editor
 from train_runs import STATE, UNET, rows, state, words, write_pictures
 
 from nanoip2p.training import run_folder as runs
+from nanoip2p.training import signals
+from nanoip2p.training.ranks import TICKS, Watch
 from nanoip2p.training.samples import order
 
 MORE = ("--lr", 1e-4, "--log-every", 2, "--validate-every", 2, "--keep", 9)
@@ -206,6 +210,21 @@ def test_the_others_end_and_name_the_rank_that_is_missing(start, folder, server,
         assert f"rank {job['of']} ended or was stopped" in error and "Traceback" not in lines
         runs.newest_checkpoint(tmp_path / str(i))
     assert [pair[1 - job["of"]] for pair, job in zip(codes, jobs)] == [2] * len(jobs)
+
+
+def test_a_full_pipe_does_not_keep_the_watch_from_ending_its_rank():
+    child = os.fork()
+    if child == 0:
+        try:
+            train_jobs.spoil_streams("full")
+            sys.stderr = signals.Lasting(sys.__stderr__)
+            watch = SimpleNamespace(rank=0, timeout=0.1, beats=[b"1", b"1"], silent=[0, TICKS], failed=False,
+                                    left=threading.Event())
+            Watch.judge(watch)
+        finally:
+            os._exit(1)
+    threading.Timer(20, lambda: os.path.exists(f"/proc/{child}") and os.kill(child, signal.SIGKILL)).start()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
 
 
 def test_a_rank_that_works_for_long_is_waited_for(start, folder, server, tmp_path):
