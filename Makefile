@@ -1,7 +1,7 @@
 # make demo      make twelve edits with the shipped weights -> out/demo.png
 # make dataset   make captions, pairs of pictures and a contact sheet, in the nano world -> data/nano
 # make train     train an editor from the nano text-to-image model, or resume this run -> runs/first
-# make test      run the whole test suite
+# make test      run the whole test suite, on two cores
 # make test-fast compare the core at small widths with diffusers and transformers, under a minute
 # make docs      draw every picture of README.md and docs/ again; half an hour on one core
 # make reproduce repeat the paper in the nano world: weights, data, scores, figure 8, ablations -> runs
@@ -56,7 +56,7 @@ reproduce: .venv/test
 test test-fast fuzz bench: export OMP_NUM_THREADS = 1
 
 test: .venv/test
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 test-fast: .venv/test
 	.venv/bin/python -m pytest tests/parity -m "not full"
