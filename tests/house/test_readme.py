@@ -99,6 +99,16 @@ def test_every_file_that_is_named_exists(page):
         assert (ROOT / path).exists(), path
 
 
+def test_every_row_of_the_compatibility_page_names_its_test():
+    lines = PAGES["docs/compatibility.md"].splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| ")]
+    for *_, last in (cells for cells in rows if cells[0] != "| what"):
+        names = re.findall(r"`([\w/]+\.py)::(\w+)`", last)
+        assert names, last
+        for file, name in names:
+            assert f"def {name}(" in (ROOT / "tests" / file).read_text(), (file, name)
+
+
 @pytest.mark.parametrize("command", sorted({line for page in PAGES for line in commands(page)}))
 def test_every_command_parses(command, monkeypatch):
     """By its own parser. Nothing runs; files in it need not exist; "..." stands for more flags."""
