@@ -14,6 +14,7 @@ from torch import Tensor
 from nanoip2p.common.config import FIXED, IGNORED, read_config
 
 CHOICES = {"beta_schedule": ("scaled_linear", "linear"), "final_sigmas_type": ("zero", "sigma_min"),
+           "prediction_type": ("epsilon", "v_prediction"),
            "timestep_spacing": (None, "linspace", "leading", "trailing")}
 
 
@@ -25,6 +26,8 @@ class NoiseSchedule:
     beta_start: float = 0.00085
     beta_end: float = 0.012
     beta_schedule: str = "scaled_linear"
+    prediction_type: str = "epsilon"     # the UNet predicts eps, or v (see add_noise) for "v_prediction"
+    rescale_betas_zero_snr: bool = False  # zero terminal SNR: the last timestep is noise alone
     timestep_spacing: str | None = None  # None: diffusers' default, "leading" for ddim, else "linspace"
     steps_offset: int = 1                # added to the timesteps, only with "leading"
     set_alpha_to_one: bool = True        # ddim ends at sigma = 0; False: at the sigma of timestep 0
@@ -46,23 +49,33 @@ class NoiseSchedule:
     def to_json(self) -> dict:
         """The scheduler_config.json from which any scheduler of diffusers takes the same steps."""
         config = {key: value for key, value in asdict(self).items() if value is not None}
-        return {"_class_name": "EulerAncestralDiscreteScheduler", "prediction_type": "epsilon",
+        return {"_class_name": "EulerAncestralDiscreteScheduler",
                 "clip_sample": False} | config  # diffusers' DDIM clips by default
 
     def alphas_cumprod(self) -> Tensor:
-        """a_t, the signal's share of the variance, at each timestep: (num_train_timesteps,) float32."""
+        """a_t, the signal's share of the variance, at each timestep: (num_train_timesteps,) float32.
+
+        With `rescale_betas_zero_snr` the last a_t is 0: Lin et al. 2023 (arXiv 2305.08891), algorithm 1.
+        """
         p = 0.5 if self.beta_schedule == "scaled_linear" else 1  # linear in sqrt(beta), as in LDM
         betas = torch.linspace(self.beta_start**p, self.beta_end**p, self.num_train_timesteps) ** (1 / p)
         a = torch.cumprod(1.0 - betas, dim=0)
-        if not a[-1] > 0:
+        usable = a[-1] > 0
+        if self.rescale_betas_zero_snr:
+            root = a.sqrt()
+            a = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+            a = torch.cumprod(torch.cat([a[:1], a[1:] / a[:-1]]), dim=0)  # rounds as diffusers does
+            usable &= a.isfinite().all()
+        if not usable:
             raise ValueError(f"beta_start = {self.beta_start} and beta_end = {self.beta_end} leave no signal "
-                             f"after num_train_timesteps = {self.num_train_timesteps}")
+                             f"after num_train_timesteps = {self.num_train_timesteps}, or none to rescale")
         return a
 
 
 def add_noise(latents: Tensor, noise: Tensor, timestep: Tensor, alphas_cumprod: Tensor) -> Tensor:
     """z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps (Ho et al. 2020, equation 4).
 
+    With eps as `latents` and -z_0 as `noise`: v = sqrt(a_t) eps - sqrt(1 - a_t) z_0 (Salimans & Ho 2022).
     latents, noise: (B, C, h, w); timestep: (B,) integers; alphas_cumprod: of `NoiseSchedule`, same device.
     """
     a = alphas_cumprod[timestep].to(latents.dtype)[:, None, None, None]  # (B, 1, 1, 1)
@@ -75,6 +88,7 @@ class Plan(NamedTuple):
     timesteps: list[float]  # n, decreasing: the timestep that the UNet gets at each step
     sigmas: Tensor          # (n, 2) float32: step i goes from noise level sigmas[i, 0] to sigmas[i, 1]
     start_scale: float      # standard deviation of the noise with which the sampler starts
+    prediction_type: str = "epsilon"  # of the NoiseSchedule
 
     def timestep_of(self, device: torch.device | str = "cpu") -> dict[float, Tensor]:
         """{sigma: timestep (1,)} for each noise level at which a sampler calls `denoise`."""
@@ -86,14 +100,20 @@ def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
 
     The values equal those of diffusers' schedulers. A DDIM step from timestep t ends at t - n_train // steps,
     but the next step can start elsewhere, so a row of `sigmas` need not begin where the last one ended.
-    Raises ValueError if the schedule has too few timesteps for that many steps.
+    Raises ValueError if the schedule has too few timesteps for that many steps, and for ddim from noise alone
+    with epsilon: eps then says nothing about z_0.
     """
     n_train = schedule.num_train_timesteps
     if not 1 <= steps <= n_train:
         raise ValueError(f"cannot take {steps} steps: choose 1 to {n_train} (training timesteps)")
     a = schedule.alphas_cumprod().numpy()
-    table = np.sqrt((1 - a) / a)                                                # (n_train,) increasing
     timesteps = _spaced(schedule, sampler, steps)                               # (n,) decreasing
+    if a[-1] == 0:
+        if sampler == "ddim" and timesteps[0] == n_train - 1 and schedule.prediction_type == "epsilon":
+            raise ValueError("ddim cannot begin at zero terminal SNR with epsilon-prediction; take another "
+                             "sampler")
+        a[a == 0] = 1e-16 if sampler == "ddim" else 2.0**-24  # sigma 1e8 or 4096; diffusers: infinite or 4096
+    table = np.sqrt((1 - a) / a)                                                # (n_train,) increasing
     sigmas = np.interp(timesteps, np.arange(n_train), table)                    # (n,)
     if schedule.use_karras_sigmas and sampler in ("euler", "dpmpp_2m"):
         ends = sigmas[[0, -1]] if sampler == "euler" else table[[-1, 0]]
@@ -116,7 +136,7 @@ def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
     only_noise = sampler in ("euler", "euler_ancestral") and spacing != "leading"
     start_scale = float(sigmas[0]) if only_noise else float(np.sqrt(sigmas[0] ** 2 + 1))
     rows = torch.from_numpy(np.stack([sigmas, following], axis=1)).float()      # (n, 2)
-    return Plan(timesteps.astype(np.float32).tolist(), rows, start_scale)
+    return Plan(timesteps.astype(np.float32).tolist(), rows, start_scale, schedule.prediction_type)
 
 
 def _spaced(schedule: NoiseSchedule, sampler: str, steps: int) -> np.ndarray:

@@ -71,9 +71,8 @@ class Editor(Model):
                 noise = draw_noise(z_image.shape, generators).to(self.device)
                 with self._on_device(self.unet, low_memory):
                     denoise = guided_denoiser(
-                        self.unet, levels.timestep_of(z_image.device), z_image, context,
-                        text_states[negative].expand_as(context), settings["cfg_text"],
-                        settings["cfg_image"], low_memory)
+                        self.unet, levels, z_image, context, text_states[negative].expand_as(context),
+                        settings["cfg_text"], settings["cfg_image"], low_memory)
                     z = SAMPLERS[settings["sampler"]](
                         reporting(denoise, bar, callback), levels.start_scale * noise, levels.sigmas,
                         generators)

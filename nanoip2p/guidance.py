@@ -5,6 +5,9 @@
 e~ is a weighted sum of three branches: [text + image] has weight s_T, [image] s_I - s_T, [none] 1 - s_I.
 A branch of weight 0 is not computed, so s_I = 1 or s_T = s_I saves about a third of the time. "No image"
 is zero latents, as in training. "No text" is the encoding of "", or of the negative prompt.
+
+e is the output of the UNet: the noise eps, or v = sqrt(a) eps - sqrt(1 - a) z_0. For a given z, each of eps,
+v and z_0 is a linear function of the others, and the weights sum to 1: guidance of any of them is the same.
 """
 
 import math
@@ -13,36 +16,39 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nanoip2p.diffusion import Plan
 from nanoip2p.samplers import Denoise
 from nanoip2p.unet import Attend, Projected, UNet, attend
 
 Batch = tuple[int, Tensor | None, Projected]  # n copies of z; picture latents (n B, C, h, w); text
 
 
-def make_denoiser(unet: UNet, timestep_of: dict[float, Tensor], dtype: torch.dtype, batches: list[Batch],
+def make_denoiser(unet: UNet, levels: Plan, like: Tensor, batches: list[Batch],
                   combine: Callable[[list[Tensor]], Tensor],
                   attend_at: Callable[[float], Attend] = lambda sigma: attend) -> Denoise:
     """Make a sampler's function denoise(x, sigma) -> estimate of z_0. x and the estimate are float32.
 
-    timestep_of: from `Plan.timestep_of`. batches: the UNet runs once for each, in `dtype`. combine: list of
-    predicted noise (B, C, h, w), one per branch -> guided noise. attend_at: sigma -> the UNet's attention.
+    batches: the UNet runs once for each, in the dtype of `like`, on its device. combine: list of outputs
+    (B, C, h, w), one per branch -> guided output. attend_at: sigma -> the UNet's attention.
     """
-    time_of = unet.project_timesteps(timestep_of)
+    time_of = unet.project_timesteps(levels.timestep_of(like.device))
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
-        z, eps = (x / math.sqrt(sigma**2 + 1)).to(dtype), []  # variance of about 1, as in training
+        scale, outputs = math.sqrt(sigma**2 + 1), []
+        z = (x / scale).to(like.dtype)  # variance of about 1, as in training
         for copies, image, text in batches:
             z_in = z.repeat(copies, 1, 1, 1)
             z_in = z_in if image is None else torch.cat([z_in, image], dim=1)          # (n B, 2 C, h, w)
-            eps.extend(unet(z_in, time_of[sigma], text, attend_at(sigma)).float().split(len(z)))
-        return x - sigma * combine(eps)
+            outputs.extend(unet(z_in, time_of[sigma], text, attend_at(sigma)).float().split(len(z)))
+        if levels.prediction_type == "v_prediction":
+            return x / scale**2 - sigma / scale * combine(outputs)
+        return x - sigma * combine(outputs)
 
     return denoise
 
 
-def guided_denoiser(unet: UNet, timestep_of: dict[float, Tensor], z_image: Tensor, context: Tensor,
-                    null_context: Tensor, cfg_text: float, cfg_image: float,
-                    low_memory: bool = False) -> Denoise:
+def guided_denoiser(unet: UNet, levels: Plan, z_image: Tensor, context: Tensor, null_context: Tensor,
+                    cfg_text: float, cfg_image: float, low_memory: bool = False) -> Denoise:
     """The denoiser of an editor (equation 3). low_memory: run the branches one by one, not as one batch.
 
     z_image (B, C, h, w): mode of the VAE's posterior, unscaled. context, null_context (B, T, D).
@@ -58,11 +64,11 @@ def guided_denoiser(unet: UNet, timestep_of: dict[float, Tensor], z_image: Tenso
         text = unet.project_context(torch.cat(texts), text_rows)
         batches.append((len(used), images[used].flatten(0, 1), text))
     weights = [weight for weight, _, _ in branches]
-    return make_denoiser(unet, timestep_of, z_image.dtype, batches,
-                         lambda eps: sum(weight * e for weight, e in zip(weights, eps)))
+    return make_denoiser(unet, levels, z_image, batches,
+                         lambda outputs: sum(weight * e for weight, e in zip(weights, outputs)))
 
 
-def text_guided_denoiser(unet: UNet, timestep_of: dict[float, Tensor], context: Tensor, null_context: Tensor,
+def text_guided_denoiser(unet: UNet, levels: Plan, context: Tensor, null_context: Tensor,
                          cfg_text: Tensor) -> Denoise:
     """The denoiser of a text-to-image model, guided by text only: Ho & Salimans 2022, equation 6.
 
@@ -72,5 +78,5 @@ def text_guided_denoiser(unet: UNet, timestep_of: dict[float, Tensor], context: 
                 for weight, text in ((cfg_text, context), (1 - cfg_text, null_context)) if weight.any()]
     weights, texts = zip(*branches)
     text = unet.project_context(torch.cat(texts), torch.arange(len(context)).repeat(len(texts)))
-    return make_denoiser(unet, timestep_of, context.dtype, [(1, None, text)],
-                         lambda eps: sum(weight * e for weight, e in zip(weights, eps)))
+    return make_denoiser(unet, levels, context, [(1, None, text)],
+                         lambda outputs: sum(weight * e for weight, e in zip(weights, outputs)))

@@ -26,28 +26,31 @@ def encode(batch: dict, vae: nn.Module, text_encoder: nn.Module) -> dict:
 
 
 def model_input(batch: dict, null: Tensor, scale: float, alphas: Tensor,
-                shares: Sequence[float] = DROP) -> dict:
+                shares: Sequence[float] = DROP, prediction_type: str = "epsilon") -> dict:
     """Add noise to the target, and drop conditions at random (section 3.2.1).
 
     batch: from `encode`, with the random numbers of training/samples.py. null (77, D): hidden states of the
     empty text. scale: scaling factor of the VAE. alphas: `NoiseSchedule.alphas_cumprod()`. shares: see DROP.
-    Returns z_in (B, 2C, h, w): noised target and image condition, concatenated; context (B, 77, D); and
-    noise (B, C, h, w): the UNet's target.
+    Returns z_in (B, 2C, h, w): noised latents and image condition, concatenated; context (B, 77, D); and
+    target (B, C, h, w): what the UNet should predict, the noise or v (see `add_noise`).
     """
     mean, logvar = batch["after"].chunk(2, dim=1)                                    # (B, C, h, w) each
-    target = scale * (mean + (0.5 * logvar).exp() * batch["posterior"])
+    latents = scale * (mean + (0.5 * logvar).exp() * batch["posterior"])
     z_image = batch["before"].chunk(2, dim=1)[0]                                     # the mean, not scaled
     # `drop` in [0, 1) decides for both: by default, no text below 0.10, no image from 0.05 to 0.15
     drop, (text, both, image) = batch["drop"].view(-1, 1, 1), shares
     context = torch.where(drop < text + both, null, batch["text"])
     z_image = z_image * ~((drop >= text) & (drop < text + both + image))[..., None]
-    z_t = add_noise(target, batch["noise"], batch["timestep"], alphas)
-    return {"z_in": torch.cat([z_t, z_image], dim=1), "context": context, "noise": batch["noise"]}
+    target, timestep = batch["noise"], batch["timestep"]
+    z_t = add_noise(latents, target, timestep, alphas)
+    if prediction_type == "v_prediction":
+        target = add_noise(target, -latents, timestep, alphas)
+    return {"z_in": torch.cat([z_t, z_image], dim=1), "context": context, "target": target}
 
 
 def noise_losses(unet: nn.Module, in_channels: int, inputs: dict, timestep: Tensor, dtype: torch.dtype,
                  recompute: bool = False) -> Tensor:
-    """The mean squared error of the predicted noise for each sample, (B,) float32: equation 1 of the paper.
+    """The mean squared error of the prediction of each sample, (B,) float32: equation 1 of the paper.
 
     in_channels: of the UNet; a text-to-image model takes only the noised target. inputs: from `model_input`.
     dtype: autocast dtype; the weights stay in float32. recompute: use gradient checkpointing.
@@ -55,13 +58,20 @@ def noise_losses(unet: nn.Module, in_channels: int, inputs: dict, timestep: Tens
     z_in = inputs["z_in"][:, :in_channels]
     with torch.autocast(z_in.device.type, dtype, enabled=dtype != torch.float32):
         predicted = unet(z_in, timestep, inputs["context"], recompute=recompute).float()  # (B, C, h, w)
-    return (predicted - inputs["noise"]).square().mean((1, 2, 3))
+    return (predicted - inputs["target"]).square().mean((1, 2, 3))
 
 
-def loss_weight(timestep: Tensor, alphas: Tensor, gamma: float) -> Tensor:
-    """Min-SNR weighting (Hang et al. 2023, section 3.4): min(SNR, gamma) / SNR; 1 for gamma = 0."""
+def loss_weight(timestep: Tensor, alphas: Tensor, gamma: float, prediction_type: str = "epsilon") -> Tensor:
+    """Min-SNR weighting (Hang et al. 2023, section 3.4): min(SNR, gamma) / SNR; 1 for gamma = 0.
+
+    v-prediction: min(SNR, gamma) / (SNR + 1), as in diffusers' training scripts.
+    """
     snr = alphas[timestep] / (1 - alphas[timestep])                                  # (B,)
-    return snr.clamp(max=gamma) / snr if gamma else torch.ones_like(snr)
+    if not gamma:
+        return torch.ones_like(snr)
+    if prediction_type == "v_prediction":
+        return snr.clamp(max=gamma) / (snr + 1)
+    return (gamma / snr).clamp(max=1)  # 1 also for SNR = 0
 
 
 def learning_rate(step: int, steps: int, lr: float, warmup: int, cooldown: float) -> float:

@@ -127,9 +127,9 @@ class PairPainter:
         rows = torch.arange(2 * pairs, device=device).repeat(2) if self.share_prefix else None
         text = unet.project_context(text.repeat_interleave(pairs, dim=0), rows)            # of (4 B, T, D)
         guidance = torch.tensor(cfg_text * 2, device=device)[:, None, None, None]
-        steps, timestep_of = len(self.plan.timesteps), self.plan.timestep_of(device)
+        steps, levels = len(self.plan.timesteps), self.plan.sigmas[:, 0].tolist()
         heat = maps = None
-        progress_of = {sigma: step / max(1, steps - 1) for step, sigma in enumerate(timestep_of)}
+        progress_of = {sigma: step / max(1, steps - 1) for step, sigma in enumerate(levels)}
         if words is not None:
             words = torch.stack(words[::-1]).repeat_interleave(pairs, dim=0)               # (2 B, T, W)
             heat = torch.zeros(2 * pairs, math.prod(self.coarse), words.shape[2], device=device)
@@ -143,13 +143,13 @@ class PairPainter:
             active = torch.tensor([progress < p for p in shares], device=device)
             return self.injection(progress, active, words, heat)
 
-        def combine(eps: list[Tensor]) -> Tensor:
+        def combine(outputs: list[Tensor]) -> Tensor:
             if bar is not None:
                 bar.update()
-            return eps[1] + guidance * (eps[0] - eps[1])  # with caption, without caption
+            return outputs[1] + guidance * (outputs[0] - outputs[1])  # with caption, without caption
 
-        denoise = make_denoiser(unet, timestep_of, self.null.dtype,
-                                [(1 if self.share_prefix else 2, None, text)], combine, attend_at)
+        denoise = make_denoiser(unet, self.plan, self.null, [(1 if self.share_prefix else 2, None, text)],
+                                combine, attend_at)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds * 2]  # a pair shares its noise
         shape = self.painter.latent_shape(self.settings["resolution"])
         x = self.plan.start_scale * draw_noise((2 * pairs, *shape), generators).to(device)

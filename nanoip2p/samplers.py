@@ -71,7 +71,7 @@ def ddim(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = No
         denoised = denoise(x, sigma)
         eps = (x - denoised) / sigma
         noise_scale = eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))  # equation 16
-        z = math.sqrt(a_next) * denoised + math.sqrt(1 - a_next - noise_scale**2) * eps
+        z = math.sqrt(a_next) * denoised + math.sqrt(max(0, 1 - a_next - noise_scale**2)) * eps
         if noise_scale > 0:
             z = z + noise_scale * _noise_like(z, generator)
     return z

@@ -81,8 +81,8 @@ class TextToImage(Model):
                 context = torch.stack([text_states[captions[i]] for i in part])        # (B, T, D)
                 generators = [torch.Generator().manual_seed(seeds[i]) for i in part]
                 denoise = text_guided_denoiser(
-                    self.unet, levels.timestep_of(context.device), context,
-                    text_states[negative].expand_as(context), torch.tensor([float(scales[i]) for i in part]))
+                    self.unet, levels, context, text_states[negative].expand_as(context),
+                    torch.tensor([float(scales[i]) for i in part]))
                 noise = draw_noise((len(part), *self.latent_shape(side)), generators).to(context.device)
                 x = levels.start_scale * noise                                         # (B, C, h, w)
                 if strength is not None:

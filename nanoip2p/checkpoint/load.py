@@ -15,10 +15,11 @@ from torch import Tensor
 
 from nanoip2p.checkpoint.folder import StoredNetwork, build_without_memory, open_network
 from nanoip2p.checkpoint.hub import fetch_weights, find_tokenizer
+from nanoip2p.checkpoint.marks import marked_schedule
 from nanoip2p.checkpoint.single_file import PARTS, find_networks, find_vae
 from nanoip2p.checkpoint.tensors import dtype_names, read_metadata, read_tensors
 from nanoip2p.common.files import read_json
-from nanoip2p.common.schema import checked
+from nanoip2p.common.schema import checked, shown
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.editor import Editor
 from nanoip2p.pipeline import PAPER_DEFAULTS
@@ -77,9 +78,15 @@ def open_checkpoint(name: str | Path, vae: str | Path | None = None, tokenizer: 
         raise ValueError(f"{source}: the autoencoder's pictures have {autoencoder.in_channels} and "
                          f"{autoencoder.out_channels} colours, not 3")
     try:
-        NoiseSchedule.from_config(schedule).alphas_cumprod()
+        noise = NoiseSchedule.from_config(schedule)
+        noise.alphas_cumprod()
     except ValueError as error:
         raise ValueError(f"{source}: its noise schedule cannot be used ({error})") from None
+    description += ", v-prediction" * (noise.prediction_type == "v_prediction")
+    description += ", zero terminal SNR" * noise.rescale_betas_zero_snr
+    if (solver := schedule.get("_class_name")) not in (None, "EulerAncestralDiscreteScheduler"):
+        description += f", sampler {defaults['sampler']} for its {shown(solver)}"
+    description += ", latents not clipped (clip_sample)" * (schedule.get("clip_sample") is True)
     description = description if vae is None else f"{description}, autoencoder of {vae}"
     return Checkpoint(source, description, networks, tokenizer, schedule, defaults)
 
@@ -102,7 +109,10 @@ def _open_single_file(path: Path, raw_weights: bool, vae: StoredNetwork | None) 
     metadata = _own_metadata(path)
     description, networks = find_networks(lambda: read_tensors(path), path, raw_weights, metadata)
     networks |= {"vae": vae} if vae else {}
-    return description, networks, metadata.get("schedule", NoiseSchedule().to_json()), metadata["defaults"]
+    if (schedule := metadata.get("schedule")) is None:
+        names = {name.removeprefix("state_dict.") for name in read_tensors(path)}
+        schedule = marked_schedule(path, names, read_metadata(path)).to_json()
+    return description, networks, schedule, metadata["defaults"]
 
 
 def _own_metadata(path: Path) -> dict:

@@ -13,6 +13,7 @@ from nanoip2p.checkpoint.single_file import to_original
 from nanoip2p.checkpoint.tensors import write_tensors
 from nanoip2p.clip import TextEncoder
 from nanoip2p.common.files import remove_leftovers, replacing, write_json
+from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.pipeline import PAPER_DEFAULTS
 from nanoip2p.unet import UNet
 from nanoip2p.vae import VAE
@@ -74,7 +75,12 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None = No
         tensors |= to_original(models["unet"], ema=True) if ema else {}
         metadata = {part: model.config.to_json() for part, model in models.items()}
         metadata |= {"schedule": checkpoint.schedule, "defaults": checkpoint.defaults}
-        return write_tensors(tensors, target, dtype, {"nanoip2p": json.dumps(metadata)})
+        marks, noise = {}, NoiseSchedule.from_config(checkpoint.schedule)
+        if noise.prediction_type == "v_prediction":  # for other programs, see marks.py
+            marks = {"modelspec.prediction_type": "v"}
+            names = ("v_pred", "ztsnr") if noise.rescale_betas_zero_snr else ("v_pred",)
+            tensors |= dict.fromkeys(names, torch.empty(0))
+        return write_tensors(tensors, target, dtype, {"nanoip2p": json.dumps(metadata)} | marks)
     tokenizer_folder, _ = checkpoint.open_tokenizer()
     if target.exists():
         target.rmdir()  # empty

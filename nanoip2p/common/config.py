@@ -34,11 +34,9 @@ FIXED = {
     },
     "clip": {"attention_dropout": 0.0, "dropout": 0.0, "pruned_heads": {}},
     "scheduler": {
-        "prediction_type": "epsilon", "trained_betas": None, "rescale_betas_zero_snr": False,
-        "clip_sample": False, "thresholding": False, "variance_type": None, "timestep_type": "discrete",
+        "trained_betas": None, "thresholding": False, "timestep_type": "discrete",
         "interpolation_type": "linear", "sigma_min": None, "sigma_max": None,
-        "algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint",
-        "lower_order_final": True, "euler_at_final": False, "lambda_min_clipped": -float("inf"),
+        "lambda_min_clipped": -float("inf"),
     },
 }
 IGNORED = {
@@ -51,9 +49,12 @@ IGNORED = {
         "return_dict chunk_size_feed_forward tie_word_embeddings diversity_penalty "
         "encoder_no_repeat_ngram_size length_penalty max_length min_length temperature top_k top_p typical_p "
         "no_repeat_ngram_size num_beam_groups num_beams num_return_sequences repetition_penalty".split()),
-    # Settings of features that are off, and of the PNDM scheduler, which Stable Diffusion 1.x folders name
-    "scheduler": {"clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "skip_prk_steps",
-                  "flow_shift", "time_shift_type"},
+    # How the folder's own solver steps, where ours step their own way; settings of features that are off
+    "scheduler": set(
+        "clip_sample clip_sample_range dynamic_thresholding_ratio sample_max_value flow_shift "
+        "time_shift_type skip_prk_steps variance_type algorithm_type solver_order solver_type solver_p "
+        "lower_order_final euler_at_final predict_x0 disable_corrector corrector_order predictor_order "
+        "tau_func original_inference_steps timestep_scaling noise_sampler_seed".split()),
 }
 
 

@@ -59,7 +59,8 @@ class Trainer:
 
     def losses(self, unet: nn.Module, batch: dict, recompute: bool = False) -> Tensor:
         """The loss (equation 1) of each sample of a batch from `to_device`: (B,)."""
-        given = model_input(batch, self.null, self.model.vae.scaling_factor, self.alphas, self.config.drop)
+        given = model_input(batch, self.null, self.model.vae.scaling_factor, self.alphas, self.config.drop,
+                            self.model.schedule.prediction_type)
         channels, dtype = self.unet.config.in_channels, DTYPES[self.config.dtype]
         return noise_losses(unet, channels, given, batch["timestep"], dtype, recompute)
 
@@ -96,7 +97,8 @@ class Trainer:
             exchange = micro == config.accumulate - 1 or self.ranks.count == 1
             with nullcontext() if exchange else self.parallel.no_sync():  # ranks exchange gradients only once
                 loss = self.losses(self.forward, batch, config.recompute)                # (B,)
-                weight = loss_weight(batch["timestep"], self.alphas, config.snr_gamma)
+                weight = loss_weight(batch["timestep"], self.alphas, config.snr_gamma,
+                                     self.model.schedule.prediction_type)
                 ((loss * weight).mean() / config.accumulate).backward()
             losses.append(loss.detach())
             names += batch["name"]

@@ -8,6 +8,7 @@ map. CUDA itself, workspaces of cuDNN and gaps in memory come on top.
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -31,8 +32,8 @@ def peaks(side: int, low_memory: bool) -> dict[str, tuple[int, int]]:
         picture, ids = torch.empty(1, 3, side, side), torch.zeros(1, 77, dtype=torch.long)
 
         def denoise() -> None:
-            timesteps = {1.0: torch.zeros(1)}
-            guided_denoiser(unet, timesteps, z, context, context, 7.5, 1.5, low_memory)(z.float(), 1.0)
+            levels = SimpleNamespace(timestep_of=lambda _: {1.0: torch.zeros(1)}, prediction_type="epsilon")
+            guided_denoiser(unet, levels, z, context, context, 7.5, 1.5, low_memory)(z.float(), 1.0)
 
         parts = {"text": (text, lambda: text(ids)), "denoise": (unet, denoise),
                  "encode": (vae, lambda: (vae.encode_low_memory if low_memory else vae.encode)(picture)),

@@ -16,6 +16,13 @@ SCHEDULERS = {
 }
 
 
+SOLVERS = ["DDPMScheduler", "DDPMParallelScheduler", "DDIMParallelScheduler", "DEISMultistepScheduler",
+           "DPMSolverSinglestepScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler",
+           "KDPM2AncestralDiscreteScheduler", "LCMScheduler", "SASolverScheduler", "TCDScheduler",
+           "UniPCMultistepScheduler", "PNDMScheduler"]  # which we do not have
+STABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
 @pytest.mark.parametrize("config", [
     {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}, {},
     {"beta_start": 0.001, "beta_end": 0.01, "beta_schedule": "linear", "num_train_timesteps": 400}], ids=str)
@@ -27,6 +34,18 @@ def test_alphas_and_added_noise(config):
     timestep = torch.tensor([0, 120, len(a) - 1])
     noised = add_noise(latents, noise, timestep, a)
     torch.testing.assert_close(noised, scheduler.add_noise(latents, noise, timestep))
+    velocity = diffusers.DDPMScheduler(**config).get_velocity(latents, noise, timestep)
+    torch.testing.assert_close(add_noise(noise, -latents, timestep, a), velocity)
+
+
+@pytest.mark.parametrize("betas", [STABLE, {}, {"num_train_timesteps": 2}], ids=str)
+def test_zero_terminal_snr(betas):
+    theirs = diffusers.DDPMScheduler(**betas, rescale_betas_zero_snr=True).alphas_cumprod
+    a = NoiseSchedule.from_config(betas | {"rescale_betas_zero_snr": True}).alphas_cumprod()
+    assert a[-1] == theirs[-1] == 0 and a.dtype == torch.float32
+    torch.testing.assert_close(a[:-1], theirs[:-1], rtol=1e-4, atol=0)  # theirs rounds float32 1,000 times
+    with pytest.raises(ValueError, match="none to rescale"):
+        NoiseSchedule(num_train_timesteps=1, rescale_betas_zero_snr=True).alphas_cumprod()
 
 
 def test_the_defaults_are_stable_diffusions():
@@ -53,18 +72,30 @@ def test_timesteps_and_start_for_many_numbers_of_steps(sampler, spacing, offset)
         assert ours.start_scale == pytest.approx(start, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", [
-    "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler",
-    "DDIMScheduler", "PNDMScheduler"])
+@pytest.mark.parametrize("name", [*(scheduler.__name__ for scheduler in SCHEDULERS.values()), *SOLVERS])
 def test_reads_what_diffusers_saves(name, tmp_path):
-    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-    if name == "DDIMScheduler":
-        settings["clip_sample"] = False
-    getattr(diffusers, name)(**settings).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "scheduler_config.json").read_text())
-    schedule = NoiseSchedule.from_config(config)
-    assert (schedule.beta_end, schedule.steps_offset) == (0.012, 1)
-    assert schedule.timestep_spacing == config["timestep_spacing"]
+    """The noise of any scheduler, whatever settings its own solver has; then the steps of our samplers."""
+    for settings in ({}, {"prediction_type": "v_prediction"}):
+        getattr(diffusers, name).from_config(STABLE | settings).save_config(tmp_path)
+        config = json.loads((tmp_path / "scheduler_config.json").read_text())
+        schedule = NoiseSchedule.from_config(config)
+        config.pop("algorithm_type", None)  # diffusers' DPM-Solver refuses that of DEIS and SA-Solver
+        for sampler, cls in SCHEDULERS.items():
+            scheduler = cls.from_config(config)
+            scheduler.set_timesteps(20)
+            ours = plan(schedule, sampler, 20)
+            assert ours.timesteps == scheduler.timesteps.tolist()
+            assert scheduler.config.prediction_type == schedule.prediction_type
+            if sampler != "ddim":
+                torch.testing.assert_close(ours.sigmas[:, 0], scheduler.sigmas[:-1], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("setting", [
+    {"algorithm_type": "sde-dpmsolver++"}, {"solver_order": 3}, {"solver_type": "heun"},
+    {"clip_sample": True}, {"disable_corrector": [0, 1]}, {"variance_type": "fixed_large"},
+    {"euler_at_final": True}], ids=str)
+def test_settings_of_another_solver_change_nothing(setting):
+    assert NoiseSchedule.from_config(STABLE | setting) == NoiseSchedule()
 
 
 def test_reads_the_published_instruct_pix2pix_file():
@@ -80,9 +111,10 @@ def test_reads_the_published_instruct_pix2pix_file():
 
 
 @pytest.mark.parametrize("setting", [
-    {"prediction_type": "v_prediction"}, {"beta_schedule": "squaredcos_cap_v2"}, {"trained_betas": [0.1]},
-    {"timestep_spacing": "quadratic"}, {"clip_sample": True}, {"rescale_betas_zero_snr": True},
-    {"algorithm_type": "sde-dpmsolver++"}, {"solver_order": 3}, {"solver_type": "heun"},
+    {"prediction_type": "sample"}, {"prediction_type": "flow_prediction"}, {"trained_betas": [0.1]},
+    {"beta_schedule": "squaredcos_cap_v2"}, {"timestep_spacing": "quadratic"}, {"rescale_betas_zero_snr": 1},
+    {"thresholding": True}, {"lambda_min_clipped": -5.1}, {"timestep_type": "continuous"},
+    {"use_flow_sigmas": True}, {"use_beta_sigmas": True},
     {"use_lu_lambdas": True}, {"use_exponential_sigmas": True}, {"final_sigmas_type": "one"},
     {"interpolation_type": "log_linear"}, {"sigma_max": 14.0}, {"shift": 3.0}], ids=str)
 def test_refuses_by_name_what_it_does_not_compute(setting):

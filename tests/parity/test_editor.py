@@ -101,6 +101,14 @@ def test_equals_diffusers_with_other_spacings(sampler, settings, tmp_path):
     compare(folder, sampler, picture(32, 32, 0))
 
 
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_equals_diffusers_with_v_prediction(sampler, zero_snr, tmp_path):
+    schedule = NoiseSchedule(prediction_type="v_prediction", rescale_betas_zero_snr=zero_snr,
+                             timestep_spacing="trailing" if zero_snr else None)
+    compare(write_tiny_editor(tmp_path, schedule.to_json()), sampler, picture(48, 32, 0))
+
+
 @pytest.mark.parametrize("cfg_image", [1.5, 1.0])
 def test_equals_diffusers_with_a_negative_prompt(tiny, cfg_image):
     compare(tiny, "euler_ancestral", picture(32, 48, 0), cfg_image=cfg_image, negative="a red boat")

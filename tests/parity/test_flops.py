@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanoip2p.diffusion import NoiseSchedule, plan
+from nanoip2p.diffusion import NoiseSchedule, Plan, plan
 from nanoip2p.guidance import guided_denoiser, text_guided_denoiser
 from nanoip2p.objective import noise_losses
 from nanoip2p.prompt_to_prompt import PairPainter
 from nanoip2p.unet import UNet, UNetConfig
 
 SIGMA, SIDE = 1.5, 64
+LEVELS = Plan([500.0], torch.tensor([[SIGMA, 0.0]]), 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +46,9 @@ def step(denoise):
 
 
 def edit_step(unet, *guidance):
-    timestep_of, text = {SIGMA: meta(1)}, meta(1, 77, 768)
+    text = meta(1, 77, 768)
     with torch.no_grad():
-        return step(guided_denoiser(unet, timestep_of, meta(1, 4, SIDE, SIDE), text, text, *guidance))
+        return step(guided_denoiser(unet, LEVELS, meta(1, 4, SIDE, SIDE), text, text, *guidance))
 
 
 def plain_step(unet, rows):
@@ -64,9 +65,9 @@ def test_an_edit_step(unets):
 
 
 def test_a_text_to_picture_step(unets):
-    timestep_of, text, cfg_text = {SIGMA: meta(1)}, meta(1, 77, 768), torch.tensor([7.5])
+    text, cfg_text = meta(1, 77, 768), torch.tensor([7.5])
     with torch.no_grad():
-        shared = step(text_guided_denoiser(unets[4], timestep_of, text, text, cfg_text))
+        shared = step(text_guided_denoiser(unets[4], LEVELS, text, text, cfg_text))
     assert 1_550 < shared < 1_561 and 1_605 < plain_step(unets[4], 2) < 1_608
 
 
@@ -107,7 +108,7 @@ def test_a_pair_step(unets):
 def test_a_training_sample(unets, monkeypatch):
     """At 256 pixels, forward and backward."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which the meta device lacks
-    given = {"z_in": meta(1, 8, 32, 32), "context": meta(1, 77, 768), "noise": meta(1, 4, 32, 32)}
+    given = {"z_in": meta(1, 8, 32, 32), "context": meta(1, 77, 768), "target": meta(1, 4, 32, 32)}
     timestep = torch.zeros(1, dtype=torch.long, device="meta")
     losses = lambda: noise_losses(unets[8], 8, given, timestep, torch.float32)  # noqa: E731
     assert 530 < giga(lambda: losses().sum().backward()) <= 538

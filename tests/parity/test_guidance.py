@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from nanoip2p.diffusion import Plan
 from nanoip2p.guidance import guided_denoiser, text_guided_denoiser
 from nanoip2p.unet import Projected
 
 B, C, T, D = 2, 4, 7, 5
 SIGMA = 2.5
+LEVELS = Plan([321.5], torch.tensor([[SIGMA, 0.0]]), 1.0)
 
 
 class FakeUNet(torch.nn.Module):
@@ -43,7 +45,7 @@ def inputs():
 def run(inputs, cfg_text, cfg_image, low_memory=False):
     x, z_image, context, null = inputs
     unet = FakeUNet()
-    denoise = guided_denoiser(unet, {SIGMA: 321.5}, z_image, context, null, cfg_text, cfg_image, low_memory)
+    denoise = guided_denoiser(unet, LEVELS, z_image, context, null, cfg_text, cfg_image, low_memory)
     return denoise(x, SIGMA), unet.calls
 
 
@@ -80,7 +82,7 @@ def test_one_condition(inputs, guidance, branches):
     unet_twice = lambda *given: torch.cat([unet(*given)] * 2, dim=1)  # noqa: E731
     unet_twice.project_context = unet.project_context
     unet_twice.project_timesteps = unet.project_timesteps
-    denoise = text_guided_denoiser(unet_twice, {SIGMA: 321.5}, context, null, s)
+    denoise = text_guided_denoiser(unet_twice, LEVELS, context, null, s)
     torch.testing.assert_close(denoise(x, SIGMA), wanted, rtol=1e-5, atol=1e-5)
     [(latents, _, text)] = unet.calls
     assert len(latents) == B and len(text.rows) == B * branches
@@ -100,6 +102,6 @@ def test_half_precision_networks_keep_a_float32_state(inputs):
     x, z_image, context, null = inputs
     unet = FakeUNet()
     half = [t.bfloat16() for t in (z_image, context, null)]
-    denoised = guided_denoiser(unet, {SIGMA: 321.5}, *half, 7.5, 1.5)(x, SIGMA)
+    denoised = guided_denoiser(unet, LEVELS, *half, 7.5, 1.5)(x, SIGMA)
     assert unet.calls[0][0].dtype == torch.bfloat16 and denoised.dtype == torch.float32
     assert (denoised - equation_3(inputs, 7.5, 1.5)).norm() < 0.1 * denoised.norm()

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from comparing import randomise, relative_error
+from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from PIL import Image
 from tiny_configs import tiny_unet
@@ -276,7 +277,26 @@ def test_the_condition_is_the_mode_unscaled_and_the_target_the_scaled_sample_noi
     a = ALPHAS[batch["timestep"]].view(-1, 1, 1, 1)
     z_t = a.sqrt() * target + (1 - a).sqrt() * batch["noise"]
     assert relative_error(given["z_in"][:, :4], z_t) < 1e-6
-    assert torch.equal(given["noise"], batch["noise"])
+    assert torch.equal(given["target"], batch["noise"])
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_the_target_of_v_prediction_is_diffusers_velocity(zero_snr):
+    schedule = NoiseSchedule(prediction_type="v_prediction", rescale_betas_zero_snr=zero_snr)
+    batch, a = batch_of(400, math.log(0.09)), schedule.alphas_cumprod()
+    batch["timestep"][0] = 999
+    given = model_input(batch, torch.zeros(3, 2), 0.18215, a, prediction_type="v_prediction")
+    latents = 0.18215 * (batch["after"][:, :4] + 0.3 * batch["posterior"])
+    peer = DDPMScheduler.from_config(schedule.to_json())
+    velocity = peer.get_velocity(latents, batch["noise"], batch["timestep"])
+    assert relative_error(given["target"], velocity) < 1e-5
+    noised = peer.add_noise(latents, batch["noise"], batch["timestep"])
+    assert relative_error(given["z_in"][:, :4], noised) < 1e-5
+    if zero_snr:  # noise alone, from which the model predicts -z_0
+        assert torch.equal(given["z_in"][0, :4], batch["noise"][0])
+        assert relative_error(given["target"][0], -latents[0]) < 1e-6
+    plain = model_input(batch, torch.zeros(3, 2), 0.18215, a)
+    assert torch.equal(plain["z_in"], given["z_in"]) and torch.equal(plain["target"], batch["noise"])
 
 
 def test_min_snr_weights_are_those_of_diffusers():
@@ -287,6 +307,12 @@ def test_min_snr_weights_are_those_of_diffusers():
         theirs = torch.stack([snr, gamma * torch.ones_like(snr)], dim=1).min(dim=1)[0] / snr
         assert relative_error(loss_weight(timestep, ALPHAS, gamma), theirs) < 1e-6
         assert theirs.min() < 0.1 and theirs.max() == 1
+        # The lines of examples/text_to_image/train_text_to_image.py of diffusers 0.42 for v_prediction
+        theirs = torch.stack([snr, gamma * torch.ones_like(snr)], dim=1).min(dim=1)[0] / (snr + 1)
+        assert relative_error(loss_weight(timestep, ALPHAS, gamma, "v_prediction"), theirs) < 1e-6
+    zero = NoiseSchedule(rescale_betas_zero_snr=True).alphas_cumprod()[-1:]
+    assert loss_weight(torch.tensor([0]), zero, 5.0) == 1
+    assert loss_weight(torch.tensor([0]), zero, 5.0, "v_prediction") == 0
 
 
 def test_learning_rate_rises_stays_and_falls():
@@ -306,7 +332,7 @@ def given_to(unet, count=3):
     generator = torch.Generator().manual_seed(0)
     z_in = torch.randn(count, c.in_channels, 8, 8, generator=generator)
     return {"z_in": z_in, "context": torch.randn(count, 5, c.cross_attention_dim, generator=generator),
-            "noise": torch.randn(count, c.out_channels, 8, 8, generator=generator)}
+            "target": torch.randn(count, c.out_channels, 8, 8, generator=generator)}
 
 
 def test_the_loss_is_the_mean_squared_error_of_each_sample(unet):
@@ -315,7 +341,7 @@ def test_the_loss_is_the_mean_squared_error_of_each_sample(unet):
     with torch.no_grad():
         for i in range(3):
             alone = unet(given["z_in"][i : i + 1], timestep[i : i + 1], given["context"][i : i + 1])
-            wanted = ((alone - given["noise"][i]) ** 2).sum() / alone.numel()
+            wanted = ((alone - given["target"][i]) ** 2).sum() / alone.numel()
             assert losses[i].item() == pytest.approx(wanted.item(), rel=1e-5)
     narrow = noise_losses(unet, unet.config.in_channels, given, timestep, torch.bfloat16)
     assert narrow.dtype == torch.float32 and 1e-6 < relative_error(narrow, losses) < 0.05

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from nanoip2p.diffusion import NoiseSchedule, plan
+from nanoip2p.guidance import make_denoiser
 from nanoip2p.samplers import SAMPLERS, ddim, draw_noise, euler_ancestral
 
 SCHEDULERS = {
@@ -16,11 +17,13 @@ SCHEDULERS = {
 SHAPE = (2, 4, 6, 10)
 SPACINGS = [{}, {"timestep_spacing": "linspace"}, {"timestep_spacing": "leading", "steps_offset": 1},
             {"timestep_spacing": "leading"}, {"timestep_spacing": "trailing"}]
+V = {"prediction_type": "v_prediction"}
+ZERO_SNR = V | {"rescale_betas_zero_snr": True}
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def fake_unet(x, t):
-    """A noise estimate that depends on x (mixing pixels) and on t, bounded as a real one is."""
+    """An output that depends on x (mixing pixels) and on t, bounded as a real one is."""
     return torch.tanh(0.8 * x + 0.3 * x.roll(1, -1) - 0.4 * x.flip(1)) + 0.5 * torch.sin(0.01 * t + x)
 
 
@@ -47,25 +50,26 @@ def peer(sampler, steps, config, eta=0.0):
 
 def ours(sampler, steps, config, **extra):
     planned = plan(NoiseSchedule.from_config(BETAS | config), sampler, steps)
-    told = planned.timestep_of()
     inputs = []
 
-    def denoise(x, sigma):
-        inputs.append(x / (sigma**2 + 1) ** 0.5)
-        return x - sigma * fake_unet(inputs[-1], told[sigma])
+    def unet(x, t, text, attend):
+        inputs.append(x)
+        return fake_unet(x, t)
 
+    unet.project_timesteps = dict
+    denoise = make_denoiser(unet, planned, torch.empty(0), [(1, None, None)], lambda outputs: outputs[0])
     g = generators()
     x = draw_noise(SHAPE, g) * planned.start_scale
     return planned.timesteps, inputs, SAMPLERS[sampler](denoise, x, planned.sigmas, g, **extra)
 
 
-def compare(sampler, steps, config, eta=0.0):
+def compare(sampler, steps, config, eta=0.0, most=1e-5):
     timesteps, inputs, latents = ours(sampler, steps, config, **({"eta": eta} if sampler == "ddim" else {}))
     peer_timesteps, peer_inputs, peer_latents = peer(sampler, steps, config, eta)
     torch.testing.assert_close(torch.tensor(timesteps), peer_timesteps.float(), rtol=0, atol=1e-3)
     assert len(inputs) == len(peer_inputs) == steps
     for a, b in zip([*inputs, latents], [*peer_inputs, peer_latents]):
-        assert (a - b).norm() <= 1e-5 * b.norm(), f"{sampler} {steps} {config}: {(a - b).norm() / b.norm()}"
+        assert (a - b).norm() <= most * b.norm(), f"{sampler} {steps} {config}: {(a - b).norm() / b.norm()}"
 
 
 @pytest.mark.parametrize("steps", [1, 2, 20, 100])
@@ -73,6 +77,41 @@ def compare(sampler, steps, config, eta=0.0):
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_equals_diffusers_at_every_step(sampler, config, steps):
     compare(sampler, steps, config)
+
+
+@pytest.mark.parametrize("prediction", [V, ZERO_SNR], ids=["v", "zero SNR"])
+@pytest.mark.parametrize("config", SPACINGS, ids=str)
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_v_prediction_equals_diffusers_at_every_step(sampler, config, prediction):
+    for steps in (1, 2, 20, 100):  # two Euler steps go from sigma = 4096, which float32 rounds by 2e-4, to 1
+        rounded = prediction == ZERO_SNR and steps == 2
+        compare(sampler, steps, config | prediction, most=1e-3 if rounded else 1e-5)
+
+
+@pytest.mark.parametrize("config", SPACINGS, ids=str)
+@pytest.mark.parametrize("prediction", [V, ZERO_SNR], ids=["v", "zero SNR"])
+def test_ddim_with_noise_and_v_prediction(config, prediction):
+    for end in ({}, {"set_alpha_to_one": False}):  # diffusers rounds 1 - a - noise_scale**2 in float32
+        compare("ddim", 20, config | prediction | end, eta=1.0, most=1e-3 if prediction == ZERO_SNR else 1e-5)
+        compare("ddim", 20, config | prediction | end, eta=0.3)
+    assert ours("ddim", 1, config | prediction, eta=1.0)[2].isfinite().all()
+
+
+def test_karras_sigmas_with_zero_terminal_snr():
+    compare("euler", 20, ZERO_SNR | {"use_karras_sigmas": True, "timestep_spacing": "trailing"}, most=1e-4)
+
+
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_epsilon_with_zero_terminal_snr(sampler):
+    """diffusers' DDIM divides by zero there; its other schedulers put 2**-24 in place of zero."""
+    config = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if sampler == "ddim":
+        assert not peer("ddim", 20, config)[2].isfinite().any()
+        with pytest.raises(ValueError, match="zero terminal SNR"):
+            ours("ddim", 20, config)
+        compare("ddim", 20, config | {"timestep_spacing": "leading"})  # does not visit the last timestep
+    else:
+        compare(sampler, 20, config)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 20, 100])
@@ -86,7 +125,8 @@ def test_ddim_with_noise(config, steps, end):
 @pytest.mark.parametrize("config", [
     {"use_karras_sigmas": True}, {"final_sigmas_type": "sigma_min"},
     {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min", "timestep_spacing": "trailing"},
-    {"use_karras_sigmas": True, "timestep_spacing": "leading", "steps_offset": 1}], ids=str)
+    {"use_karras_sigmas": True, "timestep_spacing": "leading", "steps_offset": 1},
+    {"use_karras_sigmas": True, "prediction_type": "v_prediction"}], ids=str)
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
 def test_karras_sigmas_and_ends(sampler, config):
     for steps in (1, 2, 14, 15, 20, 100):
@@ -100,7 +140,7 @@ def test_ddim_ends_at_the_first_timestep():
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_a_picture_does_not_depend_on_its_batch_and_state_is_float32(sampler):
-    _, sigmas, start_scale = plan(NoiseSchedule(), sampler, 4)
+    _, sigmas, start_scale, _ = plan(NoiseSchedule(), sampler, 4)
 
     def denoise(x, sigma):
         assert x.dtype == torch.float32

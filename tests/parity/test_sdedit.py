@@ -16,10 +16,13 @@ from nanoip2p.text_to_image import TextToImage
 CAPTIONS, SEEDS = ["a red house at night", "turn the boat blue", "a red house at night"], [3, 3, 4]
 
 
+def write(folder, **settings):
+    return write_tiny_editor(folder, NoiseSchedule(steps_offset=1, **settings).to_json(), in_channels=4)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_tiny_editor(
-        tmp_path_factory.mktemp("weights") / "tiny", NoiseSchedule(steps_offset=1).to_json(), in_channels=4)
+    return write(tmp_path_factory.mktemp("weights") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +51,14 @@ def test_equals_diffusers(folder, pictures, sampler, strength):
     assert max(difference(a, b) for a, b in zip(ours, theirs)) <= 1
     assert difference(theirs[0], theirs[2]) > 4  # the picture and the seed count
     assert difference(ours[0], painter.generate("turn the boat blue", **settings)[0]) > 4
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_equals_diffusers_with_v_prediction(tmp_path, pictures, strength):
+    folder = write(tmp_path, prediction_type="v_prediction", rescale_betas_zero_snr=True,
+                   timestep_spacing="trailing")
+    for sampler in ("euler_ancestral", "ddim"):
+        test_equals_diffusers(folder, pictures, sampler, strength)
 
 
 def test_a_strength_that_is_no_share_is_refused(folder, pictures):

@@ -51,6 +51,13 @@ def test_equals_diffusers_with_the_published_schedule(sampler, tmp_path):
     compare(write_tiny_editor(tmp_path, PUBLISHED, in_channels=4), sampler, 3.0)
 
 
+@pytest.mark.parametrize("sampler", hertz.SCHEDULERS)
+def test_equals_diffusers_with_v_prediction(sampler, tmp_path):
+    schedule = NoiseSchedule(prediction_type="v_prediction", rescale_betas_zero_snr=True,
+                             timestep_spacing="trailing")
+    compare(write_tiny_editor(tmp_path, schedule.to_json(), in_channels=4), sampler, 5.0)
+
+
 def test_equals_diffusers_with_a_negative_prompt(folder):
     ours = compare(folder, "euler_ancestral", 5.0, negative="a blue boat")
     assert difference(ours[0], compare(folder, "euler_ancestral", 5.0)[0]) > 5
