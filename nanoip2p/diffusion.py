@@ -53,15 +53,12 @@ class NoiseSchedule:
                 "clip_sample": False} | config  # diffusers' DDIM clips by default
 
     def alphas_cumprod(self) -> Tensor:
-        """a_t, the signal's share of the variance, at each timestep: (num_train_timesteps,) float32.
-
-        With `rescale_betas_zero_snr` the last a_t is 0: Lin et al. 2023 (arXiv 2305.08891), algorithm 1.
-        """
+        """a_t, the signal's share of the variance, at each timestep: (num_train_timesteps,) float32."""
         p = 0.5 if self.beta_schedule == "scaled_linear" else 1  # linear in sqrt(beta), as in LDM
         betas = torch.linspace(self.beta_start**p, self.beta_end**p, self.num_train_timesteps) ** (1 / p)
         a = torch.cumprod(1.0 - betas, dim=0)
         usable = a[-1] > 0
-        if self.rescale_betas_zero_snr:
+        if self.rescale_betas_zero_snr:  # Lin et al. 2023 (arXiv 2305.08891), algorithm 1
             root = a.sqrt()
             a = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
             a = torch.cumprod(torch.cat([a[:1], a[1:] / a[:-1]]), dim=0)  # rounds as diffusers does
@@ -100,8 +97,7 @@ def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
 
     The values equal those of diffusers' schedulers. A DDIM step from timestep t ends at t - n_train // steps,
     but the next step can start elsewhere, so a row of `sigmas` need not begin where the last one ended.
-    Raises ValueError if the schedule has too few timesteps for that many steps, and for ddim from noise alone
-    with epsilon: eps then says nothing about z_0.
+    Raises ValueError for too many steps, and where eps says nothing about z_0 (ddim at zero SNR).
     """
     n_train = schedule.num_train_timesteps
     if not 1 <= steps <= n_train:
@@ -110,8 +106,7 @@ def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
     timesteps = _spaced(schedule, sampler, steps)                               # (n,) decreasing
     if a[-1] == 0:
         if sampler == "ddim" and timesteps[0] == n_train - 1 and schedule.prediction_type == "epsilon":
-            raise ValueError("ddim cannot begin at zero terminal SNR with epsilon-prediction; take another "
-                             "sampler")
+            raise ValueError("ddim cannot begin at zero terminal SNR from epsilon; take another sampler")
         a[a == 0] = 1e-16 if sampler == "ddim" else 2.0**-24  # sigma 1e8 or 4096; diffusers: infinite or 4096
     table = np.sqrt((1 - a) / a)                                                # (n_train,) increasing
     sigmas = np.interp(timesteps, np.arange(n_train), table)                    # (n,)

@@ -41,10 +41,10 @@ def model_input(batch: dict, null: Tensor, scale: float, alphas: Tensor,
     drop, (text, both, image) = batch["drop"].view(-1, 1, 1), shares
     context = torch.where(drop < text + both, null, batch["text"])
     z_image = z_image * ~((drop >= text) & (drop < text + both + image))[..., None]
-    target, timestep = batch["noise"], batch["timestep"]
-    z_t = add_noise(latents, target, timestep, alphas)
+    target = batch["noise"]
+    z_t = add_noise(latents, target, batch["timestep"], alphas)
     if prediction_type == "v_prediction":
-        target = add_noise(target, -latents, timestep, alphas)
+        target = add_noise(target, -latents, batch["timestep"], alphas)
     return {"z_in": torch.cat([z_t, z_image], dim=1), "context": context, "target": target}
 
 
@@ -62,10 +62,7 @@ def noise_losses(unet: nn.Module, in_channels: int, inputs: dict, timestep: Tens
 
 
 def loss_weight(timestep: Tensor, alphas: Tensor, gamma: float, prediction_type: str = "epsilon") -> Tensor:
-    """Min-SNR weighting (Hang et al. 2023, section 3.4): min(SNR, gamma) / SNR; 1 for gamma = 0.
-
-    v-prediction: min(SNR, gamma) / (SNR + 1), as in diffusers' training scripts.
-    """
+    """Min-SNR weighting (Hang et al. 2023, section 3.4): min(SNR, gamma) / (SNR, for v: SNR + 1); 0: off."""
     snr = alphas[timestep] / (1 - alphas[timestep])                                  # (B,)
     if not gamma:
         return torch.ones_like(snr)

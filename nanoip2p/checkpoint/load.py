@@ -109,10 +109,9 @@ def _open_single_file(path: Path, raw_weights: bool, vae: StoredNetwork | None) 
     metadata = _own_metadata(path)
     description, networks = find_networks(lambda: read_tensors(path), path, raw_weights, metadata)
     networks |= {"vae": vae} if vae else {}
-    if (schedule := metadata.get("schedule")) is None:
-        names = {name.removeprefix("state_dict.") for name in read_tensors(path)}
-        schedule = marked_schedule(path, names, read_metadata(path)).to_json()
-    return description, networks, schedule, metadata["defaults"]
+    if "schedule" not in metadata:
+        metadata["schedule"] = marked_schedule(path, read_tensors(path), read_metadata(path)).to_json()
+    return description, networks, metadata["schedule"], metadata["defaults"]
 
 
 def _own_metadata(path: Path) -> dict:

@@ -1,15 +1,13 @@
-"""What a single file says about its noise: whether the UNet predicts eps or v, and zero terminal SNR.
+"""What a single file says about its noise. The original layout has no place for it, so programs add marks:
 
-The original layout has no place for it. Programs write marks of their own, of which none is in every file:
-
-    metadata of a safetensors file       modelspec.prediction_type, modelspec.predict_key: "v" or "epsilon"
-                                         ss_v_parameterization, ss_zero_terminal_snr: "True" or "False"
-    empty tensors                        v_pred, ztsnr
-    NAME.yaml beside NAME.safetensors    model.params.parameterization: "v" or "eps"
+    metadata of a safetensors file     modelspec.prediction_type, modelspec.predict_key: "v" or "epsilon"
+                                       ss_v_parameterization, ss_zero_terminal_snr: "True" or "False"
+    empty tensors                      v_pred, ztsnr (zero terminal SNR)
+    NAME.yaml beside NAME.ckpt         model.params.parameterization: "v" or "eps"
 """
 
 import re
-from collections.abc import Container
+from collections.abc import Iterable
 from pathlib import Path
 
 from nanoip2p.common.files import regular
@@ -18,15 +16,17 @@ from nanoip2p.diffusion import NoiseSchedule
 
 KEYS = ("modelspec.prediction_type", "modelspec.predict_key", "ss_v_parameterization")
 TENSORS = {"v_pred": "v", "edm_vpred.sigma_max": "EDM"}
-V, EPSILON = ("v", "v_prediction", "v_pred", "true"), ("epsilon", "eps", "false")
+KINDS = dict.fromkeys(("epsilon", "eps", "false"), "epsilon")
+KINDS |= dict.fromkeys(("v", "v_pred", "v_prediction", "true"), "v_prediction")
 IN_YAML = re.compile(r"""^[^#\n]*\bparameterization["']?[ \t]*:[ \t]*["']?([^"'\s#,}]*)""", re.MULTILINE)
 
 
-def marked_schedule(path: Path, names: Container[str], metadata: dict[str, str]) -> NoiseSchedule:
+def marked_schedule(path: Path, names: Iterable[str], metadata: dict[str, str]) -> NoiseSchedule:
     """The noise schedule of a single file. names: of its tensors. The .yaml file overrides the other marks.
 
     Raises ValueError for another kind of prediction, and for marks that contradict each other.
     """
+    names = {name.removeprefix("state_dict.") for name in names}
     marks = {key: metadata[key] for key in KEYS if metadata.get(key, "None") not in ("", "None")}
     marks |= {f"the tensor {name}": kind for name, kind in TENSORS.items() if name in names}
     beside = regular(path.with_suffix(".yaml"))
@@ -34,16 +34,14 @@ def marked_schedule(path: Path, names: Container[str], metadata: dict[str, str])
         with beside.open(encoding="utf-8", errors="replace") as file:
             found = IN_YAML.search(file.read(2**20))
         marks = {f"parameterization in {beside.name}": found[1]} if found else marks
-    said = ", ".join(f"{mark} = {shown(value)}" for mark, value in marks.items())
-    kinds = {value.lower() in V for value in marks.values()}
-    if not all(value.lower() in V + EPSILON for value in marks.values()):
-        raise ValueError(f"{path}: only epsilon- and v-prediction are supported, not {said}")
-    if len(kinds) > 1:
-        raise ValueError(f"{path} contradicts itself ({said}); write a line into {beside.name} that decides: "
-                         "parameterization: v (or eps)")
-    if True not in kinds:
-        return NoiseSchedule()
+    kinds = {KINDS.get(value.lower()) for value in marks.values()} or {"epsilon"}
+    if None in kinds or len(kinds) > 1:
+        said = ", ".join(f"{mark} = {shown(value)}" for mark, value in marks.items())
+        raise ValueError(f"{path} says {said}; it should be one of epsilon and v. A line in {beside.name} "
+                         "decides: parameterization: v (or eps)")
+    [kind] = kinds
     zero_snr = "ztsnr" in names or metadata.get("ss_zero_terminal_snr", "").lower() == "true"
-    return NoiseSchedule(  # from noise alone, sampling has to begin at the last timestep: Lin et al. 2023
-        prediction_type="v_prediction", rescale_betas_zero_snr=zero_snr,
-        timestep_spacing="trailing" if zero_snr else None)
+    if kind == "epsilon" or not zero_snr:
+        return NoiseSchedule(prediction_type=kind)
+    # Sampling has to begin at the last timestep: Lin et al. 2023, section 3.3
+    return NoiseSchedule(prediction_type=kind, rescale_betas_zero_snr=True, timestep_spacing="trailing")

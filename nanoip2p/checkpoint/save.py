@@ -78,8 +78,7 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None = No
         marks, noise = {}, NoiseSchedule.from_config(checkpoint.schedule)
         if noise.prediction_type == "v_prediction":  # for other programs, see marks.py
             marks = {"modelspec.prediction_type": "v"}
-            names = ("v_pred", "ztsnr") if noise.rescale_betas_zero_snr else ("v_pred",)
-            tensors |= dict.fromkeys(names, torch.empty(0))
+            tensors |= dict.fromkeys(("v_pred", "ztsnr")[: 1 + noise.rescale_betas_zero_snr], torch.empty(0))
         return write_tensors(tensors, target, dtype, {"nanoip2p": json.dumps(metadata)} | marks)
     tokenizer_folder, _ = checkpoint.open_tokenizer()
     if target.exists():

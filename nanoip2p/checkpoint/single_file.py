@@ -31,8 +31,7 @@ VAE_NAMES = {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.b
              "mid_block.attentions.0": "mid.attn_1", "_blocks": "", "resnets": "block",
              "samplers.0": "sample", "conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut",
              "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-# Marks (marks.py), tables of the noise schedule, counters, position indices, CLIP's projection, networks for
-# training only
+# Marks, tables of the noise schedule, counters, position indices, CLIP's projection, networks for training
 IGNORED = re.compile(
     r"v_pred|ztsnr|betas|(log_one_minus_|sqrt_one_minus_|sqrt_recip_|sqrt_recipm1_|sqrt_)?alphas_cumprod(_prev)?"
     r"|posterior_\w+|logvar|lvlb_weights|scale_factor|model_ema\.(decay|num_updates)"

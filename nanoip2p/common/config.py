@@ -34,9 +34,7 @@ FIXED = {
     },
     "clip": {"attention_dropout": 0.0, "dropout": 0.0, "pruned_heads": {}},
     "scheduler": {
-        "trained_betas": None, "thresholding": False, "timestep_type": "discrete",
-        "interpolation_type": "linear", "sigma_min": None, "sigma_max": None,
-        "lambda_min_clipped": -float("inf"),
+        "timestep_type": "discrete", "interpolation_type": "linear", "lambda_min_clipped": -float("inf"),
     },
 }
 IGNORED = {

@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from tiny_editor import write_tiny_editor
 
 import train
+from nanoip2p import objective
 from nanoip2p.checkpoint import convert, load_model, open_checkpoint
 from nanoip2p.checkpoint.marks import marked_schedule
 from nanoip2p.diffusion import NoiseSchedule
+from nanoip2p.training import trainer
 
 V = NoiseSchedule(prediction_type="v_prediction")
 ZERO_SNR = NoiseSchedule(prediction_type="v_prediction", rescale_betas_zero_snr=True,
@@ -30,6 +32,7 @@ MARKS = {  # metadata, tensors, .yaml -> the schedule
     "sd-scripts, options": ({"ss_v_parameterization": "True"}, {}, None, V),
     "zero SNR": ({"ss_v_parameterization": "True", "ss_zero_terminal_snr": "True"}, {}, None, ZERO_SNR),
     "an option without value": ({"ss_v_parameterization": "None", KIND: "v"}, {}, None, V),
+    "ComfyUI, metadata": ({"modelspec.predict_key": "v"}, {}, None, V),
     "ComfyUI": ({"modelspec.predict_key": "v"}, {"v_pred": EMPTY}, None, V),
     "ComfyUI, zero SNR": ({}, {"v_pred": EMPTY, "ztsnr": EMPTY}, None, ZERO_SNR),
     "scalars": ({}, {"v_pred": SCALAR, "ztsnr": torch.tensor(1)}, None, ZERO_SNR),
@@ -82,9 +85,9 @@ def test_every_mark_is_read_and_kept(name, whole, tmp_path):
 
 
 @pytest.mark.parametrize("metadata, tensors, text, message", [
-    ({KIND: "epsilon"}, {"v_pred": EMPTY}, None, "contradicts itself.*v_pred.*marked.yaml"),
-    ({KIND: "v", "ss_v_parameterization": "False"}, {}, None, "contradicts itself"),
-    ({KIND: "rf"}, {}, None, "not modelspec.prediction_type = 'rf'"),
+    ({KIND: "epsilon"}, {"v_pred": EMPTY}, None, "says .*'epsilon', the tensor v_pred = 'v'; .* marked.yaml"),
+    ({KIND: "v", "ss_v_parameterization": "False"}, {}, None, "'v', ss_v_parameterization = 'False'; it"),
+    ({KIND: "rf"}, {}, None, "says modelspec.prediction_type = 'rf'; it should"),
     ({}, {"edm_vpred.sigma_max": SCALAR}, None, "edm_vpred.sigma_max"),
     ({}, {}, "parameterization: x0", "parameterization in marked.yaml = 'x0'"),
     ({}, {}, "parameterization:\n  v", "parameterization in marked.yaml = ''"),
@@ -136,10 +139,23 @@ def test_the_line_says_which_sampler_stands_in(name, settings, said, whole, tmp_
     assert open_checkpoint(folder).description == f"a diffusers folder, 8 input channels, fp32{said}"
 
 
-def test_training_from_a_v_model_keeps_the_mark(whole, tmp_path):
+def test_training_from_a_v_model_keeps_the_mark(whole, tmp_path, monkeypatch):
+    targets, kinds = [], []
+
+    def model_input(batch, *given):
+        inputs = objective.model_input(batch, *given)
+        targets.append((inputs["target"], batch["noise"]))
+        return inputs
+
+    def loss_weight(*given):
+        kinds.append(given[3])
+        return objective.loss_weight(*given)
+
+    monkeypatch.setattr(trainer, "model_input", model_input)
+    monkeypatch.setattr(trainer, "loss_weight", loss_weight)
     marked = write(whole, tmp_path / "marked.safetensors", {}, {"v_pred": EMPTY, "ztsnr": EMPTY})
     assert train.main(train_runs.words(marked, tmp_path / "run", "--steps", 1, "--tokenizer",
                                        whole[2] / "tokenizer")) == 0
-    exported = load_model(tmp_path / "run" / "weights")
-    assert exported.schedule == ZERO_SNR
-    shutil.rmtree(tmp_path / "run")
+    assert load_model(tmp_path / "run" / "weights").schedule == ZERO_SNR
+    assert targets and not any(torch.equal(target, noise) for target, noise in targets)
+    assert set(kinds) == {"v_prediction"}

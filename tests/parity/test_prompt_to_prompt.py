@@ -144,6 +144,13 @@ def test_equals_the_maps_of_hertz_in_another_network(painters, peers, inject):
     compare(painters["flat"], peers["flat"], "longer word", inject, steps=4)
 
 
+@pytest.mark.parametrize("inject", ["self", "both"])
+def test_equals_the_maps_of_hertz_with_v_prediction(tmp_path, inject):
+    schedule = NoiseSchedule(steps_offset=1, prediction_type="v_prediction").to_json()
+    folder = write_tiny_editor(tmp_path, schedule, in_channels=4)
+    compare(TextToImage.load(folder, "cpu"), hertz.open_peer(folder, "euler_ancestral"), "swap", inject)
+
+
 @pytest.mark.parametrize("settings", [
     {"sampler": "euler"}, {"sampler": "ddim"}, {"sampler": "dpmpp_2m"}, {"negative": "a boat at night"},
     {"weights": {"blue": 3.0, "house": 0.5}}, {"weights": {"blue": -2.0, "small": 0.0}},
