@@ -24,8 +24,9 @@ import make_dataset
 import sample
 import train
 from nanoip2p.checkpoint.load import load_model, open_checkpoint
+from nanoip2p.checkpoint.marks import marked_schedule
 from nanoip2p.checkpoint.save import convert
-from nanoip2p.checkpoint.tensors import find_weights
+from nanoip2p.checkpoint.tensors import find_weights, read_metadata, read_tensors
 from nanoip2p.clip_filter import SIMILARITIES, Judge
 from nanoip2p.common.files import append, regular
 from nanoip2p.dataset import captions, chat, finetune, layouts, pairs, show
@@ -95,6 +96,19 @@ def read_single(folder: Path) -> None:
     open_checkpoint(path, vae=path).networks["vae"].load(None)
     convert(open_checkpoint(path), folder / "new")
     shutil.rmtree(folder / "new")
+
+
+def write_marks(folder: Path) -> None:
+    """What a single file of another program says about its noise."""
+    metadata = {"modelspec.prediction_type": "v", "ss_zero_terminal_snr": "True"}
+    save_file({"v_pred": torch.empty(0)}, folder / "x.safetensors", metadata)
+    (folder / "x.yaml").write_text("model:\n  params:\n    parameterization: v\n")
+
+
+def read_marks(folder: Path) -> None:
+    """The noise schedule."""
+    path = folder / "x.safetensors"
+    marked_schedule(path, read_tensors(path), read_metadata(path))
 
 
 def write_pickle(folder: Path) -> None:
@@ -400,7 +414,8 @@ def read_scores(folder: Path) -> None:
 
 READERS = {
     "editor": (write_tiny_editor, read_editor), "painter": (write_painter, read_painter),
-    "single file": (write_single, read_single), "pickle": (write_pickle, find_weights),
+    "single file": (write_single, read_single), "marks": (write_marks, read_marks),
+    "pickle": (write_pickle, find_weights),
     "packed": (write_packed, find_weights), "tokenizer": (write_fast_tokenizer, read_tokenizer),
     "shards": (write_shards, find_weights), "clip": (write_tiny_clip, read_judge),
     "pictures": (write_pictures, read_pictures), "recipe": (write_recipe, read_recipe_and_plan),
