@@ -232,8 +232,8 @@ def _read_group(file, path: Path, group: int, columns: list[str]):
     try:
         table = file.read_row_group(group, columns, use_threads=False)
     except OSError as error:
-        # An encoding that repeats no value; pyarrow cannot read it as a dictionary. The metadata lists the
-        # encodings, but pyarrow 26 aborts the process if that list is broken
+        # The column's encoding has no dictionary, so pyarrow cannot read it with read_dictionary. The
+        # metadata lists the encodings, but pyarrow 26 aborts the process if that list is broken
         if "DeltaLengthByteArray" not in str(error):
             raise
         with type(file)(path, memory_map=True, metadata=file.metadata) as plain:

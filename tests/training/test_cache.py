@@ -1,4 +1,4 @@
-"""The cache of latents: its rows, how it continues after any end, and the caches that it refuses."""
+"""The cache of latents: its rows, continuing after an interruption, and the caches that it refuses."""
 
 import errno
 import os
