@@ -43,6 +43,7 @@ with cli.slow_imports():
 NOT_IN_RECIPE = ("output", "recipe", "device", "fast", "batch")
 # A recipe comes from strangers: larger numbers, or longer lists, need the user's own flag
 RECIPE_LIMITS = {"n": 16, "steps": 1000, "resolution": 2048, "edit": 64, "input": 100, "embedding": 16}
+LOADED = ("weights", "vae", "tokenizer", "embedding")  # of these, a recipe may name only what is shipped
 MOST_PICTURES = 10**6  # of one command: their plan takes 1 minute and 0.6 GB
 # --sweep varies both scales. From the paper's defaults it covers cfg_text 3 ... 12 and cfg_image 1 ... 2
 SWEEP_FACTORS = (0.4, 0.7, 1, 1.3, 1.6)      # multiply cfg_text
@@ -146,9 +147,9 @@ def as_flags(path: str, given: dict) -> list[str]:
         amount = len(items) if isinstance(value, list) else value
         if key in RECIPE_LIMITS and amount > RECIPE_LIMITS[key]:
             raise ValueError(f"{path} brings {name} {amount}, more than {RECIPE_LIMITS[key]}; {own}")
-        for item in items if key in ("weights", "vae", "tokenizer", "embedding") else []:
-            if not is_shipped(item):
-                raise ValueError(f"{path} names other {key} than the shipped, {item}; {own}")
+        foreign = [item for item in items if key in LOADED and not is_shipped(item)]
+        if foreign:
+            raise ValueError(f"{path} names other {key} than the shipped, {foreign[0]}; {own}")
         missing = [item for item in items if key == "input" and not os.path.isfile(item)]
         if missing:
             raise ValueError(f"{path} names the input {missing[0]}, which is no file here; {own}")

@@ -60,10 +60,7 @@ def similarities(before: Tensor, after: Tensor, text_before: Tensor, text_after:
 
 
 def clean_twice(text: str) -> str:
-    """Clean a caption as OpenAI's `tokenize`, with which the paper's thresholds were chosen.
-
-    After ftfy it unescapes entities twice, also those beside "<" and those without a semicolon (&lt).
-    """
+    """As OpenAI's `tokenize`, with which the thresholds were chosen: also unescape &lt, and beside "<"."""
     return unescape(unescape(clean(text)))
 
 

@@ -43,10 +43,9 @@ def clean(text: str) -> str:
     """Make quotes straight, entities (&amp;) characters, ligatures letters, full-width letters plain ones.
 
     Also drops control characters. OpenAI's tokenizer and the original's transformers 4.19 call ftfy for this.
-    We have a table of our own, so that one text has one result on every machine. Up to Unicode's NFC, the
-    result is that of ftfy 6.3.1, except for what `clean` leaves alone: wrongly decoded text (three letters
-    for one quote), terminal colours, &semi; and entities that only ftfy knows (&EACUTE;). As in ftfy, a text
-    with "<" keeps its entities.
+    Our table gives one text one result on every machine: that of ftfy 6.3.1, up to Unicode's NFC. As there,
+    entities stay beside "<". Unlike ftfy, it leaves alone wrongly decoded text (three letters for one quote),
+    terminal colours, &semi; and names in capitals that HTML lacks (&EACUTE;).
     """
     before, entities = None, "<" not in text
     while before != text:
@@ -77,10 +76,7 @@ class Tokenizer:
         return torch.tensor([self._row(text) for text in texts], dtype=torch.int64).reshape(-1, self.length)
 
     def prepare(self, text: str) -> str:
-        """The text that is split into tokens: cleaned, and <x> written out as <x> <x>_1 ..., see above.
-
-        ValueError: see __call__.
-        """
+        """Clean a text, and write <x> out as <x> <x>_1 ..., see above. ValueError: see __call__."""
         if len(text) > LONGEST:
             raise ValueError(f"a text has {len(text)} letters, at most {LONGEST} work: {text[:40]!r}…")
         try:

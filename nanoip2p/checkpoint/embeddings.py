@@ -10,24 +10,23 @@ from torch import nn
 from nanoip2p.checkpoint.tensors import cast, check_tensors, read_tensors
 from nanoip2p.pipeline import Model
 
-UNNAMED = ("emb_params", "string_to_param.*")  # of the web UIs: the file's name is the word, as there
-
 
 def add_embedding(model: Model, path: str | Path) -> str:
     """Teach a model the word of a file; returns one line that names the word.
 
-    Reads learned_embeds of diffusers, whose word is the tensor's name, and .pt or .safetensors of web UIs.
+    Reads learned_embeds of diffusers, whose word is the tensor's name, and .pt or .safetensors of the web
+    UIs, whose word is the name of the file, as there.
     As diffusers' load_textual_inversion, vectors (n, D) make n tokens <x>, <x>_1, ... behind the vocabulary.
     Raises ValueError for another file, vectors that do not fit, and a word that the tokenizer has already.
     """
     path, tokenizer, encoder = Path(path), model.tokenizer, model.text_encoder
     tensors, table = read_tensors(path), encoder.text_model.embeddings.token_embedding
     if len(tensors) != 1:
-        raise ValueError(f"{path} is no textual inversion of Stable Diffusion 1.x: it holds {len(tensors)} "
-                         f"tensors, {', '.join(sorted(tensors)[:3])}")
+        raise ValueError(f"{path} holds {len(tensors)} tensors; a textual inversion of SD 1.x has one")
     [(name, vectors)] = tensors.items()
     vectors, (known, width) = torch.atleast_2d(vectors), table.weight.shape
-    word = tokenizer.clean(path.stem if name in UNNAMED else name).strip()
+    unnamed = name == "emb_params" or name.startswith("string_to_param.")  # of the web UIs
+    word = tokenizer.clean(path.stem if unnamed else name).strip()
     n = max(1, min(len(vectors), tokenizer.length - 2))  # as many as a text has room for
     check_tensors({word: vectors}, {word: torch.empty(n, width, device="meta")}, path)
     tokens = [word, *(f"{word}_{i}" for i in range(1, n))]

@@ -7,6 +7,7 @@
 
 Several processes can share a folder: each process takes the next unclaimed prompt. --seed, prompt number and
 candidate number determine all random numbers of a candidate, so interruptions do not change the result.
+The original draws p and the guidance from torch's generator, so one of its seeds makes another pair here.
 """
 
 import hashlib
@@ -135,10 +136,7 @@ def pair_settings(flags: dict, weights: Path, painter_defaults: dict) -> PairSet
 
 
 def candidate(prompt: Prompt, k: int, settings: PairSettings) -> dict:
-    """Seed, p and guidance of candidate k, under the keys of metadata.jsonl. The seed fixes the others.
-
-    The original draws p and guidance from torch's generator, so one of its seeds makes another pair here.
-    """
+    """Seed, p and guidance of candidate k, under the keys of metadata.jsonl. The seed fixes the others."""
     name = f"nanoip2p pair {settings.seed} {prompt.number} {k}"
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")  # 48 bits: no repeated seed
     uniform = random.Random(f"nanoip2p pair {seed}").random  # Python promises never to change these numbers

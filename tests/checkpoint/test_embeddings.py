@@ -35,8 +35,8 @@ def web_ui(path, content):
 
 def of_2022(path, content):
     """As textual_inversion/ldm/modules/embedding_manager.py: a module, and a tensor for the token."""
-    torch.save({"string_to_token": {"*": torch.tensor(265)}, "name": path.stem,
-                "string_to_param": nn.ParameterDict({"*": nn.Parameter(content)})}, path)
+    torch.save({"string_to_token": {"sks": torch.tensor(265)}, "name": path.stem,
+                "string_to_param": nn.ParameterDict({"sks": nn.Parameter(content)})}, path)
 
 
 FILES = {  # name of the file -> how it is written
@@ -114,6 +114,20 @@ def test_folders_saved_with_textual_inversions_paint_as_in_diffusers(tmp_path):
     assert len(pairs.paint([0], [0.5], [3.0])) == 1
 
 
+def test_words_that_begin_alike_stay_apart(tiny, tmp_path):
+    """diffusers replaces text: "<x>_1" beside "<x>" becomes "<x> <x>_1_1", which ends in the letters "_1"."""
+    editor, peer = Editor.load(tiny, device="cpu"), open_peer(tiny)
+    save_file({"<x>": vectors(2)}, tmp_path / "x.safetensors")
+    add_embedding(editor, tmp_path / "x.safetensors")
+    peer.load_textual_inversion(str(tmp_path / "x.safetensors"))
+    assert peer.maybe_convert_prompt("<x>, <x>_1", peer.tokenizer) == "<x> <x>_1, <x> <x>_1_1"
+    assert peer.maybe_convert_prompt("<X>", peer.tokenizer) == "<X>"  # one vector of two
+    assert editor.tokenizer(["<X>"]).tolist() == editor.tokenizer(["<x>"]).tolist()
+    first, second = (editor.tokenizer.backend.token_to_id(word) for word in ("<x>", "<x>_1"))
+    ids = editor.tokenizer(["<x> boat <x>_1"])[0].tolist()
+    assert ids[1:3] == [first, second] and ids.count(first) == 1 and ids.count(second) == 2
+
+
 def test_two_embeddings_and_half_precision(tiny, tmp_path):
     editor = Editor.load(tiny, device="cpu", dtype=torch.float16)
     for name, seed in (("first", 1), ("second", 2)):
@@ -132,7 +146,7 @@ BAD = {
     "too many": ({"emb_params": torch.zeros(76, WIDTH)}, r"of \(76, 32\) for \(75, 32\)"),
     "NaN": ({"emb_params": torch.full((1, WIDTH), torch.nan)}, "has NaN or infinity"),
     "integers": ({"emb_params": torch.zeros(1, WIDTH, dtype=torch.int32)}, "floating-point numbers"),
-    "SDXL": ({"clip_l": torch.zeros(1, 9), "clip_g": torch.zeros(1, 12)}, "holds 2 tensors, clip_g, clip_l"),
+    "SDXL": ({"clip_l": torch.zeros(1, 9), "clip_g": torch.zeros(1, 12)}, "holds 2 tensors; a"),
     "known": ({"it</w>": torch.zeros(1, WIDTH)}, "its word 'it</w>' is empty or in the vocabulary"),
     "a part of another": ({"<z>": torch.zeros(1, WIDTH)}, "its word '<z>' is empty or in the vocabulary"),
     "empty": ({" ": torch.zeros(1, WIDTH)}, "its word '' is empty"),
