@@ -57,10 +57,7 @@ def clean(text: str) -> str:
 
 
 class Tokenizer:
-    """Turns texts into token ids when called. load_tokenizer makes one from files.
-
-    clean: the function that each text passes first. Set it to `str` to take texts as they are.
-    """
+    """Turns texts into token ids when called. load_tokenizer makes it from files. clean: `clean` or `str`."""
 
     def __init__(self, backend: Backend, start: int, end: int, pad: int, length: int):
         self.backend, self.length, self.clean = backend, length, clean

@@ -1,6 +1,5 @@
 """The CLIP filter against transformers' CLIPModel, and its four cosines against their definition."""
 
-import html
 import json
 import shutil
 from pathlib import Path
@@ -111,8 +110,8 @@ def test_padding_with_zeros_as_openai_does_gives_the_same_features(folder):
     ("it’s a “cat”", "it's a \"cat\""), ("a cat &amp; a dog", "a cat & a dog"), ("a ﬁsh", "a fish"),
     ("a &lt cat &copy", "a < cat ©"), ("<b>a &ldquo;cat</b>", "<b>a “cat</b>"), ("&#38;amp;amp;amp;", "&")])
 def test_captions_are_cleaned_as_by_openai(folder, typed, plain):
-    ftfy = pytest.importorskip("ftfy", "6.3")
-    assert html.unescape(html.unescape(ftfy.fix_text(typed))) == clean_twice(typed) == plain
+    """Compared with the ids of SimpleTokenizer, clip-anytorch 2.6.0; test_tokenizer.py compares with ftfy."""
+    assert clean_twice(typed) == plain
     judge = Judge.load(folder)
     raw = load_tokenizer(folder)
     raw.clean = str
