@@ -261,6 +261,7 @@ def _content(cell: Cell) -> BytesIO:
 def load_picture(picture: Picture, resolution: int, flip: bool = False) -> Image.Image:
     """Load a square RGB picture: short side resized to `resolution` (LANCZOS), then centre-cropped.
 
+    The original squeezes pictures that are not square, in training and in its metrics.
     flip: mirror the picture. Raises ValueError for a missing or broken picture; names the file, row, column.
     """
     if isinstance(picture, Scene):

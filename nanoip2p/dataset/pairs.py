@@ -7,6 +7,7 @@
 
 Several processes can share a folder: each process takes the next unclaimed prompt. --seed, prompt number and
 candidate number determine all random numbers of a candidate, so interruptions do not change the result.
+The original draws p and the guidance from torch's generator, so one of its seeds makes another pair here.
 """
 
 import hashlib

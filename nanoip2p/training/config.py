@@ -70,7 +70,7 @@ class TrainConfig:
     lr: float = flag("learning rate", 1e-4, type=between(0))
     warmup: int = flag("number of warm-up steps of the learning rate", 0, type=at_least(0))
     cooldown: float = flag("last fraction of the steps, where lr falls to 0", 0.0, type=between(0, 1))
-    clip: float = flag("clip the gradient to this norm; 0: off, as in the paper", 1.0, type=between(0))
+    clip: float = flag("clip the gradient to this norm; 0: off, as in the original", 1.0, type=between(0))
     snr_gamma: float = flag("min-SNR weighting of the loss, often 5; 0: off", 0.0, type=between(0))
     drop: Sequence[float] = flag("fractions of samples without text, without both, without picture",
                                 DROP, type=between(0, 1), nargs=3, metavar=("TEXT", "BOTH", "IMAGE"))
