@@ -47,7 +47,7 @@ def add_captions(subparsers) -> None:
     parser.add_argument("--input", type=Path, help="captions: .txt, .csv, or .jsonl (key input or caption)")
     parser.add_argument("--column", help="key (.jsonl) or column (.csv) of the caption")
     parser.add_argument("--out", type=Path, default=Path("data/prompts.jsonl"),
-                        help="output file; skips captions that it or its .dropped.jsonl holds")
+                        help="output file; captions in this file or in its .dropped.jsonl are skipped")
     parser.add_argument("--backend", choices=("openai", "scenes"), default="openai",
                         help="openai: a language model; scenes: the grammar of the nano world")
     parser.add_argument("--n", type=at_least(1), help="number of captions (default: all) or scenes (1000)")
@@ -182,7 +182,7 @@ def add_pair(subparsers) -> None:
     parser.add_argument("--reweight", nargs=2, action="append", default=[], metavar=("WORD", "FACTOR"),
                         help="for cross and both: scale the attention to a word of the edited caption")
     parser.add_argument("--window", nargs=3, action="append", default=[], metavar=("WORD", "FROM", "TO"),
-                        help="for cross and both: inject a word between two shares of the steps, not 0 to P")
+                        help="for cross and both: inject the attention to a word from FROM to TO, not 0 to P")
     parser.add_argument("--cfg-text", type=finite, help="guidance scale (default: from the weights)")
     parser.add_argument("--steps", type=at_least(1), help="denoising steps (default: from the weights)")
     parser.add_argument("--resolution", type=pixels, help="side in pixels (default: from the weights)")

@@ -27,6 +27,7 @@ with cli.slow_imports():
     from PIL import Image
     from tqdm import tqdm
 
+    from nanoip2p.checkpoint.embeddings import add_embedding
     from nanoip2p.checkpoint.load import open_checkpoint
     from nanoip2p.checkpoint.tensors import DTYPES
     from nanoip2p.common.files import check_writable
@@ -41,7 +42,8 @@ with cli.slow_imports():
 # Settings that change the picture by rounding at most
 NOT_IN_RECIPE = ("output", "recipe", "device", "fast", "batch")
 # A recipe comes from strangers: larger numbers, or longer lists, need the user's own flag
-RECIPE_LIMITS = {"n": 16, "steps": 1000, "resolution": 2048, "edit": 64, "input": 100}
+RECIPE_LIMITS = {"n": 16, "steps": 1000, "resolution": 2048, "edit": 64, "input": 100, "embedding": 16}
+LOADED = ("weights", "vae", "tokenizer", "embedding")  # of these, a recipe may name only what is shipped
 MOST_PICTURES = 10**6  # of one command: their plan takes 1 minute and 0.6 GB
 # --sweep varies both scales. From the paper's defaults it covers cfg_text 3 ... 12 and cfg_image 1 ... 2
 SWEEP_FACTORS = (0.4, 0.7, 1, 1.3, 1.6)      # multiply cfg_text
@@ -60,6 +62,7 @@ class Settings:
     turns: bool = flag("apply the instructions one after another, not each to the input", False)
     n: int = flag("samples per edit; their seeds are --seed, --seed + 1, ...", 1, type=at_least(1))
     negative: str = flag("negative prompt", "")
+    raw_text: bool = flag("do not clean the texts (curly quotes, &amp;, ligatures)", False)
     steps: int | None = flag("denoising steps", type=at_least(1),
                              group="sampling (defaults: from the weights folder, else from the paper)")
     resolution: int | None = flag("approximate longer side in pixels", type=pixels)
@@ -77,6 +80,8 @@ class Settings:
                         "weights/nano-ip2p", group="weights and device")
     vae: str | None = flag("use this autoencoder instead of the checkpoint's: a file or folder")
     tokenizer: str | None = flag("tokenizer of a single file of weights: a folder or a name on the Hub")
+    embedding: list[str] | None = flag("a textual inversion, .pt or .safetensors; may be repeated",
+                                       action="append")
     raw_weights: bool = flag("use the raw weights of a file that also has EMA weights", False)
     device: str | None = flag("cuda, cuda:1, mps or cpu (default: the first available)")
     dtype: str = flag("half precision is faster on a GPU", "fp32", choices=sorted(DTYPES))
@@ -142,8 +147,9 @@ def as_flags(path: str, given: dict) -> list[str]:
         amount = len(items) if isinstance(value, list) else value
         if key in RECIPE_LIMITS and amount > RECIPE_LIMITS[key]:
             raise ValueError(f"{path} brings {name} {amount}, more than {RECIPE_LIMITS[key]}; {own}")
-        if key in ("weights", "vae", "tokenizer") and not is_shipped(value):
-            raise ValueError(f"{path} names other {key} than the shipped, {value}; {own}")
+        foreign = [item for item in items if key in LOADED and not is_shipped(item)]
+        if foreign:
+            raise ValueError(f"{path} names other {key} than the shipped, {foreign[0]}; {own}")
         missing = [item for item in items if key == "input" and not os.path.isfile(item)]
         if missing:
             raise ValueError(f"{path} names the input {missing[0]}, which is no file here; {own}")
@@ -213,6 +219,10 @@ def run(settings: Settings) -> None:
         find_weights(settings.weights), settings.vae, settings.tokenizer, settings.raw_weights)
     print(one_line(f"opened {settings.weights}: {checkpoint.description}"), file=sys.stderr)
     editor = Editor.load(checkpoint, settings.device, DTYPES[settings.dtype], settings.low_memory)
+    if settings.raw_text:
+        editor.tokenizer.clean = str
+    for path in settings.embedding or []:
+        print(one_line(add_embedding(editor, path)), file=sys.stderr)
     if settings.fast:
         speed.speed_up(editor.unet, lambda line: print(line, file=sys.stderr))
     for note in nano_notes(editor, settings.edit, sizes):

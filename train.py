@@ -64,7 +64,7 @@ def parse(argv: list[str] | None) -> TrainConfig:
 def resumed(parser: ArgumentParser, given: dict) -> TrainConfig:
     """The settings of a run, changed by the given flags. ValueError for flags that cannot change.
 
-    state.json may be a stranger's: it decides on no write outside its run, and on no download.
+    state.json may come from a stranger. It cannot cause a write outside its run, or a download.
     """
     out = given["resume"]
     checkpoint, state = runs.newest_checkpoint(out)
@@ -215,11 +215,11 @@ def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], colu
         bar.set_description(f"step {done}/{config.steps}")
         try:
             loss = trainer.step(batches, done - 1, stop)
-        except (ValueError, KeyboardInterrupt) as error:  # raised before the weights changed
+        except (ValueError, KeyboardInterrupt) as error:  # the weights are unchanged, except after AtOnce
             bar.close()
             if done - 1 > saved and not isinstance(error, (Diverged, signals.AtOnce)):
                 trainer.save(done - 1)
-                ranks.largest(0)  # torchrun ends the others when one has ended
+                ranks.largest(0)  # wait for the checkpoint: torchrun ends all ranks as soon as one ends
             raise
         recent.append(loss)
         bar.update(trainer.batch)

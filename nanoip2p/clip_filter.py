@@ -12,6 +12,7 @@ dataset_creation/generate_img_dataset.py); the paper's text sets the picture thr
 """
 
 from dataclasses import dataclass
+from html import unescape
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from nanoip2p.clip import CLIP
 from nanoip2p.common.files import read_json
 from nanoip2p.common.schema import checked
 from nanoip2p.images import to_tensor
-from nanoip2p.tokenizer import Tokenizer, check_fits, load_tokenizer
+from nanoip2p.tokenizer import Tokenizer, check_fits, clean, load_tokenizer
 
 SIMILARITIES = ("clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image")  # as metadata.jsonl names them
 
@@ -58,6 +59,11 @@ def similarities(before: Tensor, after: Tensor, text_before: Tensor, text_after:
     ], dim=1)
 
 
+def clean_twice(text: str) -> str:
+    """As OpenAI's `tokenize`, with which the thresholds were chosen: also unescape &lt, and beside "<"."""
+    return unescape(unescape(clean(text)))
+
+
 class Judge:
     """CLIP with its tokenizer and its picture preprocessing."""
 
@@ -78,6 +84,7 @@ class Judge:
         folder = Path(name) if Path(name).exists() else fetch_clip(str(name))
         clip, tokenizer = load_network(CLIP, folder), load_tokenizer(folder)
         check_fits(tokenizer, clip.config.text_config, folder)
+        tokenizer.clean = clean_twice
         path = folder / "preprocessor_config.json"
         settings = read_json(path)
         mean, std = (checked(settings.get(key), list[float], f"{path}: {key}", least, 1000)

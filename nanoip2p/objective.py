@@ -37,7 +37,7 @@ def model_input(batch: dict, null: Tensor, scale: float, alphas: Tensor,
     mean, logvar = batch["after"].chunk(2, dim=1)                                    # (B, C, h, w) each
     latents = scale * (mean + (0.5 * logvar).exp() * batch["posterior"])
     z_image = batch["before"].chunk(2, dim=1)[0]                                     # the mean, not scaled
-    # `drop` in [0, 1) decides for both: by default, no text below 0.10, no image from 0.05 to 0.15
+    # `drop` in [0, 1) decides on text and image: by default, no text below 0.10, no image from 0.05 to 0.15
     drop, (text, both, image) = batch["drop"].view(-1, 1, 1), shares
     context = torch.where(drop < text + both, null, batch["text"])
     z_image = z_image * ~((drop >= text) & (drop < text + both + image))[..., None]

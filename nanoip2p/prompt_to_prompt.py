@@ -18,7 +18,8 @@ picture uses the attention maps A = softmax(q k^T / sqrt(d)) of the source (Hert
 Modes: "self" injects self-attention in every layer, in both guidance branches, as InstructPix2Pix's own code
 does (section 3.1.2). "cross" injects cross-attention in the branch with caption. "both" is the method of
 Hertz et al.: "cross", plus self-attention in the branch with caption, only in layers of at most 16 x 16
-positions (for latents of 64 x 64). "none" makes two separate runs.
+positions (for latents of 64 x 64). "none" makes two separate runs. The limit of 16 x 16 is that of the first
+notebook of Hertz et al.; the later has 32 x 32. The local blend waits as in the later; the first does not.
 """
 
 import math
@@ -39,7 +40,7 @@ from nanoip2p.tokenizer import WORD_END, Tokenizer
 from nanoip2p.unet import DOWN_TYPES, Attend, Attention, Context, attend, repeat_rows
 
 MODES = ("self", "cross", "both", "none")
-# Local blend: threshold as a share of the heat map's maximum; share of the steps before the first blend
+# Local blend, see above: threshold as a share of the heat map's maximum; share of the steps before it begins
 BLEND_THRESHOLD, BLEND_FROM = 0.3, 0.2
 
 
@@ -297,11 +298,12 @@ def find_words(tokenizer: Tokenizer, text: str, phrase: str) -> list[int]:
 
 
 def split_words(tokenizer: Tokenizer, text: str) -> list[tuple[str, list[int]]]:
-    """The words of a text with their token positions. The start token has position 0."""
+    """The words of a prepared text with their token positions. The start token has position 0."""
+    text, added = tokenizer.prepare(text), tokenizer.backend.get_added_tokens_decoder()
     encoded = tokenizer.backend.encode(text, add_special_tokens=False)
     words, begin = [], 0
     for i, token in enumerate(encoded.tokens[: tokenizer.length - 2]):
-        if token.endswith(WORD_END):
+        if token.endswith(WORD_END) or encoded.ids[i] in added:
             word = text[encoded.offsets[begin][0] : encoded.offsets[i][1]]
             words.append((word.strip(), list(range(begin + 1, i + 2))))
             begin = i + 1

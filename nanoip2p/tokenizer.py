@@ -1,6 +1,14 @@
-"""CLIP's byte-level BPE tokenizer: texts -> the same token ids as transformers' CLIPTokenizer."""
+"""CLIP's byte-level BPE tokenizer: texts -> the same token ids as transformers' CLIPTokenizer.
 
+Two steps come first: `clean`; and the word <x> of a textual inversion of several vectors (see
+checkpoint/embeddings.py) becomes <x> <x>_1 <x>_2 ..., as in diffusers' maybe_convert_prompt.
+"""
+
+import re
+import unicodedata
 import warnings
+from html import unescape
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -19,13 +27,40 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # of a special token
 WORD_END = "</w>"
 # A word is a run of letters, one digit, or a run of other characters, as in OpenAI's simple_tokenizer.py
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+ENTITY = re.compile("&#?[0-9A-Za-z]{1,24};")  # of HTML
+# Code of a character -> what `clean` writes for it. First: bytes of Windows text, ligatures, full width
+FOLDED = {code: bytes([code]).decode("cp1252", "ignore") or chr(code) for code in range(0x80, 0xA0)}
+FOLDED |= {code: unicodedata.normalize("NFKC", chr(code)) for code in (
+    0x132, 0x133, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), 0x3000, *range(0xFB00, 0xFB07),
+    *range(0xFF01, 0xFFEF))}
+FOLDED |= {0x149: "'n", 0x2BC: "'", 0xFB05: "\u017ft"}
+FOLDED |= dict.fromkeys(range(0x2018, 0x201C), "'") | dict.fromkeys(range(0x201C, 0x2020), '"')
+FOLDED |= dict.fromkeys((*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF,
+                         *range(0xFFF9, 0xFFFD)))
+
+
+def clean(text: str) -> str:
+    """Make quotes straight, entities (&amp;) characters, ligatures letters, full-width letters plain ones.
+
+    Also drops control characters. OpenAI's tokenizer and the original's transformers 4.19 call ftfy for this.
+    Our table gives one text one result on every machine: that of ftfy 6.3.1, up to Unicode's NFC. As there,
+    entities stay beside "<". Unlike ftfy, it leaves alone wrongly decoded text (three letters for one quote),
+    terminal colours, &semi; and names in capitals that HTML lacks (&EACUTE;).
+    """
+    before, entities = None, "<" not in text
+    while before != text:
+        before = text
+        if entities:
+            text = ENTITY.sub(lambda it: it[0] if ";" in unescape(it[0]) else unescape(it[0]), text)
+        text = text.translate(FOLDED)
+    return text
 
 
 class Tokenizer:
-    """Turns texts into token ids when called. load_tokenizer makes one from files."""
+    """Turns texts into token ids when called. load_tokenizer makes it from files. clean: `clean` or `str`."""
 
     def __init__(self, backend: Backend, start: int, end: int, pad: int, length: int):
-        self.backend, self.length = backend, length
+        self.backend, self.length, self.clean = backend, length, clean
         self.start, self.end, self.pad = start, end, pad
 
     def __call__(self, texts: list[str]) -> Tensor:
@@ -37,13 +72,25 @@ class Tokenizer:
         assert not isinstance(texts, str), "the tokenizer needs a list of texts, not one text"
         return torch.tensor([self._row(text) for text in texts], dtype=torch.int64).reshape(-1, self.length)
 
-    def _row(self, text: str) -> list[int]:
+    def prepare(self, text: str) -> str:
+        """Clean a text, and write <x> out as <x> <x>_1 ..., see above. ValueError: see __call__."""
         if len(text) > LONGEST:
             raise ValueError(f"a text has {len(text)} letters, at most {LONGEST} work: {text[:40]!r}…")
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"the text {text!r} is not valid Unicode ({error.reason}); retype it") from None
+        text = self.clean(text)
+        added = {token.content for token in self.backend.get_added_tokens_decoder().values()}
+        encoded = self.backend.encode(text, add_special_tokens=False)
+        for token, (_, end) in reversed([*zip(encoded.tokens, encoded.offsets)]):
+            if token in added:
+                names = (f"{token}_{i}" for i in range(1, self.length))
+                text = " ".join([text[:end], *takewhile(added.__contains__, names)]) + text[end:]
+        return text
+
+    def _row(self, text: str) -> list[int]:
+        text = self.prepare(text)
         encoded = self.backend.encode(text, add_special_tokens=False)
         ids, room = encoded.ids, self.length - 2
         if len(ids) > room:

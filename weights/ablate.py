@@ -48,13 +48,13 @@ class Variant:
     """How to train an editor."""
 
     pairs: str = "both"     # a key of PAIRS, or "scenes" for rendered pairs
-    share: float = 1.0      # fraction of the prompts to train on
+    share: float = 1.0      # fraction of the prompts to give to train.py, which trains on 90% of them
     start: str = "nano-sd"  # or "nothing": an untrained UNet
     flags: tuple = ()       # further flags of train.py
 
 
 VARIANTS = {
-    "all as it should be": Variant(),
+    "baseline": Variant(),
     "without CLIP filter": Variant("unfiltered"),
     "a tenth of the data": Variant(share=0.1),
     "not from nano-sd": Variant(start="nothing"),

@@ -14,6 +14,7 @@ The stages:
     export        copies of the models in half precision
 
 Each stage reads the results of earlier stages from --out, and does nothing if its own result is complete.
+Only `export` always writes.
 Random numbers depend only on seed and step: a resumed run gives the same weights as an uninterrupted run. The
 repository does not contain these runs. In a fresh clone, `python train.py --weights weights/nano-ip2p --data
 scenes ...` trains the shipped editor further.
@@ -60,7 +61,7 @@ UNET = dict(
 )
 SD_UNET = UNET | dict(in_channels=4, block_out_channels=(64, 112, 112))
 # For short runs of small networks. Unlike the paper: small batches, a schedule of the learning rate (which is
-# ten times the paper's, see below), min-SNR weights and a faster average
+# ten times the paper's, see below), min-SNR weights, an EMA with a smaller decay
 RECIPE = ["--resolution", SIZE, "--batch-size", 32, "--accumulate", 1, "--warmup", 200, "--cooldown", 0.4,
           "--snr-gamma", 1, "--ema-decay", 0.999]
 SD_RUNS = (["--lr", 1e-3, "--text-to-image", "--dtype", "bf16"],)

@@ -19,10 +19,10 @@ MOST_UNPACKED, FREE = 20, 100 * 2**20
 
 
 class _Inert:
-    """Replaces a class or function of a pickle: accepts any arguments and any state, and does nothing."""
+    """Replaces a class or function of a pickle: accepts any arguments and any state, and only keeps them."""
 
-    def __init__(self, *args):
-        pass
+    def __init__(self, *state):
+        self.state = state
 
     __setstate__ = __init__
 
@@ -50,6 +50,10 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, "cpu", weights_only=True, mmap=mapped)
         while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content.pop("state_dict")  # pop: ends even if a dict contains itself
+        if isinstance(content, dict) and "string_to_param" in content:  # a textual inversion
+            words = content["string_to_param"]  # in 2022 a ParameterDict, for which _Inert stands
+            words = words if isinstance(words, dict) else words.state[0]["_parameters"]
+            content = {f"string_to_param.{word}": vectors for word, vectors in words.items()}
         tensors = {name: value.detach()
                    for name, value in (content.items() if isinstance(content, dict) else ())
                    if isinstance(name, str) and isinstance(value, Tensor) and value.layout is torch.strided}

@@ -41,7 +41,7 @@ IGNORED = re.compile(
 FAMILIES = {
     "a LoRA": r"lora",
     "a ControlNet": r"^(control_model\.|controlnet_|input_hint_block\.)",
-    "a textual inversion": r"^(emb_params |string_to_param|<)",
+    "a textual inversion (name it with sample.py --embedding)": r"^(emb_params |string_to_param|<)",
     "an inpainting model": r"^model\.diffusion_model\.input_blocks\.0\.0\.weight \(\d+, 9,",
     "a Stable Diffusion 2.x checkpoint": r"^cond_stage_model\.model\.|\.attn2\.to_k\.weight \(\d+, 1024\)",
     "an SDXL checkpoint": r"^(conditioner\.|model\.diffusion_model\.label_emb\.)",

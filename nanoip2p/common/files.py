@@ -200,7 +200,7 @@ def _parse(lines: Iterator[bytes], path: Path, is_json: bool, problems: list | N
                     raise ValueError(f"but a {type(row).__name__}" if end == len(text) else "extra data")
                 yield number, row
         except (ValueError, RecursionError) as error:
-            reason = f"line {number} is not {'JSON of one object' if is_json else 'UTF-8'} ({error})"
+            reason = f"line {number} is not {'a JSON object' if is_json else 'UTF-8'} ({error})"
             if problems is None:
                 raise ValueError(f"{path}, {reason}; correct or delete that line") from None
             problems.append(reason)

@@ -87,7 +87,7 @@ def read_captions(path: Path, column: str | None = None) -> Captions:
     without a text under that key.
     """
     keys = (column,) if column else ("input", "caption")
-    captions, known = Captions(), set()  # of hashes, not texts; two of 10^6 are equal with a chance of 10^-8
+    captions, known = Captions(), set()  # hashes; of 10^6, two are equal with probability 10^-8
     for number, row in files.read_rows(path):
         text = next((row[key] for key in keys if key in row), None)
         if not isinstance(text, str):
@@ -176,7 +176,7 @@ class Job:
                 caption, self.left = next(self.todo), self.left - 1
             try:
                 self.ask(caption)
-            except OverBudget:  # open requests may use fewer tokens than reserved; other threads go on
+            except OverBudget:  # put it back: open requests may use fewer tokens than reserved
                 with self.lock:
                     self.todo, self.left = chain([caption], self.todo), self.left + 1
                 return
@@ -247,7 +247,7 @@ class Job:
             verdict = chat.ask(self.client.moderations, model="omni-moderation-latest", input=texts)
             with suppress(ValueError):
                 return any(chat.read_flags(verdict, len(texts)))
-        raise openai.APIError("the answer is no moderation", request=None, body=None)
+        raise openai.APIError("the answer is not a moderation result", request=None, body=None)
 
     def summary(self) -> str:
         """A text of several lines about the outcome of this run."""
@@ -281,8 +281,8 @@ def known_captions(out: Path) -> set[int]:
 def ask_all(captions: Captions, settings: Settings, out: Path, most: int | None = None) -> str:
     """Process every caption that is not yet in OUT.jsonl or OUT.dropped.jsonl; return a summary.
 
-    most: only the first ones. Needs OPENAI_API_KEY (and OPENAI_BASE_URL) in the environment. Raises
-    ValueError if the server fails, or if `out` cannot be written. Ctrl-C and SIGTERM: see Job.run.
+    most: process only so many captions. Needs OPENAI_API_KEY (and OPENAI_BASE_URL) in the environment.
+    Raises ValueError if the server fails, or if `out` cannot be written. Ctrl-C and SIGTERM: see Job.run.
     """
     files.check_writable(out)
     try:

@@ -1,6 +1,6 @@
-"""Talk to a language model: the openai package, with limits on what a server can do, and what it answered.
+"""Talk to a language model with the openai package: limit what the server can do, and parse its answers.
 
-An answer that breaks a limit is an error of the HTTP library, so the openai package asks again.
+An answer beyond a limit raises an exception of the HTTP library, so that the openai package asks again.
 """
 
 import json
@@ -37,7 +37,7 @@ class Client(openai.DefaultHttpxClient):
         self.seconds, self.home = seconds, None
 
     def send(self, request, **options):
-        """Send a request, and read its whole answer, which has to be a JSON object if it is no error.
+        """Send a request and read its whole answer. Unless its status is an error, it must be a JSON object.
 
         Works in a thread, as a timeout of the HTTP library starts again with each byte.
         """
@@ -64,7 +64,7 @@ class Client(openai.DefaultHttpxClient):
         return outcome[0]
 
     def check_host(self, request) -> None:
-        """Before each request: refuse a redirect to another host, port, or from https to http."""
+        """Before each request: refuse a redirect to another host or port. Allow one from http to https."""
         url = request.url
         self.home = self.home or url
         same = (url.scheme, url.port) == (self.home.scheme, self.home.port)
@@ -90,15 +90,15 @@ class Client(openai.DefaultHttpxClient):
 
 
 def read_object(content: bytes | str) -> dict:
-    """Parse a JSON object. Raises ValueError if it is none."""
+    """Parse a JSON object. Raises ValueError for anything else."""
     try:
         return checked(json.loads(content), dict, "the answer")
     except (ValueError, RecursionError):
-        raise ValueError("the answer is not JSON of one object") from None
+        raise ValueError("the answer is not a JSON object") from None
 
 
 def ask(resource, **request) -> dict:
-    """Create a chat completion or another resource of the client. Returns the answer without checks."""
+    """Create a chat completion or another resource of the client. Returns the answer, a JSON object."""
     return read_object(resource.with_raw_response.create(**request).http_response.content)
 
 
@@ -139,7 +139,7 @@ def read_answer(reply: dict, caption: str) -> tuple[str, str]:
         if message.get("refusal") or choice.get("finish_reason") == "content_filter":
             raise Unusable("refused")
         content = checked(message.get("content"), str, "content")
-        if choice.get("finish_reason") == "length":  # cut off, though a fine-tuned model's would parse
+        if choice.get("finish_reason") == "length":  # cut off; of a fine-tuned model, the rest would parse
             raise ValueError
         if DELIMITER in content:  # never in JSON: its strings have no line breaks
             edit, output = map(tidy, content.split(DELIMITER))
@@ -156,7 +156,7 @@ def read_answer(reply: dict, caption: str) -> tuple[str, str]:
 
 
 def spent_tokens(reply: dict, most_in: int) -> Counter:
-    """The tokens that a completion took, by its own count; where that makes no sense, the upper bounds."""
+    """The tokens of a completion by the server's count; if that is missing or impossible, the upper bound."""
     usage, spent = reply.get("usage"), Counter({"in": most_in, "out": ANSWER_TOKENS})
     for way, key in (("in", "prompt_tokens"), ("out", "completion_tokens")):
         with suppress(ValueError):
@@ -165,7 +165,7 @@ def spent_tokens(reply: dict, most_in: int) -> Counter:
 
 
 def read_flags(reply: dict, n: int) -> list[bool]:
-    """Parse the moderation of `n` texts: whether it objects to each. Raises ValueError if it is none."""
+    """Parse the moderation of `n` texts: whether it objects to each. Raises ValueError for another reply."""
     results = checked(reply.get("results"), list[dict], "results")
     if len(results) != n:
         raise ValueError(f"the server judged {len(results)} texts, not {n}")

@@ -232,8 +232,8 @@ def _read_group(file, path: Path, group: int, columns: list[str]):
     try:
         table = file.read_row_group(group, columns, use_threads=False)
     except OSError as error:
-        # An encoding that repeats no value; pyarrow cannot read it as a dictionary. The metadata lists the
-        # encodings, but pyarrow 26 aborts the process if that list is broken
+        # The column's encoding has no dictionary, so pyarrow cannot read it with read_dictionary. The
+        # metadata lists the encodings, but pyarrow 26 aborts the process if that list is broken
         if "DeltaLengthByteArray" not in str(error):
             raise
         with type(file)(path, memory_map=True, metadata=file.metadata) as plain:
@@ -261,6 +261,7 @@ def _content(cell: Cell) -> BytesIO:
 def load_picture(picture: Picture, resolution: int, flip: bool = False) -> Image.Image:
     """Load a square RGB picture: short side resized to `resolution` (LANCZOS), then centre-cropped.
 
+    The original squeezes pictures that are not square, in training and in its metrics.
     flip: mirror the picture. Raises ValueError for a missing or broken picture; names the file, row, column.
     """
     if isinstance(picture, Scene):

@@ -7,6 +7,7 @@
 
 Several processes can share a folder: each process takes the next unclaimed prompt. --seed, prompt number and
 candidate number determine all random numbers of a candidate, so interruptions do not change the result.
+The original draws p and the guidance from torch's generator, so one of its seeds makes another pair here.
 """
 
 import hashlib
@@ -102,7 +103,7 @@ def read_prompts(path: Path) -> tuple[list[Prompt], list[str]]:
         keys = (source, "edit", "output")
         missing = [key for key in keys if not isinstance(row.get(key), str) or not row[key].strip()]
         if number > PROMPTS:
-            raise ValueError(f"{path} has more than {PROMPTS} lines; split it, for several --out")
+            raise ValueError(f"{path} has more than {PROMPTS} lines; split it into files with an --out each")
         if missing:
             bad.append(f"line {number} has no text under {missing[0]!r}")
         elif max(len(row[key]) for key in keys) > LONGEST:
@@ -137,7 +138,7 @@ def pair_settings(flags: dict, weights: Path, painter_defaults: dict) -> PairSet
 def candidate(prompt: Prompt, k: int, settings: PairSettings) -> dict:
     """Seed, p and guidance of candidate k, under the keys of metadata.jsonl. The seed fixes the others."""
     name = f"nanoip2p pair {settings.seed} {prompt.number} {k}"
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")  # 48 bits: no repeated seed
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")  # 48 bits: none repeats
     uniform = random.Random(f"nanoip2p pair {seed}").random  # Python promises never to change these numbers
     return {"seed": seed,
             "p2p_threshold": settings.min_p2p + uniform() * (settings.max_p2p - settings.min_p2p),

@@ -38,7 +38,7 @@ KINDS = {"method": (str,), "weights": (str,), "networks": (str,), "cfg_text": (f
 
 
 def examples(data: str, split: str, n: int) -> list[Pair]:
-    """Up to n pairs with captions, each of another item or scene. ValueError for fewer than two pairs."""
+    """Up to n pairs with captions, each of a different item or scene. ValueError for fewer than two pairs."""
     pairs = scene_pairs(n * EDITS_PER_SCENE, split)[::EDITS_PER_SCENE] if data == "scenes" else [
         item[0] for item in read_data(data, split) if item[0].captions]
     if len(pairs[:n]) < 2:

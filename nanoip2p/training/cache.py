@@ -41,12 +41,13 @@ class Cache:
         vae, text_encoder, tokenizer = model.vae, model.text_encoder, model.tokenizer
         texts = list(dict.fromkeys(["", *(pair.edit for pair in pairs)]))
         pictures = list(dict.fromkeys(picture for pair in pairs for picture in (pair.before, pair.after)))
+        content = [*map(tokenizer.clean, texts)], [*map(stamp, pictures)]
         begin = (text_encoder.config, tokenizer.backend.to_str(), tokenizer.start, tokenizer.end,
                  tokenizer.pad, tokenizer.length)
         claim_folder(folder, "cache.json", {
             "autoencoder": fingerprint(vae, begin=repr(vae.config).encode()),
             "text encoder": fingerprint(text_encoder, begin=repr(begin).encode()),
-            "dataset": hashlib.sha256(repr((texts, [*map(stamp, pictures)])).encode()).hexdigest()[:16],
+            "dataset": hashlib.sha256(repr(content).encode()).hexdigest()[:16],
             "resolution": resolution, "flips": flips}, "--cache")
         side = resolution // vae.downsampling
         kinds = (("texts", "texts", texts, [tokenizer.length, text_encoder.config.hidden_size]),

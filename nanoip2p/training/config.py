@@ -13,9 +13,9 @@ from nanoip2p.objective import DROP
 from nanoip2p.world.scenes import EDIT_KINDS
 
 PAPER_BATCH = 1024  # samples per optimizer step
-PAPER_VISITS = 10_000 * PAPER_BATCH / 313_010  # steps x batch / prompts: the paper trained for 33 epochs
+PAPER_VISITS = 10_000 * PAPER_BATCH / (0.9 * 313_010)  # steps x batch / training prompts: 36 epochs
 SWITCH = argparse.BooleanOptionalAction  # --no-recompute overrides a preset with recompute
-# Batch sizes that fit into the memory of a GPU. Gradient accumulation raises them to 1024 samples per step
+# Batch sizes that fit on a GPU (except nano). Gradient accumulation raises them to 1024 samples per step
 PRESETS = {
     "paper": {"batch_size": 32, "clip": 0.0},  # 8 GPUs with batch size 32 each
     "48gb": {"batch_size": 64},
@@ -31,7 +31,7 @@ RESUME_MAY_CHANGE = {
     "out", "resume", "check", "timeout"}
 # accumulate follows from state.json's "batch", and `out` is where state.json is
 NOT_STORED = {"accumulate", "preset", "resume", "check", "out"}
-# A rendered pair takes 1 kB of memory. More samples, pixels or processes than these fit into no machine
+# A rendered pair takes 1 kB of memory. No machine has room for more pairs, samples or processes than these
 MOST_PAIRS, MOST_SAMPLES, MOST_WORKERS = 10**7, 2**16, 1000
 
 
@@ -70,7 +70,7 @@ class TrainConfig:
     lr: float = flag("learning rate", 1e-4, type=between(0))
     warmup: int = flag("number of warm-up steps of the learning rate", 0, type=at_least(0))
     cooldown: float = flag("last fraction of the steps, where lr falls to 0", 0.0, type=between(0, 1))
-    clip: float = flag("clip the gradient to this norm; 0: off, as in the paper", 1.0, type=between(0))
+    clip: float = flag("clip the gradient to this norm; 0: off, as in the original", 1.0, type=between(0))
     snr_gamma: float = flag("min-SNR weighting of the loss, often 5; 0: off", 0.0, type=between(0))
     drop: Sequence[float] = flag("fractions of samples without text, without both, without picture",
                                 DROP, type=between(0, 1), nargs=3, metavar=("TEXT", "BOTH", "IMAGE"))

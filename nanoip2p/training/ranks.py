@@ -22,7 +22,7 @@ from nanoip2p.training.signals import SIGNALS, AtOnce, end_loaders
 
 MAX_WAIT = timedelta(days=1)  # how long a rank waits for a rank that encodes data or samples pictures
 JOIN = timedelta(minutes=5)   # how long the first ranks wait for the last: imports from a cold disk take long
-TICKS = 10                    # how often a rank beats within --timeout
+TICKS = 10                    # number of heartbeats of a rank within --timeout
 
 
 @dataclass(frozen=True)
@@ -53,17 +53,17 @@ class Ranks:
 
 
 class Watch:
-    """Two threads. One says that this rank lives and listens to the others, also while they encode a cache or
-    sample pictures. The other ends the process when a rank is silent.
+    """Two threads. One sends heartbeats and receives those of the other ranks, also while the main thread is
+    busy. The other thread ends the process when a rank is silent.
     """
 
     def __init__(self, rank: int, count: int, timeout: float):
         """Join the store that the ranks share. timeout: in seconds."""
-        # Not with the connection of the process group, in which the main thread may be waiting
+        # A connection of its own: the main thread may be waiting in the one of the process group
         self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=JOIN)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
         self.rank, self.timeout, self.keys = rank, timeout, [f"{attempt} lives {n}" for n in range(count)]
-        # For each rank: its last beat, and the ticks since. Ticks, not seconds: Ctrl-Z may stop all ranks
+        # For each rank: its last heartbeat, and the ticks since then. Not seconds, which pass during Ctrl-Z
         self.beats, self.silent = [b""] * count, [0] * count
         self.left, self.failed = threading.Event(), False
         self.listener = threading.Thread(target=self.listen, daemon=True)
@@ -71,7 +71,7 @@ class Watch:
         threading.Thread(target=self.judge, daemon=True).start()
 
     def listen(self) -> None:
-        """Beat and listen. If the store is gone, this hangs or ends: then all are silent, this rank too."""
+        """Send and receive heartbeats. Without the store, this stops: then all ranks seem silent."""
         with suppress(RuntimeError):
             for number in numbers():
                 self.store.set(self.keys[self.rank], "left" if self.left.is_set() else str(number))
@@ -87,12 +87,12 @@ class Watch:
         while not self.left.wait(self.timeout / TICKS):
             for rank, beat in enumerate(self.beats):
                 self.silent[rank] += (TICKS if self.failed else 0) if beat == b"left" else 1
-            lost = [str(rank) for rank, ticks in enumerate(self.silent) if ticks >= TICKS - 2]
-            if str(self.rank) in lost:  # of the store
-                lost = ["0"] if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" else ["of torchrun"]
+            lost = [f"rank {rank}" for rank, ticks in enumerate(self.silent) if ticks >= TICKS - 2]
+            if f"rank {self.rank}" in lost:  # the process that hosts the store has ended
+                lost = ["rank 0" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" else "torchrun"]
             if lost and not self.left.is_set():
-                SIGNALS.append(signal.SIGTERM)  # so that no full pipe holds up the message
-                print(f"error: rank {', '.join(lost)} ended or was stopped (--timeout {self.timeout:g} s); "
+                SIGNALS.append(signal.SIGTERM)  # so that Lasting does not wait for a full pipe
+                print(f"error: {', '.join(lost)} ended or was stopped (--timeout {self.timeout:g} s); "
                       "go on with --resume, from the last checkpoint", file=sys.stderr)
                 end_loaders()
                 os._exit(2)  # the main thread may be waiting in a library, for ever
@@ -107,7 +107,7 @@ class Watch:
 def started(device: str | None, timeout: float) -> Iterator[Ranks]:
     """Join the process group if torchrun started this process. With CUDA, each rank uses its own GPU.
 
-    timeout: after how many seconds without a sign of life of a rank the others end.
+    timeout: seconds without a heartbeat of a rank, after which the other ranks end.
     """
     count, chosen = int(os.environ.get("WORLD_SIZE", 1)), pick_device(device)
     if count == 1:
@@ -116,7 +116,7 @@ def started(device: str | None, timeout: float) -> Iterator[Ranks]:
     if chosen.type == "cuda":
         chosen = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")  # ValueError: more processes than GPUs
         torch.cuda.set_device(chosen)
-    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the library waits for other ranks
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C then ends a wait for other ranks
     try:
         store, rank, count = next(dist.rendezvous("env://", timeout=JOIN))
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank,
@@ -129,15 +129,15 @@ def started(device: str | None, timeout: float) -> Iterator[Ranks]:
     try:
         yield Ranks(rank, count, chosen, group)
         watch.leave()
-    except AtOnce:  # the group's threads may wait for a rank that is stopped, and a usual exit for them
+    except AtOnce:  # a normal exit would wait for threads of the group, which may wait for a stopped rank
         print("stopped; go on with --resume, from the last checkpoint", file=sys.stderr)
         os._exit(130)
     except (KeyboardInterrupt, ValueError):
         watch.leave()
         raise
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError):  # perhaps of a connection to a rank that has died:
-            print(f"rank {rank}: {error}", file=sys.stderr)  # then the watch ends this process
+        if not isinstance(error, torch.OutOfMemoryError):  # perhaps the connection to a dead rank:
+            print(f"rank {rank}: {error}", file=sys.stderr)  # the watch names it and ends this process
             watch.failed = True
             time.sleep(timeout)
         raise

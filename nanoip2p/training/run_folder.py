@@ -30,7 +30,7 @@ LARGEST = 2**53  # float64 and JSON's readers keep whole numbers exact up to her
 
 
 def check_folder(run: Path) -> None:
-    """Raise ValueError if a link, or something of another kind, is where a run writes a file or folder."""
+    """Raise ValueError if a path that a run writes is a link, or is a folder where a file belongs."""
     files = [run / ".lock", run / "log.jsonl", run / "loss.png", *run.glob("samples-*.png")]
     weights, saved = run / "weights", run / CHECKPOINTS
     parts = [weights / name for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")]

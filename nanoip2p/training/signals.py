@@ -1,6 +1,7 @@
 """Signals and closed streams during training: a run ends within seconds, and with a checkpoint.
 
-A signal only sets a mark, which training reads between micro-batches. So no step is left half done.
+A signal sets a mark, which training reads before each micro-batch, and ends `interruptible` work. An
+unfinished step is dropped before it changes the weights. Only the third Ctrl-C ends the run anywhere.
 """
 
 import io
@@ -66,7 +67,7 @@ def stop_between_steps() -> Iterator[Stop]:
 
 
 def leave_signals_to_the_parent(_worker: int) -> None:
-    """Ignore signals in a data loader: its parent process may need data for the last step, and ends it."""
+    """Ignore signals in a data loader: its parent process decides when it ends, see `ending_loaders`."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
@@ -91,8 +92,8 @@ def end_loaders() -> None:
 
 
 class Lasting:
-    """A text stream that outlives its reader. Drops the text for a closed pipe, and after a signal also for a
-    full pipe, in which the process would wait."""
+    """A text stream that outlives its reader. Drops text if its pipe is closed. After a signal, also drops
+    text if the pipe is full, instead of waiting."""
 
     def __init__(self, stream):
         self.stream, self.text = stream, ""

@@ -89,7 +89,7 @@ class Trainer:
         """Take optimizer step number `step` (from 0). Returns this rank's mean loss, without min-SNR weights.
 
         stop: called before each micro-batch; if True, the step raises KeyboardInterrupt. Also raises
-        ValueError for a broken picture, and Diverged. After an exception, the weights are unchanged.
+        ValueError for a broken picture, and Diverged. After these, the weights are unchanged.
         """
         config, losses, names, stop = self.config, [], [], stop or Stop()
         for micro in range(config.accumulate):

@@ -6,9 +6,9 @@
 A U-Net like Stable Diffusion 1.5's with random weights runs as an Editor and as diffusers' own pipeline. The
 autoencoder and the text encoder are so small that they hardly count. First the pictures are compared: in fp32
 they must agree with diffusers' to one level of 255; in half precision our error against fp32 may be at most
-1.25 times diffusers' error. Then the runs alternate. "matrix" and "copy" are shares of the rate of one large
-product and one large copy, for the operations and bytes of the plain network without any cache; so they can
-exceed 100%.
+1.25 times diffusers' error plus one level. Then the runs alternate. "matrix": operations a second, relative
+to one large matrix product. "copy": bytes a second, relative to one large copy. Both count the work of the
+plain network, so a run that saves work can exceed 100%.
 """
 
 import argparse

@@ -4,7 +4,8 @@
 
 Every run is a process of its own; our runs and diffusers' alternate. Memory is the growth since the start of
 the process: "anonymous" memory cannot be dropped, "resident" adds the pages of mapped files, which the system
-drops when it needs them. Loading is compared with all weights, a conversion with the largest tensor.
+drops when it needs them. For loading, memory is given in multiples
+of the size of all weights; for a conversion, of the largest tensor.
 """
 
 import argparse

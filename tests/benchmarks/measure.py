@@ -1,7 +1,7 @@
-"""What the benchmarks measure with: clocks, memory, and what this machine can do at best.
+"""Helpers of the benchmarks: time, memory, and the peak rates of this machine.
 
-Time is the clock's on CUDA, the process's own on a CPU that others use too (give it one thread). Memory is
-what lies above the weights: on CUDA from the allocator, on a CPU by following storages in one run more.
+Time is wall-clock time on CUDA, and CPU time of the process on a CPU (use one thread). Memory is the peak
+beyond the weights: from the allocator on CUDA, from a further run (live.py) on a CPU.
 """
 
 import platform
@@ -74,14 +74,14 @@ def work(run) -> tuple[int, int]:
 
 
 def matrix_rate(device: str, dtype: torch.dtype) -> float:
-    """Operations a second of one large product, the best of five."""
+    """Operations a second of one large product, the best of six."""
     side = 8192 if device == "cuda" else 2048
     a = torch.randn(side, side, device=device).to(dtype)
     return 2 * side**3 / min(seconds(lambda: a @ a, device) for _ in range(6))
 
 
 def copy_rate(device: str) -> float:
-    """Bytes a second, read and written, of a copy that no cache holds; the best of five."""
+    """Bytes a second, read and written, of a copy that no cache holds; the best of six."""
     a = torch.empty(1 << 28, dtype=torch.uint8, device=device)
     b = a.clone()
     return 2 * a.nbytes / min(seconds(lambda: b.copy_(a), device) for _ in range(6))

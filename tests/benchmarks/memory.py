@@ -1,4 +1,4 @@
-"""Memory of a training step of Stable Diffusion 1.5 at 256 pixels, counted without taking it.
+"""Memory of a training step of Stable Diffusion 1.5 at 256 pixels, counted without allocating it.
 
     python tests/benchmarks/memory.py
 

@@ -1,11 +1,12 @@
-"""What injection costs: a pair of pictures with it over a pair without (p = 0), ours and with maps in memory.
+"""The cost of injection: time and memory of a pair with injection, relative to a pair without it (p = 0).
 
     OMP_NUM_THREADS=1 python tests/benchmarks/pair.py --width half --latents 32 --steps 1 --repeat 5
 
-"fast" is ours on the network that --fast makes. The reference is tests/helpers/hertz.py: diffusers' network,
-with the maps of Hertz et al. in memory. Without injection it would form all maps as well, as the authors'
-code does; so all ratios are to our run without injection. All must give the reference's latents before any is
-timed. They take turns in one process: medians, and (min-max) of the ratio in the same round. See measure.py.
+"fast" is our code with --fast. The reference is tests/helpers/hertz.py: diffusers' network, with the maps of
+Hertz et al. in memory. It stores all maps even without injection, as the authors' code does, so all ratios
+are relative to our run without injection. Before any run is timed, ours and fast must give the latents of the
+reference. The runs alternate in one process. A ratio is the median (min-max) of the ratios within each round.
+See measure.py.
 """
 
 import argparse

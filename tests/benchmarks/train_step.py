@@ -5,10 +5,10 @@
 
 Theirs does in each step what diffusers' train_instruct_pix2pix.py does: encode both pictures (VAE and text
 encoder in --dtype), the instruction and the empty text, autocast, clip, torch's AdamW, EMAModel. Ours is
-Trainer.step on stored latents, and once more encoding in each step. Same initial weights, pictures and batch.
-First the losses of all three must agree on the same draws, in fp32. Batches are in memory, as loaders would
-hand them over, ours with their draws. Runs take turns; medians and (min-max) of rounds. Time is the clock's
-on CUDA, the process's own on a CPU (give it one thread).
+Trainer.step, once with stored latents and once with encoding in each step. Same initial weights, pictures and
+batch. First the losses of all three must agree on the same random numbers, in fp32. Batches are in memory, as
+a DataLoader returns them; ours include their random numbers. Runs alternate; medians and (min-max) of rounds.
+Time is wall-clock time on CUDA, and CPU time of the process on a CPU (use one thread).
 """
 
 import argparse
@@ -62,7 +62,7 @@ def make_networks(width: str) -> list[torch.nn.Module]:
 
 
 def make_batch(size: int, count: int) -> dict:
-    """As recipe.collate makes it of pictures; size: of a picture's side."""
+    """A batch as `collate` of training/samples.py makes it of pictures. size: side in pixels."""
     generator = torch.Generator().manual_seed(0)
 
     def sample(number: int) -> dict:

@@ -1,4 +1,4 @@
-"""Any layout to any other: nothing is lost on the way, and others open what we write."""
+"""Conversion between all layouts: no weight changes, and diffusers opens the result."""
 
 import json
 import os

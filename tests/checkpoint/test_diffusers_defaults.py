@@ -1,4 +1,4 @@
-"""diffusers' default call, with no sizes given, makes our pictures on the folders that we ship and write."""
+"""diffusers, called without sizes on folders that we ship or write, makes the same pictures as nanoip2p."""
 
 import json
 import warnings

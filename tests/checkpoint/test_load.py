@@ -1,4 +1,4 @@
-"""Weights folders: what is written comes back, the libraries read it too, and every fault is one line."""
+"""Weights folders: round trips, reading by diffusers and transformers, one-line errors for every fault."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Pickles of PyTorch: every tensor comes out of them, and whatever else they ask for does not happen."""
+"""Pickles of PyTorch: every tensor is read, and no code in the file runs."""
 
 import argparse
 import collections

@@ -1,4 +1,4 @@
-"""The names of 2022: the published lists, diffusers' conversion, other families, and the README's picture."""
+"""Tensor names of single files: published lists, diffusers' conversion, other models, docs/weights.md."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Files of named tensors: what others wrote is read, what is broken is said in one line, writing streams."""
+"""Tensor files: reading files of other programs, one-line errors for broken files, writing by tensor."""
 
 import json
 import struct

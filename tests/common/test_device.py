@@ -1,4 +1,4 @@
-"""Which precision is taken where nobody names one: what the device computes faster in."""
+"""Without --dtype, the precision in which the device computes faster is chosen."""
 
 import os
 import subprocess

@@ -74,17 +74,16 @@ def test_rows_of_every_kind_of_file(tmp_path):
             list(read_rows(tmp_path / name))
 
 
-@pytest.mark.parametrize("line, reason", [
-    (b"[1]", "is not JSON of one object"), (b'{"a": ', "is not JSON"), (b'{"a": "\xff"}', "is not JSON"),
-    (b"[" * 100_000, "is not JSON"), (b'{"a": 1} {}', "is not JSON"),
-    (b'{"a": "' + b"x" * 2**20, "is not JSON")], ids=["list", "cut", "latin", "deep", "more", "long"])
-def test_a_broken_line_is_named_or_collected(line, reason, tmp_path):
+@pytest.mark.parametrize("line", [
+    b"[1]", b'{"a": ', b'{"a": "\xff"}', b"[" * 100_000, b'{"a": 1} {}', b'{"a": "' + b"x" * 2**20,
+], ids=["list", "cut", "latin", "deep", "more", "long"])
+def test_a_broken_line_is_named_or_collected(line, tmp_path):
     path, problems = tmp_path / "a.jsonl", []
     path.write_bytes(b'{"a": 1}\n' + line + b'\n{"a": 3}\n')
-    with pytest.raises(ValueError, match=f"a.jsonl, line 2 {reason}"):
+    with pytest.raises(ValueError, match="a.jsonl, line 2 is not a JSON object"):
         list(read_rows(path))
     assert list(read_rows(path, problems=problems)) == [(1, {"a": 1}), (3, {"a": 3})]
-    assert len(problems) == 1 and problems[0].startswith(f"line 2 {reason}")
+    assert len(problems) == 1 and problems[0].startswith("line 2 is not a JSON object")
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])

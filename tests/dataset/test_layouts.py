@@ -1,4 +1,4 @@
-"""Pairs from scenes and from every layout on disk: what is read, how it is split, and the one transform."""
+"""Pairs from scenes and from every layout on disk: what is read, the splits, one crop and flip a pair."""
 
 import io
 import itertools
@@ -257,7 +257,7 @@ def test_a_split_may_be_empty_but_for_train(tmp_path):
     (write_jsonl, "pairs.jsonl", "{}", 'pairs.jsonl, line 1: no text under "input"; it has nothing'),
     (write_jsonl, "pairs.jsonl", '\n{"input": "a", "prompt": "b", "output": "c"}',
      'pairs.jsonl, line 2: no text under "edit"; it has input, prompt, output'),
-    (write_jsonl, "pairs.jsonl", '\n\n{"input": ', "pairs.jsonl, line 3 is not JSON"),
+    (write_jsonl, "pairs.jsonl", '\n\n{"input": ', "pairs.jsonl, line 3 is not a JSON object"),
     (write_original, "seeds.json", '[["../x", ["11"]], []]', "the name '../x' in its data"),
     (write_original, "seeds.json", '[["/etc", ["11"]], []]', "the name '/etc' in its data"),
     (write_original, "seeds.json", '[["0000003", ["../../x"]], []]', "the name '0000003/../../x_0.jpg'"),

@@ -1,4 +1,4 @@
-"""The pairs job: the original's layout and filter, and that nothing that befalls a run changes its result."""
+"""The pairs job: the original's layout and filter, equal results after kills, restarts and full disks."""
 
 import io
 import json
@@ -278,15 +278,15 @@ GOOD = '{"input": "a", "edit": "b", "output": "c"}'
 
 
 @pytest.mark.parametrize("line, reason", [
-    (b"{", "is not JSON"),
+    (b"{", "is not a JSON object"),
     (b"[1]", "list"),
     (b'{"edit": "b", "output": "c"}', "'input'"),
     (b'{"input": "a", "output": "c"}', "'edit'"),
     (b'{"input": "a", "edit": "b", "output": " "}', "'output'"),
     (b'{"input": 3, "edit": "b", "output": "c"}', "'input'"),
     (b'{"input": "a\\ud800", "edit": "b", "output": "c"}', "half a character"),
-    (b'\xff{"input": "a"}', "is not JSON"),
-    (b"[" * 10**5, "is not JSON"),
+    (b'\xff{"input": "a"}', "is not a JSON object"),
+    (b"[" * 10**5, "is not a JSON object"),
 ])
 def test_bad_lines_are_named_before_any_work(tmp_path, capsys, line, reason):
     """Neither weights nor --out are touched; line 2 is blank, which is no mistake."""

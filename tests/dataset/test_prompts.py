@@ -1,4 +1,4 @@
-"""Captions are read in every form, and a file of triplets survives whatever happens to its run."""
+"""Captions are read from every format, and files of triplets are sound after kills and full disks."""
 
 import csv
 import json
@@ -94,7 +94,7 @@ def test_a_long_cell_in_another_column_is_no_obstacle(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, flags, hint", [
-    ("a.jsonl", b'{"input": "x"}\n{"inp', [], "line 2 is not JSON"),
+    ("a.jsonl", b'{"input": "x"}\n{"inp', [], "line 2 is not a JSON object"),
     ("a.jsonl", b'{"input": "x"}\n[1]\n', [], "line 2"),
     ("a.jsonl", b'\n{"text": "x"}\n', [], "line 2: no text under input or caption (--column); there is text"),
     ("a.jsonl", b'{"input": 3}\n', [], "line 1"),

@@ -1,4 +1,4 @@
-"""Figure 8: whose captions, which pictures, what is kept, and the numbers themselves."""
+"""Figure 8: the captions and pictures that are compared, the stored points, and the similarities."""
 
 import json
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""MagicBrush's metrics on a small made copy of its layout: by hand, and against transformers' CLIP."""
+"""MagicBrush's metrics on a small dataset in its layout: by hand, and against transformers' CLIP."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The measure itself: a perfect editor scores 100%, one that does nothing 0%, and PSNR is its formula."""
+"""The metrics: a perfect editor scores 100%, an idle editor 0%, and PSNR follows its formula."""
 
 import json
 import math

@@ -23,10 +23,12 @@ from train_tokenizer import train_tokenizer
 import make_dataset
 import sample
 import train
+from nanoip2p.checkpoint.embeddings import add_embedding
 from nanoip2p.checkpoint.load import load_model, open_checkpoint
 from nanoip2p.checkpoint.marks import marked_schedule
 from nanoip2p.checkpoint.save import convert
 from nanoip2p.checkpoint.tensors import find_weights, read_metadata, read_tensors
+from nanoip2p.clip import CLIPTextConfig, TextEncoder
 from nanoip2p.clip_filter import SIMILARITIES, Judge
 from nanoip2p.common.files import append, regular
 from nanoip2p.dataset import captions, chat, finetune, layouts, pairs, show
@@ -145,6 +147,23 @@ def write_fast_tokenizer(folder: Path) -> None:
 def read_tokenizer(folder: Path) -> None:
     """The ids of a text."""
     load_tokenizer(folder)(["a cat on <a> sofa, é 😀"])
+
+
+def write_embeddings(folder: Path) -> None:
+    """Textual inversions of a web UI and of diffusers, and a tokenizer."""
+    write_fast_tokenizer(folder)
+    torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(2, 8)}, "name": "toy",
+                "step": 9}, folder / "toy.pt")
+    save_file({"<cat>": torch.ones(8)}, folder / "learned_embeds.safetensors")
+
+
+def read_embeddings(folder: Path) -> None:
+    """What sample.py does with --embedding."""
+    model = types.SimpleNamespace(
+        tokenizer=load_tokenizer(folder), text_encoder=TextEncoder(CLIPTextConfig(600, 8, 8, 1, 1)))
+    for name in ("toy.pt", "learned_embeds.safetensors"):
+        add_embedding(model, folder / name)
+    model.text_encoder(model.tokenizer(["a toy <cat>"]))
 
 
 def write_shards(folder: Path) -> None:
@@ -417,6 +436,7 @@ READERS = {
     "single file": (write_single, read_single), "marks": (write_marks, read_marks),
     "pickle": (write_pickle, find_weights),
     "packed": (write_packed, find_weights), "tokenizer": (write_fast_tokenizer, read_tokenizer),
+    "embeddings": (write_embeddings, read_embeddings),
     "shards": (write_shards, find_weights), "clip": (write_tiny_clip, read_judge),
     "pictures": (write_pictures, read_pictures), "recipe": (write_recipe, read_recipe_and_plan),
     "texts": (write_texts, read_texts), "answer": (write_answer, read_answer),

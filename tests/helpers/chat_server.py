@@ -1,4 +1,4 @@
-"""A server that speaks OpenAI's API, as well or badly as others do, and how to run `captions` on it."""
+"""A test server with OpenAI's API that also gives bad answers, and a fixture that runs `captions` on it."""
 
 import contextlib
 import gzip

@@ -1,4 +1,4 @@
-"""What several tests share: weights that make every layer matter, and one measure of agreement."""
+"""Helpers of many tests: random weights with which every layer matters, and the relative error."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""Our kernels, compiled for cards that need not be here: what the interpreter takes, a compiler may refuse.
+"""Compile our kernels for GPUs that may be absent: a compiler can refuse what the interpreter runs.
 
 test_kernels.py runs this. Shapes are those of SD 1.5 at 64x64 latents.
 """

@@ -1,4 +1,4 @@
-"""Small shapes of every network, of which most tests are made."""
+"""Small configurations of every network, for most tests."""
 
 from nanoip2p.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from nanoip2p.unet import UNetConfig

@@ -1,4 +1,4 @@
-"""What can be checked of how the code is written: sizes, docstrings, imports."""
+"""Checks of the code's style: sizes, docstrings, imports."""
 
 import ast
 import graphlib

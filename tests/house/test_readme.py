@@ -1,4 +1,4 @@
-"""What README.md and docs/ say exists: files, names in them, pictures, links, and commands that parse."""
+"""Files, names, pictures and links in README.md and docs/ exist, and their commands parse."""
 
 import importlib
 import importlib.util

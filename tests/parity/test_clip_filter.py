@@ -15,7 +15,8 @@ from PIL import Image
 from tiny_editor import write_tiny_clip
 
 from nanoip2p.checkpoint import hub
-from nanoip2p.clip_filter import SIMILARITIES, Judge, Thresholds, best, similarities
+from nanoip2p.clip_filter import SIMILARITIES, Judge, Thresholds, best, clean_twice, similarities
+from nanoip2p.tokenizer import load_tokenizer
 from nanoip2p.world.scenes import random_scene
 
 NANO = Path(__file__).parents[2] / "weights" / "nano-clip"
@@ -103,6 +104,18 @@ def test_padding_with_zeros_as_openai_does_gives_the_same_features(folder):
     assert (zeros != ids).sum() > 100
     with torch.no_grad():
         assert relative_error(judge.clip.encode_text(zeros), judge.encode_texts(CAPTIONS)) <= 1e-6
+
+
+@pytest.mark.parametrize("typed, plain", [
+    ("it’s a “cat”", "it's a \"cat\""), ("a cat &amp; a dog", "a cat & a dog"), ("a ﬁsh", "a fish"),
+    ("a &lt cat &copy", "a < cat ©"), ("<b>a &ldquo;cat</b>", "<b>a “cat</b>"), ("&#38;amp;amp;amp;", "&")])
+def test_captions_are_cleaned_as_by_openai(folder, typed, plain):
+    """Compared with the ids of SimpleTokenizer, clip-anytorch 2.6.0; test_tokenizer.py compares with ftfy."""
+    assert clean_twice(typed) == plain
+    judge = Judge.load(folder)
+    raw = load_tokenizer(folder)
+    raw.clean = str
+    assert torch.equal(judge.tokenizer([typed]), raw([plain])) and not torch.equal(raw([typed]), raw([plain]))
 
 
 def test_no_change_has_no_direction():

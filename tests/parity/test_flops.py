@@ -1,8 +1,8 @@
 """How many operations a step takes at Stable Diffusion 1.5's size, counted without doing them.
 
-The loops are the real ones, on the meta device, so whoever undoes a saving sees it here; and as that device
-has no values, a loop that waited for one, which would hold up a GPU, could not run. One multiplication
-with its addition counts as two, as usual; DESIGN.md, section 5, says where they go.
+Runs the real loops on the meta device. A change that adds operations fails here, and so does a loop that
+reads a value back from the device, which would stall a GPU. One multiplication with its addition counts as
+two operations.
 """
 
 from contextlib import nullcontext

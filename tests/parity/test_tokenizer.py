@@ -1,9 +1,13 @@
-"""nanoip2p.tokenizer against transformers' CLIPTokenizer: the same ids for any text."""
+"""nanoip2p.tokenizer against transformers' CLIPTokenizer, the same ids for any text; and against ftfy."""
 
+import html
 import json
 import random
 import shutil
+import time
+import unicodedata
 import warnings
+from html.entities import html5
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,9 @@ import transformers
 from train_tokenizer import train_tokenizer
 
 from nanoip2p.clip import CLIPTextConfig
-from nanoip2p.tokenizer import END, START, check_fits, load_tokenizer
+from nanoip2p.clip_filter import clean_twice
+from nanoip2p.prompt_to_prompt import find_words
+from nanoip2p.tokenizer import END, START, check_fits, clean, load_tokenizer
 
 CLIP_FILES = Path(__file__).resolve().parents[3] / "shared" / "clip-tokenizer"
 needs_clip = pytest.mark.skipif(not CLIP_FILES.is_dir(), reason="CLIP's vocabulary is not in the project")
@@ -106,6 +112,20 @@ def with_named_tokens(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text('{"extra_special_tokens": {"style_token": "<my-cat>"}}')
 
 
+def saved_by_transformers_4_57(folder: Path) -> None:
+    """What 4.57.3 writes for CLIPTokenizer.from_pretrained(folder, extra_special_tokens={...})."""
+    vocab = json.loads((folder / "vocab.json").read_text())
+    token = flags("<my-cat>") | {"normalized": False}
+    ids = {vocab[START]: flags(START), vocab[END]: flags(END), len(vocab): token}
+    special = {"bos_token": flags(START), "eos_token": flags(END), "unk_token": flags(END), "pad_token": END}
+    (folder / "added_tokens.json").write_text(json.dumps({"<my-cat>": len(vocab)}))
+    (folder / "special_tokens_map.json").write_text(json.dumps(special | {"style_token": token}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(dict.fromkeys(special, END) | {
+        "added_tokens_decoder": {number: token | {"special": True} for number, token in ids.items()},
+        "bos_token": START, "extra_special_tokens": {"style_token": "<my-cat>"}, "style_token": "<my-cat>",
+        "model_max_length": 77, "errors": "replace", "clean_up_tokenization_spaces": False}))
+
+
 def bare(folder: Path) -> None:
     for file in folder.glob("*token*.json"):
         file.unlink()
@@ -123,6 +143,7 @@ def bare(folder: Path) -> None:
         with_more_tokens,
         with_added_tokens_file,
         with_named_tokens,
+        saved_by_transformers_4_57,
     ],
 )
 @pytest.mark.parametrize("vocabulary", ["nano", pytest.param("clip", marks=needs_clip)])
@@ -133,14 +154,86 @@ def test_equals_transformers(layout, vocabulary, nano, tmp_path):
         shutil.copyfile(file, folder / file.name)
     layout(folder)
     ours, theirs = load_tokenizer(folder), transformers.CLIPTokenizer.from_pretrained(folder)
-    texts = ["", " ", "a photo of a cat", "<my-cat> X2Y x2y", *SENTENCES, *random_texts(1000)]
+    assert ours.backend.get_vocab_size() == len(theirs)
+    texts = ["", " ", "a photo of a cat", "<my-cat> X2Y x2y style_token", *SENTENCES, *random_texts(1000)]
+    cleaned = ours(texts)
+    ours.clean = str
     ids = ours(texts)
+    plain = torch.tensor([clean(text) == text for text in texts])
+    assert plain.sum() > 100 and torch.equal(ids[plain], cleaned[plain])
     assert ids.shape == (len(texts), 20 if layout is padded_otherwise else 77) and ids.dtype == torch.int64
     reference = theirs(texts, padding="max_length", truncation=True, max_length=ours.length)["input_ids"]
     different = [text for text, a, b in zip(texts, ids.tolist(), reference) if a != b]
     assert not different, f"{len(different)} of {len(texts)}, first {different[0]!r}"
     cut = (ids[:, -1] == ours.end) & (ids[:, -2] != ours.end)
     assert cut.sum() > 10, "too few texts were long enough to be cut"
+
+
+PLAIN = ["make it night", "turn the <x> & y into a 'z'", "café – 5 m² ′ «» 日本 😀", "R&D; a&b &c"]
+TYPED = """
+‘ ’ ‚ ‛ “ ” „ ‟ ʼ it’s “night” ﬁsh oﬀer ﬃ ﬄ ﬅ ﬆ Ĳ ǆ ŉ ＡＢ３！ ｶﾞ \u3000 \x07 \x7f \ufeff \u2028 — …
+< > a cat THE &amp; &amp;amp; &lt; &gt; &quot; &#39; &#x2019; &ldquo; &nbsp; &notit; &bogus; &#0;
+&#xD800; &#99999999; &amp &copy salt&pepper
+""".replace("\n", " ").split(" ")
+
+
+def fixed(text: str) -> str:
+    """By ftfy, in the form that the tokenizer's own steps give any text: composed, single spaces."""
+    ftfy = pytest.importorskip("ftfy", "6.3")
+    return " ".join(unicodedata.normalize("NFC", ftfy.fix_text(text)).split())
+
+
+def folded(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", clean(text)).split())
+
+
+def test_every_character_and_every_entity_is_cleaned_as_by_ftfy():
+    codes = (*range(0x3100), *range(0xF900, 0x10000), *range(0x10000, 0x110000, 101))  # all: 30 seconds
+    letters = [chr(code) for code in codes]
+    assert [hex(ord(letter)) for letter in letters if folded(letter) != fixed(letter)] == []
+    names = {f"a&{name}b" for name in html5 if name.endswith(";")} | {f"&#{code};" for code in range(0x2100)}
+    assert [name for name in sorted(names) if folded(name) != fixed(name)] == ["a&semi;b"]
+
+
+def test_typed_texts_are_cleaned_as_by_ftfy_and_as_by_openai():
+    draw = random.Random(0)
+    texts = [draw.choice(["", " "]).join(draw.choices(TYPED, k=draw.randrange(9))) for _ in range(5000)]
+    assert [text for text in texts if folded(text) != fixed(text)] == []
+    for text in texts:  # OpenAI's basic_clean and whitespace_clean
+        theirs = " ".join(html.unescape(html.unescape(fixed(text))).split())
+        assert " ".join(unicodedata.normalize("NFC", clean_twice(text)).split()) == theirs, text
+    assert [text for text in PLAIN if clean(text) != text or fixed(text) != text] == []
+
+
+@pytest.mark.parametrize("typed, plain", [
+    ("it’s “night”", "it's \"night\""), ("salt &amp; pepper", "salt & pepper"), ("&#39;x&#x27;", "'x'"),
+    ("oﬀer ﬁsh", "offer fish"), ("ＡＢＣ\u3000１", "ABC 1"), ("it\x92s", "it's"), ("a\ufeffb\x00", "ab"),
+    ("<b>&amp;</b>", "<b>&amp;</b>"), ("salt&pepper &copy", "salt&pepper &copy"), ("&EACUTE;", "&EACUTE;"),
+    ("itâ€™s", "itâ€™s"), ("\x1b[31mred", "[31mred"), *[(text, text) for text in PLAIN]])
+def test_what_is_cleaned_and_what_is_not(typed, plain, nano):
+    """The last three cases before PLAIN are those that ftfy cleans, too."""
+    tokenizer = load_tokenizer(nano)
+    assert clean(typed) == plain and clean(plain) == plain
+    ids = tokenizer([typed])
+    tokenizer.clean = str
+    assert torch.equal(ids, tokenizer([plain])) and (typed == plain) == torch.equal(ids, tokenizer([typed]))
+
+
+def test_words_are_found_by_their_cleaned_text(nano):
+    """As Prompt-to-Prompt looks for them: whichever quote was typed, in the caption or in the word."""
+    tokenizer = load_tokenizer(nano)
+    for word in ("cat's", "cat’s", "cat&#39;s"):
+        found = find_words(tokenizer, "“the” cat’s hill", word)
+        assert found == find_words(tokenizer, "\"the\" cat's hill", "cat's")
+    tokenizer.clean = str
+    with pytest.raises(ValueError, match="is not in"):
+        find_words(tokenizer, "the cat’s hill", "cat's")
+
+
+def test_nested_entities_take_no_time():
+    start = time.monotonic()
+    assert clean("&" + "amp;" * 2499) == "&" and clean("’&" + "amp;" * 2499) == "'&"
+    assert time.monotonic() - start < 2
 
 
 def test_rows_are_start_tokens_end_padding(nano):

@@ -1,4 +1,4 @@
-"""The ablations: what they ask of the three scripts, what they keep, and their arithmetic."""
+"""The ablations: the flags for the three scripts, the stored scores, and the statistics."""
 
 import json
 import math

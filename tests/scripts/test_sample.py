@@ -87,7 +87,7 @@ def test_the_recipe_names_everything(run, weights):
         "cfg_text": DEFAULTS["cfg_text"], "cfg_image": 1.7, "sampler": "ddim", "negative": "blurry",
         "resolution": DEFAULTS["resolution"], "weights": str(weights), "dtype": "fp32",
         "keep_size": False, "grid": False, "sweep": False, "low_memory": False,
-        "raw_weights": False,
+        "raw_weights": False, "raw_text": False, "embedding": None,
         "vae": None, "tokenizer": None,
         "version": nanoip2p.__version__, "torch": torch.__version__,
     }
@@ -103,6 +103,40 @@ def test_every_flag_counts(flags, run):
     assert run(*one("--seed", "3", output="other.png"), *flags) == 0
     outputs = ["other.png"] if Path("other.png").exists() else ["other_1.png", "other_2.png"]
     assert not np.array_equal(pixels(outputs[-1]), pixels("out.png"))
+
+
+def test_embeddings_are_named_and_their_words_count(run, capsys):
+    for name, seed in (("first", 1), ("second", 2)):
+        vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(seed))
+        save_file({"emb_params": vectors}, f"{name}.safetensors")
+    flags = ["--seed", "3", "--edit", "make it first", "--edit", "make it second", "--output", "out.png"]
+    both = ["--embedding", "first.safetensors", "--embedding", "second.safetensors"]
+    assert run("--input", "house.png", *flags) == 0
+    plain = pixels("out_1.png")
+    capsys.readouterr()
+    assert run("--input", "house.png", *flags, *both) == 0
+    assert "opened first.safetensors: write first for it (2 vectors)" in capsys.readouterr().err.splitlines()
+    assert not np.array_equal(pixels("out_1.png"), plain)
+    assert not np.array_equal(pixels("out_1.png"), pixels("out_2.png"))
+    assert "give --embedding yourself" in refusal(capsys, again(run, "out_1.png"))
+    assert again(run, "out_1.png", *both) == 0
+    assert np.array_equal(pixels("again.png"), pixels("out_1.png"))
+    capsys.readouterr()
+    for wrong, complaint in (("gone.pt", "gone.pt is missing"), ("house.png", "house.png is damaged"),
+                             ("", "not a regular file")):
+        assert complaint in refusal(capsys, run("--input", "house.png", *flags, "--embedding", wrong))
+
+
+def test_typed_quotes_are_plain_unless_the_text_is_raw(run):
+    typed, plain = "make it “night” &amp; red", "make it \"night\" & red"
+    for name, edit, *flags in (("typed", typed), ("plain", plain), ("raw", typed, "--raw-text")):
+        argv = ["--input", "house.png", "--edit", edit, "--output", f"{name}.png", "--seed", "3", *flags]
+        assert run(*argv) == 0
+    assert np.array_equal(pixels("typed.png"), pixels("plain.png"))
+    assert not np.array_equal(pixels("typed.png"), pixels("raw.png"))
+    assert read_recipe("raw.png")["raw_text"] is True
+    assert again(run, "raw.png") == 0
+    assert np.array_equal(pixels("again.png"), pixels("raw.png"))
 
 
 def test_low_memory_makes_the_same_picture(run, monkeypatch):
@@ -369,6 +403,9 @@ RECIPES = {
     "not shipped": ({"weights": "weights/none"}, "than the shipped, weights/none"),
     "autoencoder": ({"vae": "weights/nano"}, "names other vae than the shipped"),
     "tokenizer": ({"tokenizer": "owner/name"}, "give --tokenizer yourself"),
+    "embedding": ({"embedding": ["weights/nano-sd/defaults.json", "void/x.pt"]},
+                  "names other embedding than the shipped, void/x.pt; if you mean it, give --embedding"),
+    "embeddings": ({"embedding": ["x"] * 17}, "brings --embedding 17, more than 16"),
 }
 
 
@@ -385,11 +422,12 @@ def test_odd_recipes_are_one_line(name, run, capsys, monkeypatch):
 
 def test_what_a_recipe_may_not_say_the_user_may(run, weights):
     odd = {"n": 17, "steps": 1001, "resolution": 4096, "weights": "owner/name", "vae": "a/b",
-           "tokenizer": "c/d", "input": ["*.png"], "edit": ["red"] * 65}
+           "tokenizer": "c/d", "input": ["*.png"], "edit": ["red"] * 65, "embedding": ["e.pt"]}
     save_png(Image.new("RGB", (8, 8)), "odd.png", odd)
     given = [f"--{key}={value[0] if isinstance(value, list) else value}" for key, value in odd.items()]
     settings = sample.parse(["--recipe", "odd.png", "--output", "out/", *given])
     assert settings.n == 17 and settings.weights == "owner/name" and settings.input == ["*.png"]
+    assert settings.embedding == ["e.pt"]
 
 
 @pytest.mark.parametrize("name", ["weights/nano-sd", "./weights/nano-sd",

@@ -1,4 +1,4 @@
-"""The shipped nano weights: small enough, opened by others too, and able to do what the README shows."""
+"""The shipped nano weights: their size, opening by diffusers and transformers, the README's edits."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
 """kernel_cases.py and kernel_builds.py, each in its own process: Triton decides on import how it runs.
 
-On CUDA the cases run on the card, elsewhere in Triton's interpreter, which other tests must not see.
+With CUDA, the cases run on the GPU, otherwise in Triton's interpreter; other tests must not run in that mode.
 """
 
 import os

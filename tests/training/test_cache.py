@@ -1,4 +1,4 @@
-"""The cache of latents: its rows, how it continues after any end, and the caches that it refuses."""
+"""The cache of latents: its rows, continuing after an interruption, and the caches that it refuses."""
 
 import errno
 import os
@@ -191,6 +191,20 @@ def test_a_cache_of_something_else_is_refused_and_says_what(model, pairs, tmp_pa
     error = one_line(message, lambda: Cache(folder, *other))
     assert str(folder) in error and "--cache" in error
     assert files(folder) == before
+
+
+@pytest.mark.parametrize("edit, refused", [("swap it’s colours &amp; sky", True), ("swap colours", False)])
+def test_a_cache_of_texts_as_they_were_typed_is_refused_where_cleaning_changes_them(
+        model, pairs, tmp_path, edit, refused):
+    """Caches from before texts were cleaned stay valid for plain texts."""
+    pairs = [*pairs[:-1], replace(pairs[-1], edit=edit)]
+    model.tokenizer.clean, clean = str, model.tokenizer.clean
+    Cache(tmp_path / "cache", pairs, model, 32, True)
+    model.tokenizer.clean = clean
+    if refused:
+        one_line("dataset", lambda: Cache(tmp_path / "cache", pairs, model, 32, True))
+    else:
+        Cache(tmp_path / "cache", pairs, model, 32, True)
 
 
 def test_a_folder_of_other_things_is_refused(model, pairs, tmp_path):

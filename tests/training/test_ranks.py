@@ -1,4 +1,4 @@
-"""Several processes train the weights that one would, at equal samples a step, and across restarts."""
+"""Several processes give the weights of one process, at equal samples a step, also after restarts."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""The folder of a run: checkpoints are there whole or not at all, the log has no rows of a lost future."""
+"""Run folders: checkpoints are complete or absent; on resume, the log loses rows after the checkpoint."""
 
 import errno
 import json

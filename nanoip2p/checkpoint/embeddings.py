@@ -1,0 +1,42 @@
+"""Textual inversions (Gal et al. 2208.01618): files with the vectors of one new word of the text encoder."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken
+from torch import nn
+
+from nanoip2p.checkpoint.tensors import cast, check_tensors, read_tensors
+from nanoip2p.pipeline import Model
+
+
+def add_embedding(model: Model, path: str | Path) -> str:
+    """Teach a model the word of a file; returns one line that names the word.
+
+    Reads learned_embeds of diffusers, whose word is the tensor's name, and .pt or .safetensors of the web
+    UIs, whose word is the name of the file, as there.
+    As diffusers' load_textual_inversion, vectors (n, D) make n tokens <x>, <x>_1, ... behind the vocabulary.
+    Raises ValueError for another file, vectors that do not fit, and a word that the tokenizer has already.
+    """
+    path, tokenizer, encoder = Path(path), model.tokenizer, model.text_encoder
+    tensors, table = read_tensors(path), encoder.text_model.embeddings.token_embedding
+    if len(tensors) != 1:
+        raise ValueError(f"{path} holds {len(tensors)} tensors; a textual inversion of SD 1.x has one")
+    [(name, vectors)] = tensors.items()
+    vectors, (known, width) = torch.atleast_2d(vectors), table.weight.shape
+    unnamed = name == "emb_params" or name.startswith("string_to_param.")  # of the web UIs
+    word = tokenizer.clean(path.stem if unnamed else name).strip()
+    n = max(1, min(len(vectors), tokenizer.length - 2))  # as many as a text has room for
+    check_tensors({word: vectors}, {word: torch.empty(n, width, device="meta")}, path)
+    tokens = [word, *(f"{word}_{i}" for i in range(1, n))]
+    if not word or {f"{word}_1", *tokens} & tokenizer.backend.get_vocab().keys():
+        raise ValueError(f"{path}: its word {word!r} is empty or in the vocabulary already; rename the file")
+    tokenizer.backend.add_tokens([AddedToken(token) for token in tokens])
+    ids = [tokenizer.backend.token_to_id(token) for token in tokens]
+    grown = table.weight.new_zeros(max(known, max(ids) + 1), width)
+    grown[:known] = table.weight.detach()
+    grown[ids] = cast(vectors, grown.dtype, word).to(grown.device)
+    table.weight, table.num_embeddings = nn.Parameter(grown, requires_grad=False), len(grown)
+    encoder.config = replace(encoder.config, vocab_size=len(grown))
+    return f"opened {path}: write {word} for it ({n} vector{'s' * (n > 1)})"
