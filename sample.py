@@ -190,10 +190,7 @@ def plan_pictures(settings: Settings, inputs: list[str]) -> list[Settings]:
 
 
 def run(settings: Settings, problems: list[str]) -> None:
-    """Check all inputs and outputs, then edit. Write each batch when it is finished, a grid at the end.
-
-    `problems` gets a line for each picture that cannot be made, if others can.
-    """
+    """Check all inputs and outputs, edit, write each batch when finished. `problems`: see leave_out."""
     inputs = find_images(settings.input)
     pictures = plan_pictures(settings, inputs)
     sizes, fitted = {}, {}

@@ -120,10 +120,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, grey: bool, info: dict) -> Image.Image:
-    """A picture -> RGB without alpha, by its colour profile, or by the gamma of a PNG.
-
-    Leaves out a profile for other channels than the picture has, as browsers do.
-    """
+    """A picture -> RGB without alpha. Applies a profile that fits its channels, else the gamma of a PNG."""
     profile, gamma, cmyk = info.get("icc_profile"), info.get("gamma"), image.mode == "CMYK"
     if isinstance(profile, bytes) and len(profile) < 2**23 and (found := _transform(profile)):
         mode, transform = found
@@ -135,6 +132,7 @@ def _to_srgb(image: Image.Image, grey: bool, info: dict) -> Image.Image:
         light = np.linspace(0, 1, 256) ** (1 / gamma)
         level = np.where(light < 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
         image = image.point((level * 255).round().astype(int).tolist() * 3)
+    image.info = {}  # a second call must not apply it again
     return image
 
 

@@ -195,6 +195,17 @@ def test_profiles_of_transparent_pictures_and_palettes():
     assert np.abs(found - to_srgb(np.asarray(palette.convert("RGB")), name)).max() <= 2
 
 
+def test_a_second_conversion_changes_nothing():
+    """The editor converts each PIL image that it is given; that of open_image has been converted."""
+    colours = png([[1, 64, 128]], 8, 2, (b"gAMA", struct.pack(">I", 100_000)))
+    adobe = rgb_profile("adobe rgb")
+    cmyk = saved(Image.fromarray(COLOURS).convert("CMYK"), "TIFF", icc_profile=adobe)
+    for content in (colours, cmyk, saved(Image.fromarray(COLOURS), "PNG", icc_profile=adobe),
+                    png([[0], [1]], 2, 0, (b"tRNS", b"\0\1"), (b"gAMA", struct.pack(">I", 100_000)))):
+        once = open_image("a picture", io.BytesIO(content))
+        assert np.array_equal(images.to_rgb(once), once)
+
+
 def test_profiles_of_grey_pictures():
     gamma = profile(b"GRAY", wtpt=b"XYZ \0\0\0\0" + fixed(0.9642, 1, 0.8249), kTRC=curve(1.75))
     levels = np.arange(256, dtype=np.uint8)[None]
