@@ -269,6 +269,17 @@ def test_srgb_pictures_keep_their_bits_and_a_profile_is_read_once(monkeypatch):
     assert len(built) == 2
 
 
+def test_profiles_that_round_srgb_otherwise_change_nothing():
+    """Most cameras and programs write such a one in place of the exact numbers."""
+    near = {f"{letter}XYZ": b"XYZ \0\0\0\0" + fixed(*(np.array(xyz) + 0.0002))
+            for letter, xyz in zip("rgb", PRIMARIES["srgb"])}
+    near = profile(b"RGB ", **near, **{f"{letter}TRC": SRGB_CURVE for letter in "rgb"})
+    target, source = ImageCms.createProfile("sRGB"), ImageCms.ImageCmsProfile(io.BytesIO(near))
+    converted = ImageCms.profileToProfile(Image.fromarray(COLOURS), source, target)
+    assert not np.array_equal(converted, COLOURS), "by a level or two"
+    assert np.array_equal(opened(saved(Image.fromarray(COLOURS), "PNG", icc_profile=near)), COLOURS)
+
+
 def test_a_pillow_without_profiles_reads_the_pixels(monkeypatch):
     def absent(*_):
         raise ImportError("the _imagingcms C module is not installed")
