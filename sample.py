@@ -33,7 +33,7 @@ with cli.slow_imports():
     from nanoip2p.common.files import check_writable, unique_stems
     from nanoip2p.common.schema import checked
     from nanoip2p.editor import Editor
-    from nanoip2p.images import find_images, fit, fit_size, grid, open_image, read_recipe, save_png, web_text
+    from nanoip2p.images import NotFinite, find_images, fit, fit_size, grid, open_image, read_recipe, save_png
     from nanoip2p.pipeline import find_weights, is_shipped, same_size
     from nanoip2p.samplers import SAMPLERS
     from nanoip2p.speed import fast as speed
@@ -218,8 +218,8 @@ def run(settings: Settings, problems: list[str]) -> None:
 
     def write(image: Image.Image, made_by: Settings, text: str) -> None:
         recipe = {key: value for key, value in asdict(made_by).items() if key not in NOT_IN_RECIPE} | sampling
-        save_png(image, made_by.output, recipe | {"version": __version__, "torch": torch.__version__},
-                 web_text(recipe, image.size))
+        recipe |= {"version": __version__, "torch": torch.__version__}
+        save_png(image, made_by.output, recipe, web=True)
         print(f"{one_line(made_by.output)}  {one_line(text)}  (seed {made_by.seed})")
 
     stages = {}
@@ -255,7 +255,7 @@ def edit_all(editor: Editor, pictures: list[Settings], sizes: dict, sampling: di
         path, edit = batch[0].input[0], sweep if batch[0].sweep else edit_batch
         try:
             yield from zip(places, edit(editor, batch, sizes[path], sampling))
-        except ValueError as error:
+        except NotFinite as error:
             if len(places) > 1:  # one by one: the others may be sound
                 queue = [[i] for i in places] + queue
             else:

@@ -36,6 +36,10 @@ with contextlib.suppress(ImportError):  # HEIC: pip install pillow-heif
     pillow_heif.register_heif_opener()
 
 
+class NotFinite(ValueError):
+    """A picture came out as NaN or infinity."""
+
+
 def find_images(patterns: list[str]) -> list[str]:
     """Files, globs and folders -> paths without duplicates, sorted within each folder or glob.
 
@@ -182,10 +186,10 @@ def to_tensor(image: Image.Image) -> Tensor:
 def to_pil(tensor: Tensor) -> Image.Image:
     """(3, H, W) -> RGB picture. Clips to [-1, 1] and rounds to 8 bits.
 
-    Raises ValueError for NaN or infinity, which fp16 can cause.
+    Raises NotFinite for NaN or infinity, which fp16 can cause.
     """
     if not tensor.isfinite().all():
-        raise ValueError("the picture came out as NaN or infinity; try --dtype bf16 or fp32")
+        raise NotFinite("the picture came out as NaN or infinity; try --dtype bf16 or fp32")
     pixels = (tensor.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
@@ -224,12 +228,12 @@ def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
     return lines
 
 
-def save_png(image: Image.Image, path: str | Path, recipe: dict, parameters: str = "") -> None:
-    """Write a PNG, atomically, with `recipe` as JSON in the text RECIPE_KEY, and the text of `web_text`."""
+def save_png(image: Image.Image, path: str | Path, recipe: dict, web: bool = False) -> None:
+    """Write a PNG, atomically, with `recipe` as JSON in the text RECIPE_KEY. web: also as `web_text`."""
     text = PngImagePlugin.PngInfo()
     text.add_text(RECIPE_KEY, json.dumps(recipe))
-    if parameters:
-        text.add_text("parameters", parameters)
+    if web:
+        text.add_text("parameters", web_text(recipe, image.size))
     with replacing(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=text)
 

@@ -355,7 +355,7 @@ ODD_TEXTS = [
 
 def png_with_texts(tmp_path, edit, negative):
     recipe = RECIPE | {"edit": [edit], "negative": negative}
-    save_png(gradient(64, 48), tmp_path / "a.png", recipe, web_text(recipe, (64, 48)))
+    save_png(gradient(64, 48), tmp_path / "a.png", recipe, web=True)
     assert read_recipe(tmp_path / "a.png") == recipe
     return tmp_path / "a.png", [" ".join(text.replace("Negative prompt:", "Negative prompt").split())
                                 for text in (edit, negative)]

@@ -315,6 +315,8 @@ WRONG = {
     "sampler": (one("--sampler", "magic"), "invalid choice: 'magic'"),
     "steps": (one("--steps", "0"), "'0' is not a whole number from 1 up"),
     "too many steps": (one("--steps", "1001"), "1001 steps"),
+    "too many steps for two": (["--input", "house.png", "boat.png", "--edit", "x", "--output", "o/",
+                                "--steps", "1001"], "1001 steps"),
     "fraction": (one("--n", "1.5"), "'1.5' is not a whole number"),
     "seed": (one("--seed", "-1"), "'-1' is not a whole number from 0"),
     "guidance": (one("--cfg-text", "nan"), "'nan' is not a number"),
