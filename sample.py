@@ -14,8 +14,9 @@ import random
 import sys
 import textwrap
 import typing
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import count, product
+from itertools import product
 from pathlib import Path
 
 from nanoip2p import __version__
@@ -30,11 +31,11 @@ with cli.slow_imports():
     from nanoip2p.checkpoint.embeddings import add_embedding
     from nanoip2p.checkpoint.load import open_checkpoint
     from nanoip2p.checkpoint.tensors import DTYPES
-    from nanoip2p.common.files import check_writable
+    from nanoip2p.common.files import check_writable, unique_stems
     from nanoip2p.common.schema import checked
     from nanoip2p.editor import Editor
-    from nanoip2p.images import find_images, fit, fit_size, grid, open_image, read_recipe, save_png
-    from nanoip2p.pipeline import CHECKOUT, find_weights, same_size
+    from nanoip2p.images import NotFinite, find_images, fit, fit_size, grid, open_image, read_recipe, save_png
+    from nanoip2p.pipeline import find_weights, is_shipped, same_size
     from nanoip2p.samplers import SAMPLERS
     from nanoip2p.speed import fast as speed
     from nanoip2p.world import scenes
@@ -157,12 +158,6 @@ def as_flags(path: str, given: dict) -> list[str]:
     return argv
 
 
-def is_shipped(name: str) -> bool:
-    """Whether `name` lies in the folder weights/ of the working directory or of the checkout."""
-    return any((root / name).exists() and (root / name).resolve().is_relative_to((root / "weights").resolve())
-               for root in (Path(), CHECKOUT))
-
-
 def plan_pictures(settings: Settings, inputs: list[str]) -> list[Settings]:
     """The settings of each picture to make: one input, one seed, one output, and one edit (or all turns).
 
@@ -200,21 +195,16 @@ def plan_pictures(settings: Settings, inputs: list[str]) -> list[Settings]:
     return pictures
 
 
-def unique_stems(paths: list[str]) -> list[str]:
-    """Stems of output files, unique even if case is ignored: a/house.png, b/House.jpg -> house, House-2."""
-    stems = {}
-    for stem in (Path(path).stem for path in paths):
-        names = (stem if k == 1 else f"{stem}-{k}" for k in count(1))
-        name = next(name for name in names if name.lower() not in stems)
-        stems[name.lower()] = name
-    return list(stems.values())
-
-
-def run(settings: Settings) -> None:
-    """Check all inputs and outputs, then edit. Write each batch when it is finished, a grid at the end."""
+def run(settings: Settings, problems: list[str]) -> None:
+    """Check all inputs and outputs, edit, write each batch when finished. `problems`: see leave_out."""
     inputs = find_images(settings.input)
     pictures = plan_pictures(settings, inputs)
-    sizes = {path: open_image(path).size for path in inputs}  # a bad picture raises early
+    sizes, fitted = {}, {}
+    for path in inputs:
+        try:
+            sizes[path] = open_image(path).size
+        except ValueError as error:  # is told before the long work
+            leave_out(error, path, problems, len(inputs))
     checkpoint = open_checkpoint(
         find_weights(settings.weights), settings.vae, settings.tokenizer, settings.raw_weights)
     print(one_line(f"opened {settings.weights}: {checkpoint.description}"), file=sys.stderr)
@@ -228,34 +218,58 @@ def run(settings: Settings) -> None:
     for note in nano_notes(editor, settings.edit, sizes):
         print(one_line(note), file=sys.stderr)
     sampling = editor.fill_defaults({key: getattr(settings, key) for key in editor.defaults})
-    for path, size in sizes.items():  # from here on, the sizes at which to edit
+    for path, size in sizes.items():
         try:
-            sizes[path] = fit_size(*size, sampling["resolution"], editor.multiple)
+            fitted[path] = fit_size(*size, sampling["resolution"], editor.multiple)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            leave_out(error, path, problems, len(inputs))
+    pictures = [picture for picture in pictures if picture.input[0] in fitted]
     given = sampling | {"negative": settings.negative, "low_memory": settings.low_memory, "progress": True}
 
     def write(image: Image.Image, made_by: Settings, text: str) -> None:
         recipe = {key: value for key, value in asdict(made_by).items() if key not in NOT_IN_RECIPE} | sampling
-        save_png(image, made_by.output, recipe | {"version": __version__, "torch": torch.__version__})
+        recipe |= {"version": __version__, "torch": torch.__version__}
+        save_png(image, made_by.output, recipe, web=True)
         print(f"{one_line(made_by.output)}  {one_line(text)}  (seed {made_by.seed})")
 
     stages = {}
-    for places in same_size([sizes[picture.input[0]] for picture in pictures], settings.batch):
-        batch = [pictures[i] for i in places]
-        size = sizes[batch[0].input[0]]
-        if settings.sweep:
-            table = sweep(editor, batch[0], size, given)
-            write(table, batch[0], f"{settings.edit[0]}, by cfg_text and cfg_image")
-        elif settings.grid:
-            stages |= zip(places, edit_batch(editor, batch, size, given))
+    for i, made in edit_all(editor, pictures, fitted, given, problems):
+        if settings.grid:
+            stages[i] = made
         else:
-            for picture, made in zip(batch, edit_batch(editor, batch, size, given)):
-                write(made[-1], picture, ", then ".join(picture.edit))
+            by = ", by cfg_text and cfg_image" if settings.sweep else ""
+            write(made[-1], pictures[i], ", then ".join(pictures[i].edit) + by)
     if settings.grid:
         edits = sum(len(picture.edit) for picture in pictures)
         table = draw_grid(pictures, stages)
-        write(table, replace(settings, input=inputs), f"{edits} edit{'s' * (edits > 1)}")
+        write(table, replace(settings, input=list(fitted)), f"{edits} edit{'s' * (edits > 1)}")
+
+
+def leave_out(error: ValueError, path: str, problems: list[str], of: int) -> None:
+    """Show the problem of a picture, and add it to `problems`. Raises it if it is the last `of` so many."""
+    problem = str(error) if path in str(error) else f"{path}: {error}"
+    if len(problems) + 1 >= of:
+        raise ValueError(problem) from None
+    print(one_line(f"left out: {problem}"), file=sys.stderr)
+    problems.append(problem)
+
+
+def edit_all(editor: Editor, pictures: list[Settings], sizes: dict, sampling: dict,
+             problems: list[str]) -> Iterator[tuple[int, tuple[Image.Image, ...]]]:
+    """Yield (index, what edit_batch returns for it) of each picture. Leaves out those that become NaN."""
+    queue = same_size([sizes[picture.input[0]] for picture in pictures], pictures[0].batch)
+    allowed = len(problems) + len(pictures)
+    while queue:
+        places = queue.pop(0)
+        batch = [pictures[i] for i in places]
+        path, edit = batch[0].input[0], sweep if batch[0].sweep else edit_batch
+        try:
+            yield from zip(places, edit(editor, batch, sizes[path], sampling))
+        except NotFinite as error:
+            if len(places) > 1:  # one by one: the others may be sound
+                queue = [[i] for i in places] + queue
+            else:
+                leave_out(error, path, problems, allowed)
 
 
 def nano_notes(editor: Editor, edits: list[str], sizes: dict[str, tuple[int, int]]) -> list[str]:
@@ -291,8 +305,9 @@ def edit_batch(editor: Editor, batch: list[Settings], size: tuple[int, int],
     return list(zip(*stages))
 
 
-def sweep(editor: Editor, picture: Settings, size: tuple[int, int], sampling: dict) -> Image.Image:
-    """The input above a grid of edits with one seed. cfg_text changes by row, cfg_image by column."""
+def sweep(editor: Editor, batch: list[Settings], size: tuple[int, int], sampling: dict) -> list[tuple]:
+    """[(grid,)]: the input above edits with one seed. cfg_text changes by row, cfg_image by column."""
+    [picture] = batch
     texts = [round(sampling["cfg_text"] * factor, 4) for factor in SWEEP_FACTORS]
     images = [round(sampling["cfg_image"] + step, 4) for step in SWEEP_STEPS]
     before, cells = fit(open_image(picture.input[0]), size), []
@@ -301,15 +316,15 @@ def sweep(editor: Editor, picture: Settings, size: tuple[int, int], sampling: di
         cells.append(editor.edit(before, picture.edit[0], seed=picture.seed, **sampling | scales))
     rows = [cells[i : i + len(images)] for i in range(0, len(cells), len(images))]
     labels = [[f"cfg_text {text:g}, cfg_image {image:g}" for image in images] for text in texts]
-    return grid([[before], *rows], [["input"], *labels])
+    return [(grid([[before], *rows], [["input"], *labels]),)]
 
 
 def draw_grid(pictures: list[Settings], stages: dict[int, tuple[Image.Image, ...]]) -> Image.Image:
     """One row for each input: the input, then every edit of it (with --turns, every turn)."""
     several = len({picture.seed for picture in pictures}) > 1
     rows, labels = {}, {}
-    for i, picture in enumerate(pictures):
-        before, *edited = stages[i]
+    for i in sorted(stages):  # a picture that could not be made has none
+        picture, (before, *edited) = pictures[i], stages[i]
         rows.setdefault(picture.input[0], [before]).extend(edited)
         labels.setdefault(picture.input[0], ["input"]).extend(
             f"{edit} (seed {picture.seed})" if several else edit for edit in picture.edit)
@@ -317,9 +332,13 @@ def draw_grid(pictures: list[Settings], stages: dict[int, tuple[Image.Image, ...
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command and return the exit code, see cli.run."""
-    return cli.run(lambda: run(parse(argv)), "interrupted; the pictures named above are complete",
+    """Run the command and return the exit code: that of cli.run, or 1 if some pictures could not be made."""
+    problems = []
+    code = cli.run(lambda: run(parse(argv), problems), "interrupted; the pictures named above are complete",
                    "try --low-memory, --batch 1 or a smaller --resolution")
+    for problem in problems if code == 0 else []:
+        print(one_line(f"not made: {problem}"), file=sys.stderr)
+    return code or min(len(problems), 1)
 
 
 if __name__ == "__main__":

@@ -2,39 +2,56 @@
 
 import contextlib
 import glob
+import hashlib
 import json
+import mmap
 import os
+import re
 import textwrap
 import warnings
+from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from nanoip2p.common.files import regular, replacing
+from nanoip2p.common.files import regular, replacing, tidy
 
 MAX_MEGAPIXELS = 100  # 300 MB as RGB; protects against decompression bombs
 # open_image reads no others: Pillow would start Ghostscript for a PostScript file named x.png
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
+SUFFIXES = {".avif", ".heic", ".heif", ".hif"}  # of files in folders; find_images adds those of Pillow
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's Orientation -> Image.Transpose
 RECIPE_KEY = "nanoip2p"  # key of the PNG text chunk that holds the recipe
 LABEL_WIDTH = 192  # pixels; a grid enlarges narrower pictures so that their labels fit
 LABEL_SIZE, LABEL_LETTERS = 14, 200  # font size in pixels; maximum number of characters
+WEB_UI_SAMPLERS = {"euler_ancestral": "Euler a", "euler": "Euler", "ddim": "DDIM", "dpmpp_2m": "DPM++ 2M"}
 GAP = 8  # pixels between the pictures of a grid
+with contextlib.suppress(ImportError):  # HEIC: pip install pillow-heif
+    import pillow_heif
+    pillow_heif.register_heif_opener()
+
+
+class NotFinite(ValueError):
+    """A picture came out as NaN or infinity."""
 
 
 def find_images(patterns: list[str]) -> list[str]:
     """Files, globs and folders -> paths without duplicates, sorted within each folder or glob.
 
+    A folder stands for its files with a suffix of FORMATS, without hidden ones such as macOS's ._a.png.
     Raises ValueError for a pattern without a match. Does not open the files; open_image checks them.
     """
-    found = []
+    found, extensions = [], Image.registered_extensions()
+    suffixes = SUFFIXES | {suffix for suffix, name in extensions.items() if name in FORMATS}
     for pattern in patterns:
         if os.path.isdir(pattern):
-            paths = sorted(str(path) for path in Path(pattern).iterdir() if path.suffix.lower() in SUFFIXES)
+            paths = sorted(str(path) for path in Path(pattern).iterdir()
+                           if path.suffix.lower() in suffixes and not path.name.startswith("."))
         else:
             paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not paths:
@@ -44,42 +61,96 @@ def find_images(patterns: list[str]) -> list[str]:
 
 
 def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image:
-    """Open a picture as 8-bit RGB, rotated by its EXIF tag, with white behind transparency.
+    """Open a picture as 8-bit sRGB, rotated by its EXIF tag, with white behind transparency.
 
     content: a stream to read instead; `path` then only names the picture in errors. Raises ValueError, in one
     line, if the file is missing, truncated, too large or not in one of FORMATS, whatever its suffix says.
     """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), content or regular(path).open("rb") as file:
             warnings.simplefilter("ignore")  # Pillow's warnings about large files and odd EXIF
             Image.init()
             known = [name for name in FORMATS if name in Image.OPEN]  # some builds of Pillow lack AVIF
-            with Image.open(content or regular(path), formats=known) as image:
+            with Image.open(file, formats=known) as image:
                 if image.width * image.height > MAX_MEGAPIXELS * 10**6:  # checked before decoding
                     raise ValueError(f"more than {MAX_MEGAPIXELS} megapixels; shrink it")
-                return to_rgb(ImageOps.exif_transpose(image))
+                if image.format == "PNG" and "transparency" in image.info:
+                    _scale_transparent_colour(image, file)
+                rgb = to_rgb(image)
+                with contextlib.suppress(Exception):  # broken EXIF only describes the picture
+                    rgb = rgb.transpose(TURNS[image.getexif()[0x0112]])
+                return rgb
     except FileNotFoundError:
         raise ValueError(f"there is no picture {path}") from None
     except UnidentifiedImageError:
-        raise ValueError(f"{path} cannot be used: damaged, or none of {', '.join(known)}") from None
+        advice = "" if "HEIF" in known else "; HEIC needs: pip install pillow-heif"
+        raise ValueError(f"{path} cannot be used: damaged, or none of {', '.join(known)}{advice}") from None
     except Exception as error:  # a damaged file can raise anything: SyntaxError, struct.error, ...
         reason = " ".join(str(error).split()).removeprefix(f"{path} ") or type(error).__name__
         raise ValueError(f"{path} cannot be used: {reason}") from None
 
 
+def _scale_transparent_colour(image: Image.Image, file: BinaryIO) -> None:
+    """The transparent colour of a PNG has the depth of the file; Pillow compares it with pixels of 8 bits."""
+    colour, (*place, raw) = image.info["transparency"], image.tile[0]
+    if image.mode == "L":
+        top = {"L;2": 3, "L;4": 15}.get(raw, 255)  # higher bits of the colour do not count
+        image.info["transparency"] = (colour & top) * 255 // top
+    elif raw == "RGB;16B":  # of each 16 bits, Pillow keeps the high byte, and here the low byte
+        high = np.asarray(image).astype(int)                                            # (H, W, 3)
+        with Image.open(file, formats=["PNG"]) as low:
+            low.tile = [(*place, "RGB;16L")]
+            same = (high * 256 + np.asarray(low) == colour).all(-1)
+        image.putalpha(Image.fromarray(np.where(same, 0, 255).astype(np.uint8)))
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode -> RGB. ValueError for pixels without an agreed range (32 bits, floats)."""
+    """A picture of any mode -> sRGB. ValueError for pixels without an agreed range (32 bits, floats)."""
+    info, colour, grey = image.info, image.info.get("transparency"), image.mode in ("1", "L", "LA", "La")
     if image.mode == "F":
         raise ValueError("the value range of floating-point pixels is unknown; save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # 16-bit grey: PNG gives "I;16" or, in older Pillow, "I"
-        grey = np.asarray(image).astype(np.int32)
-        if grey.min() < 0 or grey.max() > 65535:
+        levels = np.asarray(image).astype(np.int32)
+        if levels.min() < 0 or levels.max() > 65535:
             raise ValueError("the value range of 32-bit pixels is unknown; save it with 8 or 16 bits")
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        levels[levels == colour] = 65535
+        return _to_srgb(Image.fromarray(((levels + 128) // 257).astype(np.uint8)), True, info)
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or colour is not None:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")  # a copy if it is RGB already
+        above, below = _to_srgb(image, grey, info), Image.new("RGBA", image.size, "white")
+        above.putalpha(image.getchannel("A"))
+        return Image.alpha_composite(below, above).convert("RGB")
+    return _to_srgb(image, grey, info)
+
+
+def _to_srgb(image: Image.Image, grey: bool, info: dict) -> Image.Image:
+    """A picture -> RGB without alpha. Applies a profile that fits its channels, else the gamma of a PNG."""
+    profile, gamma, cmyk = info.get("icc_profile"), info.get("gamma"), image.mode == "CMYK"
+    if isinstance(profile, bytes) and len(profile) < 2**23 and (found := _transform(profile)):
+        mode, transform = found
+        if {"CMYK": cmyk, "RGB": not cmyk, "L": grey}[mode]:
+            return transform.apply(image if cmyk else image.convert("RGB").convert(mode))
+    image = image.convert("RGB")  # a copy if it is RGB already
+    other = isinstance(gamma, float) and gamma > 0.01 and abs(gamma * 2.2 - 1) > 0.05  # 5% as in libpng
+    if other and not {"icc_profile", "srgb"} & info.keys():
+        light = np.linspace(0, 1, 256) ** (1 / gamma)
+        level = np.where(light < 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+        image = image.point((level * 255).round().astype(int).tolist() * 3)
+    image.info = {}  # a second call must not apply it again
+    return image
+
+
+@lru_cache(maxsize=8)  # the pictures of a dataset share few profiles
+def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform] | None:
+    """(mode, transform from this mode to sRGB). None if that changes nothing, or the profile is broken."""
+    with contextlib.suppress(Exception):  # it only describes the picture. Some builds of Pillow lack ImageCms
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        mode = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.profile.xcolor_space]
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+        colours = np.indices((9, 9, 9)).reshape(3, 27, 27).transpose(1, 2, 0) * 255 // 8
+        sample = Image.fromarray(colours.astype(np.uint8)).convert(mode)
+        change = np.asarray(transform.apply(sample)).astype(int) - np.asarray(sample.convert("RGB"))
+        return (mode, transform) if np.abs(change).max() > 2 else None  # sRGB itself, up to rounding
 
 
 def fit_size(width: int, height: int, resolution: int, multiple: int) -> tuple[int, int]:
@@ -115,10 +186,10 @@ def to_tensor(image: Image.Image) -> Tensor:
 def to_pil(tensor: Tensor) -> Image.Image:
     """(3, H, W) -> RGB picture. Clips to [-1, 1] and rounds to 8 bits.
 
-    Raises ValueError for NaN or infinity, which fp16 can cause.
+    Raises NotFinite for NaN or infinity, which fp16 can cause.
     """
     if not tensor.isfinite().all():
-        raise ValueError("the picture came out as NaN or infinity; try --dtype bf16 or fp32")
+        raise NotFinite("the picture came out as NaN or infinity; try --dtype bf16 or fp32")
     pixels = (tensor.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
@@ -157,12 +228,38 @@ def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
     return lines
 
 
-def save_png(image: Image.Image, path: str | Path, recipe: dict) -> None:
-    """Write a PNG, atomically, with `recipe` as JSON in the text chunk RECIPE_KEY."""
+def save_png(image: Image.Image, path: str | Path, recipe: dict, web: bool = False) -> None:
+    """Write a PNG, atomically, with `recipe` as JSON in the text RECIPE_KEY. web: also as `web_text`."""
     text = PngImagePlugin.PngInfo()
     text.add_text(RECIPE_KEY, json.dumps(recipe))
+    if web:
+        text.add_text("parameters", web_text(recipe, image.size))
     with replacing(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=text)
+
+
+def web_text(recipe: dict, size: tuple[int, int]) -> str:
+    """A recipe of sample.py in the words of AUTOMATIC1111's web UI, which many programs read.
+
+    These cut texts at "Negative prompt:" and line breaks, and values at commas and colons: none is left.
+    """
+    prompt, negative = (tidy(text).replace("Negative prompt:", "Negative prompt") for text in (
+        ", then ".join(recipe["edit"]), recipe["negative"]))
+    values = {"Steps": recipe["steps"], "Sampler": WEB_UI_SAMPLERS[recipe["sampler"]],
+              "CFG scale": recipe["cfg_text"], "Image CFG scale": recipe["cfg_image"], "Seed": recipe["seed"],
+              "Size": "{}x{}".format(*size), "Model hash": model_hash(recipe["weights"]),
+              "Model": re.sub(r"\.(safetensors|ckpt)$|[,:\"]", "", tidy(Path(recipe["weights"]).name))}
+    line = ", ".join(f"{key}: {value}" for key, value in values.items() if value != "")
+    return "\n".join([prompt, f"Negative prompt: {negative}", line] if negative else [prompt, line])
+
+
+@lru_cache(maxsize=1)
+def model_hash(weights: str) -> str:
+    """The web UI's name of a file of weights: 10 digits of its SHA-256. "" for a folder or a name."""
+    if not os.path.isfile(weights):
+        return ""
+    with open(weights, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return hashlib.sha256(content).hexdigest()[:10]
 
 
 def read_recipe(path: str | Path) -> dict:

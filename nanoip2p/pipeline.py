@@ -163,6 +163,12 @@ def find_weights(name: str | Path) -> str | Path:
     return name
 
 
+def is_shipped(name: str) -> bool:
+    """Whether `name` lies in the folder weights/ of the working directory or of the checkout."""
+    return any((root / name).exists() and (root / name).resolve().is_relative_to((root / "weights").resolve())
+               for root in (Path(), CHECKOUT))
+
+
 def encode_texts(text_encoder: TextEncoder, tokenizer: Tokenizer, texts: list[str]) -> dict[str, Tensor]:
     """The hidden states (T, D) of each distinct text. Raises ValueError for a text that is not a string.
 

@@ -12,7 +12,7 @@ import tempfile
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path
 from typing import BinaryIO
 
@@ -96,6 +96,16 @@ def check_writable(path: str | Path) -> None:
             raise ValueError(f"{path} is not a file that can be replaced; name another output")
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def unique_stems(paths: list[str]) -> list[str]:
+    """Stems of output files, unique even if case is ignored: a/house.png, b/House.jpg -> house, House-2."""
+    stems = {}
+    for stem in (Path(path).stem for path in paths):
+        names = (stem if k == 1 else f"{stem}-{k}" for k in count(1))
+        name = next(name for name in names if name.lower() not in stems)
+        stems[name.lower()] = name
+    return list(stems.values())
 
 
 def read_json(path: Path, missing: dict | None = None, kind: type = dict) -> dict | list:

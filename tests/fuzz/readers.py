@@ -15,7 +15,7 @@ from pathlib import Path
 
 import ablate
 import torch
-from PIL import Image, features
+from PIL import Image, ImageCms, features
 from safetensors.torch import save_file
 from tiny_editor import write_tiny_clip, write_tiny_editor, write_tiny_painter
 from train_tokenizer import train_tokenizer
@@ -182,10 +182,13 @@ def read_judge(folder: Path) -> None:
 
 
 def write_pictures(folder: Path) -> None:
-    """Each raster format."""
+    """Each raster format, a transparent colour and a colour profile."""
     for suffix in ("png", "jpg", "webp", "tif", "bmp", "gif", *("avif",) * features.check("avif")):
         write_picture(folder / f"picture.{suffix}")
     PICTURE.convert("I;16").save(folder / "grey.png")
+    PICTURE.save(folder / "clear.png", transparency=(1, 2, 3))
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    PICTURE.save(folder / "profile.tif", icc_profile=profile)
 
 
 def read_pictures(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Pictures of every kind that people have, and files that only claim to be pictures."""
 
+import hashlib
 import io
 import os
 import random
@@ -12,9 +13,9 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
+from nanoip2p import images
 from nanoip2p.images import (
     FORMATS,
-    SUFFIXES,
     find_images,
     fit,
     fit_size,
@@ -24,7 +25,9 @@ from nanoip2p.images import (
     save_png,
     to_pil,
     to_tensor,
+    web_text,
 )
+from nanoip2p.samplers import SAMPLERS
 
 
 def gradient(width=6, height=4, channels=3):
@@ -198,9 +201,43 @@ def test_no_other_reader_of_pillow_is_asked(tmp_path, monkeypatch):
         read_recipe(tmp_path / "jpeg.png")
 
 
-def test_the_suffixes_are_those_of_the_formats():
-    Image.init()
-    assert {Image.EXTENSION[suffix] for suffix in SUFFIXES} == set(FORMATS) & set(Image.OPEN)
+def test_folders_take_every_suffix_of_the_formats_and_nothing_hidden(tmp_path):
+    known = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+    assert known >= {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
+    for suffix in known | {".avif", ".heic", ".heif", ".hif"}:
+        gradient().save(tmp_path / f"lower{suffix}", "PNG")
+        gradient().save(tmp_path / f"upper{suffix.upper()}", "PNG")
+    taken = find_images([str(tmp_path)])
+    for name in ("._lower.png", ".hidden.jpg", "notes.txt", "x.pdf", "x.ps", "x.pcx", "png"):
+        (tmp_path / name).write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X        ")
+    assert find_images([str(tmp_path)]) == taken == sorted(str(path) for path in tmp_path.glob("[lu]*er.*"))
+    assert find_images([str(tmp_path / "*.png")]) == [str(tmp_path / "lower.png")]
+    assert find_images([str(tmp_path / ".hidden.jpg")]), "named by the person"
+
+
+def test_heic_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "x.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200))
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    with pytest.raises(ValueError, match="x.heic cannot be used.*; HEIC needs: pip install pillow-heif$"):
+        open_image(tmp_path / "x.heic")
+
+
+def test_heic_is_read_where_pillow_heif_is_installed(tmp_path):
+    pytest.importorskip("pillow_heif")
+    picture = Image.new("RGB", (40, 20), "red")
+    picture.paste("blue", (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "x.jpg", "HEIF", quality=90, exif=exif.tobytes())
+    found = pixels_of(open_image(tmp_path / "x.jpg"))
+    assert found.shape == (40, 20, 3) and found[5, 5, 2] > 200 and found[35, 5, 0] > 200, "turned once"
+    Image.new("RGBA", (20, 20), (255, 0, 0, 0)).save(tmp_path / "clear.heic")
+    assert pixels_of(open_image(tmp_path / "clear.heic")).min() >= 254
+    content = (tmp_path / "x.jpg").read_bytes()
+    for broken in (content[: len(content) // 2], content[:40], content[:12] + bytes(500)):
+        (tmp_path / "broken.heic").write_bytes(broken)
+        with pytest.raises(ValueError, match="broken.heic cannot be used"):
+            open_image(tmp_path / "broken.heic")
 
 
 @pytest.mark.parametrize("size, resolution, multiple, expected", [
@@ -290,6 +327,62 @@ def test_recipe_round_trip(tmp_path):
     save_png(gradient(), tmp_path / "new folder" / "a.png", recipe)
     assert read_recipe(tmp_path / "new folder" / "a.png") == recipe
     assert [path.name for path in (tmp_path / "new folder").iterdir()] == ["a.png"]
+
+
+RECIPE = {"edit": ["make it night"], "negative": "blurry, bad", "steps": 20, "sampler": "euler_ancestral",
+          "cfg_text": 7.5, "cfg_image": 1.5, "seed": 0, "weights": "some/nano-ip2p"}
+SETTINGS = "Steps: 20, Sampler: Euler a, CFG scale: 7.5, Image CFG scale: 1.5, Seed: 0, Size: 64x48"
+
+
+def test_the_text_of_the_web_uis(tmp_path):
+    assert web_text(RECIPE, (64, 48)) == (
+        f"make it night\nNegative prompt: blurry, bad\n{SETTINGS}, Model: nano-ip2p")
+    file = tmp_path / "my, odd: model-v1.5.safetensors"
+    file.write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()[:10]
+    changed = RECIPE | {"edit": ["a\nb", "Negative prompt: 夜 \udc80"], "negative": "", "weights": str(file)}
+    assert web_text(changed, (64, 48)) == (
+        f"a b, then Negative prompt 夜 ?\n{SETTINGS}, Model hash: {digest}, Model: my odd model-v1.5")
+    assert set(images.WEB_UI_SAMPLERS) == set(SAMPLERS)
+
+
+ODD_TEXTS = [
+    ("make it night", "blurry, bad"), ("make it night", ""), ("夜にする", "ä"),
+    ('say "a, b: c"\nSteps: 3, Sampler: x, Seed: 4, CFG scale: 2', "no\nSteps: 7"),
+    ("Negative prompt: x Negative prompt: y", "Negative prompt: z"), ("x\nNegative prompt: y", ""),
+]
+
+
+def png_with_texts(tmp_path, edit, negative):
+    recipe = RECIPE | {"edit": [edit], "negative": negative}
+    save_png(gradient(64, 48), tmp_path / "a.png", recipe, web=True)
+    assert read_recipe(tmp_path / "a.png") == recipe
+    return tmp_path / "a.png", [" ".join(text.replace("Negative prompt:", "Negative prompt").split())
+                                for text in (edit, negative)]
+
+
+@pytest.mark.parametrize("edit, negative", ODD_TEXTS)
+def test_sd_parsers_reads_the_text(edit, negative, tmp_path):
+    parsers = pytest.importorskip("sd_parsers")
+    path, texts = png_with_texts(tmp_path, edit, negative)
+    found = parsers.ParserManager().parse(path)
+    assert [found.full_prompt, found.full_negative_prompt] == texts
+    [sampler] = found.samplers
+    assert sampler.name == "Euler a" and sampler.model.name == "nano-ip2p"
+    assert sampler.parameters == {"cfg_scale": "7.5", "seed": "0", "steps": "20"}
+    assert found.metadata == {"Image CFG scale": "1.5", "Size": "64x48"}
+
+
+@pytest.mark.parametrize("edit, negative", ODD_TEXTS)
+def test_sd_prompt_reader_reads_the_text(edit, negative, tmp_path):
+    reader = pytest.importorskip("sd_prompt_reader.image_data_reader")
+    path, texts = png_with_texts(tmp_path, edit, negative)
+    found = reader.ImageDataReader(path)
+    assert found.status.name == "READ_SUCCESS" and found.tool == "A1111 webUI"
+    assert [found.positive, found.negative] == texts
+    assert found.parameter == {"model": "nano-ip2p", "sampler": "Euler a", "seed": "0", "cfg": "7.5",
+                               "steps": "20", "size": "64x48"}
+    assert "Image CFG scale: 1.5" in found.setting
 
 
 def test_without_a_recipe(tmp_path):

@@ -349,6 +349,8 @@ WRONG = {
     "sampler": (one("--sampler", "magic"), "invalid choice: 'magic'"),
     "steps": (one("--steps", "0"), "'0' is not a whole number from 1 up"),
     "too many steps": (one("--steps", "1001"), "1001 steps"),
+    "too many steps for two": (["--input", "house.png", "boat.png", "--edit", "x", "--output", "o/",
+                                "--steps", "1001"], "1001 steps"),
     "fraction": (one("--n", "1.5"), "'1.5' is not a whole number"),
     "seed": (one("--seed", "-1"), "'-1' is not a whole number from 0"),
     "guidance": (one("--cfg-text", "nan"), "'nan' is not a number"),
@@ -469,13 +471,83 @@ def test_data_never_steers_the_terminal(run, capsys):
     assert all(letter.isprintable() or letter in "\n\r" for letter in text)
 
 
-def test_bad_pictures_are_refused_before_any_work(run, capsys, monkeypatch):
+def write_bad_pictures():
     Path("text.png").write_text("no picture")
     Path("cut.png").write_bytes(Path("house.png").read_bytes()[:60])
     Image.new("1", (30_000, 3400)).save("large.png")
+
+
+def test_bad_pictures_are_refused_before_any_work(run, capsys, monkeypatch):
+    write_bad_pictures()
     monkeypatch.setattr(Editor, "load", lambda *_: pytest.fail("work began"))
     for name in ("text.png", "cut.png", "large.png"):
-        assert name in refusal(capsys, run("--input", "house.png", name, "--edit", "red", "--output", "done"))
+        assert name in refusal(capsys, run("--input", name, *TWO_EDITS, "--output", "done"))
+    assert run("--input", "text.png", "cut.png", "--edit", "red", "--output", "done") == 2
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("left out: text.png") and last.startswith("error: cut.png")
+
+
+def test_bad_pictures_of_many_are_left_out_and_named(run, capsys):
+    write_bad_pictures()
+    Image.new("RGB", (30_000, 10)).save("thin.png")
+    Path("._house.png").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    shutil.copy("wide.jpg", "wide.jfif")
+    assert run("--input", ".", "--edit", "red", "--seed", "1", "--output", "done") == 1
+    assert files("done") == ["boat.png", "house.png", "wide-2.png", "wide.png"]
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 4
+    lines = [line for line in printed.err.splitlines() if line.startswith(("left out", "opened", "not made"))]
+    bad = ("cut.png", "large.png", "text.png", "thin.png")
+    assert [line.split()[:3] for line in lines if line[0] == "l"] == [["left", "out:", name] for name in (
+        *bad[:3], "thin.png:")]
+    assert [line[0] for line in lines] == [*"lllol", *"nnnn"], "told before the weights are opened, and again"
+    assert all(name in line for name, line in zip(bad, lines[-4:]))
+    assert run("--input", ".", "--edit", "red", "--seed", "1", "--grid", "--output", "grid.png") == 1
+    assert read_recipe("grid.png")["input"] == ["boat.png", "house.png", "wide.jfif", "wide.jpg"]
+
+
+@pytest.fixture
+def black_becomes_nan(monkeypatch):
+    """Each picture that is black all over comes out as NaN."""
+    def encode(self, x, real=VAE.encode):
+        mean, *rest = real(self, x)
+        return torch.where((x == -1).flatten(1).all(1)[:, None, None, None], torch.nan, mean), *rest
+
+    monkeypatch.setattr(VAE, "encode", encode)
+    Image.new("RGB", (48, 48)).save("black.png")
+
+
+def test_a_picture_that_comes_out_as_nan_is_left_out(run, capsys, black_becomes_nan):
+    flags = ["--edit", "red", "--edit", "make it night", "--seed", "1"]
+    assert run("--input", "black.png", "boat.png", "house.png", *flags, "--output", "done") == 1
+    assert files("done") == ["boat_1.png", "boat_2.png", "house_1.png", "house_2.png"]
+    lines = capsys.readouterr().err.splitlines()[-2:]
+    assert all(line.startswith("not made: black.png: the picture came out as NaN") for line in lines), lines
+    assert run("--input", "boat.png", *flags, "--output", "alone") == 0
+    for name in files("alone"):
+        assert np.abs(pixels(f"alone/{name}") - pixels(f"done/{name}")).max() <= 1
+    assert run("--input", "house.png", "black.png", *flags, "--grid", "--output", "grid.png") == 1
+    capsys.readouterr()
+    for more in ([], ["--sweep"], ["--grid"]):
+        assert "came out as NaN" in run_alone(run, capsys, *more)
+
+
+def run_alone(run, capsys, *more):
+    """The last line of a command whose only picture comes out as NaN."""
+    assert run(*one(*more, name="black.png")) == 2 and not Path("out.png").exists()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ")
+    return last
+
+
+def test_the_text_of_the_web_uis_lies_beside_the_recipe(run, weights):
+    assert run("--input", "wide.jpg", *TWO_EDITS, "--turns", "--seed", "3", "--negative", "blurry",
+               "--keep-size", "--output", "out.png") == 0
+    with Image.open("out.png") as image:
+        assert set(image.text) == {"nanoip2p", "parameters"}
+        assert image.text["parameters"] == (
+            "make it night, then red\nNegative prompt: blurry\nSteps: 2, Sampler: Euler a, CFG scale: 3.0, "
+            f"Image CFG scale: 1.2, Seed: 3, Size: 90x50, Model: {weights.name}")
 
 
 def test_odd_pictures_work(run, capsys):
