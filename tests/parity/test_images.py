@@ -338,8 +338,8 @@ def test_the_text_of_the_web_uis(tmp_path):
     assert web_text(RECIPE, (64, 48)) == (
         f"make it night\nNegative prompt: blurry, bad\n{SETTINGS}, Model: nano-ip2p")
     file = tmp_path / "my, odd: model-v1.5.safetensors"
-    file.write_bytes(b"weights")
-    digest = hashlib.sha256(b"weights").hexdigest()[:10]
+    file.write_bytes(bytes(2**20) + b"w" * 2**16 + b"rest")
+    digest = hashlib.sha256(b"w" * 2**16).hexdigest()[:8]
     changed = RECIPE | {"edit": ["a\nb", "Negative prompt: 夜 \udc80"], "negative": "", "weights": str(file)}
     assert web_text(changed, (64, 48)) == (
         f"a b, then Negative prompt 夜 ?\n{SETTINGS}, Model hash: {digest}, Model: my odd model-v1.5")
