@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from nanoip2p.checkpoint import hub
 from nanoip2p.clip_filter import Judge, Thresholds, best
-from nanoip2p.common import cli
 from nanoip2p.common.cli import at_least, finite, flag, pixels
 from nanoip2p.common.files import claim_folder, locked, read_json, read_rows, write_json
 from nanoip2p.common.schema import LONGEST, checked
@@ -40,7 +39,7 @@ MOST = 10_000  # of each number in pairs.json: 100 times as many candidates as i
 
 @dataclass(frozen=True)
 class PairSettings:
-    """Settings. Names and defaults follow the original's generate_img_dataset.py. ValueError for a clash."""
+    """Settings. Names and defaults follow the original's generate_img_dataset.py. ValueError if invalid."""
 
     n_samples: int = flag("number of candidates", 100, type=at_least(1), group="candidates of each prompt")
     early_stop: int = flag("stop after N passing candidates; 0: never", 0, type=at_least(0), metavar="N")
@@ -62,6 +61,14 @@ class PairSettings:
     batch: int = flag("candidates in one batch", 8, type=at_least(1), group="running")
 
     def __post_init__(self):
+        for key in ("n_samples", "max_out_samples", "batch", "steps", "resolution", "early_stop", "seed"):
+            value, least = getattr(self, key), int(key not in ("early_stop", "seed"))
+            if value is not None and value < least:
+                raise ValueError(f"{key} = {value}: at least {least} is needed")
+        for key, known in (("inject", MODES), ("sampler", (None, *SAMPLERS))):
+            if getattr(self, key) not in known:
+                raise ValueError(f"{key} = {getattr(self, key)} should be one of "
+                                 f"{', '.join(filter(None, known))}")
         if not 0 <= self.min_p2p <= self.max_p2p <= 1:
             raise ValueError(f"min_p2p = {self.min_p2p}, max_p2p = {self.max_p2p}: 0 <= min_p2p <= max_p2p "
                              "<= 1 is needed")
@@ -115,14 +122,10 @@ def pair_settings(flags: dict, weights: Path, painter_defaults: dict) -> PairSet
     """
     kinds, path = typing.get_type_hints(PairSettings), weights / "pairs.json"
     settings = {key: painter_defaults[key] for key in ("steps", "resolution", "sampler")}
-    parser = cli.make_parser()
-    cli.add_settings(parser, PairSettings)
     for key, value in (read_json(path, missing={}) if weights.is_dir() else {}).items():
         if key not in kinds:
             raise ValueError(f"{path}: unknown setting {key}; known are {', '.join(kinds)}")
-        value = checked(value, kinds[key], f"{path}: {key}", -MOST, 2**63 if key == "seed" else MOST)
-        if value is not None:
-            settings |= vars(parser.parse_args([f"--{key.replace('_', '-')}={value}"]))
+        settings[key] = checked(value, kinds[key], f"{path}: {key}", -MOST, 2**63 if key == "seed" else MOST)
         if key == "clip" and (weights / value).exists():
             settings[key] = str(weights / value)
         elif key == "clip" and value != hub.CLIP and "clip" not in flags:
