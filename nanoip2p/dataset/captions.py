@@ -75,9 +75,7 @@ def read_captions(path: Path, column: str | None = None) -> tuple[list[str], int
             raise ValueError(f"{path}, line {number}: no text under {' or '.join(keys)} (--column); there is "
                              f"{', '.join(row) or 'nothing'}")
         url = str(row.get("url") or row.get("URL") or "")[:LONGEST]
-        if len(text) > LONGEST:  # `checked` is slow
-            checked(text, str, f"{path}, line {number}: caption")
-        text, url = tidy(text), url and tidy(url)
+        text, url = tidy(checked(text, str, f"{path}, line {number}: caption")), url and tidy(url)
         folded = fold(text)
         if not folded:
             continue
