@@ -76,8 +76,8 @@ def run_captions(args: argparse.Namespace) -> None:
         return
     if args.input is None:
         raise ValueError("--input is needed (or --backend scenes)")
-    captions = read_captions(args.input, args.column)
-    print(f"{args.input}: {captions.count} captions, {captions.repeats} repeats left out")
+    captions, repeats = read_captions(args.input, args.column)
+    print(f"{args.input}: {len(captions)} captions, {repeats} repeats left out")
     given = {field.name: getattr(args, field.name) for field in fields(Settings) if field.name in args}
     print(ask_all(captions, Settings(**given), args.out, args.n))
 

@@ -16,6 +16,7 @@ from argparse import ArgumentParser
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,7 +39,7 @@ with cli.slow_imports():
     from nanoip2p.training.cache import Cache
     from nanoip2p.training.config import PAPER_BATCH, PRESETS, RESUME_MAY_CHANGE, TrainConfig, odd_settings
     from nanoip2p.training.ranks import Ranks, started
-    from nanoip2p.training.samples import Pictures, Samples, collate, sample_numbers, validation_batches
+    from nanoip2p.training.samples import Samples, collate, load_pair, sample_numbers, validation_batches
     from nanoip2p.training.trainer import Diverged, Trainer, columns_of
 
 VALIDATION_SAMPLES, SHEET_COLUMNS = 64, 8
@@ -166,26 +167,26 @@ def run(config: TrainConfig) -> None:
 def train(config: TrainConfig, model: Model, items: list[Item], validation_items: list[Item],
           ranks: Ranks) -> None:
     """Fill the cache, set up the trainer and the data loader, load the checkpoint, run the loop."""
-    source = Pictures(config.resolution, model.tokenizer)
+    get = partial(load_pair, config.resolution, model.tokenizer)
     if config.cache:
         pairs = [pair for item in items + validation_items for pair in item]
         source = Cache(config.cache, pairs, model, config.resolution, config.flip, config.skip_bad)
         source.fill(model, ranks.rank, ranks.count)
         ranks.largest(0)  # wait for all ranks
-        source.open()
+        get = source.open().get
     trainer, cuda = Trainer(config, model, ranks, len(items)), ranks.device.type == "cuda"
     first = trainer.load() if config.resume else 0
     if first > config.steps:
         raise ValueError(f"--steps {config.steps}: {config.out} is at step {first} already")
     side, timesteps = config.resolution // model.vae.downsampling, model.schedule.num_train_timesteps
     shape = (model.unet.config.out_channels, side, side)
-    samples = Samples(items, source, config.seed, config.flip, shape, timesteps, config.skip_bad)
+    samples = Samples(items, get, config.seed, config.flip, shape, timesteps, config.skip_bad)
     numbers = sample_numbers(first, config.steps, config.accumulate, config.batch_size, ranks.rank,
                              ranks.count)
     workers = config.workers if config.workers is not None else 4 if cuda else 0
     loader = DataLoader(samples, batch_sampler=numbers, num_workers=workers, collate_fn=collate,
                         pin_memory=cuda, worker_init_fn=signals.leave_signals_to_the_parent)
-    fixed = Samples(validation_items, source, 0, False, shape, timesteps, config.skip_bad)
+    fixed = Samples(validation_items, get, 0, False, shape, timesteps, config.skip_bad)
     validation = [trainer.to_device(batch)
                   for batch in validation_batches(fixed, VALIDATION_SAMPLES, config.batch_size)]
     chosen = validation_items[:: max(1, len(validation_items) // SHEET_COLUMNS)][:SHEET_COLUMNS]

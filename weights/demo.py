@@ -6,9 +6,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nanoip2p.common import cli
-from nanoip2p.common.files import check_writable, replacing
+from nanoip2p.common.files import check_writable
 from nanoip2p.editor import Editor
-from nanoip2p.images import grid, open_image
+from nanoip2p.images import grid, open_image, save_png
 
 WEIGHTS = Path(__file__).resolve().with_name("nano-ip2p")
 EDITS = {
@@ -27,9 +27,7 @@ def run(weights: Path, out: Path, device: str | None = None) -> None:
     asked = [(inputs[name], edit) for name, edits in EDITS.items() for edit in edits]
     edited = iter(editor.edit(*map(list, zip(*asked)), seed=0, progress=True, batch=len(asked)))
     rows = [[inputs[name], *(next(edited) for _ in edits)] for name, edits in EDITS.items()]
-    picture = grid(rows, [["input", *edits] for edits in EDITS.values()])
-    with replacing(out) as temporary:
-        picture.save(temporary, format="PNG")
+    save_png(grid(rows, [["input", *edits] for edits in EDITS.values()]), out, {})
     print(f"wrote {out}: the inputs on the left, the edits on the right")
 
 

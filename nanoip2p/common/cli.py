@@ -8,7 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nanoip2p import __version__
@@ -89,30 +89,26 @@ def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
         group.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, **options)
 
 
-def at_least(lowest: int, most: int = 2**63 - 1) -> Callable[[str], int]:
-    """An argparse type: an integer from `lowest` to `most`."""
-    def number(text: str) -> int:
-        try:
-            if lowest <= int(text) <= most:
-                return int(text)
-        except ValueError:
-            pass
-        limits = f"from {lowest} to {most:,}" if most < 2**63 - 1 else f"from {lowest} up"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {limits}")
+def between(low: float, high: float = math.inf, kind: type = float) -> Callable[[str], float]:
+    """An argparse type: a finite number of `kind` (int or float) from `low` to `high`."""
+    wanted = f"{'whole ' * (kind is int)}number" + f" from {low}" * (low > -math.inf)
+    wanted += f" to {high:,}" if high < 2**63 - 1 else " up" * (low > -math.inf)
+
+    def number(text: str) -> float:
+        with suppress(ValueError):
+            if low <= kind(text) <= high and math.isfinite(kind(text)):
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {wanted}")
     return number
 
 
+def at_least(lowest: int, most: int = 2**63 - 1) -> Callable[[str], int]:
+    """An argparse type: an integer from `lowest` to `most`."""
+    return between(lowest, most, int)
+
+
+finite = between(-math.inf)
 pixels = at_least(1, 10_000)  # of a side; images.MAX_MEGAPIXELS is the square of 10,000
-
-
-def finite(text: str) -> float:
-    """An argparse type: a number that is neither NaN nor infinite."""
-    try:
-        if math.isfinite(float(text)):
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number")
 
 
 def one_line(message) -> str:

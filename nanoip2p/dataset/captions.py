@@ -7,7 +7,6 @@ Each answer is appended to a file immediately. OUT.jsonl holds the triplets. OUT
 captions without a usable answer, with the reason. A new run skips the captions in these files.
 """
 
-import io
 import json
 import math
 import signal
@@ -17,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 import openai
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 from nanoip2p.common import files
 from nanoip2p.common.cli import at_least, finite, flag
-from nanoip2p.common.files import bare, fold, read_json, tidy
+from nanoip2p.common.files import fold, read_json, tidy
 from nanoip2p.common.schema import LONGEST, checked
 from nanoip2p.dataset import chat
 from nanoip2p.dataset.chat import ANSWER_TOKENS, Unusable
@@ -61,52 +60,38 @@ class Settings:
     timeout: int = flag("seconds for each whole answer of the server", chat.TIMEOUT, type=at_least(1))
 
 
-class Captions:
-    """The captions of a file, as one block of bytes: a million dictionaries would take 600 MB."""
+def read_captions(path: Path, column: str | None = None) -> tuple[list[str], int]:
+    """Read .txt (one caption per line), .jsonl or .csv. Returns "caption TAB url" lines, and how many repeat.
 
-    def __init__(self):
-        self.block, self.count, self.repeats = io.BytesIO(), 0, 0
-
-    def add(self, text: str, url: str) -> None:
-        """Append a caption. Neither text has tabs or line breaks: `tidy` replaces them."""
-        self.block.write(f"{text}\t{url}\n".encode())
-        self.count += 1
-
-    def __iter__(self) -> Iterator[dict]:
-        """The rows {"input", "url"}. "url" is in a row only if its caption has one."""
-        for line in io.BytesIO(self.block.getvalue()):
-            text, _, url = line.decode().rstrip("\n").partition("\t")
-            yield {"input": text, **({"url": url} if url else {})}
-
-
-def read_captions(path: Path, column: str | None = None) -> Captions:
-    """Read .txt (one caption per line), .jsonl or .csv.
-
-    column: the key or column of the caption. "url" is in a row only if the file has it. Skips empty captions.
-    Skips and counts repeats: rows with the caption or URL of an earlier row. Raises ValueError for a row
-    without a text under that key.
+    column: the key or column of the caption. Skips empty captions. Skips and counts repeats: rows with the
+    caption or URL of an earlier row. Raises ValueError for a row without a text under that key.
     """
     keys = (column,) if column else ("input", "caption")
-    captions, known = Captions(), set()  # hashes; of 10^6, two are equal with probability 10^-8
+    captions, repeats = [], 0
+    known = set()  # of hashes, not texts: of 10^6, two are equal with probability 10^-8
     for number, row in files.read_rows(path):
         text = next((row[key] for key in keys if key in row), None)
         if not isinstance(text, str):
             raise ValueError(f"{path}, line {number}: no text under {' or '.join(keys)} (--column); there is "
                              f"{', '.join(row) or 'nothing'}")
         url = str(row.get("url") or row.get("URL") or "")[:LONGEST]
-        if len(text) > LONGEST:  # `checked` is slow
-            checked(text, str, f"{path}, line {number}: caption")
-        text, url = tidy(text), url and tidy(url)
-        folded = bare(text)
+        text, url = tidy(checked(text, str, f"{path}, line {number}: caption")), url and tidy(url)
+        folded = fold(text)
         if not folded:
             continue
         marks = {hash(folded), hash(f"url {url}")} if url else {hash(folded)}
         if known.isdisjoint(marks):
-            captions.add(text, url)
+            captions.append(f"{text}\t{url}")  # a million dictionaries would take 600 MB
             known |= marks
         else:
-            captions.repeats += 1
-    return captions
+            repeats += 1
+    return captions, repeats
+
+
+def row_of(line: str) -> dict:
+    """{"input", "url"} of a line of `read_captions`. "url" is in the row only if the caption has one."""
+    text, _, url = line.partition("\t")
+    return {"input": text, **({"url": url} if url else {})}
 
 
 def make_request(caption: str, settings: Settings) -> dict:
@@ -278,11 +263,11 @@ def known_captions(out: Path) -> set[int]:
     return known
 
 
-def ask_all(captions: Captions, settings: Settings, out: Path, most: int | None = None) -> str:
+def ask_all(captions: list[str], settings: Settings, out: Path, most: int | None = None) -> str:
     """Process every caption that is not yet in OUT.jsonl or OUT.dropped.jsonl; return a summary.
 
-    most: process only so many captions. Needs OPENAI_API_KEY (and OPENAI_BASE_URL) in the environment.
-    Raises ValueError if the server fails, or if `out` cannot be written. Ctrl-C and SIGTERM: see Job.run.
+    captions: of `read_captions`. most: process only so many. Needs OPENAI_API_KEY (and OPENAI_BASE_URL) in the
+    environment. ValueError if the server fails, or if `out` cannot be written. Ctrl-C, SIGTERM: see Job.run.
     """
     files.check_writable(out)
     try:
@@ -295,17 +280,18 @@ def ask_all(captions: Captions, settings: Settings, out: Path, most: int | None 
                          "space. Finished captions stay, and the same command goes on from there") from None
 
 
-def run_job(captions: Captions, settings: Settings, out: Path, most: int | None) -> str:
+def run_job(captions: list[str], settings: Settings, out: Path, most: int | None) -> str:
     """As `ask_all`, without a lock."""
     known = known_captions(out)
     for path in (out, dropped_path(out)):
         files.mend_last_line(path)
 
     def todo() -> Iterator[dict]:
-        return (row for row in islice(captions, most) if not known or hash(fold(row["input"])) not in known)
+        rows = map(row_of, captions[:most])
+        return (row for row in rows if not known or hash(fold(row["input"])) not in known)
 
     client, left = chat.connect(settings.timeout), sum(1 for _ in todo())
-    total = min(captions.count, most or captions.count)
+    total = len(captions[:most])
     with tqdm(total=total, initial=total - left, desc="captions", unit="caption") as bar:
         job = Job(client, settings, todo(), left, out, bar)
         job.run()

@@ -10,10 +10,11 @@ from pathlib import Path
 import openai
 
 from nanoip2p.common.cli import one_line
-from nanoip2p.common.files import read_rows, regular, replacing, tidy
+from nanoip2p.common.files import regular, replacing, tidy
 from nanoip2p.common.schema import checked
 from nanoip2p.dataset import chat
 from nanoip2p.dataset.chat import DELIMITER
+from nanoip2p.dataset.pairs import read_prompts
 
 FEWEST = 10  # smallest number of examples that OpenAI accepts
 UPLOAD = 3600.0  # seconds for an upload; OpenAI accepts 512 MB
@@ -24,14 +25,13 @@ def prepare(human: Path, out: Path) -> int:
 
     Raises ValueError for a line that lacks one of the texts, and for fewer than FEWEST lines.
     """
-    chats = []
-    for number, row in read_rows(human, ".jsonl"):
-        values = (row.get("input", row.get("caption")), row.get("edit"), row.get("output"))
-        texts = [tidy(text) for text in values if isinstance(text, str) and text.strip()]
-        if len(texts) < 3:
-            raise ValueError(f"{human}, line {number} is not {{input, edit, output}}, three texts")
-        chats.append({"messages": [{"role": "user", "content": texts[0]},
-                                   {"role": "assistant", "content": DELIMITER.join(texts[1:])}]})
+    prompts, bad = read_prompts(human)
+    if bad:
+        raise ValueError(f"{human}, {bad[0]}; a line is {{input, edit, output}}, three texts")
+    chats = [{"messages": [
+        {"role": "user", "content": tidy(prompt.source)},
+        {"role": "assistant", "content": DELIMITER.join(map(tidy, (prompt.record["edit"], prompt.output)))},
+    ]} for prompt in prompts]
     if len(chats) < FEWEST:
         raise ValueError(f"{human} holds {len(chats)} triplets; fine-tuning needs {FEWEST} or more")
     with replacing(out) as temporary:

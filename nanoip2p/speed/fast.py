@@ -52,6 +52,8 @@ def repack(model: nn.Module, min_channels: int = 128) -> nn.Module:
                 setattr(parent, name, Packed(layer))
             elif kernel == (3, 3) and min(layer.in_channels, layer.out_channels) >= min_channels:
                 setattr(parent, name, Winograd(layer))
+            elif isinstance(layer, nn.GroupNorm):  # loses digits in channels_last (findings/groupnorm-*.sh)
+                layer.register_forward_pre_hook(lambda _, given: given[0].contiguous())
 
     def refuse(*_) -> None:
         raise RuntimeError("a fast network cannot load other weights; load them before speed.fast.speed_up")

@@ -3,11 +3,11 @@
 import argparse
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanoip2p.common.cli import at_least, finite, flag, pixels
+from nanoip2p.common.cli import at_least, between, flag, pixels
 from nanoip2p.common.schema import checked
 from nanoip2p.objective import DROP
 from nanoip2p.world.scenes import EDIT_KINDS
@@ -33,15 +33,6 @@ RESUME_MAY_CHANGE = {
 NOT_STORED = {"accumulate", "preset", "resume", "check", "out"}
 # A rendered pair takes 1 kB of memory. No machine has room for more pairs, samples or processes than these
 MOST_PAIRS, MOST_SAMPLES, MOST_WORKERS = 10**7, 2**16, 1000
-
-
-def between(low: float, high: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: a number from `low` to `high`."""
-    def number(text: str) -> float:
-        if not low <= finite(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
-        return finite(text)
-    return number
 
 
 @dataclass(frozen=True)
@@ -118,8 +109,6 @@ class TrainConfig:
         known = fields.keys() - NOT_STORED | {"out"}  # older runs stored `out`
         if unknown := {key: value for key, value in settings.items() if key not in known and value}:
             raise ValueError(f"the run was begun by another version of train.py, with {unknown}")
-        if "--" in settings.values():  # argparse would drop it
-            raise ValueError("a setting is '--'")
         for key in sorted(settings.keys() & known):
             value, name = settings[key], f"--{key.replace('_', '-')}"
             if isinstance(value, list) and "nargs" in fields[key].metadata:

@@ -5,7 +5,7 @@ a function of (seed, n). So sample n does not depend on the rank, the worker, th
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import torch
@@ -41,29 +41,23 @@ def draw(seed: int, number: int, shape: tuple[int, int, int], timesteps: int) ->
     }
 
 
-class Pictures:
-    """Loads pairs as pictures and token ids. Takes the place of cache.Cache in a run without --cache."""
-
-    def __init__(self, resolution: int, tokenizer: Tokenizer):
-        self.resolution, self.tokenizer = resolution, tokenizer
-
-    def get(self, pair: Pair, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Before and after (3, H, W) in [-1, 1], and token ids (77,). ValueError for a broken picture."""
-        before, after = (to_tensor(load_picture(picture, self.resolution, flip))
-                         for picture in (pair.before, pair.after))
-        return before, after, self.tokenizer([pair.edit])[0]
+def load_pair(resolution: int, tokenizer: Tokenizer, pair: Pair, flip: bool) -> tuple[Tensor, ...]:
+    """Before and after (3, H, W) in [-1, 1], and token ids (77,). ValueError for a broken picture."""
+    before, after = (to_tensor(load_picture(picture, resolution, flip))
+                     for picture in (pair.before, pair.after))
+    return before, after, tokenizer([pair.edit])[0]
 
 
 class Samples(Dataset):
     """samples[n] is a dict: the random numbers of sample n, and one pair of its item.
 
-    source: Pictures or Cache. flips: mirror half of the pairs. shape, timesteps: see `draw`. If a picture is
-    broken, the sample is {"error": reason}, or with skip_bad the sample of the next sound item.
+    get(pair, flip): `load_pair` or Cache.get. flips: mirror half of the pairs. shape, timesteps: see `draw`.
+    A sample of a broken picture is {"error": reason}, or with skip_bad the sample of the next sound item.
     """
 
-    def __init__(self, items: list[Item], source, seed: int, flips: bool, shape: tuple[int, int, int],
+    def __init__(self, items: list[Item], get: Callable, seed: int, flips: bool, shape: tuple[int, int, int],
                  timesteps: int, skip_bad: bool = False):
-        self.items, self.source, self.seed, self.flips = items, source, seed, flips
+        self.items, self.get, self.seed, self.flips = items, get, seed, flips
         self.shape, self.timesteps, self.skip_bad = shape, timesteps, skip_bad
 
     def __getitem__(self, number: int) -> dict:
@@ -74,7 +68,7 @@ class Samples(Dataset):
             item = self.items[places[(place + ahead) % count]]
             pair = item[int(float(drawn["which"]) * len(item))]
             try:
-                before, after, text = self.source.get(pair, self.flips and bool(drawn["flip"] < 0.5))
+                before, after, text = self.get(pair, self.flips and bool(drawn["flip"] < 0.5))
                 return drawn | {"before": before, "after": after, "text": text, "skipped": skipped,
                                 "name": f"{number} ('{pair.edit}' on {pair.before})"}
             except ValueError as error:

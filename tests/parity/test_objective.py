@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,10 +21,10 @@ from nanoip2p.dataset.layouts import Pair
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.objective import DROP, learning_rate, loss_weight, model_input, noise_losses
 from nanoip2p.training.samples import (
-    Pictures,
     Samples,
     collate,
     draw,
+    load_pair,
     order,
     sample_numbers,
     validation_batches,
@@ -50,7 +51,7 @@ def items_of(*sizes, bad=()):
 
 
 def samples_of(items, seed=0, flips=False, skip_bad=False):
-    return Samples(items, Names(), seed, flips, SHAPE, 1000, skip_bad)
+    return Samples(items, Names().get, seed, flips, SHAPE, 1000, skip_bad)
 
 
 def together(drawn):
@@ -212,12 +213,12 @@ def test_pictures_are_opened_as_the_network_wants_them(tmp_path):
         image = Image.new("RGB", (16, 8), (red, 0, 0))
         image.putpixel((4, 0), (0, 255, 0))                     # the corner, once the middle is cut out
         image.save(tmp_path / name)
-    source = Pictures(8, lambda texts: torch.tensor([[len(text) for text in texts]]))
+    get = partial(load_pair, 8, lambda texts: torch.tensor([[len(text) for text in texts]]))
     pair = Pair(tmp_path / "a.png", "four", tmp_path / "b.png")
-    before, after, text = source.get(pair, False)
+    before, after, text = get(pair, False)
     assert before.shape == after.shape == (3, 8, 8) and text.tolist() == [4]
     assert before[:, 7, 7].tolist() == [-1, -1, -1] and after[:, 7, 7].tolist() == [1, -1, -1]
-    for plain, mirrored in zip((before, after), source.get(pair, True)):
+    for plain, mirrored in zip((before, after), get(pair, True)):
         assert torch.equal(mirrored, plain.flip(-1)) and not torch.equal(mirrored, plain)
 
 
