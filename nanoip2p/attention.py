@@ -1,9 +1,10 @@
 """Attention: softmax(q k^T / sqrt(d)) v, where d is the width of one head. All networks use this file.
 
-`attention` uses torch's fused kernels. tests/helpers/comparing.py computes the same in separate operations.
+`attention` uses torch's fused kernels. `attention_reference` computes the same in separate operations.
 speed/kernels.py has a Triton kernel that can replace `attention` in the layers of a UNet.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,11 +18,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False,
     only to positions 0..i; needs Tq = Tk. map_from (N,) int32, used by Prompt-to-Prompt: row i of v
     (N, Tk, heads * d) is weighted by the map of row map_from[i] of q and k, so the result has N rows.
     """
-    check_shapes(q, k, v, heads, causal, map_from)
-    if map_from is not None:
-        q, k = (x.index_select(0, map_from) for x in (q, k))
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))     # (N, heads, T, d) each
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
+    q, k, v = _prepare(q, k, v, heads, causal, map_from)
+    return _merge(F.scaled_dot_product_attention(q, k, v, is_causal=causal))
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False,
+                        map_from: Tensor | None = None) -> Tensor:
+    """The same as `attention`, but slow: it stores the maps, B * heads * Tq * Tk numbers."""
+    q, k, v = _prepare(q, k, v, heads, causal, map_from)
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5               # (B, heads, Tq, Tk)
+    if causal:
+        future = torch.ones_like(scores, dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
+    return _merge(scores.softmax(dim=-1) @ v)
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool, map_from: Tensor | None) -> None:
@@ -31,3 +40,15 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool, map_
     assert v.shape[0] == (k.shape[0] if map_from is None else len(map_from)), shapes
     assert q.shape[2] % heads == 0, shapes
     assert not causal or q.shape[1] == k.shape[1], shapes
+
+
+def _prepare(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool, map_from: Tensor | None) -> list:
+    """Check q, k and v, apply map_from to q and k, and split the heads: (rows, heads, T, d) each."""
+    check_shapes(q, k, v, heads, causal, map_from)
+    if map_from is not None:
+        q, k = (x.index_select(0, map_from) for x in (q, k))
+    return [x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v)]
+
+
+def _merge(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)                                 # (B, T, heads * d)

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from nanoip2p.attention import check_shapes
-
 NORMS = (nn.GroupNorm, nn.LayerNorm)
 
 
@@ -43,16 +41,3 @@ def relative_error(ours: Tensor, reference: Tensor) -> float:
     ours, reference = ours.detach().double(), reference.detach().double()
     assert torch.isfinite(ours).all() and torch.isfinite(reference).all(), "not finite"
     return ((ours - reference).norm() / reference.norm()).item()
-
-
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False,
-                        map_from: Tensor | None = None) -> Tensor:
-    """The same as `attention`, but slow: it stores the maps, B * heads * Tq * Tk numbers."""
-    check_shapes(q, k, v, heads, causal, map_from)
-    if map_from is not None:
-        q, k = (x.index_select(0, map_from) for x in (q, k))
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))     # (N, heads, T, d) each
-    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5                           # (N, heads, Tq, Tk)
-    if causal:
-        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
-    return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)

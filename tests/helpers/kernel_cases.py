@@ -9,9 +9,10 @@ import random
 
 import pytest
 import torch
-from comparing import attention_reference, randomise, relative_error
+from comparing import randomise, relative_error
 from tiny_configs import tiny_unet
 
+from nanoip2p.attention import attention_reference
 from nanoip2p.speed import kernels
 from nanoip2p.speed.kernels import fused_attention
 from nanoip2p.unet import UNet

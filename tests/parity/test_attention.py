@@ -6,10 +6,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from comparing import attention_reference, relative_error
+from comparing import relative_error
 
 import nanoip2p.attention as module
-from nanoip2p.attention import attention
+from nanoip2p.attention import attention, attention_reference
 
 # batch, queries, keys, heads, head width: self-attention, SD 1.5's text, one head, one token, odd sizes
 SHAPES = [(2, 64, 64, 8, 40), (3, 35, 77, 4, 16), (1, 48, 48, 1, 32), (2, 1, 1, 2, 8), (2, 5, 3, 3, 7)]
