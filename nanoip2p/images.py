@@ -8,16 +8,15 @@ import os
 import re
 import textwrap
 import warnings
-from functools import lru_cache
-from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
+from nanoip2p.common.colours import scale_transparent_colour, to_rgb
 from nanoip2p.common.files import regular, replacing, tidy
 
 MAX_MEGAPIXELS = 100  # 300 MB as RGB; protects against decompression bombs
@@ -74,7 +73,7 @@ def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image
                 if image.width * image.height > MAX_MEGAPIXELS * 10**6:  # checked before decoding
                     raise ValueError(f"more than {MAX_MEGAPIXELS} megapixels; shrink it")
                 if image.format == "PNG" and "transparency" in image.info:
-                    _scale_transparent_colour(image, file)
+                    scale_transparent_colour(image, file)
                 rgb = to_rgb(image)
                 with contextlib.suppress(Exception):  # broken EXIF only describes the picture
                     rgb = rgb.transpose(TURNS[image.getexif()[0x0112]])
@@ -87,69 +86,6 @@ def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image
     except Exception as error:  # a damaged file can raise anything: SyntaxError, struct.error, ...
         reason = " ".join(str(error).split()).removeprefix(f"{path} ") or type(error).__name__
         raise ValueError(f"{path} cannot be used: {reason}") from None
-
-
-def _scale_transparent_colour(image: Image.Image, file: BinaryIO) -> None:
-    """The transparent colour of a PNG has the depth of the file; Pillow compares it with pixels of 8 bits."""
-    colour, (*place, raw) = image.info["transparency"], image.tile[0]
-    if image.mode == "L":
-        top = {"L;2": 3, "L;4": 15}.get(raw, 255)  # higher bits of the colour do not count
-        image.info["transparency"] = (colour & top) * 255 // top
-    elif raw == "RGB;16B":  # of each 16 bits, Pillow keeps the high byte, and here the low byte
-        high = np.asarray(image).astype(int)                                            # (H, W, 3)
-        with Image.open(file, formats=["PNG"]) as low:
-            low.tile = [(*place, "RGB;16L")]
-            same = (high * 256 + np.asarray(low) == colour).all(-1)
-        image.putalpha(Image.fromarray(np.where(same, 0, 255).astype(np.uint8)))
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode -> sRGB. ValueError for pixels without an agreed range (32 bits, floats)."""
-    info, colour, grey = image.info, image.info.get("transparency"), image.mode in ("1", "L", "LA", "La")
-    if image.mode == "F":
-        raise ValueError("the value range of floating-point pixels is unknown; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16-bit grey: PNG gives "I;16" or, in older Pillow, "I"
-        levels = np.asarray(image).astype(np.int32)
-        if levels.min() < 0 or levels.max() > 65535:
-            raise ValueError("the value range of 32-bit pixels is unknown; save it with 8 or 16 bits")
-        levels[levels == colour] = 65535
-        return _to_srgb(Image.fromarray(((levels + 128) // 257).astype(np.uint8)), True, info)
-    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or colour is not None:
-        image = image.convert("RGBA")
-        above, below = _to_srgb(image, grey, info), Image.new("RGBA", image.size, "white")
-        above.putalpha(image.getchannel("A"))
-        return Image.alpha_composite(below, above).convert("RGB")
-    return _to_srgb(image, grey, info)
-
-
-def _to_srgb(image: Image.Image, grey: bool, info: dict) -> Image.Image:
-    """A picture -> RGB without alpha. Applies a profile that fits its channels, else the gamma of a PNG."""
-    profile, gamma, cmyk = info.get("icc_profile"), info.get("gamma"), image.mode == "CMYK"
-    if isinstance(profile, bytes) and len(profile) < 2**23 and (found := _transform(profile)):
-        mode, transform = found
-        if {"CMYK": cmyk, "RGB": not cmyk, "L": grey}[mode]:
-            return transform.apply(image if cmyk else image.convert("RGB").convert(mode))
-    image = image.convert("RGB")  # a copy if it is RGB already
-    other = isinstance(gamma, float) and gamma > 0.01 and abs(gamma * 2.2 - 1) > 0.05  # 5% as in libpng
-    if other and not {"icc_profile", "srgb"} & info.keys():
-        light = np.linspace(0, 1, 256) ** (1 / gamma)
-        level = np.where(light < 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
-        image = image.point((level * 255).round().astype(int).tolist() * 3)
-    image.info = {}  # a second call must not apply it again
-    return image
-
-
-@lru_cache(maxsize=8)  # the pictures of a dataset share few profiles
-def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform] | None:
-    """(mode, transform from this mode to sRGB). None if that changes nothing, or the profile is broken."""
-    with contextlib.suppress(Exception):  # it only describes the picture. Some builds of Pillow lack ImageCms
-        source = ImageCms.ImageCmsProfile(BytesIO(profile))
-        mode = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.profile.xcolor_space]
-        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
-        colours = np.indices((9, 9, 9)).reshape(3, 27, 27).transpose(1, 2, 0) * 255 // 8
-        sample = Image.fromarray(colours.astype(np.uint8)).convert(mode)
-        change = np.asarray(transform.apply(sample)).astype(int) - np.asarray(sample.convert("RGB"))
-        return (mode, transform) if np.abs(change).max() > 2 else None  # sRGB itself, up to rounding
 
 
 def fit_size(width: int, height: int, resolution: int, multiple: int) -> tuple[int, int]:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nanoip2p.clip import TextEncoder
+from nanoip2p.common.colours import to_rgb
 from nanoip2p.common.device import pick_device
 from nanoip2p.diffusion import NoiseSchedule
-from nanoip2p.images import fit_size, open_image, to_pil, to_rgb
+from nanoip2p.images import fit_size, open_image, to_pil
 from nanoip2p.samplers import SAMPLERS, Denoise
 from nanoip2p.tokenizer import Tokenizer
 from nanoip2p.unet import UNet

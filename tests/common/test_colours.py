@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps, features
 
-from nanoip2p import images
+from nanoip2p.common.colours import _transform, to_rgb
 from nanoip2p.images import open_image
 
 WHITE = 255
@@ -93,7 +93,7 @@ def test_alpha_channels_of_every_depth(depth):
     palette.putpalette([0, 51, 255])
     palette = palette.convert("PA")
     palette.putalpha(51)
-    assert np.abs(np.asarray(images.to_rgb(palette))[0, 0] - [204.0, 214.2, 255]).max() <= 1
+    assert np.abs(np.asarray(to_rgb(palette))[0, 0] - [204.0, 214.2, 255]).max() <= 1
 
 
 def encoded(light):
@@ -203,7 +203,7 @@ def test_a_second_conversion_changes_nothing():
     for content in (colours, cmyk, saved(Image.fromarray(COLOURS), "PNG", icc_profile=adobe),
                     png([[0], [1]], 2, 0, (b"tRNS", b"\0\1"), (b"gAMA", struct.pack(">I", 100_000)))):
         once = open_image("a picture", io.BytesIO(content))
-        assert np.array_equal(images.to_rgb(once), once)
+        assert np.array_equal(to_rgb(once), once)
 
 
 def test_profiles_of_grey_pictures():
@@ -260,7 +260,7 @@ def test_a_profile_never_refuses_a_picture():
 
 
 def test_srgb_pictures_keep_their_bits_and_a_profile_is_read_once(monkeypatch):
-    images._transform.cache_clear()
+    _transform.cache_clear()
     built, build = [], ImageCms.buildTransform
     monkeypatch.setattr(ImageCms, "buildTransform", lambda *args: (built.append(args), build(*args))[1])
     for _ in range(3):
@@ -284,11 +284,11 @@ def test_a_pillow_without_profiles_reads_the_pixels(monkeypatch):
     def absent(*_):
         raise ImportError("the _imagingcms C module is not installed")
 
-    images._transform.cache_clear()
+    _transform.cache_clear()
     monkeypatch.setattr(ImageCms, "ImageCmsProfile", absent)
     content = saved(Image.fromarray(COLOURS), "PNG", icc_profile=rgb_profile("adobe rgb"))
     assert np.array_equal(opened(content), COLOURS)
-    images._transform.cache_clear()
+    _transform.cache_clear()
 
 
 # EXIF tags beside Orientation that cameras and programs write in other types than Pillow expects
