@@ -51,7 +51,8 @@ class TrainConfig:
     weights: str | None = flag("model to train: a folder, file or name on the Hub", group="data and output")
     vae: str | None = flag("use this autoencoder instead of the checkpoint's: a file or folder")
     tokenizer: str | None = flag("tokenizer of a single-file checkpoint: a folder or Hub name")
-    raw_weights: bool = flag("use the raw weights of a file that also holds averaged (EMA) weights", False)
+    raw_weights: bool | None = flag("use the raw weights where there are averaged (EMA) ones too, or never",
+                                    action=SWITCH)
     data: str | None = flag("pairs: a folder, a pairs.jsonl or parquet file; 'scenes' renders pairs")
     pairs: int = flag("number of pairs that --data scenes renders", 20_000, type=at_least(1, MOST_PAIRS))
     kind_weights: Sequence[float] = flag(f"frequencies of edits in --data scenes: {', '.join(EDIT_KINDS)}",
