@@ -92,21 +92,21 @@ def test_an_ema_that_is_no_average_is_left_out(whole, written, kind):
     assert kind == "NaN" or same(unet_of(path), averaged if fits else raw)
 
 
-@pytest.mark.parametrize("lr", [1e-5, 1e-4, 1e-3])
-@pytest.mark.parametrize("decay", [0.98, 0.999, 0.9999])
+@pytest.mark.parametrize("lr", [1e-4, 1e-3])
+@pytest.mark.parametrize("decay", [0.98, 0.9999])
 @pytest.mark.parametrize("warm", [True, False])
 def test_averages_of_trainings_are_accepted(lr, decay, warm):
     torch.manual_seed(0)
     layer = torch.nn.Linear(64, 64)
     optimizer, average = torch.optim.AdamW(layer.parameters(), lr), layer.weight.detach().clone()
-    for n in range(1, 401):
+    for n in range(1, 101):
         x = torch.randn(16, 64)
         (layer(x) - x.roll(1, 1) - torch.randn(16, 64)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         share = 1 - (min(decay, (1 + n) / (10 + n)) if warm else decay)
         average.lerp_(layer.weight.detach(), share)
-        if n in (1, 10, 100, 400) and (warm or lr * n <= 0.01):  # from scratch, the start is no average
+        if n in (1, 10, 100) and (warm or lr * n <= 0.01):  # from scratch, the start is no average
             assert is_average({"w": layer.weight.detach()}, {"w": average}), n
     assert not is_average({"w": layer.weight.detach()}, {"w": torch.zeros(64, 64)})
 
@@ -115,6 +115,7 @@ def test_small_weights_may_be_a_paper_s_lag_away():
     raw = {"w": noise(torch.zeros(64, 64), 0.02)}
     assert is_average(raw, {"w": raw["w"] + noise(torch.zeros(64, 65), 0.0065)[:, 1:]})
     assert not is_average(raw, {"w": raw["w"] + noise(torch.zeros(64, 65), 0.009)[:, 1:]})
+    assert not is_average({"w": 0.1 * raw["w"]}, {"w": torch.zeros(64, 64)})
 
 
 def test_a_file_with_ema_weights_only_and_one_with_a_part_of_them(whole, written):
@@ -126,6 +127,9 @@ def test_a_file_with_ema_weights_only_and_one_with_a_part_of_them(whole, written
     assert same(unet_of(only), unet_of(written(tensors | averaged, "both.safetensors"), raw_weights=False))
     with pytest.raises(ValueError, match="has EMA weights only; leave out --raw-weights"):
         open_checkpoint(only, raw_weights=True)
+    first = next(name for name in tensors if name.startswith(PREFIX))
+    torn = written({first: torch.zeros_like(tensors[first])} | others | averaged, "torn.safetensors")
+    assert same(unet_of(torn), unet_of(only))
     part = written(tensors | dict(list(averaged.items())[:-1]), "part.safetensors")
     assert "raw weights (the EMA copy is incomplete)" in open_checkpoint(part).description
     assert same(unet_of(part), unet_of(written(tensors, "raw.safetensors")))
