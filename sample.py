@@ -77,8 +77,7 @@ class Settings:
                         "weights/nano-ip2p", group="weights and device")
     vae: str | None = flag("use this autoencoder instead of the checkpoint's: a file or folder")
     tokenizer: str | None = flag("tokenizer of a single file of weights: a folder or a name on the Hub")
-    raw_weights: bool | None = flag("use the raw weights where there are averaged (EMA) ones too, or never",
-                                    action=argparse.BooleanOptionalAction)
+    raw_weights: bool | None = flag("use raw weights, not averaged ones", action=cli.SWITCH)
     device: str | None = flag("cuda, cuda:1, mps or cpu (default: the first available)")
     dtype: str = flag("half precision is faster on a GPU", "fp32", choices=sorted(DTYPES))
     batch: int = flag("maximum number of pictures, of one size, in a forward pass", 8, type=at_least(1))

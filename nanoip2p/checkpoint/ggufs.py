@@ -1,4 +1,4 @@
-"""Read the tensors of GGUF files, which stable-diffusion.cpp writes. Needs the optional package gguf."""
+"""Read the tensors of GGUF files, as stable-diffusion.cpp writes them. Needs the optional package gguf."""
 
 from pathlib import Path
 
@@ -24,8 +24,7 @@ def read_gguf(path: Path, prefix: str | None = "") -> dict[str, Tensor]:
         raise ValueError(f"{path} is a GGUF file; pip install gguf to read it") from None
 
     class Reader(gguf.GGUFReader):
-        """Stops at the end of the file; the library reads on, for as long as a broken header says."""
-
+        """Stops at the end of the file. The library would read on for as long as a broken header says."""
         reads = 0
 
         def _get(self, offset, dtype, count=1, override_order=None):

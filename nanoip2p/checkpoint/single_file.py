@@ -180,18 +180,18 @@ def find_networks(read: Read, path: Path, raw_weights: bool | None = None,
     refuse_families(tensors, SHAPES, path)
     if raw_weights and has["ema"] and not has["unet"]:
         raise ValueError(f"{path} has EMA weights only; leave out --raw-weights")
-    unet = models["unet"]
-    ema = has["ema"] and not raw_weights and (raw_weights is False or not has["unet"] or is_average(
-        from_original(unet, tensors), from_original(unet, tensors, ema=True)))
+    raw, averaged = (from_original(models["unet"], tensors, ema) for ema in (False, True))
+    ema = has["ema"] and not raw_weights and (
+        raw_weights is False or not has["unet"] or is_average(raw, averaged))
     why = "" if raw_weights else " (the EMA copy is no average of them; --no-raw-weights uses it)"
     which = ("EMA weights" if ema else f"raw weights{why}" if has["ema"] else
              "raw weights (the EMA copy is incomplete)" if names["ema"] & tensors.keys() else "no EMA copy")
-    edits = unet.config.in_channels > unet.config.out_channels
-    kind = "an InstructPix2Pix" if edits else "a Stable Diffusion 1.x"
+    unet = models["unet"].config
+    kind = "an InstructPix2Pix" if unet.in_channels > unet.out_channels else "a Stable Diffusion 1.x"
     more = f" and {len(strays) - 3} more" if len(strays) > 3 else ""
     ignored = f", ignoring {', '.join(map(shown, strays[:3]))}{more}" if strays else ""
-    description = (f"{kind} checkpoint in the original layout, {unet.config.in_channels} input channels, "
-                   f"{which}, {dtype_names(tensors.values())}{ignored}")
+    description = (f"{kind} checkpoint in the original layout, {unet.in_channels} input channels, {which}, "
+                   f"{dtype_names(tensors.values())}{ignored}")
 
     def read_part(part: str) -> dict[str, Tensor]:
         from_ema = ema and part == "unet"

@@ -58,10 +58,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def find_weights(folder: Path, raw: bool = False) -> dict[str, Tensor]:
-    """Read the weights in a network's folder, see hub.weight_files. Takes non_ema files if it has no others.
-
-    ValueError: see read_tensors.
-    """
+    """Read a network's folder: hub.weight_files, else its non_ema files. ValueError: see read_tensors."""
     names = [path.name for path in folder.glob("*")]
     files = weight_files(names, raw=raw) or weight_files(names, raw=True)
     if not files:
