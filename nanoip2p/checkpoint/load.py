@@ -87,17 +87,14 @@ def open_checkpoint(name: str | Path, vae: str | Path | None = None, tokenizer: 
 
 
 def _open_folder(folder: Path, raw_weights: bool | None, vae: StoredNetwork | None) -> tuple:
-    """Open a diffusers folder. Returns its description, networks, schedule and defaults.
-
-    A UNet not averaged is in a non_ema file, or in unet/ where training wrote an averaged one to unet_ema/.
-    """
+    """Open a diffusers folder. Returns its description, networks, schedule and defaults."""
     names, raw, averaged = [path.name for path in (folder / "unet").glob("*")], raw_weights is True, ""
     if (folder / "unet_ema").is_dir():
         averaged = "" if raw else "unet_ema"
     elif raw and weight_files(names) == weight_files(names, raw=True):
         raise ValueError(f"{folder} is a folder that holds one set of weights; leave out --raw-weights")
-    which = ", averaged weights of unet_ema/" if averaged else \
-        ", raw weights" if raw or weight_files(names, raw=True) and not weight_files(names) else ""
+    alone = not weight_files(names) and weight_files(names, raw=True)  # non_ema files
+    which = ", averaged weights of unet_ema/" if averaged else ", raw weights" if raw or alone else ""
     networks = {part: vae if vae and part == "vae" else
                 open_network(cls, folder / (averaged if averaged and part == "unet" else part), raw)
                 for part, cls in PARTS.items()}

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from nanoip2p.checkpoint.folder import StoredNetwork, build_without_memory
@@ -140,13 +141,15 @@ def is_average(raw: dict[str, Tensor], averaged: dict[str, Tensor]) -> bool:
     InstructPix2Pix. Runs of train.py had 0.5 to 0.8 of that, at most a twelfth of the weights' size. The EMA
     of a close relative passes, too. Reads the first 4096 numbers of some 40 matrices.
     """
-    names, distance, size, limit = [name for name in raw if raw[name].ndim > 1], 0.0, 0.0, 0.0
-    for name in names[:: max(1, len(names) // 40)]:
-        if raw[name].shape == averaged[name].shape:
-            a, b = (tensors[name].flatten()[:4096].float() for tensors in (averaged, raw))
-            distance, size = distance + (a - b).square().sum().item(), size + b.square().sum().item()
-            limit += 0.007**2 * len(b)
-    return distance <= max(limit, size / 16) and not distance >= size > 0
+    names = [name for name in raw if raw[name].ndim > 1 and raw[name].shape == averaged[name].shape
+             and not raw[name].is_meta and not averaged[name].is_meta]
+    if not names:
+        return False
+    some = [(tensors[name].flatten()[:4096].float() for tensors in (averaged, raw))
+            for name in names[:: max(1, len(names) // 40)]]
+    a, b = (torch.cat(numbers) for numbers in zip(*some))
+    distance, size = (a - b).square().mean().item(), b.square().mean().item()
+    return distance <= max(0.007**2, size / 16) and distance < size
 
 
 def find_networks(read: Read, path: Path, raw_weights: bool | None = None,

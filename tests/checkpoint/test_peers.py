@@ -118,6 +118,13 @@ def test_small_weights_may_be_a_paper_s_lag_away():
     assert not is_average({"w": 0.1 * raw["w"]}, {"w": torch.zeros(64, 64)})
 
 
+def test_an_ema_of_other_shapes_is_no_average(whole, written):
+    path = written(whole[0] | ema_of(whole[0], lambda w: torch.ones(3)))
+    assert "raw weights (the EMA copy is no average" in open_checkpoint(path).description
+    with pytest.raises(ValueError, match="does not fit"):
+        open_checkpoint(path, raw_weights=False).networks["unet"].load(None)
+
+
 def test_a_file_with_ema_weights_only_and_one_with_a_part_of_them(whole, written):
     tensors = whole[0]
     averaged = ema_of(tensors, lambda w: 1.1 * w)
@@ -303,6 +310,14 @@ def test_gguf_holds_the_three_networks(folder, whole, tmp_path, kind, said, bits
             wanted = network.read()[name]
             assert (tensor - wanted).abs().max() <= wanted.abs().max() * 2.0**-bits, name
     assert path.stat().st_size < 4.5 * 1.1 * sum(tensor.numel() for tensor in whole[0].values())
+
+
+def test_an_ema_in_gguf(folder, whole, tmp_path):
+    path = write_gguf(tmp_path / "x.gguf", whole[0] | ema_of(whole[0], lambda w: w), "Q8_0")
+    for flags, said in (({}, "EMA weights"), ({"raw_weights": True}, "raw weights")):
+        found, networks = open_gguf(path, folder, **flags)
+        assert said in found
+        networks["unet"].load(None)
 
 
 def test_quantised_numbers_are_those_of_the_library(whole, tmp_path):
