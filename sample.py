@@ -83,7 +83,7 @@ class Settings:
     tokenizer: str | None = flag("tokenizer of a single file of weights: a folder or a name on the Hub")
     embedding: list[str] | None = flag("a textual inversion, .pt or .safetensors; may be repeated",
                                        action="append")
-    raw_weights: bool = flag("use the raw weights of a file that also has EMA weights", False)
+    raw_weights: bool | None = flag("use raw weights, not averaged ones", action=cli.SWITCH)
     device: str | None = flag("cuda, cuda:1, mps or cpu (default: the first available)")
     dtype: str = flag("half precision is faster on a GPU", "fp32", choices=sorted(DTYPES))
     batch: int = flag("maximum number of pictures, of one size, in a forward pass", 8, type=at_least(1))
@@ -154,7 +154,8 @@ def as_flags(path: str, given: dict) -> list[str]:
         missing = [item for item in items if key == "input" and not os.path.isfile(item)]
         if missing:
             raise ValueError(f"{path} names the input {missing[0]}, which is no file here; {own}")
-        argv += [name] if value is True else [f"{name}={item}" for item in items]
+        switch = {True: [name], False: [name.replace("--", "--no-", 1)]}
+        argv += switch[value] if isinstance(value, bool) else [f"{name}={item}" for item in items]
     return argv
 
 

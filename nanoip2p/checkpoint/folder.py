@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nanoip2p.checkpoint.tensors import cast, check_tensors, find_weights, write_tensors
+from nanoip2p.checkpoint.tensors import FLOAT8, cast, check_tensors, find_weights, write_tensors
 from nanoip2p.clip import CLIP, TextEncoder
 from nanoip2p.common.files import read_json, write_json
 from nanoip2p.common.schema import checked, shown
@@ -31,9 +31,11 @@ class StoredNetwork:
     def load(self, dtype: torch.dtype | None) -> nn.Module:
         """Load the weights in eval mode on the CPU. dtype: None keeps the stored dtype, memory-mapped.
 
-        Raises ValueError if the names or shapes do not match the model, or a weight is not finite.
+        float8 becomes float16, which holds each of its numbers. Raises ValueError if the names or shapes do
+        not match the model, or a weight is not finite.
         """
-        tensors = self.read()
+        tensors = {name: tensor.half() if tensor.dtype in FLOAT8 else tensor
+                   for name, tensor in self.read().items()}
         check_tensors(tensors, self.model.state_dict(), self.path)
         weights = {name: cast(tensor, dtype or tensor.dtype, name) for name, tensor in tensors.items()}
         self.model.load_state_dict(weights, assign=True)
@@ -52,8 +54,8 @@ def build_without_memory(cls: type, config: dict, path: Path) -> nn.Module:
         raise ValueError(f"{path}: {error}") from None
 
 
-def open_network(cls: type, folder: str | Path) -> StoredNetwork:
-    """Read config.json and find the weights. Raises ValueError for a missing or unsuitable file."""
+def open_network(cls: type, folder: str | Path, raw: bool = False) -> StoredNetwork:
+    """Read config.json, and find the weights as find_weights does. ValueError for an unsuitable file."""
     folder, wanted = Path(folder), CLASS_NAMES[cls]
     config = read_json(folder / "config.json")
     architectures = checked(config.get("architectures") or [wanted], list[str], f"{folder}: architectures")
@@ -62,7 +64,7 @@ def open_network(cls: type, folder: str | Path) -> StoredNetwork:
         raise ValueError(f"{folder} holds a {shown(stored)}, not the {wanted} needed here")
     model = build_without_memory(cls, config, folder / "config.json")
     published_names = getattr(cls, "published_names", dict)
-    return StoredNetwork(model, lambda: published_names(find_weights(folder)), folder)
+    return StoredNetwork(model, lambda: published_names(find_weights(folder, raw)), folder)
 
 
 def load_network(cls: type, folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -7,6 +7,7 @@ offline mode. We import huggingface_hub late, because the import is slow and rea
 import itertools
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 CLIP = "openai/clip-vit-large-patch14"  # all SD 1.x models use its tokenizer
@@ -26,13 +27,14 @@ REASONS = {  # error of huggingface_hub -> end of the message "there is no file 
 }
 
 
-def fetch_weights(name: str) -> Path:
+def fetch_weights(name: str, raw: bool = False) -> Path:
     """Download the missing files of a diffusers model on the Hub; return its folder in the cache.
 
-    Without a connection, uses only the cache. Raises ValueError if the Hub has no such model, refuses access
-    or cannot be reached, or if the model has another layout.
+    raw: see weight_files. Without a connection, uses only the cache. Raises ValueError if the Hub has no such
+    model, refuses access or cannot be reached, or if the model has another layout.
     """
-    return _fetch(name, needed_files, "diffusers model (model_index.json; weights of all three networks)")
+    return _fetch(name, partial(needed_files, raw=raw),
+                  "diffusers model (model_index.json; weights of all three networks)")
 
 
 def fetch_clip(name: str) -> Path:
@@ -69,9 +71,9 @@ def find_tokenizer(checkpoint: Path, given: str | None) -> Path:
 
 # Each function below selects paths from the list of a repository's files; [] if a required file is missing.
 
-def needed_files(names: list[str]) -> list[str]:
-    """The files of a Stable Diffusion 1.x model in diffusers' layout."""
-    weights = [weight_files(names, network) for network in ("unet/", "vae/", "text_encoder/")]
+def needed_files(names: list[str], raw: bool = False) -> list[str]:
+    """The files of a Stable Diffusion 1.x model in diffusers' layout. raw: see weight_files."""
+    weights = [weight_files(names, network, raw) for network in ("unet/", "vae/", "text_encoder/")]
     if "model_index.json" not in names or not all(weights):
         return []
     return ["model_index.json", *(name for name in names if re.fullmatch(SMALL, name)), *sum(weights, [])]
@@ -93,10 +95,12 @@ def tokenizer_files(names: list[str]) -> list[str]:
     return []
 
 
-def weight_files(names: list[str], folder: str = "") -> list[str]:
+def weight_files(names: list[str], folder: str = "", raw: bool = False) -> list[str]:
     """The files of one copy of a network's weights. Prefers safetensors to .bin, full precision to fp16, and
-    one file to shards with their index."""
-    for kind, variant in itertools.product(("safetensors", "bin"), ("", r"\.fp16")):
+    one file to shards with their index. raw: prefers non_ema files, diffusers' name for weights that were not
+    averaged, to all others; else leaves them out."""
+    kinds, raws = ("safetensors", "bin"), [r"\.non_ema"] * raw
+    for kind, variant in (*itertools.product(kinds, raws), *itertools.product(kinds, ("", r"\.fp16"))):
         shards = rf"{STEM}({variant}-\d+-of-\d+|-\d+-of-\d+{variant})\.{kind}"
         for form in (rf"{STEM}{variant}\.{kind}", rf"{shards}|{STEM}\.{kind}\.index{variant}\.json"):
             if found := [name for name in names if re.fullmatch(f"{folder}({form})", name)]:

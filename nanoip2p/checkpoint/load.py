@@ -8,13 +8,14 @@ A diffusers folder:                                     An original single file 
 
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nanoip2p.checkpoint.folder import StoredNetwork, build_without_memory, open_network
-from nanoip2p.checkpoint.hub import fetch_weights, find_tokenizer
+from nanoip2p.checkpoint.hub import fetch_weights, find_tokenizer, weight_files
 from nanoip2p.checkpoint.marks import marked_schedule
 from nanoip2p.checkpoint.single_file import PARTS, find_networks, find_vae
 from nanoip2p.checkpoint.tensors import dtype_names, read_metadata, read_tensors
@@ -55,14 +56,15 @@ class Checkpoint:
 
 
 def open_checkpoint(name: str | Path, vae: str | Path | None = None, tokenizer: str | None = None,
-                    raw_weights: bool = False) -> Checkpoint:
-    """Open a diffusers folder, a single file (.safetensors, .ckpt), or a name on the Hub.
+                    raw_weights: bool | None = None) -> Checkpoint:
+    """Open a diffusers folder, a single file (.safetensors, .ckpt, .gguf), or a name on the Hub.
 
     vae: a file or folder with another autoencoder. tokenizer: a tokenizer's folder or name on the Hub.
-    raw_weights: use the raw weights of a file that also holds averaged (EMA) weights. Raises ValueError if
-    `name` is no Stable Diffusion 1.x checkpoint; the message says what it holds.
+    raw_weights: whether to use the raw weights of a checkpoint that also has averaged (EMA) ones; None: only
+    if these can be no average of them, see single_file.is_average. Raises ValueError if `name` is no Stable
+    Diffusion 1.x checkpoint; the message says what it holds.
     """
-    source = Path(name) if Path(name).exists() else fetch_weights(str(name))
+    source = Path(name) if Path(name).exists() else fetch_weights(str(name), raw_weights is True)
     own_vae = None if vae is None else _open_vae(Path(vae))
     open_layout = _open_folder if source.is_dir() else _open_single_file
     description, networks, schedule, defaults = open_layout(source, raw_weights, own_vae)
@@ -91,26 +93,32 @@ def open_checkpoint(name: str | Path, vae: str | Path | None = None, tokenizer: 
     return Checkpoint(source, description, networks, tokenizer, schedule, defaults)
 
 
-def _open_folder(folder: Path, raw_weights: bool, vae: StoredNetwork | None) -> tuple:
+def _open_folder(folder: Path, raw_weights: bool | None, vae: StoredNetwork | None) -> tuple:
     """Open a diffusers folder. Returns its description, networks, schedule and defaults."""
-    if raw_weights:
-        raise ValueError(f"{folder} is a folder, which holds one set of weights; leave out --raw-weights")
-    networks = {part: vae if vae and part == "vae" else open_network(cls, folder / part)
+    names, raw, averaged = [path.name for path in (folder / "unet").glob("*")], raw_weights is True, ""
+    if (folder / "unet_ema").is_dir():
+        averaged = "" if raw else "unet_ema"
+    elif raw and weight_files(names) == weight_files(names, raw=True):
+        raise ValueError(f"{folder} is a folder that holds one set of weights; leave out --raw-weights")
+    alone = not weight_files(names) and weight_files(names, raw=True)  # non_ema files
+    which = ", averaged weights of unet_ema/" if averaged else ", raw weights" if raw or alone else ""
+    networks = {part: vae if vae and part == "vae" else
+                open_network(cls, folder / (averaged if averaged and part == "unet" else part), raw)
                 for part, cls in PARTS.items()}
     dtypes = dtype_names(tensor for network in networks.values() for tensor in network.read().values())
     channels, path = networks["unet"].model.config.in_channels, folder / "defaults.json"
-    return (f"a diffusers folder, {channels} input channels, {dtypes}", networks,
+    return (f"a diffusers folder, {channels} input channels{which}, {dtypes}", networks,
             read_json(folder / "scheduler" / "scheduler_config.json"),
             with_defaults(read_json(path, missing={}), path))
 
 
-def _open_single_file(path: Path, raw_weights: bool, vae: StoredNetwork | None) -> tuple:
+def _open_single_file(path: Path, raw_weights: bool | None, vae: StoredNetwork | None) -> tuple:
     """Like _open_folder, for a single file. With `vae`, the file needs no autoencoder."""
     metadata = _own_metadata(path)
-    description, networks = find_networks(lambda: read_tensors(path), path, raw_weights, metadata)
+    description, networks = find_networks(partial(read_tensors, path), path, raw_weights, metadata, not vae)
     networks |= {"vae": vae} if vae else {}
     if "schedule" not in metadata:
-        metadata["schedule"] = marked_schedule(path, read_tensors(path), read_metadata(path)).to_json()
+        metadata["schedule"] = marked_schedule(path, read_tensors(path, None), read_metadata(path)).to_json()
     return description, networks, metadata["schedule"], metadata["defaults"]
 
 
@@ -129,7 +137,7 @@ def _open_vae(path: Path) -> StoredNetwork:
     """Open the autoencoder in its own folder, in a checkpoint folder, or in a single file."""
     if path.is_dir():
         return open_network(VAE, path / "vae" if (path / "vae").is_dir() else path)
-    return find_vae(lambda: read_tensors(path), path, _own_metadata(path).get("vae"))
+    return find_vae(partial(read_tensors, path), path, _own_metadata(path).get("vae"))
 
 
 def widen(checkpoint: Checkpoint) -> Checkpoint:

@@ -10,18 +10,21 @@ from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from nanoip2p.checkpoint.folder import StoredNetwork, build_without_memory
 from nanoip2p.checkpoint.tensors import dtype_names, refuse_names
 from nanoip2p.clip import CLIPTextConfig, TextEncoder
+from nanoip2p.common.schema import shown
 from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAE, VAEConfig
 
 PARTS = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}
 PREFIXES = {UNet: "model.diffusion_model.", VAE: "first_stage_model.",
             TextEncoder: "cond_stage_model.transformer."}
-Read = Callable[[], dict[str, Tensor]]  # reads the tensors of a file, memory-mapped
+CONV_IN = PREFIXES[UNet] + "input_blocks.0.0.weight"
+Read = Callable[..., dict[str, Tensor]]  # reads the tensors of a file, see tensors.read_tensors
 SD15 = {"unet": UNetConfig().to_json(), "vae": VAEConfig().to_json(),
         "text_encoder": CLIPTextConfig().to_json()}  # the configs of every original file
 # Our name -> original name. UNET_LAYERS: layers of the UNet's residual blocks. VAE_NAMES: parts of a name
@@ -37,13 +40,18 @@ IGNORED = re.compile(
     r"|posterior_\w+|logvar|lvlb_weights|scale_factor|model_ema\.(decay|num_updates)"
     r"|first_stage_model\.(loss|model_ema)\..+"
     r"|cond_stage_model\.(logit_scale|.+\.position_ids|.+projection.*)")
-# Model families that we do not read -> pattern of a "name (shape)" that only this family has
-FAMILIES = {
+# What we do not read -> pattern of a "name (shape)" that only this has. ADDITIONS: to a model; a complete
+# checkpoint can have leftovers of them. SHAPES: families that have all our names
+ADDITIONS = {
     "a LoRA": r"lora",
     "a ControlNet": r"^(control_model\.|controlnet_|input_hint_block\.)",
     "a textual inversion (name it with sample.py --embedding)": r"^(emb_params |string_to_param|<)",
-    "an inpainting model": r"^model\.diffusion_model\.input_blocks\.0\.0\.weight \(\d+, 9,",
-    "a Stable Diffusion 2.x checkpoint": r"^cond_stage_model\.model\.|\.attn2\.to_k\.weight \(\d+, 1024\)",
+}
+SHAPES = {
+    "an inpainting model": r"^model(\.|_ema\.)diffusion_model\.?input_blocks\.?0\.?0\.?weight \(\d+, 9,",
+    "a Stable Diffusion 2.x checkpoint": r"^cond_stage_model\.model\.|attn2\.?to_k\.?weight \(\d+, 1024\)",
+}
+FAMILIES = SHAPES | {
     "an SDXL checkpoint": r"^(conditioner\.|model\.diffusion_model\.label_emb\.)",
     "a Stable Diffusion 3 checkpoint": r"^(model\.diffusion_model\.)?joint_blocks\.",
     "a Flux checkpoint": r"^(model\.diffusion_model\.)?double_blocks\.",
@@ -51,6 +59,7 @@ FAMILIES = {
 FRAGMENTS = {  # files without a UNet in the original's names
     "one network of a diffusers folder (name the folder)": r"^(down_blocks|text_model|decoder\.conv_norm)",
     "an autoencoder alone (name it with --vae)": r"^(first_stage_model\.)?(encoder|decoder)\.",
+    "a UNet alone (a whole checkpoint has an autoencoder and a text encoder, too)": r"^input_blocks\.",
 }
 
 
@@ -122,36 +131,75 @@ def from_original(model: nn.Module, tensors: dict[str, Tensor], ema: bool = Fals
             for name, tensor in tensors.items() if name in names}
 
 
-def find_networks(read: Read, path: Path, raw_weights: bool = False,
-                  configs: dict[str, dict] | None = None) -> tuple[str, dict[str, StoredNetwork]]:
+def is_average(raw: dict[str, Tensor], averaged: dict[str, Tensor]) -> bool:
+    """Whether EMA weights (`averaged`, under our names) can be an average of the training that led to `raw`.
+
+    Mergers leave the EMA of one parent, or zeros, beside merged raw weights. The rule: nearer to the raw
+    weights than zeros are, and at most 0.007 (root mean square) or a quarter of the raw weights' size away.
+    Adam moves a number by about the learning rate r a step, mostly to and fro. Behind such a random walk, an
+    average of decay d lags by r / sqrt(2 (1 - d)): 0.007 for r = 1e-4 and d = 0.9999 of Stable Diffusion and
+    InstructPix2Pix. Runs of train.py had 0.5 to 0.8 of that, at most a twelfth of the weights' size. The EMA
+    of a close relative passes, too. Reads the first 4096 numbers of some 40 matrices.
+    """
+    names = [name for name in raw if raw[name].ndim > 1 and raw[name].shape == averaged[name].shape
+             and not raw[name].is_meta and not averaged[name].is_meta]
+    if not names:
+        return False
+    some = [(tensors[name].flatten()[:4096].float() for tensors in (averaged, raw))
+            for name in names[:: max(1, len(names) // 40)]]
+    a, b = (torch.cat(numbers) for numbers in zip(*some))
+    distance, size = (a - b).square().mean().item(), b.square().mean().item()
+    return distance <= max(0.007**2, size / 16) and distance < size
+
+
+def find_networks(read: Read, path: Path, raw_weights: bool | None = None,
+                  configs: dict[str, dict] | None = None,
+                  needs_vae: bool = True) -> tuple[str, dict[str, StoredNetwork]]:
     """Open a single file. Returns a description and the three networks (keys of PARTS).
 
-    configs: configs that replace Stable Diffusion 1.5's; `convert` stores them in its files. Uses the
-    averaged (EMA) weights if the file has them, unless `raw_weights`. Raises ValueError for a file of another
-    family and for unknown tensors.
+    raw_weights: see load.open_checkpoint. configs: configs that replace Stable Diffusion 1.5's; `convert`
+    stores them in its files. needs_vae: whether a file without autoencoder is incomplete. In a complete file,
+    unknown tensors beside the networks are ignored, and the description names them. Raises ValueError for a
+    file of another family, for other unknown tensors, and for `raw_weights` of a file with EMA weights only.
     """
-    tensors = normalised(read(), path)
-    if not any(name.startswith(PREFIXES[UNet]) for name in tensors):
-        refuse_families(tensors, FAMILIES | FRAGMENTS, path)
-        raise ValueError(f"{path} is no Stable Diffusion checkpoint; it holds {', '.join([*tensors][:3])} …")
-    refuse_families(tensors, FAMILIES, path)
-    first = tensors.get(PREFIXES[UNet] + "input_blocks.0.0.weight")
+    tensors = normalised(read(None), path)
+    first = tensors.get(CONV_IN, tensors.get(ema_name(CONV_IN)))
     channels = 8 if first is not None and first.shape[1:2] == (8,) else 4
     configs = SD15 | {"unet": SD15["unet"] | {"in_channels": channels}} | (configs or {})
     models = {part: build_without_memory(cls, configs[part], path) for part, cls in PARTS.items()}
-    known = {name for model in models.values() for name in original_names(model).values()}
-    known |= {ema_name(name) for name in known}
-    refuse_names(path, "has unknown", [name for name in tensors if name not in known])
-    has_ema = any(name.startswith("model_ema.") for name in tensors)
-    ema = has_ema and not raw_weights
+    names = {part: set(original_names(model).values()) for part, model in models.items()}
+    names["ema"] = {ema_name(name) for name in names["unet"]}
+    has = {part: names[part] <= tensors.keys() for part in names}
+    strays = [name for name in tensors if not any(name in known for known in names.values())]
+    inside = [name for name in strays if name.startswith((*PREFIXES.values(), "model_ema."))]
+    whole = (has["unet"] or has["ema"]) and (has["vae"] or not needs_vae) and has["text_encoder"]
+    if not whole or inside:
+        begun = any(name.startswith((PREFIXES[UNet], "model_ema.diffusion_model")) for name in tensors)
+        refuse_families(tensors, ADDITIONS | FAMILIES | ({} if begun else FRAGMENTS), path)
+        if not begun:
+            raise ValueError(f"{path} is no Stable Diffusion checkpoint; "
+                             f"it holds {', '.join([*tensors][:3])} …")
+        refuse_names(path, "has unknown", strays)
+    refuse_families(tensors, SHAPES, path)
+    if raw_weights and has["ema"] and not has["unet"]:
+        raise ValueError(f"{path} has EMA weights only; leave out --raw-weights")
+    raw, averaged = (from_original(models["unet"], tensors, ema) for ema in (False, True))
+    ema = has["ema"] and not raw_weights and (
+        raw_weights is False or not has["unet"] or is_average(raw, averaged))
+    why = "" if raw_weights else " (the EMA copy is no average of them; --no-raw-weights uses it)"
+    which = ("EMA weights" if ema else f"raw weights{why}" if has["ema"] else
+             "raw weights (the EMA copy is incomplete)" if names["ema"] & tensors.keys() else "no EMA copy")
     unet = models["unet"].config
     kind = "an InstructPix2Pix" if unet.in_channels > unet.out_channels else "a Stable Diffusion 1.x"
-    which = "EMA weights" if ema else "raw weights" if has_ema else "no EMA copy"
+    more = f" and {len(strays) - 3} more" if len(strays) > 3 else ""
+    ignored = f", ignoring {', '.join(map(shown, strays[:3]))}{more}" if strays else ""
     description = (f"{kind} checkpoint in the original layout, {unet.in_channels} input channels, {which}, "
-                   f"{dtype_names(tensors.values())}")
+                   f"{dtype_names(tensors.values())}{ignored}")
 
     def read_part(part: str) -> dict[str, Tensor]:
-        return from_original(models[part], normalised(read(), path), ema and part == "unet")
+        from_ema = ema and part == "unet"
+        prefix = "model_ema." if from_ema else PREFIXES[PARTS[part]]
+        return from_original(models[part], normalised(read(prefix), path), from_ema)
 
     return description, {part: StoredNetwork(model, partial(read_part, part), path)
                          for part, model in models.items()}
@@ -162,13 +210,15 @@ def find_vae(read: Read, path: Path, config: dict | None = None) -> StoredNetwor
 
     config: its config; default: Stable Diffusion 1.5's. ValueError: see find_networks.
     """
-    refuse_families(normalised(read(), path), FAMILIES, path)
     model, prefix = build_without_memory(VAE, config or SD15["vae"], path), PREFIXES[VAE]
+    found = normalised(read(None), path)
+    complete = set(original_names(model).values()) <= found.keys()
+    refuse_families(found, FAMILIES if complete else ADDITIONS | FAMILIES, path)
     names = {prefix + name: name for name in model.state_dict()}  # diffusers' spelling
     names |= {original: name for name, original in original_names(model).items()}
 
     def read_vae() -> dict[str, Tensor]:
-        tensors = normalised(read(), path)
+        tensors = normalised(read(prefix if complete else ""), path)
         inside = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         alone = {prefix + name: tensor for name, tensor in tensors.items()}
         return {names.get(name, name): tensor.flatten(1) if is_projection(name) else tensor

@@ -14,27 +14,33 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nanoip2p.checkpoint.ggufs import UNPACKED, read_gguf
 from nanoip2p.checkpoint.hub import weight_files
 from nanoip2p.checkpoint.pickles import read_pickle
 from nanoip2p.common.files import listing, read_json, regular, replacing
 from nanoip2p.common.schema import checked
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FLOAT8 = {torch.float8_e4m3fn: "fp8 (E4M3, read as fp16)", torch.float8_e5m2: "fp8 (E5M2, read as fp16)"}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | FLOAT8 | {
+    torch.float64: "fp64", UNPACKED: "Q8_0 (read as fp32)"}
 SAFETENSORS_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a .safetensors file or a pickle (see pickles.py): name -> tensor, memory-mapped.
+def read_tensors(path: Path, prefix: str | None = "") -> dict[str, Tensor]:
+    """Read a .safetensors file, a pickle (see pickles.py) or a GGUF file: name -> tensor, memory-mapped.
 
-    Raises ValueError if the file is missing, truncated or of another format.
+    prefix: see ggufs.read_gguf. Raises ValueError if the file is missing, truncated or of another format.
     """
     if not regular(path).is_file():
         raise ValueError(f"{path} is missing; {listing(path.parent)}")
     with path.open("rb") as file:
-        pickled = file.read(4).startswith((b"PK\3\4", b"\x80"))
-    if pickled and path.suffix.lower() != ".safetensors":
+        magic = file.read(4)
+    if magic == b"GGUF":
+        return read_gguf(path, prefix)
+    if magic.startswith((b"PK\3\4", b"\x80")) and path.suffix.lower() != ".safetensors":
         return read_pickle(path)
     try:
         return load_file(path)
@@ -51,9 +57,10 @@ def read_metadata(path: Path) -> dict[str, str]:
         return {}
 
 
-def find_weights(folder: Path) -> dict[str, Tensor]:
-    """Read the weights in a network's folder, see hub.weight_files. ValueError: see read_tensors."""
-    files = weight_files([path.name for path in folder.glob("*")])
+def find_weights(folder: Path, raw: bool = False) -> dict[str, Tensor]:
+    """Read a network's folder: hub.weight_files, else its non_ema files. ValueError: see read_tensors."""
+    names = [path.name for path in folder.glob("*")]
+    files = weight_files(names, raw=raw) or weight_files(names, raw=True)
     if not files:
         raise ValueError("diffusion_pytorch_model.safetensors or model.safetensors is missing; "
                          f"{listing(folder)}")
@@ -87,7 +94,7 @@ def refuse_names(path: Path, problem: str, names: list[str]) -> None:
 def dtype_names(tensors: Iterable[Tensor]) -> str:
     """The dtypes of these tensors: "fp16", or "fp32 and fp16"."""
     found = {tensor.dtype for tensor in tensors}
-    return " and ".join(name for name, dtype in DTYPES.items() if dtype in found)
+    return " and ".join(name for dtype, name in DTYPE_NAMES.items() if dtype in found)
 
 
 def _is_finite(tensor: Tensor) -> bool:

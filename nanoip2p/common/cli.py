@@ -14,6 +14,7 @@ from pathlib import Path
 from nanoip2p import __version__
 
 LETTERS = 500  # of a message
+SWITCH = argparse.BooleanOptionalAction  # --no-recompute overrides a preset with recompute
 
 
 @contextmanager
@@ -146,5 +147,5 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add --vae, --tokenizer and --raw-weights of `open_checkpoint`. sample.py and train.py add their own."""
     parser.add_argument("--vae", help="use this autoencoder instead of the checkpoint's: a file or folder")
     parser.add_argument("--tokenizer", help="tokenizer of a single-file checkpoint: a folder or Hub name")
-    parser.add_argument("--raw-weights", action="store_true", default=None,
-                        help="use the raw weights of a file that also holds averaged (EMA) weights")
+    parser.add_argument("--raw-weights", action=SWITCH,
+                        help="use raw weights, not averaged (EMA) ones; default: only if these do not fit")

@@ -38,7 +38,9 @@ FIXED = {
     },
 }
 IGNORED = {
-    "unet": {"sample_size", "addition_embed_type_num_heads"},
+    # The second line: what the EMAModel of diffusers writes about its averaging
+    "unet": set("sample_size addition_embed_type_num_heads "
+                "decay inv_gamma min_decay optimization_step power update_after_step use_ema_warmup".split()),
     "vae": {"sample_size", "force_upcast"},  # diffusers' hints for tiling and for half precision
     # Initialisation, token ids, and the generation settings that transformers wrote before 2023
     "clip": set(

@@ -1,20 +1,18 @@
 """The settings of a training run: the flags of train.py with their defaults, help texts and ranges."""
 
-import argparse
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanoip2p.common.cli import at_least, between, flag, pixels
+from nanoip2p.common.cli import SWITCH, at_least, between, flag, pixels
 from nanoip2p.common.schema import checked
 from nanoip2p.objective import DROP
 from nanoip2p.world.scenes import EDIT_KINDS
 
 PAPER_BATCH = 1024  # samples per optimizer step
 PAPER_VISITS = 10_000 * PAPER_BATCH / (0.9 * 313_010)  # steps x batch / training prompts: 36 epochs
-SWITCH = argparse.BooleanOptionalAction  # --no-recompute overrides a preset with recompute
 # Batch sizes that fit on a GPU (except nano). Gradient accumulation raises them to 1024 samples per step
 PRESETS = {
     "paper": {"batch_size": 32, "clip": 0.0},  # 8 GPUs with batch size 32 each
@@ -42,7 +40,7 @@ class TrainConfig:
     weights: str | None = flag("model to train: a folder, file or name on the Hub", group="data and output")
     vae: str | None = flag("use this autoencoder instead of the checkpoint's: a file or folder")
     tokenizer: str | None = flag("tokenizer of a single-file checkpoint: a folder or Hub name")
-    raw_weights: bool = flag("use the raw weights of a file that also holds averaged (EMA) weights", False)
+    raw_weights: bool | None = flag("use raw weights, not averaged (EMA) ones", action=SWITCH)
     data: str | None = flag("pairs: a folder, a pairs.jsonl or parquet file; 'scenes' renders pairs")
     pairs: int = flag("number of pairs that --data scenes renders", 20_000, type=at_least(1, MOST_PAIRS))
     kind_weights: Sequence[float] = flag(f"frequencies of edits in --data scenes: {', '.join(EDIT_KINDS)}",

@@ -64,12 +64,12 @@ def named(config, tensors, ema=False):
 def open_networks(tensors, raw_weights=False, configs=()):
     """What a file of these tensors holds: in words, configs and tensors."""
     configs = {part: config.to_json() for part, config in zip(PARTS, configs)}
-    found, networks = find_networks(lambda: tensors, Path("x"), raw_weights, configs)
+    found, networks = find_networks(lambda *_: tensors, Path("x"), raw_weights, configs)
     return found, {part: (network.model.config, network.read()) for part, network in networks.items()}
 
 
 def open_vae(tensors):
-    network = find_vae(lambda: tensors, Path("x"), SMALL[1].to_json())
+    network = find_vae(lambda *_: tensors, Path("x"), SMALL[1].to_json())
     return network.model.config, network.read()
 
 
@@ -132,7 +132,7 @@ def test_a_file_without_configs_is_stable_diffusion_15_or_its_editor(channels, k
     (SMALL[0], "has unknown"), (UNetConfig(cross_attention_dim=512), "does not fit its configuration:")])
 def test_a_file_of_other_shapes_without_configs_is_one_line(unet, message):
     with pytest.raises(ValueError, match=f"^x {message} ") as caught:
-        find_networks(lambda: single(unet, *SMALL[1:]), Path("x"))[1]["unet"].load(None)
+        find_networks(lambda *_: single(unet, *SMALL[1:]), Path("x"))[1]["unet"].load(None)
     assert "\n" not in str(caught.value)
 
 
@@ -141,7 +141,7 @@ def test_a_first_weight_that_is_missing_or_misshapen_is_one_line(first):
     name = "model.diffusion_model.input_blocks.0.0.weight"
     tensors = {key: tensor for key, tensor in (single(*SMALL) | {name: first}).items() if tensor is not None}
     configs = {part: config.to_json() for part, config in zip(PARTS, SMALL)}
-    networks = find_networks(lambda: tensors, Path("x"), configs=configs)[1]
+    networks = find_networks(lambda *_: tensors, Path("x"), configs=configs)[1]
     with pytest.raises(ValueError, match="^x (lacks|does not fit .*:) conv_in.weight") as caught:
         networks["unet"].load(None)
     assert "\n" not in str(caught.value)
@@ -207,9 +207,9 @@ def test_what_is_no_autoencoder_of_ours_is_refused(extra, message):
     bare = {name.removeprefix("first_stage_model."): tensor for name, tensor in single(SMALL[1]).items()}
     config = SMALL[1].to_json()
     with pytest.raises(ValueError, match=message):
-        find_vae(lambda: bare | extra, Path("x"), config).load(None)
+        find_vae(lambda *_: bare | extra, Path("x"), config).load(None)
     with pytest.raises(ValueError, match="x lacks encoder.conv_in.weight"):
-        find_vae(lambda: {"fc1.weight": torch.zeros(2)}, Path("x"), config).load(None)
+        find_vae(lambda *_: {"fc1.weight": torch.zeros(2)}, Path("x"), config).load(None)
 
 
 def test_a_wide_kernel_is_no_matrix():
@@ -276,7 +276,7 @@ OTHERS = {
 @pytest.mark.parametrize("family", OTHERS)
 def test_other_families_are_said_by_name(family):
     with pytest.raises(ValueError, match=family) as caught:
-        find_networks(lambda: OTHERS[family], Path("file.safetensors"))
+        find_networks(lambda *_: OTHERS[family], Path("file.safetensors"))
     assert "\n" not in str(caught.value) and str(caught.value).startswith("file.safetensors")
 
 

@@ -87,7 +87,7 @@ def test_the_recipe_names_everything(run, weights):
         "cfg_text": DEFAULTS["cfg_text"], "cfg_image": 1.7, "sampler": "ddim", "negative": "blurry",
         "resolution": DEFAULTS["resolution"], "weights": str(weights), "dtype": "fp32",
         "keep_size": False, "grid": False, "sweep": False, "low_memory": False,
-        "raw_weights": False, "raw_text": False, "embedding": None,
+        "raw_weights": None, "raw_text": False, "embedding": None,
         "vae": None, "tokenizer": None,
         "version": nanoip2p.__version__, "torch": torch.__version__,
     }

@@ -1,0 +1,55 @@
+"""Read the tensors of GGUF files, as stable-diffusion.cpp writes them. Needs the optional package gguf."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# A network of Stable Diffusion 1.x needs 10,000 reads. A longer header would fill the memory
+MOST_READS = 100_000
+UNPACKED = torch.int8  # dtype of a Q8_0 tensor without values
+
+
+def read_gguf(path: Path, prefix: str | None = "") -> dict[str, Tensor]:
+    """Read a GGUF file: name -> tensor under the names of the file, which are the original's.
+
+    F32, F16 and BF16 are memory-mapped. Q8_0 (blocks of 32 whole numbers with one factor) becomes float32
+    if `prefix` is in the name; else the tensor is on the meta device, which takes no memory. Raises
+    ValueError for a broken file, for another quantisation, and without the package gguf.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise ValueError(f"{path} is a GGUF file; pip install gguf to read it") from None
+
+    class Reader(gguf.GGUFReader):
+        """Stops at the end of the file. The library would read on for as long as a broken header says."""
+        reads = 0
+
+        def _get(self, offset, dtype, count=1, override_order=None):
+            self.reads += 1
+            if offset + int(count) * np.dtype(dtype).itemsize > len(self.data) or self.reads > MOST_READS:
+                raise ValueError("its header is too long, or it ends too early")
+            return super()._get(offset, dtype, count, override_order)
+
+    try:
+        reader = Reader(path, "c")  # memory-mapped; what is changed in memory stays there
+        if sum(tensor.n_bytes for tensor in reader.tensors) > path.stat().st_size or reader.byte_order != "I":
+            raise ValueError("tensors overlap, or the byte order is another")
+    except Exception as error:  # the library raises many kinds for a broken file
+        raise ValueError(f"{path} is damaged or no GGUF file ({error}); fetch it again") from None
+    kinds = {tensor.tensor_type.name for tensor in reader.tensors}
+    if unknown := kinds - {"F32", "F16", "BF16", "Q8_0"}:
+        raise ValueError(f"{path} is of {', '.join(sorted(unknown))}; nanoip2p reads F32, F16, BF16, Q8_0; "
+                         "take a file of one of these")
+
+    def read(tensor) -> Tensor:
+        shape, kind = tensor.shape.tolist()[::-1], tensor.tensor_type.name
+        if kind == "Q8_0" and (prefix is None or prefix not in tensor.name):
+            return torch.empty(shape, dtype=UNPACKED, device="meta")
+        data = gguf.dequantize(tensor.data, tensor.tensor_type) if kind == "Q8_0" else tensor.data
+        numbers = torch.from_numpy(data)
+        return (numbers.view(torch.bfloat16) if kind == "BF16" else numbers).reshape(shape)
+
+    return {tensor.name: read(tensor) for tensor in reader.tensors}
