@@ -28,7 +28,7 @@ from nanoip2p.checkpoint.save import convert
 from nanoip2p.checkpoint.tensors import find_weights
 from nanoip2p.clip_filter import SIMILARITIES, Judge
 from nanoip2p.common.files import append, regular
-from nanoip2p.dataset import captions, chat, finetune, layouts, pairs, show
+from nanoip2p.dataset import captions, chat, finetune, pairs, show, tables
 from nanoip2p.dataset.layouts import broken_pictures, load_picture, read_data
 from nanoip2p.evaluate import curve, magicbrush
 from nanoip2p.images import find_images, open_image, read_recipe, save_png
@@ -251,7 +251,7 @@ def write_original(folder: Path) -> None:
 
 def read_layout(folder: Path) -> None:
     """What train.py --check and training do with a folder of pairs."""
-    layouts._column.cache_clear()  # each input has the same path
+    tables._column.cache_clear()  # each input has the same path
     broken_pictures(folder, 16)
     for item in read_data(folder):
         for pair in item:
