@@ -29,7 +29,7 @@ with cli.slow_imports():
     from nanoip2p.checkpoint.hub import is_cached
     from nanoip2p.checkpoint.load import load_model, open_checkpoint, widen
     from nanoip2p.common.device import pick_dtype
-    from nanoip2p.dataset.layouts import Item, Picture, broken_pictures, pairs_in, read_data, told, without
+    from nanoip2p.dataset.layouts import Item, Picture, broken_pictures, read_data, told, without
     from nanoip2p.dataset.rendered import captioned_scenes, scene_pairs
     from nanoip2p.images import save_png
     from nanoip2p.pipeline import Model
@@ -128,7 +128,7 @@ def print_plan(config: TrainConfig, items: list[Item], validation: list[Item], r
     samples, held_out = config.steps * batch, 0 if validation[0] in items else len(validation)
     data = cli.one_line(config.data)
     print(f"weights   {cli.one_line(description)}\n"
-          f"data      {data}: {len(items)} items to train on, {pairs_in(items)} pairs; held out "
+          f"data      {data}: {len(items)} items to train on, {sum(map(len, items))} pairs; held out "
           f"for validation: {held_out}\n"
           f"batch     {config.batch_size} x {config.accumulate} accumulated x {ranks} devices = {batch}, "
           f"computed in {config.dtype}\n"

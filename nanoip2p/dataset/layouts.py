@@ -15,7 +15,7 @@ users download, stay in their folder.
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,17 +25,8 @@ from tqdm import tqdm
 
 from nanoip2p.common.files import inside, listing, read_json
 from nanoip2p.common.schema import checked
-from nanoip2p.dataset.tables import (
-    CAPTIONS,
-    COLUMNS,
-    Cell,
-    Member,
-    Names,
-    beside,
-    chosen,
-    content,
-    table_rows,
-)
+from nanoip2p.dataset import tables
+from nanoip2p.dataset.tables import COLUMNS, Cell, Member, Names
 from nanoip2p.images import fit, open_image
 from nanoip2p.world.scenes import Scene
 
@@ -94,13 +85,8 @@ def _survey(source: str | Path, split: str, skip_bad: bool,
     items = [row for row in rows if row and not isinstance(row, ValueError)]
     missing = [p for p in _pictures(items) if isinstance(p, Path) and not p.is_file()]
     sound = without(items, set(missing))
-    counts = {UNREADABLE: len(bad), LACKING: pairs_in(items) - pairs_in(sound)}
+    counts = {UNREADABLE: len(bad), LACKING: sum(map(len, items)) - sum(map(len, sound))}
     return sound, counts, bad + [f"there is no picture {picture}" for picture in missing]
-
-
-def pairs_in(items: Iterable[Item]) -> int:
-    """The number of pairs."""
-    return sum(map(len, items))
 
 
 def _pictures(items: list[Item]) -> dict[Picture, None]:
@@ -202,7 +188,7 @@ def _magicbrush(path: Path, _) -> Iterator[Callable[[], Item]]:
 
 
 def _table(path: Path, columns: Names | None) -> Iterator[Callable[[], Item]]:
-    return (partial(_from_row, row, path, columns) for row in table_rows(path, columns))
+    return (partial(_from_row, row, path, columns) for row in tables.table_rows(path, columns))
 
 
 def _from_row(row: tuple[str, dict] | ValueError, path: Path, columns: Names | None) -> Item:
@@ -210,7 +196,7 @@ def _from_row(row: tuple[str, dict] | ValueError, path: Path, columns: Names | N
     if isinstance(row, ValueError):
         raise row
     where, row = row
-    names = chosen(tuple(row), columns) or columns or COLUMNS[-1]
+    names = tables.chosen(tuple(row), columns) or columns or COLUMNS[-1]
     anywhere = path.suffix == ".jsonl" and path.stem != "metadata" and names == COLUMNS[-1]
     pictures, edit = [], names[1]
     for name in names[::2]:
@@ -220,10 +206,10 @@ def _from_row(row: tuple[str, dict] | ValueError, path: Path, columns: Names | N
         if path.suffix.lower() == ".tar":
             raise ValueError(f'{where}: no picture "{name}"; it has {", ".join(row)}')
         picture, = _texts(row, (name,), where)
-        pictures.append(path.parent / picture if anywhere else beside(path, picture))
+        pictures.append(path.parent / picture if anywhere else tables.beside(path, picture))
     several = isinstance(row.get(edit), list) and row[edit]
     edits = checked(row[edit], list[str], f"{where}: {edit}") if several else _texts(row, (edit,), where)
-    captions = next(filter(None, (_captions(row, keys, where) for keys in CAPTIONS)), None)
+    captions = next(filter(None, (_captions(row, keys, where) for keys in tables.CAPTIONS)), None)
     pairs = [Pair(pictures[0], text, pictures[1], captions) for text in edits]
     if isinstance(row.get(f"inverse_{edit}"), str):  # of HQ-Edit
         inverse, = _texts(row, (f"inverse_{edit}",), where)
@@ -239,7 +225,7 @@ def load_picture(picture: Picture, resolution: int, flip: bool = False) -> Image
     if isinstance(picture, Scene):
         image = picture.render(resolution)
     else:
-        found = content(picture) if isinstance(picture, Cell | Member) else picture
+        found = tables.content(picture) if isinstance(picture, Cell | Member) else picture
         image = open_image(found) if isinstance(found, Path) else open_image(picture, found)
         image = fit(image, (resolution, resolution))
     return ImageOps.mirror(image) if flip else image
@@ -275,6 +261,6 @@ def broken_pictures(source: str | Path, resolution: int, columns: Names | None =
             load_picture(picture, resolution)
         except ValueError as error:
             broken[picture] = str(error)
-    pairs = pairs_in(without(items, broken.keys()))
-    counts["pairs with a broken picture"] = pairs_in(items) - pairs
+    pairs = sum(map(len, without(items, broken.keys())))
+    counts["pairs with a broken picture"] = sum(map(len, items)) - pairs
     return len(pictures), pairs, counts, problems + [*broken.values()], {*broken}
