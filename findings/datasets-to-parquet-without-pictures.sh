@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # datasets: Dataset.to_parquet of an image folder writes a parquet file without the pictures.
 #
-# Expected: a parquet file with the bytes of the pictures, as Dataset.push_to_hub writes it; or a warning.
-# Seen with datasets 5.2.0: the column is struct<bytes, path> in both cases, but `bytes` is null in each row, and
+# Expected: a parquet file with the bytes of the pictures, or a warning.
+# Seen with datasets 5.2.0: the column is struct<bytes, path>, as with bytes, but `bytes` is null in each row, and
 # `path` is the absolute path of the picture on this machine. Nothing is said. The file reads well until the
 # folder is moved, or the file is copied elsewhere; then the first access raises FileNotFoundError. A relative path
 # in such a column is looked for in the working folder, not beside the parquet file.

@@ -143,7 +143,7 @@ def _tar_rows(path: Path) -> Iterator[tuple[str, dict] | ValueError]:
                 parts.append((match[2].lower(), content))
             if parts:
                 yield _unpacked(path, last, parts)
-    except (OSError, tarfile.TarError) as error:
+    except (OSError, tarfile.TarError, ArithmeticError, LookupError) as error:
         raise ValueError(f"{path} cannot be read as .tar: {error}; unpack .gz first") from None
 
 

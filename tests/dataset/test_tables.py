@@ -1,6 +1,8 @@
 """Tables as other programs write them: names of columns, image folders, .tar files, and what is left out."""
 
+import contextlib
 import csv
+import gzip
 import io
 import json
 import tarfile
@@ -211,9 +213,17 @@ def test_a_bad_tar_is_named(tmp_path, monkeypatch):
     whole = path.read_bytes()
     path.write_bytes(whole[:3000])
     assert "x.tar cannot be read as .tar" in complaint(path)
-    import gzip
     path.write_bytes(gzip.compress(whole))
     assert "unpack .gz first" in complaint(path)
+    path.write_bytes(whole)
+    for size in (-512, -1, 2**70):
+        about = tarfile.TarInfo("a.input.png")
+        about.size = size
+        for kind in (tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
+            about.type = kind
+            path.write_bytes(about.tobuf(tarfile.GNU_FORMAT) + whole)
+            with contextlib.suppress(ValueError):
+                assert len(read_data(path)) == 9
     path.write_bytes(whole)
     monkeypatch.setattr(tables, "MOST_ROWS", 5)
     assert "more than 5 members" in complaint(path)

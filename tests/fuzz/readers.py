@@ -5,6 +5,7 @@ COVERS says which functions of nanoip2p the readers reach; test_fuzz.py finds fu
 """
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -291,6 +292,20 @@ def write_parquet(folder: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table(table), folder / "train.parquet")
 
 
+def write_tar(folder: Path) -> None:
+    """Two rows of webdataset, and an image folder's list."""
+    import tarfile
+    write_picture(folder / "a.png")
+    with tarfile.open(folder / "train.tar", "w") as file:
+        for name, content in (("1.input.png", None), ("1.output.png", None), ("1.edit.txt", b"x"),
+                              ("2.input.png", None), ("2.output.png", None), ("2.json", b'{"edit": "y"}')):
+            about = tarfile.TarInfo(name)
+            content = content or (folder / "a.png").read_bytes()
+            about.size, about.mtime = len(content), 1.5
+            file.addfile(about, io.BytesIO(content))
+    (folder / "a.png").unlink()
+
+
 def write_magicbrush(folder: Path) -> None:
     """One session of two turns."""
     for name in ("242-input.png", "242-output1.png", "242-output2.png"):
@@ -407,6 +422,7 @@ READERS = {
     "texts": (write_texts, read_texts), "answer": (write_answer, read_answer),
     "verdict": (write_verdict, read_verdict),
     "original layout": (write_original, read_original), "pairs.jsonl": (write_jsonl, read_layout),
-    "parquet": (write_parquet, read_layout), "magicbrush": (write_magicbrush, read_magicbrush),
+    "parquet": (write_parquet, read_layout), "tar": (write_tar, read_layout),
+    "magicbrush": (write_magicbrush, read_magicbrush),
     "run": (write_run, read_run), "cache": (write_cache, read_cache), "curve": (write_curve, read_curve),
     "ablate": (write_scores, read_scores)}
