@@ -188,28 +188,31 @@ def _magicbrush(path: Path, _) -> Iterator[Callable[[], Item]]:
 
 
 def _table(path: Path, columns: Names | None) -> Iterator[Callable[[], Item]]:
-    return (partial(_from_row, row, path, columns) for row in tables.table_rows(path, columns))
+    own = path.suffix == ".jsonl" and path.stem != "metadata"
+    return (partial(_from_row, row, path, columns, own) for row in tables.table_rows(path, columns))
 
 
-def _from_row(row: tuple[str, dict] | ValueError, path: Path, columns: Names | None) -> Item:
-    """The pairs of a row of a table: one for each wording of the edit, and one for an inverse edit."""
+def _from_row(row: tuple[str, dict] | ValueError, path: Path, columns: Names | None, own: bool) -> Item:
+    """The pairs of a row of a table: one for each wording of the edit, and one for an inverse edit.
+
+    own: the user wrote the table, so that `input` and `output` may be anywhere.
+    """
     if isinstance(row, ValueError):
         raise row
     where, row = row
     names = tables.chosen(tuple(row), columns) or columns or COLUMNS[-1]
-    anywhere = path.suffix == ".jsonl" and path.stem != "metadata" and names == COLUMNS[-1]
-    pictures, edit = [], names[1]
+    own, pictures, edit = own and names == COLUMNS[-1], [], names[1]
     for name in names[::2]:
-        if isinstance(row.get(name), Cell | Member):
+        if isinstance(row.get(name), (Cell, Member)):
             pictures.append(row[name])
             continue
-        if path.suffix.lower() == ".tar":
+        if not own and path.suffix.lower() == ".tar":
             raise ValueError(f'{where}: no picture "{name}"; it has {", ".join(row)}')
         picture, = _texts(row, (name,), where)
-        pictures.append(path.parent / picture if anywhere else tables.beside(path, picture))
+        pictures.append(path.parent / picture if own else tables.beside(path, picture))
     several = isinstance(row.get(edit), list) and row[edit]
     edits = checked(row[edit], list[str], f"{where}: {edit}") if several else _texts(row, (edit,), where)
-    captions = next(filter(None, (_captions(row, keys, where) for keys in tables.CAPTIONS)), None)
+    captions = next((_captions(row, keys, where) for keys in tables.CAPTIONS if keys[0] in row), None)
     pairs = [Pair(pictures[0], text, pictures[1], captions) for text in edits]
     if isinstance(row.get(f"inverse_{edit}"), str):  # of HQ-Edit
         inverse, = _texts(row, (f"inverse_{edit}",), where)

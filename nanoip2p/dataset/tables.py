@@ -93,8 +93,8 @@ def table_rows(path: Path, columns: Names | None) -> Iterator[tuple[str, dict] |
         return
     problems = []
     for number, row in chain(read_rows(path, problems=problems), [(0, None)]):
-        yield from (ValueError(f"{path}, {problem}; correct or delete that line") for problem in problems)
-        problems.clear()
+        while problems:
+            yield ValueError(f"{path}, {problems.pop(0)}; correct or delete that line")
         if row is not None:
             yield f"{path}, line {number}", row
 
