@@ -58,7 +58,7 @@ class TrainConfig:
                                         (1.0,) * len(EDIT_KINDS), type=between(0), nargs=len(EDIT_KINDS))
     text_to_image: bool = flag("train a text-to-image model on the captions of --data scenes", False)
     cache: Path | None = flag("encode all pictures and texts once, into this folder", type=Path)
-    columns: Sequence[str] | None = flag("names of these in a table with unknown ones", nargs=3,
+    columns: Sequence[str] | None = flag("names of the columns of --data, if they are not known", nargs=3,
                                          metavar=("INPUT", "EDIT", "OUTPUT"))
     skip_bad: bool = flag("leave out what is missing, broken or not readable", False)
     out: Path | None = flag("folder of this run", type=Path)
