@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from argparse import ArgumentParser
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -30,7 +30,7 @@ with cli.slow_imports():
     from nanoip2p.checkpoint.hub import is_cached
     from nanoip2p.checkpoint.load import load_model, open_checkpoint, widen
     from nanoip2p.common.device import pick_dtype
-    from nanoip2p.dataset.layouts import Item, broken_pictures, read_data
+    from nanoip2p.dataset.layouts import Item, Picture, broken_pictures, read_data, told, without
     from nanoip2p.dataset.rendered import captioned_scenes, scene_pairs
     from nanoip2p.images import save_png
     from nanoip2p.pipeline import Model
@@ -91,17 +91,23 @@ def resumed(parser: ArgumentParser, given: dict) -> TrainConfig:
     return config
 
 
-def read_items(config: TrainConfig) -> tuple[list[Item], list[Item]]:
-    """Training and validation items. If there is no validation split, validates on training items."""
+def read_items(config: TrainConfig, broken: Set[Picture] = frozenset()) -> tuple[list[Item], list[Item]]:
+    """Training and validation items, without pairs with pictures that are known to be broken.
+
+    If there is no validation split, validates on training items.
+    """
     if config.text_to_image:
         splits = captioned_scenes(config.pairs), captioned_scenes(VALIDATION_SAMPLES, "validation")
     elif config.data == "scenes":
         splits = (scene_pairs(config.pairs, weights=config.kind_weights),
                   scene_pairs(VALIDATION_SAMPLES, "validation"))
     else:
-        items = read_data(config.data, skip_bad=config.skip_bad)
-        validation = read_data(config.data, "validation", skip_bad=config.skip_bad)[:VALIDATION_SAMPLES]
-        return items, validation or items[:VALIDATION_SAMPLES]
+        columns = config.columns and tuple(config.columns)
+        items, validation = (without(read_data(config.data, split, config.skip_bad, columns), broken)
+                             for split in ("train", "validation"))
+        if not items:
+            raise ValueError(f"{config.data}: no pair of the train split is sound")
+        return items, validation[:VALIDATION_SAMPLES] or items[:VALIDATION_SAMPLES]
     return tuple([(pair,) for pair in pairs] for pairs in splits)
 
 
@@ -133,6 +139,20 @@ def print_plan(config: TrainConfig, items: list[Item], validation: list[Item], r
         print(f"note      {note}")
 
 
+def check_data(config: TrainConfig) -> Set[Picture]:
+    """Print what is wrong with the data, by reason. Returns broken pictures. ValueError: see --skip-bad."""
+    pictures, pairs, counts, problems, broken = broken_pictures(
+        config.data, config.resolution, config.columns and tuple(config.columns))
+    left_out = f"; left out: {told(counts)}" if problems else ""
+    print(f"pictures  {pictures}; sound pairs in all splits: {pairs}{left_out}",
+          *map(cli.one_line, problems[:20]), sep="\n  ")
+    if problems and not pairs:
+        raise ValueError(f"{config.data} has no sound pair ({told(counts)}); {problems[0]}")
+    if problems and not config.skip_bad:
+        raise ValueError(f"pictures are broken or missing ({told(counts)}); --skip-bad leaves these out")
+    return broken
+
+
 def run(config: TrainConfig) -> None:
     """Open data and weights, print the plan, train."""
     if config.out:
@@ -142,13 +162,8 @@ def run(config: TrainConfig) -> None:
     if config.tensorboard and not find_spec("tensorboard"):
         raise ValueError("--tensorboard needs the package tensorboard; pip install tensorboard")
     with started(config.device, config.timeout) as ranks:
-        if config.check and config.data != "scenes":
-            pictures, pairs, problems = broken_pictures(config.data, config.resolution)
-            shown = map(cli.one_line, problems[:20])
-            print(f"pictures  {pictures}; sound pairs in all splits: {pairs}", *shown, sep="\n  ")
-            if problems and not config.skip_bad:
-                raise ValueError("pictures are broken or missing; --skip-bad leaves their pairs out")
-        items, validation = read_items(config)
+        broken = check_data(config) if config.check and config.data != "scenes" else frozenset()
+        items, validation = read_items(config, broken)
         config, model, description = fill_in(config, ranks, len(items)), None, "none"
         if config.weights:
             checkpoint = open_checkpoint(config.weights, config.vae, config.tokenizer, config.raw_weights)

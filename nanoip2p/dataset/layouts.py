@@ -3,8 +3,10 @@
     seeds.json        the original layout: 0000000/prompt.json, 0000000/<seed>_0.jpg, 0000000/<seed>_1.jpg
     pairs.jsonl       {"input": path, "edit": text, "output": path}, paths relative to its folder; optionally
                       with captions of both pictures, "input_caption" and "output_caption"
-    *.parquet         (or data/*.parquet) with the columns of one of three datasets on the Hub, see COLUMNS
+    *.parquet         (or data/*.parquet) with the columns of a dataset on the Hub, see tables.COLUMNS
     edit_turns.json   (or in train/, dev/, test/) MagicBrush, with its images/<id>/ beside the file
+    *.tar             (or data/*.tar) of webdataset: x.input.jpg, x.edit.txt, x.output.jpg, or as in COLUMNS
+    metadata.jsonl    (.csv or .parquet; or in train/, test/) an image folder of `datasets`
 
 The paths in pairs.jsonl, which users write themselves, may lead anywhere. Those in the other layouts, which
 users download, stay in their folder.
@@ -12,52 +14,28 @@ users download, stay in their folder.
 
 import re
 import warnings
-from collections.abc import Iterator, Set
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
-from functools import lru_cache
-from io import BytesIO
+from functools import partial
 from pathlib import Path
-from threading import Lock
 
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from nanoip2p.common.files import inside, listing, read_json, read_rows, regular
+from nanoip2p.common.files import inside, listing, read_json
 from nanoip2p.common.schema import checked
+from nanoip2p.dataset import tables
+from nanoip2p.dataset.tables import COLUMNS, Cell, Member, Names
 from nanoip2p.images import fit, open_image
 from nanoip2p.world.scenes import Scene
 
 SPLITS = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}  # as in the original
+METADATA = [f"{folder}metadata.{kind}" for folder in ("", "*/") for kind in ("jsonl", "csv", "parquet")]
 OWN_SPLIT = re.compile(r"(?:^|/)(?:(dev|val|validation)|(test))[-./]")  # dev/..., data/dev-00000...
-COLUMNS = (  # picture before, instruction, picture after
-    ("original_image", "edit_prompt", "edited_image"),  # timbrooks/instructpix2pix-clip-filtered
-    ("input_image", "edit_prompt", "edited_image"),     # fusing/instructpix2pix-1000-samples
-    ("source_img", "instruction", "target_img"),        # osunlp/MagicBrush
-)
-PARQUET_CAPTIONS = ("original_prompt", "edited_prompt")  # in the first of these datasets
-MOST_ROWS = 5_000_000  # of a parquet file: the largest dataset of edits has 4 million. A row takes 0.7 kB
-# Bytes of a parquet row group before compression: 1 GB, or this multiple of the file, because pictures do not
-# compress further. A file that claims more is a decompression bomb
-GROUP_BYTES, GROUP_MULTIPLE = 2**30, 10
-READ_LOCK = Lock()  # without the lock, threads that need the same row group would each read it
 
-
-@dataclass(frozen=True)
-class Cell:
-    """A picture inside a parquet file."""
-
-    file: Path
-    group: int   # row group
-    row: int     # within the row group
-    column: str
-    number: int  # row within the file, for messages
-
-    def __str__(self) -> str:
-        return f"{self.file} row {self.number}, column {self.column}"
-
-
-Picture = Path | Scene | Cell
+Picture = Path | Scene | Cell | Member
+UNREADABLE, LACKING = "rows that cannot be read", "pairs that lack a picture"
 
 
 @dataclass(frozen=True)
@@ -73,58 +51,90 @@ class Pair:
 Item = tuple[Pair, ...]  # the pairs of one prompt; each epoch draws one pair, as in the original
 
 
-def read_data(source: str | Path, split: str = "train", skip_bad: bool = False) -> list[Item]:
+def read_data(source: str | Path, split: str = "train", skip_bad: bool = False,
+              columns: Names | None = None) -> list[Item]:
     """The items of a split (a key of SPLITS), in order.
 
     A dataset with separate dev or test files keeps its splits. Other datasets are cut into contiguous splits.
     Raises ValueError for an unknown layout, a broken file, a missing text, column or picture, and an empty
-    train split. skip_bad: skip the pairs with a missing picture, and warn with their number.
+    train split. skip_bad: leave out rows that cannot be read and pairs with a missing picture, and warn with
+    their numbers. columns: names of input, edit and output in a table, in place of COLUMNS.
     """
-    items = _read(Path(source), split)
-    missing = [p for p in _pictures(items) if isinstance(p, Path) and not p.is_file()]
-    if missing:
-        problem, sound = f"there is no picture {missing[0]}", _without(items, set(missing))
-        count = sum(map(len, items)) - sum(map(len, sound))
-        if not skip_bad:
-            raise ValueError(f"{problem} (pairs that lack one: {count}); --skip-bad leaves them out")
-        warnings.warn(f"pairs left out: {count}; for the first {problem}", stacklevel=2)
-        items = sound
+    items, counts, problems = _survey(source, split, skip_bad, columns)
+    if problems and not skip_bad:
+        count = counts[LACKING]
+        raise ValueError(f"{problems[0]} (pairs that lack one: {count}); --skip-bad leaves them out")
+    if problems:
+        warnings.warn(f"left out ({told(counts)}); for the first {problems[0]}", stacklevel=2)
     if not items and split == "train":
-        raise ValueError(f"{source} has no pairs in its train split (the first 90%, or its split files)")
+        raise ValueError(f"{source} has no pairs in its train split (the first 90%, or its split files)"
+                         + "".join(f"; {problem}" for problem in problems[:1]))
     return items
+
+
+def told(counts: dict[str, int]) -> str:
+    """Counts by reason as a text, without the zeros."""
+    return ", ".join(f"{reason}: {count}" for reason, count in counts.items() if count)
+
+
+def _survey(source: str | Path, split: str, skip_bad: bool,
+            columns: Names | None) -> tuple[list[Item], dict[str, int], list[str]]:
+    """The sound items of a split, how much was left out for which reason, and messages."""
+    rows = _read(Path(source), split, skip_bad, columns)
+    bad = [str(row) for row in rows if isinstance(row, ValueError)]
+    items = [row for row in rows if row and not isinstance(row, ValueError)]
+    missing = [p for p in _pictures(items) if isinstance(p, Path) and not p.is_file()]
+    sound = without(items, set(missing))
+    counts = {UNREADABLE: len(bad), LACKING: sum(map(len, items)) - sum(map(len, sound))}
+    return sound, counts, bad + [f"there is no picture {picture}" for picture in missing]
 
 
 def _pictures(items: list[Item]) -> dict[Picture, None]:
     """The distinct pictures, in order."""
-    return dict.fromkeys(picture for item in items for pair in item for picture in (pair.after, pair.before))
+    return dict.fromkeys(picture for item in items for pair in item for picture in (pair.before, pair.after))
 
 
-def _without(items: list[Item], bad: Set[Picture]) -> list[Item]:
+def without(items: list[Item], bad: Set[Picture]) -> list[Item]:
     """The items without the pairs that have a bad picture."""
     kept = (tuple(pair for pair in item if not {pair.before, pair.after} & bad) for item in items)
     return [item for item in kept if item]
 
 
-def _read(source: Path, split: str) -> list[Item]:
+def _read(source: Path, split: str, skip_bad: bool, columns: Names | None) -> list[Item | ValueError]:
     if not source.exists():
         raise ValueError(f"there is no {source} to read training pairs from")
     if (source / "seeds.json").exists():
-        return _original(source / "seeds.json", split)
-    single = {".jsonl": _jsonl, ".parquet": _parquet}.get(source.suffix)
-    for reader, *patterns in ((_jsonl, "pairs.jsonl"), (_parquet, "*.parquet", "data/*.parquet"),
-                              (_magicbrush, "edit_turns.json", "*/edit_turns.json")):
+        return list(_made(_original(source / "seeds.json", split), skip_bad))
+    single = _table if source.suffix in (".jsonl", ".csv", ".parquet", ".tar") else None
+    for reader, *patterns in ((_table, "pairs.jsonl"), (_table, "*.parquet", "data/*.parquet"),
+                              (_magicbrush, "edit_turns.json", "*/edit_turns.json"),
+                              (_table, "*.tar", "data/*.tar"), (_table, *METADATA)):
         files = [source] if reader is single else sorted(
             file for pattern in patterns for file in source.glob(pattern))
         own = [OWN_SPLIT.search(file.relative_to(source).as_posix()) for file in files]
         if any(own):
             splits = ["train" if not match else "validation" if match[1] else "test" for match in own]
             files = [file for file, its_split in zip(files, splits) if its_split == split]
-            return [item for file in files for item in reader(file)]
-        if files:
-            return _cut([item for file in files for item in reader(file)], split)
-    raise ValueError(f"{source} is no training data: that is a .jsonl or .parquet file, or a folder with "
-                     "seeds.json, pairs.jsonl, *.parquet (also in data/) or edit_turns.json (also in train/ "
-                     f"and dev/); {listing(source)}")
+        rows = [row for file in files for row in _made(reader(file, columns), skip_bad)]
+        if files or any(own):
+            return rows if any(own) else _cut(rows, split)
+    raise ValueError(f"{source} is no training data: that is a .jsonl, .csv, .parquet or .tar file, or a "
+                     "folder with seeds.json, pairs.jsonl, *.parquet or *.tar (also in data/), "
+                     "edit_turns.json or metadata.jsonl, .csv or .parquet (these also in train/ and dev/); "
+                     f"{listing(source)}")
+
+
+def _made(rows: Iterator[Callable[[], Item]], skip_bad: bool) -> Iterator[Item | ValueError]:
+    """Make each row an item. skip_bad: a row or the rest of a file that cannot be read becomes its error."""
+    make = True
+    while make:
+        try:
+            if make := next(rows, None):
+                yield make()
+        except ValueError as error:
+            if not skip_bad:
+                raise
+            yield error
 
 
 def _texts(row, keys: tuple[str, ...], where: str) -> list[str]:
@@ -145,117 +155,69 @@ def _cut(rows: list, split: str) -> list:
     return rows[int(begin * len(rows)) : int(end * len(rows))]
 
 
-def _original(path: Path, split: str) -> list[Item]:
+def _original(path: Path, split: str) -> Iterator[Callable[[], Item]]:
     """As in the original: split all prompts first, then skip the prompts without pairs."""
-    items = []
-    for entry in _cut(read_json(path, kind=list), split):
+    def item(entry) -> Item:
         if not isinstance(entry, list) or [type(part) for part in entry] != [str, list]:
             raise ValueError(f'{path}: {entry!r:.80} is not ["0000000", ["seed", ...]]')
         folder, seeds = inside(path.parent, entry[0]), checked(entry[1], list[str | int], f"{path}: seeds")
-        if seeds:
-            where = folder / "prompt.json"
-            prompt = read_json(where)
-            edit, = _texts(prompt, ("edit",), where)
-            captions = _captions(prompt, ("input" if "input" in prompt else "caption", "output"), where)
-            items.append(tuple(Pair(inside(path.parent, f"{entry[0]}/{s}_0.jpg"), edit,
-                                    inside(path.parent, f"{entry[0]}/{s}_1.jpg"), captions) for s in seeds))
-    return items
+        if not seeds:
+            return ()
+        where = folder / "prompt.json"
+        prompt = read_json(where)
+        edit, = _texts(prompt, ("edit",), where)
+        captions = _captions(prompt, ("input" if "input" in prompt else "caption", "output"), where)
+        return tuple(Pair(inside(path.parent, f"{entry[0]}/{s}_0.jpg"), edit,
+                          inside(path.parent, f"{entry[0]}/{s}_1.jpg"), captions) for s in seeds)
+
+    return (partial(item, entry) for entry in _cut(read_json(path, kind=list), split))
 
 
-def _jsonl(path: Path) -> Iterator[Item]:
-    for number, row in read_rows(path, ".jsonl"):
-        where = f"{path}, line {number}"
-        before, edit, after = _texts(row, ("input", "edit", "output"), where)
-        captions = _captions(row, ("input_caption", "output_caption"), where)
-        yield (Pair(path.parent / before, edit, path.parent / after, captions),)
-
-
-def _magicbrush(path: Path) -> Iterator[Item]:
+def _magicbrush(path: Path, _) -> Iterator[Callable[[], Item]]:
     descriptions = read_json(path.with_name("global_descriptions.json"), missing={})
-    for number, row in enumerate(read_json(path, kind=list)):
-        where = f"{path}, entry {number}"
+
+    def item(row, where: str) -> Item:
         before, edit, after = _texts(row, ("input", "instruction", "output"), where)
         name = before.split("-")[0]  # 242679-input.png is in images/242679
         captions = _captions(descriptions.get(name), (before, after), where)
         pictures = [inside(path.parent, f"images/{name}/{picture}") for picture in (before, after)]
-        yield (Pair(pictures[0], edit, pictures[1], captions),)
+        return (Pair(pictures[0], edit, pictures[1], captions),)
+
+    for number, row in enumerate(read_json(path, kind=list)):
+        yield partial(item, row, f"{path}, entry {number}")
 
 
-def _parquet(path: Path) -> Iterator[Item]:
-    with _open_parquet(path) as file:
-        schema, number = file.schema_arrow, 0
-        columns = next((columns for columns in COLUMNS if set(columns) <= set(schema.names)), None)
-        if not columns or not all("binary" in str(schema.field(name).type) for name in columns[::2]):
-            raise ValueError(f"{path} has the columns {', '.join(schema.names)}; readable, with pictures "
-                             f"as bytes: {' | '.join(', '.join(names) for names in COLUMNS)}")
-        before, edit, after = columns
-        texts = [edit, *(name for name in PARQUET_CAPTIONS if name in schema.names)]
-        for group in range(file.num_row_groups):
-            columns = _read_group(file, path, group, texts).columns
-            for row, values in enumerate(zip(*columns)):  # one by one: all texts together can take many GB
-                found, where = dict(zip(texts, [value.as_py() for value in values])), f"{path} row {number}"
-                instruction, = _texts(found, (edit,), where)
-                cells = [Cell(path, group, row, column, number) for column in (before, after)]
-                yield (Pair(cells[0], instruction, cells[1], _captions(found, PARQUET_CAPTIONS, where)),)
-                number += 1
+def _table(path: Path, columns: Names | None) -> Iterator[Callable[[], Item]]:
+    own = path.suffix == ".jsonl" and path.stem != "metadata"
+    return (partial(_from_row, row, path, columns, own) for row in tables.table_rows(path, columns))
 
 
-@contextmanager
-def _open_parquet(path: Path) -> Iterator:
-    """Open a pyarrow.parquet.ParquetFile. Close it soon: an open one must not be used after a fork.
+def _from_row(row: tuple[str, dict] | ValueError, path: Path, columns: Names | None, own: bool) -> Item:
+    """The pairs of a row of a table: one for each wording of the edit, and one for an inverse edit.
 
-    Raises ValueError for a file beyond MOST_ROWS or GROUP_BYTES, and for errors of pyarrow in the block.
+    own: the user wrote the table, so that `input` and `output` may be anywhere.
     """
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise ValueError(f"to read {path}, first pip install pyarrow") from None
-    try:
-        about = parquet.read_metadata(regular(path))
-        groups = range(about.num_row_groups)
-        largest = max([about.row_group(group).total_byte_size for group in groups], default=0)
-        most = max(GROUP_BYTES, GROUP_MULTIPLE * path.stat().st_size)
-        if about.num_rows > MOST_ROWS or largest > most:
-            raise ValueError(f"{path} has {about.num_rows} rows and {largest} bytes in a row group; at most "
-                             f"{MOST_ROWS} rows and {most} bytes are read; split it")
-        # A value that repeats stays in its dictionary: written out for each row, it could take many GB
-        texts = [i for i in range(about.num_columns) if about.schema.column(i).physical_type == "BYTE_ARRAY"]
-        with parquet.ParquetFile(path, memory_map=True, metadata=about, read_dictionary=texts) as file:
-            yield file
-    except (OSError, LookupError, UnicodeDecodeError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path} cannot be read as parquet: {error}") from None
-
-
-def _read_group(file, path: Path, group: int, columns: list[str]):
-    """Read columns of a row group as a pyarrow.Table whose values exist and are valid."""
-    try:
-        table = file.read_row_group(group, columns, use_threads=False)
-    except OSError as error:
-        # The column's encoding has no dictionary, so pyarrow cannot read it with read_dictionary. The
-        # metadata lists the encodings, but pyarrow 26 aborts the process if that list is broken
-        if "DeltaLengthByteArray" not in str(error):
-            raise
-        with type(file)(path, memory_map=True, metadata=file.metadata) as plain:
-            table = plain.read_row_group(group, columns, use_threads=False)
-    table.validate(full=True)
-    if table.num_rows != file.metadata.row_group(group).num_rows:
-        raise OSError(f"row group {group} lacks rows")
-    return table
-
-
-@lru_cache(maxsize=4)  # the two picture columns of two successive row groups
-def _column(path: Path, group: int, column: str):
-    with _open_parquet(path) as file:
-        return _read_group(file, path, group, [column]).column(0)
-
-
-def _content(cell: Cell) -> BytesIO:
-    with READ_LOCK:
-        column = _column(cell.file, cell.group, cell.column)
-        content = column[cell.row].as_py() if cell.row < len(column) else None  # the file can have changed
-    content = content.get("bytes") if isinstance(content, dict) else content
-    return BytesIO(content if isinstance(content, bytes) else b"")  # open_image refuses an empty file
+    if isinstance(row, ValueError):
+        raise row
+    where, row = row
+    names = tables.chosen(tuple(row), columns) or columns or COLUMNS[-1]
+    own, pictures, edit = own and names == COLUMNS[-1], [], names[1]
+    for name in names[::2]:
+        if isinstance(row.get(name), (Cell, Member)):
+            pictures.append(row[name])
+            continue
+        if not own and path.suffix.lower() == ".tar":
+            raise ValueError(f'{where}: no picture "{name}"; it has {", ".join(row)}')
+        picture, = _texts(row, (name,), where)
+        pictures.append(path.parent / picture if own else tables.beside(path, picture))
+    several = isinstance(row.get(edit), list) and row[edit]
+    edits = checked(row[edit], list[str], f"{where}: {edit}") if several else _texts(row, (edit,), where)
+    captions = next((_captions(row, keys, where) for keys in tables.CAPTIONS if keys[0] in row), None)
+    pairs = [Pair(pictures[0], text, pictures[1], captions) for text in edits]
+    if isinstance(row.get(f"inverse_{edit}"), str):  # of HQ-Edit
+        inverse, = _texts(row, (f"inverse_{edit}",), where)
+        pairs.append(Pair(pictures[1], inverse, pictures[0], captions and captions[::-1]))
+    return tuple(pairs)
 
 
 def load_picture(picture: Picture, resolution: int, flip: bool = False) -> Image.Image:
@@ -267,7 +229,8 @@ def load_picture(picture: Picture, resolution: int, flip: bool = False) -> Image
     if isinstance(picture, Scene):
         image = picture.render(resolution)
     else:
-        image = open_image(picture, _content(picture) if isinstance(picture, Cell) else None)
+        found = tables.content(picture) if isinstance(picture, Cell | Member) else picture
+        image = open_image(found) if isinstance(found, Path) else open_image(picture, found)
         image = fit(image, (resolution, resolution))
     return ImageOps.mirror(image) if flip else image
 
@@ -278,19 +241,30 @@ def stamp(picture: Picture) -> tuple:
         return (repr(picture),)
     if isinstance(picture, Cell):
         return (*stamp(picture.file), picture.number, picture.column)
+    if isinstance(picture, Member):
+        return (*stamp(picture.file), picture.offset)
     status = picture.stat()
     return (str(picture), status.st_size, status.st_mtime_ns)
 
 
-def broken_pictures(source: str | Path, resolution: int) -> tuple[int, int, list[str]]:
-    """Open every picture of every split. Returns (number of pictures, number of good pairs, messages)."""
-    with warnings.catch_warnings(record=True) as missing:
-        items = [item for split in SPLITS for item in read_data(source, split, skip_bad=True)]
-    pictures, broken = _pictures(items), {}
+def broken_pictures(source: str | Path, resolution: int, columns: Names | None = None
+                    ) -> tuple[int, int, dict[str, int], list[str], set[Picture]]:
+    """Open every picture of every split.
+
+    Returns the number of pictures and of sound pairs, counts by reason of the others, messages, and the
+    broken pictures.
+    """
+    items, counts, problems, broken = [], Counter(), [], {}
+    for split in SPLITS:
+        more, left_out, messages = _survey(source, split, True, columns)
+        items, problems = items + more, problems + messages
+        counts.update(left_out)
+    pictures = _pictures(items)
     for picture in tqdm(pictures, desc="opening pictures", unit="picture"):
         try:
             load_picture(picture, resolution)
         except ValueError as error:
             broken[picture] = str(error)
-    problems = [*(str(warning.message) for warning in missing), *broken.values()]
-    return len(pictures), sum(map(len, _without(items, broken.keys()))), problems
+    pairs = sum(map(len, without(items, broken.keys())))
+    counts["pairs with a broken picture"] = sum(map(len, items)) - pairs
+    return len(pictures), pairs, counts, problems + [*broken.values()], {*broken}

@@ -47,7 +47,9 @@ class TrainConfig:
                                         (1.0,) * len(EDIT_KINDS), type=between(0), nargs=len(EDIT_KINDS))
     text_to_image: bool = flag("train a text-to-image model on the captions of --data scenes", False)
     cache: Path | None = flag("encode all pictures and texts once, into this folder", type=Path)
-    skip_bad: bool = flag("leave out pairs with a broken picture", False)
+    columns: Sequence[str] | None = flag("names of the columns of --data, if they are not known", nargs=3,
+                                         metavar=("INPUT", "EDIT", "OUTPUT"))
+    skip_bad: bool = flag("leave out what is missing, broken or not readable", False)
     out: Path | None = flag("folder of this run", type=Path)
     resume: Path | None = flag("continue the run in this folder, with its settings", type=Path)
     check: bool = flag("only open the data and print the plan", False)
@@ -110,7 +112,11 @@ class TrainConfig:
         for key in sorted(settings.keys() & known):
             value, name = settings[key], f"--{key.replace('_', '-')}"
             if isinstance(value, list) and "nargs" in fields[key].metadata:
-                argv += [name, *map(str, checked(value, list[float], name))]
+                kind = str if key == "columns" else float
+                items = [str(item) for item in checked(value, list[kind], name)]
+                if kind is str and any(item.startswith("-") for item in items):  # argparse sees a flag
+                    raise ValueError(f"{name} should not begin with a dash")
+                argv += [name, *items]
             elif isinstance(value, bool) and value != fields[key].default:
                 argv.append(name if value else name.replace("--", "--no-", 1))
             elif value is not None and not isinstance(value, bool):

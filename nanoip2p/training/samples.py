@@ -73,7 +73,8 @@ class Samples(Dataset):
                                 "name": f"{number} ('{pair.edit}' on {pair.before})"}
             except ValueError as error:
                 skipped.append(str(error))
-        return {"error": f"{skipped[0]} (--skip-bad leaves out such pairs)"}
+        advice = "no other pair is sound" if self.skip_bad else "--skip-bad leaves out such pairs"
+        return {"error": f"{skipped[0]} ({advice})"}
 
 
 def collate(samples: list[dict]) -> dict:

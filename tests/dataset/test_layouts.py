@@ -14,9 +14,10 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
-from nanoip2p.dataset import layouts
-from nanoip2p.dataset.layouts import COLUMNS, Cell, Pair, load_picture, read_data, stamp
+from nanoip2p.dataset import tables
+from nanoip2p.dataset.layouts import Pair, load_picture, read_data, stamp
 from nanoip2p.dataset.rendered import captioned_scenes, scene_pairs
+from nanoip2p.dataset.tables import COLUMNS, Cell
 from nanoip2p.images import to_tensor
 from nanoip2p.world.scenes import EDIT_KINDS, held_out, random_scene, training_edits
 
@@ -313,11 +314,11 @@ def test_parquet_has_limits(tmp_path, monkeypatch):
     for picture in (pair.before, pair.after):
         assert load_picture(picture, 8).getcolors() == [(64, (0, 0, 0))]
     assert pyarrow.total_allocated_bytes() - before < 4e6  # of 96 MB
-    monkeypatch.setattr(layouts, "GROUP_BYTES", 2**19)
+    monkeypatch.setattr(tables, "GROUP_BYTES", 2**19)
     told = complaint(path)
     assert "bytes in a row group; at most 5000000 rows and 524288 bytes" in told and "x.parquet" in told
     monkeypatch.undo()
-    monkeypatch.setattr(layouts, "MOST_ROWS", 99)
+    monkeypatch.setattr(tables, "MOST_ROWS", 99)
     assert "has 100 rows" in complaint(path)
 
 
@@ -358,8 +359,8 @@ def test_what_is_wrong_with_parquet_is_named_in_one_line(tmp_path, monkeypatch):
     told = complaint(other)
     assert "a.parquet has the columns img_id, before, edit_prompt, edited_image; readable" in told
     assert all(name in told for columns in COLUMNS for name in columns)
-    paths = write_parquet(tmp_path / "b.parquet", [("a.png", "edit", "b.png")] * 3, plain=True)  # no bytes
-    assert "pictures as bytes" in complaint(paths)
+    numbers = write_parquet(tmp_path / "b.parquet", [(1, "edit", 2)] * 3, plain=True)  # no pictures
+    assert "pictures as bytes or paths" in complaint(numbers)
     assert "c.parquet row 2: no text under" in complaint(
         write_parquet(tmp_path / "c.parquet", [(b"", "edit", b""), (b"", "edit", b""), (b"", None, b"")]))
     (tmp_path / "d.parquet").write_bytes(other.read_bytes()[:-9])
@@ -390,21 +391,21 @@ def test_pairs_without_their_pictures_are_left_out_and_counted_on_request(tmp_pa
     for picture in (items[3][0].after, items[5][0].before, items[5][0].after, tested.after):
         picture.unlink()
     assert "(pairs that lack one: 2)" in complaint(root)
-    with pytest.warns(UserWarning, match="pairs left out: 2; for the first there is no picture") as warned:
+    with pytest.warns(UserWarning, match="lack a picture: 2.; for the first there is no picture") as warned:
         assert read_data(root, skip_bad=True) == items[:3] + items[4:5] + items[6:]
     assert len(warned) == 1 and str(items[3][0].after) in str(warned[0].message)
-    with pytest.warns(UserWarning, match="pairs left out: 1;"):
+    with pytest.warns(UserWarning, match="lack a picture: 1"):
         assert read_data(root, "test", skip_bad=True) == []
     for path in root.rglob("*.jpg" if write is write_original else "*.png"):
         path.unlink()
-    with pytest.warns(UserWarning, match="pairs left out: 18;"):
+    with pytest.warns(UserWarning, match="lack a picture: 18"):
         assert "no pairs in its train split" in complaint(root, skip_bad=True)
 
 
 def test_a_prompt_keeps_its_other_pairs(tmp_path):
     root = write_original(tmp_path)
     (root / "seeds.json").write_text(json.dumps([["0000000", ["11", "22"]], ["0000001", ["11"]]]))
-    with pytest.warns(UserWarning, match="pairs left out: 1;"):
+    with pytest.warns(UserWarning, match="lack a picture: 1"):
         assert [len(item) for item in read_data(root, skip_bad=True)] == [1]
 
 

@@ -5,6 +5,7 @@ COVERS says which functions of nanoip2p the readers reach; test_fuzz.py finds fu
 """
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -31,7 +32,7 @@ from nanoip2p.checkpoint.tensors import find_weights, read_metadata, read_tensor
 from nanoip2p.clip import CLIPTextConfig, TextEncoder
 from nanoip2p.clip_filter import SIMILARITIES, Judge
 from nanoip2p.common.files import append, regular
-from nanoip2p.dataset import captions, chat, finetune, layouts, pairs, show
+from nanoip2p.dataset import captions, chat, finetune, pairs, show, tables
 from nanoip2p.dataset.layouts import broken_pictures, load_picture, read_data
 from nanoip2p.evaluate import curve, magicbrush
 from nanoip2p.images import find_images, open_image, read_recipe, save_png
@@ -287,7 +288,7 @@ def write_original(folder: Path) -> None:
 
 def read_layout(folder: Path) -> None:
     """What train.py --check and training do with a folder of pairs."""
-    layouts._column.cache_clear()  # each input has the same path
+    tables._column.cache_clear()  # each input has the same path
     broken_pictures(folder, 16)
     for item in read_data(folder):
         for pair in item:
@@ -325,6 +326,20 @@ def write_parquet(folder: Path) -> None:
     table = {"original_prompt": ["a house"] * 3, "original_image": [picture] * 3, "edit_prompt": ["x"] * 3,
              "edited_prompt": ["a house at night"] * 3, "edited_image": [picture] * 3}
     pyarrow.parquet.write_table(pyarrow.table(table), folder / "train.parquet")
+
+
+def write_tar(folder: Path) -> None:
+    """Two rows of webdataset, and an image folder's list."""
+    import tarfile
+    write_picture(folder / "a.png")
+    with tarfile.open(folder / "train.tar", "w") as file:
+        for name, content in (("1.input.png", None), ("1.output.png", None), ("1.edit.txt", b"x"),
+                              ("2.input.png", None), ("2.output.png", None), ("2.json", b'{"edit": "y"}')):
+            about = tarfile.TarInfo(name)
+            content = content or (folder / "a.png").read_bytes()
+            about.size, about.mtime = len(content), 1.5
+            file.addfile(about, io.BytesIO(content))
+    (folder / "a.png").unlink()
 
 
 def write_magicbrush(folder: Path) -> None:
@@ -445,6 +460,7 @@ READERS = {
     "texts": (write_texts, read_texts), "answer": (write_answer, read_answer),
     "verdict": (write_verdict, read_verdict),
     "original layout": (write_original, read_original), "pairs.jsonl": (write_jsonl, read_layout),
-    "parquet": (write_parquet, read_layout), "magicbrush": (write_magicbrush, read_magicbrush),
+    "parquet": (write_parquet, read_layout), "tar": (write_tar, read_layout),
+    "magicbrush": (write_magicbrush, read_magicbrush),
     "run": (write_run, read_run), "cache": (write_cache, read_cache), "curve": (write_curve, read_curve),
     "ablate": (write_scores, read_scores)}

@@ -82,7 +82,8 @@ def test_a_message_is_one_printable_line():
 
 
 def test_the_names_of_broken_pictures_are_printed_escaped(capsys, monkeypatch):
-    monkeypatch.setattr(train, "broken_pictures", lambda *_: (1, 0, ["a\x1b[2J.png cannot be used"]))
+    found = 1, 0, {}, ["a\x1b[2J.png cannot be used"], set()
+    monkeypatch.setattr(train, "broken_pictures", lambda *_: found)
     assert train.main(["--check", "--data", "x", "--device", "cpu"]) == 2
     assert "  a\\x1b[2J.png cannot be used\n" in capsys.readouterr().out
 

@@ -463,6 +463,78 @@ def test_check_opens_all_the_data_and_writes_nothing(folder, tmp_path, capsys, m
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_check_says_why_nothing_is_sound(folder, tmp_path, capsys):
+    """Not that there are no pairs; and no advice to use a flag that was used, or that would not help."""
+    data = shutil.copytree(folder, tmp_path / "data")
+    argv = ["--check", "--data", str(data), "--resolution", "64", "--batch-size", "4"]
+    for text, reason in (("no picture", "pairs with a broken picture: 18"),
+                         (None, "pairs that lack a picture: 18")):
+        for picture in data.glob("*/*.jpg"):
+            picture.unlink() if text is None else picture.write_text(text)
+        for more in ([], ["--skip-bad"]):
+            assert train.main([*argv, *more]) == 2
+            out, err = capsys.readouterr()
+            [error] = [line for line in err.splitlines() if line.startswith("error: ")]
+            assert f"has no sound pair ({reason}); " in error and "--skip-bad" not in error
+            assert "sound pairs in all splits: 0; left out: " in out and "items to train on" not in out
+
+
+def test_the_plan_counts_sound_pairs(folder, tmp_path, capsys):
+    data = shutil.copytree(folder, tmp_path / "data")
+    argv = ["--check", "--data", str(data), "--resolution", "64", "--batch-size", "4", "--skip-bad"]
+    (data / "0000001/101_0.jpg").write_text("no picture")
+    (data / "0000002/102_1.jpg").unlink()
+    (data / "0000003/prompt.json").unlink()
+    assert train.main(argv) == 0
+    out = capsys.readouterr().out
+    left = re.search(r"sound pairs in all splits: (\d+); left out: rows that cannot be read: 1, pairs that "
+                     r"lack a picture: 1, pairs with a broken picture: 1", out)
+    plan = re.search(r"(\d+) items to train on, (\d+) pairs; held out for validation: 1", out)
+    assert int(left[1]) < 17 and int(plan[2]) == 15 - (18 - int(left[1]))
+    for picture in data.glob("000000?/*_0.jpg"):
+        picture.write_text("no picture")
+    for picture in data.glob("0000011/*"):  # of the test split
+        shutil.copy(folder / "0000011" / picture.name, picture)
+    assert train.main(argv) == 2
+    assert "no pair of the train split is sound" in errors(capsys)[0]
+
+
+def test_a_run_without_a_sound_picture_gives_no_advice_that_was_followed(start, folder, tmp_path, capsys):
+    data = shutil.copytree(folder, tmp_path / "data")
+    for picture in data.glob("*/*.jpg"):
+        picture.write_text("no picture")
+    assert run(start, tmp_path / "run", "--steps", 1, "--skip-bad", data=data) == 2
+    [error] = errors(capsys)
+    assert "no other pair is sound" in error and "--skip-bad" not in error
+
+
+def test_columns_are_named_by_a_flag_that_the_run_keeps(start, folder, tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    lines = []
+    for [pair, *_] in read_data(folder):
+        shutil.copy(pair.before, data / f"{pair.before.name}")
+        shutil.copy(pair.after, data / f"{pair.after.name}")
+        lines.append(json.dumps({"old": pair.before.name, "say": pair.edit, "new": pair.after.name}))
+    (data / "metadata.jsonl").write_text("\n".join(lines))
+    assert run(start, tmp_path / "a", "--steps", 2, data=data) == 2
+    assert 'no text under "input"; it has old, say, new' in errors(capsys)[0]
+    columns = ("--columns", "old", "say", "new")
+    assert run(start, tmp_path / "a", "--steps", 2, *columns, data=data) == 0
+    assert run(start, tmp_path / "b", "--steps", 1, *columns, data=data) == 0
+    assert resume(tmp_path / "b", "--steps", 2) == 0 and state(tmp_path / "a") == state(tmp_path / "b")
+    assert resume(tmp_path / "b", "--columns", "new", "say", "old") == 2
+    assert "--columns cannot change" in errors(capsys)[0]
+
+
+@pytest.mark.parametrize("columns", [["a", "b"], ["a", "b", "c", "--out=x"], ["--out", "x", "c"], [1, 2, 3],
+                                     "abc", ["a", "-h", "c"], ["a", "--", "b", "c"]])
+def test_columns_of_a_strangers_run_are_names_only(columns, tmp_path, capsys):
+    with pytest.raises(ValueError):
+        flags = TrainConfig.as_flags({"columns": columns})
+        train.parse(["--data", "x", "--out", "y", "--weights", "z", *flags])
+
+
 def test_from_a_damaged_checkpoint_a_run_goes_back_to_the_one_before(start, whole, tmp_path, capsys):
     assert run(start, tmp_path / "run", "--steps", 4, "--save-every", 2) == 0
     damaged = runs.checkpoints(tmp_path / "run")[-1] / "ema.safetensors"
