@@ -49,7 +49,7 @@ MOST_PICTURES = 10**6  # of one command: their plan takes 1 minute and 0.6 GB
 # --sweep varies both scales. From the paper's defaults it covers cfg_text 3 ... 12 and cfg_image 1 ... 2
 SWEEP_FACTORS = (0.4, 0.7, 1, 1.3, 1.6)      # multiply cfg_text
 SWEEP_STEPS = (-0.5, -0.25, 0, 0.25, 0.5)    # added to cfg_image
-# `nano_notes`: resolution and maximum vocabulary of nano weights; a longer side than PHOTO gets a note
+# `nano_notes`: resolution and maximum vocabulary of nano weights; pictures with a side above PHOTO get a note
 NANO_RESOLUTION, NANO_VOCABULARY, PHOTO = 64, 1000, 256
 
 
@@ -88,13 +88,13 @@ class Settings:
     dtype: str = flag("half precision is faster on a GPU", "fp32", choices=sorted(DTYPES))
     batch: int = flag("maximum number of pictures, of one size, in a forward pass", 8, type=at_least(1))
     low_memory: bool = flag("compute one guidance branch at a time, keep one network on the device, and use "
-                            "VAE tiles above 768 pixels, which change the picture slightly", False)
+                            "VAE tiles above 768 pixels (at full size), which change it slightly", False)
     fast: bool = flag("faster, equal up to rounding. CPU: Winograd convolutions, which need more memory. "
                       "CUDA: channels last and CUDA graphs, after a minute of compiling", False)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """A parser with all flags of Settings. Its help ends with the words that the nano weights know."""
+    """A parser with all flags of Settings. Its help ends with the world of the nano weights."""
     edits = {edit.kind: edit.instructions[0] for edit in scenes.random_scene("train", 0).edits()}
     words = {"things": scenes.KINDS, "colours": scenes.COLOURS, "times": scenes.TIMES,
              "weathers": scenes.WEATHERS, "grounds": scenes.GROUNDS, "places": scenes.SLOTS,
@@ -150,7 +150,7 @@ def as_flags(path: str, given: dict) -> list[str]:
             raise ValueError(f"{path} brings {name} {amount}, more than {RECIPE_LIMITS[key]}; {own}")
         foreign = [item for item in items if key in LOADED and not is_shipped(item)]
         if foreign:
-            raise ValueError(f"{path} names other {key} than the shipped, {foreign[0]}; {own}")
+            raise ValueError(f"{path} names the {key} {foreign[0]}, not in weights/; {own}")
         missing = [item for item in items if key == "input" and not os.path.isfile(item)]
         if missing:
             raise ValueError(f"{path} names the input {missing[0]}, which is no file here; {own}")
@@ -289,7 +289,7 @@ def edit_batch(editor: Editor, batch: list[Settings], size: tuple[int, int],
                sampling: dict) -> list[tuple[Image.Image, ...]]:
     """Edit a batch. Returns for each picture (input, after the first instruction, after the second, ...).
 
-    Crops each input to the aspect ratio of `size`. keep_size: stretches each input to `size` instead, and
+    Scales and crops each input to `size`. keep_size: stretches each input to `size` instead, and
     scales the results back to the size of the input, so that nothing is cropped.
     """
     paths, keep_size = [picture.input[0] for picture in batch], batch[0].keep_size

@@ -116,7 +116,7 @@ class Judge:
         return (pixels - self.mean) / self.std
 
     def score(self, before: list[Image.Image], after: list[Image.Image], captions: Tensor) -> list[dict]:
-        """Score B pairs: a dict of SIMILARITIES for each. captions (2, P): encode_texts([before, after])."""
+        """Score B pairs: a dict of SIMILARITIES for each. captions (2, P): encode_texts of both texts."""
         features = self.encode_pictures([*before, *after]).chunk(2)                       # (B, P) each
         rows = similarities(*features, captions[:1], captions[1:])
         return [dict(zip(SIMILARITIES, row)) for row in rows.tolist()]

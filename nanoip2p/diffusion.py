@@ -126,7 +126,7 @@ def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
     else:
         ends_clean = sampler == "euler_ancestral" or schedule.final_sigmas_type == "zero"
         following = np.append(sigmas[1:], 0.0 if ends_clean else table[0])
-    # The noise starts at sigma for both Euler samplers without "leading", otherwise at sqrt(sigma^2 + 1)
+    # The start noise is scaled by sigma for both Euler samplers without "leading", else by sqrt(sigma^2 + 1)
     spacing = schedule.timestep_spacing or "linspace"
     only_noise = sampler in ("euler", "euler_ancestral") and spacing != "leading"
     start_scale = float(sigmas[0]) if only_noise else float(np.sqrt(sigmas[0] ** 2 + 1))

@@ -40,7 +40,7 @@ class Model:
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.schedule, self.defaults, self.tokenizer_folder = schedule, defaults, tokenizer_folder
         self.device = unet.conv_in.weight.device  # low_memory keeps the networks on the CPU between uses
-        self.last_seed: int | list[int] | None = None  # the `seed` with which a call repeats the last one
+        self.last_seed: int | list[int] | None = None  # pass it as `seed` to repeat the last call
 
     @classmethod
     def load(cls, weights=None, device: str | torch.device | None = None,
@@ -154,7 +154,7 @@ def as_image(picture) -> Image.Image:
 def find_weights(name: str | Path) -> str | Path:
     """The path of `name` in the working directory, else in the checkout, else `name` itself, as a Hub name.
 
-    Raises ValueError if a name that begins with weights/ has no path: the nano weights are not on the Hub.
+    Raises ValueError if a name that begins with weights/ does not exist: the nano weights are not on the Hub.
     """
     for path in (Path(name), CHECKOUT / name):
         if path.exists():

@@ -163,7 +163,7 @@ class PairPainter:
 
     def injection(self, progress: float, active: Tensor, words: Tensor | None = None,
                   heat: Tensor | None = None) -> "Injection":
-        """The injection of one step. progress: share of the steps done. active (B,) bool: progress < p."""
+        """The injection of one step. progress: step / (steps - 1). active (B,) bool: progress < p."""
         pairs, coarse, both = len(active), math.prod(self.coarse), self.inject == "both"
         injection = Injection(pairs, coarse, words, heat, self_limit=coarse if both else math.inf)
         if self.inject in ("self", "both"):

@@ -79,7 +79,7 @@ class UNetConfig:
 
 
 def timestep_embedding(timestep: Tensor, width: int, flip_sin_to_cos: bool, freq_shift: int) -> Tensor:
-    """Timesteps (B,) -> sines and cosines (B, width) float32, with wavelengths from 2 pi to 20000 pi."""
+    """Timesteps (B,) -> sines and cosines (B, width) float32, of wavelengths from 2 pi to almost 20000 pi."""
     steps = torch.arange(width // 2, dtype=torch.float32, device=timestep.device)
     angles = timestep.float()[:, None] * torch.exp(-math.log(10000) * steps / (width // 2 - freq_shift))
     return torch.cat((angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos()), dim=1)
@@ -220,7 +220,7 @@ class SpatialTransformer(nn.Module):
 
 
 class Resample(nn.Module):
-    """Downsampling: a convolution of stride 2. Upsampling: nearest neighbour to `size`, a convolution."""
+    """Downsampling: a convolution of stride 2. Upsampling: nearest neighbour to `size`, convolution."""
 
     def __init__(self, channels: int, stride: int):
         super().__init__()
@@ -332,5 +332,5 @@ class UNet(nn.Module):
                 x = torch.cat([x, repeat_rows(skips.pop(), context)], dim=1)
                 x = level.block(i, x, time, context, attend, recompute)
             for upsample in level.upsamplers:
-                x = upsample(x, skips[-1].shape[2:])                    # (B, C, 2h, 2w)
+                x = upsample(x, skips[-1].shape[2:])                    # (B or R, C, size of skip)
         return self.conv_out(F.silu(self.conv_norm_out(x)))

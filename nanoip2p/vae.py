@@ -30,7 +30,7 @@ class VAEConfig:
     in_channels: int = 3
     out_channels: int = 3
     latent_channels: int = 4
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # one per level; each level halves h, w
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # one per level; each but the last halves h, w
     layers_per_block: int = 2
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215

@@ -75,7 +75,7 @@ def open_checkpoint(name: str | Path, vae: str | Path | None = None, tokenizer: 
                          f"the text encoder returns {text.hidden_size}")
     if unet.in_channels not in (latent, 2 * latent) or unet.out_channels != latent:
         raise ValueError(f"{source}: the UNet has {unet.in_channels} input and {unet.out_channels} output "
-                         f"channels, but needs {latent} (editor: {2 * latent}) and {latent}; inpainting: 9")
+                         f"channels; only {latent} (editor: {2 * latent}) and {latent} are supported")
     if not autoencoder.in_channels == autoencoder.out_channels == 3:
         raise ValueError(f"{source}: the autoencoder's pictures have {autoencoder.in_channels} and "
                          f"{autoencoder.out_channels} colours, not 3")

@@ -56,7 +56,7 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None = No
 
     dtype: None keeps each tensor's dtype. ema: also write the UNet under the names of the EMA weights, for
     older programs that read those. Checks the checkpoint first; an error while writing leaves no `target`,
-    and what a killed conversion to the same `target` left is deleted.
+    leftovers of a killed conversion to the same `target` are deleted.
     Holds one tensor in memory at a time. Raises ValueError for a bad checkpoint or target.
     """
     single, target = target.suffix == ".safetensors", target.resolve()

@@ -26,7 +26,7 @@ PREFIXES = {UNet: "model.diffusion_model.", VAE: "first_stage_model.",
 CONV_IN = PREFIXES[UNet] + "input_blocks.0.0.weight"
 Read = Callable[..., dict[str, Tensor]]  # reads the tensors of a file, see tensors.read_tensors
 SD15 = {"unet": UNetConfig().to_json(), "vae": VAEConfig().to_json(),
-        "text_encoder": CLIPTextConfig().to_json()}  # the configs of every original file
+        "text_encoder": CLIPTextConfig().to_json()}  # of original files; editors have in_channels 8
 # Our name -> original name. UNET_LAYERS: layers of the UNet's residual blocks. VAE_NAMES: parts of a name
 UNET_LAYERS = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
               "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
@@ -70,7 +70,7 @@ def unet_places(config: UNetConfig) -> dict[str, str]:
               "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
               "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
               "mid_block.resnets.1": "middle_block.2"}
-    numbers = config.layers_per_block + 1  # per level, in the original. Down: blocks, downsampler; up: blocks
+    numbers = config.layers_per_block + 1  # per level. Down: blocks and a downsampler; up: one block more
     for i, up in enumerate(config.up_block_types):
         for j in range(numbers):
             places[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{1 + i * numbers + j}.0"

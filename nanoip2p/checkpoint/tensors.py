@@ -98,7 +98,7 @@ def dtype_names(tensors: Iterable[Tensor]) -> str:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # In pieces, because isfinite copies. First the sum, because sum takes a tenth of the time of isfinite
+    # In pieces, because isfinite copies. A finite sum proves that all are finite, in a tenth of the time
     pieces = tensor.flatten().split(2**20)
     return all(piece.sum().isfinite() or piece.isfinite().all() for piece in pieces)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nanoip2p import __version__
 
-LETTERS = 500  # of a message
+LETTERS = 500  # at most so many in a message
 SWITCH = argparse.BooleanOptionalAction  # --no-recompute overrides a preset with recompute
 
 
@@ -52,7 +52,7 @@ class Parser(argparse.ArgumentParser):
         words = sys.argv[1:] if args is None else args
         odd = [word for word in words if word[:1] == "-" and word.partition("=")[2] == "--"]
         if odd or words.count("--") > 1:  # argparse would turn the value "--" into an empty list
-            self.error(f"{(odd or ['a second --'])[0]} gives no value")
+            self.error(f"{(odd or ['a second --'])[0]} cannot be a value")
         return super().parse_known_args(args, namespace)
 
 
@@ -65,7 +65,7 @@ def make_parser(**settings) -> argparse.ArgumentParser:
 
 
 def path(text: str) -> Path:
-    """The argparse type in place of Path, for which an empty text is the working directory."""
+    """An argparse type for paths. Refuses an empty text, which Path reads as the working directory."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
     return Path(text)

@@ -1,8 +1,8 @@
 """Read the config.json files of diffusers and transformers, and refuse settings that we do not support.
 
 Each network has a frozen dataclass of the settings that it supports. FIXED lists settings of which our code
-supports one value. IGNORED lists settings without effect here. `read_config` refuses every other setting: an
-overlooked `use_linear_projection: true` would give a wrong picture and no error.
+supports one value. IGNORED lists settings without effect here. `read_config` refuses every other setting
+that is not None or False. An overlooked `use_linear_projection: true` would give a wrong picture, no error.
 """
 
 import typing
@@ -18,7 +18,7 @@ LIMITS = {
     "image_size": (1, 2048), "patch_size": (1, 2048), "max_position_embeddings": (1, 2048),
     "num_train_timesteps": (1, 100_000), "steps_offset": (0, 100_000), "beta_start": (1e-7, 0.999),
     "beta_end": (1e-7, 0.999)}
-WIDTHS, LEVELS = (1, 2**16), 6  # each level doubles the sides of the smallest picture
+WIDTHS, LEVELS = (1, 2**16), 6  # each level after the first doubles the sides of the smallest picture
 FIXED = {
     "unet": {
         "act_fn": "silu", "center_input_sample": False, "downsample_padding": 1, "mid_block_scale_factor": 1,

@@ -55,10 +55,10 @@ def _delete(path: Path) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Delete what killed processes of this machine left when they were `replacing(path)`."""
+    """Delete temporary files of `replacing(path)` in killed processes of this machine."""
     for temporary in path.parent.glob(f"{glob.escape(_hidden(path))}*.tmp"):
         try:
-            os.kill(int(temporary.name.split(".")[-2]), 0)  # signal 0 does nothing, to a living process
+            os.kill(int(temporary.name.split(".")[-2]), 0)  # signal 0 only checks that the process exists
         except ProcessLookupError:
             _delete(temporary)
         except (ValueError, OverflowError, PermissionError):  # no process id; another user's process
@@ -153,7 +153,7 @@ def read_rows(path: Path, kind: str | None = None, problems: list[str] | None = 
 
     kind: ".jsonl", ".csv" or ".txt" (each line becomes {"input": line}); default: the file's suffix.
     problems: a list to which each bad line adds a message. If it is None, a bad line raises ValueError. An
-    unreadable file always does. appended: without an incomplete last line, which a killed `append` leaves.
+    unreadable file always raises it. appended: skip an incomplete last line, which a killed `append` leaves.
     """
     kind = (kind or path.suffix).lower()
     try:
@@ -291,14 +291,14 @@ def locked(path: Path, wait: bool = False) -> Iterator[bool]:
 
 
 def inside(root: Path, name: str) -> Path:
-    """The path root/name of a file that data names. Raises ValueError if that leads out of `root`.
+    """The path root/name, where `name` comes from data. Raises ValueError if that leads out of `root`.
 
-    `root` itself may be a link. Links below may point to other places below, and in a cache of the Hub, whose
-    pictures all are links, to its blobs.
+    `root` itself may be a link. Links inside may point to other places inside. In the Hub's cache, where all
+    files are links, they may also point into the cache folder of that repository.
     """
     path, parts = root / name, Path(name).parts
     if not parts or "//" in f"/{name}" or ".." in parts or CONTROL.search(name):
-        raise ValueError(f"{root}: the name {name!r} in its data is not that of a file inside the folder")
+        raise ValueError(f"{root}: its data names {name!r}, which is not a file inside the folder")
     if any(map(os.path.islink, accumulate((str(root), *parts), os.path.join))):  # faster than resolve
         top = Path(os.path.realpath(root))
         hub = [up.parent for up in top.parents if up.name == "snapshots" and (up.parent / "blobs").is_dir()]

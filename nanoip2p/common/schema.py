@@ -17,8 +17,8 @@ def checked(value, kind, where: str, least: float = -math.inf, most: float = mat
     """Return `value` if it is of `kind`, else raise ValueError: "<where> = <value> should be <kind>".
 
     kind: bool, int, float, str, dict, list[...], tuple[...], or a union (A | None). A whole number is a valid
-    float; a list becomes a tuple where `kind` is one. least, most: the range of every number in `value`, NaN
-    is in none.
+    float; a list becomes a tuple where `kind` is one. least, most: the range of every number in `value`; NaN
+    and infinity are refused.
     """
     try:
         return _converted(value, kind, least, most)

@@ -18,7 +18,7 @@ TRANSFORM = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1
 
 
 def speed_up(unet: UNet, say: Callable[[str], None], injects: bool = False) -> UNet:
-    """Speed up a UNet in place, as its device allows, and return it. Load the weights before.
+    """Speed up a UNet in place, as its device allows, and return it. Load the weights before this call.
 
     say: called with a line of text before slow work. injects: True if most calls of the UNet pass `attend`;
     then it is not compiled on CUDA, because it would recompile at every step. The state dict stays the same.
@@ -33,7 +33,7 @@ def speed_up(unet: UNet, say: Callable[[str], None], injects: bool = False) -> U
 
 def compile_unet(unet: UNet, say: Callable[[str], None]) -> UNet:
     """Compile the UNet at the first call of each input size. A call overwrites the last call's output."""
-    torch._dynamo.config.recompile_limit = 64  # input sizes (default 8); others silently run uncompiled
+    torch._dynamo.config.recompile_limit = 64  # sizes (default 8); torch runs others uncompiled, silently
     say("compiling: the first step at each picture size takes about a minute")
     unet.compile(dynamic=False, mode="reduce-overhead")
     return unet

@@ -1,4 +1,4 @@
-"""Attention in Triton for CUDA, without gradients, for heads of width 40, 80 and 160.
+"""Attention in Triton for CUDA, without gradients, made for heads of width 40, 80 and 160.
 
 Triton's blocks are powers of two, and tensor cores multiply 16 columns of bf16 at a time. So the kernel
 splits each head in two: 40 into 32 + 16 (the last 8 are zeros), 80 into 64 + 16, 160 into 128 + 32. Padding

@@ -124,13 +124,13 @@ def test_a_downloaded_table_names_pictures_in_its_folder_only(tmp_path, name):
     row = {"original_image": name, "edit_prompt": "x", "edited_image": name}
     for file in ("metadata.jsonl", "any.jsonl"):
         (tmp_path / "in" / file).write_text(json.dumps(row) + "\n")
-        assert "is not that of a file inside" in complaint(tmp_path / "in" / file)
+        assert "is not a file inside" in complaint(tmp_path / "in" / file)
     (tmp_path / "in" / "metadata.jsonl").write_text(json.dumps(dict(zip(COLUMNS[-1], row.values()))))
-    assert "is not that of a file inside" in complaint(tmp_path / "in")
+    assert "is not a file inside" in complaint(tmp_path / "in")
     cells = pyarrow.array([{"bytes": None, "path": name}] * 2, IMAGE)
     pyarrow.parquet.write_table(pyarrow.table(dict(zip(COLUMNS[0], (cells, ["x", "y"], cells)))),
                                 tmp_path / "in" / "x.parquet")
-    with pytest.raises(ValueError, match="is not that of a file inside" if name else "cannot be used"):
+    with pytest.raises(ValueError, match="is not a file inside" if name else "cannot be used"):
         load_picture(read_data(tmp_path / "in" / "x.parquet")[0][0].before, 8)
 
 
@@ -274,7 +274,7 @@ def write_shards(root):
 
 @pytest.mark.parametrize("write, sound, bad, named", [
     (write_prompts, 9, 13, "0/0000003/prompt.json: no text under"),
-    (write_lines, 9, 13, "line 10 is not JSON"),
+    (write_lines, 9, 13, "line 10 is not a JSON object"),
     (write_rows, 9, 13, "row 9: no text under"),
     (write_shards, 9, 2, "b.parquet cannot be read as parquet"),
 ])

@@ -138,8 +138,8 @@ BROKEN = {
     "a number": (change("global_descriptions.json", **{"7": {"7-output1.png": 3}}), "or 7-output1.png"),
     "no text": (change("edit_turns.json", instruction=None), 'no text under "instruction"'),
     "no name": (change("edit_turns.json", input=1), 'no text under "input"'),
-    "a name above": (change("edit_turns.json", input="../../victim/x"), "is not that of a file inside"),
-    "a path": (change("edit_turns.json", input="/etc/hostname"), "is not that of a file inside"),
+    "a name above": (change("edit_turns.json", input="../../victim/x"), "is not a file inside"),
+    "a path": (change("edit_turns.json", input="/etc/hostname"), "is not a file inside"),
 }
 
 
