@@ -7,7 +7,7 @@
 # stays opaque: 1 of 2 bits is read as 85, and compared with 1. RGB of 16 bits keeps its high bytes only, and these
 # are compared with the 16 bits of the colour. Grey of 16 bits is "I;16", whose conversion leaves tRNS out.
 # No warning; image.info["transparency"] looks right in every case.
-# Consequence for nanoip2p: open_image scales the colour itself (nanoip2p/images.py, _scale_transparent_colour).
+# Consequence for nanoip2p: open_image scales the colour itself (nanoip2p/common/colours.py).
 # Exit code 1: the behaviour has changed.
 set -eu
 folder=$(mktemp -d)
