@@ -212,7 +212,7 @@ def test_any_signal_ends_a_run_whatever_its_streams_with_a_checkpoint_and_no_pro
                    "err": str(tmp_path / f"told{i}")} for i, job in enumerate(SIGNALS)]
     began = time.monotonic()
     codes = server(*jobs)
-    assert codes == [[130]] * len(jobs) and time.monotonic() - began < 20  # nine at once, with their start
+    assert codes == [[130]] * len(jobs) and time.monotonic() - began < 60  # nine at once, on a busy machine
     for i, job in enumerate(jobs):
         step = runs.newest_checkpoint(tmp_path / str(i))[1]["step"]
         assert step == {"step": 2, "validate": 4}[job["in"]]

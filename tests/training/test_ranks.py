@@ -203,7 +203,7 @@ def test_the_others_end_and_name_the_rank_that_is_missing(start, folder, server,
                    "err": str(tmp_path / f"told{i}")} for i, job in enumerate(MISSING)]
     began = time.monotonic()
     codes = server(*jobs)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 60
     for i, job in enumerate(jobs):
         lines = (tmp_path / f"told{i}").read_text()
         [error] = [line for line in lines.splitlines() if "error: " in line]
