@@ -652,7 +652,7 @@ OTHERS = {"weights": ["elsewhere"], "data": ["elsewhere"], "pairs": [25], "kind-
           "seed": [1], "resolution": [64], "ema-decay": [0.5], "clip": [2.0], "snr-gamma": [5],
           "dtype": ["bf16"], "flip": [], "text-to-image": [], "warmup": [3],
           "cooldown": [0.1], "drop": [0, 0, 0], "vae": ["elsewhere"], "tokenizer": ["elsewhere"],
-          "raw-weights": []}
+          "raw-weights": [], "columns": ["a", "b", "c"]}
 
 
 def test_every_flag_of_the_recipe_is_known_to_the_next_test():
