@@ -40,4 +40,4 @@ assert finite.pop(("epsilon", diffusers.DDIMScheduler)) == 0, "DDIM is finite no
 assert set(finite.values()) == {1.0}, "another scheduler is not finite any more"
 PY
 "$folder/venv/bin/python" "$folder/snr.py"
-echo "as described: DDIM alone is not finite, with epsilon"
+echo "as described: of these, only DDIM with epsilon is not finite"

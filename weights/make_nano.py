@@ -14,7 +14,7 @@ The stages:
     export        copies of the models in half precision
 
 Each stage reads the results of earlier stages from --out, and does nothing if its own result is complete.
-Only `export` always writes.
+Only `export` and the model's pairs.json are always written.
 Random numbers depend only on seed and step: a resumed run gives the same weights as an uninterrupted run. The
 repository does not contain these runs. In a fresh clone, `python train.py --weights weights/nano-ip2p --data
 scenes ...` trains the shipped editor further.

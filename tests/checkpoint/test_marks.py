@@ -1,4 +1,4 @@
-"""What single files say about v-prediction, each mark as the program that writes it."""
+"""Marks of v-prediction in single files, each in the form in which other programs write it."""
 
 import json
 import shutil

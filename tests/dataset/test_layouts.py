@@ -1,4 +1,4 @@
-"""Pairs from scenes and from every layout on disk: what is read, the splits, one crop and flip a pair."""
+"""Pairs from scenes and every layout on disk: contents, splits, the same crop and flip for a pair."""
 
 import io
 import itertools

@@ -5,8 +5,8 @@ Importing once and forking takes milliseconds where a new Python takes seconds. 
     {"argv": of train.py, "ranks": how many, with the environment that torchrun gives them,
      "err": file for what they print, "seconds": after which a timer kills rank 0,
      "event": number of the flush or rename before which rank 0 kills itself,
-     "signal": number of a signal that rank "of" sends to itself once, "in" its second "step" or "validate";
-     in "validate", it then sleeps "seconds_in" seconds,
+     "signal": number of a signal that rank job["of"] sends to itself once, in its second call of job["in"],
+     "step" or "validate"; in "validate", it then sleeps "seconds_in" seconds,
      "pressed": how often rank 0 gets Ctrl-C, beginning four seconds after its start,
      "pipe": "closed" or "full", the state of standard output and error from then on}
 A rank that ends by itself, but leaves processes behind, has the code "left".

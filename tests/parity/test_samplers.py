@@ -103,7 +103,7 @@ def test_karras_sigmas_with_zero_terminal_snr():
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_epsilon_with_zero_terminal_snr(sampler):
-    """diffusers' DDIM divides by zero there; its other schedulers put 2**-24 in place of zero."""
+    """diffusers' DDIM divides by zero there; its Euler and DPM-Solver put 2**-24 in place of zero."""
     config = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     if sampler == "ddim":
         assert not peer("ddim", 20, config)[2].isfinite().any()
