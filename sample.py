@@ -137,7 +137,7 @@ def as_flags(path: str, given: dict) -> list[str]:
     Leaves out the settings `given` and the defaults. Raises ValueError for what only the user may decide:
     weights other than the shipped ones, which may be fetched; inputs that are no files; large numbers.
     """
-    recipe, argv = read_recipe(path), []
+    recipe, argv = {"raw_text": True} | read_recipe(path), []  # the first recipes are older than raw_text
     for key, kind in typing.get_type_hints(Settings).items():
         value, name = recipe.get(key), "--" + key.replace("_", "-")
         if key in (*NOT_IN_RECIPE, *given) or value in (None, getattr(Settings, key)):

@@ -49,7 +49,7 @@ def find_images(patterns: list[str]) -> list[str]:
     for pattern in patterns:
         if os.path.isdir(pattern):
             paths = sorted(str(path) for path in Path(pattern).iterdir()
-                           if path.suffix.lower() in suffixes and not path.name.startswith("."))
+                           if path.suffix.lower() in suffixes and path.name[0] != "." and path.is_file())
         else:
             paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not paths:
@@ -178,7 +178,7 @@ def web_text(recipe: dict, size: tuple[int, int]) -> str:
 
     These cut texts at "Negative prompt:" and line breaks, and values at commas and colons: none is left.
     """
-    prompt, negative = (tidy(text).replace("Negative prompt:", "Negative prompt") for text in (
+    prompt, negative = (re.sub("Negative prompt:+", "Negative prompt", tidy(text)) for text in (
         ", then ".join(recipe["edit"]), recipe["negative"]))
     values = {"Steps": recipe["steps"], "Sampler": WEB_UI_SAMPLERS[recipe["sampler"]],
               "CFG scale": recipe["cfg_text"], "Image CFG scale": recipe["cfg_image"], "Seed": recipe["seed"],

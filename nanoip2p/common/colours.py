@@ -16,10 +16,11 @@ def scale_transparent_colour(image: Image.Image, file: BinaryIO) -> None:
         top = {"L;2": 3, "L;4": 15}.get(raw, 255)  # higher bits of the colour do not count
         image.info["transparency"] = (colour & top) * 255 // top
     elif raw == "RGB;16B":  # of each 16 bits, Pillow keeps the high byte, and here the low byte
-        high = np.asarray(image).astype(int)                                            # (H, W, 3)
-        with Image.open(file, formats=["PNG"]) as low:
-            low.tile = [(*place, "RGB;16L")]
-            same = (high * 256 + np.asarray(low) == colour).all(-1)
+        high, low = np.divmod(np.array(colour, np.uint16), 256)
+        same = (np.asarray(image) == high).all(-1)                                      # (H, W)
+        with Image.open(file, formats=["PNG"]) as lower:
+            lower.tile = [(*place, "RGB;16L")]
+            same &= (np.asarray(lower) == low).all(-1)
         image.putalpha(Image.fromarray(np.where(same, 0, 255).astype(np.uint8)))
 
 

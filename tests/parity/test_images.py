@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import random
+import re
 import struct
 import subprocess
 import zlib
@@ -334,6 +335,13 @@ RECIPE = {"edit": ["make it night"], "negative": "blurry, bad", "steps": 20, "sa
 SETTINGS = "Steps: 20, Sampler: Euler a, CFG scale: 7.5, Image CFG scale: 1.5, Seed: 0, Size: 64x48"
 
 
+def test_a_folder_stands_for_files_only(tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "dangling.png").symlink_to(tmp_path / "gone.png")
+    gradient().save(tmp_path / "a.png")
+    assert find_images([str(tmp_path)]) == [str(tmp_path / "a.png")]
+
+
 def test_the_text_of_the_web_uis(tmp_path):
     assert web_text(RECIPE, (64, 48)) == (
         f"make it night\nNegative prompt: blurry, bad\n{SETTINGS}, Model: nano-ip2p")
@@ -349,6 +357,7 @@ def test_the_text_of_the_web_uis(tmp_path):
 ODD_TEXTS = [
     ("make it night", "blurry, bad"), ("make it night", ""), ("夜にする", "ä"),
     ('say "a, b: c"\nSteps: 3, Sampler: x, Seed: 4, CFG scale: 2', "no\nSteps: 7"),
+    ("paint the words Negative prompt:: x", ""),
     ("Negative prompt: x Negative prompt: y", "Negative prompt: z"), ("x\nNegative prompt: y", ""),
 ]
 
@@ -357,7 +366,7 @@ def png_with_texts(tmp_path, edit, negative):
     recipe = RECIPE | {"edit": [edit], "negative": negative}
     save_png(gradient(64, 48), tmp_path / "a.png", recipe, web=True)
     assert read_recipe(tmp_path / "a.png") == recipe
-    return tmp_path / "a.png", [" ".join(text.replace("Negative prompt:", "Negative prompt").split())
+    return tmp_path / "a.png", [" ".join(re.sub("Negative prompt:+", "Negative prompt", text).split())
                                 for text in (edit, negative)]
 
 
