@@ -171,12 +171,11 @@ def load_model(checkpoint: str | Path | Checkpoint, dtype: torch.dtype = torch.f
         checkpoint = open_checkpoint(checkpoint)
     source, networks = checkpoint.source, checkpoint.networks
     channels, latent = networks["unet"].model.config.in_channels, networks["vae"].model.config.latent_channels
-    if edits and channels == latent:
-        raise ValueError(f"{source}: the UNet takes {channels} channels, an editor {2 * latent}; this is a "
-                         "text-to-image model, the base for train.py")
-    if not edits and channels != latent:
-        raise ValueError(f"{source}: the UNet takes {channels} channels, a text-to-image model {latent}; "
-                         "this is an editor, for sample.py")
+    if edits == (channels == latent):
+        wanted, other = f"an editor {2 * latent}", "a text-to-image model, the base for train.py"
+        if not edits:
+            wanted, other = f"a text-to-image model {latent}", "an editor, for sample.py"
+        raise ValueError(f"{source}: the UNet takes {channels} channels, {wanted}; this is {other}")
     folder, tokenizer = checkpoint.open_tokenizer()
     schedule = NoiseSchedule.from_config(checkpoint.schedule)
     loaded = (networks[part].load(dtype) for part in PARTS)

@@ -26,8 +26,7 @@ MAY_IMPORT["scripts"] = MAY_IMPORT["training"] | {"training", "evaluate"}
 MAY_IMPORT["weights"] = MAY_IMPORT["scripts"] | {"scripts"}
 # These import when they are called: `load` opens checkpoints, `__getattr__` imports torch, `fast` triton
 LATE = {("nanoip2p/pipeline.py", "load"), ("nanoip2p/clip_filter.py", "load"),
-        ("nanoip2p/__init__.py", "__getattr__"), ("nanoip2p/checkpoint/__init__.py", "__getattr__"),
-        ("nanoip2p/speed/fast.py", "speed_up")}
+        ("nanoip2p/__init__.py", "__getattr__"), ("nanoip2p/speed/fast.py", "speed_up")}
 STEPS = {name.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): name for name in FILES}
 
 
