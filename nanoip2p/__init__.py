@@ -18,10 +18,7 @@ if sys.argv[:1] == ["-m"]:  # `python -m nanoip2p.x` imports this package before
 
 def __getattr__(name: str):
     """Import Editor and TextToImage at their first use, so that `import nanoip2p` does not load torch."""
-    if name == "Editor":
-        from nanoip2p.editor import Editor
-        return Editor
-    if name == "TextToImage":
-        from nanoip2p.text_to_image import TextToImage
-        return TextToImage
-    raise AttributeError(f"module 'nanoip2p' has no attribute {name!r}")
+    if name not in ("Editor", "TextToImage"):
+        raise AttributeError(f"module 'nanoip2p' has no attribute {name!r}")
+    from nanoip2p import editor, text_to_image
+    return getattr(editor if name == "Editor" else text_to_image, name)
