@@ -171,11 +171,12 @@ def load_model(checkpoint: str | Path | Checkpoint, dtype: torch.dtype = torch.f
         checkpoint = open_checkpoint(checkpoint)
     source, networks = checkpoint.source, checkpoint.networks
     channels, latent = networks["unet"].model.config.in_channels, networks["vae"].model.config.latent_channels
-    if edits == (channels == latent):
-        wanted, other = f"an editor {2 * latent}", "a text-to-image model, the base for train.py"
-        if not edits:
-            wanted, other = f"a text-to-image model {latent}", "an editor, for sample.py"
-        raise ValueError(f"{source}: the UNet takes {channels} channels, {wanted}; this is {other}")
+    if edits and channels == latent:
+        raise ValueError(f"{source}: the UNet takes {channels} channels, an editor {2 * latent}; this is a "
+                         "text-to-image model, the base for train.py")
+    if not edits and channels != latent:
+        raise ValueError(f"{source}: the UNet takes {channels} channels, a text-to-image model {latent}; "
+                         "this is an editor, for sample.py")
     folder, tokenizer = checkpoint.open_tokenizer()
     schedule = NoiseSchedule.from_config(checkpoint.schedule)
     loaded = (networks[part].load(dtype) for part in PARTS)
@@ -186,6 +187,6 @@ def with_defaults(chosen: dict, path: Path | str) -> dict:
     """PAPER_DEFAULTS, overridden by a checkpoint's settings. ValueError names `path` and the setting."""
     if unknown := chosen.keys() - PAPER_DEFAULTS.keys():
         raise ValueError(f"{path}: unknown setting {min(unknown)}; known are {', '.join(PAPER_DEFAULTS)}")
-    kinds = {key: type(value) for key, value in PAPER_DEFAULTS.items()}
-    return PAPER_DEFAULTS | {key: checked(value, kinds[key], f"{path}: {key}", *LIMITS.get(key, ()))
-                             for key, value in chosen.items()}
+    return PAPER_DEFAULTS | {
+        key: checked(value, type(PAPER_DEFAULTS[key]), f"{path}: {key}", *LIMITS.get(key, ()))
+        for key, value in chosen.items()}
