@@ -7,21 +7,18 @@
 import sys
 
 __version__ = "0.1.0"
-COMMANDS = ("nanoip2p", "nanoip2p.checkpoint", "nanoip2p.evaluate")  # the modules that `python -m` may run
+COMMANDS = ("nanoip2p.checkpoint", "nanoip2p.evaluate")  # the modules that `python -m` may run
 
 if sys.argv[:1] == ["-m"]:  # `python -m nanoip2p.x` imports this package before it looks for x
     module = next((word for word in sys.orig_argv if word.startswith("nanoip2p")), "nanoip2p")
     if module not in COMMANDS and not module.endswith(".__main__"):
-        print(f"error: {module} is no command; `python -m nanoip2p` lists the commands", file=sys.stderr)
+        print(f"error: {module} is no command; take one of {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
 
 
 def __getattr__(name: str):
     """Import Editor and TextToImage at their first use, so that `import nanoip2p` does not load torch."""
-    if name == "Editor":
-        from nanoip2p.editor import Editor
-        return Editor
-    if name == "TextToImage":
-        from nanoip2p.text_to_image import TextToImage
-        return TextToImage
-    raise AttributeError(f"module 'nanoip2p' has no attribute {name!r}")
+    if name not in ("Editor", "TextToImage"):
+        raise AttributeError(f"module 'nanoip2p' has no attribute {name!r}")
+    from nanoip2p import editor, text_to_image
+    return getattr(editor if name == "Editor" else text_to_image, name)

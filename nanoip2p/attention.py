@@ -19,7 +19,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False,
     (N, Tk, heads * d) is weighted by the map of row map_from[i] of q and k, so the result has N rows.
     """
     q, k, v = _prepare(q, k, v, heads, causal, map_from)
-    return _merge(F.scaled_dot_product_attention(q, k, v, is_causal=causal))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False,
@@ -30,7 +30,7 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: boo
     if causal:
         future = torch.ones_like(scores, dtype=torch.bool).triu(1)
         scores = scores.masked_fill(future, float("-inf"))
-    return _merge(scores.softmax(dim=-1) @ v)
+    return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)        # (B, Tq, heads * d)
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool, map_from: Tensor | None) -> None:
@@ -48,7 +48,3 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool, map_from
     if map_from is not None:
         q, k = (x.index_select(0, map_from) for x in (q, k))
     return [x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v)]
-
-
-def _merge(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(2)                                 # (B, T, heads * d)

@@ -231,10 +231,6 @@ class TextEncoder(nn.Module):
         return {"text_model." + name.removeprefix("text_model."): tensor
                 for name, tensor in CLIP.published_names(state_dict).items()}
 
-    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
-        """As torch's, but also reads names without the prefix, see published_names."""
-        return super().load_state_dict(self.published_names(state_dict), strict, assign)
-
 
 class CLIP(nn.Module):
     """Both encoders, projected into one space. The cosine tells how well a text and a picture match."""

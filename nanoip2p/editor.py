@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from nanoip2p.diffusion import plan
@@ -64,7 +64,11 @@ class Editor(Model):
             for group in groups:
                 new = [key for key in dict.fromkeys(keys[i] for i in group) if key not in z_images]
                 if new:
-                    z_images |= zip(new, self._encode(torch.stack([pixels[key] for key in new]), low_memory))
+                    x = torch.stack([pixels[key] for key in new]).to(self.unet.conv_in.weight.dtype)
+                    x = x.to(self.device)                                               # (N, 3, H, W)
+                    with self._on_device(self.vae, low_memory):  # the mode of the VAE's posterior, unscaled
+                        mode = self.vae.encode_low_memory(x) if low_memory else self.vae.encode(x)[0]
+                    z_images |= zip(new, mode)
                 z_image = torch.stack([z_images[keys[i]] for i in group])               # (B, C, h, w)
                 context = torch.stack([text_states[instructions[i]] for i in group])    # (B, T, D)
                 generators = [torch.Generator().manual_seed(seeds[i]) for i in group]
@@ -79,12 +83,6 @@ class Editor(Model):
                 with self._on_device(self.vae, low_memory):
                     edited |= zip(group, self.decode(z, low_memory))
         return edited[0] if single else [edited[i] for i in range(len(images))]
-
-    def _encode(self, pixels: Tensor, low_memory: bool) -> Tensor:
-        """Pixels (B, 3, H, W) in [-1, 1] -> z_image (B, C, h, w): mode of the VAE's posterior, unscaled."""
-        x = pixels.to(self.device, self.unet.conv_in.weight.dtype)
-        with self._on_device(self.vae, low_memory):
-            return self.vae.encode_low_memory(x) if low_memory else self.vae.encode(x)[0]
 
     @contextmanager
     def _on_device(self, network: nn.Module, low_memory: bool):

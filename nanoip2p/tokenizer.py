@@ -115,7 +115,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
                      f"{folder / 'tokenizer_config.json'}: model_max_length", 3) or LENGTH
     length = length if length < 10**6 else LENGTH  # transformers writes 1e30 for "not set"
     try:
-        vocab, merges = _vocabulary(folder, fast)
+        if fast:  # takes precedence, as in transformers
+            model = checked(fast.get("model"), dict, "model")
+            vocab, merges = checked(model.get("vocab"), dict, "vocab"), [*map(split_merge, model["merges"])]
+        else:
+            paths = (str(regular(folder / name)) for name in ("vocab.json", "merges.txt"))
+            vocab, merges = BPE.read_file(*paths)
         backend = clip_backend(vocab, merges, roles["unk_token"])
         backend.add_tokens([AddedToken(special=True, **token) for token in special])
     except Exception as error:  # the library checks types and contents, and raises nothing narrower
@@ -145,14 +150,6 @@ def clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]], unknown: 
         [pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
          pre_tokenizers.ByteLevel(add_prefix_space=False)])
     return backend
-
-
-def _vocabulary(folder: Path, fast: dict) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary {token: id} and ordered merges. tokenizer.json takes precedence, as in transformers."""
-    if fast:
-        model = checked(fast.get("model"), dict, "model")
-        return checked(model.get("vocab"), dict, "vocab"), [split_merge(merge) for merge in model["merges"]]
-    return BPE.read_file(*(str(regular(folder / name)) for name in ("vocab.json", "merges.txt")))
 
 
 def _special_tokens(folder: Path, config: dict, fast: dict) -> tuple[dict[str, str], list[dict]]:

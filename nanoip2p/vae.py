@@ -191,10 +191,6 @@ class VAE(nn.Module):
         return {old.sub(lambda match: OLD_ATTENTION_NAMES[match[0]], name): tensor
                 for name, tensor in state_dict.items()}
 
-    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
-        """As torch's; reads both spellings of the attention weights, see published_names."""
-        return super().load_state_dict(self.published_names(state_dict), strict, assign)
-
 
 def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, scale_in: int, scale_out: int) -> Tensor:
     """Apply `function` to one picture at a time. Split large ones into tiles, and blend the results linearly.

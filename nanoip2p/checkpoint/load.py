@@ -29,9 +29,9 @@ from nanoip2p.tokenizer import Tokenizer, check_fits, load_tokenizer
 from nanoip2p.unet import UNet
 from nanoip2p.vae import VAE
 
-# Ranges of settings in defaults.json and pairs.json, far beyond every use; flags may go beyond
-LIMITS = {"resolution": (1, 4096), "steps": (1, 10_000), "n_samples": (1, 10_000), "batch": (1, 1000)}
-LIMITS |= dict.fromkeys(("cfg_text", "cfg_image", "min_cfg", "max_cfg"), (-1000, 1000))
+# Ranges of settings in defaults.json, far beyond every use; flags may go beyond
+LIMITS = {"resolution": (1, 4096), "steps": (1, 10_000),
+          "cfg_text": (-1000, 1000), "cfg_image": (-1000, 1000)}
 
 
 @dataclass(frozen=True)
@@ -183,9 +183,10 @@ def load_model(checkpoint: str | Path | Checkpoint, dtype: torch.dtype = torch.f
     return (Editor if edits else TextToImage)(*loaded, tokenizer, schedule, checkpoint.defaults, folder)
 
 
-def with_defaults(chosen: dict, path: Path | str, defaults: dict = PAPER_DEFAULTS) -> dict:
-    """Override `defaults` by a checkpoint's settings `chosen`. ValueError names `path` and the setting."""
-    if unknown := chosen.keys() - defaults.keys():
-        raise ValueError(f"{path}: unknown setting {min(unknown)}; known are {', '.join(defaults)}")
-    return defaults | {key: checked(value, type(defaults[key]), f"{path}: {key}", *LIMITS.get(key, ()))
-                       for key, value in chosen.items()}
+def with_defaults(chosen: dict, path: Path | str) -> dict:
+    """PAPER_DEFAULTS, overridden by a checkpoint's settings. ValueError names `path` and the setting."""
+    if unknown := chosen.keys() - PAPER_DEFAULTS.keys():
+        raise ValueError(f"{path}: unknown setting {min(unknown)}; known are {', '.join(PAPER_DEFAULTS)}")
+    return PAPER_DEFAULTS | {
+        key: checked(value, type(PAPER_DEFAULTS[key]), f"{path}: {key}", *LIMITS.get(key, ()))
+        for key, value in chosen.items()}

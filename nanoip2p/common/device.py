@@ -1,6 +1,7 @@
 """Choose the device, and the dtype that is fast on it."""
 
-import time
+import timeit
+from functools import partial
 
 import torch
 
@@ -38,13 +39,9 @@ def bf16_is_fast_on_this_cpu() -> bool:
     torch 2.13, `mkldnn._is_mkldnn_bf16_supported()` is True on every AVX-512 CPU. Without bf16 instructions,
     bf16 takes twice the time of fp32 on AVX-512, and 30 times on AVX2.
     """
-    def seconds(dtype: torch.dtype, runs: int) -> float:
+    def seconds(dtype: torch.dtype) -> float:
         x, weight = (torch.ones(shape, dtype=dtype) for shape in ((2, 128, 16, 16), (128, 128, 3, 3)))
-        times = []
-        for _ in range(1 + runs):  # the first run initialises the library
-            began = time.perf_counter()
-            torch.nn.functional.conv2d(x, weight, padding=1)
-            times.append(time.perf_counter() - began)
-        return min(times[1:])
+        work = partial(torch.nn.functional.conv2d, x, weight, padding=1)
+        return min(timeit.repeat(work, number=1, repeat=4)[1:])  # the first run loads the library
 
-    return seconds(torch.bfloat16, 3) < 0.8 * seconds(torch.float32, 3)
+    return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)

@@ -28,9 +28,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Creates missing folders. Raises ValueError if `path` is a folder or a device; an OSError that names `path`
     if the disk is full.
     """
-    path = Path(path)
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is not a file that can be replaced; name another output")
+    path = regular(path, "name another output")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{_hidden(path)}{os.getpid()}.tmp")
     try:
@@ -78,22 +76,20 @@ def full_disk_named(path: Path) -> Iterator[None]:
         raise full from None
 
 
-def regular(path: str | Path) -> Path:
+def regular(path: str | Path, advice: str = "save its content to a file first") -> Path:
     """The path. ValueError if it exists but is no regular file: reading a FIFO or a device may never end."""
     path = Path(path)
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is not a regular file; save its content to a file first")
+        raise ValueError(f"{path} is not a regular file; {advice}")
     return path
 
 
 def check_writable(path: str | Path) -> None:
     """Raise ValueError if `replacing(path)` cannot write. Call this before a long computation."""
-    path = Path(path)
     try:
+        path = regular(path, "name another output")
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
-        if path.exists() and not path.is_file():
-            raise ValueError(f"{path} is not a file that can be replaced; name another output")
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror}") from None
 

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from tiny_editor import write_tiny_editor
 from train_tokenizer import train_tokenizer
 
-from nanoip2p.checkpoint import convert, load_model, open_checkpoint, save_parts
 from nanoip2p.checkpoint.__main__ import main
 from nanoip2p.checkpoint.folder import load_network, save_network
-from nanoip2p.checkpoint.load import widen
+from nanoip2p.checkpoint.load import load_model, open_checkpoint, widen
+from nanoip2p.checkpoint.save import convert, save_parts
 from nanoip2p.checkpoint.single_file import PARTS, SD15, find_networks, from_original, to_original
 from nanoip2p.checkpoint.tensors import read_metadata, read_tensors
 from nanoip2p.clip import CLIPTextConfig

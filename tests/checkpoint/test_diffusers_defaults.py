@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from tiny_editor import write_tiny_editor
 
-from nanoip2p.checkpoint import convert, load_model, open_checkpoint
+from nanoip2p.checkpoint.load import load_model, open_checkpoint
+from nanoip2p.checkpoint.save import convert
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
 STEPS, TEXT = 5, "make it night"

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from tiny_editor import write_tiny_editor
 
-from nanoip2p.checkpoint import hub, load_model
+from nanoip2p.checkpoint import hub
 from nanoip2p.checkpoint.hub import find_tokenizer, needed_files, tokenizer_files
+from nanoip2p.checkpoint.load import load_model
 from nanoip2p.tokenizer import load_tokenizer
 
 HUB = Path(hub.__file__).parent

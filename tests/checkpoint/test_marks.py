@@ -15,8 +15,9 @@ from tiny_editor import write_tiny_editor
 
 import train
 from nanoip2p import objective
-from nanoip2p.checkpoint import convert, load_model, open_checkpoint
+from nanoip2p.checkpoint.load import load_model, open_checkpoint
 from nanoip2p.checkpoint.marks import marked_schedule
+from nanoip2p.checkpoint.save import convert
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.training import trainer
 

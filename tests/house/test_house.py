@@ -26,8 +26,7 @@ MAY_IMPORT["scripts"] = MAY_IMPORT["training"] | {"training", "evaluate"}
 MAY_IMPORT["weights"] = MAY_IMPORT["scripts"] | {"scripts"}
 # These import when they are called: `load` opens checkpoints, `__getattr__` imports torch, `fast` triton
 LATE = {("nanoip2p/pipeline.py", "load"), ("nanoip2p/clip_filter.py", "load"),
-        ("nanoip2p/__init__.py", "__getattr__"), ("nanoip2p/checkpoint/__init__.py", "__getattr__"),
-        ("nanoip2p/speed/fast.py", "speed_up")}
+        ("nanoip2p/__init__.py", "__getattr__"), ("nanoip2p/speed/fast.py", "speed_up")}
 STEPS = {name.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): name for name in FILES}
 
 
@@ -104,7 +103,7 @@ def test_the_whole_is_short():
 
     The aim is 7,500 with everything. The limit keeps what is reached, and should only ever fall.
     """
-    assert lines(PACKAGE + SCRIPTS) <= 9063
+    assert lines(PACKAGE + SCRIPTS) <= 9002
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -54,7 +54,7 @@ def test_text_encoder_equals_transformers(config):
     with torch.device("meta"):
         ours = TextEncoder.from_config(theirs.config.to_dict()).eval()
     assert ours.config == config
-    ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
+    ours.load_state_dict(TextEncoder.published_names(theirs.state_dict()), strict=True, assign=True)
     ids = texts(3)
     reference = theirs(ids).last_hidden_state
     assert relative_error(ours(ids), reference) <= 1e-5
@@ -140,7 +140,7 @@ def test_both_spellings_are_read_and_the_published_one_is_written():
 
     networks = [TextEncoder(TEXT), TextEncoder(TEXT)]
     for network, weights in zip(networks, (without, published)):
-        network.load_state_dict(weights, strict=True)
+        network.load_state_dict(TextEncoder.published_names(weights), strict=True)
     weights = [network.state_dict() for network in networks]
     assert weights[0].keys() == weights[1].keys() == {prefix + name for name in without}
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -151,7 +151,7 @@ def test_both_spellings_are_read_and_the_published_one_is_written():
 
 def test_weights_of_another_network_are_not_taken():
     with pytest.raises(RuntimeError, match="text_model.patch_embedding"):
-        TextEncoder(TEXT).load_state_dict({"patch_embedding": torch.zeros(1)})
+        TextEncoder(TEXT).load_state_dict(TextEncoder.published_names({"patch_embedding": torch.zeros(1)}))
 
 
 def test_reads_what_transformers_writes(tmp_path):
