@@ -12,7 +12,6 @@ To continue a stopped `captions` or `pairs`, start it again with the same flags.
 import argparse
 import os
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 from nanoip2p.common import cli
@@ -78,7 +77,7 @@ def run_captions(args: argparse.Namespace) -> None:
         raise ValueError("--input is needed (or --backend scenes)")
     captions, repeats = read_captions(args.input, args.column)
     print(f"{args.input}: {len(captions)} captions, {repeats} repeats left out")
-    given = {field.name: getattr(args, field.name) for field in fields(Settings) if field.name in args}
+    given = {key: value for key, value in vars(args).items() if key in Settings.__dataclass_fields__}
     print(ask_all(captions, Settings(**given), args.out, args.n))
 
 
@@ -104,7 +103,6 @@ def add_pairs(subparsers) -> None:
     parser.add_argument("--out", type=Path, required=True, help="output folder; continues a stopped job")
     parser.add_argument("--weights", required=True, help="a text-to-image model: a diffusers folder, a "
                                                          ".safetensors or .ckpt file, or a name on the Hub")
-    add_flags(parser)
     parser.add_argument("--skip-bad", action="store_true", help="skip bad lines of --prompts")
     parser.add_argument("--fast", action="store_true",
                         help="speed up the UNet, see nanoip2p.speed.fast; not for nano weights")
@@ -114,7 +112,8 @@ def add_pairs(subparsers) -> None:
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """Add --device and --dtype of the text-to-image model."""
+    """Add --vae, --tokenizer, --raw-weights, --device and --dtype of the text-to-image model."""
+    add_flags(parser)
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first available)")
     parser.add_argument("--dtype", choices=sorted(DTYPES),
                         help="dtype of the text-to-image model (default: bf16 where it is faster, else fp32)")
@@ -171,7 +170,6 @@ def add_pair(subparsers) -> None:
     parser.add_argument("source", help="the caption of the first picture")
     parser.add_argument("edit", help="the caption of the second picture")
     parser.add_argument("--weights", default="weights/nano-sd", help="a text-to-image model")
-    add_flags(parser)
     parser.add_argument("--out", type=Path, default=Path("out/pair.png"), help="the PNG to write")
     parser.add_argument("--heatmaps", action="store_true", help="also show the attention to each word")
     parser.add_argument("--inject", choices=MODES, default="self",

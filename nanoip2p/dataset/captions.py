@@ -12,11 +12,9 @@ import math
 import signal
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, deque
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import openai
@@ -112,11 +110,9 @@ def make_request(caption: str, settings: Settings) -> dict:
 class Job:
     """One run over the remaining captions, shared by all threads. `lock` guards its counters and files."""
 
-    def __init__(self, client: OpenAI, settings: Settings, todo: Iterator[dict], left: int, out: Path,
-                 bar: tqdm):
-        """left: the number of captions in `todo`."""
-        self.client, self.settings, self.todo, self.left = client, settings, todo, left
-        self.out, self.bar = out, bar
+    def __init__(self, client: OpenAI, settings: Settings, todo: deque[str], out: Path, bar: tqdm):
+        """todo: lines of `read_captions`."""
+        self.client, self.settings, self.todo, self.out, self.bar = client, settings, todo, out, bar
         self.counts, self.used = Counter(), Counter()  # outcomes; input and output tokens
         self.reserved = 0    # upper bound on the tokens of the open requests
         self.shared = 0      # input tokens of the first request: an upper bound for those of the examples
@@ -138,7 +134,7 @@ class Job:
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            for most, n in ((1, 1), (self.left, self.settings.concurrency)):
+            for most, n in ((1, 1), (len(self.todo), self.settings.concurrency)):
                 # Daemon threads: the process can end before the threads end
                 threads = [threading.Thread(target=self.work, args=(most,), daemon=True) for _ in range(n)]
                 for thread in threads:
@@ -156,14 +152,14 @@ class Job:
         """Process at most `most` captions, in one thread. Returns early when the run has to stop."""
         for _ in range(most):
             with self.lock:
-                if not self.left or self.deadline < math.inf or self.problem:
+                if not self.todo or self.deadline < math.inf or self.problem:
                     return
-                caption, self.left = next(self.todo), self.left - 1
+                line = self.todo.popleft()
             try:
-                self.ask(caption)
+                self.ask(row_of(line))
             except OverBudget:  # put it back: open requests may use fewer tokens than reserved
                 with self.lock:
-                    self.todo, self.left = chain([caption], self.todo), self.left + 1
+                    self.todo.appendleft(line)
                 return
             except openai.APIError as error:
                 with self.lock:
@@ -243,7 +239,7 @@ class Job:
         return (f"{self.counts['written']} edits written to {self.out}\n"
                 f"captions dropped: {listed('dropped ')}; retries: {listed('retried ')}\n"
                 f"tokens: {self.used['in']:,} in, {self.used['out']:,} out\n"
-                f"captions left for the next run: {self.left} not asked (--max-tokens), "
+                f"captions left for the next run: {len(self.todo)} not asked (--max-tokens), "
                 f"{self.counts['unanswered']} without an answer")
 
 
@@ -274,29 +270,20 @@ def ask_all(captions: list[str], settings: Settings, out: Path, most: int | None
         with files.locked(out.with_name(f".{out.stem}.lock")) as held:  # `out` itself may be replaced
             if not held:
                 raise ValueError(f"{out} is being written by another process; wait for it, or stop it")
-            return run_job(captions, settings, out, most)
+            known = known_captions(out)
+            for path in (out, dropped_path(out)):
+                files.mend_last_line(path)
+            todo = deque(line for line in captions[:most]
+                         if not known or hash(fold(row_of(line)["input"])) not in known)
+            client, total = chat.connect(settings.timeout), len(captions[:most])
+            with tqdm(total=total, initial=total - len(todo), desc="captions", unit="caption") as bar:
+                job = Job(client, settings, todo, out, bar)
+                job.run()
+            if isinstance(job.problem, openai.APIError):
+                raise ValueError(chat.explain(job.problem, client)) from None
+            if job.problem:
+                raise job.problem
+            return job.summary()
     except OSError as error:
         raise ValueError(f"{out} cannot be written: {error.strerror or error}; if its disk is full, free "
                          "space. Finished captions stay, and the same command goes on from there") from None
-
-
-def run_job(captions: list[str], settings: Settings, out: Path, most: int | None) -> str:
-    """As `ask_all`, without a lock."""
-    known = known_captions(out)
-    for path in (out, dropped_path(out)):
-        files.mend_last_line(path)
-
-    def todo() -> Iterator[dict]:
-        rows = map(row_of, captions[:most])
-        return (row for row in rows if not known or hash(fold(row["input"])) not in known)
-
-    client, left = chat.connect(settings.timeout), sum(1 for _ in todo())
-    total = len(captions[:most])
-    with tqdm(total=total, initial=total - left, desc="captions", unit="caption") as bar:
-        job = Job(client, settings, todo(), left, out, bar)
-        job.run()
-    if isinstance(job.problem, openai.APIError):
-        raise ValueError(chat.explain(job.problem, client)) from None
-    if job.problem:
-        raise job.problem
-    return job.summary()

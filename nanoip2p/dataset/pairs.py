@@ -63,9 +63,7 @@ class PairSettings:
 
     def __post_init__(self):
         for key in ("n_samples", "max_out_samples", "batch", "steps", "resolution", "early_stop", "seed"):
-            value, least = getattr(self, key), int(key not in ("early_stop", "seed"))
-            if value is not None and value < least:
-                raise ValueError(f"{key} = {value}: at least {least} is needed")
+            checked(getattr(self, key), int | None, key, int(key not in ("early_stop", "seed")))
         for key, known in (("inject", MODES), ("sampler", (None, *SAMPLERS))):
             if getattr(self, key) not in known:
                 raise ValueError(f"{key} = {getattr(self, key)} should be one of "

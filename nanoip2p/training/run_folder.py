@@ -11,17 +11,9 @@ from pathlib import Path
 from torch import Tensor
 
 from nanoip2p.checkpoint.tensors import read_tensors, write_tensors
-from nanoip2p.common.files import (
-    append,
-    full_disk_named,
-    locked,
-    read_json,
-    read_jsonl,
-    replacing,
-    write_json,
-)
+from nanoip2p.common import files
 from nanoip2p.common.plots import plot
-from nanoip2p.common.schema import checked
+from nanoip2p.common.schema import checked, checked_rows
 
 CHECKPOINTS = "checkpoints"
 FILES = ("unet", "ema", "exp_avg", "exp_avg_sq")  # raw and averaged weights, Adam's two moments
@@ -31,13 +23,13 @@ LARGEST = 2**53  # float64 and JSON's readers keep whole numbers exact up to her
 
 def check_folder(run: Path) -> None:
     """Raise ValueError if a path that a run writes is a link, or is a folder where a file belongs."""
-    files = [run / ".lock", run / "log.jsonl", run / "loss.png", *run.glob("samples-*.png")]
+    single = [run / ".lock", run / "log.jsonl", run / "loss.png", *run.glob("samples-*.png")]
     weights, saved = run / "weights", run / CHECKPOINTS
     parts = [weights / name for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")]
     for path in (run, saved, *saved.glob("[0-9]*"), *saved.glob(".[0-9]*"), weights, *parts,
-                 run / "tensorboard", *files):
-        kind, is_link = "file" if path in files else "folder", path.is_symlink() and path != run
-        if is_link or os.path.lexists(path) and not (path.is_file() if path in files else path.is_dir()):
+                 run / "tensorboard", *single):
+        kind, is_link = "file" if path in single else "folder", path.is_symlink() and path != run
+        if is_link or os.path.lexists(path) and not (path.is_file() if path in single else path.is_dir()):
             raise ValueError(f"{path} is {'a link' if is_link else 'no ' + kind}; a run writes a {kind} of "
                              "this name, so move that away, or name another folder")
 
@@ -45,27 +37,27 @@ def check_folder(run: Path) -> None:
 @contextmanager
 def occupied(run: Path) -> Iterator[None]:
     """Lock a run's folder for a `with` block. Raises ValueError if another process holds the lock."""
-    with locked(run / ".lock") as held:
+    with files.locked(run / ".lock") as held:
         if not held:
             raise ValueError(f"{run} is being trained by another process; wait for it, or stop it")
         yield
 
 
-def write_checkpoint(run: Path, step: int, files: dict[str, dict[str, Tensor]], state: dict,
+def write_checkpoint(run: Path, step: int, content: dict[str, dict[str, Tensor]], state: dict,
                      keep: int) -> None:
-    """Write <run>/checkpoints/<step>/ with <name>.safetensors for each of `files`, and state.json.
+    """Write <run>/checkpoints/<step>/ with <name>.safetensors for each of `content`, and state.json.
 
     Writes to a temporary folder, renames it when all files are on disk, then keeps the newest `keep` only.
     """
     folder = run / CHECKPOINTS / f"{step:07d}"
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    with full_disk_named(folder):
+    with files.full_disk_named(folder):
         try:
             temporary.mkdir(parents=True)
-            for name, tensors in files.items():
+            for name, tensors in content.items():
                 write_tensors(tensors, temporary / f"{name}.safetensors")
-            write_json({"step": step, **state}, temporary / "state.json")
+            files.write_json({"step": step, **state}, temporary / "state.json")
             for path in (*temporary.iterdir(), temporary):
                 flush(path)
             shutil.rmtree(folder, ignore_errors=True)
@@ -99,7 +91,7 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict]:
     """
     for folder in reversed(checkpoints(run)):
         try:
-            state = read_json(folder / "state.json")
+            state = files.read_json(folder / "state.json")
             for key, kind in STATE.items():
                 checked(state.get(key), kind, f"{folder / 'state.json'}: {key}", 1, LARGEST)
             for name in FILES:
@@ -112,13 +104,12 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict]:
 
 def read_log(run: Path) -> list[dict]:
     """The rows of log.jsonl. ValueError for a row without a step, or with something that is no number."""
-    rows = read_jsonl(run / "log.jsonl")
+    path = run / "log.jsonl"
+    rows = checked_rows(files.read_jsonl(path), {"step": (int, 0, LARGEST)}, path)
     for number, row in enumerate(rows, 1):
-        where = f"{run / 'log.jsonl'}, row {number}: "
-        checked(row.get("step"), int, f"{where}step", 0, LARGEST)
         for name, value in row.items():
             if not isinstance(value, float):  # a validation loss can be NaN
-                checked(value, int, where + name, -LARGEST, LARGEST)
+                checked(value, int, f"{path}, row {number}: {name}", -LARGEST, LARGEST)
     return rows
 
 
@@ -129,7 +120,7 @@ class Log:
         """Open the log. first: the step from which the run continues; deletes the rows of later steps."""
         self.path = run / "log.jsonl"
         rows = [row for row in read_log(run) if row["step"] <= first]
-        with replacing(self.path) as temporary:
+        with files.replacing(self.path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         self.board = None
         if tensorboard:
@@ -138,7 +129,7 @@ class Log:
 
     def write(self, row: dict) -> None:
         """Append a row: {"step": number, name: number, ...}."""
-        append(self.path, row)
+        files.append(self.path, row)
         if self.board:
             for name, number in row.items():
                 self.board.add_scalar(name, number, row["step"])

@@ -23,8 +23,7 @@ class AtOnce(KeyboardInterrupt):
 class Stop:
     """Calls return True after Ctrl-C, SIGTERM or SIGHUP, which comes when a terminal closes."""
 
-    def __init__(self):
-        self.waiting = False
+    waiting = False
 
     def __call__(self) -> bool:
         return bool(SIGNALS)

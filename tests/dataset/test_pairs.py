@@ -404,8 +404,8 @@ def test_settings_come_from_flags_then_the_weights_folder_then_the_paper(tmp_pat
 
 @pytest.mark.parametrize("chosen, named", [
     ({"clips": "x"}, "clips"), ({"n_samples": "many"}, "n_samples"), ({"n_samples": 2.5}, "n_samples"),
-    ({"n_samples": True}, "n_samples"), ({"n_samples": 0}, "at least 1"), ({"min_p2p": 0.95}, "max_p2p"),
-    ({"seed": -1}, "seed"), ({"steps": 0}, "at least 1"), ({"batch": 10**9}, "from -10000 to 10000"),
+    ({"n_samples": True}, "n_samples"), ({"n_samples": 0}, "from 1"), ({"min_p2p": 0.95}, "max_p2p"),
+    ({"seed": -1}, "seed"), ({"steps": 0}, "from 1"), ({"batch": 10**9}, "from -10000 to 10000"),
     ({"clip": "owner/clip"}, "give it as --clip"), ({"inject": "all"}, "self"), ({"sampler": "x"}, "ddim"),
     ({"clip": []}, "a text"), ({"max_cfg": float("nan")}, "a number"),
     ({"min_cfg": 16}, "max_cfg"), ({"max_p2p": 1.5}, "max_p2p <= 1"), ({"min_p2p": -0.1}, "0 <= min_p2p"),
