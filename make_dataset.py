@@ -180,7 +180,7 @@ def add_pair(subparsers) -> None:
     parser.add_argument("--reweight", nargs=2, action="append", default=[], metavar=("WORD", "FACTOR"),
                         help="for cross and both: scale the attention to a word of the edited caption")
     parser.add_argument("--window", nargs=3, action="append", default=[], metavar=("WORD", "FROM", "TO"),
-                        help="for cross and both: inject the attention to a word from FROM to TO, not 0 to P")
+                        help="for cross and both: inject a word between two shares of the steps (0 to 1)")
     parser.add_argument("--cfg-text", type=finite, help="guidance scale (default: from the weights)")
     parser.add_argument("--steps", type=at_least(1), help="denoising steps (default: from the weights)")
     parser.add_argument("--resolution", type=pixels, help="side in pixels (default: from the weights)")

@@ -44,7 +44,7 @@ with cli.slow_imports():
 NOT_IN_RECIPE = ("output", "recipe", "device", "fast", "batch")
 # A recipe comes from strangers: larger numbers, or longer lists, need the user's own flag
 RECIPE_LIMITS = {"n": 16, "steps": 1000, "resolution": 2048, "edit": 64, "input": 100, "embedding": 16}
-LOADED = ("weights", "vae", "tokenizer", "embedding")  # of these, a recipe may name only what is shipped
+LOADED = ("weights", "vae", "tokenizer", "embedding")  # a recipe may name only files in weights/ for these
 MOST_PICTURES = 10**6  # of one command: their plan takes 1 minute and 0.6 GB
 # --sweep varies both scales. From the paper's defaults it covers cfg_text 3 ... 12 and cfg_image 1 ... 2
 SWEEP_FACTORS = (0.4, 0.7, 1, 1.3, 1.6)      # multiply cfg_text
@@ -88,7 +88,7 @@ class Settings:
     dtype: str = flag("half precision is faster on a GPU", "fp32", choices=sorted(DTYPES))
     batch: int = flag("maximum number of pictures, of one size, in a forward pass", 8, type=at_least(1))
     low_memory: bool = flag("compute one guidance branch at a time, keep one network on the device, and use "
-                            "VAE tiles above 768 pixels (at full size), which change it slightly", False)
+                            "VAE tiles above 768 pixels (full size), which change pictures slightly", False)
     fast: bool = flag("faster, equal up to rounding. CPU: Winograd convolutions, which need more memory. "
                       "CUDA: channels last and CUDA graphs, after a minute of compiling", False)
 

@@ -149,7 +149,7 @@ def check_data(config: TrainConfig) -> Set[Picture]:
     if problems and not pairs:
         raise ValueError(f"{config.data} has no sound pair ({told(counts)}); {problems[0]}")
     if problems and not config.skip_bad:
-        raise ValueError(f"pictures are broken or missing ({told(counts)}); --skip-bad leaves these out")
+        raise ValueError(f"some pairs cannot be used ({told(counts)}); --skip-bad leaves these out")
     return broken
 
 

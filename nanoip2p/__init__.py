@@ -7,12 +7,12 @@
 import sys
 
 __version__ = "0.1.0"
-COMMANDS = ("nanoip2p.checkpoint", "nanoip2p.evaluate")  # the modules that `python -m` may run
+COMMANDS = ("nanoip2p", "nanoip2p.checkpoint", "nanoip2p.evaluate")  # the modules that `python -m` may run
 
 if sys.argv[:1] == ["-m"]:  # `python -m nanoip2p.x` imports this package before it looks for x
     module = next((word for word in sys.orig_argv if word.startswith("nanoip2p")), "nanoip2p")
     if module not in COMMANDS and not module.endswith(".__main__"):
-        print(f"error: {module} is no command; take one of {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"error: {module} is no command; `python -m nanoip2p` lists the commands", file=sys.stderr)
         sys.exit(2)
 
 

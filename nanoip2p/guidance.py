@@ -59,7 +59,7 @@ def guided_denoiser(unet: UNet, levels: Plan, z_image: Tensor, context: Tensor, 
     images, rows, batches = torch.stack([z_image, torch.zeros_like(z_image)]), torch.arange(len(z_image)), []
     for batch in [[branch] for branch in branches] if low_memory else [branches]:
         _, image_of, texts = zip(*batch)
-        used = sorted(set(image_of))  # [text + image] and [image] have the same UNet input
+        used = sorted(set(image_of))  # [text + image] and [image] have the same z_in
         text_rows = torch.cat([rows + len(rows) * used.index(i) for i in image_of])    # (R,)
         text = unet.project_context(torch.cat(texts), text_rows)
         batches.append((len(used), images[used].flatten(0, 1), text))

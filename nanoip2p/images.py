@@ -75,7 +75,7 @@ def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image
                 if image.format == "PNG" and "transparency" in image.info:
                     scale_transparent_colour(image, file)
                 rgb = to_rgb(image)
-                with contextlib.suppress(Exception):  # broken EXIF only describes the picture
+                with contextlib.suppress(Exception):  # without a readable Orientation, it stays as it is
                     rgb = rgb.transpose(TURNS[image.getexif()[0x0112]])
                 return rgb
     except FileNotFoundError:
@@ -176,7 +176,8 @@ def save_png(image: Image.Image, path: str | Path, recipe: dict, web: bool = Fal
 def web_text(recipe: dict, size: tuple[int, int]) -> str:
     """A recipe of sample.py in the words of AUTOMATIC1111's web UI, which many programs read.
 
-    These cut texts at "Negative prompt:" and line breaks, and values at commas and colons: none is left.
+    They cut texts at "Negative prompt:" and line breaks, and values at commas and colons. So texts lose these
+    line breaks and colons, and the name of the model loses commas, colons and quotes.
     """
     prompt, negative = (re.sub("Negative prompt:+", "Negative prompt", tidy(text)) for text in (
         ", then ".join(recipe["edit"]), recipe["negative"]))
@@ -189,7 +190,7 @@ def web_text(recipe: dict, size: tuple[int, int]) -> str:
 
 
 def model_hash(weights: str) -> str:
-    """The web UI's first hash of a file of weights: of 64 KiB, as all of 4 GB take 8 s. "" for a folder."""
+    """The web UI's old, short hash of a file of weights. The new one takes 8 s for 4 GB. "" for a folder."""
     if not os.path.isfile(weights):
         return ""
     with open(weights, "rb") as file:

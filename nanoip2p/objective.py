@@ -27,7 +27,7 @@ def encode(batch: dict, vae: nn.Module, text_encoder: nn.Module) -> dict:
 
 def model_input(batch: dict, null: Tensor, scale: float, alphas: Tensor,
                 shares: Sequence[float] = DROP, prediction_type: str = "epsilon") -> dict:
-    """Add noise to the target, and drop conditions at random (section 3.2.1).
+    """Add noise to the latents of the edited picture, and drop conditions at random (section 3.2.1).
 
     batch: from `encode`, with the random numbers of training/samples.py. null (77, D): hidden states of the
     empty text. scale: scaling factor of the VAE. alphas: `NoiseSchedule.alphas_cumprod()`. shares: see DROP.
@@ -52,7 +52,7 @@ def noise_losses(unet: nn.Module, in_channels: int, inputs: dict, timestep: Tens
                  recompute: bool = False) -> Tensor:
     """The mean squared error of the prediction of each sample, (B,) float32: equation 1 of the paper.
 
-    in_channels: of the UNet; a text-to-image model takes only the noised target. inputs: from `model_input`.
+    in_channels: of the UNet; a text-to-image model takes only the noised latents. inputs: from `model_input`.
     dtype: autocast dtype; the weights stay in float32. recompute: use gradient checkpointing.
     """
     z_in = inputs["z_in"][:, :in_channels]

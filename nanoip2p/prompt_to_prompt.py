@@ -298,7 +298,7 @@ def find_words(tokenizer: Tokenizer, text: str, phrase: str) -> list[int]:
 
 
 def split_words(tokenizer: Tokenizer, text: str) -> list[tuple[str, list[int]]]:
-    """The words of a prepared text with their token positions. The start token has position 0."""
+    """Prepare a text. Its words with their token positions. The start token has position 0."""
     text, added = tokenizer.prepare(text), tokenizer.backend.get_added_tokens_decoder()
     encoded = tokenizer.backend.encode(text, add_special_tokens=False)
     words, begin = [], 0

@@ -28,7 +28,7 @@ WORD_END = "</w>"
 # A word is a run of letters, one digit, or a run of other characters, as in OpenAI's simple_tokenizer.py
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 ENTITY = re.compile("&#?[0-9A-Za-z]{1,24};")  # of HTML
-# Code of a character -> what `clean` writes for it. First: bytes of Windows text, ligatures, full width
+# Code of a character -> its replacement. First: 0x80 to 0x9F as in cp1252, ligatures, full-width letters
 FOLDED = {code: bytes([code]).decode("cp1252", "ignore") or chr(code) for code in range(0x80, 0xA0)}
 FOLDED |= {code: unicodedata.normalize("NFKC", chr(code)) for code in (
     0x132, 0x133, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), 0x3000, *range(0xFB00, 0xFB07),
@@ -40,12 +40,12 @@ FOLDED |= dict.fromkeys((*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x20
 
 
 def clean(text: str) -> str:
-    """Make quotes straight, entities (&amp;) characters, ligatures letters, full-width letters plain ones.
+    """Replace curly quotes, entities (&amp;), ligatures and full-width letters by plain characters.
 
     Also drops control characters. OpenAI's tokenizer and the original's transformers 4.19 call ftfy for this.
-    Our table gives one text one result on every machine: that of ftfy 6.3.1, up to Unicode's NFC. As there,
-    entities stay beside "<". Unlike ftfy, it leaves alone wrongly decoded text (three letters for one quote),
-    terminal colours, &semi; and names in capitals that HTML lacks (&EACUTE;).
+    Our table does not depend on installed packages. It gives the result of ftfy 6.3.1, but no Unicode NFC. As
+    in ftfy, entities are kept in a text that has a "<". Unlike ftfy, it does not repair wrongly decoded text
+    (three letters for one quote), &semi; and names in capitals that HTML lacks (&EACUTE;).
     """
     before, entities = None, "<" not in text
     while before != text:
@@ -57,7 +57,10 @@ def clean(text: str) -> str:
 
 
 class Tokenizer:
-    """Turns texts into token ids when called. load_tokenizer makes it from files. clean: `clean` or `str`."""
+    """Turns texts into token ids when called. load_tokenizer makes it from files.
+
+    Its `clean` cleans each text; `str` there leaves texts unchanged.
+    """
 
     def __init__(self, backend: Backend, start: int, end: int, pad: int, length: int):
         self.backend, self.length, self.clean = backend, length, clean

@@ -15,9 +15,9 @@ def add_embedding(model: Model, path: str | Path) -> str:
     """Teach a model the word of a file; returns one line that names the word.
 
     Reads learned_embeds of diffusers, whose word is the tensor's name, and .pt or .safetensors of the web
-    UIs, whose word is the name of the file, as there.
-    As diffusers' load_textual_inversion, vectors (n, D) make n tokens <x>, <x>_1, ... behind the vocabulary.
-    Raises ValueError for another file, vectors that do not fit, and a word that the tokenizer has already.
+    UIs, whose word is the name of the file, as in the web UIs. Vectors (n, D) add n tokens <x>, <x>_1, ... at
+    the end of the vocabulary, as in diffusers. Raises ValueError for other files, vectors of another width,
+    and a word that is already in the vocabulary.
     """
     path, tokenizer, encoder = Path(path), model.tokenizer, model.text_encoder
     tensors, table = read_tensors(path), encoder.text_model.embeddings.token_embedding

@@ -55,7 +55,7 @@ def build_without_memory(cls: type, config: dict, path: Path) -> nn.Module:
 
 
 def open_network(cls: type, folder: str | Path, raw: bool = False) -> StoredNetwork:
-    """Read config.json, and find the weights as find_weights does. ValueError for an unsuitable file."""
+    """Read config.json. The weights are found later, by find_weights. ValueError for an unsuitable config."""
     folder, wanted = Path(folder), CLASS_NAMES[cls]
     config = read_json(folder / "config.json")
     architectures = checked(config.get("architectures") or [wanted], list[str], f"{folder}: architectures")

@@ -6,16 +6,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# A network of Stable Diffusion 1.x needs 10,000 reads. A longer header would fill the memory
+# A Stable Diffusion 1.x checkpoint needs 8,000 reads. A far longer header would fill the memory
 MOST_READS = 100_000
-UNPACKED = torch.int8  # dtype of a Q8_0 tensor without values
+UNPACKED = torch.int8  # dtype of a Q8_0 tensor on the meta device, which was not unpacked
 
 
 def read_gguf(path: Path, prefix: str | None = "") -> dict[str, Tensor]:
     """Read a GGUF file: name -> tensor under the names of the file, which are the original's.
 
     F32, F16 and BF16 are memory-mapped. Q8_0 (blocks of 32 whole numbers with one factor) becomes float32
-    if `prefix` is in the name; else the tensor is on the meta device, which takes no memory. Raises
+    if `prefix` is in the name. Otherwise, and for None, its tensor is on the meta device. Raises
     ValueError for a broken file, for another quantisation, and without the package gguf.
     """
     try:
@@ -34,9 +34,9 @@ def read_gguf(path: Path, prefix: str | None = "") -> dict[str, Tensor]:
             return super()._get(offset, dtype, count, override_order)
 
     try:
-        reader = Reader(path, "c")  # memory-mapped; what is changed in memory stays there
+        reader = Reader(path, "c")  # copy-on-write: changes in memory never reach the file
         if sum(tensor.n_bytes for tensor in reader.tensors) > path.stat().st_size or reader.byte_order != "I":
-            raise ValueError("tensors overlap, or the byte order is another")
+            raise ValueError("tensors overlap, or the byte order is not this machine's")
     except Exception as error:  # the library raises many kinds for a broken file
         raise ValueError(f"{path} is damaged or no GGUF file ({error}); fetch it again") from None
     kinds = {tensor.tensor_type.name for tensor in reader.tensors}

@@ -1,4 +1,4 @@
-"""What a single file says about its noise. The original layout has no place for it, so programs add marks:
+"""The prediction type and the SNR of single files. The original layout cannot store them, so programs add:
 
     metadata of a safetensors file     modelspec.prediction_type, modelspec.predict_key: "v" or "epsilon"
                                        ss_v_parameterization, ss_zero_terminal_snr: "True" or "False"
@@ -22,9 +22,10 @@ IN_YAML = re.compile(r"""^[^#\n]*\bparameterization["']?[ \t]*:[ \t]*["']?([^"'\
 
 
 def marked_schedule(path: Path, names: Iterable[str], metadata: dict[str, str]) -> NoiseSchedule:
-    """The noise schedule of a single file. names: of its tensors. The .yaml file overrides the other marks.
+    """The noise schedule of a single file. names: the names of its tensors.
 
-    Raises ValueError for another kind of prediction, and for marks that contradict each other.
+    The line in the .yaml file overrides the other marks of the prediction type. Zero terminal SNR counts only
+    with v. Raises ValueError for another kind of prediction, and for marks that contradict each other.
     """
     names = {name.removeprefix("state_dict.") for name in names}
     marks = {key: metadata[key] for key in KEYS if metadata.get(key, "None") not in ("", "None")}

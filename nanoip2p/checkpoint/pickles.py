@@ -51,7 +51,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content.pop("state_dict")  # pop: ends even if a dict contains itself
         if isinstance(content, dict) and "string_to_param" in content:  # a textual inversion
-            words = content["string_to_param"]  # in 2022 a ParameterDict, for which _Inert stands
+            words = content["string_to_param"]  # files of 2022 have a ParameterDict, read as _Inert
             words = words if isinstance(words, dict) else words.state[0]["_parameters"]
             content = {f"string_to_param.{word}": vectors for word, vectors in words.items()}
         tensors = {name: value.detach()

@@ -34,14 +34,14 @@ VAE_NAMES = {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.b
              "mid_block.attentions.0": "mid.attn_1", "_blocks": "", "resnets": "block",
              "samplers.0": "sample", "conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut",
              "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-# Marks, tables of the noise schedule, counters, position indices, CLIP's projection, networks for training
+# Marks (marks.py), tables of the noise schedule, counters, position indices, CLIP's projection, training
 IGNORED = re.compile(
     r"v_pred|ztsnr|betas|(log_one_minus_|sqrt_one_minus_|sqrt_recip_|sqrt_recipm1_|sqrt_)?alphas_cumprod(_prev)?"
     r"|posterior_\w+|logvar|lvlb_weights|scale_factor|model_ema\.(decay|num_updates)"
     r"|first_stage_model\.(loss|model_ema)\..+"
     r"|cond_stage_model\.(logit_scale|.+\.position_ids|.+projection.*)")
-# What we do not read -> pattern of a "name (shape)" that only this has. ADDITIONS: to a model; a complete
-# checkpoint can have leftovers of them. SHAPES: families that have all our names
+# What we do not read -> pattern of a "name (shape)" that only this has. ADDITIONS add to a model, and can
+# be left over in a complete checkpoint. SHAPES: families whose UNet has all our names
 ADDITIONS = {
     "a LoRA": r"lora",
     "a ControlNet": r"^(control_model\.|controlnet_|input_hint_block\.)",
@@ -132,14 +132,14 @@ def from_original(model: nn.Module, tensors: dict[str, Tensor], ema: bool = Fals
 
 
 def is_average(raw: dict[str, Tensor], averaged: dict[str, Tensor]) -> bool:
-    """Whether EMA weights (`averaged`, under our names) can be an average of the training that led to `raw`.
+    """Whether `averaged` (EMA weights, under our names) can be the average of a training that ended at `raw`.
 
-    Mergers leave the EMA of one parent, or zeros, beside merged raw weights. The rule: nearer to the raw
-    weights than zeros are, and at most 0.007 (root mean square) or a quarter of the raw weights' size away.
-    Adam moves a number by about the learning rate r a step, mostly to and fro. Behind such a random walk, an
-    average of decay d lags by r / sqrt(2 (1 - d)): 0.007 for r = 1e-4 and d = 0.9999 of Stable Diffusion and
-    InstructPix2Pix. Runs of train.py had 0.5 to 0.8 of that, at most a twelfth of the weights' size. The EMA
-    of a close relative passes, too. Reads the first 4096 numbers of some 40 matrices.
+    Tools that merge checkpoints can leave the EMA of one parent, or zeros, beside merged raw weights. This
+    accepts a distance (root mean square) of at most 0.007, or a quarter of the size of `raw`, and below that
+    size. Adam moves a weight by about the learning rate r per step, in changing directions. An EMA of decay
+    d then differs by about r / sqrt(2 (1 - d)): 0.007 for r = 1e-4 and d = 0.9999, as in Stable Diffusion
+    and InstructPix2Pix. In runs of train.py, it was 0.5 to 0.8 times this value, and at most a twelfth of
+    the size of `raw`. The EMA of a close relative passes. Reads 4096 numbers each of about 40 matrices.
     """
     names = [name for name in raw if raw[name].ndim > 1 and raw[name].shape == averaged[name].shape
              and not raw[name].is_meta and not averaged[name].is_meta]
@@ -160,7 +160,7 @@ def find_networks(read: Read, path: Path, raw_weights: bool | None = None,
     raw_weights: see load.open_checkpoint. configs: configs that replace Stable Diffusion 1.5's; `convert`
     stores them in its files. needs_vae: whether a file without autoencoder is incomplete. In a complete file,
     unknown tensors beside the networks are ignored, and the description names them. Raises ValueError for a
-    file of another family, for other unknown tensors, and for `raw_weights` of a file with EMA weights only.
+    file of another family, for other unknown tensors, and for raw_weights=True of an EMA-only file.
     """
     tensors = normalised(read(None), path)
     first = tensors.get(CONV_IN, tensors.get(ema_name(CONV_IN)))

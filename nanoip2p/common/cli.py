@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nanoip2p import __version__
 
-LETTERS = 500  # at most so many in a message
+LETTERS = 500  # maximum length of a message
 SWITCH = argparse.BooleanOptionalAction  # --no-recompute overrides a preset with recompute
 
 
@@ -52,7 +52,7 @@ class Parser(argparse.ArgumentParser):
         words = sys.argv[1:] if args is None else args
         odd = [word for word in words if word[:1] == "-" and word.partition("=")[2] == "--"]
         if odd or words.count("--") > 1:  # argparse would turn the value "--" into an empty list
-            self.error(f"{(odd or ['a second --'])[0]} cannot be a value")
+            self.error(f"{odd[0]}: -- cannot be a value" if odd else "a second -- cannot be a value")
         return super().parse_known_args(args, namespace)
 
 

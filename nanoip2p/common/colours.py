@@ -10,12 +10,12 @@ from PIL import Image, ImageCms
 
 
 def scale_transparent_colour(image: Image.Image, file: BinaryIO) -> None:
-    """The transparent colour of a PNG has the depth of the file; Pillow compares it with pixels of 8 bits."""
+    """Scale the transparent colour of a PNG, which has the depth of the file, to Pillow's 8-bit pixels."""
     colour, (*place, raw) = image.info["transparency"], image.tile[0]
     if image.mode == "L":
         top = {"L;2": 3, "L;4": 15}.get(raw, 255)  # higher bits of the colour do not count
         image.info["transparency"] = (colour & top) * 255 // top
-    elif raw == "RGB;16B":  # of each 16 bits, Pillow keeps the high byte, and here the low byte
+    elif raw == "RGB;16B":  # Pillow reads the high byte of each 16 bits, and as RGB;16L the low byte
         high, low = np.divmod(np.array(colour, np.uint16), 256)
         same = (np.asarray(image) == high).all(-1)                                      # (H, W)
         with Image.open(file, formats=["PNG"]) as lower:
@@ -44,7 +44,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, grey: bool, info: dict) -> Image.Image:
-    """A picture -> RGB without alpha. Applies a profile that fits its channels, else the gamma of a PNG."""
+    """A picture -> RGB without alpha. Applies a profile that fits its channels, or the gamma of
+    a PNG that has neither a profile nor an sRGB chunk."""
     profile, gamma, cmyk = info.get("icc_profile"), info.get("gamma"), image.mode == "CMYK"
     if isinstance(profile, bytes) and len(profile) < 2**23 and (found := _transform(profile)):
         mode, transform = found
@@ -63,7 +64,7 @@ def _to_srgb(image: Image.Image, grey: bool, info: dict) -> Image.Image:
 @lru_cache(maxsize=8)  # the pictures of a dataset share few profiles
 def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform] | None:
     """(mode, transform from this mode to sRGB). None if that changes nothing, or the profile is broken."""
-    with contextlib.suppress(Exception):  # it only describes the picture. Some builds of Pillow lack ImageCms
+    with contextlib.suppress(Exception):  # a broken profile is left out. Some builds of Pillow lack ImageCms
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
         mode = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.profile.xcolor_space]
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")

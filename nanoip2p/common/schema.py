@@ -24,7 +24,8 @@ def checked(value, kind, where: str, least: float = -math.inf, most: float = mat
         return _converted(value, kind, least, most)
     except (ValueError, OverflowError):
         wanted = _described(kind, least, most)
-        if {str: "a text", list: "a list"}.get(type(value), "no") in wanted and len(value) > LONGEST:
+        fits = isinstance(value, str) and "a text" in wanted or isinstance(value, list) and "a list" in wanted
+        if fits and len(value) > LONGEST:
             raise ValueError(f"{where} is {len(value):,} long; at most {LONGEST:,} are read") from None
         raise ValueError(f"{where} = {shown(value)} should be {wanted}") from None
 

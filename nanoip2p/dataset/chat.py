@@ -139,7 +139,7 @@ def read_answer(reply: dict, caption: str) -> tuple[str, str]:
         if message.get("refusal") or choice.get("finish_reason") == "content_filter":
             raise Unusable("refused")
         content = checked(message.get("content"), str, "content")
-        if choice.get("finish_reason") == "length":  # cut off; of a fine-tuned model, the rest would parse
+        if choice.get("finish_reason") == "length":  # cut off, although a fine-tuned model's text would parse
             raise ValueError
         if DELIMITER in content:  # never in JSON: its strings have no line breaks
             edit, output = map(tidy, content.split(DELIMITER))

@@ -125,7 +125,7 @@ def _read(source: Path, split: str, skip_bad: bool, columns: Names | None) -> li
 
 
 def _made(rows: Iterator[Callable[[], Item]], skip_bad: bool) -> Iterator[Item | ValueError]:
-    """Make each row an item. skip_bad: a row or the rest of a file that cannot be read becomes its error."""
+    """Yield the item of each row. skip_bad: yield the ValueError of a bad row, or of a bad file's rest."""
     make = True
     while make:
         try:

@@ -101,7 +101,7 @@ def read_prompts(path: Path) -> tuple[list[Prompt], list[str]]:
         keys = (source, "edit", "output")
         missing = [key for key in keys if not isinstance(row.get(key), str) or not row[key].strip()]
         if number > PROMPTS:
-            raise ValueError(f"{path} has more than {PROMPTS} lines; split it into files with an --out each")
+            raise ValueError(f"{path} has more than {PROMPTS} lines; split it, with an --out for each part")
         if missing:
             bad.append(f"line {number} has no text under {missing[0]!r}")
         elif max(len(row[key]) for key in keys) > LONGEST:

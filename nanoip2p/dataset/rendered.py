@@ -28,7 +28,7 @@ def draw_scenes(n: int, seed: int) -> list[dict]:
 
 
 def write_scenes(out: Path, n: int, seed: int) -> None:
-    """Write the triplets of `draw_scenes`. ValueError if `out` holds anything but the first of them."""
+    """Write the triplets of `draw_scenes`. ValueError unless `out` is missing or holds the first of them."""
     text = "".join(json.dumps(row) + "\n" for row in draw_scenes(n, seed)).encode()
     if out.exists() and (out.stat().st_size > len(text) or not text.startswith(out.read_bytes())):
         raise ValueError(f"{out} holds more or other captions than these {n} of --seed {seed}; name another "

@@ -1,6 +1,6 @@
 """Tables of pairs, row by row: .jsonl, .csv, .parquet and .tar. Pictures stay in their file until needed.
 
-Names in a table that was downloaded never leave its folder, and names of members of a .tar are no paths.
+Names in a downloaded table cannot lead out of its folder. Names in a .tar are never used as paths.
 """
 
 import json
@@ -84,7 +84,7 @@ def beside(file: Path, name: str) -> Path:
 
 
 def table_rows(path: Path, columns: Names | None) -> Iterator[tuple[str, dict] | ValueError]:
-    """Yield each row as its place, for messages, and its values; or as the error of a bad row.
+    """Yield (place, values) for each row, or the ValueError of a bad row. The place is for messages.
 
     A picture is a Cell, a Member, or a text with its path. Raises ValueError for a bad file.
     """
@@ -148,7 +148,7 @@ def _tar_rows(path: Path) -> Iterator[tuple[str, dict] | ValueError]:
 
 
 def _unpacked(path: Path, key: str, parts: list[tuple]) -> tuple[str, dict] | ValueError:
-    """The row of a key: `input` and `input.jpg` for x.input.jpg, texts, and the values in x.json."""
+    """(place, row) of a key, or a ValueError. x.input.jpg is in the row as `input` and as `input.jpg`."""
     row, where = {}, f"{path}: {key}"
     for name, content in parts:
         if name in row:

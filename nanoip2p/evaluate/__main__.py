@@ -13,7 +13,7 @@ with cli.slow_imports():
     from nanoip2p.evaluate import captions, curve, magicbrush, scenes
     from nanoip2p.samplers import SAMPLERS
 
-DEFAULT = "as in sample.py; the weights define the default (cfg-text of curve: 7.5; nano: 2)"
+DEFAULT = "as in sample.py; the weights define the default"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -29,7 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("--out", type=Path, **out)
         command.add_argument("--n", type=at_least(1), default=n, help="number of edits, captions or sessions")
         command.add_argument("--steps", type=at_least(1), help=DEFAULT)
-        command.add_argument("--cfg-text", type=finite, help=DEFAULT)
+        command.add_argument("--cfg-text", type=finite, help=f"{DEFAULT} (of curve: 7.5; nano: 2)")
         command.add_argument("--sampler", choices=sorted(SAMPLERS), help=DEFAULT)
         command.add_argument("--device", help="cuda, mps or cpu; default: the first that works")
         return command.add_argument

@@ -13,7 +13,7 @@ from nanoip2p.world.scenes import EDIT_KINDS
 
 PAPER_BATCH = 1024  # samples per optimizer step
 PAPER_VISITS = 10_000 * PAPER_BATCH / (0.9 * 313_010)  # steps x batch / training prompts: 36 epochs
-# Batch sizes that fit on a GPU (except nano). Gradient accumulation raises them to 1024 samples per step
+# Batch sizes for GPUs, raised to 1024 samples per step by accumulation; and small ones for the nano world
 PRESETS = {
     "paper": {"batch_size": 32, "clip": 0.0},  # 8 GPUs with batch size 32 each
     "48gb": {"batch_size": 64},
@@ -47,7 +47,7 @@ class TrainConfig:
                                         (1.0,) * len(EDIT_KINDS), type=between(0), nargs=len(EDIT_KINDS))
     text_to_image: bool = flag("train a text-to-image model on the captions of --data scenes", False)
     cache: Path | None = flag("encode all pictures and texts once, into this folder", type=Path)
-    columns: Sequence[str] | None = flag("names of the columns of --data, if they are not known", nargs=3,
+    columns: Sequence[str] | None = flag("names of the columns of --data, if they are unknown here", nargs=3,
                                          metavar=("INPUT", "EDIT", "OUTPUT"))
     skip_bad: bool = flag("leave out what is missing, broken or not readable", False)
     out: Path | None = flag("folder of this run", type=Path)
