@@ -17,7 +17,7 @@ def add_embedding(model: Model, path: str | Path) -> str:
     Reads learned_embeds of diffusers, whose word is the tensor's name, and .pt or .safetensors of the web
     UIs, whose word is the name of the file, as in the web UIs. Vectors (n, D) add n tokens <x>, <x>_1, ... at
     the end of the vocabulary, as in diffusers. Raises ValueError for other files, vectors of another width,
-    and a word that is already in the vocabulary.
+    and a word that is already known, or a part of a known one.
     """
     path, tokenizer, encoder = Path(path), model.tokenizer, model.text_encoder
     tensors, table = read_tensors(path), encoder.text_model.embeddings.token_embedding
@@ -30,8 +30,13 @@ def add_embedding(model: Model, path: str | Path) -> str:
     n = max(1, min(len(vectors), tokenizer.length - 2))  # as many as a text has room for
     check_tensors({word: vectors}, {word: torch.empty(n, width, device="meta")}, path)
     tokens = [word, *(f"{word}_{i}" for i in range(1, n))]
-    if not word or {f"{word}_1", *tokens} & tokenizer.backend.get_vocab().keys():
-        raise ValueError(f"{path}: its word {word!r} is empty or in the vocabulary already; rename the file")
+    base, _, number = word.rpartition("_")  # <x>_2 would become a part of a known word <x> <x>_1
+    before = base if number == "1" else f"{base}_{int(number) - 1}" if number.isdecimal() else None
+    added = {token.content.lower() for token in tokenizer.backend.get_added_tokens_decoder().values()}
+    taken = {token.lower() for token in tokenizer.backend.get_vocab()}  # capitals do not matter in a text
+    if not word or before and before.lower() in added or taken & {x.lower() for x in (f"{word}_1", *tokens)}:
+        raise ValueError(f"{path}: its word {word!r} is empty, known, or a part of a known word; rename "
+                         f"{'the file' if unnamed else 'its tensor'}")
     tokenizer.backend.add_tokens([AddedToken(token) for token in tokens])
     ids = [tokenizer.backend.token_to_id(token) for token in tokens]
     grown = table.weight.new_zeros(max(known, max(ids) + 1), width)

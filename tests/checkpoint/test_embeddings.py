@@ -147,10 +147,20 @@ BAD = {
     "NaN": ({"emb_params": torch.full((1, WIDTH), torch.nan)}, "has NaN or infinity"),
     "integers": ({"emb_params": torch.zeros(1, WIDTH, dtype=torch.int32)}, "floating-point numbers"),
     "SDXL": ({"clip_l": torch.zeros(1, 9), "clip_g": torch.zeros(1, 12)}, "holds 2 tensors; a"),
-    "known": ({"it</w>": torch.zeros(1, WIDTH)}, "its word 'it</w>' is empty or in the vocabulary"),
-    "a part of another": ({"<z>": torch.zeros(1, WIDTH)}, "its word '<z>' is empty or in the vocabulary"),
+    "known": ({"it</w>": torch.zeros(1, WIDTH)}, "known, or a part of a known word; rename its tensor"),
+    "a part of another": ({"<z>": torch.zeros(1, WIDTH)}, "its word '<z>' is empty, known, or a part"),
+    "a later part": ({"<z>_2": torch.zeros(1, WIDTH)}, "its word '<z>_2' is empty, known, or a part"),
+    "capitals": ({"<Z>_1": torch.zeros(1, WIDTH)}, "its word '<Z>_1' is empty, known, or a part"),
     "empty": ({" ": torch.zeros(1, WIDTH)}, "its word '' is empty"),
 }
+
+
+def test_words_with_numbers_that_continue_no_word_are_taken(tiny, tmp_path):
+    editor = Editor.load(tiny, device="cpu")
+    for name in ("style_2", "style_4", "other_1"):
+        save_file({"emb_params": torch.ones(1, WIDTH)}, tmp_path / f"{name}.safetensors")
+        add_embedding(editor, tmp_path / f"{name}.safetensors")
+        assert editor.tokenizer.prepare(f"a {name} b") == f"a {name} b"
 
 
 @pytest.mark.parametrize("kind", BAD)
