@@ -440,6 +440,12 @@ def test_a_recipe_may_name_shipped_weights_by_any_path(run, name):
     assert sample.parse(["--recipe", "odd.png", "--output", "o.png"]).weights == name
 
 
+@pytest.mark.parametrize("recipe, raw", [({}, True), ({"raw_text": False}, False)])
+def test_a_recipe_from_before_texts_were_cleaned_keeps_its_picture(run, recipe, raw):
+    save_png(Image.new("RGB", (8, 8)), "old.png", {"input": ["house.png"], "edit": ["“red”"]} | recipe)
+    assert sample.parse(["--recipe", "old.png", "--output", "o.png"]).raw_text is raw
+
+
 def test_a_recipe_of_shipped_weights_needs_no_flag_and_is_shown(run, capsys):
     flags = ["--seed", "3", "--weights", "weights/nano-ip2p-paper", "--steps", "1", "--device", "cpu"]
     assert sample.main(one(*flags, output="night.png")) == 0
