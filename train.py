@@ -57,6 +57,8 @@ def parse(argv: list[str] | None) -> TrainConfig:
             raise ValueError(f"--{name} is needed (or --resume RUN)")
     if config.resume:
         return config
+    if config.data == "scenes" and config.columns:
+        raise ValueError("--columns has no effect on --data scenes; leave it out")
     if config.data == "scenes" and config.out and not config.cache:  # rendering takes longer than training
         config = replace(config, cache=config.out / "latents")
     return replace(config, flip=config.data != "scenes") if config.flip is None else config

@@ -35,7 +35,8 @@ METADATA = [f"{folder}metadata.{kind}" for folder in ("", "*/") for kind in ("js
 OWN_SPLIT = re.compile(r"(?:^|/)(?:(dev|val|validation)|(test))[-./]")  # dev/..., data/dev-00000...
 
 Picture = Path | Scene | Cell | Member
-UNREADABLE, LACKING = "rows that cannot be read", "pairs that lack a picture"
+UNREADABLE, CUT_OFF = "rows that cannot be read", "files that cannot be read to their end"
+LACKING = "pairs that lack a picture"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class Pair:
     edit: str
     after: Picture
     captions: tuple[str, str] | None = None
+
+
+class FileError(ValueError):
+    """What cannot be read is the rest of a file, not a row."""
 
 
 Item = tuple[Pair, ...]  # the pairs of one prompt; each epoch draws one pair, as in the original
@@ -65,9 +70,11 @@ def read_data(source: str | Path, split: str = "train", skip_bad: bool = False,
         count = counts[LACKING]
         raise ValueError(f"{problems[0]} (pairs that lack one: {count}); --skip-bad leaves them out")
     if problems:
-        warnings.warn(f"left out ({told(counts)}); for the first {problems[0]}", stacklevel=2)
+        warnings.warn(f"left out of the {split} split ({told(counts)}); for the first {problems[0]}",
+                      stacklevel=2)
     if not items and split == "train":
-        raise ValueError(f"{source} has no pairs in its train split (the first 90%, or its split files)"
+        raise ValueError(f"{source} has no pairs in its train split (its split files, or the first 90% of at "
+                         "least 2 pairs)"
                          + "".join(f"; {problem}" for problem in problems[:1]))
     return items
 
@@ -81,12 +88,14 @@ def _survey(source: str | Path, split: str, skip_bad: bool,
             columns: Names | None) -> tuple[list[Item], dict[str, int], list[str]]:
     """The sound items of a split, how much was left out for which reason, and messages."""
     rows = _read(Path(source), split, skip_bad, columns)
-    bad = [str(row) for row in rows if isinstance(row, ValueError)]
+    bad = [row for row in rows if isinstance(row, ValueError)]
+    cut_off = sum(isinstance(row, FileError) for row in bad)
     items = [row for row in rows if row and not isinstance(row, ValueError)]
     missing = [p for p in _pictures(items) if isinstance(p, Path) and not p.is_file()]
     sound = without(items, set(missing))
-    counts = {UNREADABLE: len(bad), LACKING: sum(map(len, items)) - sum(map(len, sound))}
-    return sound, counts, bad + [f"there is no picture {picture}" for picture in missing]
+    counts = {UNREADABLE: len(bad) - cut_off, CUT_OFF: cut_off,
+              LACKING: sum(map(len, items)) - sum(map(len, sound))}
+    return sound, counts, [*map(str, bad)] + [f"there is no picture {picture}" for picture in missing]
 
 
 def _pictures(items: list[Item]) -> dict[Picture, None]:
@@ -103,7 +112,10 @@ def without(items: list[Item], bad: Set[Picture]) -> list[Item]:
 def _read(source: Path, split: str, skip_bad: bool, columns: Names | None) -> list[Item | ValueError]:
     if not source.exists():
         raise ValueError(f"there is no {source} to read training pairs from")
+    useless = f"{source}: --columns is for .jsonl, .csv, .parquet and .tar files only; leave it out"
     if (source / "seeds.json").exists():
+        if columns:
+            raise ValueError(useless)
         return list(_made(_original(source / "seeds.json", split), skip_bad))
     single = _table if source.suffix in (".jsonl", ".csv", ".parquet", ".tar") else None
     for reader, *patterns in ((_table, "pairs.jsonl"), (_table, "*.parquet", "data/*.parquet"),
@@ -111,6 +123,8 @@ def _read(source: Path, split: str, skip_bad: bool, columns: Names | None) -> li
                               (_table, "*.tar", "data/*.tar"), (_table, *METADATA)):
         files = [source] if reader is single else sorted(
             file for pattern in patterns for file in source.glob(pattern))
+        if files and columns and reader is _magicbrush:
+            raise ValueError(useless)
         own = [OWN_SPLIT.search(file.relative_to(source).as_posix()) for file in files]
         if any(own):
             splits = ["train" if not match else "validation" if match[1] else "test" for match in own]
@@ -128,13 +142,14 @@ def _made(rows: Iterator[Callable[[], Item]], skip_bad: bool) -> Iterator[Item |
     """Yield the item of each row. skip_bad: yield the ValueError of a bad row, or of a bad file's rest."""
     make = True
     while make:
+        make = None
         try:
             if make := next(rows, None):
                 yield make()
         except ValueError as error:
             if not skip_bad:
                 raise
-            yield error
+            yield error if make else FileError(error)
 
 
 def _texts(row, keys: tuple[str, ...], where: str) -> list[str]:
@@ -209,7 +224,10 @@ def _from_row(row: tuple[str, dict] | ValueError, path: Path, columns: Names | N
         if not own and path.suffix.lower() == ".tar":
             raise ValueError(f'{where}: no picture "{name}"; it has {", ".join(row)}')
         picture, = _texts(row, (name,), where)
-        pictures.append(path.parent / picture if own else tables.beside(path, picture))
+        try:
+            pictures.append(path.parent / picture if own else tables.beside(path, picture))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     several = isinstance(row.get(edit), list) and row[edit]
     edits = checked(row[edit], list[str], f"{where}: {edit}") if several else _texts(row, (edit,), where)
     captions = next((_captions(row, keys, where) for keys in tables.CAPTIONS if keys[0] in row), None)
@@ -229,9 +247,8 @@ def load_picture(picture: Picture, resolution: int, flip: bool = False) -> Image
     if isinstance(picture, Scene):
         image = picture.render(resolution)
     else:
-        found = tables.content(picture) if isinstance(picture, Cell | Member) else picture
-        image = open_image(found) if isinstance(found, Path) else open_image(picture, found)
-        image = fit(image, (resolution, resolution))
+        content = tables.content(picture) if isinstance(picture, Cell | Member) else None
+        image = fit(open_image(picture, content), (resolution, resolution))
     return ImageOps.mirror(image) if flip else image
 
 

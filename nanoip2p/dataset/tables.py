@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
@@ -36,6 +36,7 @@ MOST_ROWS = 5_000_000  # of a file: the largest dataset of edits has 4 million. 
 # compress further. A file that claims more is a decompression bomb
 GROUP_BYTES, GROUP_MULTIPLE = 2**30, 10
 READ_LOCK = Lock()  # without the lock, threads that need the same row group would each read it
+MOST_PARTS = 100  # members of a .tar that make a row
 MEMBER = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")  # key and extension, as webdataset cuts them
 
 
@@ -79,8 +80,10 @@ def chosen(names: tuple[str, ...], columns: Names | None) -> Names | None:
 
 def beside(file: Path, name: str) -> Path:
     """The path of a picture that a table names, in the table's folder. ValueError if it is elsewhere."""
-    absolute = os.path.isabs(name)  # `datasets` writes absolute paths
-    return inside(file.parent, os.path.relpath(name, os.path.realpath(file.parent)) if absolute else name)
+    if os.path.isabs(name):  # `datasets` writes absolute paths
+        relative = os.path.relpath(name, os.path.realpath(file.parent))
+        name = name if relative.split(os.sep)[0] == os.pardir else relative  # the error shows the name
+    return inside(file.parent, name)
 
 
 def table_rows(path: Path, columns: Names | None) -> Iterator[tuple[str, dict] | ValueError]:
@@ -107,49 +110,66 @@ def _parquet_rows(path: Path, columns: Names | None) -> Iterator[tuple[str, dict
         if not names or not all("binary" in kind or "string" in kind for kind in kinds):
             known = " | ".join(", ".join(names) for names in COLUMNS)
             raise ValueError(f"{path} has the columns {', '.join(schema.names)}; readable, with pictures "
-                             f"as bytes or paths: {', '.join(columns) if columns else known}; or name yours "
-                             "with --columns")
+                             f"as bytes or paths: {', '.join(columns or [known])}"
+                             + "; or name yours with --columns" * (not columns))
         cells = [name for name, kind in zip(names[::2], kinds) if "binary" in kind or "struct" in kind]
         wanted = {*names, f"inverse_{names[1]}", *(name for pair in CAPTIONS for name in pair)} - {*cells}
-        texts = [name for name in schema.names if name in wanted]
         for group in range(file.num_row_groups):
+            about = file.metadata.row_group(group)
+            nulls = {leaf.path_in_schema: leaf.statistics and leaf.statistics.null_count
+                     for leaf in map(about.column, range(about.num_columns))}
+            # Cells that may hold a path in place of bytes are read here. Those with bytes would take too long
+            paths = {name for name in cells if name not in nulls and nulls.get(f"{name}.bytes") != 0}
+            texts = [name for name in schema.names if name in wanted | paths]
             table = _read_group(file, path, group, texts).columns
             for row, values in enumerate(zip(*table)):  # one by one: all texts together can take many GB
                 found = dict(zip(texts, [value.as_py() for value in values]))
-                found |= {name: Cell(path, group, row, name, number) for name in cells}
+                for name in cells:
+                    cell = found.get(name) if isinstance(found.get(name), dict) else {}
+                    named = cell.get("bytes") is None and isinstance(cell.get("path"), str) and cell["path"]
+                    found[name] = named or Cell(path, group, row, name, number)
                 yield f"{path} row {number}", found
                 number += 1
 
 
 def _tar_rows(path: Path) -> Iterator[tuple[str, dict] | ValueError]:
     """Neighbouring members with the same key are a row, as for webdataset."""
+    path, last, parts, count = regular(path), None, [], 0
     try:
-        with tarfile.open(regular(path), "r:") as file:
-            last, parts, count = None, [], 0
+        with tarfile.open(path, "r:") as file:
             while member := file.next():
                 file.members.clear()  # tarfile keeps all of them
                 count += 1
-                if member.size < 0 or count > MOST_ROWS:
-                    raise ValueError(f"{path} is damaged, or has more than {MOST_ROWS} members; split it")
+                if member.size < 0 or member.sparse is not None or count > MOST_ROWS:
+                    raise tarfile.ReadError(f"the last is damaged or sparse, or one more than {MOST_ROWS}")
                 match = MEMBER.fullmatch(member.name)
                 if not match or member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
                     continue
                 if match[1] != last and parts:
                     yield _unpacked(path, last, parts)
                     parts = []
+                if len(parts) > MOST_PARTS:
+                    continue
                 last, text = match[1], match[2].lower().endswith(("txt", "json"))
                 content = file.extractfile(member).read(LONGEST_LINE + 1) if text else Member(
                     path, member.offset_data, member.size, member.name)
                 parts.append((match[2].lower(), content))
+            file.fileobj.seek(file.offset)  # tarfile ends without an error at a damaged header too
+            blocks = iter(partial(file.fileobj.read, 2**20), b"")
+            if next(blocks, b"cut off").strip(b"\0") or any(block.strip(b"\0") for block in blocks):
+                raise tarfile.ReadError("there is no end mark")
             if parts:
                 yield _unpacked(path, last, parts)
-    except (OSError, tarfile.TarError, ArithmeticError, LookupError) as error:
-        raise ValueError(f"{path} cannot be read as .tar: {error}; unpack .gz first") from None
+    except (OSError, tarfile.TarError, ValueError, ArithmeticError, LookupError, MemoryError) as error:
+        raise ValueError(f"{path} cannot be read as .tar, or is cut off or damaged after {count} members: "
+                         f"{error}; unpack .gz first, or fetch it again") from None
 
 
 def _unpacked(path: Path, key: str, parts: list[tuple]) -> tuple[str, dict] | ValueError:
     """(place, row) of a key, or a ValueError. x.input.jpg is in the row as `input` and as `input.jpg`."""
     row, where = {}, f"{path}: {key}"
+    if len(parts) > MOST_PARTS:
+        return ValueError(f"{where} has more than {MOST_PARTS} members")
     for name, content in parts:
         if name in row:
             return ValueError(f"{where}.{name} is there twice")
@@ -161,7 +181,9 @@ def _unpacked(path: Path, key: str, parts: list[tuple]) -> tuple[str, dict] | Va
             except (ValueError, RecursionError) as error:
                 return ValueError(f"{where}.{name} cannot be read: {error}")
         inner = content if isinstance(content, dict) else {name.rpartition(".")[0] or name: content}
-        row = inner | row | {name: content}
+        for inner_name, value in inner.items():
+            row.setdefault(inner_name, value)
+        row[name] = content
     return where, row
 
 
@@ -215,8 +237,8 @@ def _column(path: Path, group: int, column: str):
         return _read_group(file, path, group, [column]).column(0)
 
 
-def content(picture: Cell | Member) -> BytesIO | Path:
-    """The bytes of a picture, or the path that a parquet file has instead. ValueError: see beside."""
+def content(picture: Cell | Member) -> BytesIO:
+    """The bytes of a picture. ValueError if the parquet file cannot be read."""
     if isinstance(picture, Member):
         with picture.file.open("rb") as file:
             file.seek(picture.offset)
@@ -225,7 +247,5 @@ def content(picture: Cell | Member) -> BytesIO | Path:
         column = _column(picture.file, picture.group, picture.column)
         value = column[picture.row].as_py() if picture.row < len(column) else None  # the file has changed
     if isinstance(value, dict):
-        if value.get("bytes") is None and isinstance(value.get("path"), str) and value["path"]:
-            return beside(picture.file, value["path"])
         value = value.get("bytes")
     return BytesIO(value if isinstance(value, bytes) else b"")  # open_image refuses an empty file

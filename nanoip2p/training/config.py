@@ -89,6 +89,8 @@ class TrainConfig:
     def __post_init__(self):
         if max(self.kind_weights) == 0:
             raise ValueError("--kind-weights are all zero; one of them has to be positive")
+        if self.columns and len({*self.columns}) < 3:
+            raise ValueError(f"--columns {' '.join(self.columns)}: the names have to differ")
         if sum(self.drop) > 1:
             raise ValueError(f"--drop {' '.join(map(str, self.drop))}: the fractions add up to more than 1")
         if self.text_to_image and self.data != "scenes":

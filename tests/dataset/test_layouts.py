@@ -241,7 +241,8 @@ def test_a_name_that_only_contains_the_word_test_is_no_split(tmp_path, name):
 def test_a_split_may_be_empty_but_for_train(tmp_path):
     root = write_jsonl(tmp_path, ROWS[:2])
     assert edits(read_data(root)) == numbered(0) and read_data(root, "validation") == []
-    assert "no pairs in its train split" in complaint(write_jsonl(tmp_path / "one", ROWS[:1]))
+    told = complaint(write_jsonl(tmp_path / "one", ROWS[:1]))
+    assert "no pairs in its train split" in told and "at least 2 pairs" in told
     write_magicbrush(tmp_path / "brush" / "test", ROWS)
     assert "no pairs in its train split" in complaint(tmp_path / "brush")
 
@@ -352,6 +353,13 @@ def test_a_folder_that_is_empty_or_unknown_or_not_there(tmp_path):
     assert "is no training data" in complaint(tmp_path / "notes.txt")
     for name in ("nowhere", "pairs.jsonl", "pairs.parquet"):
         assert f"there is no {tmp_path / name}" in complaint(tmp_path / name)
+
+
+@pytest.mark.parametrize("write", [write_original, write_magicbrush])
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_columns_are_refused_where_they_have_no_effect(tmp_path, write, skip_bad):
+    told = complaint(write(tmp_path), columns=("input", "edit", "output"), skip_bad=skip_bad)
+    assert told.startswith(f"{tmp_path}: --columns is for")
 
 
 def test_what_is_wrong_with_parquet_is_named_in_one_line(tmp_path, monkeypatch):

@@ -527,6 +527,13 @@ def test_columns_are_named_by_a_flag_that_the_run_keeps(start, folder, tmp_path,
     assert "--columns cannot change" in errors(capsys)[0]
 
 
+@pytest.mark.parametrize("data, columns", [("scenes", "abc"), ("x.jsonl", "aba"), ("scenes", "aac")])
+def test_columns_without_effect_are_refused(data, columns, capsys):
+    assert train.main(["--check", "--data", data, "--columns", *columns]) == 2
+    [error] = errors(capsys)
+    assert ("--columns has no effect" if columns == "abc" else "the names have to differ") in error
+
+
 @pytest.mark.parametrize("columns", [["a", "b"], ["a", "b", "c", "--out=x"], ["--out", "x", "c"], [1, 2, 3],
                                      "abc", ["a", "-h", "c"], ["a", "--", "b", "c"]])
 def test_columns_of_a_strangers_run_are_names_only(columns, tmp_path, capsys):
