@@ -142,7 +142,10 @@ def print_plan(config: TrainConfig, items: list[Item], validation: list[Item], r
 
 
 def check_data(config: TrainConfig) -> Set[Picture]:
-    """Print what is wrong with the data, by reason. Returns broken pictures. ValueError: see --skip-bad."""
+    """Print what is wrong with the data, by reason; return the broken pictures.
+
+    Raises ValueError if no pair is sound, or if any pair is bad without --skip-bad.
+    """
     pictures, pairs, counts, problems, broken = broken_pictures(
         config.data, config.resolution, config.columns and tuple(config.columns))
     left_out = f"; left out: {told(counts)}" if problems else ""
