@@ -104,8 +104,7 @@ def read_items(config: TrainConfig, broken: Set[Picture] = frozenset()) -> tuple
         splits = (scene_pairs(config.pairs, weights=config.kind_weights),
                   scene_pairs(VALIDATION_SAMPLES, "validation"))
     else:
-        columns = config.columns and tuple(config.columns)
-        items, validation = (without(read_data(config.data, split, config.skip_bad, columns), broken)
+        items, validation = (without(read_data(config.data, split, config.skip_bad, config.columns), broken)
                              for split in ("train", "validation"))
         if not items:
             raise ValueError(f"{config.data}: no pair of the train split is sound")
@@ -146,14 +145,13 @@ def check_data(config: TrainConfig) -> Set[Picture]:
 
     Raises ValueError if no pair is sound, or if any pair is bad without --skip-bad.
     """
-    pictures, pairs, counts, problems, broken = broken_pictures(
-        config.data, config.resolution, config.columns and tuple(config.columns))
-    left_out = f"; left out: {told(counts)}" if problems else ""
+    pictures, pairs, counts, bad, broken = broken_pictures(config.data, config.resolution, config.columns)
+    left_out = f"; left out: {told(counts)}" if bad else ""
     print(f"pictures  {pictures}; sound pairs in all splits: {pairs}{left_out}",
-          *map(cli.one_line, problems[:20]), sep="\n  ")
-    if problems and not pairs:
-        raise ValueError(f"{config.data} has no sound pair ({told(counts)}); {problems[0]}")
-    if problems and not config.skip_bad:
+          *map(cli.one_line, bad[:20]), sep="\n  ")
+    if bad and not pairs:
+        raise ValueError(f"{config.data} has no sound pair ({told(counts)}); {bad[0]}")
+    if bad and not config.skip_bad:
         raise ValueError(f"some pairs cannot be used ({told(counts)}); --skip-bad leaves these out")
     return broken
 

@@ -48,7 +48,7 @@ def model_input(batch: dict, null: Tensor, scale: float, alphas: Tensor,
     return {"z_in": torch.cat([z_t, z_image], dim=1), "context": context, "target": target}
 
 
-def noise_losses(unet: nn.Module, in_channels: int, inputs: dict, timestep: Tensor, dtype: torch.dtype,
+def prediction_losses(unet: nn.Module, in_channels: int, inputs: dict, timestep: Tensor, dtype: torch.dtype,
                  recompute: bool = False) -> Tensor:
     """The mean squared error of the prediction of each sample, (B,) float32: equation 1 of the paper.
 

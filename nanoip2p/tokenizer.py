@@ -85,6 +85,8 @@ class Tokenizer:
             raise ValueError(f"the text {text!r} is not valid Unicode ({error.reason}); retype it") from None
         text = self.clean(text)
         added = {token.content for token in self.backend.get_added_tokens_decoder().values()}
+        if not any(token.endswith("_1") for token in added):  # no word of several vectors
+            return text
         encoded = self.backend.encode(text, add_special_tokens=False)
         for token, (_, end) in reversed([*zip(encoded.tokens, encoded.offsets)]):
             if token in added:

@@ -15,7 +15,7 @@ users download, stay in their folder.
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,7 +57,7 @@ Item = tuple[Pair, ...]  # the pairs of one prompt; each epoch draws one pair, a
 
 
 def read_data(source: str | Path, split: str = "train", skip_bad: bool = False,
-              columns: Names | None = None) -> list[Item]:
+              columns: Sequence[str] | None = None) -> list[Item]:
     """The items of a split (a key of SPLITS), in order.
 
     A dataset with separate dev or test files keeps its splits. Other datasets are cut into contiguous splits.
@@ -85,9 +85,9 @@ def told(counts: dict[str, int]) -> str:
 
 
 def _survey(source: str | Path, split: str, skip_bad: bool,
-            columns: Names | None) -> tuple[list[Item], dict[str, int], list[str]]:
+            columns: Sequence[str] | None) -> tuple[list[Item], dict[str, int], list[str]]:
     """The sound items of a split, how much was left out for which reason, and messages."""
-    rows = _read(Path(source), split, skip_bad, columns)
+    rows = _read(Path(source), split, skip_bad, columns and tuple(columns))
     bad = [row for row in rows if isinstance(row, ValueError)]
     cut_off = sum(isinstance(row, FileError) for row in bad)
     items = [row for row in rows if row and not isinstance(row, ValueError)]
@@ -264,7 +264,7 @@ def stamp(picture: Picture) -> tuple:
     return (str(picture), status.st_size, status.st_mtime_ns)
 
 
-def broken_pictures(source: str | Path, resolution: int, columns: Names | None = None
+def broken_pictures(source: str | Path, resolution: int, columns: Sequence[str] | None = None
                     ) -> tuple[int, int, dict[str, int], list[str], set[Picture]]:
     """Open every picture of every split.
 

@@ -141,9 +141,9 @@ def plot_log(run: Path) -> bool:
     rows = read_log(run)
 
     def draw(axes) -> None:
-        for key in ("loss", "validation", "validation_ema"):
+        for key, label in (("loss", "training"), ("validation", "validation"),
+                           ("validation_ema", "validation, averaged")):
             found = [row for row in rows if key in row]
-            axes.plot([row["step"] for row in found], [row[key] for row in found], marker=".", label=key)
+            axes.plot([row["step"] for row in found], [row[key] for row in found], marker=".", label=label)
 
-    return plot(run / "loss.png", draw, xlabel="optimizer step", ylabel="mean squared error of the noise",
-                yscale="log")
+    return plot(run / "loss.png", draw, xlabel="optimizer step", ylabel="mean squared error", yscale="log")

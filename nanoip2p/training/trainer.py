@@ -14,7 +14,7 @@ from nanoip2p.checkpoint.save import save_parts
 from nanoip2p.checkpoint.tensors import DTYPES, read_tensors
 from nanoip2p.dataset.layouts import Item, load_picture
 from nanoip2p.images import grid
-from nanoip2p.objective import encode, learning_rate, loss_weight, model_input, noise_losses
+from nanoip2p.objective import encode, learning_rate, loss_weight, model_input, prediction_losses
 from nanoip2p.pipeline import Model, encode_texts
 from nanoip2p.training import run_folder as runs
 from nanoip2p.training.config import TrainConfig
@@ -62,7 +62,7 @@ class Trainer:
         given = model_input(batch, self.null, self.model.vae.scaling_factor, self.alphas, self.config.drop,
                             self.model.schedule.prediction_type)
         channels, dtype = self.unet.config.in_channels, DTYPES[self.config.dtype]
-        return noise_losses(unet, channels, given, batch["timestep"], dtype, recompute)
+        return prediction_losses(unet, channels, given, batch["timestep"], dtype, recompute)
 
     def to_device(self, batch: dict, stop: bool = False) -> dict:
         """Move a batch of `collate` to the device, and encode its pictures and texts if there is no cache.

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from nanoip2p.clip import CLIPTextConfig, TextEncoder  # noqa: E402
-from nanoip2p.objective import encode, model_input, noise_losses  # noqa: E402
+from nanoip2p.objective import encode, model_input, prediction_losses  # noqa: E402
 from nanoip2p.unet import UNet, UNetConfig  # noqa: E402
 from nanoip2p.vae import VAE, VAEConfig  # noqa: E402
 
@@ -47,7 +47,8 @@ def count_step(unet: UNet, batch: int, side: int, dtype: torch.dtype, recompute:
                    "offset": torch.empty(batch, channels, 1, 1), "text": torch.empty(batch, 77, width),
                    "timestep": torch.zeros(batch, dtype=torch.long)}
         given = model_input(samples, torch.empty(77, width), 1.0, torch.empty(1000))
-        losses = noise_losses(unet, unet.config.in_channels, given, samples["timestep"], dtype, recompute)
+        losses = prediction_losses(unet, unet.config.in_channels, given, samples["timestep"], dtype,
+                                   recompute)
         del given
         losses.mean().backward()
     return live.peak

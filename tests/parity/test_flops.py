@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanoip2p.diffusion import NoiseSchedule, Plan, plan
 from nanoip2p.guidance import guided_denoiser, text_guided_denoiser
-from nanoip2p.objective import noise_losses
+from nanoip2p.objective import prediction_losses
 from nanoip2p.prompt_to_prompt import PairPainter
 from nanoip2p.unet import UNet, UNetConfig
 
@@ -110,5 +110,5 @@ def test_a_training_sample(unets, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which the meta device lacks
     given = {"z_in": meta(1, 8, 32, 32), "context": meta(1, 77, 768), "target": meta(1, 4, 32, 32)}
     timestep = torch.zeros(1, dtype=torch.long, device="meta")
-    losses = lambda: noise_losses(unets[8], 8, given, timestep, torch.float32)  # noqa: E731
+    losses = lambda: prediction_losses(unets[8], 8, given, timestep, torch.float32)  # noqa: E731
     assert 530 < giga(lambda: losses().sum().backward()) <= 538

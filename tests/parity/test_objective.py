@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from nanoip2p.checkpoint.load import load_model, open_checkpoint, widen
 from nanoip2p.dataset.layouts import Pair
 from nanoip2p.diffusion import NoiseSchedule
-from nanoip2p.objective import DROP, learning_rate, loss_weight, model_input, noise_losses
+from nanoip2p.objective import DROP, learning_rate, loss_weight, model_input, prediction_losses
 from nanoip2p.training.samples import (
     Samples,
     collate,
@@ -338,13 +338,13 @@ def given_to(unet, count=3):
 
 def test_the_loss_is_the_mean_squared_error_of_each_sample(unet):
     given, timestep = given_to(unet), torch.tensor([5, 500, 999])
-    losses = noise_losses(unet, unet.config.in_channels, given, timestep, torch.float32)
+    losses = prediction_losses(unet, unet.config.in_channels, given, timestep, torch.float32)
     with torch.no_grad():
         for i in range(3):
             alone = unet(given["z_in"][i : i + 1], timestep[i : i + 1], given["context"][i : i + 1])
             wanted = ((alone - given["target"][i]) ** 2).sum() / alone.numel()
             assert losses[i].item() == pytest.approx(wanted.item(), rel=1e-5)
-    narrow = noise_losses(unet, unet.config.in_channels, given, timestep, torch.bfloat16)
+    narrow = prediction_losses(unet, unet.config.in_channels, given, timestep, torch.bfloat16)
     assert narrow.dtype == torch.float32 and 1e-6 < relative_error(narrow, losses) < 0.05
 
 
@@ -355,7 +355,8 @@ def test_recomputing_activations_changes_neither_loss_nor_gradients(unet):
     def backward(recompute):
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-            losses = noise_losses(unet, unet.config.in_channels, given, timestep, torch.float32, recompute)
+            losses = prediction_losses(unet, unet.config.in_channels, given, timestep, torch.float32,
+                                       recompute)
         gradients = torch.autograd.grad(losses.mean(), list(unet.parameters()))
         return losses, gradients, sum(kept)
 

@@ -198,7 +198,8 @@ def test_losses_are_drawn_where_matplotlib_is(tmp_path, monkeypatch):
     monkeypatch.setattr(Axes, "plot", lambda self, x, y, **how: drawn.update({how["label"]: (x, y)})
                         or plot(self, x, y, **how))
     assert runs.plot_log(tmp_path) is True
-    assert drawn == {"loss": ([1, 2], [1.0, 0.5]), "validation": ([2], [0.6]), "validation_ema": ([2], [0.7])}
+    assert drawn == {"training": ([1, 2], [1.0, 0.5]), "validation": ([2], [0.6]),
+                     "validation, averaged": ([2], [0.7])}
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "loss.png"]
     shutil.rmtree(tmp_path)
