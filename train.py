@@ -53,10 +53,12 @@ def parse(argv: list[str] | None) -> TrainConfig:
     cli.add_settings(parser, TrainConfig)
     given = vars(parser.parse_args(argv))
     usual = PRESETS.get(given.get("preset"), {}) | (DISTILL if "distill" in given else {})
-    if "distill" in given:
-        if "weights" in given:
-            raise ValueError("give --distill or --weights: the student begins with its teacher's weights")
-        given["weights"] = given["distill"]
+    if "resume" not in given:
+        if "distill" in given and "weights" in given:
+            raise ValueError("give --distill or --weights: a student begins with its teacher's weights")
+        if "distill" not in given and {"cfg_text", "cfg_image"} & given.keys():
+            raise ValueError("--cfg-text and --cfg-image are for --distill; leave them out")
+        given["weights"] = given.get("distill", given.get("weights"))
     config = resumed(parser, given) if "resume" in given else TrainConfig(**usual | given)
     for name in ("data",) if config.check else ("weights", "data", "out"):
         if getattr(config, name) is None:

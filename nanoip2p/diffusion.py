@@ -108,9 +108,9 @@ def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
     a = schedule.alphas_cumprod().numpy()
     timesteps = _spaced(schedule, sampler, steps)                               # (n,) decreasing
     if a[-1] == 0:
-        in_z = sampler in ("ddim", "lcm")  # diffusers' step in z, and ours have to agree at infinite sigma
+        in_z = sampler in ("ddim", "lcm")  # diffusers' steps of these are in z
         if in_z and timesteps[0] == n_train - 1 and schedule.prediction_type == "epsilon":
-            raise ValueError(f"{sampler} cannot begin at zero terminal SNR from epsilon; take another sampler")
+            raise ValueError(f"{sampler} cannot begin at zero terminal SNR from epsilon; take another")
         a[a == 0] = 1e-16 if in_z else 2.0**-24  # sigma 1e8 or 4096; diffusers: infinite or 4096
     table = np.sqrt((1 - a) / a)                                                # (n_train,) increasing
     sigmas = np.interp(timesteps, np.arange(n_train), table)                    # (n,)

@@ -4,9 +4,9 @@
 
 `x` (B, C, h, w) float32 are noised latents, scaled as by Karras et al. 2022: x = z_0 + sigma eps.
 `denoise(x, sigma: float)` returns the estimate of z_0. `sigmas` (n, 3), from `diffusion.plan`, has one row
-(sigma before, sigma after, timestep) for each step. `generator` is a CPU torch.Generator, or a list with one for each
-picture. Samplers draw noise on the CPU, so that a seed gives the same noise on any device and, with a list,
-in any batch.
+(sigma before, sigma after, timestep) for each step. `generator` is a CPU torch.Generator, or a list with one
+for each picture. Samplers draw noise on the CPU, so that a seed gives the same noise on any device and, with
+a list, in any batch.
 """
 
 import math
@@ -119,4 +119,5 @@ def lcm(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = Non
     return x
 
 
-SAMPLERS = {"euler_ancestral": euler_ancestral, "euler": euler, "ddim": ddim, "dpmpp_2m": dpmpp_2m, "lcm": lcm}
+SAMPLERS = {"euler_ancestral": euler_ancestral, "euler": euler, "ddim": ddim, "dpmpp_2m": dpmpp_2m,
+            "lcm": lcm}

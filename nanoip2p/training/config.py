@@ -66,10 +66,10 @@ class TrainConfig:
     snr_gamma: float = flag("min-SNR weighting of the loss, often 5; 0: off", 0.0, type=between(0))
     drop: Sequence[float] = flag("fractions of samples without text, without both, without picture",
                                 DROP, type=between(0, 1), nargs=3, metavar=("TEXT", "BOTH", "IMAGE"))
-    cfg_text: Sequence[float] | None = flag("--distill: smallest and largest s_T of the teacher (default: its "
-                                            "own setting)", type=finite, nargs=2, metavar=("MIN", "MAX"))
-    cfg_image: Sequence[float] | None = flag("--distill: smallest and largest s_I of the teacher (default: its "
-                                             "own setting)", type=finite, nargs=2, metavar=("MIN", "MAX"))
+    cfg_text: Sequence[float] | None = flag("--distill: range of the teacher's scale s_T (default: its "
+                                            "setting)", type=finite, nargs=2, metavar=("MIN", "MAX"))
+    cfg_image: Sequence[float] | None = flag("--distill: range of the teacher's scale s_I (default: its "
+                                             "setting)", type=finite, nargs=2, metavar=("MIN", "MAX"))
     ema_decay: float = flag("largest decay of the averaged (EMA) weights", 0.9999, type=between(0, 1))
     resolution: int = flag("width and height in pixels", 256, type=pixels)
     flip: bool | None = flag("mirror half of the pairs (default: on, except for scenes)", action=SWITCH)
@@ -98,10 +98,6 @@ class TrainConfig:
             raise ValueError(f"--columns {' '.join(self.columns)}: the names have to differ")
         if sum(self.drop) > 1:
             raise ValueError(f"--drop {' '.join(map(str, self.drop))}: the fractions add up to more than 1")
-        for name in ("cfg_text", "cfg_image"):
-            if scales := getattr(self, name):
-                if not self.distill or scales[0] > scales[1]:
-                    raise ValueError(f"--{name.replace('_', '-')} MIN MAX needs --distill, and MIN up to MAX")
         if self.distill and (self.snr_gamma or self.ema_device == "cpu"):
             raise ValueError("--distill needs its average at hand, and has no SNR weights: leave out "
                              "--ema-device cpu and --snr-gamma")

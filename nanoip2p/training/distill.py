@@ -1,4 +1,4 @@
-"""Consistency distillation: an editor learns to edit in a few network calls (Luo et al. 2310.04378, algorithm 1).
+"""Consistency distillation (Luo et al. 2310.04378, algorithm 1): an editor learns to edit in a few calls.
 
 The teacher is an editor, guided by picture and text with equation 3 of the paper. The student begins as the
 teacher. It makes one network call, without guidance, and learns a consistency function
@@ -91,4 +91,5 @@ class Teacher:
         with torch.no_grad():
             z_s = torch.cat([z_s, z_in[:, z_s.shape[1] :]], dim=1)
             target = self.consistency(average, z_s, before, context)
-        return (self.consistency(student, z_in, timestep, context, recompute) - target).square().mean((1, 2, 3))
+        estimate = self.consistency(student, z_in, timestep, context, recompute)
+        return (estimate - target).square().mean((1, 2, 3))

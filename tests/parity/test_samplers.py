@@ -18,7 +18,7 @@ SCHEDULERS = {
 SHAPE = (2, 4, 6, 10)
 SPACINGS = [{}, {"timestep_spacing": "linspace"}, {"timestep_spacing": "leading", "steps_offset": 1},
             {"timestep_spacing": "leading"}, {"timestep_spacing": "trailing"}]
-COUNTS = {sampler: (1, 2, 20, 100) for sampler in SCHEDULERS} | {"lcm": (1, 2, 3, 4, 7, 8, 30)}
+COUNTS = dict.fromkeys(SCHEDULERS, (1, 2, 20, 100)) | {"lcm": (1, 2, 3, 4, 7, 8, 30)}
 V = {"prediction_type": "v_prediction"}
 ZERO_SNR = V | {"rescale_betas_zero_snr": True}
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
