@@ -43,7 +43,7 @@ IGNORED = re.compile(
 # What we do not read -> pattern of a "name (shape)" that only this has. ADDITIONS add to a model, and can
 # be left over in a complete checkpoint. SHAPES: families whose UNet has all our names
 ADDITIONS = {
-    "a LoRA": r"lora",
+    "a LoRA (add it to a model with --lora)": r"lora",
     "a ControlNet": r"^(control_model\.|controlnet_|input_hint_block\.)",
     "a textual inversion (name it with sample.py --embedding)": r"^(emb_params |string_to_param|<)",
 }
@@ -243,9 +243,10 @@ def normalised(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     return cleaned
 
 
-def refuse_families(tensors: dict[str, Tensor], families: dict[str, str], path: Path) -> None:
+def refuse_families(tensors: dict[str, Tensor], families: dict[str, str], path: Path,
+                    reads: str = "Stable Diffusion 1.x") -> None:
     """Raise ValueError if a file belongs to one of `families`; the message names the family."""
     content = "\n".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
     for family, pattern in families.items():
         if re.search(pattern, content, re.MULTILINE):
-            raise ValueError(f"{path}: this is {family}; nanoip2p reads Stable Diffusion 1.x")
+            raise ValueError(f"{path}: this is {family}; nanoip2p reads {reads}")
