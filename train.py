@@ -7,7 +7,10 @@
     python train.py --text-to-image --data scenes ...            # a text-to-image model from captions
     python train.py --distill runs/ip2p/weights --data data/pairs --out runs/4step    # to edit in four steps
 
-Writes to --out: checkpoints/, weights/ (the EMA weights), log.jsonl, loss.png and samples-*.png.
+    python train.py --lora 16 --weights <editor> --data my-pairs --out runs/style     # on a small card
+
+Writes to --out: checkpoints/, weights/ (the EMA weights), log.jsonl, loss.png and samples-*.png; with --lora
+RANK also lora.safetensors (diffusers' layout) and lora-kohya.safetensors.
 """
 
 import os
@@ -30,6 +33,7 @@ with cli.slow_imports():
 
     from nanoip2p.checkpoint.hub import is_cached
     from nanoip2p.checkpoint.load import load_model, open_checkpoint, widen
+    from nanoip2p.checkpoint.lora import apply_loras
     from nanoip2p.common.device import pick_dtype
     from nanoip2p.dataset.layouts import Item, Picture, broken_pictures, read_data, told, without
     from nanoip2p.dataset.rendered import captioned_scenes, scene_pairs
@@ -180,7 +184,8 @@ def run(config: TrainConfig) -> None:
             checkpoint = open_checkpoint(config.weights, config.vae, config.tokenizer, config.raw_weights)
             checkpoint = checkpoint if config.text_to_image else widen(checkpoint)
             model = load_model(checkpoint, edits=not config.text_to_image)
-            description = f"{config.weights}: {checkpoint.description}"
+            description = "; ".join([f"{config.weights}: {checkpoint.description}",
+                                     *apply_loras(model, config.lora_files)])
         if model and config.resolution % model.multiple:
             raise ValueError(f"--resolution {config.resolution}: not a multiple of {model.multiple}")
         if ranks.rank == 0:
@@ -281,7 +286,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command and return the exit code, see cli.run."""
     with signals.lasting_streams():
         return cli.run(lambda: run(parse(argv)), "stopped; go on with --resume, if there is a checkpoint",
-                       "try a smaller --batch-size with more --accumulate, --recompute, or --ema-device cpu")
+                       "try a smaller --batch-size with more --accumulate, --recompute, --ema-device cpu, or "
+                       "--lora 16")
 
 
 if __name__ == "__main__":

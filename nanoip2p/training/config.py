@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from nanoip2p.common.cli import SWITCH, at_least, between, finite, flag, pixels
 from nanoip2p.common.schema import checked
 from nanoip2p.objective import DROP
+from nanoip2p.training.low_rank import LAYERS
 from nanoip2p.world.scenes import EDIT_KINDS
 
 PAPER_BATCH = 1024  # samples per optimizer step
@@ -30,7 +32,8 @@ RESUME_MAY_CHANGE = {
 # accumulate follows from state.json's "batch", and `out` is where state.json is
 NOT_STORED = {"accumulate", "preset", "resume", "check", "out"}
 # A rendered pair takes 1 kB of memory. No machine has room for more pairs, samples or processes than these
-MOST_PAIRS, MOST_SAMPLES, MOST_WORKERS = 10**7, 2**16, 1000
+MOST_PAIRS, MOST_SAMPLES, MOST_WORKERS, MOST_RANK = 10**7, 2**16, 1000, 1024
+NUMBER = re.compile(r"[+-]?\d{1,9}")  # in --lora, everything else is a file
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,10 @@ class TrainConfig:
     vae: str | None = flag("use this autoencoder instead of the checkpoint's: a file or folder")
     tokenizer: str | None = flag("tokenizer of a single-file checkpoint: a folder or Hub name")
     raw_weights: bool | None = flag("use raw weights, not averaged (EMA) ones", action=SWITCH)
+    lora: Sequence[str] | None = flag("train a LoRA of this rank, not all weights; or add this LoRA file to "
+                                      "the weights first (may be repeated)", action="append",
+                                      metavar="RANK|FILE[:WEIGHT]")
+    lora_layers: str = flag("layers that get the LoRA", "attention", choices=LAYERS)
     data: str | None = flag("pairs: a folder, a pairs.jsonl or parquet file; 'scenes' renders pairs")
     pairs: int = flag("number of pairs that --data scenes renders", 20_000, type=at_least(1, MOST_PAIRS))
     kind_weights: Sequence[float] = flag(f"frequencies of edits in --data scenes: {', '.join(EDIT_KINDS)}",
@@ -98,11 +105,26 @@ class TrainConfig:
             raise ValueError(f"--columns {' '.join(self.columns)}: the names have to differ")
         if sum(self.drop) > 1:
             raise ValueError(f"--drop {' '.join(map(str, self.drop))}: the fractions add up to more than 1")
+        ranks = [int(word) for word in self.lora or () if NUMBER.fullmatch(word)]
+        if len(ranks) > 1 or not all(1 <= rank <= MOST_RANK for rank in ranks):
+            raise ValueError(f"--lora {' '.join(map(str, ranks))}: give one rank, from 1 to {MOST_RANK}")
+        if self.lora_layers != "attention" and not ranks:
+            raise ValueError("--lora-layers is for --lora RANK; leave it out")
         if self.distill and (self.snr_gamma or self.ema_device == "cpu"):
             raise ValueError("--distill needs its average at hand, and has no SNR weights: leave out "
                              "--ema-device cpu and --snr-gamma")
         if self.text_to_image and self.data != "scenes":
             raise ValueError("--text-to-image needs --data scenes; other data has no captions to train on")
+
+    @property
+    def rank(self) -> int:
+        """The rank of the LoRA to train. 0: train all weights."""
+        return max([int(word) for word in self.lora or () if NUMBER.fullmatch(word)], default=0)
+
+    @property
+    def lora_files(self) -> list[str]:
+        """The LoRA files to add to the weights before training: "FILE" or "FILE:weight"."""
+        return [word for word in self.lora or () if not NUMBER.fullmatch(word)]
 
     def to_json(self) -> dict:
         """The settings that a checkpoint stores. The path of the cache is relative to the run."""
@@ -127,6 +149,8 @@ class TrainConfig:
                 if kind is str and any(item.startswith("-") for item in items):  # argparse sees a flag
                     raise ValueError(f"{name} should not begin with a dash")
                 argv += [name, *items]
+            elif isinstance(value, list) and key == "lora":
+                argv += [f"{name}={item}" for item in checked(value, list[str], name)]
             elif isinstance(value, bool) and value != fields[key].default:
                 argv.append(name if value else name.replace("--", "--no-", 1))
             elif value is not None and not isinstance(value, bool):

@@ -23,7 +23,8 @@ LARGEST = 2**53  # float64 and JSON's readers keep whole numbers exact up to her
 
 def check_folder(run: Path) -> None:
     """Raise ValueError if a path that a run writes is a link, or is a folder where a file belongs."""
-    single = [run / ".lock", run / "log.jsonl", run / "loss.png", *run.glob("samples-*.png")]
+    single = [run / ".lock", run / "log.jsonl", run / "loss.png", run / "lora.safetensors",
+              run / "lora-kohya.safetensors", *run.glob("samples-*.png")]
     weights, saved = run / "weights", run / CHECKPOINTS
     parts = [weights / name for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")]
     for path in (run, saved, *saved.glob("[0-9]*"), *saved.glob(".[0-9]*"), weights, *parts,

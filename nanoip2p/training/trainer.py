@@ -10,12 +10,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from nanoip2p.checkpoint.lora import write_lora
 from nanoip2p.checkpoint.save import save_parts
-from nanoip2p.checkpoint.tensors import DTYPES, read_tensors
+from nanoip2p.checkpoint.tensors import DTYPES, check_tensors, read_tensors
 from nanoip2p.dataset.layouts import Item, load_picture
 from nanoip2p.images import grid
 from nanoip2p.objective import encode, learning_rate, loss_weight, model_input, prediction_losses
-from nanoip2p.pipeline import Model, encode_texts
+from nanoip2p.pipeline import Model, encode_texts, fingerprint
+from nanoip2p.training import low_rank
 from nanoip2p.training import run_folder as runs
 from nanoip2p.training.config import TrainConfig
 from nanoip2p.training.distill import STUDENT_DEFAULTS, Teacher, on_grid
@@ -31,7 +33,11 @@ class Diverged(ValueError):
 
 
 class Trainer:
-    """The trained UNet, the moving average of its weights, AdamW, and the frozen encoders."""
+    """The trained UNet, the moving average of its weights, AdamW, and the frozen encoders.
+
+    With --lora, most weights of the UNet are frozen. The average and the teacher share these, and `model`
+    keeps the UNet that training began with, in float32 on the CPU.
+    """
 
     def __init__(self, config: TrainConfig, model: Model, ranks: Ranks, items: int):
         """config: `accumulate` and `dtype` must be set. items: number of items, to save in checkpoints."""
@@ -41,12 +47,19 @@ class Trainer:
             [null] = encode_texts(model.text_encoder, model.tokenizer, [""]).values()
         self.place_encoders()
         self.alphas, self.null = model.schedule.alphas_cumprod().to(self.device), null.to(self.device)
-        self.teacher = self.make_teacher() if config.distill else None
         layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         self.unet = model.unet.to(self.device, memory_format=layout).train()
-        average = copy.deepcopy(self.unet).requires_grad_(False).eval()
-        self.average = average.to("cpu" if config.ema_device == "cpu" else self.device)
-        self.optimizer = torch.optim.AdamW(self.unet.parameters(), config.lr, betas=(0.9, 0.999),
+        if config.rank:
+            self.unet = low_rank.freeze(self.unet, DTYPES[config.dtype])
+            model.unet.to("cpu")
+        self.teacher = self.make_teacher() if config.distill else None
+        if config.rank:
+            conv_in = model.unet.conv_in.weight if low_rank.is_blind(model.unet) else None
+            low_rank.attach(self.unet, config.rank, config.lora_layers, config.seed, conv_in)
+            self.unet.to(self.device, memory_format=layout)
+        self.trained = {name: weight for name, weight in self.unet.named_parameters() if weight.requires_grad}
+        self.average = self.twin("cpu" if config.ema_device == "cpu" else self.device)
+        self.optimizer = torch.optim.AdamW(self.trained.values(), config.lr, betas=(0.9, 0.999),
                                            weight_decay=0.01, fused=True)
         self.parallel = self.unet if ranks.count == 1 else nn.parallel.DistributedDataParallel(
             self.unet, gradient_as_bucket_view=True)
@@ -61,12 +74,17 @@ class Trainer:
 
     def make_teacher(self) -> Teacher:
         """A frozen copy of the UNet as the teacher. The trained model gets the settings of a student."""
-        unet = copy.deepcopy(self.model.unet).requires_grad_(False).eval().to(self.device)
         scales = [given or [self.model.defaults[key]] * 2 for key, given in (
             ("cfg_text", self.config.cfg_text), ("cfg_image", self.config.cfg_image))]
         self.model.defaults = self.model.defaults | STUDENT_DEFAULTS
-        return Teacher(unet, self.null, self.alphas, self.model.schedule.prediction_type, *scales,
-                       DTYPES[self.config.dtype])
+        return Teacher(self.twin(self.device), self.null, self.alphas, self.model.schedule.prediction_type,
+                       *scales, DTYPES[self.config.dtype])
+
+    def twin(self, device: str | torch.device) -> UNet:
+        """A copy of the UNet in eval mode, its trained weights on `device`. It shares the frozen weights."""
+        memo = {id(weight): nn.Parameter(weight.detach().to(device, copy=True), False)
+                if weight.requires_grad else weight for weight in self.unet.parameters()}
+        return copy.deepcopy(self.unet, memo).eval()
 
     def losses(self, unet: nn.Module, batch: dict, recompute: bool = False) -> Tensor:
         """The loss of each sample of a batch from `to_device`, (B,): equation 1, or that of distill.py."""
@@ -120,7 +138,7 @@ class Trainer:
             losses.append(loss.detach())
             names += batch["name"]
         losses = torch.cat(losses).cpu()                                                 # (accumulate * B,)
-        self.norm = nn.utils.clip_grad_norm_(self.unet.parameters(), config.clip or math.inf).item()
+        self.norm = nn.utils.clip_grad_norm_(self.trained.values(), config.clip or math.inf).item()
         bad = [name for name, loss in zip(names, losses.tolist()) if not math.isfinite(loss)]
         if self.ranks.largest(bool(bad) or not math.isfinite(self.norm)):
             found = f"loss of samples {', '.join(bad[:3])}" if bad else "gradient"
@@ -138,14 +156,21 @@ class Trainer:
     def update_average(self, n: int) -> None:
         """After optimizer step n = 1, 2, ...: update the average with decay min(ema_decay, (1+n)/(10+n))."""
         share = 1 - min(self.config.ema_decay, (1 + n) / (10 + n))
-        average = list(self.average.parameters())
-        raw = [weight.to(average[0].device) for weight in self.unet.parameters()]
-        torch._foreach_lerp_(average, raw, share)
+        average = self.averages()
+        raw = [weight.to(average[name].device) for name, weight in self.trained.items()]
+        torch._foreach_lerp_(list(average.values()), raw, share)
+
+    def averages(self) -> dict[str, Tensor]:
+        """The averaged weights of those that are trained."""
+        average = dict(self.average.named_parameters())
+        return {name: average[name] for name in self.trained}
 
     def averaged_unet(self) -> UNet:
         """The UNet with the averaged weights, on the training device."""
-        same = self.config.ema_device == "same"
-        return self.average if same else copy.deepcopy(self.average).to(self.device)
+        if self.config.ema_device == "same":
+            return self.average
+        memo = {id(weight): weight.to(self.device) for weight in self.average.parameters()}
+        return copy.deepcopy(self.average, memo)
 
     @torch.no_grad()
     def validate(self, batches: list[dict]) -> dict[str, float]:
@@ -157,34 +182,57 @@ class Trainer:
     def load(self) -> int:
         """Load the newest checkpoint of the run. Returns the number of steps it was trained for."""
         checkpoint, state = runs.newest_checkpoint(self.config.out)
-        unet, average, first, second = (read_tensors(checkpoint / f"{name}.safetensors")
-                                        for name in runs.FILES)
-        self.unet.load_state_dict(unet)
-        self.average.load_state_dict(average)
-        for name, weight in self.unet.named_parameters():
+        if state.get("base", self.base()) != self.base():
+            raise ValueError(f"--weights {self.config.weights} or a file of --lora has changed since "
+                             f"{self.config.out} was begun; put the old one back, or begin another run")
+        unet, average, first, second = files = [read_tensors(checkpoint / f"{name}.safetensors")
+                                                for name in runs.FILES]
+        for name, tensors in zip(runs.FILES, files):
+            check_tensors(tensors, self.trained, checkpoint / f"{name}.safetensors")
+        averages = self.averages()
+        for name, weight in self.trained.items():
+            weight.data.copy_(unet[name])
+            averages[name].copy_(average[name])
             self.optimizer.state[weight] = {  # empty_like: the moments need the weight's memory format
                 "step": torch.tensor(float(state["step"]), device=self.device),
                 "exp_avg": torch.empty_like(weight).copy_(first[name]),
                 "exp_avg_sq": torch.empty_like(weight).copy_(second[name])}
         return state["step"]
 
+    def base(self) -> str | None:
+        """A hash of the weights that a LoRA belongs to. None for a full run, whose checkpoints hold all."""
+        return fingerprint(self.model.unet) if self.config.rank else None
+
+    def merged(self) -> tuple[UNet, dict]:
+        """The averaged UNet with the LoRA in its weights, on the CPU; the LoRA, see low_rank.layers_of."""
+        layers = low_rank.layers_of(self.average, self.model.unet, self.config.rank)
+        return low_rank.merged(self.model.unet, layers, self.config.rank), layers
+
     def save(self, step: int) -> None:
-        """On rank 0: write the averaged model to <out>/weights, then the checkpoint of `step` steps."""
+        """On rank 0: write the averaged model to <out>/weights, then the checkpoint of `step` steps.
+
+        With --lora, <out> also gets the LoRA, in the layouts of diffusers and of kohya.
+        """
         if self.ranks.rank > 0:
             return
-        model = self.model
-        save_parts(self.config.out / "weights", self.average, model.vae, model.text_encoder,
+        model, unet, out = self.model, self.average, self.config.out
+        if self.config.rank:
+            unet, layers = self.merged()
+            write_lora(out / "lora.safetensors", layers, self.config.rank)
+            write_lora(out / "lora-kohya.safetensors", layers, self.config.rank, kohya=True)
+        save_parts(out / "weights", unet, model.vae, model.text_encoder,
                    model.tokenizer_folder, model.schedule.to_json(), model.defaults)
-        moments = [{name: self.optimizer.state[weight][key] for name, weight in self.unet.named_parameters()}
+        moments = [{name: self.optimizer.state[weight][key] for name, weight in self.trained.items()}
                    for key in ("exp_avg", "exp_avg_sq")]
-        files = dict(zip(runs.FILES, (self.unet.state_dict(), self.average.state_dict(), *moments)))
+        files = dict(zip(runs.FILES, (self.trained, self.averages(), *moments)))
         state = {"batch": self.batch, "items": self.items, "settings": self.config.to_json()}
-        runs.write_checkpoint(self.config.out, step, files, state, self.config.keep)
+        state |= {"base": self.base()} if self.config.rank else {}
+        runs.write_checkpoint(out, step, files, state, self.config.keep)
 
     def sample_sheet(self, columns: list[Column]) -> Image.Image:
         """Draw a column per pair: the input (of an editor), the averaged model's output, the target."""
         model, settings = copy.copy(self.model), {"seed": 0, "resolution": self.config.resolution}
-        model.unet = self.averaged_unet()
+        model.unet = self.merged()[0] if self.config.rank else self.averaged_unet()
         model.to(self.device)
         inputs, texts, targets = map(list, zip(*columns))
         if self.config.text_to_image:
