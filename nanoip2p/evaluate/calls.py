@@ -20,13 +20,19 @@ from nanoip2p.evaluate.scenes import choose_edits, rate, score_scenes, table
 
 CALLS = (2, 4, 8, 16, 30, 60)
 SAMPLERS = ("euler_ancestral", "dpmpp_2m", "lcm")
+# Of a point, see checked_rows
 KINDS = {"weights": (str,), "networks": (str,), "sampler": (str,), "calls": (int, 1), "n": (int, 1),
-         "success": (float, 0, 1), "error": (float, 0, 1), "psnr": (float | None,)}  # see checked_rows
+         "success": (float, 0, 1), "error": (float, 0, 1), "psnr": (float | None,)}
 
 
 def branches(cfg_text: float, cfg_image: float) -> int:
     """The number of network calls per step: the branches of equation 3 whose weight is not zero."""
     return sum(weight != 0 for weight in (cfg_text, cfg_image - cfg_text, 1 - cfg_image))
+
+
+def read_points(path: Path) -> list[dict]:
+    """The rows of calls.jsonl; [] if it is missing. ValueError for a row that `run` did not write."""
+    return checked_rows(read_jsonl(path), KINDS, path)
 
 
 def run(args: argparse.Namespace) -> tuple[str, None]:
@@ -41,8 +47,7 @@ def run(args: argparse.Namespace) -> tuple[str, None]:
                 continue
             point = {"weights": str(weights), "networks": editor.fingerprint, "sampler": sampler,
                      "calls": steps * per_step, "n": args.n}
-            known = checked_rows(read_jsonl(path), KINDS, path)
-            row = next((row for row in known if point.items() <= row.items()), None)
+            row = next((row for row in read_points(path) if point.items() <= row.items()), None)
             if row is None:
                 rows = score_scenes(editor, choose_edits(args.n), {"steps": steps, "sampler": sampler})
                 share, error = rate([row["success"] for row in rows])
