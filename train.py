@@ -5,6 +5,7 @@
     python train.py --resume runs/ip2p                           # same result as without interruption
     python train.py --check --data my-pairs                      # checks the data, prints the plan
     python train.py --text-to-image --data scenes ...            # a text-to-image model from captions
+    python train.py --distill runs/ip2p/weights --data data/pairs --out runs/4step    # to edit in four steps
 
 Writes to --out: checkpoints/, weights/ (the EMA weights), log.jsonl, loss.png and samples-*.png.
 """
@@ -38,6 +39,7 @@ with cli.slow_imports():
     from nanoip2p.training import signals
     from nanoip2p.training.cache import Cache
     from nanoip2p.training.config import PAPER_BATCH, PRESETS, RESUME_MAY_CHANGE, TrainConfig, odd_settings
+    from nanoip2p.training.distill import DISTILL
     from nanoip2p.training.ranks import Ranks, started
     from nanoip2p.training.samples import Samples, collate, load_pair, sample_numbers, validation_batches
     from nanoip2p.training.trainer import Diverged, Trainer, columns_of
@@ -50,8 +52,14 @@ def parse(argv: list[str] | None) -> TrainConfig:
     parser = cli.make_parser(description=__doc__)
     cli.add_settings(parser, TrainConfig)
     given = vars(parser.parse_args(argv))
-    config = resumed(parser, given) if "resume" in given else (
-        TrainConfig(**PRESETS.get(given.get("preset"), {}) | given))
+    usual = PRESETS.get(given.get("preset"), {}) | (DISTILL if "distill" in given else {})
+    if "resume" not in given:
+        if "distill" in given and "weights" in given:
+            raise ValueError("give --distill or --weights: a student begins with its teacher's weights")
+        if "distill" not in given and {"cfg_text", "cfg_image"} & given.keys():
+            raise ValueError("--cfg-text and --cfg-image are for --distill; leave them out")
+        given["weights"] = given.get("distill", given.get("weights"))
+    config = resumed(parser, given) if "resume" in given else TrainConfig(**usual | given)
     for name in ("data",) if config.check else ("weights", "data", "out"):
         if getattr(config, name) is None:
             raise ValueError(f"--{name} is needed (or --resume RUN)")

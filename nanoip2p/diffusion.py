@@ -17,6 +17,8 @@ CHOICES = {"beta_schedule": ("scaled_linear", "linear"), "final_sigmas_type": ("
            "prediction_type": ("epsilon", "v_prediction"),
            "timestep_spacing": (None, "linspace", "leading", "trailing")}
 
+LCM_STEPS = 50  # a consistency model learns the timesteps of this many DDIM steps: 19, 39, ... 999 of 1000
+
 
 @dataclass(frozen=True)
 class NoiseSchedule:
@@ -83,7 +85,8 @@ class Plan(NamedTuple):
     """The steps that a sampler takes."""
 
     timesteps: list[float]  # n, decreasing: the timestep that the UNet gets at each step
-    sigmas: Tensor          # (n, 2) float32: step i goes from noise level sigmas[i, 0] to sigmas[i, 1]
+    sigmas: Tensor          # (n, 3) float32: step i goes from noise level sigmas[i, 0] to sigmas[i, 1];
+                            # sigmas[i, 2] is its timestep
     start_scale: float      # standard deviation of the noise with which the sampler starts
     prediction_type: str = "epsilon"  # of the NoiseSchedule
 
@@ -93,11 +96,11 @@ class Plan(NamedTuple):
 
 
 def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
-    """Noise levels for `steps` steps of "euler_ancestral", "euler", "ddim" or "dpmpp_2m".
+    """Noise levels for `steps` steps of a sampler, named as in samplers.SAMPLERS.
 
     The values equal those of diffusers' schedulers. A DDIM step from timestep t ends at t - n_train // steps,
     but the next step can start elsewhere, so a row of `sigmas` need not begin where the last one ended.
-    Raises ValueError for too many steps, and where eps says nothing about z_0 (ddim at zero SNR).
+    Raises ValueError for too many steps, and where eps says nothing about z_0 (ddim, lcm at zero SNR).
     """
     n_train = schedule.num_train_timesteps
     if not 1 <= steps <= n_train:
@@ -105,9 +108,10 @@ def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
     a = schedule.alphas_cumprod().numpy()
     timesteps = _spaced(schedule, sampler, steps)                               # (n,) decreasing
     if a[-1] == 0:
-        if sampler == "ddim" and timesteps[0] == n_train - 1 and schedule.prediction_type == "epsilon":
-            raise ValueError("ddim cannot begin at zero terminal SNR from epsilon; take another sampler")
-        a[a == 0] = 1e-16 if sampler == "ddim" else 2.0**-24  # sigma 1e8 or 4096; diffusers: infinite or 4096
+        in_z = sampler in ("ddim", "lcm")  # diffusers' steps of these are in z
+        if in_z and timesteps[0] == n_train - 1 and schedule.prediction_type == "epsilon":
+            raise ValueError(f"{sampler} cannot begin at zero terminal SNR from epsilon; take another")
+        a[a == 0] = 1e-16 if in_z else 2.0**-24  # sigma 1e8 or 4096; diffusers: infinite or 4096
     table = np.sqrt((1 - a) / a)                                                # (n_train,) increasing
     sigmas = np.interp(timesteps, np.arange(n_train), table)                    # (n,)
     if schedule.use_karras_sigmas and sampler in ("euler", "dpmpp_2m"):
@@ -124,19 +128,24 @@ def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
         last = 0.0 if schedule.set_alpha_to_one else table[0]
         following = np.where(target >= 0, table[target], last)
     else:
-        ends_clean = sampler == "euler_ancestral" or schedule.final_sigmas_type == "zero"
+        ends_clean = sampler in ("euler_ancestral", "lcm") or schedule.final_sigmas_type == "zero"
         following = np.append(sigmas[1:], 0.0 if ends_clean else table[0])
     # The start noise is scaled by sigma for both Euler samplers without "leading", else by sqrt(sigma^2 + 1)
     spacing = schedule.timestep_spacing or "linspace"
     only_noise = sampler in ("euler", "euler_ancestral") and spacing != "leading"
     start_scale = float(sigmas[0]) if only_noise else float(np.sqrt(sigmas[0] ** 2 + 1))
-    rows = torch.from_numpy(np.stack([sigmas, following], axis=1)).float()      # (n, 2)
-    return Plan(timesteps.astype(np.float32).tolist(), rows, start_scale, schedule.prediction_type)
+    rows = torch.from_numpy(np.stack([sigmas, following, timesteps], axis=1)).float()      # (n, 3)
+    return Plan(rows[:, 2].tolist(), rows, start_scale, schedule.prediction_type)
 
 
 def _spaced(schedule: NoiseSchedule, sampler: str, steps: int) -> np.ndarray:
     """Timesteps (n,) float64, decreasing: Table 2 of Lin et al. 2023 (arXiv 2305.08891)."""
     n_train = schedule.num_train_timesteps
+    if sampler == "lcm":
+        if not steps <= LCM_STEPS <= n_train:
+            raise ValueError(f"cannot take {steps} steps of {n_train} with lcm: choose 1 to {LCM_STEPS}")
+        places = np.linspace(0, LCM_STEPS, steps, endpoint=False).astype(int)
+        return ((LCM_STEPS - places) * (n_train // LCM_STEPS) - 1).astype(float)
     spacing = schedule.timestep_spacing or ("leading" if sampler == "ddim" else "linspace")
     points = steps + 1 if sampler == "dpmpp_2m" else steps  # DPM-Solver also counts sigma = 0
     if spacing == "trailing":

@@ -27,7 +27,8 @@ TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's Orientation -> Imag
 RECIPE_KEY = "nanoip2p"  # key of the PNG text chunk that holds the recipe
 LABEL_WIDTH = 192  # pixels; a grid enlarges narrower pictures so that their labels fit
 LABEL_SIZE, LABEL_LETTERS = 14, 200  # font size in pixels; maximum number of characters
-WEB_UI_SAMPLERS = {"euler_ancestral": "Euler a", "euler": "Euler", "ddim": "DDIM", "dpmpp_2m": "DPM++ 2M"}
+WEB_UI_SAMPLERS = {"euler_ancestral": "Euler a", "euler": "Euler", "ddim": "DDIM",
+                  "dpmpp_2m": "DPM++ 2M", "lcm": "LCM"}
 GAP = 8  # pixels between the pictures of a grid
 with contextlib.suppress(ImportError):  # HEIC: pip install pillow-heif
     import pillow_heif

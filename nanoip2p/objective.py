@@ -48,16 +48,21 @@ def model_input(batch: dict, null: Tensor, scale: float, alphas: Tensor,
     return {"z_in": torch.cat([z_t, z_image], dim=1), "context": context, "target": target}
 
 
+def predict(unet: nn.Module, z_in: Tensor, timestep: Tensor, context: Tensor, dtype: torch.dtype,
+            recompute: bool = False) -> Tensor:
+    """The output of the UNet, (B, C, h, w) float32. Arguments: as for prediction_losses."""
+    with torch.autocast(z_in.device.type, dtype, enabled=dtype != torch.float32):
+        return unet(z_in, timestep, context, recompute=recompute).float()
+
+
 def prediction_losses(unet: nn.Module, in_channels: int, inputs: dict, timestep: Tensor, dtype: torch.dtype,
-                 recompute: bool = False) -> Tensor:
+                      recompute: bool = False) -> Tensor:
     """The mean squared error of the prediction of each sample, (B,) float32: equation 1 of the paper.
 
     in_channels: of the UNet; a text-to-image model takes only the noised latents. inputs: from `model_input`.
     dtype: autocast dtype; the weights stay in float32. recompute: use gradient checkpointing.
     """
-    z_in = inputs["z_in"][:, :in_channels]
-    with torch.autocast(z_in.device.type, dtype, enabled=dtype != torch.float32):
-        predicted = unet(z_in, timestep, inputs["context"], recompute=recompute).float()  # (B, C, h, w)
+    predicted = predict(unet, inputs["z_in"][:, :in_channels], timestep, inputs["context"], dtype, recompute)
     return (predicted - inputs["target"]).square().mean((1, 2, 3))
 
 

@@ -3,10 +3,10 @@
     sampler(denoise, x, sigmas, generator) -> latents (B, C, h, w) float32
 
 `x` (B, C, h, w) float32 are noised latents, scaled as by Karras et al. 2022: x = z_0 + sigma eps.
-`denoise(x, sigma: float)` returns the estimate of z_0. `sigmas` (n, 2), from `diffusion.plan`, has one row
-(sigma before, sigma after) for each step. `generator` is a CPU torch.Generator, or a list with one for each
-picture. Samplers draw noise on the CPU, so that a seed gives the same noise on any device and, with a list,
-in any batch.
+`denoise(x, sigma: float)` returns the estimate of z_0. `sigmas` (n, 3), from `diffusion.plan`, has one row
+(sigma before, sigma after, timestep) for each step. `generator` is a CPU torch.Generator, or a list with one
+for each picture. Samplers draw noise on the CPU, so that a seed gives the same noise on any device and, with
+a list, in any batch.
 """
 
 import math
@@ -36,7 +36,7 @@ def _noise_like(x: Tensor, generator: Generators) -> Tensor:
 def euler(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = None) -> Tensor:
     """Euler's method for the probability flow ODE: Karras et al. 2022, algorithm 1 without correction."""
     x = x.float()
-    for sigma, sigma_next in sigmas.tolist():
+    for sigma, sigma_next, _ in sigmas.tolist():
         d = (x - denoise(x, sigma)) / sigma  # dx/dsigma
         x = x + d * (sigma_next - sigma)
     return x
@@ -49,7 +49,7 @@ def euler_ancestral(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Gene
     (equation 7), written in sigma, as in k-diffusion's `get_ancestral_step`.
     """
     x = x.float()
-    for sigma, sigma_next in sigmas.tolist():
+    for sigma, sigma_next, _ in sigmas.tolist():
         sigma_up = math.sqrt(sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2)
         sigma_down = math.sqrt(sigma_next**2 - sigma_up**2)
         d = (x - denoise(x, sigma)) / sigma
@@ -65,7 +65,7 @@ def ddim(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = No
     The state and the result are z = sqrt(a) x, not x, with a = 1 / (1 + sigma^2), as in diffusers.
     """
     z = x.float() / math.sqrt(1 + float(sigmas[0, 0]) ** 2)
-    for sigma, sigma_next in sigmas.tolist():
+    for sigma, sigma_next, _ in sigmas.tolist():
         a, a_next = 1 / (1 + sigma**2), 1 / (1 + sigma_next**2)
         x = z / math.sqrt(a)
         denoised = denoise(x, sigma)
@@ -86,7 +86,7 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators 
     x = x.float()
     rows = sigmas.tolist()
     before = h_before = None
-    for i, (sigma, sigma_next) in enumerate(rows):
+    for i, (sigma, sigma_next, _) in enumerate(rows):
         denoised = denoise(x, sigma)
         h = math.log(sigma / sigma_next) if sigma_next > 0 else math.inf
         first_order = i == 0 or sigma_next == 0 or (i == len(rows) - 1 and len(rows) < 15)
@@ -96,4 +96,28 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators 
     return x / math.sqrt(1 + sigma_next**2)
 
 
-SAMPLERS = {"euler_ancestral": euler_ancestral, "euler": euler, "ddim": ddim, "dpmpp_2m": dpmpp_2m}
+def boundary(timestep: float | Tensor) -> tuple:
+    """c_skip and c_out of a consistency function f(z, t) = c_skip z + c_out z_0(z, t), so that f(z, 0) = z.
+
+    The values are those of LCM (Luo et al. 2310.04378): sigma_data = 0.5, and timesteps count ten times.
+    """
+    squares = (10 * timestep) ** 2 + 0.5**2
+    return 0.5**2 / squares, 10 * timestep / squares**0.5
+
+
+def lcm(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = None) -> Tensor:
+    """Multistep consistency sampling, Luo et al. 2023 (2310.04378), algorithm 3: for distilled networks.
+
+    Each step estimates z_0 with the consistency function, then adds fresh noise of sigma_next.
+    """
+    x = x.float()
+    for sigma, sigma_next, timestep in sigmas.tolist():
+        c_skip, c_out = boundary(timestep)
+        x = c_skip / math.sqrt(1 + sigma**2) * x + c_out * denoise(x, sigma)
+        if sigma_next > 0:
+            x = x + sigma_next * _noise_like(x, generator)
+    return x
+
+
+SAMPLERS = {"euler_ancestral": euler_ancestral, "euler": euler, "ddim": ddim, "dpmpp_2m": dpmpp_2m,
+            "lcm": lcm}

@@ -86,7 +86,8 @@ def open_checkpoint(name: str | Path, vae: str | Path | None = None, tokenizer: 
         raise ValueError(f"{source}: its noise schedule cannot be used ({error})") from None
     description += ", v-prediction" * (noise.prediction_type == "v_prediction")
     description += ", zero terminal SNR" * noise.rescale_betas_zero_snr
-    if (solver := schedule.get("_class_name")) not in (None, "EulerAncestralDiscreteScheduler"):
+    solver, own = schedule.get("_class_name"), defaults["sampler"] == "lcm" and "LCMScheduler"
+    if solver not in (None, "EulerAncestralDiscreteScheduler", own):
         description += f", sampler {defaults['sampler']} in place of {shown(solver)}"
     description += ", latents not clipped (clip_sample)" * (schedule.get("clip_sample") is True)
     description = description if vae is None else f"{description}, autoencoder of {vae}"

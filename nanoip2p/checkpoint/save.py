@@ -29,6 +29,8 @@ def save_parts(
     defaults: settings as in PAPER_DEFAULTS. dtype: dtype of the files; None keeps each weight's dtype.
     """
     folder, resolution = Path(folder), (PAPER_DEFAULTS | defaults)["resolution"]
+    if defaults.get("sampler") == "lcm":  # so that diffusers takes its few steps, too
+        scheduler_config = scheduler_config | {"_class_name": "LCMScheduler"}
     save_network(unet, folder / "unet", dtype, sample_size=resolution // vae.downsampling)
     save_network(vae, folder / "vae", dtype, sample_size=resolution)
     save_network(text_encoder, folder / "text_encoder", dtype)

@@ -35,6 +35,7 @@ FIXED = {
     "clip": {"attention_dropout": 0.0, "dropout": 0.0, "pruned_heads": {}},
     "scheduler": {
         "timestep_type": "discrete", "interpolation_type": "linear", "lambda_min_clipped": -float("inf"),
+        "original_inference_steps": 50, "timestep_scaling": 10.0,  # of LCMScheduler
     },
 }
 IGNORED = {
@@ -54,7 +55,7 @@ IGNORED = {
         "clip_sample clip_sample_range dynamic_thresholding_ratio sample_max_value flow_shift "
         "time_shift_type skip_prk_steps variance_type algorithm_type solver_order solver_type solver_p "
         "lower_order_final euler_at_final predict_x0 disable_corrector corrector_order predictor_order "
-        "tau_func original_inference_steps timestep_scaling noise_sampler_seed".split()),
+        "tau_func noise_sampler_seed".split()),
 }
 
 

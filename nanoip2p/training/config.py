@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanoip2p.common.cli import SWITCH, at_least, between, flag, pixels
+from nanoip2p.common.cli import SWITCH, at_least, between, finite, flag, pixels
 from nanoip2p.common.schema import checked
 from nanoip2p.objective import DROP
 from nanoip2p.world.scenes import EDIT_KINDS
@@ -51,6 +51,7 @@ class TrainConfig:
                                          metavar=("INPUT", "EDIT", "OUTPUT"))
     skip_bad: bool = flag("leave out what is missing, broken or not readable", False)
     out: Path | None = flag("folder of this run", type=Path)
+    distill: str | None = flag("instead of --weights: teach this editor to edit in four network calls")
     resume: Path | None = flag("continue the run in this folder, with its settings", type=Path)
     check: bool = flag("only open the data and print the plan", False)
 
@@ -65,6 +66,10 @@ class TrainConfig:
     snr_gamma: float = flag("min-SNR weighting of the loss, often 5; 0: off", 0.0, type=between(0))
     drop: Sequence[float] = flag("fractions of samples without text, without both, without picture",
                                 DROP, type=between(0, 1), nargs=3, metavar=("TEXT", "BOTH", "IMAGE"))
+    cfg_text: Sequence[float] | None = flag("--distill: range of the teacher's scale s_T (default: its "
+                                            "setting)", type=finite, nargs=2, metavar=("MIN", "MAX"))
+    cfg_image: Sequence[float] | None = flag("--distill: range of the teacher's scale s_I (default: its "
+                                             "setting)", type=finite, nargs=2, metavar=("MIN", "MAX"))
     ema_decay: float = flag("largest decay of the averaged (EMA) weights", 0.9999, type=between(0, 1))
     resolution: int = flag("width and height in pixels", 256, type=pixels)
     flip: bool | None = flag("mirror half of the pairs (default: on, except for scenes)", action=SWITCH)
@@ -93,6 +98,9 @@ class TrainConfig:
             raise ValueError(f"--columns {' '.join(self.columns)}: the names have to differ")
         if sum(self.drop) > 1:
             raise ValueError(f"--drop {' '.join(map(str, self.drop))}: the fractions add up to more than 1")
+        if self.distill and (self.snr_gamma or self.ema_device == "cpu"):
+            raise ValueError("--distill needs its average at hand, and has no SNR weights: leave out "
+                             "--ema-device cpu and --snr-gamma")
         if self.text_to_image and self.data != "scenes":
             raise ValueError("--text-to-image needs --data scenes; other data has no captions to train on")
 

@@ -18,6 +18,7 @@ from nanoip2p.objective import encode, learning_rate, loss_weight, model_input, 
 from nanoip2p.pipeline import Model, encode_texts
 from nanoip2p.training import run_folder as runs
 from nanoip2p.training.config import TrainConfig
+from nanoip2p.training.distill import STUDENT_DEFAULTS, Teacher, on_grid
 from nanoip2p.training.ranks import Ranks
 from nanoip2p.training.signals import Stop
 from nanoip2p.unet import UNet
@@ -39,6 +40,8 @@ class Trainer:
         with torch.no_grad():
             [null] = encode_texts(model.text_encoder, model.tokenizer, [""]).values()
         self.place_encoders()
+        self.alphas, self.null = model.schedule.alphas_cumprod().to(self.device), null.to(self.device)
+        self.teacher = self.make_teacher() if config.distill else None
         layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         self.unet = model.unet.to(self.device, memory_format=layout).train()
         average = copy.deepcopy(self.unet).requires_grad_(False).eval()
@@ -48,7 +51,6 @@ class Trainer:
         self.parallel = self.unet if ranks.count == 1 else nn.parallel.DistributedDataParallel(
             self.unet, gradient_as_bucket_view=True)
         self.forward = torch.compile(self.parallel) if config.compile else self.parallel
-        self.alphas, self.null = model.schedule.alphas_cumprod().to(self.device), null.to(self.device)
         # Reasons for skipped pairs, to warn of each once; learning rate and gradient norm of the last step
         self.skipped, self.lr, self.norm = set(), 0.0, 0.0
 
@@ -57,12 +59,27 @@ class Trainer:
         for encoder in (self.model.vae, self.model.text_encoder):
             encoder.requires_grad_(False).to("cpu" if self.config.cache else self.device)
 
+    def make_teacher(self) -> Teacher:
+        """A frozen copy of the UNet as the teacher. The trained model gets the settings of a student."""
+        unet = copy.deepcopy(self.model.unet).requires_grad_(False).eval().to(self.device)
+        scales = [given or [self.model.defaults[key]] * 2 for key, given in (
+            ("cfg_text", self.config.cfg_text), ("cfg_image", self.config.cfg_image))]
+        self.model.defaults = self.model.defaults | STUDENT_DEFAULTS
+        return Teacher(unet, self.null, self.alphas, self.model.schedule.prediction_type, *scales,
+                       DTYPES[self.config.dtype])
+
     def losses(self, unet: nn.Module, batch: dict, recompute: bool = False) -> Tensor:
-        """The loss (equation 1) of each sample of a batch from `to_device`: (B,)."""
-        given = model_input(batch, self.null, self.model.vae.scaling_factor, self.alphas, self.config.drop,
+        """The loss of each sample of a batch from `to_device`, (B,): equation 1, or that of distill.py."""
+        if self.teacher:
+            batch = batch | {"timestep": on_grid(batch["timestep"], len(self.alphas))}
+        given = model_input(batch, self.null, self.model.vae.scaling_factor, self.alphas,
+                            (0, 0, 0) if self.teacher else self.config.drop,
                             self.model.schedule.prediction_type)
-        channels, dtype = self.unet.config.in_channels, DTYPES[self.config.dtype]
-        return prediction_losses(unet, channels, given, batch["timestep"], dtype, recompute)
+        channels, dtype, timestep = self.unet.config.in_channels, DTYPES[self.config.dtype], batch["timestep"]
+        if self.teacher:
+            return self.teacher.losses(unet, self.average, given["z_in"][:, :channels], timestep,
+                                       given["context"], batch["drop"], recompute)
+        return prediction_losses(unet, channels, given, timestep, dtype, recompute)
 
     def to_device(self, batch: dict, stop: bool = False) -> dict:
         """Move a batch of `collate` to the device, and encode its pictures and texts if there is no cache.

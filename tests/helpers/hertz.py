@@ -18,6 +18,7 @@ SCHEDULERS = {
     "euler": diffusers.EulerDiscreteScheduler,
     "ddim": diffusers.DDIMScheduler,
     "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
+    "lcm": diffusers.LCMScheduler,
 }
 MapEdit = Callable[[Tensor, Tensor], Tensor]  # maps (..., T) of source and edit -> the edit's
 

@@ -152,7 +152,8 @@ def test_equals_the_maps_of_hertz_with_v_prediction(tmp_path, inject):
 
 
 @pytest.mark.parametrize("settings", [
-    {"sampler": "euler"}, {"sampler": "ddim"}, {"sampler": "dpmpp_2m"}, {"negative": "a boat at night"},
+    {"sampler": "euler"}, {"sampler": "ddim"}, {"sampler": "dpmpp_2m"},
+    {"sampler": "lcm"}, {"negative": "a boat at night"},
     {"weights": {"blue": 3.0, "house": 0.5}}, {"weights": {"blue": -2.0, "small": 0.0}},
     {"windows": {"small": (0.2, 0.8)}}, {"windows": {"red": (0.0, 0.9), "house": (0.5, 2.0)}},
     {"windows": {"make": (0.5, 1.1)}, "shares": [0.0, 0.0, 0.2]},

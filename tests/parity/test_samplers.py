@@ -6,17 +6,19 @@ import torch
 
 from nanoip2p.diffusion import NoiseSchedule, plan
 from nanoip2p.guidance import make_denoiser
-from nanoip2p.samplers import SAMPLERS, ddim, draw_noise, euler_ancestral
+from nanoip2p.samplers import SAMPLERS, boundary, ddim, draw_noise, euler_ancestral, lcm
 
 SCHEDULERS = {
     "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,
     "euler": diffusers.EulerDiscreteScheduler,
     "ddim": diffusers.DDIMScheduler,
     "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
+    "lcm": diffusers.LCMScheduler,
 }
 SHAPE = (2, 4, 6, 10)
 SPACINGS = [{}, {"timestep_spacing": "linspace"}, {"timestep_spacing": "leading", "steps_offset": 1},
             {"timestep_spacing": "leading"}, {"timestep_spacing": "trailing"}]
+COUNTS = dict.fromkeys(SCHEDULERS, (1, 2, 20, 100)) | {"lcm": (1, 2, 3, 4, 7, 8, 30)}
 V = {"prediction_type": "v_prediction"}
 ZERO_SNR = V | {"rescale_betas_zero_snr": True}
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -72,9 +74,8 @@ def compare(sampler, steps, config, eta=0.0, most=1e-5):
         assert (a - b).norm() <= most * b.norm(), f"{sampler} {steps} {config}: {(a - b).norm() / b.norm()}"
 
 
-@pytest.mark.parametrize("steps", [1, 2, 20, 100])
 @pytest.mark.parametrize("config", SPACINGS, ids=str)
-@pytest.mark.parametrize("sampler", SCHEDULERS)
+@pytest.mark.parametrize("sampler, steps", [(sampler, n) for sampler in SCHEDULERS for n in COUNTS[sampler]])
 def test_equals_diffusers_at_every_step(sampler, config, steps):
     compare(sampler, steps, config)
 
@@ -83,8 +84,8 @@ def test_equals_diffusers_at_every_step(sampler, config, steps):
 @pytest.mark.parametrize("config", SPACINGS, ids=str)
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_v_prediction_equals_diffusers_at_every_step(sampler, config, prediction):
-    for steps in (1, 2, 20, 100):  # two Euler steps go from sigma = 4096, which float32 rounds by 2e-4, to 1
-        rounded = prediction == ZERO_SNR and steps == 2
+    for steps in COUNTS[sampler]:  # two Euler steps go from sigma = 4096, which float32 rounds by 2e-4, to 1
+        rounded = prediction == ZERO_SNR and steps == 2 and sampler != "lcm"
         compare(sampler, steps, config | prediction, most=1e-3 if rounded else 1e-5)
 
 
@@ -103,15 +104,38 @@ def test_karras_sigmas_with_zero_terminal_snr():
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_epsilon_with_zero_terminal_snr(sampler):
-    """diffusers' DDIM divides by zero there; its Euler and DPM-Solver put 2**-24 in place of zero."""
+    """diffusers' DDIM and LCM divide by zero there; its Euler and DPM-Solver put 2**-24 in place of zero."""
     config = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if sampler in ("ddim", "lcm"):
+        assert not peer(sampler, 20, config)[2].isfinite().any()
+        with pytest.raises(ValueError, match=f"{sampler} cannot begin at zero terminal SNR"):
+            ours(sampler, 20, config)
     if sampler == "ddim":
-        assert not peer("ddim", 20, config)[2].isfinite().any()
-        with pytest.raises(ValueError, match="zero terminal SNR"):
-            ours("ddim", 20, config)
         compare("ddim", 20, config | {"timestep_spacing": "leading"})  # does not visit the last timestep
-    else:
+    elif sampler != "lcm":
         compare(sampler, 20, config)
+
+
+@pytest.mark.parametrize("timesteps", [50, 60, 999, 1000])
+def test_lcm_with_other_numbers_of_training_timesteps(timesteps):
+    """Its first sigma can be small, where c_skip counts: 0.2 at timestep 0."""
+    for steps in (*COUNTS["lcm"], 50):
+        compare("lcm", steps, {"num_train_timesteps": timesteps}, most=2e-5 if steps == 50 else 1e-5)
+    for n, steps in ((timesteps, 51), (49, 4)):
+        with pytest.raises(ValueError, match=f"cannot take {steps} steps"):
+            plan(NoiseSchedule(num_train_timesteps=n), "lcm", steps)
+
+
+def test_a_consistency_function_keeps_clean_latents():
+    """f(z, 0) = z, and c_skip falls from 1 to 0 as c_out rises: for timesteps of any type."""
+    assert boundary(0) == (1, 0)
+    c_skip, c_out = boundary(torch.arange(1000.0))
+    assert (c_skip.diff() < 0).all() and c_out.diff().min() > -1e-6 and c_out[-1] == 1
+    scheduler = diffusers.LCMScheduler()
+    for timestep in (0, 1, 19, 999):
+        peers = scheduler.get_scalings_for_boundary_condition_discrete(timestep)
+        assert boundary(timestep) == pytest.approx(peers, rel=1e-12)
+        assert (c_skip[timestep], c_out[timestep]) == pytest.approx(peers, rel=1e-6)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 20, 100])
@@ -167,7 +191,7 @@ def test_noise_is_drawn_only_where_it_is_used():
     """eta = 0 leaves the generator alone, and so does Euler ancestral's step to sigma = 0."""
     drawn = torch.Generator().manual_seed(3)
     untouched = drawn.get_state()
-    for sampler, steps in ((ddim, 3), (euler_ancestral, 1)):
+    for sampler, steps in ((ddim, 3), (euler_ancestral, 1), (lcm, 1)):
         sigmas = plan(NoiseSchedule(), sampler.__name__, steps).sigmas
         sampler(lambda x, sigma: 0.5 * x, torch.ones(SHAPE), sigmas, drawn)
         assert torch.equal(drawn.get_state(), untouched)

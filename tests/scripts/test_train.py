@@ -624,6 +624,8 @@ def empty_data(tmp_path, folder):
     (None, ["--text-to-image"], "this is an editor"),
     (None, ["--step", 3], "--step"),
     (None, ["--preset", "huge"], "huge"),
+    (None, ["--distill", "weights/nano-ip2p"], "--distill or --weights"),
+    (None, ["--cfg-text", 2, 4], "are for --distill"),
 ], ids=lambda value: getattr(value, "__name__", str(value)))
 def test_bad_input_is_one_line_and_exit_code_2(start, folder, tmp_path, capsys, make, more, named):
     data = make(tmp_path, folder) if make else "scenes"
@@ -659,7 +661,8 @@ OTHERS = {"weights": ["elsewhere"], "data": ["elsewhere"], "pairs": [25], "kind-
           "seed": [1], "resolution": [64], "ema-decay": [0.5], "clip": [2.0], "snr-gamma": [5],
           "dtype": ["bf16"], "flip": [], "text-to-image": [], "warmup": [3],
           "cooldown": [0.1], "drop": [0, 0, 0], "vae": ["elsewhere"], "tokenizer": ["elsewhere"],
-          "raw-weights": [], "columns": ["a", "b", "c"]}
+          "raw-weights": [], "columns": ["a", "b", "c"], "distill": ["elsewhere"], "cfg-text": [1, 2],
+          "cfg-image": [1, 2]}
 
 
 def test_every_flag_of_the_recipe_is_known_to_the_next_test():
