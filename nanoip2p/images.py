@@ -89,7 +89,7 @@ def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image
 def fit_size(width: int, height: int, resolution: int, multiple: int) -> tuple[int, int]:
     """The size at which to edit a picture: sides are multiples of `multiple`, the longer near `resolution`.
 
-    Rounds the short side up and the long side down, as edit_cli.py of the paper's code, but in integers:
+    Rounds the short side up and the long side down, as the paper's edit_cli.py does, but in integers:
     rounding errors cost edit_cli.py 64 pixels for 7% of all sizes. Raises ValueError if the long side would
     exceed 2 * resolution.
     """

@@ -54,7 +54,7 @@ from nanoip2p.vae import VAE, VAEConfig
 from nanoip2p.world.scenes import Scene, Thing, draw_edit, pick, random_scene
 
 SIZE = 64  # pixels
-TOKENIZER_SCENES, SCALE_PICTURES = 2000, 512  # scenes that set the tokenizer, and the VAE's scaling factor
+TOKENIZER_SCENES, SCALE_PICTURES = 2000, 512  # scenes that determine the tokenizer; the VAE's scale
 UNET = dict(
     in_channels=8, block_out_channels=(64, 128, 128), layers_per_block=1, cross_attention_dim=128,
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -300,9 +300,9 @@ def make(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns the exit code, see cli.run."""
-    parser = cli.make_parser(description="Train the shipped nano weights from nothing.")
+    parser = cli.make_parser(description="Train the shipped nano weights from scratch.")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/nano", help="folder of all stages")
-    parser.add_argument("--ship", type=Path, help="folder for the exported weights (<out>/ship); "
+    parser.add_argument("--ship", type=Path, help="folder of the exported weights (default: <out>/ship); "
                                                   "--ship weights replaces the shipped weights")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first that works")
     parser.add_argument("--vae-steps", type=at_least(1), default=3200, help="training steps, 8 pictures each")

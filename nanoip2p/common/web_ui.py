@@ -1,4 +1,4 @@
-"""The settings of a picture in the words of AUTOMATIC1111's web UI, which many programs read."""
+"""The settings of a picture in the text format of AUTOMATIC1111's web UI, which many programs read."""
 
 import hashlib
 import os

@@ -48,8 +48,8 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--data", default="scenes", help="as in train.py; both pictures of a pair need captions")
     flag("--split", choices=list(SPLITS), default="test", help="split of the data")
     flag("--clip", help=f"CLIP model (default: {curve.PAPER['clip']}; nano: {curve.NANO['clip']})")
-    flag("--cfg-images", type=finite, nargs="+", metavar="CFG", help="values (default: 1-2.2; nano: 0.2-2)")
-    flag("--strengths", type=finite, nargs="+", default=curve.STRENGTHS, metavar="SHARE", help="for SDEdit")
+    flag("--cfg-images", type=finite, nargs="+", metavar="CFG", help="cfg_image (default 1-2.2; nano 0.2-2)")
+    flag("--strengths", type=finite, nargs="+", default=curve.STRENGTHS, metavar="SHARE", help="of SDEdit")
     flag("--seed", type=at_least(0), default=0, help="edit i has seed + i")
     flag("--batch", type=at_least(1), default=30, help="number of edits in a forward pass")
 

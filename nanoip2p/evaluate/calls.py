@@ -36,7 +36,7 @@ def read_points(path: Path) -> list[dict]:
 
 
 def run(args: argparse.Namespace) -> tuple[str, None]:
-    """Measure the missing points, plot all of this --n, and return a table. args: see __main__.py."""
+    """Measure the missing points, plot the requested points, and return a table. args: see __main__.py."""
     path, lines, points = args.out / "calls.jsonl", [], []
     for weights in args.weights:
         editor = Editor.load(weights, args.device)
