@@ -70,7 +70,7 @@ class CLIPConfig(_Config):
     logit_scale_init_value: float = 2.6592  # log(1 / 0.07)
 
 
-# Where transformers' default values differ from SD 1.5's. A config.json may omit transformers' defaults
+# transformers' default values that differ from SD 1.5's. A config.json may omit them
 TEXT_DEFAULTS = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8,
                  "projection_dim": 512, "eos_token_id": 49407}
 

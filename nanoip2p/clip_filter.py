@@ -60,7 +60,7 @@ def similarities(before: Tensor, after: Tensor, text_before: Tensor, text_after:
 
 
 def clean_twice(text: str) -> str:
-    """As OpenAI's `tokenize`, with which the thresholds were chosen: also unescape &lt, and beside "<"."""
+    """Clean and unescape like OpenAI's `tokenize`: also entities without ";", and in a text with "<"."""
     return unescape(unescape(clean(text)))
 
 

@@ -2,10 +2,8 @@
 
 import contextlib
 import glob
-import hashlib
 import json
 import os
-import re
 import textwrap
 import warnings
 from pathlib import Path
@@ -17,7 +15,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, Unidentif
 from torch import Tensor
 
 from nanoip2p.common.colours import scale_transparent_colour, to_rgb
-from nanoip2p.common.files import regular, replacing, tidy
+from nanoip2p.common.files import regular, replacing
+from nanoip2p.common.web_ui import web_text
 
 MAX_MEGAPIXELS = 100  # 300 MB as RGB; protects against decompression bombs
 # open_image reads no others: Pillow would start Ghostscript for a PostScript file named x.png
@@ -27,8 +26,6 @@ TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's Orientation -> Imag
 RECIPE_KEY = "nanoip2p"  # key of the PNG text chunk that holds the recipe
 LABEL_WIDTH = 192  # pixels; a grid enlarges narrower pictures so that their labels fit
 LABEL_SIZE, LABEL_LETTERS = 14, 200  # font size in pixels; maximum number of characters
-WEB_UI_SAMPLERS = {"euler_ancestral": "Euler a", "euler": "Euler", "ddim": "DDIM",
-                  "dpmpp_2m": "DPM++ 2M", "lcm": "LCM"}
 GAP = 8  # pixels between the pictures of a grid
 with contextlib.suppress(ImportError):  # HEIC: pip install pillow-heif
     import pillow_heif
@@ -92,7 +89,7 @@ def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image
 def fit_size(width: int, height: int, resolution: int, multiple: int) -> tuple[int, int]:
     """The size at which to edit a picture: sides are multiples of `multiple`, the longer near `resolution`.
 
-    Rounds the short side up and the long side down, as edit_cli.py of the paper's code, but in integers:
+    Rounds the short side up and the long side down, as the paper's edit_cli.py does, but in integers:
     rounding errors cost edit_cli.py 64 pixels for 7% of all sizes. Raises ValueError if the long side would
     exceed 2 * resolution.
     """
@@ -172,31 +169,6 @@ def save_png(image: Image.Image, path: str | Path, recipe: dict, web: bool = Fal
         text.add_text("parameters", web_text(recipe, image.size))
     with replacing(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=text)
-
-
-def web_text(recipe: dict, size: tuple[int, int]) -> str:
-    """A recipe of sample.py in the words of AUTOMATIC1111's web UI, which many programs read.
-
-    They cut texts at "Negative prompt:" and line breaks, and values at commas and colons. So texts lose these
-    line breaks and colons, and the name of the model loses commas, colons and quotes.
-    """
-    prompt, negative = (re.sub("Negative prompt:+", "Negative prompt", tidy(text)) for text in (
-        ", then ".join(recipe["edit"]), recipe["negative"]))
-    values = {"Steps": recipe["steps"], "Sampler": WEB_UI_SAMPLERS[recipe["sampler"]],
-              "CFG scale": recipe["cfg_text"], "Image CFG scale": recipe["cfg_image"], "Seed": recipe["seed"],
-              "Size": "{}x{}".format(*size), "Model hash": model_hash(recipe["weights"]),
-              "Model": re.sub(r"\.(safetensors|ckpt)$|[,:\"]", "", tidy(Path(recipe["weights"]).name))}
-    line = ", ".join(f"{key}: {value}" for key, value in values.items() if value != "")
-    return "\n".join([prompt, f"Negative prompt: {negative}", line] if negative else [prompt, line])
-
-
-def model_hash(weights: str) -> str:
-    """The web UI's old, short hash of a file of weights. The new one takes 8 s for 4 GB. "" for a folder."""
-    if not os.path.isfile(weights):
-        return ""
-    with open(weights, "rb") as file:
-        file.seek(2**20)
-        return hashlib.sha256(file.read(2**16)).hexdigest()[:8]
 
 
 def read_recipe(path: str | Path) -> dict:

@@ -47,8 +47,8 @@ class Model:
              dtype: torch.dtype = torch.float32, low_memory: bool = False) -> "Model":
         """Load weights: a folder, a single file, a name on the Hub, or an open Checkpoint.
 
-        weights None: the nano weights. device None: see pick_device. low_memory: leave the networks on the
-        CPU until `edit` needs them. Raises ValueError, in one line, for a missing or broken file.
+        weights None: the nano weights. device None: see pick_device. low_memory (for `edit`): the networks
+        stay on the CPU until they are needed. Raises ValueError, in one line, for a missing or broken file.
         """
         from nanoip2p.checkpoint.load import load_model  # the core itself reads no checkpoints
 

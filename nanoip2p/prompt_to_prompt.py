@@ -13,13 +13,13 @@ picture uses the attention maps A = softmax(q k^T / sqrt(d)) of the source (Hert
                                     A* v = A_src (M diag(a) v) + A_edit (diag(1 - a) v)
     reweight by c (3.2)             (A* diag(c)) v = A* (diag(c) v)
     time windows (3.2)              a_j = 0 while token j is outside the time window of its word
-    local blend (3.2, "local")      the attention to a word w is A 1_w: one more call, with 1_w as v
+    local blend (3.2, "local")      attention to a word: A v, with v = 1 at its tokens, else 0; one more call
 
 Modes: "self" injects self-attention in every layer, in both guidance branches, as InstructPix2Pix's own code
 does (section 3.1.2). "cross" injects cross-attention in the branch with caption. "both" is the method of
 Hertz et al.: "cross", plus self-attention in the branch with caption, only in layers of at most 16 x 16
-positions (for latents of 64 x 64). "none" makes two separate runs. The limit of 16 x 16 is that of the first
-notebook of Hertz et al.; the later has 32 x 32. The local blend waits as in the later; the first does not.
+positions (for latents of 64 x 64). "none" makes two separate runs. The limit of 16 x 16 is that of
+Hertz et al.'s first notebook (second: 32 x 32). The local blend's delay is the second's (first: no delay).
 """
 
 import math
@@ -87,8 +87,8 @@ class PairPainter:
         has_text = [DOWN_TYPES[name] for name in painter.unet.config.down_block_types]
         level = len(has_text) - (2 if has_text[:-1] and has_text[-2] else 1)
         self.coarse = [-(-side // 2**level) for side in painter.latent_shape(self.settings["resolution"])[1:]]
-        # Both guidance branches are equal before the first cross-attention, so these layers run only once,
-        # unless mode "both" injects self-attention there, which it does in one branch only
+        # Both guidance branches are equal before the first cross-attention, so these layers run once. But not
+        # if mode "both" injects self-attention there, because it injects in one branch only
         self.share_prefix = inject != "both" or any(has_text[:level])
 
     def columns(self, words: list[list[int]]) -> Tensor:
@@ -271,8 +271,8 @@ def token_map(source: list[int], edit: list[int], end: int) -> Tensor:
     (replace) of equal lengths, token i uses the map of source token i. With unequal lengths, each token uses
     the sum of the source maps, divided by the number of edited tokens, so that total attention stays equal.
 
-    The authors' code differs in two cases: after a swap of unequal lengths its mapper continues along the
-    diagonal, and with a shorter edited caption the first padding tokens use the maps of source words.
+    The authors' code differs in two cases. After a swap of unequal lengths, a later token j uses the map of
+    source token j. With a shorter edited caption, the first padding tokens use the maps of source words.
     """
     mapping = torch.zeros(len(edit), len(edit))
     n_source, n_edit = source.index(end) + 1, edit.index(end) + 1
@@ -298,7 +298,7 @@ def find_words(tokenizer: Tokenizer, text: str, phrase: str) -> list[int]:
 
 
 def split_words(tokenizer: Tokenizer, text: str) -> list[tuple[str, list[int]]]:
-    """Prepare a text. Its words with their token positions. The start token has position 0."""
+    """Prepare a text. Returns its words with their token positions. The start token has position 0."""
     text, added = tokenizer.prepare(text), tokenizer.backend.get_added_tokens_decoder()
     encoded = tokenizer.backend.encode(text, add_special_tokens=False)
     words, begin = [], 0

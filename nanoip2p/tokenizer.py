@@ -1,7 +1,7 @@
 """CLIP's byte-level BPE tokenizer: texts -> the same token ids as transformers' CLIPTokenizer.
 
-Two steps come first: `clean`; and the word <x> of a textual inversion of several vectors (see
-checkpoint/embeddings.py) becomes <x> <x>_1 <x>_2 ..., as in diffusers' maybe_convert_prompt.
+First, `clean` replaces characters such as curly quotes. Then the word <x> of a textual inversion with
+several vectors (checkpoint/embeddings.py) becomes <x> <x>_1 ..., as in diffusers' maybe_convert_prompt.
 """
 
 import re
@@ -43,9 +43,9 @@ def clean(text: str) -> str:
     """Replace curly quotes, entities (&amp;), ligatures and full-width letters by plain characters.
 
     Also drops control characters. OpenAI's tokenizer and the original's transformers 4.19 call ftfy for this.
-    Our table does not depend on installed packages. It gives the result of ftfy 6.3.1, but no Unicode NFC. As
-    in ftfy, entities are kept in a text that has a "<". Unlike ftfy, it does not repair wrongly decoded text
-    (three letters for one quote), &semi; and names in capitals that HTML lacks (&EACUTE;).
+    Our table does not depend on installed packages. It gives the result of ftfy 6.3.1, without Unicode NFC. A
+    text with a "<" keeps its entities, as in ftfy. Unlike ftfy, this keeps wrongly decoded text (three
+    letters for one quote), &semi;, and entities in capitals that HTML lacks (&EACUTE;).
     """
     before, entities = None, "<" not in text
     while before != text:
@@ -59,7 +59,7 @@ def clean(text: str) -> str:
 class Tokenizer:
     """Turns texts into token ids when called. load_tokenizer makes it from files.
 
-    Its `clean` cleans each text; `str` there leaves texts unchanged.
+    Each text first goes through the attribute `clean`. Set it to `str` to leave texts unchanged.
     """
 
     def __init__(self, backend: Backend, start: int, end: int, pad: int, length: int):
@@ -143,7 +143,7 @@ def check_fits(tokenizer: Tokenizer, config, folder: Path) -> None:
     length, known = config.max_position_embeddings, max(tokenizer.backend.get_vocab().values()) + 1
     if tokenizer.length > length or known > config.vocab_size:
         raise ValueError(f"{folder}: the tokenizer makes {tokenizer.length} tokens with ids below {known}, "
-                         f"the text encoder reads {length} with ids below {config.vocab_size}; use its own")
+                         f"the text encoder reads {length}, ids below {config.vocab_size}; use its tokenizer")
 
 
 def clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]], unknown: str | None) -> Backend:

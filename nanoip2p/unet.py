@@ -233,7 +233,7 @@ class Resample(nn.Module):
 class Level(nn.Module):
     """The blocks at one resolution: a row of the table above.
 
-    c_ins: input channels of each residual block. transformers: how many; transformer i follows block i.
+    c_ins: input channels of each residual block. transformers: their number; transformer i follows block i.
     """
 
     def __init__(self, c_ins: list[int], c_out: int, transformers: int, heads: int, resample: str | None,

@@ -1,4 +1,4 @@
-"""Train all shipped weights from scratch: nano-clip, nano-sd and both editors.
+"""Train all shipped weights from scratch: nano-clip, nano-sd and the editors.
 
     python weights/make_nano.py                  # all stages; continues an interrupted run
     python weights/make_nano.py --ship weights   # also replaces the shipped weights
@@ -11,6 +11,7 @@ The stages:
     nano-sd       the text-to-image model, by train.py
     paper editor  from nano-sd, on Prompt-to-Prompt pairs that pass the CLIP filter (by make_dataset.py)
     nano-ip2p     an editor trained on rendered pairs, by train.py
+    4step         its student, which edits in four network calls, by train.py --distill
     export        copies of the models in half precision
 
 Each stage reads the results of earlier stages from --out, and does nothing if its own result is complete.
@@ -47,12 +48,13 @@ from nanoip2p.images import to_tensor
 from nanoip2p.objective import learning_rate
 from nanoip2p.tokenizer import load_tokenizer
 from nanoip2p.training import signals
+from nanoip2p.training.distill import STUDENT_DEFAULTS
 from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAE, VAEConfig
 from nanoip2p.world.scenes import Scene, Thing, draw_edit, pick, random_scene
 
 SIZE = 64  # pixels
-TOKENIZER_SCENES, SCALE_PICTURES = 2000, 512  # scenes that set the tokenizer, and the VAE's scaling factor
+TOKENIZER_SCENES, SCALE_PICTURES = 2000, 512  # scenes that determine the tokenizer; the VAE's scale
 UNET = dict(
     in_channels=8, block_out_channels=(64, 128, 128), layers_per_block=1, cross_attention_dim=128,
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -70,6 +72,9 @@ EDITOR_RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--kind-weights", 1.2, 2, 2, 1,
                ["--lr", 8e-4, "--dtype", "fp32", "--kind-weights", 1.6, 2, 2, 1.6, 0.5, 0.7, 0.6])
 # The editor made as in the paper starts from nano-sd and trains on fewer pairs, painted by nano-sd
 PAPER_EDITOR_RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--no-flip"],)
+# The student of the editor, see training/distill.py
+DISTILL_RUN = ["--preset", "nano", "--lr", 2e-4, "--dtype", "fp32",
+               "--kind-weights", 1.2, 2, 2, 1, 0.8, 1, 0.8]
 DEFAULTS = {"resolution": 64, "steps": 20, "cfg_text": 2.0, "cfg_image": 1.0, "sampler": "euler_ancestral"}
 PAPER_EDITOR_DEFAULTS = DEFAULTS | {"cfg_image": 1.5}
 SD_DEFAULTS = DEFAULTS | {"cfg_text": 3.0}
@@ -249,9 +254,11 @@ def trained(run: Path, weights: Path, steps: list[int], recipes: tuple, pairs: i
     return weights
 
 
-def export(tokenizer: Path, editor: Path, paper_editor: Path, painter: Path, clip: Path, ship: Path) -> None:
+def export(tokenizer: Path, editor: Path, student: Path, paper_editor: Path, painter: Path, clip: Path,
+           ship: Path) -> None:
     """Write the folders to ship, in half precision, with example pictures and the picture of the demo."""
     for name, weights, defaults in (("nano-ip2p", editor, DEFAULTS), ("nano-sd", painter, SD_DEFAULTS),
+                                    ("nano-ip2p-4step", student, DEFAULTS | STUDENT_DEFAULTS),
                                     ("nano-ip2p-paper", paper_editor, PAPER_EDITOR_DEFAULTS)):
         parts = load_model(weights, edits=weights != painter)
         save_parts(ship / name, parts.unet, parts.vae, parts.text_encoder, tokenizer,
@@ -285,14 +292,17 @@ def make(args: argparse.Namespace) -> None:
         args.out / "paper-editor", painter, args.paper_steps, PAPER_EDITOR_RUNS, args.pairs, device, pairs)
     editor = start_folder(args.out / "start", UNET, DEFAULTS, *stages)
     editor = trained(args.out / "editor", editor, args.editor_steps, EDITOR_RUNS, args.pairs, device)
-    export(args.out / "tokenizer", editor, paper_editor, painter, clip, args.ship or args.out / "ship")
+    student = train_run(args.out / "4step", editor, args.distill_steps, *DISTILL_RUN, "--pairs",
+                        min(args.pairs, 20_000), "--device", device, "--data", "scenes", begin="--distill")
+    ship = args.ship or args.out / "ship"
+    export(args.out / "tokenizer", editor, student, paper_editor, painter, clip, ship)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns the exit code, see cli.run."""
-    parser = cli.make_parser(description="Train the shipped nano weights from nothing.")
+    parser = cli.make_parser(description="Train the shipped nano weights from scratch.")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/nano", help="folder of all stages")
-    parser.add_argument("--ship", type=Path, help="folder for the exported weights (<out>/ship); "
+    parser.add_argument("--ship", type=Path, help="folder of the exported weights (default: <out>/ship); "
                                                   "--ship weights replaces the shipped weights")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first that works")
     parser.add_argument("--vae-steps", type=at_least(1), default=3200, help="training steps, 8 pictures each")
@@ -305,6 +315,8 @@ def main(argv: list[str] | None = None) -> int:
                         metavar="STEPS", help="training steps, 32 filtered pairs each")
     parser.add_argument("--editor-steps", type=at_least(1), nargs=len(EDITOR_RUNS), default=(3700, 7400),
                         metavar="STEPS", help="training steps of the editor's two runs, 32 pairs each")
+    parser.add_argument("--distill-steps", type=at_least(1), default=1600,
+                        help="training steps of the student, 32 pairs each")
     parser.add_argument("--pairs", type=at_least(1), default=40_000, help="number of rendered training pairs")
     return cli.run(lambda: make(parser.parse_args(argv)), "stopped; the same command continues",
                    "try a smaller --pairs")

@@ -33,9 +33,12 @@ def make_pairs(prompts: Path, count: int, out: Path, painter: Path, *flags) -> P
     return out
 
 
-def train_run(out: Path, weights: Path, steps: int, *flags) -> Path:
-    """Train from `weights` in the run folder `out`, or resume that run. Returns the trained weights."""
+def train_run(out: Path, weights: Path, steps: int, *flags, begin: str = "--weights") -> Path:
+    """Train from `weights` in the run folder `out`, or resume that run. Returns the trained weights.
+
+    begin: the flag of train.py for `weights`.
+    """
     begun = any(out.glob("checkpoints/[0-9]*"))
-    start = ["--resume", out] if begun else ["--weights", weights, "--out", out]
+    start = ["--resume", out] if begun else [begin, weights, "--out", out]
     call(train.main, *start, "--steps", steps, *flags)
     return out / "weights"

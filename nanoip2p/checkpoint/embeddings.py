@@ -12,7 +12,7 @@ from nanoip2p.pipeline import Model
 
 
 def add_embedding(model: Model, path: str | Path) -> str:
-    """Teach a model the word of a file; returns one line that names the word.
+    """Add the word of a file to a model. Returns one line that names the word.
 
     Reads learned_embeds of diffusers, whose word is the tensor's name, and .pt or .safetensors of the web
     UIs, whose word is the name of the file, as in the web UIs. Vectors (n, D) add n tokens <x>, <x>_1, ... at
@@ -44,4 +44,4 @@ def add_embedding(model: Model, path: str | Path) -> str:
     grown[ids] = cast(vectors, grown.dtype, word).to(grown.device)
     table.weight, table.num_embeddings = nn.Parameter(grown, requires_grad=False), len(grown)
     encoder.config = replace(encoder.config, vocab_size=len(grown))
-    return f"opened {path}: write {word} for it ({n} vector{'s' * (n > 1)})"
+    return f"opened {path}: its word is {word} ({n} vector{'s' * (n > 1)})"

@@ -41,7 +41,7 @@ def read_gguf(path: Path, prefix: str | None = "") -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged or no GGUF file ({error}); fetch it again") from None
     kinds = {tensor.tensor_type.name for tensor in reader.tensors}
     if unknown := kinds - {"F32", "F16", "BF16", "Q8_0"}:
-        raise ValueError(f"{path} is of {', '.join(sorted(unknown))}; nanoip2p reads F32, F16, BF16, Q8_0; "
+        raise ValueError(f"{path} holds {', '.join(sorted(unknown))}; nanoip2p reads F32, F16, BF16, Q8_0; "
                          "take a file of one of these")
 
     def read(tensor) -> Tensor:

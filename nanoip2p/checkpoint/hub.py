@@ -97,8 +97,8 @@ def tokenizer_files(names: list[str]) -> list[str]:
 
 def weight_files(names: list[str], folder: str = "", raw: bool = False) -> list[str]:
     """The files of one copy of a network's weights. Prefers safetensors to .bin, full precision to fp16, and
-    one file to shards with their index. raw: prefers non_ema files, diffusers' name for weights that were not
-    averaged, to all others; else leaves them out."""
+    one file to shards with their index. raw: prefers non_ema files (diffusers' name for weights that were not
+    averaged). Without raw, leaves these out."""
     kinds, raws = ("safetensors", "bin"), [r"\.non_ema"] * raw
     for kind, variant in (*itertools.product(kinds, raws), *itertools.product(kinds, ("", r"\.fp16"))):
         shards = rf"{STEM}({variant}-\d+-of-\d+|-\d+-of-\d+{variant})\.{kind}"

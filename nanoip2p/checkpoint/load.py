@@ -61,7 +61,7 @@ def open_checkpoint(name: str | Path, vae: str | Path | None = None, tokenizer: 
 
     vae: a file or folder with another autoencoder. tokenizer: a tokenizer's folder or name on the Hub.
     raw_weights: whether to use the raw weights of a checkpoint that also has averaged (EMA) ones; None: only
-    if these can be no average of them, see single_file.is_average. Raises ValueError if `name` is no Stable
+    if the EMA cannot be their average, see single_file.is_average. Raises ValueError if `name` is no Stable
     Diffusion 1.x checkpoint; the message says what it holds.
     """
     source = Path(name) if Path(name).exists() else fetch_weights(str(name), raw_weights is True)
@@ -88,7 +88,7 @@ def open_checkpoint(name: str | Path, vae: str | Path | None = None, tokenizer: 
     description += ", zero terminal SNR" * noise.rescale_betas_zero_snr
     solver, own = schedule.get("_class_name"), defaults["sampler"] == "lcm" and "LCMScheduler"
     if solver not in (None, "EulerAncestralDiscreteScheduler", own):
-        description += f", sampler {defaults['sampler']} for its {shown(solver)}"
+        description += f", sampler {defaults['sampler']} in place of {shown(solver)}"
     description += ", latents not clipped (clip_sample)" * (schedule.get("clip_sample") is True)
     description = description if vae is None else f"{description}, autoencoder of {vae}"
     return Checkpoint(source, description, networks, tokenizer, schedule, defaults)

@@ -1,4 +1,4 @@
-"""The prediction type and the SNR of single files. The original layout cannot store them, so programs add:
+"""Prediction type and zero terminal SNR of single files. The original layout lacks both, so programs add:
 
     metadata of a safetensors file     modelspec.prediction_type, modelspec.predict_key: "v" or "epsilon"
                                        ss_v_parameterization, ss_zero_terminal_snr: "True" or "False"

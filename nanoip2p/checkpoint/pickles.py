@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-# Bytes of tensors for each byte of the file. Weights hardly shrink when compressed, zeros a thousandfold
+# Most bytes of tensors: per byte of the file, and in addition. Weights hardly compress, zeros a thousandfold
 MOST_UNPACKED, FREE = 20, 100 * 2**20
 
 
@@ -70,5 +70,5 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 def _check_size(unpacked: int, most: int) -> None:
     if unpacked > most:
-        raise ValueError(f"it unpacks to {unpacked:.1e} bytes; {MOST_UNPACKED} times its size and "
-                         f"{FREE:.0e} are the limit")
+        raise ValueError(f"it unpacks to {unpacked:.1e} bytes; the limit is {MOST_UNPACKED} times its "
+                         f"size plus {FREE:.0e}")

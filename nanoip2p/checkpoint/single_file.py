@@ -40,8 +40,8 @@ IGNORED = re.compile(
     r"|posterior_\w+|logvar|lvlb_weights|scale_factor|model_ema\.(decay|num_updates)"
     r"|first_stage_model\.(loss|model_ema)\..+"
     r"|cond_stage_model\.(logit_scale|.+\.position_ids|.+projection.*)")
-# What we do not read -> pattern of a "name (shape)" that only this has. ADDITIONS add to a model, and can
-# be left over in a complete checkpoint. SHAPES: families whose UNet has all our names
+# What we do not read -> pattern of a "name (shape)" that only this has. ADDITIONS: parts for a model, which a
+# complete checkpoint can hold as leftovers. SHAPES: families whose UNet has all our names
 ADDITIONS = {
     "a LoRA (add it to a model with --lora)": r"lora",
     "a ControlNet": r"^(control_model\.|controlnet_|input_hint_block\.)",
@@ -134,12 +134,12 @@ def from_original(model: nn.Module, tensors: dict[str, Tensor], ema: bool = Fals
 def is_average(raw: dict[str, Tensor], averaged: dict[str, Tensor]) -> bool:
     """Whether `averaged` (EMA weights, under our names) can be the average of a training that ended at `raw`.
 
-    Tools that merge checkpoints can leave the EMA of one parent, or zeros, beside merged raw weights. This
-    accepts a distance (root mean square) of at most 0.007, or a quarter of the size of `raw`, and below that
-    size. Adam moves a weight by about the learning rate r per step, in changing directions. An EMA of decay
-    d then differs by about r / sqrt(2 (1 - d)): 0.007 for r = 1e-4 and d = 0.9999, as in Stable Diffusion
-    and InstructPix2Pix. In runs of train.py, it was 0.5 to 0.8 times this value, and at most a twelfth of
-    the size of `raw`. The EMA of a close relative passes. Reads 4096 numbers each of about 40 matrices.
+    Tools that merge checkpoints can leave the EMA of one parent, or zeros, beside merged raw weights. The
+    distance (root mean square) must be below the size of `raw`, and at most 0.007 or a quarter of that size.
+    Adam moves a weight by about the learning rate r per step, in changing directions. An EMA of decay d then
+    differs by about r / sqrt(2 (1 - d)): 0.007 for r = 1e-4 and d = 0.9999, as in Stable Diffusion and
+    InstructPix2Pix. In runs of train.py, the distance was 0.5 to 0.8 times this value, and at most a twelfth
+    of the size. The EMA of a closely related model passes. Reads 4096 numbers each of about 40 matrices.
     """
     names = [name for name in raw if raw[name].ndim > 1 and raw[name].shape == averaged[name].shape
              and not raw[name].is_meta and not averaged[name].is_meta]

@@ -21,7 +21,7 @@ SWITCH = argparse.BooleanOptionalAction  # --no-recompute overrides a preset wit
 def slow_imports() -> Iterator[None]:
     """Imports in this block take seconds. Ctrl-C during them ends the process at once, without a traceback.
 
-    A KeyboardInterrupt would not do: torch's C code imports numpy, and loses the exception.
+    A KeyboardInterrupt does not suffice: torch's C code imports numpy, and loses the exception.
     """
     before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     try:
@@ -148,4 +148,4 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae", help="use this autoencoder instead of the checkpoint's: a file or folder")
     parser.add_argument("--tokenizer", help="tokenizer of a single-file checkpoint: a folder or Hub name")
     parser.add_argument("--raw-weights", action=SWITCH,
-                        help="use raw weights, not averaged (EMA) ones; default: only if these do not fit")
+                        help="use raw, not averaged (EMA) weights; default: only if EMA is not their average")

@@ -10,7 +10,7 @@ from PIL import Image, ImageCms
 
 
 def scale_transparent_colour(image: Image.Image, file: BinaryIO) -> None:
-    """Scale the transparent colour of a PNG, which has the depth of the file, to Pillow's 8-bit pixels."""
+    """Scale a PNG's transparent grey from the file's depth to 8 bits. For 16-bit RGB, set alpha instead."""
     colour, (*place, raw) = image.info["transparency"], image.tile[0]
     if image.mode == "L":
         top = {"L;2": 3, "L;4": 15}.get(raw, 255)  # higher bits of the colour do not count

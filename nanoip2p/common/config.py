@@ -50,7 +50,7 @@ IGNORED = {
         "return_dict chunk_size_feed_forward tie_word_embeddings diversity_penalty "
         "encoder_no_repeat_ngram_size length_penalty max_length min_length temperature top_k top_p typical_p "
         "no_repeat_ngram_size num_beam_groups num_beams num_return_sequences repetition_penalty".split()),
-    # How the folder's own solver steps, where ours step their own way; settings of features that are off
+    # Settings of the folder's own solver, which our samplers do not use; settings of features that are off
     "scheduler": set(
         "clip_sample clip_sample_range dynamic_thresholding_ratio sample_max_value flow_shift "
         "time_shift_type skip_prk_steps variance_type algorithm_type solver_order solver_type solver_p "
@@ -76,5 +76,5 @@ def read_config(cls: type, config: dict, fixed: dict, ignored: set[str]):
         elif key in fixed and (tuple(value) if isinstance(value, list) else value) != fixed[key]:
             raise ValueError(f"{name} = {shown(value)} is not supported, only {fixed[key]!r}")
         elif not (key in fixed or key in ignored or key.startswith("_") or value is None or value is False):
-            raise ValueError(f"{name} = {shown(value)} is unsupported; not Stable Diffusion 1.x")
+            raise ValueError(f"{name} = {shown(value)} is not supported; Stable Diffusion 1.x lacks it")
     return cls(**supported)

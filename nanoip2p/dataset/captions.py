@@ -262,8 +262,8 @@ def known_captions(out: Path) -> set[int]:
 def ask_all(captions: list[str], settings: Settings, out: Path, most: int | None = None) -> str:
     """Process every caption that is not yet in OUT.jsonl or OUT.dropped.jsonl; return a summary.
 
-    captions: of `read_captions`. most: process only so many. Needs OPENAI_API_KEY (and OPENAI_BASE_URL) in
-    the environment. ValueError if the server fails, or if `out` cannot be written. Ctrl-C: see Job.run.
+    captions: of `read_captions`. most: take the first `most` only. Needs OPENAI_API_KEY (and OPENAI_BASE_URL)
+    in the environment. ValueError if the server fails, or if `out` cannot be written. Ctrl-C: see Job.run.
     """
     files.check_writable(out)
     try:

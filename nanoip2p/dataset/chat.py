@@ -37,9 +37,9 @@ class Client(openai.DefaultHttpxClient):
         self.seconds, self.home = seconds, None
 
     def send(self, request, **options):
-        """Send a request and read its whole answer. Unless its status is an error, it must be a JSON object.
+        """Send a request and read its whole answer: a JSON object, or any answer whose status is an error.
 
-        Works in a thread, as a timeout of the HTTP library starts again with each byte.
+        Works in a thread, because a timeout of the HTTP library starts again with each byte.
         """
         outcome, send = [], super().send
 

@@ -50,7 +50,7 @@ class Pair:
 
 
 class FileError(ValueError):
-    """What cannot be read is the rest of a file, not a row."""
+    """The rest of a file cannot be read, not only one row."""
 
 
 Item = tuple[Pair, ...]  # the pairs of one prompt; each epoch draws one pair, as in the original
@@ -68,12 +68,12 @@ def read_data(source: str | Path, split: str = "train", skip_bad: bool = False,
     items, counts, problems = _survey(source, split, skip_bad, columns)
     if problems and not skip_bad:
         count = counts[LACKING]
-        raise ValueError(f"{problems[0]} (pairs that lack one: {count}); --skip-bad leaves them out")
+        raise ValueError(f"{problems[0]} ({LACKING}: {count}); --skip-bad leaves them out")
     if problems:
-        warnings.warn(f"left out of the {split} split ({told(counts)}); for the first {problems[0]}",
+        warnings.warn(f"left out of the {split} split ({told(counts)}); the first: {problems[0]}",
                       stacklevel=2)
     if not items and split == "train":
-        raise ValueError(f"{source} has no pairs in its train split (its split files, or the first 90% of at "
+        raise ValueError(f"{source} has no pairs in its train split (its train files, or the first 90% of at "
                          "least 2 pairs)"
                          + "".join(f"; {problem}" for problem in problems[:1]))
     return items
@@ -86,7 +86,7 @@ def told(counts: dict[str, int]) -> str:
 
 def _survey(source: str | Path, split: str, skip_bad: bool,
             columns: Sequence[str] | None) -> tuple[list[Item], dict[str, int], list[str]]:
-    """The sound items of a split, how much was left out for which reason, and messages."""
+    """The sound items of a split, the numbers left out by reason, and a message for each problem."""
     rows = _read(Path(source), split, skip_bad, columns and tuple(columns))
     bad = [row for row in rows if isinstance(row, ValueError)]
     cut_off = sum(isinstance(row, FileError) for row in bad)
@@ -268,7 +268,7 @@ def broken_pictures(source: str | Path, resolution: int, columns: Sequence[str] 
                     ) -> tuple[int, int, dict[str, int], list[str], set[Picture]]:
     """Open every picture of every split.
 
-    Returns the number of pictures and of sound pairs, counts by reason of the others, messages, and the
+    Returns the numbers of pictures and of sound pairs, the numbers left out by reason, messages, and the
     broken pictures.
     """
     items, counts, problems, broken = [], Counter(), [], {}

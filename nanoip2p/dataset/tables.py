@@ -109,7 +109,7 @@ def _parquet_rows(path: Path, columns: Names | None) -> Iterator[tuple[str, dict
         kinds = [str(schema.field(name).type) for name in (names or ())[::2]]
         if not names or not all("binary" in kind or "string" in kind for kind in kinds):
             known = " | ".join(", ".join(names) for names in COLUMNS)
-            raise ValueError(f"{path} has the columns {', '.join(schema.names)}; readable, with pictures "
+            raise ValueError(f"{path} has the columns {', '.join(schema.names)}; wanted, with pictures "
                              f"as bytes or paths: {', '.join(columns or [known])}"
                              + "; or name yours with --columns" * (not columns))
         cells = [name for name, kind in zip(names[::2], kinds) if "binary" in kind or "struct" in kind]
@@ -141,7 +141,7 @@ def _tar_rows(path: Path) -> Iterator[tuple[str, dict] | ValueError]:
                 file.members.clear()  # tarfile keeps all of them
                 count += 1
                 if member.size < 0 or member.sparse is not None or count > MOST_ROWS:
-                    raise tarfile.ReadError(f"the last is damaged or sparse, or one more than {MOST_ROWS}")
+                    raise tarfile.ReadError(f"the last is damaged or sparse, or it has more than {MOST_ROWS}")
                 match = MEMBER.fullmatch(member.name)
                 if not match or member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
                     continue

@@ -10,28 +10,30 @@ from nanoip2p.common.cli import at_least, finite
 with cli.slow_imports():
     from nanoip2p.common.files import check_writable, write_json
     from nanoip2p.dataset.layouts import SPLITS
-    from nanoip2p.evaluate import captions, curve, magicbrush, scenes
+    from nanoip2p.evaluate import calls, captions, curve, magicbrush, scenes
     from nanoip2p.samplers import SAMPLERS
 
 DEFAULT = "as in sample.py; the weights define the default"
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the four commands. Its result has the `run` function of the chosen command."""
+    """The parser of the five commands. Its result has the `run` function of the chosen command."""
     parser = cli.make_parser(prog="python -m nanoip2p.evaluate", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=cli.make_parser)
 
-    def add(module, weights: str, n: int | None, **out):
+    def add(module, weights: str | list[str], n: int | None, **out):
         name, text = module.__name__.split(".")[-1], module.__doc__
         command = commands.add_parser(name, help=text.splitlines()[0], description=text)
         command.set_defaults(run=module.run)
-        command.add_argument("--weights", default=weights, help="as in sample.py")
+        several = "+" if isinstance(weights, list) else None
+        command.add_argument("--weights", default=weights, nargs=several, help="as in sample.py")
         command.add_argument("--out", type=Path, **out)
         command.add_argument("--n", type=at_least(1), default=n, help="number of edits, captions or sessions")
-        command.add_argument("--steps", type=at_least(1), help=DEFAULT)
-        command.add_argument("--cfg-text", type=finite, help=f"{DEFAULT} (of curve: 7.5; nano: 2)")
-        command.add_argument("--sampler", choices=sorted(SAMPLERS), help=DEFAULT)
         command.add_argument("--device", help="cuda, mps or cpu; default: the first that works")
+        if module is not calls:
+            command.add_argument("--steps", type=at_least(1), help=DEFAULT)
+            command.add_argument("--cfg-text", type=finite, help=f"{DEFAULT} (of curve: 7.5; nano: 2)")
+            command.add_argument("--sampler", choices=sorted(SAMPLERS), help=DEFAULT)
         return command.add_argument
 
     flag = add(scenes, "weights/nano-ip2p", 500, help="folder for scores and pictures of failures")
@@ -46,10 +48,14 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--data", default="scenes", help="as in train.py; both pictures of a pair need captions")
     flag("--split", choices=list(SPLITS), default="test", help="split of the data")
     flag("--clip", help=f"CLIP model (default: {curve.PAPER['clip']}; nano: {curve.NANO['clip']})")
-    flag("--cfg-images", type=finite, nargs="+", metavar="CFG", help="values (default: 1-2.2; nano: 0.2-2)")
-    flag("--strengths", type=finite, nargs="+", default=curve.STRENGTHS, metavar="SHARE", help="for SDEdit")
+    flag("--cfg-images", type=finite, nargs="+", metavar="CFG", help="cfg_image (default 1-2.2; nano 0.2-2)")
+    flag("--strengths", type=finite, nargs="+", default=curve.STRENGTHS, metavar="SHARE", help="of SDEdit")
     flag("--seed", type=at_least(0), default=0, help="edit i has seed + i")
     flag("--batch", type=at_least(1), default=30, help="number of edits in a forward pass")
+
+    flag = add(calls, ["weights/nano-ip2p"], 140, default=Path("runs/calls"),
+               help="folder for points and plot")
+    flag("--calls", type=at_least(1), nargs="+", default=calls.CALLS, metavar="N", help="calls per edit")
 
     flag = add(magicbrush, "weights/nano-ip2p", None, required=True, help="folder for scores and pictures")
     flag("--data", type=Path, required=True, help="folder of a split, with edit_turns.json")

@@ -21,7 +21,7 @@ GROUND_COLOUR = {"grass": (98, 178, 74), "sand": (236, 206, 138), "snow": (238, 
                  "dirt": (138, 98, 66)}
 FOG = {"day": (226, 230, 234), "sunset": (232, 196, 172), "night": (104, 110, 132)}
 OVERCAST = {"clear": 0.0, "cloudy": 0.45, "rainy": 0.85, "foggy": 0.5}  # share of grey in the sky
-HORIZON, BASE = 0.62, 0.86  # distance of hills, things from the top, in picture heights
+HORIZON, BASE = 0.62, 0.86  # from the top, in picture heights: of the hills; of the things' feet
 HEIGHT = {"small": 0.27, "medium": 0.31, "large": 0.35}  # unit of a thing's shapes, in picture heights
 OUTLINE = (52, 42, 50)
 

@@ -71,7 +71,7 @@ def test_ids_states_and_pictures_are_diffusers(name, count, tiny, tmp_path):
     FILES[name](path, vectors(count) if count > 1 or "learned" not in name else vectors(1)[0])
     word = {"learned_embeds": "<cat-toy>"}.get(path.stem, path.stem)
     editor, peer = Editor.load(tiny, device="cpu"), open_peer(tiny)
-    assert add_embedding(editor, path).endswith(f"write {word} for it ({count} vector{'s' * (count > 1)})")
+    assert add_embedding(editor, path).endswith(f"its word is {word} ({count} vector{'s' * (count > 1)})")
     if name == "EasyThing.pt":  # diffusers cannot unpickle a module: it gets the tensor
         peer.load_textual_inversion({word: vectors(count)})
     else:  # it would call the nameless one emb_params

@@ -130,9 +130,9 @@ def test_a_marked_file_edits_as_the_folder_that_says_so(whole, tmp_path):
 
 
 @pytest.mark.parametrize("name, settings, said", [
-    ("UniPCMultistepScheduler", {}, ", sampler euler_ancestral for its 'UniPCMultistepScheduler'"),
-    ("DDIMScheduler", {"clip_sample": True}, ", sampler euler_ancestral for its 'DDIMScheduler', latents not "
-     "clipped (clip_sample)"),
+    ("UniPCMultistepScheduler", {}, ", sampler euler_ancestral in place of 'UniPCMultistepScheduler'"),
+    ("DDIMScheduler", {"clip_sample": True}, ", sampler euler_ancestral in place of 'DDIMScheduler', latents "
+     "not clipped (clip_sample)"),
     ("EulerAncestralDiscreteScheduler", {}, "")])
 def test_the_line_says_which_sampler_stands_in(name, settings, said, whole, tmp_path):
     folder = shutil.copytree(whole[2], tmp_path / "folder")

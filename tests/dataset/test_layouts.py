@@ -365,7 +365,7 @@ def test_columns_are_refused_where_they_have_no_effect(tmp_path, write, skip_bad
 def test_what_is_wrong_with_parquet_is_named_in_one_line(tmp_path, monkeypatch):
     other = write_parquet(tmp_path / "a.parquet", columns=("before", "edit_prompt", "edited_image"))
     told = complaint(other)
-    assert "a.parquet has the columns img_id, before, edit_prompt, edited_image; readable" in told
+    assert "a.parquet has the columns img_id, before, edit_prompt, edited_image; wanted" in told
     assert all(name in told for columns in COLUMNS for name in columns)
     numbers = write_parquet(tmp_path / "b.parquet", [(1, "edit", 2)] * 3, plain=True)  # no pictures
     assert "pictures as bytes or paths" in complaint(numbers)
@@ -398,8 +398,8 @@ def test_pairs_without_their_pictures_are_left_out_and_counted_on_request(tmp_pa
     tested = read_data(root, "test")[0][0]
     for picture in (items[3][0].after, items[5][0].before, items[5][0].after, tested.after):
         picture.unlink()
-    assert "(pairs that lack one: 2)" in complaint(root)
-    with pytest.warns(UserWarning, match="lack a picture: 2.; for the first there is no picture") as warned:
+    assert "(pairs that lack a picture: 2)" in complaint(root)
+    with pytest.warns(UserWarning, match="lack a picture: 2.; the first: there is no picture") as warned:
         assert read_data(root, skip_bad=True) == items[:3] + items[4:5] + items[6:]
     assert len(warned) == 1 and str(items[3][0].after) in str(warned[0].message)
     with pytest.warns(UserWarning, match="lack a picture: 1"):

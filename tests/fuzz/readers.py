@@ -34,7 +34,7 @@ from nanoip2p.clip_filter import SIMILARITIES, Judge
 from nanoip2p.common.files import append, regular
 from nanoip2p.dataset import captions, chat, finetune, pairs, show, tables
 from nanoip2p.dataset.layouts import broken_pictures, load_picture, read_data
-from nanoip2p.evaluate import curve, magicbrush
+from nanoip2p.evaluate import calls, curve, magicbrush
 from nanoip2p.images import find_images, open_image, read_recipe, save_png
 from nanoip2p.tokenizer import START, load_tokenizer
 from nanoip2p.training import run_folder
@@ -431,6 +431,19 @@ def write_curve(folder: Path) -> None:
     (folder / "curve.png").unlink()
 
 
+def write_calls(folder: Path) -> None:
+    """Points of success over network calls."""
+    write_rows(folder / "calls.jsonl", *[{
+        "weights": "weights/nano-ip2p", "networks": "0123456789abcdef", "sampler": "lcm", "calls": 4 * i,
+        "n": 140, "success": 0.25 * i, "error": 0.02, "psnr": None} for i in (1, 2)])
+
+
+def read_calls(folder: Path) -> None:
+    """The points, and the plot that is drawn from them."""
+    rows = calls.read_points(folder / "calls.jsonl")
+    calls.plot(folder / "calls.png", lambda axes: calls.draw(rows, axes), xscale="log")
+
+
 def read_curve(folder: Path) -> None:
     """The plot, and the search for a point."""
     rows = curve.read_points(folder / "curve.jsonl")
@@ -463,4 +476,5 @@ READERS = {
     "parquet": (write_parquet, read_layout), "tar": (write_tar, read_layout),
     "magicbrush": (write_magicbrush, read_magicbrush),
     "run": (write_run, read_run), "cache": (write_cache, read_cache), "curve": (write_curve, read_curve),
+    "calls": (write_calls, read_calls),
     "ablate": (write_scores, read_scores)}

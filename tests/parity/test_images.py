@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from nanoip2p import images
+from nanoip2p.common import web_ui
 from nanoip2p.images import (
     FORMATS,
     find_images,
@@ -26,7 +26,6 @@ from nanoip2p.images import (
     save_png,
     to_pil,
     to_tensor,
-    web_text,
 )
 from nanoip2p.samplers import SAMPLERS
 
@@ -343,15 +342,15 @@ def test_a_folder_stands_for_files_only(tmp_path):
 
 
 def test_the_text_of_the_web_uis(tmp_path):
-    assert web_text(RECIPE, (64, 48)) == (
+    assert web_ui.web_text(RECIPE, (64, 48)) == (
         f"make it night\nNegative prompt: blurry, bad\n{SETTINGS}, Model: nano-ip2p")
     file = tmp_path / "my, odd: model-v1.5.safetensors"
     file.write_bytes(bytes(2**20) + b"w" * 2**16 + b"rest")
     digest = hashlib.sha256(b"w" * 2**16).hexdigest()[:8]
     changed = RECIPE | {"edit": ["a\nb", "Negative prompt: 夜 \udc80"], "negative": "", "weights": str(file)}
-    assert web_text(changed, (64, 48)) == (
+    assert web_ui.web_text(changed, (64, 48)) == (
         f"a b, then Negative prompt 夜 ?\n{SETTINGS}, Model hash: {digest}, Model: my odd model-v1.5")
-    assert set(images.WEB_UI_SAMPLERS) == set(SAMPLERS)
+    assert set(web_ui.SAMPLERS) == set(SAMPLERS)
 
 
 ODD_TEXTS = [

@@ -27,6 +27,7 @@ def test_from_nothing_to_folders_that_edit(make_nano, tmp_path, monkeypatch):
     least = {f"clip_{name}threshold": -1.0 for name in ("", "dir_", "img_")}  # nothing is learned in a step
     monkeypatch.setattr(make_nano, "PAIRS", make_nano.PAIRS | least | {"n_samples": 1, "steps": 1})
     monkeypatch.setattr(make_nano, "RECIPE", [*make_nano.RECIPE, "--sample-every", 0, "--validate-every", 0])
+    monkeypatch.setattr(make_nano, "DISTILL_RUN", [*make_nano.DISTILL_RUN, "--validate-every", 0])
     monkeypatch.setattr(make_nano, "TOKENIZER_SCENES", 100)
     monkeypatch.setattr(make_nano, "SCALE_PICTURES", 16)
     monkeypatch.setattr(make_nano.demo, "EDITS", {"house": ("make it night",)})
@@ -35,7 +36,7 @@ def test_from_nothing_to_folders_that_edit(make_nano, tmp_path, monkeypatch):
         code = make_nano.main([str(word) for word in (
             "--out", tmp_path / "runs", "--ship", folder.parent, "--vae-steps", 2, "--clip-steps", 1,
             "--sd-steps", 1, "--captions", 32, "--editor-steps", *editor_steps, "--pairs", 32,
-            "--prompts", 40, "--paper-steps", 1, "--device", "cpu")])
+            "--prompts", 40, "--paper-steps", 1, "--distill-steps", 1, "--device", "cpu")])
         assert code == 0
         return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
 
@@ -48,7 +49,7 @@ def test_from_nothing_to_folders_that_edit(make_nano, tmp_path, monkeypatch):
     assert written() == before and any((again[name] != first[name]).any() for name in first)
 
     image = open_image(folder / "examples" / "house.png")
-    for name in ("nano-ip2p", "nano-ip2p-paper"):
+    for name in ("nano-ip2p", "nano-ip2p-4step", "nano-ip2p-paper"):
         editor = Editor.load(folder.parent / name, "cpu")
         assert editor.edit(image, "make it night", steps=1).size == image.size
     painter = TextToImage.load(folder.parent / "nano-sd", "cpu")

@@ -115,7 +115,7 @@ def test_embeddings_are_named_and_their_words_count(run, capsys):
     plain = pixels("out_1.png")
     capsys.readouterr()
     assert run("--input", "house.png", *flags, *both) == 0
-    assert "opened first.safetensors: write first for it (2 vectors)" in capsys.readouterr().err.splitlines()
+    assert "opened first.safetensors: its word is first (2 vectors)" in capsys.readouterr().err.splitlines()
     assert not np.array_equal(pixels("out_1.png"), plain)
     assert not np.array_equal(pixels("out_1.png"), pixels("out_2.png"))
     assert "give --embedding yourself" in refusal(capsys, again(run, "out_1.png"))

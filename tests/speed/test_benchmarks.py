@@ -1,6 +1,7 @@
 """The benchmarks run, and measure the same computation on both sides."""
 
 import edit
+import few_steps
 import measure
 import numpy as np
 import pair
@@ -45,6 +46,12 @@ def test_an_edit_is_timed_beside_diffusers(dtype, capsys):
     rows = {line[:20].strip(): line[20:].split() for line in lines[-3:]}
     assert list(rows) == ["diffusers", "ours", "ours, fast"] and rows["diffusers"][2] == "1.00"
     assert all(float(row[0]) >= 0 and float(row[4]) > 0 for row in rows.values())
+
+
+def test_a_student_is_timed_beside_its_teacher(capsys):
+    few_steps.main(["--student", "weights/nano-ip2p", "--steps", "1", "--batches", "1", "2", "--repeat", "1"])
+    ratios = [line.split("1 steps ")[1].split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert len(ratios) == 2 and all(float(median) > 2 for median, _ in ratios)
 
 
 def test_another_edit_is_not_timed(monkeypatch):

@@ -1,0 +1,36 @@
+"""The settings of a picture in the text format of AUTOMATIC1111's web UI, which many programs read."""
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+from nanoip2p.common.files import tidy
+
+SAMPLERS = {"euler_ancestral": "Euler a", "euler": "Euler", "ddim": "DDIM",
+            "dpmpp_2m": "DPM++ 2M", "lcm": "LCM"}
+
+
+def web_text(recipe: dict, size: tuple[int, int]) -> str:
+    """The text `parameters` of a PNG, from a recipe of sample.py. size: (width, height) of the picture.
+
+    Programs cut texts at "Negative prompt:" and line breaks, and values at commas and colons. So texts lose
+    these line breaks and colons, and the name of the model loses commas, colons and quotes.
+    """
+    prompt, negative = (re.sub("Negative prompt:+", "Negative prompt", tidy(text)) for text in (
+        ", then ".join(recipe["edit"]), recipe["negative"]))
+    values = {"Steps": recipe["steps"], "Sampler": SAMPLERS[recipe["sampler"]],
+              "CFG scale": recipe["cfg_text"], "Image CFG scale": recipe["cfg_image"], "Seed": recipe["seed"],
+              "Size": "{}x{}".format(*size), "Model hash": model_hash(recipe["weights"]),
+              "Model": re.sub(r"\.(safetensors|ckpt)$|[,:\"]", "", tidy(Path(recipe["weights"]).name))}
+    line = ", ".join(f"{key}: {value}" for key, value in values.items() if value != "")
+    return "\n".join([prompt, f"Negative prompt: {negative}", line] if negative else [prompt, line])
+
+
+def model_hash(weights: str) -> str:
+    """The web UI's old, short hash of a file of weights. The new one takes 8 s for 4 GB. "" for a folder."""
+    if not os.path.isfile(weights):
+        return ""
+    with open(weights, "rb") as file:
+        file.seek(2**20)
+        return hashlib.sha256(file.read(2**16)).hexdigest()[:8]

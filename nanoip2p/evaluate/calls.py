@@ -1,0 +1,73 @@
+"""Edit success against the number of network calls, for editors and their distilled students.
+
+A step of an editor makes one call for each guidance branch (2 or 3); a step without guidance makes one call.
+Each of --weights is scored as in `scenes`, with each sampler, at its own guidance scales. Each point is a
+line of <out>/calls.jsonl. A later call does not measure this point again.
+"""
+
+import argparse
+from functools import partial
+from itertools import groupby, product
+from operator import itemgetter
+from pathlib import Path
+
+from nanoip2p.common.files import append, read_jsonl, tidy
+from nanoip2p.common.plots import plot
+from nanoip2p.common.schema import checked_rows
+from nanoip2p.diffusion import LCM_STEPS
+from nanoip2p.editor import Editor
+from nanoip2p.evaluate.scenes import choose_edits, rate, score_scenes, table
+
+CALLS = (2, 4, 8, 16, 30, 60)
+SAMPLERS = ("euler_ancestral", "dpmpp_2m", "lcm")
+# Of a point, see checked_rows
+KINDS = {"weights": (str,), "networks": (str,), "sampler": (str,), "calls": (int, 1), "n": (int, 1),
+         "success": (float, 0, 1), "error": (float, 0, 1), "psnr": (float | None,)}
+
+
+def branches(cfg_text: float, cfg_image: float) -> int:
+    """The number of network calls per step: the branches of equation 3 whose weight is not zero."""
+    return sum(weight != 0 for weight in (cfg_text, cfg_image - cfg_text, 1 - cfg_image))
+
+
+def read_points(path: Path) -> list[dict]:
+    """The rows of calls.jsonl; [] if it is missing. ValueError for a row that `run` did not write."""
+    return checked_rows(read_jsonl(path), KINDS, path)
+
+
+def run(args: argparse.Namespace) -> tuple[str, None]:
+    """Measure the missing points, plot the requested points, and return a table. args: see __main__.py."""
+    path, lines, points = args.out / "calls.jsonl", [], []
+    for weights in args.weights:
+        editor = Editor.load(weights, args.device)
+        per_step = branches(editor.defaults["cfg_text"], editor.defaults["cfg_image"])
+        for sampler, calls in product(SAMPLERS, args.calls):
+            steps = calls // per_step
+            if not 1 <= steps <= (LCM_STEPS if sampler == "lcm" else editor.schedule.num_train_timesteps):
+                continue
+            point = {"weights": str(weights), "networks": editor.fingerprint, "sampler": sampler,
+                     "calls": steps * per_step, "n": args.n}
+            row = next((row for row in read_points(path) if point.items() <= row.items()), None)
+            if row is None:
+                rows = score_scenes(editor, choose_edits(args.n), {"steps": steps, "sampler": sampler})
+                share, error = rate([row["success"] for row in rows])
+                row = point | {"success": share, "error": error, "psnr": table(rows)[1]["all"]["psnr"]}
+                append(path, row)
+            points.append(row)
+            psnr = "-" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
+            lines.append(f"{weights!s:<28} {sampler:<16}{row['calls']:>5}{row['success']:>9.1%} ± "
+                         f"{row['error']:.1%}{psnr:>10}")
+    is_drawn = plot(args.out / "calls.png", partial(draw, points), (10, 6), xscale="log",
+                    xlabel="network calls per edit", ylabel="edits that succeed")
+    missing = "" if is_drawn else "; pip install matplotlib for a plot"
+    heading = f"{'weights':<28} {'sampler':<16}{'calls':>5}{'success':>16}{'unchanged':>10}"
+    return "\n".join([heading, *lines, f"{args.n} edits; the points are in {path}{missing}"]), None
+
+
+def draw(points: list[dict], axes) -> None:
+    """Draw a curve with error bars for each weights and sampler."""
+    for (weights, sampler), curve in groupby(points, itemgetter("weights", "sampler")):
+        calls, success, error = zip(*map(itemgetter("calls", "success", "error"), curve))
+        name = tidy(Path(weights).name)[:100].replace("$", r"\$")  # matplotlib would read formulas between $
+        axes.errorbar(calls, success, error, marker=".", capsize=2, label=f"{name}, {sampler}")
+    axes.xaxis.set_major_formatter("{x:.0f}")
