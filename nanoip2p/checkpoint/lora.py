@@ -7,7 +7,7 @@ LyCORIS (LoCon with CP) moves the kernel into a third tensor, `mid` (r, r, k, k)
     kohya       lora_unet_mid_block_attentions_0_proj_in.lora_down.weight, .lora_up.weight, .alpha; lora_te_*.
                 The UNet's layers can also have their original names, such as lora_unet_middle_block_1_proj_in
     diffusers   unet.mid_block.attentions.0.proj_in.lora_A.weight, .lora_B.weight; text_encoder.*; alpha is
-                in the metadata. Older: .lora.down.weight, .processor.to_q_lora.down.weight, .lora_linear_layer.*
+                in the metadata. Older: .lora.down.weight, .processor.to_q_lora.*, .lora_linear_layer.*
     peft        base_model.model.mid_block.*.lora_A.weight; alpha is in adapter_config.json beside the file
 """
 
@@ -61,7 +61,7 @@ def apply_loras(model: Model, given: list[str]) -> list[str]:
         seen.append(path.resolve())
         for place, (scale, factors) in layers.items():
             changes.setdefault(place, []).append((weight * scale, factors))
-    for check in (True, False):  # compute twice, because a copy of all weights may not fit into memory
+    for change_them in (False, True):  # first check all; a copy of all weights may not fit into memory
         for (network, name), summands in changes.items():
             layer = network.get_submodule(name)
             merged = layer.weight.detach().float().clone()  # not in place: it may be mapped from a file
@@ -70,9 +70,8 @@ def apply_loras(model: Model, given: list[str]) -> list[str]:
                 change = change.reshape(*change.shape[:2], *merged.shape[2:])
                 merged[:, : change.shape[1]] += scale * change
             merged = files.cast(merged, layer.weight.dtype, name)
-            if check:
-                files.check_tensors({name: merged}, {name: merged}, Path(" with ".join(given)))
-            else:
+            files.check_tensors({name: merged}, {name: merged}, Path(" with ".join(given)))
+            if change_them:
                 layer.weight = nn.Parameter(merged, layer.weight.requires_grad)
     return lines
 
@@ -91,8 +90,8 @@ def _spellings(model: Model) -> dict[str, tuple[nn.Module, str]]:
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 original = originals[f"{name}.weight"][len(PREFIXES[type(network)]) : -len(".weight")]
                 old = re.sub(r"self_attn\.(\w+)_proj$", r"self_attn.to_\1", name).removesuffix(".0")
-                for spelling in (name, original, old):
-                    found[spelling.removeprefix("text_model.").replace(".", "_")] = network, name
+                found |= {spelling.removeprefix("text_model.").replace(".", "_"): (network, name)
+                          for spelling in (name, original, old)}
     return found
 
 
@@ -114,24 +113,23 @@ def read_lora(model: Model, path: Path) -> tuple[dict, str]:
             found[place][role] = tensor
     try:
         if not found:
-            raise ValueError(f"{path}: no layer of this model in it, but {', '.join([*tensors][:3])} …")
+            raise ValueError(f"{path} has no LoRA for this model; it has {', '.join([*tensors][:3])}")
         files.refuse_names(path, "names layers that this model lacks:", [*dict.fromkeys(strays)])
         fitted = {place: _fit(*place, parts, path) for place, parts in found.items()}
     except ValueError:
         refuse_families(tensors, LORAS, path, "LoRAs of Stable Diffusion 1.x")  # the better reason
         raise
     layout = {"base": "peft", "lora": "kohya"}.get(next(iter(tensors))[:4], "diffusers")
-    own = read_json(path.with_name("adapter_config.json"), {}) if layout == "peft" else {}
-    said = files.json_metadata(path, METADATA) | {
-        part + key: value for key, value in own.items() for part in ("unet.", "text_encoder.")}
+    own = path.with_name("adapter_config.json")
+    said = read_json(own, {}) if layout == "peft" else files.json_metadata(path, METADATA)
     layers, alphas, notes = {}, [], []
     for (network, name), factors in fitted.items():
-        part, rank = "unet." if network is model.unet else "text_encoder.", len(factors["down"])
+        part = "" if layout == "peft" else "unet." if network is model.unet else "text_encoder."
         stored, power = found[network, name].get("alpha"), 0.5 if said.get(f"{part}use_rslora") is True else 1
         alpha = _alpha(said, part, name, path) if stored is None else stored.squeeze().tolist()
         alpha = checked(alpha, float | None, f"{path}: alpha of {name}", 1e-9)
         alphas += [] if alpha is None else [alpha]
-        layers[network, name] = 1.0 if alpha is None else alpha / rank**power, factors
+        layers[network, name] = 1.0 if alpha is None else alpha / len(factors["down"]) ** power, factors
         if name == "conv_in" and (known := factors["down"].shape[1]) < network.config.in_channels:
             notes.append(f"conv_in: the first {known} of {network.config.in_channels} channels")
     if missing := len(layers) - len(alphas):
@@ -188,7 +186,6 @@ def write_lora(path: Path, layers: dict[str, tuple[Tensor, Tensor]], alpha: floa
         tensors |= {f"{begin}.alpha": torch.tensor(float(alpha))} if kohya else {}
         up = up.reshape(*up.shape[:2], *[1] * (down.ndim - 2))
         tensors |= {f"{begin}.{a}.weight": down, f"{begin}.{b}.weight": up}
-    others = {f"^{name}": rank for name, rank in ranks.items() if rank > min(ranks.values())}
-    said = {"unet.r": min(ranks.values()), "unet.lora_alpha": alpha, "unet.target_modules": [*layers],
-            "unet.rank_pattern": others}
+    said = {"unet.r": max(ranks.values()), "unet.lora_alpha": alpha, "unet.target_modules": [*layers],
+            "unet.rank_pattern": {f"^{name}": rank for name, rank in ranks.items()}}
     files.write_tensors(tensors, path, metadata=None if kohya else {METADATA: json.dumps(said)})

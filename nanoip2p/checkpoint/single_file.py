@@ -56,7 +56,7 @@ FAMILIES = SHAPES | {
     "a Stable Diffusion 3 checkpoint": r"^(model\.diffusion_model\.)?joint_blocks\.",
     "a Flux checkpoint": r"^(model\.diffusion_model\.)?double_blocks\.",
 }
-WIDTH = r"(attn2|self_attn)\S{0,20}[kv](_proj)?\S{0,20}(down|lora_A)\S{0,20} \(\d+, "  # of texts, in a LoRA
+WIDTH = r"(attn2|self_attn)\S{0,20}[qkv](_proj)?\S{0,20}(down|lora_A)\S{0,20} \(\d+, "  # of texts, in a LoRA
 LORAS = {  # relatives of LoRAs, and LoRAs of other models
     "a DoRA": r"dora_scale|lora_magnitude_vector",
     "a LoHa": r"\.hada_w",
