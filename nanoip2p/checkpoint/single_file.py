@@ -56,6 +56,18 @@ FAMILIES = SHAPES | {
     "a Stable Diffusion 3 checkpoint": r"^(model\.diffusion_model\.)?joint_blocks\.",
     "a Flux checkpoint": r"^(model\.diffusion_model\.)?double_blocks\.",
 }
+WIDTH = r"(attn2|self_attn)\S{0,20}[qkv](_proj)?\S{0,20}(down|lora_A)\S{0,20} \(\d+, "  # of texts, in a LoRA
+LORAS = {  # relatives of LoRAs, and LoRAs of other models
+    "a DoRA": r"dora_scale|lora_magnitude_vector",
+    "a LoHa": r"\.hada_w",
+    "a LoKr": r"\.lokr_w",
+    "an IA3": r"\.on_input |\.ia3_",
+    "a ControlNet-LoRA": r"^lora_controlnet|lllite",
+    "a file of full differences (.diff)": r"\.diff(_b)? ",
+    "a LoRA of SDXL": rf"^lora_te[12]_|^text_encoder_2\.|{WIDTH}2048",
+    "a LoRA of Stable Diffusion 2.x": rf"{WIDTH}1024",
+    "a LoRA of Flux or Stable Diffusion 3": r"^(lora_)?transformer[._]|(double|single|joint)_blocks",
+}
 FRAGMENTS = {  # files without a UNet in the original's names
     "one network of a diffusers folder (name the folder)": r"^(down_blocks|text_model|decoder\.conv_norm)",
     "an autoencoder alone (name it with --vae)": r"^(first_stage_model\.)?(encoder|decoder)\.",
