@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanoip2p.checkpoint.lora import product
 from nanoip2p.unet import UNet
 
 # Names of the layers that get a LoRA: of attention only, as in diffusers' scripts, or all
@@ -90,5 +89,5 @@ def merged(base: UNet, layers: dict[str, tuple[Tensor, Tensor]], alpha: float) -
     """A copy of `base` with the LoRA in its weights."""
     unet = copy.deepcopy(base)
     for name, (down, up) in layers.items():
-        unet.get_submodule(name).weight += alpha / len(down) * product(down, up)
+        unet.get_submodule(name).weight += alpha / len(down) * torch.tensordot(up, down, 1)
     return unet

@@ -183,8 +183,8 @@ class Trainer:
         """Load the newest checkpoint of the run. Returns the number of steps it was trained for."""
         checkpoint, state = runs.newest_checkpoint(self.config.out)
         if state.get("base", self.base()) != self.base():
-            raise ValueError(f"--weights {self.config.weights} or a file of --lora has changed since "
-                             f"{self.config.out} was begun; put the old one back, or begin another run")
+            raise ValueError(f"--weights {self.config.weights} has changed since {self.config.out} was begun; "
+                             "the LoRA fits the old weights, so put these back, or begin another run")
         unet, average, first, second = files = [read_tensors(checkpoint / f"{name}.safetensors")
                                                 for name in runs.FILES]
         for name, tensors in zip(runs.FILES, files):
@@ -200,13 +200,11 @@ class Trainer:
         return state["step"]
 
     def base(self) -> str | None:
-        """A hash of the weights that a LoRA belongs to. None for a full run, whose checkpoints hold all."""
-        return fingerprint(self.model.unet) if self.config.rank else None
+        """A hash of the weights that the LoRA belongs to. None for a full run, whose checkpoints hold all.
 
-    def merged(self) -> tuple[UNet, dict]:
-        """The averaged UNet with the LoRA in its weights, on the CPU; the LoRA, see low_rank.layers_of."""
-        layers = low_rank.layers_of(self.average, self.model.unet, self.config.rank)
-        return low_rank.merged(self.model.unet, layers, self.config.rank), layers
+        Also None with files of --lora: adding them rounds differently on another machine.
+        """
+        return fingerprint(self.model.unet) if self.config.rank and not self.config.lora_files else None
 
     def save(self, step: int) -> None:
         """On rank 0: write the averaged model to <out>/weights, then the checkpoint of `step` steps.
@@ -215,32 +213,33 @@ class Trainer:
         """
         if self.ranks.rank > 0:
             return
-        model, unet, out = self.model, self.average, self.config.out
-        if self.config.rank:
-            unet, layers = self.merged()
-            write_lora(out / "lora.safetensors", layers, self.config.rank)
-            write_lora(out / "lora-kohya.safetensors", layers, self.config.rank, kohya=True)
+        model, unet, out, rank = self.model, self.average, self.config.out, self.config.rank
+        if rank:
+            layers = low_rank.layers_of(self.average, model.unet, rank)
+            unet = low_rank.merged(model.unet, layers, rank)
+            write_lora(out / "lora.safetensors", layers, rank)
+            write_lora(out / "lora-kohya.safetensors", layers, rank, kohya=True)
         save_parts(out / "weights", unet, model.vae, model.text_encoder,
                    model.tokenizer_folder, model.schedule.to_json(), model.defaults)
         moments = [{name: self.optimizer.state[weight][key] for name, weight in self.trained.items()}
                    for key in ("exp_avg", "exp_avg_sq")]
         files = dict(zip(runs.FILES, (self.trained, self.averages(), *moments)))
         state = {"batch": self.batch, "items": self.items, "settings": self.config.to_json()}
-        state |= {"base": self.base()} if self.config.rank else {}
+        state |= {"base": self.base()} if self.base() else {}
         runs.write_checkpoint(out, step, files, state, self.config.keep)
 
     def sample_sheet(self, columns: list[Column]) -> Image.Image:
         """Draw a column per pair: the input (of an editor), the averaged model's output, the target."""
         model, settings = copy.copy(self.model), {"seed": 0, "resolution": self.config.resolution}
-        model.unet = self.merged()[0] if self.config.rank else self.averaged_unet()
+        model.unet = self.averaged_unet()
         model.to(self.device)
         inputs, texts, targets = map(list, zip(*columns))
-        if self.config.text_to_image:
-            rows, labels = [model.generate(texts, **settings)], [texts]
-        else:
-            rows, labels = [inputs, model.edit(inputs, texts, **settings)], [["input"] * len(texts), texts]
+        rows, labels = ([], []) if self.config.text_to_image else ([inputs], [["input"] * len(texts)])
+        mixed = self.config.rank > 0 and self.config.dtype == "bf16"  # the frozen weights are in bf16
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
+            drawn = model.edit(*rows, texts, **settings) if rows else model.generate(texts, **settings)
         self.place_encoders()
-        return grid([*rows, targets], [*labels, ["target"] * len(texts)])
+        return grid([*rows, drawn, targets], [*labels, texts, ["target"] * len(texts)])
 
 
 def columns_of(items: list[Item], resolution: int, skip_bad: bool) -> list[Column]:

@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python tests/benchmarks/train_step.py --width half --batch 4 --repeat 5     # on a CPU
     python tests/benchmarks/train_step.py --width full --batch 32 --steps 10                      # on a GPU
+    python tests/benchmarks/train_step.py --width half --sides "ours, stored" "LoRA 16" "LoRA 64 all"
 
 Theirs does in each step what diffusers' train_instruct_pix2pix.py does: encode both pictures (VAE and text
 encoder in --dtype), the instruction and the empty text, autocast, clip, torch's AdamW, EMAModel. Ours is
@@ -49,6 +50,7 @@ from nanoip2p.vae import VAE, VAEConfig  # noqa: E402
 # Channels of the first level of the UNet and of the VAE, width and heads of the text encoder
 WIDTHS = {"tiny": (32, 12, 80, 2), "half": (160, 64, 384, 6), "full": (320, 128, 768, 12)}
 SIDES = ("diffusers", "ours, encoding", "ours, stored")
+LORA = {"LoRA 16": ["16", "attention"], "LoRA 64 all": ["64", "all"]}  # sides on request, with stored latents
 
 
 def make_networks(width: str) -> list[torch.nn.Module]:
@@ -81,9 +83,11 @@ def no_words(texts: list[str]) -> Tensor:
 class Ours:
     """Trainer.step. cache: on stored latents."""
 
-    def __init__(self, args: argparse.Namespace, networks: list, batch: dict, cache: bool):
+    def __init__(self, args: argparse.Namespace, networks: list, batch: dict, cache: bool,
+                 lora: list[str] | None = None):
         config = TrainConfig(accumulate=1, batch_size=args.batch, cache=Path("latents") if cache else None,
-                             dtype=args.dtype, compile=args.compile, recompute=args.recompute)
+                             dtype=args.dtype, compile=args.compile, recompute=args.recompute,
+                             **({"lora": lora[:1], "lora_layers": lora[1]} if lora else {}))
         unet, vae, text_encoder = (copy.deepcopy(network).to(args.device) for network in networks)
         parts = Model(unet, vae, text_encoder, no_words, NoiseSchedule(), PAPER_DEFAULTS, Path())
         self.trainer = Trainer(config, parts, Ranks(0, 1, torch.device(args.device)), items=1)
@@ -242,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--recompute", action="store_true")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES,
+    parser.add_argument("--sides", nargs="+", choices=[*SIDES, *LORA], default=SIDES,
                         help="those that fit on a GPU together")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
@@ -251,7 +255,8 @@ def main(argv: list[str] | None = None) -> None:
     check_losses(args, networks, batch)
     make = {"diffusers": lambda: Theirs(args, networks, batch),
             "ours, encoding": lambda: Ours(args, networks, batch, False),
-            "ours, stored": lambda: Ours(args, networks, batch, True)}
+            "ours, stored": lambda: Ours(args, networks, batch, True),
+            **{name: lambda lora=lora: Ours(args, networks, batch, True, lora) for name, lora in LORA.items()}}
     sides = {name: make[name]() for name in args.sides}
     for side in sides.values():
         side.step()  # compiles, and makes Adam's state
