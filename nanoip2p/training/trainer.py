@@ -183,7 +183,7 @@ class Trainer:
         """Load the newest checkpoint of the run. Returns the number of steps it was trained for."""
         checkpoint, state = runs.newest_checkpoint(self.config.out)
         if state.get("base", self.base()) != self.base():
-            raise ValueError(f"--weights {self.config.weights} has changed since {self.config.out} was begun; "
+            raise ValueError(f"--weights {self.config.weights} has changed since {self.config.out} began; "
                              "the LoRA fits the old weights, so put these back, or begin another run")
         unet, average, first, second = files = [read_tensors(checkpoint / f"{name}.safetensors")
                                                 for name in runs.FILES]

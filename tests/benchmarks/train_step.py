@@ -256,7 +256,8 @@ def main(argv: list[str] | None = None) -> None:
     make = {"diffusers": lambda: Theirs(args, networks, batch),
             "ours, encoding": lambda: Ours(args, networks, batch, False),
             "ours, stored": lambda: Ours(args, networks, batch, True),
-            **{name: lambda lora=lora: Ours(args, networks, batch, True, lora) for name, lora in LORA.items()}}
+            **{name: lambda lora=lora: Ours(args, networks, batch, True, lora)
+               for name, lora in LORA.items()}}
     sides = {name: make[name]() for name in args.sides}
     for side in sides.values():
         side.step()  # compiles, and makes Adam's state
