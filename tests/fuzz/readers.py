@@ -431,23 +431,25 @@ def write_curve(folder: Path) -> None:
     (folder / "curve.png").unlink()
 
 
+def read_curve(folder: Path) -> None:
+    """The plot, and the search for a point."""
+    rows = curve.read_points(folder / "curve.jsonl")
+    curve.plot(folder / "curve.png", lambda axes: curve.draw(rows, axes))
+
+
 def write_calls(folder: Path) -> None:
     """Points of success over network calls."""
     write_rows(folder / "calls.jsonl", *[{
         "weights": "weights/nano-ip2p", "networks": "0123456789abcdef", "sampler": "lcm", "calls": 4 * i,
         "n": 140, "success": 0.25 * i, "error": 0.02, "psnr": None} for i in (1, 2)])
+    read_calls(folder)  # as above
+    (folder / "calls.png").unlink()
 
 
 def read_calls(folder: Path) -> None:
     """The points, and the plot that is drawn from them."""
     rows = calls.read_points(folder / "calls.jsonl")
     calls.plot(folder / "calls.png", lambda axes: calls.draw(rows, axes), xscale="log")
-
-
-def read_curve(folder: Path) -> None:
-    """The plot, and the search for a point."""
-    rows = curve.read_points(folder / "curve.jsonl")
-    curve.plot(folder / "curve.png", lambda axes: curve.draw(rows, axes))
 
 
 def write_scores(folder: Path) -> None:
