@@ -36,8 +36,7 @@ class Merged(Tensor):
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
         if operation is torch.ops.aten.detach.default:  # a module detaches its weights
             return cls(*args[0].recipe)
-        args = tree_map_only(cls, lambda merged: merge_tensors(*merged.recipe), args)
-        return operation(*args, **(kwargs or {}))
+        return operation(*tree_map_only(cls, lambda one: merge_tensors(*one.recipe), args), **(kwargs or {}))
 
 
 def merge_tensors(name: str, share: float, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
