@@ -92,8 +92,9 @@ def open_ours(folders, channels):
 
 
 def states(model):
-    """All weights of the UNet and the text encoder, under our names."""
-    return dict(model.unet.state_dict()) | TextEncoder.published_names(model.text_encoder.state_dict())
+    """Copies of all weights of the UNet and the text encoder, under our names."""
+    found = dict(model.unet.state_dict()) | TextEncoder.published_names(model.text_encoder.state_dict())
+    return {name: weight.clone() for name, weight in found.items()}
 
 
 def assert_equal(ours, theirs):
