@@ -21,6 +21,7 @@ with cli.slow_imports():
     from tqdm import tqdm
 
     from nanoip2p.checkpoint.load import open_checkpoint
+    from nanoip2p.checkpoint.lora import apply_loras
     from nanoip2p.checkpoint.tensors import DTYPES
     from nanoip2p.clip_filter import Judge
     from nanoip2p.common.cli import add_flags, at_least, finite, pixels
@@ -112,8 +113,9 @@ def add_pairs(subparsers) -> None:
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """Add --vae, --tokenizer, --raw-weights, --device and --dtype of the text-to-image model."""
+    """Add --vae, --tokenizer, --raw-weights, --lora, --device, --dtype of the text-to-image model."""
     add_flags(parser)
+    parser.add_argument("--lora", action="append", default=[], help="a LoRA, or FILE:WEIGHT; may be repeated")
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first available)")
     parser.add_argument("--dtype", choices=sorted(DTYPES),
                         help="dtype of the text-to-image model (default: bf16 where it is faster, else fp32)")
@@ -139,11 +141,12 @@ def run_pairs(args: argparse.Namespace) -> None:
         print(f"{len(prompts)} prompts, {len(bad)} bad lines, {settings.n_samples} candidates per prompt",
               file=sys.stderr)
     painter = TextToImage.load(checkpoint, device, DTYPES[dtype])
+    sys.stderr.writelines(f"{cli.one_line(line)}\n" for line in apply_loras(painter, args.lora))
     painter.fill_defaults({key: getattr(settings, key) for key in ("steps", "resolution", "sampler")})
     if args.fast:
         speed.speed_up(painter.unet, lambda line: print(line, file=sys.stderr), injects=True)
     judge = Judge.load(settings.clip, device)
-    notes = {"weights": args.weights, "clip": settings.clip, "dtype": dtype}
+    notes = {"weights": args.weights, "lora": args.lora, "clip": settings.clip, "dtype": dtype}
     make_pairs(prompts, args.out, painter, judge, settings, notes, progress=first)
     if first:
         done = sum((args.out / prompt.folder).exists() for prompt in prompts)
@@ -207,6 +210,7 @@ def run_pair(args: argparse.Namespace) -> None:
     dtype = pick_dtype(args.dtype, device)
     print(f"opened {args.weights}: {checkpoint.description}; computes in {dtype}", file=sys.stderr)
     painter = TextToImage.load(checkpoint, device, DTYPES[dtype])
+    sys.stderr.writelines(f"{cli.one_line(line)}\n" for line in apply_loras(painter, args.lora))
     model = PairPainter(painter, args.source, args.edit, args.inject, args.steps, args.sampler,
                         args.resolution, args.negative, reweight, windows, args.blend)
     cfg_text = painter.defaults["cfg_text"] if args.cfg_text is None else args.cfg_text

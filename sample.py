@@ -30,6 +30,7 @@ with cli.slow_imports():
 
     from nanoip2p.checkpoint.embeddings import add_embedding
     from nanoip2p.checkpoint.load import open_checkpoint
+    from nanoip2p.checkpoint.lora import apply_loras, file_hash, split
     from nanoip2p.checkpoint.tensors import DTYPES
     from nanoip2p.common.files import check_writable, unique_stems
     from nanoip2p.common.schema import checked
@@ -43,8 +44,8 @@ with cli.slow_imports():
 # Settings that change the picture by rounding at most
 NOT_IN_RECIPE = ("output", "recipe", "device", "fast", "batch")
 # A recipe comes from strangers: larger numbers, or longer lists, need the user's own flag
-RECIPE_LIMITS = {"n": 16, "steps": 1000, "resolution": 2048, "edit": 64, "input": 100, "embedding": 16}
-LOADED = ("weights", "vae", "tokenizer", "embedding")  # a recipe may name only files in weights/ for these
+MOST = {"n": 16, "steps": 1000, "resolution": 2048, "edit": 64, "input": 100, "embedding": 16, "lora": 16}
+LOADED = ("weights", "vae", "tokenizer", "embedding", "lora")  # a recipe names only files in weights/
 MOST_PICTURES = 10**6  # of one command: their plan takes 1 minute and 0.6 GB
 # --sweep varies both scales. From the paper's defaults it covers cfg_text 3 ... 12 and cfg_image 1 ... 2
 SWEEP_FACTORS = (0.4, 0.7, 1, 1.3, 1.6)      # multiply cfg_text
@@ -81,8 +82,8 @@ class Settings:
                         "weights/nano-ip2p", group="weights and device")
     vae: str | None = flag("use this autoencoder instead of the checkpoint's: a file or folder")
     tokenizer: str | None = flag("tokenizer of a single file of weights: a folder or a name on the Hub")
-    embedding: list[str] | None = flag("a textual inversion, .pt or .safetensors; may be repeated",
-                                       action="append")
+    embedding: list[str] | None = flag("a textual inversion file; may be repeated", action="append")
+    lora: list[str] | None = flag("a LoRA file, or FILE:WEIGHT; may be repeated", action="append")
     raw_weights: bool | None = flag("use raw weights, not averaged ones", action=cli.SWITCH)
     device: str | None = flag("cuda, cuda:1, mps or cpu (default: the first available)")
     dtype: str = flag("half precision is faster on a GPU", "fp32", choices=sorted(DTYPES))
@@ -146,13 +147,12 @@ def as_flags(path: str, given: dict) -> list[str]:
         own = f"if you mean it, give {name} yourself"
         items = value if isinstance(value, list) else [value]
         amount = len(items) if isinstance(value, list) else value
-        if key in RECIPE_LIMITS and amount > RECIPE_LIMITS[key]:
-            raise ValueError(f"{path} brings {name} {amount}, more than {RECIPE_LIMITS[key]}; {own}")
-        foreign = [item for item in items if key in LOADED and not is_shipped(item)]
-        if foreign:
+        if key in MOST and amount > MOST[key]:
+            raise ValueError(f"{path} brings {name} {amount}, more than {MOST[key]}; {own}")
+        paths = [split(item)[0] for item in items] if key == "lora" else items
+        if foreign := [file for file in paths if key in LOADED and not is_shipped(file)]:
             raise ValueError(f"{path} names the {key} {foreign[0]}, not in weights/; {own}")
-        missing = [item for item in items if key == "input" and not os.path.isfile(item)]
-        if missing:
+        if missing := [item for item in items if key == "input" and not os.path.isfile(item)]:
             raise ValueError(f"{path} names the input {missing[0]}, which is no file here; {own}")
         switch = {True: [name], False: [name.replace("--", "--no-", 1)]}
         argv += switch[value] if isinstance(value, bool) else [f"{name}={item}" for item in items]
@@ -212,12 +212,14 @@ def run(settings: Settings, problems: list[str]) -> None:
     editor = Editor.load(checkpoint, settings.device, DTYPES[settings.dtype], settings.low_memory)
     if settings.raw_text:
         editor.tokenizer.clean = str
-    for path in settings.embedding or []:
-        print(one_line(add_embedding(editor, path)), file=sys.stderr)
+    notes = apply_loras(editor, loras := settings.lora or [])
+    hashes = [file_hash(lora) for lora in loras]
+    if settings.recipe and (read_recipe(settings.recipe).get("lora_hash") or hashes) != hashes:
+        notes.append(f"{settings.recipe} was made with a LoRA file of other content")
+    notes += [add_embedding(editor, path) for path in settings.embedding or []]
+    sys.stderr.writelines(f"{one_line(note)}\n" for note in notes + nano_notes(editor, settings.edit, sizes))
     if settings.fast:
         speed.speed_up(editor.unet, lambda line: print(line, file=sys.stderr))
-    for note in nano_notes(editor, settings.edit, sizes):
-        print(one_line(note), file=sys.stderr)
     sampling = editor.fill_defaults({key: getattr(settings, key) for key in editor.defaults})
     for path, size in sizes.items():
         try:
@@ -229,7 +231,7 @@ def run(settings: Settings, problems: list[str]) -> None:
 
     def write(image: Image.Image, made_by: Settings, text: str) -> None:
         recipe = {key: value for key, value in asdict(made_by).items() if key not in NOT_IN_RECIPE} | sampling
-        recipe |= {"version": __version__, "torch": torch.__version__}
+        recipe |= {"version": __version__, "torch": torch.__version__, "lora_hash": hashes}
         save_png(image, made_by.output, recipe, web=True)
         print(f"{one_line(made_by.output)}  {one_line(text)}  (seed {made_by.seed})")
 

@@ -6,7 +6,6 @@ A diffusers folder:                                     An original single file 
     defaults.json  (ours: default settings)                 metadata "nanoip2p"  (ours: all JSON files)
 """
 
-import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from nanoip2p.checkpoint.folder import StoredNetwork, build_without_memory, open
 from nanoip2p.checkpoint.hub import fetch_weights, find_tokenizer, weight_files
 from nanoip2p.checkpoint.marks import marked_schedule
 from nanoip2p.checkpoint.single_file import PARTS, find_networks, find_vae
-from nanoip2p.checkpoint.tensors import dtype_names, read_metadata, read_tensors
+from nanoip2p.checkpoint.tensors import dtype_names, json_metadata, read_metadata, read_tensors
 from nanoip2p.common.files import read_json
 from nanoip2p.common.schema import checked, shown
 from nanoip2p.diffusion import NoiseSchedule
@@ -126,12 +125,12 @@ def _open_single_file(path: Path, raw_weights: bool | None, vae: StoredNetwork |
 
 def _own_metadata(path: Path) -> dict:
     """The metadata that `convert` wrote to a single file; for other files only {"defaults": ...}."""
+    metadata = json_metadata(path, "nanoip2p")
     try:
-        metadata = checked(json.loads(read_metadata(path).get("nanoip2p", "{}")), dict, "nanoip2p")
         for key in {*PARTS, "schedule", "defaults"} & metadata.keys():
             checked(metadata[key], dict, key)
         return metadata | {"defaults": with_defaults(metadata.get("defaults", {}), "defaults")}
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: its metadata is broken ({error})") from None
 
 

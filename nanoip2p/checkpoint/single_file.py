@@ -43,7 +43,7 @@ IGNORED = re.compile(
 # What we do not read -> pattern of a "name (shape)" that only this has. ADDITIONS: parts for a model, which a
 # complete checkpoint can hold as leftovers. SHAPES: families whose UNet has all our names
 ADDITIONS = {
-    "a LoRA": r"lora",
+    "a LoRA (add it to a model with --lora)": r"lora",
     "a ControlNet": r"^(control_model\.|controlnet_|input_hint_block\.)",
     "a textual inversion (name it with sample.py --embedding)": r"^(emb_params |string_to_param|<)",
 }
@@ -55,6 +55,16 @@ FAMILIES = SHAPES | {
     "an SDXL checkpoint": r"^(conditioner\.|model\.diffusion_model\.label_emb\.)",
     "a Stable Diffusion 3 checkpoint": r"^(model\.diffusion_model\.)?joint_blocks\.",
     "a Flux checkpoint": r"^(model\.diffusion_model\.)?double_blocks\.",
+}
+WIDTH = r"(attn2|self_attn)\S{0,20}[qkv](_proj)?\S{0,20}(down|lora_A)\S{0,20} \(\d+, "  # of texts, in a LoRA
+LORAS = {  # relatives of LoRAs, and LoRAs of other models
+    "a DoRA": r"dora_scale|lora_magnitude_vector",
+    "a LoHa, LoKr or IA3": r"\.(hada_w|lokr_w|ia3_|on_input )",
+    "a ControlNet-LoRA": r"^lora_controlnet|lllite",
+    "a file of full differences (.diff)": r"\.diff(_b)? ",
+    "a LoRA of SDXL": rf"^lora_te[12]_|^text_encoder_2\.|{WIDTH}2048",
+    "a LoRA of Stable Diffusion 2.x": rf"{WIDTH}1024",
+    "a LoRA of Flux or Stable Diffusion 3": r"^(lora_)?transformer[._]|(double|single|joint)_blocks",
 }
 FRAGMENTS = {  # files without a UNet in the original's names
     "one network of a diffusers folder (name the folder)": r"^(down_blocks|text_model|decoder\.conv_norm)",
@@ -243,9 +253,9 @@ def normalised(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     return cleaned
 
 
-def refuse_families(tensors: dict[str, Tensor], families: dict[str, str], path: Path) -> None:
+def refuse_families(tensors: dict[str, Tensor], families: dict[str, str], path: Path, kind: str = "") -> None:
     """Raise ValueError if a file belongs to one of `families`; the message names the family."""
     content = "\n".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
     for family, pattern in families.items():
         if re.search(pattern, content, re.MULTILINE):
-            raise ValueError(f"{path}: this is {family}; nanoip2p reads Stable Diffusion 1.x")
+            raise ValueError(f"{path}: this is {family}; nanoip2p reads {kind}Stable Diffusion 1.x")

@@ -57,6 +57,14 @@ def read_metadata(path: Path) -> dict[str, str]:
         return {}
 
 
+def json_metadata(path: Path, key: str) -> dict:
+    """The JSON object under `key` in the metadata, or {} if there is none. ValueError for any other text."""
+    try:
+        return checked(json.loads(read_metadata(path).get(key, "{}")), dict, key)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: its metadata is broken ({error})") from None
+
+
 def find_weights(folder: Path, raw: bool = False) -> dict[str, Tensor]:
     """Read a network's folder: hub.weight_files, else its non_ema files. ValueError: see read_tensors."""
     names = [path.name for path in folder.glob("*")]
