@@ -115,8 +115,7 @@ def add_pairs(subparsers) -> None:
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add --vae, --tokenizer, --raw-weights, --lora, --device, --dtype of the text-to-image model."""
     add_flags(parser)
-    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:WEIGHT]",
-                        help="a LoRA file, merged into the weights; may be repeated")
+    parser.add_argument("--lora", action="append", default=[], help="a LoRA, or FILE:WEIGHT; may be repeated")
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first available)")
     parser.add_argument("--dtype", choices=sorted(DTYPES),
                         help="dtype of the text-to-image model (default: bf16 where it is faster, else fp32)")
@@ -142,8 +141,7 @@ def run_pairs(args: argparse.Namespace) -> None:
         print(f"{len(prompts)} prompts, {len(bad)} bad lines, {settings.n_samples} candidates per prompt",
               file=sys.stderr)
     painter = TextToImage.load(checkpoint, device, DTYPES[dtype])
-    for line in apply_loras(painter, args.lora):
-        print(cli.one_line(line), file=sys.stderr)
+    sys.stderr.writelines(f"{cli.one_line(line)}\n" for line in apply_loras(painter, args.lora))
     painter.fill_defaults({key: getattr(settings, key) for key in ("steps", "resolution", "sampler")})
     if args.fast:
         speed.speed_up(painter.unet, lambda line: print(line, file=sys.stderr), injects=True)
@@ -212,8 +210,7 @@ def run_pair(args: argparse.Namespace) -> None:
     dtype = pick_dtype(args.dtype, device)
     print(f"opened {args.weights}: {checkpoint.description}; computes in {dtype}", file=sys.stderr)
     painter = TextToImage.load(checkpoint, device, DTYPES[dtype])
-    for line in apply_loras(painter, args.lora):
-        print(cli.one_line(line), file=sys.stderr)
+    sys.stderr.writelines(f"{cli.one_line(line)}\n" for line in apply_loras(painter, args.lora))
     model = PairPainter(painter, args.source, args.edit, args.inject, args.steps, args.sampler,
                         args.resolution, args.negative, reweight, windows, args.blend)
     cfg_text = painter.defaults["cfg_text"] if args.cfg_text is None else args.cfg_text

@@ -217,8 +217,7 @@ def run(settings: Settings, problems: list[str]) -> None:
     if settings.recipe and (read_recipe(settings.recipe).get("lora_hash") or hashes) != hashes:
         notes.append(f"{settings.recipe} was made with a LoRA file of other content")
     notes += [add_embedding(editor, path) for path in settings.embedding or []]
-    for note in notes + nano_notes(editor, settings.edit, sizes):
-        print(one_line(note), file=sys.stderr)
+    sys.stderr.writelines(f"{one_line(note)}\n" for note in notes + nano_notes(editor, settings.edit, sizes))
     if settings.fast:
         speed.speed_up(editor.unet, lambda line: print(line, file=sys.stderr))
     sampling = editor.fill_defaults({key: getattr(settings, key) for key in editor.defaults})

@@ -67,7 +67,8 @@ class NoiseSchedule:
             usable &= a.isfinite().all()
         if not usable:
             raise ValueError(f"beta_start = {self.beta_start} and beta_end = {self.beta_end} leave no signal "
-                             f"after num_train_timesteps = {self.num_train_timesteps}, or none to rescale")
+                             f"at the last of num_train_timesteps = {self.num_train_timesteps}, or as much "
+                             "as at the first")
         return a
 
 
@@ -100,7 +101,8 @@ def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
 
     The values equal those of diffusers' schedulers. A DDIM step from timestep t ends at t - n_train // steps,
     but the next step can start elsewhere, so a row of `sigmas` need not begin where the last one ended.
-    Raises ValueError for too many steps, and where eps says nothing about z_0 (ddim, lcm at zero SNR).
+    Raises ValueError for too many steps, and for ddim and lcm if the first step has only noise: eps then does
+    not determine z_0.
     """
     n_train = schedule.num_train_timesteps
     if not 1 <= steps <= n_train:

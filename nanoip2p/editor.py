@@ -87,8 +87,10 @@ class Editor(Model):
     @contextmanager
     def _on_device(self, network: nn.Module, low_memory: bool):
         """Move the network to the device for a `with` block. low_memory: then move it back to the CPU."""
-        network.to(self.device)
+        if next(network.parameters()).device != self.device:  # `to` visits every weight, for milliseconds
+            network.to(self.device)
         try:
             yield
         finally:
-            network.to("cpu" if low_memory else self.device)
+            if low_memory:
+                network.to("cpu")

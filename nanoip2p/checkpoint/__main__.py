@@ -1,8 +1,9 @@
-"""Inspect or convert a checkpoint.
+"""Inspect, convert or merge checkpoints.
 
     python -m nanoip2p.checkpoint instruct-pix2pix-00-22000.ckpt           # list the networks
     python -m nanoip2p.checkpoint in.ckpt out-folder/                      # single file -> diffusers folder
     python -m nanoip2p.checkpoint out-folder/ single.safetensors --dtype fp16
+    python -m nanoip2p.checkpoint merge --help                             # A + (B - C), and weighted sums
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 from nanoip2p.common import cli
 
 with cli.slow_imports():
+    from nanoip2p.checkpoint import merge
     from nanoip2p.checkpoint.load import open_checkpoint
     from nanoip2p.checkpoint.save import convert
     from nanoip2p.checkpoint.tensors import DTYPES
@@ -20,26 +22,46 @@ with cli.slow_imports():
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code, see cli.run."""
-    parser = cli.make_parser(prog="python -m nanoip2p.checkpoint", description=__doc__,
+    words = sys.argv[1:] if argv is None else argv
+    merging = words[:1] == ["merge"]
+    parser = cli.make_parser(prog="python -m nanoip2p.checkpoint" + " merge" * merging,
+                             description=merge.__doc__ if merging else __doc__,
                              formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a folder, a single file, or a name on the Hub")
-    parser.add_argument("target", type=Path, nargs="?",
+    parser.add_argument("target", type=Path, nargs=None if merging else "?",
                         help="a new folder or .safetensors file; default: only inspect the source")
+    if merging:
+        either = parser.add_mutually_exclusive_group(required=True)
+        either.add_argument("--add", metavar="B", help="model to add, less the model of --minus")
+        either.add_argument("--with", metavar="B", dest="other", help="model for a weighted sum")
+        parser.add_argument("--minus", metavar="C", help="base of B, for --add")
+        parser.add_argument("--weight", metavar="M", type=cli.finite, help="default: 1; 0.5 for a sum")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the written weights; default: unchanged")
     parser.add_argument("--ema-copy", action="store_true",
                         help="also write the UNet under the names of the EMA weights")
     cli.add_flags(parser)
 
     def work() -> None:
-        args = parser.parse_args(argv)
+        args = parser.parse_args(words[merging:])
+        if merging and (args.add is None) != (args.minus is None):
+            raise ValueError("--add and --minus need each other: A --add B --minus C is A + (B - C)")
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # deletes unfinished files, as Ctrl-C does
-        checkpoint = open_checkpoint(args.source, args.vae, args.tokenizer, args.raw_weights)
-        print(f"{args.source}: {checkpoint.description}")
+        others = (args.add, args.other, args.minus) if merging else ()
+        sources, opened = [source for source in (args.source, *others) if source is not None], []
+        for source in sources:
+            opened.append(open_checkpoint(source, args.vae, args.tokenizer, args.raw_weights))
+            print(f"{source}: {opened[-1].description}")
+        checkpoint, dtype = opened[0], DTYPES.get(args.dtype)
+        if merging:
+            names = [Path(source).absolute().name for source in sources]
+            share = args.weight if args.weight is not None else 0.5 if args.add is None else 1
+            checkpoint = merge.merge(opened, names, share, dtype)
+            print(f"merged: {checkpoint.merged_from}")
         for part, network in checkpoint.networks.items():
             model = network.model if args.target else network.load(None)  # loading checks the weights
             print(f"  {part:<13}{sum(p.numel() for p in model.parameters()) / 1e6:>8.1f} M parameters")
         if args.target:
-            convert(checkpoint, args.target, DTYPES.get(args.dtype), args.ema_copy)
+            convert(checkpoint, args.target, dtype, args.ema_copy)
             print(f"wrote {args.target}")
             if args.target.suffix == ".safetensors":
                 print("a single file has no tokenizer; keep the source's tokenizer for --tokenizer")

@@ -43,6 +43,7 @@ class Checkpoint:
     tokenizer: str | None  # a folder or a name on the Hub, if the user gave one
     schedule: dict  # the content of scheduler_config.json
     defaults: dict  # the keys of PAPER_DEFAULTS
+    merged_from: str = ""  # the formula of `merge`, for the metadata
 
     def open_tokenizer(self) -> tuple[Path, Tokenizer]:
         """Return (folder, tokenizer). Downloads missing files. ValueError says how to supply them."""

@@ -67,8 +67,7 @@ def apply_loras(model: Model, given: list[str]) -> list[str]:
             merged = layer.weight.detach().float().clone()  # not in place: it may be mapped from a file
             for scale, factors in summands:
                 change = _product(**{role: x.to(merged.device, torch.float32) for role, x in factors.items()})
-                change = change.reshape(*change.shape[:2], *merged.shape[2:])
-                merged[:, : change.shape[1]] += scale * change
+                merged[:, : change.shape[1]] += scale * change.reshape(*change.shape[:2], *merged.shape[2:])
             merged = files.cast(merged, layer.weight.dtype, name)
             files.check_tensors({name: merged}, {name: merged}, Path(" with ".join(given)))
             if change_them:
@@ -112,12 +111,11 @@ def read_lora(model: Model, path: Path) -> tuple[dict, str]:
         else:
             found[place][role] = tensor
     try:
-        if not found:
-            raise ValueError(f"{path} has no LoRA for this model; it has {', '.join([*tensors][:3])}")
-        files.refuse_names(path, "names layers that this model lacks:", [*dict.fromkeys(strays)])
+        strays = [*dict.fromkeys(strays)] if tensors else ["no tensor at all"]
+        files.refuse_names(path, "holds what is no LoRA of a layer of this model:", strays)
         fitted = {place: _fit(*place, parts, path) for place, parts in found.items()}
     except ValueError:
-        refuse_families(tensors, LORAS, path, "LoRAs of Stable Diffusion 1.x")  # the better reason
+        refuse_families(tensors, LORAS, path, "LoRAs of ")  # the better reason
         raise
     layout = {"base": "peft", "lora": "kohya"}.get(next(iter(tensors))[:4], "diffusers")
     own = path.with_name("adapter_config.json")

@@ -21,12 +21,13 @@ from nanoip2p.vae import VAE
 
 def save_parts(
     folder: str | Path, unet: UNet, vae: VAE, text_encoder: TextEncoder, tokenizer_folder: str | Path,
-    scheduler_config: dict, defaults: dict, dtype: torch.dtype | None = torch.float32,
+    scheduler_config: dict, defaults: dict, dtype: torch.dtype | None = torch.float32, merged_from: str = "",
 ) -> None:
     """Write a weights folder that diffusers can load too.
 
     tokenizer_folder: folder of the files to copy. scheduler_config: the content of scheduler_config.json.
     defaults: settings as in PAPER_DEFAULTS. dtype: dtype of the files; None keeps each weight's dtype.
+    merged_from: see load.Checkpoint.
     """
     folder, resolution = Path(folder), (PAPER_DEFAULTS | defaults)["resolution"]
     if defaults.get("sampler") == "lcm":  # so that diffusers takes its few steps, too
@@ -49,6 +50,7 @@ def save_parts(
         "scheduler": ["diffusers", scheduler_config.get("_class_name", "EulerAncestralDiscreteScheduler")],
         "requires_safety_checker": False,
         "safety_checker": [None, None], "feature_extractor": [None, None], "image_encoder": [None, None],
+        **({"_merged_from": merged_from} if merged_from else {}),  # diffusers ignores names with _
     }, folder / "model_index.json")
 
 
@@ -58,11 +60,11 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None = No
 
     dtype: None keeps each tensor's dtype. ema: also write the UNet under the names of the EMA weights, for
     older programs that read those. Checks the checkpoint first; an error while writing leaves no `target`,
-    leftovers of a killed conversion to the same `target` are deleted.
+    leftovers of a killed conversion to the same `target` are deleted. A merge replaces no file.
     Holds one tensor in memory at a time. Raises ValueError for a bad checkpoint or target.
     """
     single, target = target.suffix == ".safetensors", target.resolve()
-    occupied = target.exists() and (not target.is_file() if single else
+    occupied = target.exists() and (checkpoint.merged_from or not target.is_file() if single else
                                     not target.is_dir() or any(target.iterdir()))
     if occupied or target.suffix in (".ckpt", ".pt", ".bin"):
         raise ValueError(f"{target} exists, or is neither a folder nor a .safetensors file; name a new one")
@@ -77,9 +79,11 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None = No
         tensors |= to_original(models["unet"], ema=True) if ema else {}
         metadata = {part: model.config.to_json() for part, model in models.items()}
         metadata |= {"schedule": checkpoint.schedule, "defaults": checkpoint.defaults}
-        marks, noise = {}, NoiseSchedule.from_config(checkpoint.schedule)
-        if noise.prediction_type == "v_prediction":  # for other programs, see marks.py
-            marks = {"modelspec.prediction_type": "v"}
+        # For other programs: the keys of the Model Spec, and marks.py
+        marks = {"modelspec.merged_from": checkpoint.merged_from} if checkpoint.merged_from else {}
+        noise = NoiseSchedule.from_config(checkpoint.schedule)
+        if noise.prediction_type == "v_prediction":
+            marks["modelspec.prediction_type"] = "v"
             tensors |= dict.fromkeys(("v_pred", "ztsnr")[: 1 + noise.rescale_betas_zero_snr], torch.empty(0))
         return write_tensors(tensors, target, dtype, {"nanoip2p": json.dumps(metadata)} | marks)
     tokenizer_folder, _ = checkpoint.open_tokenizer()
@@ -87,4 +91,4 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None = No
         target.rmdir()  # empty
     with replacing(target) as unfinished:
         save_parts(unfinished, *models.values(), tokenizer_folder, checkpoint.schedule, checkpoint.defaults,
-                   dtype)
+                   dtype, checkpoint.merged_from)

@@ -59,9 +59,7 @@ FAMILIES = SHAPES | {
 WIDTH = r"(attn2|self_attn)\S{0,20}[qkv](_proj)?\S{0,20}(down|lora_A)\S{0,20} \(\d+, "  # of texts, in a LoRA
 LORAS = {  # relatives of LoRAs, and LoRAs of other models
     "a DoRA": r"dora_scale|lora_magnitude_vector",
-    "a LoHa": r"\.hada_w",
-    "a LoKr": r"\.lokr_w",
-    "an IA3": r"\.on_input |\.ia3_",
+    "a LoHa, LoKr or IA3": r"\.(hada_w|lokr_w|ia3_|on_input )",
     "a ControlNet-LoRA": r"^lora_controlnet|lllite",
     "a file of full differences (.diff)": r"\.diff(_b)? ",
     "a LoRA of SDXL": rf"^lora_te[12]_|^text_encoder_2\.|{WIDTH}2048",
@@ -255,10 +253,9 @@ def normalised(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     return cleaned
 
 
-def refuse_families(tensors: dict[str, Tensor], families: dict[str, str], path: Path,
-                    reads: str = "Stable Diffusion 1.x") -> None:
+def refuse_families(tensors: dict[str, Tensor], families: dict[str, str], path: Path, kind: str = "") -> None:
     """Raise ValueError if a file belongs to one of `families`; the message names the family."""
     content = "\n".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
     for family, pattern in families.items():
         if re.search(pattern, content, re.MULTILINE):
-            raise ValueError(f"{path}: this is {family}; nanoip2p reads {reads}")
+            raise ValueError(f"{path}: this is {family}; nanoip2p reads {kind}Stable Diffusion 1.x")

@@ -92,8 +92,9 @@ def open_ours(folders, channels):
 
 
 def states(model):
-    """All weights of the UNet and the text encoder, under our names."""
-    return dict(model.unet.state_dict()) | TextEncoder.published_names(model.text_encoder.state_dict())
+    """Copies of all weights of the UNet and the text encoder, under our names."""
+    found = dict(model.unet.state_dict()) | TextEncoder.published_names(model.text_encoder.state_dict())
+    return {name: weight.clone() for name, weight in found.items()}
 
 
 def assert_equal(ours, theirs):
@@ -349,9 +350,9 @@ BAD = {  # what -> (tensors, a part of the message)
     "of Flux": ({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(1)}, "Flux"),
     "of Flux, kohya": ({"lora_unet_double_blocks_0_img_attn_qkv.alpha": torch.ones(1)}, "Flux"),
     "of SD 3": ({"lora_unet_joint_blocks_0_x.lora_down.weight": torch.ones(1)}, "Stable Diffusion 3"),
-    "LoHa": ({"lora_unet_conv_in.hada_w1_a": torch.ones(1)}, "this is a LoHa"),
-    "LoKr": ({"lora_unet_conv_in.lokr_w1": torch.ones(1)}, "this is a LoKr"),
-    "IA3": ({"lora_unet_conv_in.on_input": torch.ones(1)}, "this is an IA3"),
+    "LoHa": ({"lora_unet_conv_in.hada_w1_a": torch.ones(1)}, "this is a LoHa, LoKr or IA3"),
+    "LoKr": ({"lora_unet_conv_in.lokr_w1": torch.ones(1)}, "this is a LoHa, LoKr or IA3"),
+    "IA3": ({"lora_unet_conv_in.on_input": torch.ones(1)}, "this is a LoHa, LoKr or IA3"),
     "DoRA": (one(dora_scale=torch.ones(1)), "this is a DoRA"),
     "DoRA of peft": (named({("unet", LINEAR): (torch.ones(2, 32), torch.ones(32, 2), 0)})
                      | {f"unet.{LINEAR}.lora_magnitude_vector.weight": torch.ones(1)}, "this is a DoRA"),
@@ -360,10 +361,10 @@ BAD = {  # what -> (tensors, a part of the message)
     "ControlNet-LLLite": ({"lllite_unet_input_blocks_4_1.down.0.weight": torch.ones(1)}, "ControlNet-LoRA"),
     "full differences": (one(diff=torch.ones(1)), "full differences"),
     "other layers": (one() | {f"unet.new.{i}.lora_A.weight": torch.ones(1) for i in range(5)},
-                     "names layers that this model lacks: unet.new.0, unet.new.1, unet.new.2 and 2 more"),
-    "a bias": (one() | {f"unet.{LINEAR}.lora_B.bias": torch.ones(1)}, "names layers that this model lacks"),
-    "no LoRA": ({"conv_in.weight": torch.ones(1)}, "has no LoRA for this model; it has conv_in.weight"),
-    "nothing": ({}, "has no LoRA for this model"),
+                     "no LoRA of a layer of this model: unet.new.0, unet.new.1, unet.new.2 and 2 more"),
+    "a bias": (one() | {f"unet.{LINEAR}.lora_B.bias": torch.ones(1)}, "holds what is no LoRA of a layer"),
+    "no LoRA": ({"conv_in.weight": torch.ones(1)}, "no LoRA of a layer of this model: conv_in.weight"),
+    "nothing": ({}, "no tensor at all"),
     "NaN": ({name: x * float("nan") for name, x in one().items()}, "has NaN or infinity in down of"),
     "whole numbers": ({name: x.int() for name, x in one().items()}, "needs floating-point numbers"),
     "alpha 0": (one(alpha=torch.tensor(0.0)), f"alpha of {LINEAR} = 0.0 should be a number from 1e-09"),

@@ -26,6 +26,7 @@ import sample
 import train
 from nanoip2p.checkpoint.embeddings import add_embedding
 from nanoip2p.checkpoint.load import load_model, open_checkpoint
+from nanoip2p.checkpoint.lora import apply_loras, file_hash, write_lora
 from nanoip2p.checkpoint.marks import marked_schedule
 from nanoip2p.checkpoint.save import convert
 from nanoip2p.checkpoint.tensors import find_weights, read_metadata, read_tensors
@@ -39,6 +40,7 @@ from nanoip2p.images import find_images, open_image, read_recipe, save_png
 from nanoip2p.tokenizer import START, load_tokenizer
 from nanoip2p.training import run_folder
 from nanoip2p.training.cache import Cache
+from nanoip2p.unet import UNet, UNetConfig
 
 PICTURE = Image.radial_gradient("L").resize((24, 16)).convert("RGB")
 ROW = {"input": "a red house", "edit": "make it night", "output": "a red house at night"}
@@ -165,6 +167,24 @@ def read_embeddings(folder: Path) -> None:
     for name in ("toy.pt", "learned_embeds.safetensors"):
         add_embedding(model, folder / name)
     model.text_encoder(model.tokenizer(["a toy <cat>"]))
+
+
+def write_loras(folder: Path) -> None:
+    """LoRAs of kohya, with mid tensors, and of diffusers, with its metadata."""
+    base = "lora_unet_down_blocks_0_resnets_0_conv1"
+    save_file({f"{base}.lora_down.weight": torch.ones(2, 8, 1, 1), f"{base}.lora_up.weight": torch.ones(8, 2),
+               f"{base}.lora_mid.weight": torch.ones(2, 2, 3, 3), f"{base}.alpha": torch.tensor(2.0)},
+              folder / "kohya.safetensors")
+    write_lora(folder / "diffusers.safetensors", {"conv_in": (torch.ones(1, 4, 3, 3), torch.ones(8, 1))}, 2)
+
+
+def read_loras(folder: Path) -> None:
+    """What sample.py does with --lora."""
+    unet = UNet(UNetConfig(8, 4, (8,), ("DownBlock2D",), ("UpBlock2D",), 1, 1, 8, 4))
+    model = types.SimpleNamespace(unet=unet, text_encoder=TextEncoder(CLIPTextConfig(600, 8, 8, 1, 1)))
+    for lora in (f"{folder / 'kohya.safetensors'}:0.5", str(folder / "diffusers.safetensors")):
+        apply_loras(model, [lora])
+        file_hash(lora)
 
 
 def write_shards(folder: Path) -> None:
@@ -431,23 +451,25 @@ def write_curve(folder: Path) -> None:
     (folder / "curve.png").unlink()
 
 
+def read_curve(folder: Path) -> None:
+    """The plot, and the search for a point."""
+    rows = curve.read_points(folder / "curve.jsonl")
+    curve.plot(folder / "curve.png", lambda axes: curve.draw(rows, axes))
+
+
 def write_calls(folder: Path) -> None:
     """Points of success over network calls."""
     write_rows(folder / "calls.jsonl", *[{
         "weights": "weights/nano-ip2p", "networks": "0123456789abcdef", "sampler": "lcm", "calls": 4 * i,
         "n": 140, "success": 0.25 * i, "error": 0.02, "psnr": None} for i in (1, 2)])
+    read_calls(folder)  # as above
+    (folder / "calls.png").unlink()
 
 
 def read_calls(folder: Path) -> None:
     """The points, and the plot that is drawn from them."""
     rows = calls.read_points(folder / "calls.jsonl")
     calls.plot(folder / "calls.png", lambda axes: calls.draw(rows, axes), xscale="log")
-
-
-def read_curve(folder: Path) -> None:
-    """The plot, and the search for a point."""
-    rows = curve.read_points(folder / "curve.jsonl")
-    curve.plot(folder / "curve.png", lambda axes: curve.draw(rows, axes))
 
 
 def write_scores(folder: Path) -> None:
@@ -468,6 +490,7 @@ READERS = {
     "pickle": (write_pickle, find_weights),
     "packed": (write_packed, find_weights), "tokenizer": (write_fast_tokenizer, read_tokenizer),
     "embeddings": (write_embeddings, read_embeddings),
+    "loras": (write_loras, read_loras),
     "shards": (write_shards, find_weights), "clip": (write_tiny_clip, read_judge),
     "pictures": (write_pictures, read_pictures), "recipe": (write_recipe, read_recipe_and_plan),
     "texts": (write_texts, read_texts), "answer": (write_answer, read_answer),

@@ -19,7 +19,9 @@ MODULES = {"checkpoint": "nanoip2p.checkpoint.__main__", "evaluate": "nanoip2p.e
 COMMANDS = {"sample": (sample.main, sample.parse), "train": (train.main, train.parse),
             "make_dataset": (make_dataset.main, make_dataset.parse),
             **{name: (importlib.import_module(module).main, None) for name, module in MODULES.items()}}
-NEEDED = {"sample": ["--input", "a", "--edit", "b", "--output", "c"], "train": ["--check", "--data", "a"]}
+COMMANDS["merge"] = (lambda words: COMMANDS["checkpoint"][0](["merge", *words]), None)
+NEEDED = {"sample": ["--input", "a", "--edit", "b", "--output", "c"], "train": ["--check", "--data", "a"],
+          "merge": ["A", "out"]}
 ODD = ("", " ", "0", "-1", "1", "9" * 30, "9" * 5000, "1e400", "-1e308", "nan", "inf", "-inf", "0x10", "٣",
        "1_0", "--", "-", "=", "==", "a=--", "\x1b[2J", "a\nb", "\udcff", "夜", "x" * 10_000, "../x", "*", "[",
        "{}", "None", "true")

@@ -8,6 +8,7 @@ from test_editor import difference
 from tiny_editor import write_tiny_editor
 
 import make_dataset
+from nanoip2p.checkpoint.lora import write_lora
 from nanoip2p.dataset import show
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.images import grid
@@ -131,3 +132,14 @@ def test_an_editor_cannot_paint(tmp_path, capsys):
     assert command(folder, tmp_path / "pair.png") == 2
     assert "this is an editor, for sample.py" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "pair.png").exists()
+
+
+def test_a_lora_changes_the_pair(folder, painter, tmp_path, capsys):
+    path, layer = tmp_path / "l.safetensors", painter.unet.conv_out
+    torch.manual_seed(0)
+    write_lora(path, {"conv_out": (torch.randn(2, *layer.weight.shape[1:]), torch.randn(4, 2))}, 2)
+    assert command(folder, tmp_path / "a.png") == 0
+    assert command(folder, tmp_path / "b.png", "--lora", f"{path}:0.1") == 0
+    assert f"added {path} at weight 0.1" in capsys.readouterr().err
+    assert not np.array_equal(Image.open(tmp_path / "a.png"), Image.open(tmp_path / "b.png"))
+    assert command(folder, tmp_path / "c.png", "--lora", f"{path}:much") == 2

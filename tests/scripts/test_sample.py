@@ -1,5 +1,6 @@
 """sample.py as people use it: in this process for speed, and once as a command."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from tiny_editor import DEFAULTS, write_tiny_editor
 import nanoip2p
 import sample
 from nanoip2p import pipeline
+from nanoip2p.checkpoint.lora import write_lora
 from nanoip2p.editor import Editor
 from nanoip2p.images import grid, open_image, read_recipe, save_png
 from nanoip2p.speed import fast as speed
@@ -88,7 +90,7 @@ def test_the_recipe_names_everything(run, weights):
         "resolution": DEFAULTS["resolution"], "weights": str(weights), "dtype": "fp32",
         "keep_size": False, "grid": False, "sweep": False, "low_memory": False,
         "raw_weights": None, "raw_text": False, "embedding": None,
-        "vae": None, "tokenizer": None,
+        "vae": None, "tokenizer": None, "lora": None, "lora_hash": [],
         "version": nanoip2p.__version__, "torch": torch.__version__,
     }
     assert recipe == expected
@@ -360,6 +362,9 @@ WRONG = {
     "dtype": (one("--dtype", "fp8"), "invalid choice: 'fp8'"),
     "weights": (one("--weights", "nowhere"), "no file or folder nowhere"),
     "no recipe": (["--recipe", "house.png", "--output", "o.png"], "has no recipe"),
+    "no LoRA": (one("--lora", "house.png", output="o.png"), "house.png is damaged or no safetensors file"),
+    "absent LoRA": (one("--lora", "x.safetensors:2", output="o.png"), "x.safetensors is missing"),
+    "a weight of a LoRA": (one("--lora", "x:much", output="o.png"), "--lora x:much: .* 'much' is no weight"),
     "absent recipe": (["--recipe", "absent.png", "--output", "o.png"], "absent.png"),
 }
 
@@ -408,6 +413,11 @@ RECIPES = {
     "embedding": ({"embedding": ["weights/nano-sd/defaults.json", "void/x.pt"]},
                   "names the embedding void/x.pt, not in weights/; if you mean it, give --embedding"),
     "embeddings": ({"embedding": ["x"] * 17}, "brings --embedding 17, more than 16"),
+    "lora": ({"lora": ["weights/nano-sd/defaults.json:0.5", "void/x.safetensors:0.5"]},
+             "names the lora void/x.safetensors, not in weights/; if you mean it, give --lora yourself"),
+    "a way out by a weight": ({"lora": ["weights/../house.png:0.5"]}, "house.png, not in weights/"),
+    "a weight": ({"lora": ["weights/x:much"]}, "'much' is no weight"),
+    "loras": ({"lora": ["x"] * 17}, "brings --lora 17, more than 16"),
 }
 
 
@@ -430,6 +440,31 @@ def test_what_a_recipe_may_not_say_the_user_may(run, weights):
     settings = sample.parse(["--recipe", "odd.png", "--output", "out/", *given])
     assert settings.n == 17 and settings.weights == "owner/name" and settings.input == ["*.png"]
     assert settings.embedding == ["e.pt"]
+
+
+@pytest.mark.parametrize("more", [(), ("--low-memory",), ("--fast",), ("--dtype", "bf16")])
+def test_loras_are_added_and_their_hashes_are_in_the_recipe(more, run, weights, capsys):
+    editor = Editor.load(weights, device="cpu")
+    for seed, name in enumerate(("a.safetensors", "b.safetensors")):
+        torch.manual_seed(seed)
+        write_lora(Path(name), {layer: (torch.randn(2, *module.weight.shape[1:]) / 16,
+                                        torch.randn(len(module.weight), 2) / 2)
+                                for layer, module in editor.unet.named_modules()
+                                if layer.endswith(("conv1", "conv_in", "to_q"))}, 2)
+    assert run(*one("--seed", "3", *more, output="plain.png")) == 0
+    assert run(*one("--seed", "3", *more, "--lora", "a.safetensors:0.5", "--lora", "a.safetensors")) == 0
+    assert "added a.safetensors once more at weight 1: diffusers LoRA" in capsys.readouterr().err
+    assert abs(pixels("out.png") - pixels("plain.png")).mean() > 1
+    recipe = read_recipe("out.png")
+    assert recipe["lora"] == ["a.safetensors:0.5", "a.safetensors"]
+    assert recipe["lora_hash"] == [hashlib.sha256(Path("a.safetensors").read_bytes()).hexdigest()[:10]] * 2
+    argv = [*more, "--lora", "a.safetensors:0.5", "--lora", "a.safetensors"]
+    assert again(run, "out.png", *argv) == 0
+    assert np.array_equal(pixels("again.png"), pixels("out.png"))
+    assert "other content" not in capsys.readouterr().err
+    Path("b.safetensors").rename("a.safetensors")
+    assert again(run, "out.png", *argv) == 0
+    assert "out.png was made with a LoRA file of other content" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["weights/nano-sd", "./weights/nano-sd",
