@@ -29,10 +29,9 @@ def is_blind(unet: UNet) -> bool:
 
 
 def freeze(unet: UNet, dtype: torch.dtype) -> UNet:
-    """A copy with frozen weights, those of linear layers and convolutions in `dtype`, the others as they are.
+    """A frozen copy. Linear layers and convolutions get `dtype`, as autocast would do in each step.
 
-    Autocast would convert these in each step, to the same numbers. Weights that need no conversion share the
-    memory of `unet`.
+    Weights that need no conversion share the memory of `unet`.
     """
     frozen = {}
     for layer in unet.modules():
@@ -45,8 +44,8 @@ def freeze(unet: UNet, dtype: torch.dtype) -> UNet:
 def attach(unet: UNet, rank: int, layers: str, seed: int, conv_in: Tensor | None = None) -> None:
     """Add `lora_down` and `lora_up` to the chosen layers of a frozen UNet, in place.
 
-    layers: a key of LAYERS. seed: of the random `down`, drawn as in peft and kohya. conv_in: the weight of
-    this layer, which is then trained in full: a few thousand numbers, and a low rank cannot learn to see.
+    layers: a key of LAYERS. seed: of the random `down`, drawn as in peft and kohya. conv_in: if given, the
+    weight of this layer, which is then trained in full, since it has to learn to see.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, layer in unet.named_modules():
@@ -62,25 +61,24 @@ def attach(unet: UNet, rank: int, layers: str, seed: int, conv_in: Tensor | None
 
 def add_low_rank(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
     """The forward hook of a layer: its output plus that of the thin matrices."""
-    down, up = layer.lora_down, layer.lora_up
     if isinstance(layer, nn.Linear):
-        return output + F.linear(F.linear(*inputs, down), up)
-    return output + F.conv2d(F.conv2d(*inputs, down, None, layer.stride, layer.padding), up[:, :, None, None])
+        return output + F.linear(F.linear(*inputs, layer.lora_down), layer.lora_up)
+    low = F.conv2d(*inputs, layer.lora_down, None, layer.stride, layer.padding)          # (B, r, h, w)
+    return output + F.conv2d(low, layer.lora_up[:, :, None, None])
 
 
 def layers_of(unet: UNet, base: UNet, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Name of a layer -> (down, up) on the CPU, as `write_lora` takes them with alpha = rank.
 
-    unet: with LoRA. base: what the training began with. A conv_in that was trained in full becomes a LoRA
-    too, without loss: `down` copies each number below the kernel, and `up` is the change of the weight.
+    unet: with LoRA. base: what training began with. A conv_in that was trained in full becomes an exact LoRA:
+    `down` copies each number below the kernel, and `up` is the change of the weight.
     """
     layers = {name: (layer.lora_down.detach().cpu(), layer.lora_up.detach().cpu())
               for name, layer in unet.named_modules() if hasattr(layer, "lora_down")}
     if is_blind(base):
-        change = (unet.conv_in.weight.detach().cpu() - base.conv_in.weight).detach()     # (out, in, k, k)
-        numbers = change[0].numel()
-        down = torch.eye(numbers).view(numbers, *change.shape[1:])
-        layers["conv_in"] = down, change.flatten(1) * (numbers / rank)
+        change = (unet.conv_in.weight.cpu() - base.conv_in.weight).detach()              # (out, in, k, k)
+        n = change[0].numel()
+        layers["conv_in"] = torch.eye(n).view(n, *change.shape[1:]), change.flatten(1) * (n / rank)
     return layers
 
 
