@@ -5,8 +5,8 @@ A layer with the frozen weight W (out, in) and the input x computes
     x W^T + (x down^T) up^T            down (r, in), up (out, r), with the rank r far below in and out
 
 In a convolution, `down` has its kernel (r, in, k, k) and its stride, and `up` is a convolution of 1x1. `up`
-starts at zero. Gradients, Adam's moments and the average exist for the thin matrices only, and training never
-forms their product. Alpha equals the rank, as in diffusers' scripts: the factor alpha / r is 1.
+starts at zero. Gradients, Adam's moments and the average exist for the thin matrices only. Alpha equals the
+rank, as in diffusers' scripts: the factor alpha / r is 1.
 """
 
 import copy
@@ -29,9 +29,9 @@ def is_blind(unet: UNet) -> bool:
 
 
 def freeze(unet: UNet, dtype: torch.dtype) -> UNet:
-    """A frozen copy. Linear layers and convolutions get `dtype`, as autocast would do in each step.
+    """A frozen copy, its linear layers and convolutions in `dtype`, to which autocast would convert each step.
 
-    Weights that need no conversion share the memory of `unet`.
+    It shares the memory of weights that need no conversion.
     """
     frozen = {}
     for layer in unet.modules():
@@ -44,8 +44,8 @@ def freeze(unet: UNet, dtype: torch.dtype) -> UNet:
 def attach(unet: UNet, rank: int, layers: str, seed: int, conv_in: Tensor | None = None) -> None:
     """Add `lora_down` and `lora_up` to the chosen layers of a frozen UNet, in place.
 
-    layers: a key of LAYERS. seed: of the random `down`, drawn as in peft and kohya. conv_in: if given, the
-    weight of this layer, which is then trained in full, since it has to learn to see.
+    layers: a key of LAYERS. seed: of the random `down`, drawn as in peft and kohya. conv_in: the weight of
+    this layer, if it is to be trained in full.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, layer in unet.named_modules():
