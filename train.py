@@ -69,6 +69,8 @@ def parse(argv: list[str] | None) -> TrainConfig:
             raise ValueError(f"--{name} is needed (or --resume RUN)")
     if config.resume:
         return config
+    if config.lora_layers != "attention" and not config.rank:
+        raise ValueError("--lora-layers is for --lora RANK; leave it out")
     if config.data == "scenes" and config.columns:
         raise ValueError("--columns has no effect on --data scenes; leave it out")
     if config.data == "scenes" and config.out and not config.cache:  # rendering takes longer than training

@@ -108,8 +108,6 @@ class TrainConfig:
         ranks = [int(word) for word in self.lora or () if NUMBER.fullmatch(word)]
         if len(ranks) > 1 or not all(1 <= rank <= MOST_RANK for rank in ranks):
             raise ValueError(f"--lora {' '.join(map(str, ranks))}: give one rank, from 1 to {MOST_RANK}")
-        if self.lora_layers != "attention" and not ranks:
-            raise ValueError("--lora-layers is for --lora RANK; leave it out")
         if self.distill and (self.snr_gamma or self.ema_device == "cpu"):
             raise ValueError("--distill needs its average at hand, and has no SNR weights: leave out "
                              "--ema-device cpu and --snr-gamma")
@@ -149,8 +147,8 @@ class TrainConfig:
                 if kind is str and any(item.startswith("-") for item in items):  # argparse sees a flag
                     raise ValueError(f"{name} should not begin with a dash")
                 argv += [name, *items]
-            elif isinstance(value, list) and key == "lora":
-                argv += [f"{name}={item}" for item in checked(value, list[str], name)]
+            elif key == "lora":
+                argv += [f"{name}={item}" for item in checked(value or [], list[str], name)]
             elif isinstance(value, bool) and value != fields[key].default:
                 argv.append(name if value else name.replace("--", "--no-", 1))
             elif value is not None and not isinstance(value, bool):

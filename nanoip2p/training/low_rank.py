@@ -29,7 +29,7 @@ def is_blind(unet: UNet) -> bool:
 
 
 def freeze(unet: UNet, dtype: torch.dtype) -> UNet:
-    """A frozen copy, its linear layers and convolutions in `dtype`, to which autocast would convert each step.
+    """A frozen copy, with linear layers and convolutions in `dtype`, as autocast has them in each step.
 
     It shares the memory of weights that need no conversion.
     """
@@ -77,8 +77,8 @@ def layers_of(unet: UNet, base: UNet, rank: int) -> dict[str, tuple[Tensor, Tens
               for name, layer in unet.named_modules() if hasattr(layer, "lora_down")}
     if is_blind(base):
         change = (unet.conv_in.weight.cpu() - base.conv_in.weight).detach()              # (out, in, k, k)
-        n = change[0].numel()
-        layers["conv_in"] = torch.eye(n).view(n, *change.shape[1:]), change.flatten(1) * (n / rank)
+        down = torch.eye(change[0].numel()).unflatten(1, change.shape[1:])
+        layers["conv_in"] = down, change.flatten(1) * (len(down) / rank)
     return layers
 
 

@@ -662,7 +662,7 @@ OTHERS = {"weights": ["elsewhere"], "data": ["elsewhere"], "pairs": [25], "kind-
           "dtype": ["bf16"], "flip": [], "text-to-image": [], "warmup": [3],
           "cooldown": [0.1], "drop": [0, 0, 0], "vae": ["elsewhere"], "tokenizer": ["elsewhere"],
           "raw-weights": [], "columns": ["a", "b", "c"], "distill": ["elsewhere"], "cfg-text": [1, 2],
-          "cfg-image": [1, 2]}
+          "cfg-image": [1, 2], "lora": [4], "lora-layers": ["all"]}
 
 
 def test_every_flag_of_the_recipe_is_known_to_the_next_test():
