@@ -29,10 +29,7 @@ def is_blind(unet: UNet) -> bool:
 
 
 def freeze(unet: UNet, dtype: torch.dtype) -> UNet:
-    """A frozen copy, with linear layers and convolutions in `dtype`, as autocast has them in each step.
-
-    It shares the memory of weights that need no conversion.
-    """
+    """A frozen copy, with linear layers and convolutions in `dtype`. Shares weights that have it already."""
     frozen = {}
     for layer in unet.modules():
         for weight in layer.parameters(recurse=False):
