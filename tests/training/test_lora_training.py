@@ -261,6 +261,8 @@ def test_checkpoints_hold_what_is_trained_and_nothing_else(made):
         assert all(file.keys() == files[0].keys() for file in files)
         whole = {name for name in files[0] if ".lora_" not in name}
         assert whole == ({"conv_in.weight"} if channels == 4 else set())
+        exported = load_model(out / "weights").unet.state_dict()
+        assert all(torch.allclose(exported[name], files[1][name], 0, 1e-6) for name in whole)
         layer = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_down"
         assert files[0][layer].shape == (3, 32) and ("conv_out.lora_up" in files[0]) == (layers == "all")
 
