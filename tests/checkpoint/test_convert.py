@@ -400,7 +400,7 @@ def shorter_vocabulary(base):
 
 MISFITS = {
     "no tokenizer": (lambda base: shutil.rmtree(base / "tokenizer"), "vocab.json"),
-    "another tokenizer": (shorter_vocabulary, "the text encoder reads 77 with ids below 300"),
+    "another tokenizer": (shorter_vocabulary, "the text encoder reads 77, ids below 300"),
     "schedule of words": (lambda base: rewrite(base / "scheduler/scheduler_config.json", beta_start="x"),
                           "noise schedule"),
     "inpainting": (lambda base: rewrite(base / "unet/config.json", in_channels=9), "9 input and 4 out"),

@@ -343,7 +343,7 @@ def test_other_quantisations_are_refused_by_name(tmp_path, kind):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ValueError, match=f"is of {kind}; nanoip2p reads F32, F16, BF16, Q8_0"):
+    with pytest.raises(ValueError, match=f"holds {kind}; nanoip2p reads F32, F16, BF16, Q8_0"):
         read_tensors(tmp_path / "x.gguf")
 
 
