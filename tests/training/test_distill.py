@@ -13,6 +13,7 @@ from train_runs import state, words
 import train
 from nanoip2p.diffusion import NoiseSchedule, plan
 from nanoip2p.editor import Editor
+from nanoip2p.training.config import PRESETS
 from nanoip2p.training.distill import STUDENT_DEFAULTS, Teacher, on_grid
 from nanoip2p.unet import UNet
 
@@ -132,6 +133,12 @@ def test_a_run_resumes_exactly_and_writes_an_editor_of_four_steps(tmp_path):
     peer = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(folder)
     assert type(peer.scheduler) is diffusers.LCMScheduler
     assert editor.defaults["sampler"] == "lcm"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_goes_with_a_teacher(preset):
+    config = train.parse(["--distill", "w", "--preset", preset, "--data", "d", "--out", "o"])
+    assert (config.ema_device, config.snr_gamma, config.ema_decay) == ("same", 0, 0.95)
 
 
 def test_a_text_to_image_model_is_distilled_too(tmp_path):
