@@ -46,7 +46,7 @@ NOT_IN_RECIPE = ("output", "recipe", "device", "fast", "batch")
 # A recipe comes from strangers: larger numbers, or longer lists, need the user's own flag
 MOST = {"n": 16, "steps": 1000, "resolution": 2048, "edit": 64, "input": 100, "embedding": 16, "lora": 16}
 LOADED = ("weights", "vae", "tokenizer", "embedding", "lora")  # a recipe names only files in weights/
-MOST_PICTURES = 10**6  # of one command: their plan takes 1 minute and 0.6 GB
+MOST_PICTURES = 10**6  # of one command; planning them takes 1 minute and 0.6 GB
 # --sweep varies both scales. From the paper's defaults it covers cfg_text 3 ... 12 and cfg_image 1 ... 2
 SWEEP_FACTORS = (0.4, 0.7, 1, 1.3, 1.6)      # multiply cfg_text
 SWEEP_STEPS = (-0.5, -0.25, 0, 0.25, 0.5)    # added to cfg_image
@@ -56,7 +56,7 @@ NANO_RESOLUTION, NANO_VOCABULARY, PHOTO = 64, 1000, 256
 
 @dataclass(frozen=True)
 class Settings:
-    """The flags with their defaults. The recipe in a PNG stores all but NOT_IN_RECIPE."""
+    """The flags with their defaults. The recipe in a PNG stores all except NOT_IN_RECIPE."""
 
     input: list[str] | None = flag("pictures, globs or folders", nargs="+", action="extend",
                                    group="what to edit, and how")
@@ -135,7 +135,7 @@ def parse(argv: list[str] | None) -> Settings:
 def as_flags(path: str, given: dict) -> list[str]:
     """Turn the recipe of a PNG into command-line flags, so that the parser checks the ranges.
 
-    Leaves out the settings `given` and the defaults. Raises ValueError for what only the user may decide:
+    Leaves out the settings `given` and the defaults. Raises ValueError for what only the user may choose:
     weights other than the shipped ones, which may be fetched; inputs that are no files; large numbers.
     """
     recipe, argv = {"raw_text": True} | read_recipe(path), []  # the first recipes are older than raw_text
@@ -204,7 +204,7 @@ def run(settings: Settings, problems: list[str]) -> None:
     for path in inputs:
         try:
             sizes[path] = open_image(path).size
-        except ValueError as error:  # is told before the long work
+        except ValueError as error:  # show it before the long work
             leave_out(error, path, problems, len(inputs))
     checkpoint = open_checkpoint(
         find_weights(settings.weights), settings.vae, settings.tokenizer, settings.raw_weights)
@@ -249,7 +249,7 @@ def run(settings: Settings, problems: list[str]) -> None:
 
 
 def leave_out(error: ValueError, path: str, problems: list[str], of: int) -> None:
-    """Show the problem of a picture, and add it to `problems`. Raises it if it is the last `of` so many."""
+    """Show the problem of a picture, and add it to `problems`. Raises it if none of `of` is left."""
     problem = str(error) if path in str(error) else f"{path}: {error}"
     if len(problems) + 1 >= of:
         raise ValueError(problem) from None

@@ -108,7 +108,7 @@ def resumed(parser: ArgumentParser, given: dict) -> TrainConfig:
 
 
 def read_items(config: TrainConfig, broken: Set[Picture] = frozenset()) -> tuple[list[Item], list[Item]]:
-    """Training and validation items, without pairs with pictures that are known to be broken.
+    """Training and validation items, without the pairs whose pictures are in `broken`.
 
     If there is no validation split, validates on training items.
     """

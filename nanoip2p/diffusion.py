@@ -86,8 +86,7 @@ class Plan(NamedTuple):
     """The steps that a sampler takes."""
 
     timesteps: list[float]  # n, decreasing: the timestep that the UNet gets at each step
-    sigmas: Tensor          # (n, 3) float32: step i goes from noise level sigmas[i, 0] to sigmas[i, 1];
-                            # sigmas[i, 2] is its timestep
+    sigmas: Tensor          # (n, 3) float32: noise levels before and after each step, and its timestep
     start_scale: float      # standard deviation of the noise with which the sampler starts
     prediction_type: str = "epsilon"  # of the NoiseSchedule
 

@@ -10,6 +10,7 @@ from nanoip2p.common.files import check_writable
 from nanoip2p.editor import Editor
 from nanoip2p.images import grid, open_image, save_png
 
+SETTINGS = {"sampler": "dpmpp_2m", "steps": 4}  # as good as 20 steps of the default, see docs/results.md
 WEIGHTS = Path(__file__).resolve().with_name("nano-ip2p")
 EDITS = {
     "house": ("make it night", "turn the house blue", "replace the house with a tree"),
@@ -25,7 +26,8 @@ def run(weights: Path, out: Path, device: str | None = None) -> None:
     editor = Editor.load(weights, device)
     inputs = {name: open_image(weights / "examples" / f"{name}.png") for name in EDITS}
     asked = [(inputs[name], edit) for name, edits in EDITS.items() for edit in edits]
-    edited = iter(editor.edit(*map(list, zip(*asked)), seed=0, progress=True, batch=len(asked)))
+    edited = iter(editor.edit(*map(list, zip(*asked)), seed=0, progress=True, batch=len(asked),
+                              **SETTINGS))
     rows = [[inputs[name], *(next(edited) for _ in edits)] for name, edits in EDITS.items()]
     save_png(grid(rows, [["input", *edits] for edits in EDITS.values()]), out, {})
     print(f"wrote {out}: the inputs on the left, the edits on the right")

@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
             convert(checkpoint, args.target, dtype, args.ema_copy)
             print(f"wrote {args.target}")
             if args.target.suffix == ".safetensors":
-                print("a single file has no tokenizer; keep the source's tokenizer for --tokenizer")
+                print("a single file has no tokenizer; to use it, name the source's with --tokenizer")
 
     return cli.run(work, "interrupted; nothing was written", "close other programs")
 

@@ -59,8 +59,8 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None = No
     """Write a checkpoint to a single file if `target` ends in .safetensors, else to a diffusers folder.
 
     dtype: None keeps each tensor's dtype. ema: also write the UNet under the names of the EMA weights, for
-    older programs that read those. Checks the checkpoint first; an error while writing leaves no `target`,
-    leftovers of a killed conversion to the same `target` are deleted. A merge replaces no file.
+    older programs that read those. Checks the checkpoint first. An error while writing leaves no `target`.
+    Deletes leftovers of a killed conversion to the same `target`. A merge replaces no file.
     Holds one tensor in memory at a time. Raises ValueError for a bad checkpoint or target.
     """
     single, target = target.suffix == ".safetensors", target.resolve()

@@ -7,7 +7,7 @@
 
 Several processes can share a folder: each process takes the next unclaimed prompt. --seed, prompt number and
 candidate number determine all random numbers of a candidate, so interruptions do not change the result.
-The original draws p and the guidance from torch's generator, so one of its seeds makes another pair here.
+The original draws p and the guidance from torch's generator, so its seeds give other pairs here.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ MOST = 10_000  # of each number in pairs.json: 100 times as many candidates as i
 
 @dataclass(frozen=True)
 class PairSettings:
-    """Settings. Names and defaults follow the original's generate_img_dataset.py. ValueError if invalid."""
+    """The settings, with names and defaults of the original's generate_img_dataset.py. ValueError if invalid."""
 
     n_samples: int = flag("number of candidates", 100, type=at_least(1), group="candidates of each prompt")
     early_stop: int = flag("stop after N passing candidates; 0: never", 0, type=at_least(0), metavar="N")
@@ -211,7 +211,7 @@ def make_pairs(prompts: list[Prompt], out: Path, painter: TextToImage, judge: Ju
 
 
 def job_of(painter: TextToImage, judge: Judge, settings: PairSettings) -> dict:
-    """All that affects the result, except the prompts. Omits `batch` (only rounding) and `clip` (hashed)."""
+    """All that affects the result, except the prompts. Omits `batch`, which changes rounding, and `clip`."""
     fixed = (painter.schedule, painter.vae.scaling_factor, judge.mean.tolist(), judge.std.tolist())
     tokenizers = [model.tokenizer.backend.to_str() for model in (painter, judge)]
     networks = fingerprint(painter.unet, painter.vae, painter.text_encoder, judge.clip,

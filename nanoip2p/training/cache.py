@@ -49,7 +49,7 @@ class Cache:
             "text encoder": fingerprint(text_encoder, begin=repr(begin).encode()),
             "dataset": hashlib.sha256(repr(content).encode()).hexdigest()[:16],
             "resolution": resolution, "flips": flips,
-            "reading": 2}, "--cache")  # raise it when pictures or texts are read in another way
+            "reading": 2}, "--cache")  # increase it when pictures or texts are read in another way
         side = resolution // vae.downsampling
         kinds = (("texts", "texts", texts, [tokenizer.length, text_encoder.config.hidden_size]),
                  ("pictures", "moments", pictures, [1 + flips, 2 * vae.config.latent_channels, side, side]))

@@ -54,9 +54,9 @@ class TrainConfig:
                                         (1.0,) * len(EDIT_KINDS), type=between(0), nargs=len(EDIT_KINDS))
     text_to_image: bool = flag("train a text-to-image model on the captions of --data scenes", False)
     cache: Path | None = flag("encode all pictures and texts once, into this folder", type=Path)
-    columns: Sequence[str] | None = flag("names of the columns of --data, if they are unknown here", nargs=3,
+    columns: Sequence[str] | None = flag("column names of --data, if no known dataset has them", nargs=3,
                                          metavar=("INPUT", "EDIT", "OUTPUT"))
-    skip_bad: bool = flag("leave out what is missing, broken or not readable", False)
+    skip_bad: bool = flag("leave out what is missing, broken or unreadable", False)
     out: Path | None = flag("folder of this run", type=Path)
     distill: str | None = flag("instead of --weights: teach this editor to edit in four network calls")
     resume: Path | None = flag("continue the run in this folder, with its settings", type=Path)
@@ -86,7 +86,7 @@ class TrainConfig:
     device: str | None = flag("cuda, mps or cpu (default: the first that works)", group="running")
     workers: int | None = flag("processes that load data (default: 4 with CUDA, else 0)",
                                type=at_least(0, MOST_WORKERS))
-    timeout: float = flag("seconds after which ranks give up one that died or was stopped", 30.0,
+    timeout: float = flag("seconds without a heartbeat after which the other ranks end", 30.0,
                           type=between(1))
     recompute: bool = flag("gradient checkpointing: slower, but needs less memory", False, action=SWITCH)
     ema_device: str = flag("device of the averaged (EMA) weights", "same", choices=("same", "cpu"))
@@ -133,7 +133,7 @@ class TrainConfig:
     def as_flags(cls, settings: dict) -> list[str]:
         """The flags for settings that `to_json` made, so that the parser checks them.
 
-        Raises ValueError for an unknown setting, unless it is off.
+        Raises ValueError for an unknown setting, unless it is None, False or 0.
         """
         fields, argv = cls.__dataclass_fields__, []
         known = fields.keys() - NOT_STORED | {"out"}  # older runs stored `out`

@@ -46,7 +46,7 @@ class Ranks:
         reduced = torch.tensor(number, dtype=torch.float64)
         if self.count > 1:
             work = dist.all_reduce(reduced, operation, group=self.group, async_op=True)
-            while not work.is_completed():  # not `wait`: no handler of a signal runs in it
+            while not work.is_completed():  # `wait` would block the signal handlers
                 time.sleep(0.001)
             work.wait()
         return reduced.item()
@@ -59,11 +59,11 @@ class Watch:
 
     def __init__(self, rank: int, count: int, timeout: float):
         """Join the store that the ranks share. timeout: in seconds."""
-        # A connection of its own: the main thread may be waiting in the one of the process group
+        # Its own connection, because the main thread may be waiting in that of the process group
         self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=JOIN)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
         self.rank, self.timeout, self.keys = rank, timeout, [f"{attempt} lives {n}" for n in range(count)]
-        # For each rank: its last heartbeat, and the ticks since. Not seconds: they go on during Ctrl-Z
+        # For each rank: its last heartbeat, and the ticks since. Seconds would pass during Ctrl-Z too
         self.beats, self.silent = [b""] * count, [0] * count
         self.left, self.failed = threading.Event(), False
         self.listener = threading.Thread(target=self.listen, daemon=True)
@@ -98,7 +98,7 @@ class Watch:
                 os._exit(2)  # the main thread may be waiting in a library, for ever
 
     def leave(self) -> None:
-        """Say that this rank ends. It watches no more."""
+        """Tell the other ranks that this rank ends, and stop watching them."""
         self.left.set()
         self.listener.join(1)
 
@@ -136,8 +136,8 @@ def started(device: str | None, timeout: float) -> Iterator[Ranks]:
         watch.leave()
         raise
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError):  # perhaps the connection to a dead rank:
-            print(f"rank {rank}: {error}", file=sys.stderr)  # the watch names it and ends this process
+        if not isinstance(error, torch.OutOfMemoryError):  # a dead rank causes one, too;
+            print(f"rank {rank}: {error}", file=sys.stderr)  # the watch then names it and ends this process
             watch.failed = True
             time.sleep(timeout)
         raise

@@ -1,7 +1,7 @@
 """Signals and closed streams during training: a run ends within seconds, and with a checkpoint.
 
 A signal sets a mark, which training reads before each micro-batch, and ends `interruptible` work. An
-unfinished step is dropped before it changes the weights. Only the third Ctrl-C ends the run anywhere.
+unfinished step is dropped before it changes the weights. Only the third Ctrl-C ends the run at any place.
 """
 
 import io
@@ -17,7 +17,7 @@ LOADERS: list = []        # the processes that load data
 
 
 class AtOnce(KeyboardInterrupt):
-    """The third Ctrl-C: what was being written or computed is lost."""
+    """The third Ctrl-C. What the run was writing or computing is lost."""
 
 
 class Stop:
@@ -54,7 +54,7 @@ class Stop:
 def stop_between_steps() -> Iterator[Stop]:
     """Yield a Stop. Until the end of the block, signals do not end the process; the third Ctrl-C does."""
     stop, numbers = Stop(), [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
         numbers.append(signal.SIGHUP)
     SIGNALS.clear()
     previous = {number: signal.signal(number, stop.press) for number in numbers}
