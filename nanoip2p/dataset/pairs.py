@@ -40,7 +40,7 @@ MOST = 10_000  # of each number in pairs.json: 100 times as many candidates as i
 
 @dataclass(frozen=True)
 class PairSettings:
-    """The settings, with names and defaults of the original's generate_img_dataset.py. ValueError if invalid."""
+    """Names and defaults follow the original's generate_img_dataset.py. ValueError if invalid."""
 
     n_samples: int = flag("number of candidates", 100, type=at_least(1), group="candidates of each prompt")
     early_stop: int = flag("stop after N passing candidates; 0: never", 0, type=at_least(0), metavar="N")
