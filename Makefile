@@ -37,6 +37,9 @@ docs: .venv/test dataset train
 	.venv/bin/python -m nanoip2p.evaluate curve --weights weights/nano-ip2p-paper --sdedit weights/nano-sd \
 		--n 150 --out runs/curve
 	.venv/bin/python -m nanoip2p.evaluate curve --n 150 --out runs/curve
+	.venv/bin/python -m nanoip2p.evaluate calls --weights weights/nano-ip2p weights/nano-ip2p-4step \
+		--n 140 --out runs/calls
+	cp runs/calls/calls.png runs/calls/calls.jsonl weights/
 	cp data/nano/pairs/contact-sheet.png weights/nano-sd/pairs.png
 	cp runs/first/samples-000600.png weights/first-editor.png
 	cp runs/first/loss.png weights/first-editor-loss.png
