@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> tuple[str, None]:
             psnr = "-" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
             lines.append(f"{weights!s:<28} {sampler:<16}{row['calls']:>5}{row['success']:>9.1%} ± "
                          f"{row['error']:.1%}{psnr:>10}")
-    is_drawn = plot(args.out / "calls.png", partial(draw, points), (10, 6), xscale="log",
+    is_drawn = plot(args.out / "calls.png", partial(draw, points), (10, 6),
                     xlabel="network calls per edit", ylabel="edits that succeed")
     missing = "" if is_drawn else "; pip install matplotlib for a plot"
     heading = f"{'weights':<28} {'sampler':<16}{'calls':>5}{'success':>16}{'unchanged':>10}"
@@ -70,4 +70,5 @@ def draw(points: list[dict], axes) -> None:
         calls, success, error = zip(*map(itemgetter("calls", "success", "error"), curve))
         name = tidy(Path(weights).name)[:100].replace("$", r"\$")  # matplotlib would read formulas between $
         axes.errorbar(calls, success, error, marker=".", capsize=2, label=f"{name}, {sampler}")
+    axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")

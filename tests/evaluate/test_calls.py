@@ -63,6 +63,7 @@ def test_points_have_as_many_calls_as_fit_and_are_not_measured_again(editors, tm
 def test_each_weights_and_sampler_has_a_curve(editors, tmp_path):
     drawn = []
     axes = SimpleNamespace(errorbar=lambda x, *_, label, **__: drawn.append((label, x)),
+                           set_xscale=lambda *_, **__: None,
                            xaxis=SimpleNamespace(set_major_formatter=str))
     points = [{"weights": weights, "sampler": sampler, "calls": n, "success": 0.5, "error": 0.1}
               for weights in ("a/one", "b/$two") for sampler in ("lcm", "euler") for n in (2, 4)]

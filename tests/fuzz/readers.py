@@ -469,7 +469,7 @@ def write_calls(folder: Path) -> None:
 def read_calls(folder: Path) -> None:
     """The points, and the plot that is drawn from them."""
     rows = calls.read_points(folder / "calls.jsonl")
-    calls.plot(folder / "calls.png", lambda axes: calls.draw(rows, axes), xscale="log")
+    calls.plot(folder / "calls.png", lambda axes: calls.draw(rows, axes))
 
 
 def write_scores(folder: Path) -> None:
