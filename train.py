@@ -62,6 +62,8 @@ def parse(argv: list[str] | None) -> TrainConfig:
             raise ValueError("give --distill or --weights: a student begins with its teacher's weights")
         if "distill" not in given and {"cfg_text", "cfg_image"} & given.keys():
             raise ValueError("--cfg-text and --cfg-image are for --distill; leave them out")
+        if "distill" in given and "drop" in given:
+            raise ValueError("--drop has no effect with --distill; leave it out")
         given["weights"] = given.get("distill", given.get("weights"))
     config = resumed(parser, given) if "resume" in given else TrainConfig(**usual | given)
     for name in ("data",) if config.check else ("weights", "data", "out"):
@@ -184,7 +186,8 @@ def run(config: TrainConfig) -> None:
         config, model, description = fill_in(config, ranks, len(items)), None, "none"
         if config.weights:
             checkpoint = open_checkpoint(config.weights, config.vae, config.tokenizer, config.raw_weights)
-            checkpoint = checkpoint if config.text_to_image else widen(checkpoint)
+            keeps = config.text_to_image or config.distill  # a teacher has to take the picture already
+            checkpoint = checkpoint if keeps else widen(checkpoint)
             model = load_model(checkpoint, edits=not config.text_to_image)
             description = "; ".join([f"{config.weights}: {checkpoint.description}",
                                      *apply_loras(model, config.lora_files)])

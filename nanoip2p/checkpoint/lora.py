@@ -34,6 +34,8 @@ PREFIX = re.compile(r"^(base_model_model_|lora_)?(unet_|te_|text_encoder_)?(text
 def split(given: str) -> tuple[Path, float]:
     """"FILE" or "FILE:weight" -> (file, weight), by default 1. ValueError for a weight that is no number."""
     name, colon, weight = given.rpartition(":")
+    if not given or given.startswith(":"):
+        raise ValueError("--lora needs a file, or FILE:weight")
     if not colon or Path(given).exists():  # the name itself may have a colon
         return Path(given), 1.0
     try:

@@ -33,7 +33,7 @@ RESUME_MAY_CHANGE = {
 NOT_STORED = {"accumulate", "preset", "resume", "check", "out"}
 # A rendered pair takes 1 kB of memory. No machine has room for more pairs, samples or processes than these
 MOST_PAIRS, MOST_SAMPLES, MOST_WORKERS, MOST_RANK = 10**7, 2**16, 1000, 1024
-NUMBER = re.compile(r"[+-]?\d{1,9}")  # in --lora, everything else is a file
+NUMBER = re.compile(r"[+-]?\d{1,99}")  # in --lora, everything else is a file
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,9 @@ class TrainConfig:
         ranks = [int(word) for word in self.lora or () if NUMBER.fullmatch(word)]
         if len(ranks) > 1 or not all(1 <= rank <= MOST_RANK for rank in ranks):
             raise ValueError(f"--lora {' '.join(map(str, ranks))}: give one rank, from 1 to {MOST_RANK}")
+        for name, (low, high) in (("text", self.cfg_text or (0, 0)), ("image", self.cfg_image or (0, 0))):
+            if low > high:
+                raise ValueError(f"--cfg-{name} {low} {high}: give the smallest scale first")
         if self.distill and (self.snr_gamma or self.ema_device == "cpu"):
             raise ValueError("--distill needs its average at hand, and has no SNR weights: leave out "
                              "--ema-device cpu and --snr-gamma")

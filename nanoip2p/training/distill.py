@@ -50,7 +50,7 @@ class Teacher:
         cfg_text, cfg_image: (smallest, largest) s_T and s_I of equation 3. dtype: autocast dtype.
         """
         self.unet, self.null, self.alphas, self.prediction_type = unet, null, alphas, prediction_type
-        self.cfg_text, self.cfg_image, self.dtype = cfg_text, cfg_image, dtype
+        self.scales, self.dtype = (tuple(cfg_text), tuple(cfg_image)), dtype
 
     @torch.no_grad()
     def step(self, z_in: Tensor, timestep: Tensor, before: Tensor, context: Tensor, share: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class Teacher:
         share (B,) in [0, 1): place of both scales between smallest and largest.
         """
         s_t, s_i = ((low + share * (high - low)).view(-1, 1, 1, 1)
-                    for low, high in (self.cfg_text, self.cfg_image))
+                    for low, high in self.scales)
         z_t = z_in[:, : self.unet.config.out_channels]
         blank = torch.cat([z_t, torch.zeros_like(z_in[:, z_t.shape[1] :])], dim=1)      # no picture
         null = self.null.expand_as(context)

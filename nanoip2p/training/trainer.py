@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from nanoip2p.checkpoint.lora import write_lora
+from nanoip2p.checkpoint.lora import file_hash, write_lora
 from nanoip2p.checkpoint.save import save_parts
 from nanoip2p.checkpoint.tensors import DTYPES, check_tensors, read_tensors
 from nanoip2p.dataset.layouts import Item, load_picture
@@ -64,6 +64,7 @@ class Trainer:
         self.parallel = self.unet if ranks.count == 1 else nn.parallel.DistributedDataParallel(
             self.unet, gradient_as_bucket_view=True)
         self.forward = torch.compile(self.parallel) if config.compile else self.parallel
+        self.base = self.base_of()
         # Reasons for skipped pairs, to warn of each once; learning rate and gradient norm of the last step
         self.skipped, self.lr, self.norm = set(), 0.0, 0.0
 
@@ -71,6 +72,16 @@ class Trainer:
         """Freeze the encoders, and move them to the device, or to the CPU if a cache replaces them."""
         for encoder in (self.model.vae, self.model.text_encoder):
             encoder.requires_grad_(False).to("cpu" if self.config.cache else self.device)
+
+    def base_of(self) -> str:
+        """Hashes of what training began with and checkpoints lack: frozen weights, and a teacher's scales.
+
+        With files of --lora, only theirs: adding them to weights rounds differently on another machine.
+        """
+        if not self.config.rank and not self.teacher:
+            return ""
+        weights = [file_hash(file) for file in self.config.lora_files] or [fingerprint(self.model.unet)]
+        return " ".join([*weights, *([str(self.teacher.scales)] if self.teacher else [])])
 
     def make_teacher(self) -> Teacher:
         """A frozen copy of the UNet as the teacher. The trained model gets the settings of a student."""
@@ -182,9 +193,9 @@ class Trainer:
     def load(self) -> int:
         """Load the newest checkpoint of the run. Returns the number of steps it was trained for."""
         checkpoint, state = runs.newest_checkpoint(self.config.out)
-        if state.get("base", self.base()) != self.base():
-            raise ValueError(f"--weights {self.config.weights} has changed since {self.config.out} began; "
-                             "the LoRA fits the old weights, so put these back, or begin another run")
+        if state.get("base", self.base) != self.base:
+            raise ValueError(f"{self.config.weights}, its scales or a file of --lora have changed since "
+                             f"{self.config.out} began; put the old ones back, or begin another run")
         unet, average, first, second = files = [read_tensors(checkpoint / f"{name}.safetensors")
                                                 for name in runs.FILES]
         for name, tensors in zip(runs.FILES, files):
@@ -198,13 +209,6 @@ class Trainer:
                 "exp_avg": torch.empty_like(weight).copy_(first[name]),
                 "exp_avg_sq": torch.empty_like(weight).copy_(second[name])}
         return state["step"]
-
-    def base(self) -> str | None:
-        """A hash of the weights that the LoRA belongs to. None for a full run, whose checkpoints hold all.
-
-        Also None with files of --lora: adding them rounds differently on another machine.
-        """
-        return fingerprint(self.model.unet) if self.config.rank and not self.config.lora_files else None
 
     def save(self, step: int) -> None:
         """On rank 0: write the averaged model to <out>/weights, then the checkpoint of `step` steps.
@@ -225,7 +229,7 @@ class Trainer:
                    for key in ("exp_avg", "exp_avg_sq")]
         files = dict(zip(runs.FILES, (self.trained, self.averages(), *moments)))
         state = {"batch": self.batch, "items": self.items, "settings": self.config.to_json()}
-        state |= {"base": self.base()} if self.base() else {}
+        state |= {"base": self.base} if self.base else {}
         runs.write_checkpoint(out, step, files, state, self.config.keep)
 
     def sample_sheet(self, columns: list[Column]) -> Image.Image:

@@ -1,6 +1,7 @@
 """Consistency distillation against what diffusers' UNet, DDIM and LCM schedulers compute, and as a run."""
 
 import json
+import shutil
 
 import diffusers
 import pytest
@@ -150,8 +151,33 @@ def test_a_text_to_image_model_is_distilled_too(tmp_path):
 
 @pytest.mark.parametrize("more, named", [
     (["--snr-gamma", 5], "--snr-gamma"), (["--ema-device", "cpu"], "--ema-device"),
-    (["--cfg-text", "much", 2], "much"), (["--cfg-image", "nan", 2], "nan")])
+    (["--cfg-text", "much", 2], "much"), (["--cfg-image", "nan", 2], "nan"),
+    (["--cfg-image", 2, 1], "--cfg-image 2.0 1.0"), (["--drop", 0.5, 0.1, 0.1], "--drop has no effect")])
 def test_what_does_not_go_with_a_teacher_is_told(tmp_path, capsys, more, named):
     teacher = write_tiny_editor(tmp_path / "teacher")
     assert distilled(teacher, tmp_path / "run", *more) == 2
     assert named in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_teacher_takes_pictures(tmp_path, capsys):
+    assert distilled(write_tiny_painter(tmp_path / "painter"), tmp_path / "run", "--steps", 1) == 2
+    assert "text-to-image model" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--lora", 2]])
+@pytest.mark.parametrize("changed", ["weights", "scales"])
+def test_a_run_does_not_go_on_with_another_teacher(tmp_path, capsys, changed, more):
+    teacher, out = write_tiny_editor(tmp_path / "teacher"), tmp_path / "run"
+    argv = words(teacher, out, "--steps", 1, *more)
+    argv[argv.index("--weights")] = "--distill"
+    assert train.main(argv) == 0
+    before = state(out) if not more else None
+    if changed == "weights":
+        other = write_tiny_editor(tmp_path / "other", seed=9)  # with another autoencoder, the cache is refused
+        shutil.copytree(other / "unet", teacher / "unet", dirs_exist_ok=True)
+    else:
+        defaults = json.loads((teacher / "defaults.json").read_text())
+        (teacher / "defaults.json").write_text(json.dumps(defaults | {"cfg_text": 9.0}))
+    assert train.main(["--resume", str(out), "--steps", "2"]) == 2
+    assert "have changed since" in capsys.readouterr().err
+    assert more or state(out) == before

@@ -317,7 +317,7 @@ def test_ctrl_c_loses_nothing(made, start, tmp_path, monkeypatch):
 
 def test_files_are_added_before_training(made, start, tmp_path, capsys):
     """A second LoRA upon a first: base + both files = <out>/weights."""
-    first, out = made["attention", 8] / FILES[0], tmp_path / "run"
+    first, out = shutil.copy(made["attention", 8] / FILES[0], tmp_path), tmp_path / "run"
     argv = words(start, out, "--steps", 2, "--lora", f"{first}:0.5", "--lora", 2, "--lr", 0.02)
     assert train.main(argv) == 0
     assert f"added {first} at weight 0.5" in capsys.readouterr().out
@@ -330,6 +330,9 @@ def test_files_are_added_before_training(made, start, tmp_path, capsys):
     assert train.main(words(start, full, "--steps", 1, "--lora", first)) == 0
     assert runs.newest_checkpoint(full)[1]["settings"]["lora"] == [str(first)]
     assert not (full / FILES[0]).exists()
+    shutil.copy(out / FILES[0], first)
+    assert train.main(["--resume", str(out), "--steps", "4"]) == 2
+    assert "have changed since" in errors(capsys)[0]
 
 
 def test_a_run_does_not_go_on_from_other_weights(start, tmp_path, capsys):
@@ -339,12 +342,12 @@ def test_a_run_does_not_go_on_from_other_weights(start, tmp_path, capsys):
     save_file({name: tensor * 1.01 for name, tensor in load_file(weights).items()}, weights)
     before = everything(tmp_path / "run")
     assert train.main(["--resume", str(tmp_path / "run"), "--steps", "2"]) == 2
-    assert "has changed since" in errors(capsys)[0] and everything(tmp_path / "run") == before
+    assert "have changed since" in errors(capsys)[0] and everything(tmp_path / "run") == before
 
 
 BAD = {"0": "one rank, from 1 to 1024", "-3": "one rank, from 1 to 1024", "1025": "one rank, from 1 to 1024",
-       "4 5": "give one rank", "absent.safetensors": "absent.safetensors", "9" * 5000: "99",
-       "4.5": "4.5", "": "", "x:0.5": "x"}
+       "4 5": "give one rank", "9" * 12: "one rank, from 1 to 1024", "9" * 5000: "99",
+       "absent.safetensors": "absent.safetensors", "4.5": "4.5", "": "", "x:0.5": "x"}
 
 
 @pytest.mark.parametrize("given", BAD)
