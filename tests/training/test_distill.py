@@ -173,7 +173,7 @@ def test_a_run_does_not_go_on_with_another_teacher(tmp_path, capsys, changed, mo
     assert train.main(argv) == 0
     before = state(out) if not more else None
     if changed == "weights":
-        other = write_tiny_editor(tmp_path / "other", seed=9)  # with another autoencoder, the cache is refused
+        other = write_tiny_editor(tmp_path / "other", seed=9)  # another cache would be refused
         shutil.copytree(other / "unet", teacher / "unet", dirs_exist_ok=True)
     else:
         defaults = json.loads((teacher / "defaults.json").read_text())
