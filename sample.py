@@ -123,6 +123,7 @@ def parse(argv: list[str] | None) -> Settings:
     missing = [f"--{key}" for key in ("input", "edit", "output") if not getattr(settings, key)]
     if missing:
         raise ValueError(f"needed, but not given: {', '.join(missing)} (see --help)")
+    list(map(split, settings.lora or []))  # raises for a weight that is no number, before the long work
     if settings.fast and settings.low_memory:
         raise ValueError("--fast needs more memory; use either --fast or --low-memory")
     if not all(edit.strip() for edit in settings.edit):

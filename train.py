@@ -191,6 +191,8 @@ def run(config: TrainConfig) -> None:
             model = load_model(checkpoint, edits=not config.text_to_image)
             description = "; ".join([f"{config.weights}: {checkpoint.description}",
                                      *apply_loras(model, config.lora_files)])
+            if model.defaults["sampler"] == "lcm" and not config.distill:
+                description += "; usual training unlearns its few steps, but its defaults stay those of lcm"
         if model and config.resolution % model.multiple:
             raise ValueError(f"--resolution {config.resolution}: not a multiple of {model.multiple}")
         if ranks.rank == 0:

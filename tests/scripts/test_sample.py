@@ -442,6 +442,11 @@ def test_what_a_recipe_may_not_say_the_user_may(run, weights):
     assert settings.embedding == ["e.pt"]
 
 
+def test_the_weight_of_a_lora_is_checked_before_weights_are_opened(run, capsys):
+    assert run(*one("--lora", "x:much")) == 2
+    assert "opened" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("more", [(), ("--low-memory",), ("--fast",), ("--dtype", "bf16")])
 def test_loras_are_added_and_their_hashes_are_in_the_recipe(more, run, weights, capsys):
     editor = Editor.load(weights, device="cpu")

@@ -119,7 +119,7 @@ def distilled(teacher, out, *more):
     return train.main(argv)
 
 
-def test_a_run_resumes_exactly_and_writes_an_editor_of_four_steps(tmp_path):
+def test_a_run_resumes_exactly_and_writes_an_editor_of_four_steps(tmp_path, capsys):
     teacher = write_tiny_editor(tmp_path / "teacher")
     assert distilled(teacher, tmp_path / "whole", "--steps", 4) == 0
     assert distilled(teacher, tmp_path / "run", "--steps", 2) == 0
@@ -134,6 +134,9 @@ def test_a_run_resumes_exactly_and_writes_an_editor_of_four_steps(tmp_path):
     peer = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(folder)
     assert type(peer.scheduler) is diffusers.LCMScheduler
     assert editor.defaults["sampler"] == "lcm"
+    capsys.readouterr()
+    assert train.main(["--check", "--data", "scenes", "--weights", str(folder), "--resolution", "32"]) == 0
+    assert "unlearns its few steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("preset", PRESETS)
