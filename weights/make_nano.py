@@ -292,7 +292,8 @@ def make(args: argparse.Namespace) -> None:
         args.out / "paper-editor", painter, args.paper_steps, PAPER_EDITOR_RUNS, args.pairs, device, pairs)
     editor = start_folder(args.out / "start", UNET, DEFAULTS, *stages)
     editor = trained(args.out / "editor", editor, args.editor_steps, EDITOR_RUNS, args.pairs, device)
-    student = train_run(args.out / "4step", editor, args.distill_steps, *DISTILL_RUN, "--pairs",
+    of = "-".join(map(str, args.editor_steps))  # a student goes on with the same teacher only
+    student = train_run(args.out / f"4step-of-{of}", editor, args.distill_steps, *DISTILL_RUN, "--pairs",
                         min(args.pairs, 20_000), "--device", device, "--data", "scenes", begin="--distill")
     ship = args.ship or args.out / "ship"
     export(args.out / "tokenizer", editor, student, paper_editor, painter, clip, ship)
