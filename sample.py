@@ -128,8 +128,7 @@ def parse(argv: list[str] | None) -> Settings:
         raise ValueError("--fast needs more memory; use either --fast or --low-memory")
     if not all(edit.strip() for edit in settings.edit):
         raise ValueError('an instruction is empty; say what to change, such as --edit "make it night"')
-    for word in brought:
-        print(one_line(f"{settings.recipe} brings {word}"), file=sys.stderr)
+    sys.stderr.writelines(one_line(f"{settings.recipe} brings {word}") + "\n" for word in brought)
     return settings
 
 

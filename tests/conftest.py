@@ -11,7 +11,7 @@ TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS / "helpers"), str(TESTS / "benchmarks"), str(TESTS / "fuzz"),
                 str(TESTS.parent / "weights"), str(TESTS.parent)]
 torch.set_num_threads(1)  # after work in several threads, forked children of a test can hang
-pytest_plugins = ["chat_server"]  # fixtures: server, ask
+pytest_plugins = ["chat_server", "train_fixtures"]
 
 # Names of tests at the widths of Stable Diffusion, of tests that repeat a comparison in many slow cases, and
 # of tests that count operations, compile, or start Python anew

@@ -36,17 +36,7 @@ from nanoip2p.training.samples import order
 from nanoip2p.training.trainer import Trainer, columns_of
 from nanoip2p.world.scenes import random_scene
 
-
-@pytest.fixture(autouse=True, scope="module")
-def little_validation():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "VALIDATION_SAMPLES", 8)
-        yield
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    return write_tiny_editor(tmp_path_factory.mktemp("start"))
+pytestmark = pytest.mark.usefixtures("little_validation")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import train_jobs
 from comparing import randomise, relative_error
 from safetensors.torch import load_file, save_file
 from tiny_configs import tiny_unet
-from tiny_editor import DEFAULTS, write_tiny_editor, write_tiny_painter
+from tiny_editor import DEFAULTS, write_tiny_painter
 from train_runs import STATE, rows, state, words
 
 import train
@@ -33,18 +33,7 @@ from nanoip2p.world.scenes import random_scene
 
 FILES = ("lora.safetensors", "lora-kohya.safetensors")
 LAYERS = ("attention", "all")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def little_validation():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "VALIDATION_SAMPLES", 8)
-        yield
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    return write_tiny_editor(tmp_path_factory.mktemp("start"))
+pytestmark = pytest.mark.usefixtures("little_validation")
 
 
 @pytest.fixture(scope="module")

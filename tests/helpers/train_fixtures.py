@@ -1,0 +1,19 @@
+"""Fixtures of the tests that run train.py."""
+
+import pytest
+from tiny_editor import write_tiny_editor
+
+
+@pytest.fixture(scope="module")
+def little_validation():
+    """Runs validate on 8 samples."""
+    import train
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "VALIDATION_SAMPLES", 8)
+        yield
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """The editor from which runs begin."""
+    return write_tiny_editor(tmp_path_factory.mktemp("start"))
