@@ -11,31 +11,51 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanoip2p.unet import UNet
+from nanoip2p.unet import Attend, Attention, Context, Projected, UNet
 
 TILES_AT_ONCE = 256  # Winograd tiles per matrix product, few enough for the CPU's cache
 TRANSFORM = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.double)  # G
 
 
-def speed_up(unet: UNet, say: Callable[[str], None], injects: bool = False) -> UNet:
+def speed_up(unet: UNet, say: Callable[[str], None], injects: bool = False, attention: str = "auto",
+             verbose: bool = False) -> UNet:
     """Speed up a UNet in place, as its device allows, and return it. Load the weights before this call.
 
     say: called with a line of text before slow work. injects: True if most calls of the UNet pass `attend`;
     then it is not compiled on CUDA, because it would recompile at every step. The state dict stays the same.
+    attention, on CUDA: "auto" (measured, see tune.py), "sdpa" (torch's choice) or "ours" (where correct), for
+    calls without gradients. verbose: say what was measured.
     """
     device = unet.conv_in.weight.device.type
     if device == "cuda":
-        from nanoip2p.speed.kernels import use_kernels  # needs triton, as torch.compile does
-        use_kernels(unet.to(memory_format=torch.channels_last))  # the layout of tensor cores
+        unet.to(memory_format=torch.channels_last)  # the layout of tensor cores
+        if attention != "sdpa":
+            from nanoip2p.speed import kernels, tune  # these need triton, as torch.compile does
+            tuner = tune.Tuner(kernels.fused_attention, attention == "ours", say, verbose)
+            for layer in unet.modules():
+                if isinstance(layer, Attention):
+                    layer.attention = tuner
         return unet if injects else compile_unet(unet, say)
     return repack(unet) if device == "cpu" else unet
 
 
 def compile_unet(unet: UNet, say: Callable[[str], None]) -> UNet:
-    """Compile the UNet at the first call of each input size. A call overwrites the last call's output."""
+    """Compile the UNet at the second call of each input size. A call overwrites the last call's output.
+
+    The first call runs as it is, because tune.py cannot measure while torch.compile records.
+    """
     torch._dynamo.config.recompile_limit = 64  # input sizes (default 8); torch silently compiles no others
-    say("compiling: the first step at each picture size takes about a minute")
-    unet.compile(dynamic=False, mode="reduce-overhead")
+    say("compiling: the second step at each picture size takes about a minute")
+    plain, sizes = unet.forward, set()
+    compiled = torch.compile(plain, dynamic=False, mode="reduce-overhead")
+
+    def forward(latents: Tensor, timestep: Tensor | dict, context: Context, *attend: Attend) -> Tensor:
+        size = latents.shape, len(context.rows if isinstance(context, Projected) else context)
+        run = compiled if size in sizes else plain
+        sizes.add(size)
+        return run(latents, timestep, context, *attend)
+
+    unet.forward = forward
     return unet
 
 

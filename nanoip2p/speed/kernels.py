@@ -5,52 +5,24 @@ splits each head in two: 40 into 32 + 16 (the last 8 are zeros), 80 into 64 + 16
 to 64, 128 and 256 would take 1.33, 1.6 and 1.6 times the work.
 """
 
-from functools import partial
+from contextlib import nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoip2p.attention import attention, check_shapes
-from nanoip2p.unet import Attention, UNet
+from nanoip2p.attention import check_shapes
 
 LOG2_E = 1.4426950408889634  # e^x = 2^(x log2 e); GPUs compute powers of 2
-Tile = tuple[int, int, int, int]  # queries per block, keys per block, num_warps, num_stages
-# {case: tile} for the cases where tests/benchmarks/attention.py found our kernel faster than all of torch's.
-# Empty: we have not measured any GPU yet.
-FASTER: dict[tuple, Tile] = {}
 
 
-def case(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple:
-    """Key of FASTER: head width; B * heads, queries, keys, each rounded up to a power of two; dtype; GPU."""
-    sizes = (1 << (n - 1).bit_length() for n in (v.shape[0] * heads, q.shape[1], k.shape[1]))
-    return q.shape[2] // heads, *sizes, str(q.dtype), torch.cuda.get_device_capability(q.device)
-
-
-def use_kernels(unet: UNet, faster: dict[tuple, Tile] = FASTER) -> UNet:
-    """Make the attention layers of a UNet on CUDA use our kernel for the cases in `faster`."""
-    for layer in unet.modules():
-        if faster and isinstance(layer, Attention):
-            layer.attention = partial(fastest_attention, faster)
-    return unet
-
-
-def fastest_attention(faster: dict[tuple, Tile], q: Tensor, k: Tensor, v: Tensor, heads: int,
-                      map_from: Tensor | None = None) -> Tensor:
-    """`attention` with our kernel if `faster` has a tile and no gradient is needed, else with torch's."""
-    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    tile = None if gradients else faster.get(case(q, k, v, heads))
-    if tile is None:
-        return attention(q, k, v, heads, map_from=map_from)
-    return fused_attention(q, k, v, heads, tile, map_from)
-
-
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, tile: Tile,
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, tile: tuple[int, int, int, int],
                     map_from: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """`attention` with our kernel, written to `out` if given. Head width 8, 16, ... 160; any strides.
 
-    Does not check the indices in map_from, because a check would wait for the GPU.
+    tile: queries per block, keys per block, num_warps, num_stages; tune.py chooses it. Does not check the
+    indices in map_from, because a check would wait for the GPU.
     """
     check_shapes(q, k, v, heads, False, map_from)
     d, keys, (bm, bn, warps, stages) = q.shape[2] // heads, k.shape[1], tile
@@ -58,7 +30,8 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, tile: Tile,
     assert q.dtype == k.dtype == v.dtype, (q.dtype, k.dtype, v.dtype)
     assert map_from is None or map_from.dtype == torch.int32, map_from.dtype
     out = q.new_empty(len(v), *q.shape[1:]) if out is None else out
-    with torch.cuda.device_of(q):
+    # torch.compile chooses the device itself, and would cut the network in two at device_of
+    with nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(q):
         _attention[(triton.cdiv(q.shape[1], bm) * len(v) * heads,)](
             q, k, v, out, out if map_from is None else map_from.contiguous(), *q.stride(), *k.stride(),
             *v.stride(), *out.stride(), LOG2_E * d**-0.5, q.shape[1], keys, heads, d, *pieces(d),

@@ -6,11 +6,12 @@ test_kernels.py runs this. Shapes are those of SD 1.5 at 64x64 latents.
 import re
 
 import pytest
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nanoip2p.speed import kernels
+from nanoip2p.speed import kernels, tune
 
 POINTERS = {"q", "k", "v", "out"}
 
@@ -43,7 +44,8 @@ def attention_values(d, **more):
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("d", [40, 80, 160])
 def test_builds_for_a_card(capability, d):
-    ptx = build(kernels._attention, capability, **attention_values(d))
+    bm, bn, warps, stages = tune.tiles(d, 4096, torch.bfloat16)[0]
+    ptx = build(kernels._attention, capability, warps=warps, stages=stages, **attention_values(d, BM=bm, BN=bn))
     check_tensor_cores(ptx, capability)
     assert "cp.async" in ptx  # keys and values of the next block are fetched meanwhile
 
@@ -58,3 +60,21 @@ def test_sizes_of_one():
     """Triton compiles another kernel for an argument that is 1, with a constant for it."""
     values = attention_values(40, heads=1, Tq=1, Tk=1, BN=16, INDEXED=False)
     build(kernels._attention, 90, **values)
+
+
+def test_torch_compile_takes_our_kernel_into_its_graph(monkeypatch):
+    """Without a break, which would cut the CUDA graph in two. A stub in place of inductor: there is no GPU."""
+    graphs, q = [], torch.randn(1, 48, 16)
+
+    def compiler(graph, _):
+        graphs.append(graph)
+        return lambda *_: (torch.zeros(1, 48, 16),)
+
+    monkeypatch.setattr(tune, "card", lambda device: "a card")
+    tuner = tune.Tuner(kernels.fused_attention, True, pytest.fail)
+    monkeypatch.setattr(tuner, "table", {"a card": {"1 rows, 2 heads of 8, 48 x 48, torch.float32":
+                                                    str(tune.TILES["fp32"][0])}})
+    compiled = torch.compile(lambda q: tuner(q, q, q, 2) + 1, fullgraph=True, dynamic=False, backend=compiler)
+    with torch.inference_mode():
+        compiled(q)
+    assert [name for name in graphs[0].code.split() if "triton_kernel_wrapper" in name]

@@ -13,9 +13,9 @@ from comparing import randomise, relative_error
 from tiny_configs import tiny_unet
 
 from nanoip2p.attention import attention_reference
-from nanoip2p.speed import kernels
+from nanoip2p.speed import kernels, tune
 from nanoip2p.speed.kernels import fused_attention
-from nanoip2p.unet import UNet
+from nanoip2p.unet import Attention, UNet, attend
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -138,45 +138,43 @@ def test_the_same_every_time():
     assert torch.equal(our_attention(q, k, v, 2), our_attention(q, k, v, 2))
 
 
-def test_a_unet_takes_our_kernels_where_they_are_faster(monkeypatch):
-    """Decided by the case of each call, with the same result; without a matching case torch's kernels run."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    generator = torch.Generator().manual_seed(0)
+def test_a_unet_whose_every_attention_is_ours(monkeypatch):
+    """As --attention ours makes it, with and without another row's maps, at sizes that no tile divides."""
+    monkeypatch.setattr(tune, "card", lambda device: "a card")
+    if INTERPRETED:
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    generator, ran = torch.Generator().manual_seed(0), []
     unet = randomise(UNet(tiny_unet())).to(DEVICE)
+    layers = [layer for layer in unet.modules() if isinstance(layer, Attention)]
     latents, context = (torch.randn(shape, generator=generator).to(DEVICE)
-                        for shape in ((2, 4, 6, 4), (2, 3, 12)))
-    taken, cases, tiles = [], [], {}
+                        for shape in ((2, 4, 14, 10), (2, 77, 12)))
+    maps = torch.tensor([1, 1], dtype=torch.int32, device=DEVICE)
 
-    def fused(q, k, v, heads, tile, map_from):
-        taken.append(tile)
-        return fused_attention(q, k, v, heads, tile, map_from)
+    def ours(*given):
+        ran.append(given[0].shape[2] // given[3])
+        return fused_attention(*given)
 
-    def seen(q, k, v, heads):
-        cases.append(case(q, k, v, heads))
-        return cases[-1]
+    def swapped(layer, x, context):
+        return layer.attention(layer.to_q(x), *layer.project(context), layer.heads, map_from=maps)
 
-    case = kernels.case
-    monkeypatch.setattr(kernels, "case", seen)
-    monkeypatch.setattr(kernels, "fused_attention", fused)
     with torch.inference_mode():
-        wanted = unet(latents, 7.0, context)
-        assert kernels.use_kernels(unet) is unet and not cases  # the table is empty
-        kernels.use_kernels(unet, {("another case",): TILE})
-        assert relative_error(unet(latents, 7.0, context), wanted) < 1e-6 and cases and not taken
-        tiles.update(dict.fromkeys(cases[:2], TILE))
-        kernels.use_kernels(unet, tiles)
-        assert relative_error(unet(latents, 7.0, context), wanted) < 1e-5
-    assert len(taken) == sum(one in tiles for one in cases[len(cases) // 2 :]) > 0
-    before = len(taken)
-    unet(latents, 7.0, context)  # with gradients, which our kernels do not have
-    assert len(taken) == before
+        plain = [unet(latents, 7.0, context, how) for how in (attend, swapped)]
+        assert relative_error(*plain) > 1e-3
+        tuner = tune.Tuner(ours, True, pytest.fail)
+        for layer in layers:
+            layer.attention = tuner
+        for how, wanted in zip((attend, swapped), plain):
+            unet(latents, 7.0, context, how)  # checks each case
+            ran.clear()
+            assert relative_error(unet(latents, 7.0, context, how), wanted) < 1e-5
+            assert ran == [8] * len(layers)
 
 
-def test_a_case_names_sizes_up_to_a_power_of_two(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    q, k = torch.empty(2, 3000, 320, device="meta"), torch.empty(2, 200, 320, device="meta")
-    assert kernels.case(q, k, k, 8) == (40, 16, 4096, 256, "torch.float32", (9, 0))
-    assert kernels.case(q, k, torch.cat([k, k[:1]]), 8)[1] == 32
+@pytest.mark.parametrize("d, keys", [(40, 300), (80, 77), (160, 77), (160, 200)])
+def test_every_tile_that_may_be_chosen_is_right(d, keys):
+    q, k, v = draw(d, (1, 150, d), (1, keys, d), (1, keys, d), dtype=torch.float16)
+    for tile in tune.tiles(d, keys, torch.float16):
+        assert relative_error(fused_attention(q, k, v, 1, tile), expect(q, k, v, 1)) < BOUNDS[torch.float16], tile
 
 
 @pytest.mark.parametrize("d", [4, 12, 168])
