@@ -107,6 +107,9 @@ def add_pairs(subparsers) -> None:
     parser.add_argument("--skip-bad", action="store_true", help="skip bad lines of --prompts")
     parser.add_argument("--fast", action="store_true",
                         help="speed up the UNet, see nanoip2p.speed.fast; not for nano weights")
+    parser.add_argument("--attention", choices=("auto", "sdpa", "ours"), default="auto",
+                        help="kernels with --fast on CUDA, as in sample.py")
+    parser.add_argument("--verbose", action="store_true", help="say what --attention measures and decides")
     add_device(parser)
     cli.add_settings(parser, PairSettings)
     parser.set_defaults(run=run_pairs)
@@ -129,6 +132,8 @@ def run_pairs(args: argparse.Namespace) -> None:
                          "--skip-bad")
     if not prompts:
         raise ValueError(f"{args.prompts} contains no prompt")
+    if args.attention == "ours" and not args.fast:
+        raise ValueError("--attention ours is a part of --fast; add --fast")
     first, device = os.environ.get("RANK", "0") == "0", args.device
     if device in (None, "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -144,7 +149,8 @@ def run_pairs(args: argparse.Namespace) -> None:
     sys.stderr.writelines(f"{cli.one_line(line)}\n" for line in apply_loras(painter, args.lora))
     painter.fill_defaults({key: getattr(settings, key) for key in ("steps", "resolution", "sampler")})
     if args.fast:
-        speed.speed_up(painter.unet, lambda line: print(line, file=sys.stderr), injects=True)
+        speed.speed_up(painter.unet, lambda line: print(cli.one_line(line), file=sys.stderr), injects=True,
+                       attention=args.attention, verbose=args.verbose)
     judge = Judge.load(settings.clip, device)
     notes = {"weights": args.weights, "lora": args.lora, "clip": settings.clip, "dtype": dtype}
     make_pairs(prompts, args.out, painter, judge, settings, notes, progress=first)

@@ -42,7 +42,7 @@ with cli.slow_imports():
     from nanoip2p.world import scenes
 
 # Settings that change the picture by rounding at most
-NOT_IN_RECIPE = ("output", "recipe", "device", "fast", "batch")
+NOT_IN_RECIPE = ("output", "recipe", "device", "fast", "attention", "verbose", "batch")
 # A recipe comes from strangers: larger numbers, or longer lists, need the user's own flag
 MOST = {"n": 16, "steps": 1000, "resolution": 2048, "edit": 64, "input": 100, "embedding": 16, "lora": 16}
 LOADED = ("weights", "vae", "tokenizer", "embedding", "lora")  # a recipe names only files in weights/
@@ -92,6 +92,9 @@ class Settings:
                             "VAE tiles above 768 pixels (full size), which change pictures slightly", False)
     fast: bool = flag("faster, equal up to rounding. CPU: Winograd convolutions, which need more memory. "
                       "CUDA: channels last and CUDA graphs, after a minute of compiling", False)
+    attention: str = flag("kernels with --fast on CUDA: auto measures each size once and keeps the fastest; "
+                          "sdpa is torch's choice; ours, our own", "auto", choices=("auto", "sdpa", "ours"))
+    verbose: bool = flag("say what --attention measures and decides", False)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -126,6 +129,8 @@ def parse(argv: list[str] | None) -> Settings:
     list(map(split, settings.lora or []))  # raises for a weight that is no number, before the long work
     if settings.fast and settings.low_memory:
         raise ValueError("--fast needs more memory; use either --fast or --low-memory")
+    if settings.attention == "ours" and not settings.fast:
+        raise ValueError("--attention ours is a part of --fast; add --fast")
     if not all(edit.strip() for edit in settings.edit):
         raise ValueError('an instruction is empty; say what to change, such as --edit "make it night"')
     sys.stderr.writelines(one_line(f"{settings.recipe} brings {word}") + "\n" for word in brought)
@@ -219,7 +224,8 @@ def run(settings: Settings, problems: list[str]) -> None:
     notes += [add_embedding(editor, path) for path in settings.embedding or []]
     sys.stderr.writelines(f"{one_line(note)}\n" for note in notes + nano_notes(editor, settings.edit, sizes))
     if settings.fast:
-        speed.speed_up(editor.unet, lambda line: print(line, file=sys.stderr))
+        speed.speed_up(editor.unet, lambda line: print(one_line(line), file=sys.stderr),
+                       attention=settings.attention, verbose=settings.verbose)
     sampling = editor.fill_defaults({key: getattr(settings, key) for key in editor.defaults})
     for path, size in sizes.items():
         try:

@@ -314,8 +314,10 @@ def test_bad_lines_are_skipped_on_demand(weights, prompts, finished, tmp_path, c
 
 def test_fast_makes_the_same_pairs_and_the_same_job(finished, weights, prompts, tmp_path, monkeypatch):
     used, fast = [], speed.speed_up
-    monkeypatch.setattr(speed, "speed_up", lambda unet, say, injects: used.append(fast(unet, say)))
-    assert make_dataset.main(argv(weights, prompts, tmp_path / "out", "--fast")) == 0 and len(used) == 1
+    monkeypatch.setattr(speed, "speed_up", lambda *given, **how: used.append((fast(*given, **how), how)))
+    assert make_dataset.main(argv(weights, prompts, tmp_path / "out", "--fast", "--attention", "sdpa")) == 0
+    assert [how for _, how in used] == [{"injects": True, "attention": "sdpa", "verbose": False}]
+    assert make_dataset.main(argv(weights, prompts, tmp_path / "none", "--attention", "ours")) == 2
     made, plain = content(tmp_path / "out"), content(finished)
     assert made.keys() == plain.keys() and made["job.json"] == plain["job.json"]
     for name in (name for name in made if name.endswith(".jpg")):

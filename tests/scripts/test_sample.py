@@ -168,13 +168,25 @@ def test_networks_work_one_at_a_time_with_low_memory(run, monkeypatch):
 
 def test_fast_makes_the_same_picture(run, monkeypatch, capsys):
     used, real = [], speed.speed_up
-    monkeypatch.setattr(speed, "speed_up", lambda unet, say: used.append(real(unet, say)))
+    monkeypatch.setattr(speed, "speed_up", lambda *given, **more: used.append(real(*given, **more)))
     assert run(*one("--seed", "3")) == 0 and not used
     assert run(*one("--seed", "3", "--fast", output="fast.png")) == 0 and len(used) == 1
     assert np.abs(pixels("fast.png") - pixels("out.png")).max() <= 1
     assert "fast" not in read_recipe("fast.png")
     capsys.readouterr()
     assert "--low-memory" in refusal(capsys, run(*one("--fast", "--low-memory")))
+
+
+def test_the_choice_of_attention_reaches_the_network_and_no_recipe(run, monkeypatch, capsys):
+    given = []
+    monkeypatch.setattr(speed, "speed_up", lambda unet, say, **how: (given.append(how), say("a\nb\x1b")))
+    assert run(*one("--fast")) == 0 and run(*one("--fast", "--attention", "ours", "--verbose")) == 0
+    assert run(*one("--fast", "--attention", "sdpa")) == 0
+    assert given == [{"attention": "auto", "verbose": False}, {"attention": "ours", "verbose": True},
+                     {"attention": "sdpa", "verbose": False}]
+    assert "a b\\x1b\n" in capsys.readouterr().err
+    assert not {"attention", "verbose"} & read_recipe("out.png").keys()
+    assert "add --fast" in refusal(capsys, run(*one("--attention", "ours")))
 
 
 def test_numbered_outputs(run):
