@@ -36,6 +36,8 @@ def speed_up(unet: UNet, say: Callable[[str], None], injects: bool = False, atte
                 if isinstance(layer, Attention):
                     layer.attention = tuner
         return unet if injects else compile_unet(unet, say)
+    if attention == "ours":
+        say("--attention ours: our kernel needs CUDA; torch's runs")
     return repack(unet) if device == "cpu" else unet
 
 

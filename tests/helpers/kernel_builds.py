@@ -45,7 +45,8 @@ def attention_values(d, **more):
 @pytest.mark.parametrize("d", [40, 80, 160])
 def test_builds_for_a_card(capability, d):
     bm, bn, warps, stages = tune.tiles(d, 4096, torch.bfloat16)[0]
-    ptx = build(kernels._attention, capability, warps=warps, stages=stages, **attention_values(d, BM=bm, BN=bn))
+    values = attention_values(d, BM=bm, BN=bn)
+    ptx = build(kernels._attention, capability, warps=warps, stages=stages, **values)
     check_tensor_cores(ptx, capability)
     assert "cp.async" in ptx  # keys and values of the next block are fetched meanwhile
 
@@ -63,13 +64,14 @@ def test_sizes_of_one():
 
 
 def test_torch_compile_takes_our_kernel_into_its_graph(monkeypatch):
-    """Without a break, which would cut the CUDA graph in two. A stub in place of inductor: there is no GPU."""
+    """Without a break, which would cut the CUDA graph in two. There is no GPU, so a stub is the compiler."""
     graphs, q = [], torch.randn(1, 48, 16)
 
     def compiler(graph, _):
         graphs.append(graph)
         return lambda *_: (torch.zeros(1, 48, 16),)
 
+    monkeypatch.setattr(torch.utils._triton, "has_triton", lambda: True)
     monkeypatch.setattr(tune, "card", lambda device: "a card")
     tuner = tune.Tuner(kernels.fused_attention, True, pytest.fail)
     monkeypatch.setattr(tuner, "table", {"a card": {"1 rows, 2 heads of 8, 48 x 48, torch.float32":

@@ -1,6 +1,8 @@
 """Faster networks against the plain ones: the same numbers, and the same state dict."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,10 +12,12 @@ from tiny_configs import TINY_VAE, tiny_unet
 from tiny_editor import write_tiny_editor
 from torch import nn
 
+from nanoip2p.attention import attention
 from nanoip2p.checkpoint.folder import load_network, save_network
 from nanoip2p.editor import Editor
+from nanoip2p.speed import fast
 from nanoip2p.speed.fast import Packed, Winograd, compile_unet, repack, speed_up
-from nanoip2p.unet import UNet, UNetConfig
+from nanoip2p.unet import Attention, UNet, UNetConfig
 from nanoip2p.vae import VAE
 
 
@@ -148,3 +152,54 @@ def test_an_edit_compiles_once_for_each_size(tmp_path, monkeypatch):
     assert edit(32, "turn the house red") != plain and len(graphs) == 1
     edit(40, "make it night")
     assert len(graphs) == 2 and len(lines) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no Triton for others")
+@pytest.mark.parametrize("choice", ["auto", "sdpa", "ours"])
+def test_the_choice_of_attention(unet, choice, tmp_path, monkeypatch):
+    """On CUDA, which here is the CPU by another name."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(nn.Parameter, "device", torch.device("cuda:0"), raising=False)
+    monkeypatch.setattr(fast, "compile_unet", lambda unet, say: (unet, say))
+    assert speed_up(unet, print, attention=choice, verbose=True) == (unet, print)
+    assert speed_up(unet, print, injects=True, attention=choice) is unet
+    used = {layer.attention for layer in unet.modules() if isinstance(layer, Attention)}
+    assert len(used) == 1 and (used == {attention}) is (choice == "sdpa")
+    if choice != "sdpa":
+        assert used.pop().only_ours is (choice == "ours")
+
+
+def test_a_cpu_needs_neither_triton_nor_the_tuner(unet, tmp_path):
+    save_network(unet, tmp_path)
+    code = ("import sys; from pathlib import Path; from nanoip2p.checkpoint.folder import load_network\n"
+            "from nanoip2p.speed.fast import speed_up; from nanoip2p.unet import UNet\n"
+            "speed_up(load_network(UNet, Path(sys.argv[1])), print, attention='ours')\n"
+            "assert not {'triton', 'nanoip2p.speed.tune', 'nanoip2p.speed.kernels'} & {*sys.modules}\n")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0 and "needs CUDA" in done.stdout, done.stderr
+
+
+def test_attention_is_measured_before_a_size_is_compiled(unet, monkeypatch):
+    """The first call of each size and number of texts is not compiled, and equals the others."""
+    calls, recorded = [], []
+
+    def chooses(q, k, v, heads, map_from=None):
+        (recorded if torch.compiler.is_compiling() else calls).append(len(v))
+        return attention(q, k, v, heads, map_from=map_from)
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic, mode: real(f, dynamic=dynamic, backend="eager"))
+    torch._dynamo.reset()
+    compile_unet(unet, print)
+    for layer in unet.modules():
+        if isinstance(layer, Attention):
+            layer.attention = chooses
+    latents, time, text = inputs()
+    projected = unet.project_context(torch.cat([text, text.flip(2)]), torch.arange(3).repeat(2))
+    with torch.inference_mode():
+        for given in ((latents, time, text), (latents[:, :, :8], time, text), (latents, time, projected)):
+            calls.clear(), recorded.clear()
+            first = unet(*given)
+            assert calls and not recorded
+            assert relative_error(unet(*given), first) < 1e-6
+            assert recorded

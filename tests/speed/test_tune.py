@@ -109,8 +109,8 @@ def test_a_wrong_kernel_is_never_chosen(bench, damage, only_ours):
     assert bench.call(tuner) == "torch's"
     assert sum("wrong by" in line for line in bench.lines) == 3
     assert not {FIRST, SECOND, THIRD} & {*bench.timed}
-    first = bench.tuner(lambda *given: damaged(right(*given), damage if str(given[4]) == FIRST else ""), only_ours)
-    assert bench.call(first, *inputs(rows=3)) == SECOND
+    tuner = bench.tuner(lambda *given: damaged(right(*given), damage * (str(given[4]) == FIRST)), only_ours)
+    assert bench.call(tuner, *inputs(rows=3)) == SECOND
 
 
 FAILURES = RuntimeError("no memory"), AssertionError(), KeyError("tl.dot"), OSError()
@@ -331,7 +331,8 @@ def test_all_cases_of_stable_diffusion_take_less_than_two_seconds(bench, monkeyp
     assert 100 < sum(spent) < 2000
     assert len(bench.written()["a card"]) == 16
     first = {str(some[0]) for kind, some in TILES.items() if kind != "fp32"}  # the others: only where d is 40
-    assert set(tried) - {"default", *BACKENDS} == first | {str(tile) for tile in TILES["long"] + TILES["text"]}
+    everywhere = {str(tile) for tile in TILES["long"] + TILES["text"]}
+    assert set(tried) - {"default", *BACKENDS} == first | everywhere
 
 
 def test_the_reference_is_computed_in_parts(monkeypatch):
