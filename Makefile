@@ -7,13 +7,14 @@
 # make reproduce repeat the paper in the nano world: weights, data, scores, figure 8, ablations -> runs
 # make fuzz      100,000 mutated inputs for everything that reads files; an hour on one core
 # make bench     run the benchmarks at sizes for a CPU; tests/benchmarks/RESULTS.md has results
+# make bench-gpu run those that want a GPU, on one: all figures that RESULTS.md calls "not measured"
 # make lint      run ruff
 # Each target first sets up .venv, if it is missing or older than pyproject.toml or constraints.txt.
 
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo dataset train docs reproduce test test-fast fuzz bench lint
+.PHONY: demo dataset train docs reproduce test test-fast fuzz bench bench-gpu lint
 
 demo: .venv/runtime
 	.venv/bin/python weights/demo.py --out out/demo.png
@@ -74,6 +75,14 @@ bench: .venv/test
 	.venv/bin/python tests/benchmarks/train_step.py --repeat 3
 	.venv/bin/python tests/benchmarks/attention.py --repeat 3
 	.venv/bin/python tests/benchmarks/edit_memory.py
+
+bench-gpu: .venv/test
+	.venv/bin/python tests/benchmarks/attention.py --batch 3
+	.venv/bin/python tests/benchmarks/attention.py --batch 6
+	.venv/bin/python tests/benchmarks/edit.py --width full --latents 64 --steps 100 --dtype bf16
+	.venv/bin/python tests/benchmarks/pair.py --width full --latents 64
+	.venv/bin/python tests/benchmarks/train_step.py --width full --batch 32 --steps 10
+	.venv/bin/python tests/benchmarks/train_step.py --width full --batch 32 --steps 10 --compile
 
 lint: .venv/test
 	.venv/bin/ruff check

@@ -1,17 +1,20 @@
 """Our attention kernels against torch's: every backend of SDPA, at the shapes of SD 1.5.
 
-    python tests/benchmarks/attention.py --batch 6 --repeat 20
+    python tests/benchmarks/attention.py --batch 2 --repeat 5       # on a CPU, only torch's kernels
+    make bench-gpu                                                  # on a GPU, all of them
 
 Each case draws its inputs, drops the kernels that cannot run it, and fails if an output differs from float32
 by more than rounding. The kernels take turns. A time is the median of the rounds in milliseconds. The ratio
 is the time of torch's fastest kernel over that of our best tile: median of the rounds and (min-max). "rate"
-is our share of the rate of a large matrix product in the same run. For each ratio of at least MARGIN, the
-line for FASTER of speed/kernels.py is printed; it holds for this --batch. On a CPU, only torch's kernels run.
+is our share of the rate of a large matrix product in the same run. Our tiles are those that speed/tune.py
+tries. On a GPU, the last lines are what it chooses, and how long that takes after Triton has built the tiles.
 """
 
 import argparse
+import os
 import statistics
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -25,38 +28,26 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 from comparing import relative_error  # noqa: E402
 
 from nanoip2p.attention import attention  # noqa: E402
+from nanoip2p.speed import tune  # noqa: E402
 
-BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
-            "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
-TILES = [(64, 32, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 4, 4), (128, 64, 4, 2), (128, 64, 4, 3),
-         (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3)]
+BACKENDS = tune.BACKENDS | {"math": SDPBackend.MATH}
 CASES = [  # queries, keys, d
     (4096, 4096, 40), (1024, 1024, 80), (256, 256, 160), (64, 64, 160),
     (4096, 77, 40), (1024, 77, 80), (256, 77, 160), (64, 77, 160)]
-BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-MARGIN = 1.1
 HEADS = 8
 
 
-def milliseconds(run, device: str, calls: int) -> float:
+def milliseconds(run, device: str) -> float:
     """Time of a call: the GPU's own on CUDA; on a CPU that others use too, the process's."""
-    if device == "cpu":
-        began = time.process_time()
-        for _ in range(calls):
-            run()
-        return (time.process_time() - began) * 1e3 / calls
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(calls):
-        run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / calls
+    if device == "cuda":
+        return tune.milliseconds(run, 10)
+    began = time.process_time()
+    run()
+    return (time.process_time() - began) * 1e3
 
 
 def take_turns(runs: dict, device: str, repeat: int) -> dict[str, list[float]]:
-    calls = 10 if device == "cuda" else 1
-    rounds = [{name: milliseconds(run, device, calls) for name, run in runs.items()} for _ in range(repeat)]
+    rounds = [{name: milliseconds(run, device) for name, run in runs.items()} for _ in range(repeat)]
     return {name: [one[name] for one in rounds] for name in runs}
 
 
@@ -69,7 +60,7 @@ def usable(runs: dict, expected: torch.Tensor, refusals: tuple) -> dict:
         except refusals:
             continue
         error = relative_error(out, expected)
-        assert error < BOUNDS[out.dtype], f"{name} differs by {error}"
+        assert error < tune.BOUNDS[out.dtype], f"{name} differs by {error}"
         able[name] = run
     return able
 
@@ -79,15 +70,20 @@ def on_backend(backend: SDPBackend, *inputs) -> torch.Tensor:
         return attention(*inputs)
 
 
-def measure(queries: int, keys: int, d: int, args, rate: float, refusals: tuple) -> str | None:
-    """Print a line; return the entry for FASTER, if there is one."""
-    generator, device = torch.Generator().manual_seed(0), args.device
-    q, k, v = (torch.randn(args.batch, tokens, HEADS * d, generator=generator).to(device, args.dtype)
-               for tokens in (queries, keys, keys))
+def draw(queries: int, keys: int, d: int, args) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(args.batch, tokens, HEADS * d, generator=generator).to(args.device, args.dtype)
+            for tokens in (queries, keys, keys)]
+
+
+def measure(queries: int, keys: int, d: int, args, rate: float, refusals: tuple) -> None:
+    """Print a line."""
+    device, (q, k, v) = args.device, draw(queries, keys, d, args)
     runs = {name: partial(on_backend, backend, q, k, v, HEADS) for name, backend in BACKENDS.items()}
     if device == "cuda":
         from nanoip2p.speed import kernels  # needs triton
-        runs |= {tile: partial(kernels.fused_attention, q, k, v, HEADS, tile) for tile in TILES}
+        runs |= {tile: partial(kernels.fused_attention, q, k, v, HEADS, tile)
+                 for tile in tune.tiles(d, keys, args.dtype)}
     expected = attention(q.float(), k.float(), v.float(), HEADS)
     times = take_turns(usable(runs, expected, refusals), device, args.repeat)
     median = {name: statistics.median(times[name]) for name in times}
@@ -96,14 +92,27 @@ def measure(queries: int, keys: int, d: int, args, rate: float, refusals: tuple)
     line = f"{queries:>5} x{keys:>5}{d:>5}{line}"
     if not ours:
         print(f"{line}  ours: not measured", flush=True)
-        return None
+        return
     best, tile = min(torchs, key=median.get), min(ours, key=median.get)
     ratios = sorted(a / b for a, b in zip(times[best], times[tile]))
     ratio = statistics.median(ratios)
     share = 4 * args.batch * queries * keys * HEADS * d / (median[tile] * 1e-3) / rate
     print(f"{line}{median[tile]:>11.3f}{ratio:>6.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f}){share:>6.0%}  {tile}",
           flush=True)
-    return f"    {kernels.case(q, k, v, HEADS)!r}: {tile},".replace("'", '"') if ratio >= MARGIN else None
+
+
+def choose_all(args) -> None:
+    """Let sample.py's own code choose for all cases, without what it remembers. Print that, and its time."""
+    from nanoip2p.speed import kernels  # needs triton
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = folder
+        tuner = tune.Tuner(kernels.fused_attention, False, print, True)
+        inputs = [draw(*case, args) for case in CASES]
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for given in inputs:
+            tuner(*given, HEADS)
+        print(f"chosen in {time.perf_counter() - began:.2f} s")
 
 
 @torch.inference_mode()
@@ -126,15 +135,14 @@ def main(argv: list[str] | None = None) -> None:
     product = take_turns({"": lambda: matrix @ matrix}, args.device, args.repeat)[""]
     rate = 2 * side**3 / (statistics.median(product) * 1e-3)
     where = torch.cuda.get_device_name() if cuda else f"CPU, threads: {torch.get_num_threads()}"
-    print(f"{where}, torch {torch.__version__}, {args.dtype}, batch {args.batch}, {rate / 1e12:.2f} TFLOP/s")
+    print(f"{where}, torch {torch.__version__}, {args.dtype}, batch {args.batch}, {rate / 1e12:.3g} TFLOP/s")
     heading = "".join(f"{name:>11}" for name in (*BACKENDS, "ours"))
     print(f"{'positions':>12}{'d':>5}{heading}{'torch over ours':>18}{'rate':>6}  tile")
-    entries = []
     for queries, keys, d in CASES:
         keys = keys if keys == 77 else max(1, keys // shrink)
-        entries.append(measure(max(1, queries // shrink), keys, d, args, rate, refusals))
+        measure(max(1, queries // shrink), keys, d, args, rate, refusals)
     if cuda:
-        print("\nfor FASTER in nanoip2p/speed/kernels.py:", *filter(None, entries), sep="\n")
+        choose_all(args)
 
 
 if __name__ == "__main__":

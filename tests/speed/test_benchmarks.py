@@ -1,5 +1,6 @@
 """The benchmarks run, and measure the same computation on both sides."""
 
+import attention as kernels_of_attention
 import edit
 import few_steps
 import measure
@@ -81,3 +82,13 @@ def test_injection_is_timed_beside_maps_in_memory(capsys):
 def test_operations_and_bytes_are_counted():
     a, b = torch.zeros(10, 20), torch.zeros(20, 30)
     assert measure.work(lambda: a @ b.t().t()) == (2 * 10 * 20 * 30, 4 * (200 + 600 + 300))
+
+
+def test_attention_is_timed_by_each_kernel_of_torch(capsys):
+    few = ["--device", "cpu", "--batch", "1", "--repeat", "1", "--shrink", "64", "--dtype", "float32"]
+    kernels_of_attention.main(few)
+    heading, *rows = capsys.readouterr().out.splitlines()[1:]
+    assert heading.split()[2:7] == ["cudnn", "flash", "efficient", "math", "ours"] and len(rows) == 8
+    assert all(float(word) > 0 for row in rows for word in row.split()[4:8] if word != "-")
+    with pytest.raises(AssertionError, match="wrong differs"):
+        kernels_of_attention.usable({"wrong": lambda: torch.ones(3)}, torch.zeros(3) + 0.5, (RuntimeError,))
