@@ -56,6 +56,8 @@ class Tuner:
         caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         self.path = None if only_ours else Path(caches, "nanoip2p", "attention.json")
         self.table = read(self.path, say)
+        # Otherwise torch.compile watches the table, and each new case makes it compile the old ones again
+        torch.compiler.assume_constant_result(Tuner.recall)  # not as a decorator: imports a lot of torch
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, heads: int, map_from: Tensor | None = None) -> Tensor:
         inputs, d, keys = (q, k, v, heads, map_from), q.shape[2] // heads, k.shape[1]
@@ -72,7 +74,6 @@ class Tuner:
             kernel = self.choose(case, kernels, inputs)
         return self.run(kernel or "default", *inputs)
 
-    @torch.compiler.assume_constant_result  # else each new entry of the table makes torch compile all again
     def recall(self, case: str, kernels: tuple[str, ...], device: torch.device) -> str | None:
         """The kernel that is remembered for a case, if it is one of `kernels`."""
         kernel = self.table.get(card(device), {}).get(case)
