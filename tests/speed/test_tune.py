@@ -240,6 +240,14 @@ def test_processes_keep_what_the_others_write(bench):
     assert len(bench.written()["a card"]) == 3
 
 
+def test_of_two_processes_that_measure_at_once_the_first_decides(bench):
+    one, other = bench.tuner(), bench.tuner()
+    bench.times[SECOND] = 0.5
+    assert bench.call(one) == SECOND
+    bench.times |= {SECOND: 5.0, FIRST: 0.5}
+    assert bench.call(other) == SECOND and bench.call(bench.tuner()) == SECOND
+
+
 @pytest.mark.parametrize("where", ["graph", "compiler"])
 def test_nothing_is_measured_while_calls_are_recorded(bench, where, monkeypatch):
     owner, name = {"graph": (torch.cuda, "is_current_stream_capturing"),
