@@ -98,9 +98,9 @@ class TimeEmbedding(nn.Module):
         self.linear_1, self.linear_2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, 4 * width)
 
     def forward(self, timestep: Tensor | float) -> Tensor:
-        weight = self.linear_1.weight
-        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=weight.device).reshape(-1)
-        x = timestep_embedding(timestep, *self.embedding_settings).to(weight.dtype)
+        bias = self.linear_1.bias  # speed/cpu.py replaces the weight
+        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=bias.device).reshape(-1)
+        x = timestep_embedding(timestep, *self.embedding_settings).to(bias.dtype)
         return F.silu(self.linear_2(F.silu(self.linear_1(x))))
 
 
