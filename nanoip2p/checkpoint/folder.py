@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from nanoip2p.checkpoint.tensors import FLOAT8, cast, check_tensors, find_weights, write_tensors
 from nanoip2p.clip import CLIP, TextEncoder
@@ -42,10 +43,18 @@ class StoredNetwork:
         return self.model.eval()
 
 
+class Undrawn(TorchFunctionMode):
+    """Skips the initial values of torch.nn.init. On the meta device, drawing them imports torch._dynamo."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Called for each function of torch. args: of torch.nn.init's functions, the tensor alone."""
+        return kwargs["tensor"] if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **kwargs or {})
+
+
 def build_without_memory(cls: type, config: dict, path: Path) -> nn.Module:
     """Build a network on torch's meta device. ValueError for a bad setting; its message names `path`."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), Undrawn():
             model = cls.from_config(config)
         if (count := sum(p.numel() for p in model.parameters())) > MOST_PARAMETERS:
             raise ValueError(f"{count:.1e} parameters, at most {MOST_PARAMETERS:.0e} are supported")
