@@ -14,29 +14,12 @@ import os
 import sys
 from pathlib import Path
 
+from tqdm import tqdm
+
 from nanoip2p.common import cli
-
-with cli.slow_imports():
-    import torch
-    from tqdm import tqdm
-
-    from nanoip2p.checkpoint.load import open_checkpoint
-    from nanoip2p.checkpoint.lora import apply_loras
-    from nanoip2p.checkpoint.tensors import DTYPES
-    from nanoip2p.clip_filter import Judge
-    from nanoip2p.common.cli import add_flags, at_least, finite, pixels
-    from nanoip2p.common.device import pick_device, pick_dtype
-    from nanoip2p.common.files import check_writable, read_json
-    from nanoip2p.dataset import finetune
-    from nanoip2p.dataset.captions import Settings, ask_all, read_captions
-    from nanoip2p.dataset.pairs import PairSettings, list_seeds, make_pairs, pair_settings, read_prompts
-    from nanoip2p.dataset.rendered import write_scenes
-    from nanoip2p.dataset.show import contact_sheet, draw_heatmaps, read_pairs, statistics
-    from nanoip2p.images import grid, save_png
-    from nanoip2p.prompt_to_prompt import MODES, PairPainter
-    from nanoip2p.samplers import SAMPLERS
-    from nanoip2p.speed import fast as speed
-    from nanoip2p.text_to_image import TextToImage
+from nanoip2p.common.cli import add_flags, at_least, finite, pixels
+from nanoip2p.common.files import check_writable, read_json
+from nanoip2p.dataset.config import PairSettings, Settings
 
 
 def add_captions(subparsers) -> None:
@@ -71,11 +54,15 @@ def run_captions(args: argparse.Namespace) -> None:
     """Ask a language model to edit the captions, or draw random scenes with their edits."""
     if args.backend == "scenes":
         check_writable(args.out)
+        with cli.slow_imports():
+            from nanoip2p.dataset.rendered import write_scenes
         write_scenes(args.out, args.n or 1000, args.seed)
         print(f"{args.n or 1000} edits of scenes written to {args.out}")
         return
     if args.input is None:
         raise ValueError("--input is needed (or --backend scenes)")
+    with cli.slow_imports():
+        from nanoip2p.dataset.captions import ask_all, read_captions
     captions, repeats = read_captions(args.input, args.column)
     print(f"{args.input}: {len(captions)} captions, {repeats} repeats left out")
     given = {key: value for key, value in vars(args).items() if key in Settings.__dataclass_fields__}
@@ -84,12 +71,16 @@ def run_captions(args: argparse.Namespace) -> None:
 
 def run_prepare(args: argparse.Namespace) -> None:
     """Turn hand-written triplets into training data for a chat model."""
+    with cli.slow_imports():
+        from nanoip2p.dataset import finetune
     out = args.chats or args.human.with_suffix(".chat.jsonl")
     print(f"{finetune.prepare(args.human, out)} chats written to {out}")
 
 
 def run_finetune(args: argparse.Namespace) -> None:
     """Start a fine-tuning job and print its id as the last line."""
+    with cli.slow_imports():
+        from nanoip2p.dataset import finetune
     job = finetune.start(args.chats, args.model, args.epochs)
     print("started; when the job is finished, give its model to captions --model ft:...", file=sys.stderr)
     print(cli.one_line(job))
@@ -117,12 +108,24 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     add_flags(parser)
     parser.add_argument("--lora", action="append", default=[], help="a LoRA, or FILE:WEIGHT; may be repeated")
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first available)")
-    parser.add_argument("--dtype", choices=sorted(DTYPES),
+    parser.add_argument("--dtype", choices=cli.DTYPES,
                         help="dtype of the text-to-image model (default: bf16 where it is faster, else fp32)")
 
 
 def run_pairs(args: argparse.Namespace) -> None:
     """Check all inputs, then generate pairs. Under torchrun, each process uses one GPU."""
+    with cli.slow_imports():
+        import torch
+
+        from nanoip2p.checkpoint.load import open_checkpoint
+        from nanoip2p.checkpoint.lora import apply_loras
+        from nanoip2p.checkpoint.tensors import DTYPES
+        from nanoip2p.clip_filter import Judge
+        from nanoip2p.common.device import pick_device
+        from nanoip2p.dataset.pairs import list_seeds, make_pairs, pair_settings, read_prompts
+        from nanoip2p.speed import fast as speed
+        from nanoip2p.text_to_image import TextToImage
+
     prompts, bad = read_prompts(args.prompts)
     if bad and not args.skip_bad:
         raise ValueError(f"{args.prompts}: {bad[0]} (bad lines: {len(bad)}); correct them, or skip them with "
@@ -155,15 +158,17 @@ def run_pairs(args: argparse.Namespace) -> None:
               f"python make_dataset.py show {args.out}")
 
 
-def job_dtype(out: Path, given: str | None, device: torch.device) -> str:
-    """The dtype `given`, else that of the job in `out`, else the fast one."""
+def job_dtype(out: Path, given: str | None, device) -> str:
+    """The dtype `given`, else that of the job in `out`, else the fast one on the torch.device."""
+    from nanoip2p.common.device import pick_dtype
+
     path = out / "job.json"
     job = read_json(path, missing={})
     if given or not job:
         return pick_dtype(given, device)
     dtype = job.get("dtype", "fp32")  # jobs older than --dtype have no record of it and used fp32
-    if dtype not in list(DTYPES):
-        raise ValueError(f"{path}: dtype = {dtype!r:.40} should be one of {', '.join(DTYPES)}")
+    if dtype not in list(cli.DTYPES):
+        raise ValueError(f"{path}: dtype = {dtype!r:.40} should be one of {', '.join(cli.DTYPES)}")
     return dtype
 
 
@@ -175,7 +180,7 @@ def add_pair(subparsers) -> None:
     parser.add_argument("--weights", default="weights/nano-sd", help="a text-to-image model")
     parser.add_argument("--out", type=Path, default=Path("out/pair.png"), help="the PNG to write")
     parser.add_argument("--heatmaps", action="store_true", help="also show the attention to each word")
-    parser.add_argument("--inject", choices=MODES, default="self",
+    parser.add_argument("--inject", choices=cli.MODES, default="self",
                         help="attention maps that the edited picture takes from the source")
     parser.add_argument("--p", type=finite, default=0.5, help="share of the steps that inject")
     parser.add_argument("--blend", nargs=2, metavar=("WORD", "WORD"),
@@ -187,7 +192,7 @@ def add_pair(subparsers) -> None:
     parser.add_argument("--cfg-text", type=finite, help="guidance scale (default: from the weights)")
     parser.add_argument("--steps", type=at_least(1), help="denoising steps (default: from the weights)")
     parser.add_argument("--resolution", type=pixels, help="side in pixels (default: from the weights)")
-    parser.add_argument("--sampler", choices=sorted(SAMPLERS), help="sampler (default: from the weights)")
+    parser.add_argument("--sampler", choices=cli.SAMPLERS, help="sampler (default: from the weights)")
     parser.add_argument("--negative", default="", help="negative prompt")
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of all random numbers")
     add_device(parser)
@@ -205,6 +210,16 @@ def run_pair(args: argparse.Namespace) -> None:
     if not all(0 <= begin <= end for begin, end in [(args.p, 1), *windows.values()]):
         raise ValueError("--p must be in [0, 1], and a --window needs 0 <= FROM <= TO")
     check_writable(args.out)
+    with cli.slow_imports():
+        from nanoip2p.checkpoint.load import open_checkpoint
+        from nanoip2p.checkpoint.lora import apply_loras
+        from nanoip2p.checkpoint.tensors import DTYPES
+        from nanoip2p.common.device import pick_device, pick_dtype
+        from nanoip2p.dataset.show import draw_heatmaps
+        from nanoip2p.images import grid, save_png
+        from nanoip2p.prompt_to_prompt import PairPainter
+        from nanoip2p.text_to_image import TextToImage
+
     checkpoint = open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
@@ -226,6 +241,9 @@ def run_pair(args: argparse.Namespace) -> None:
 
 def run_show(args: argparse.Namespace) -> None:
     """Print statistics and write the contact sheet."""
+    with cli.slow_imports():
+        from nanoip2p.dataset.show import contact_sheet, read_pairs, statistics
+        from nanoip2p.images import save_png
     sheet, pairs = args.sheet or args.folder / "contact-sheet.png", read_pairs(args.folder)
     check_writable(sheet)
     print(statistics(args.folder, pairs))

@@ -13,6 +13,8 @@ Writes to --out: checkpoints/, weights/ (the EMA weights), log.jsonl, loss.png a
 RANK also lora.safetensors (diffusers' layout) and lora-kohya.safetensors.
 """
 
+from __future__ import annotations
+
 import os
 import sys
 import time
@@ -23,30 +25,27 @@ from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
+from nanoip2p.checkpoint.hub import is_cached
 from nanoip2p.common import cli
+from nanoip2p.training import signals
+from nanoip2p.training.config import (
+    DISTILL,
+    PAPER_BATCH,
+    PRESETS,
+    RESUME_MAY_CHANGE,
+    TrainConfig,
+    odd_settings,
+)
 
-with cli.slow_imports():
-    import torch
-    from torch.utils.data import DataLoader
-    from tqdm import tqdm
-
-    from nanoip2p.checkpoint.hub import is_cached
-    from nanoip2p.checkpoint.load import load_model, open_checkpoint, widen
-    from nanoip2p.checkpoint.lora import apply_loras
-    from nanoip2p.common.device import pick_dtype
-    from nanoip2p.dataset.layouts import Item, Picture, broken_pictures, read_data, told, without
-    from nanoip2p.dataset.rendered import captioned_scenes, scene_pairs
-    from nanoip2p.images import save_png
+if TYPE_CHECKING:  # the functions below import what they need: --help and wrong flags need no torch
+    from nanoip2p.dataset.layouts import Item, Picture
     from nanoip2p.pipeline import Model
-    from nanoip2p.training import run_folder as runs
-    from nanoip2p.training import signals
-    from nanoip2p.training.cache import Cache
-    from nanoip2p.training.config import PAPER_BATCH, PRESETS, RESUME_MAY_CHANGE, TrainConfig, odd_settings
-    from nanoip2p.training.distill import DISTILL
-    from nanoip2p.training.ranks import Ranks, started
-    from nanoip2p.training.samples import Samples, collate, load_pair, sample_numbers, validation_batches
-    from nanoip2p.training.trainer import Diverged, Trainer, columns_of
+    from nanoip2p.training.ranks import Ranks
+    from nanoip2p.training.trainer import Trainer
 
 VALIDATION_SAMPLES, SHEET_COLUMNS = 64, 8
 
@@ -85,6 +84,8 @@ def resumed(parser: ArgumentParser, given: dict) -> TrainConfig:
 
     state.json may come from a stranger. It cannot cause a write outside its run, or a download.
     """
+    with cli.slow_imports():
+        from nanoip2p.training import run_folder as runs
     out = given["resume"]
     checkpoint, state = runs.newest_checkpoint(out)
     try:
@@ -114,6 +115,9 @@ def read_items(config: TrainConfig, broken: Set[Picture] = frozenset()) -> tuple
 
     If there is no validation split, validates on training items.
     """
+    from nanoip2p.dataset.layouts import read_data, without
+    from nanoip2p.dataset.rendered import captioned_scenes, scene_pairs
+
     if config.text_to_image:
         splits = captioned_scenes(config.pairs), captioned_scenes(VALIDATION_SAMPLES, "validation")
     elif config.data == "scenes":
@@ -130,6 +134,9 @@ def read_items(config: TrainConfig, broken: Set[Picture] = frozenset()) -> tuple
 
 def fill_in(config: TrainConfig, ranks: Ranks, items: int) -> TrainConfig:
     """Fill in `accumulate` and `dtype`. ValueError if items or batch differ from the resumed run."""
+    from nanoip2p.common.device import pick_dtype
+    from nanoip2p.training import run_folder as runs
+
     state = runs.newest_checkpoint(config.out)[1] if config.resume else {"batch": PAPER_BATCH}
     micro = config.batch_size * ranks.count
     accumulate = config.accumulate or max(1, state["batch"] // micro)
@@ -161,6 +168,8 @@ def check_data(config: TrainConfig) -> Set[Picture]:
 
     Raises ValueError if no pair is sound, or if any pair is bad without --skip-bad.
     """
+    from nanoip2p.dataset.layouts import broken_pictures, told
+
     pictures, pairs, counts, bad, broken = broken_pictures(config.data, config.resolution, config.columns)
     left_out = f"; left out: {told(counts)}" if bad else ""
     print(f"pictures  {pictures}; sound pairs in all splits: {pairs}{left_out}",
@@ -174,6 +183,12 @@ def check_data(config: TrainConfig) -> Set[Picture]:
 
 def run(config: TrainConfig) -> None:
     """Open data and weights, print the plan, train."""
+    with cli.slow_imports():
+        from nanoip2p.checkpoint.load import load_model, open_checkpoint, widen
+        from nanoip2p.checkpoint.lora import apply_loras
+        from nanoip2p.training import run_folder as runs
+        from nanoip2p.training.ranks import started
+
     if config.out:
         runs.check_folder(config.out)
     if not config.resume and config.out and runs.checkpoints(config.out):
@@ -205,6 +220,13 @@ def run(config: TrainConfig) -> None:
 def train(config: TrainConfig, model: Model, items: list[Item], validation_items: list[Item],
           ranks: Ranks) -> None:
     """Fill the cache, set up the trainer and the data loader, load the checkpoint, run the loop."""
+    from torch.utils.data import DataLoader
+
+    from nanoip2p.training import run_folder as runs
+    from nanoip2p.training.cache import Cache
+    from nanoip2p.training.samples import Samples, collate, load_pair, sample_numbers, validation_batches
+    from nanoip2p.training.trainer import Trainer, columns_of
+
     get = partial(load_pair, config.resolution, model.tokenizer)
     if config.cache:
         pairs = [pair for item in items + validation_items for pair in item]
@@ -241,6 +263,12 @@ def train(config: TrainConfig, model: Model, items: list[Item], validation_items
 def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], columns: list, first: int,
          stop: signals.Stop) -> None:
     """The training loop from step first + 1: train, validate, log, save, draw sample sheets."""
+    import torch
+
+    from nanoip2p.images import save_png
+    from nanoip2p.training import run_folder as runs
+    from nanoip2p.training.trainer import Diverged
+
     config, ranks, recent, saved = trainer.config, trainer.ranks, [], first
     log = runs.Log(config.out, first, config.tensorboard) if ranks.rank == 0 else None
     bar = tqdm(total=config.steps * trainer.batch, initial=first * trainer.batch, unit=" samples",

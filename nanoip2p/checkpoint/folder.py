@@ -47,8 +47,10 @@ class Undrawn(TorchFunctionMode):
     """Skips the initial values of torch.nn.init. On the meta device, drawing them imports torch._dynamo."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        """Called for each function of torch. args: of torch.nn.init's functions, the tensor alone."""
-        return kwargs["tensor"] if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **kwargs or {})
+        """Called instead of each function of torch."""
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"]
+        return func(*args, **kwargs or {})
 
 
 def build_without_memory(cls: type, config: dict, path: Path) -> nn.Module:

@@ -12,7 +12,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nanoip2p import __version__
+from nanoip2p.common.schema import checked, shown
 
+# Names of choices. The tables that they are keys of import torch, which --help can do without
+SAMPLERS = ("ddim", "dpmpp_2m", "euler", "euler_ancestral", "lcm")
+DTYPES = ("bf16", "fp16", "fp32")
+MODES = ("self", "cross", "both", "none")
 LETTERS = 500  # maximum length of a message
 SWITCH = argparse.BooleanOptionalAction  # --no-recompute overrides a preset with recompute
 
@@ -110,6 +115,20 @@ def at_least(lowest: int, most: int = 2**63 - 1) -> Callable[[str], int]:
 
 finite = between(-math.inf)
 pixels = at_least(1, 10_000)  # of a side; images.MAX_MEGAPIXELS is the square of 10,000
+
+
+def split(given: str) -> tuple[Path, float]:
+    """"FILE" or "FILE:weight" -> (file, weight), by default 1. ValueError for a weight that is no number."""
+    name, colon, weight = given.rpartition(":")
+    if not given or given.startswith(":"):
+        raise ValueError("--lora needs a file, or FILE:weight")
+    if not colon or Path(given).exists():  # the name itself may have a colon
+        return Path(given), 1.0
+    try:
+        return Path(name), checked(float(weight), float, "weight")
+    except ValueError:
+        raise ValueError(f"--lora {given}: there is no such file, and {shown(weight)} is no weight; write "
+                         "FILE or FILE:weight, such as style.safetensors:0.8") from None
 
 
 def one_line(message) -> str:
