@@ -13,19 +13,13 @@ from pathlib import Path
 
 from nanoip2p.common import cli
 
-with cli.slow_imports():
-    from nanoip2p.checkpoint import merge
-    from nanoip2p.checkpoint.load import open_checkpoint
-    from nanoip2p.checkpoint.save import convert
-    from nanoip2p.checkpoint.tensors import DTYPES
-
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code, see cli.run."""
     words = sys.argv[1:] if argv is None else argv
     merging = words[:1] == ["merge"]
-    parser = cli.make_parser(prog="python -m nanoip2p.checkpoint" + " merge" * merging,
-                             description=merge.__doc__ if merging else __doc__,
+    about = cli.docstring(Path(__file__).with_name("merge.py")) if merging else __doc__
+    parser = cli.make_parser(prog="python -m nanoip2p.checkpoint" + " merge" * merging, description=about,
                              formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a folder, a single file, or a name on the Hub")
     parser.add_argument("target", type=Path, nargs=None if merging else "?",
@@ -36,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         either.add_argument("--with", metavar="B", dest="other", help="model for a weighted sum")
         parser.add_argument("--minus", metavar="C", help="base of B, for --add")
         parser.add_argument("--weight", metavar="M", type=cli.finite, help="default: 1; 0.5 for a sum")
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the written weights; default: unchanged")
+    parser.add_argument("--dtype", choices=cli.DTYPES, help="dtype of written weights; default: unchanged")
     parser.add_argument("--ema-copy", action="store_true",
                         help="also write the UNet under the names of the EMA weights")
     cli.add_flags(parser)
@@ -45,6 +39,12 @@ def main(argv: list[str] | None = None) -> int:
         args = parser.parse_args(words[merging:])
         if merging and (args.add is None) != (args.minus is None):
             raise ValueError("--add and --minus need each other: A --add B --minus C is A + (B - C)")
+        with cli.slow_imports():
+            from nanoip2p.checkpoint.load import open_checkpoint
+            from nanoip2p.checkpoint.merge import merge
+            from nanoip2p.checkpoint.save import convert
+            from nanoip2p.checkpoint.tensors import DTYPES
+
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # deletes unfinished files, as Ctrl-C does
         others = (args.add, args.other, args.minus) if merging else ()
         sources, opened = [source for source in (args.source, *others) if source is not None], []
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         if merging:
             names = [Path(source).absolute().name for source in sources]
             share = args.weight if args.weight is not None else 0.5 if args.add is None else 1
-            checkpoint = merge.merge(opened, names, share, dtype)
+            checkpoint = merge(opened, names, share, dtype)
             print(f"merged: {checkpoint.merged_from}")
         for part, network in checkpoint.networks.items():
             model = network.model if args.target else network.load(None)  # loading checks the weights
