@@ -54,15 +54,13 @@ def run_captions(args: argparse.Namespace) -> None:
     """Ask a language model to edit the captions, or draw random scenes with their edits."""
     if args.backend == "scenes":
         check_writable(args.out)
-        with cli.slow_imports():
-            from nanoip2p.dataset.rendered import write_scenes
+        from nanoip2p.dataset.rendered import write_scenes
         write_scenes(args.out, args.n or 1000, args.seed)
         print(f"{args.n or 1000} edits of scenes written to {args.out}")
         return
     if args.input is None:
         raise ValueError("--input is needed (or --backend scenes)")
-    with cli.slow_imports():
-        from nanoip2p.dataset.captions import ask_all, read_captions
+    from nanoip2p.dataset.captions import ask_all, read_captions
     captions, repeats = read_captions(args.input, args.column)
     print(f"{args.input}: {len(captions)} captions, {repeats} repeats left out")
     given = {key: value for key, value in vars(args).items() if key in Settings.__dataclass_fields__}
@@ -71,16 +69,14 @@ def run_captions(args: argparse.Namespace) -> None:
 
 def run_prepare(args: argparse.Namespace) -> None:
     """Turn hand-written triplets into training data for a chat model."""
-    with cli.slow_imports():
-        from nanoip2p.dataset import finetune
+    from nanoip2p.dataset import finetune
     out = args.chats or args.human.with_suffix(".chat.jsonl")
     print(f"{finetune.prepare(args.human, out)} chats written to {out}")
 
 
 def run_finetune(args: argparse.Namespace) -> None:
     """Start a fine-tuning job and print its id as the last line."""
-    with cli.slow_imports():
-        from nanoip2p.dataset import finetune
+    from nanoip2p.dataset import finetune
     job = finetune.start(args.chats, args.model, args.epochs)
     print("started; when the job is finished, give its model to captions --model ft:...", file=sys.stderr)
     print(cli.one_line(job))
@@ -114,17 +110,15 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def run_pairs(args: argparse.Namespace) -> None:
     """Check all inputs, then generate pairs. Under torchrun, each process uses one GPU."""
-    with cli.slow_imports():
-        import torch
-
-        from nanoip2p.checkpoint.load import open_checkpoint
-        from nanoip2p.checkpoint.lora import apply_loras
-        from nanoip2p.checkpoint.tensors import DTYPES
-        from nanoip2p.clip_filter import Judge
-        from nanoip2p.common.device import pick_device
-        from nanoip2p.dataset.pairs import list_seeds, make_pairs, pair_settings, read_prompts
-        from nanoip2p.speed import fast as speed
-        from nanoip2p.text_to_image import TextToImage
+    torch = cli.import_torch()
+    from nanoip2p.checkpoint.load import open_checkpoint
+    from nanoip2p.checkpoint.lora import apply_loras
+    from nanoip2p.checkpoint.tensors import DTYPES
+    from nanoip2p.clip_filter import Judge
+    from nanoip2p.common.device import pick_device
+    from nanoip2p.dataset.pairs import list_seeds, make_pairs, pair_settings, read_prompts
+    from nanoip2p.speed import fast as speed
+    from nanoip2p.text_to_image import TextToImage
 
     prompts, bad = read_prompts(args.prompts)
     if bad and not args.skip_bad:
@@ -210,15 +204,14 @@ def run_pair(args: argparse.Namespace) -> None:
     if not all(0 <= begin <= end for begin, end in [(args.p, 1), *windows.values()]):
         raise ValueError("--p must be in [0, 1], and a --window needs 0 <= FROM <= TO")
     check_writable(args.out)
-    with cli.slow_imports():
-        from nanoip2p.checkpoint.load import open_checkpoint
-        from nanoip2p.checkpoint.lora import apply_loras
-        from nanoip2p.checkpoint.tensors import DTYPES
-        from nanoip2p.common.device import pick_device, pick_dtype
-        from nanoip2p.dataset.show import draw_heatmaps
-        from nanoip2p.images import grid, save_png
-        from nanoip2p.prompt_to_prompt import PairPainter
-        from nanoip2p.text_to_image import TextToImage
+    from nanoip2p.checkpoint.load import open_checkpoint
+    from nanoip2p.checkpoint.lora import apply_loras
+    from nanoip2p.checkpoint.tensors import DTYPES
+    from nanoip2p.common.device import pick_device, pick_dtype
+    from nanoip2p.dataset.show import draw_heatmaps
+    from nanoip2p.images import grid, save_png
+    from nanoip2p.prompt_to_prompt import PairPainter
+    from nanoip2p.text_to_image import TextToImage
 
     checkpoint = open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
     device = pick_device(args.device)
@@ -241,9 +234,8 @@ def run_pair(args: argparse.Namespace) -> None:
 
 def run_show(args: argparse.Namespace) -> None:
     """Print statistics and write the contact sheet."""
-    with cli.slow_imports():
-        from nanoip2p.dataset.show import contact_sheet, read_pairs, statistics
-        from nanoip2p.images import save_png
+    from nanoip2p.dataset.show import contact_sheet, read_pairs, statistics
+    from nanoip2p.images import save_png
     sheet, pairs = args.sheet or args.folder / "contact-sheet.png", read_pairs(args.folder)
     check_writable(sheet)
     print(statistics(args.folder, pairs))
@@ -272,6 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command and return the exit code, see cli.run."""
     def work() -> None:
         args = parse(argv)
+        cli.import_torch()
         args.run(args)
     return cli.run(work, "stopped; finished work is kept, and the same command continues from there",
                    "try a smaller --batch or --resolution")

@@ -118,9 +118,9 @@ def as_flags(path: str, given: dict) -> list[str]:
     Leaves out the settings `given` and the defaults. Raises ValueError for what only the user may choose:
     weights other than the shipped ones, which may be fetched; inputs that are no files; large numbers.
     """
-    with cli.slow_imports():
-        from nanoip2p.images import read_recipe
-        from nanoip2p.pipeline import is_shipped
+    cli.import_torch()
+    from nanoip2p.images import read_recipe
+    from nanoip2p.pipeline import is_shipped
     recipe, argv = {"raw_text": True} | read_recipe(path), []  # the first recipes are older than raw_text
     for key, kind in typing.get_type_hints(Settings).items():
         value, name = recipe.get(key), "--" + key.replace("_", "-")
@@ -205,12 +205,10 @@ def load_editor(settings: Settings) -> tuple:
 
 def run(settings: Settings, problems: list[str]) -> None:
     """Check all inputs and outputs, edit, write each batch when finished. `problems`: see leave_out."""
-    with cli.slow_imports():  # here, because --help and wrong flags do without
-        import torch
-
-        from nanoip2p.editing.pictures import draw_grid, edit_all, leave_out, nano_notes
-        from nanoip2p.images import find_images, fit_size, open_image, save_png
-        from nanoip2p.speed import fast as speed
+    torch = cli.import_torch()
+    from nanoip2p.editing.pictures import draw_grid, edit_all, leave_out, nano_notes
+    from nanoip2p.images import find_images, fit_size, open_image, save_png
+    from nanoip2p.speed import fast as speed
 
     inputs = find_images(settings.input)
     pictures = plan_pictures(settings, inputs)

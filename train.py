@@ -32,14 +32,7 @@ from tqdm import tqdm
 from nanoip2p.checkpoint.hub import is_cached
 from nanoip2p.common import cli
 from nanoip2p.training import signals
-from nanoip2p.training.config import (
-    DISTILL,
-    PAPER_BATCH,
-    PRESETS,
-    RESUME_MAY_CHANGE,
-    TrainConfig,
-    odd_settings,
-)
+from nanoip2p.training.config import DISTILL, MAY_CHANGE, PAPER_BATCH, PRESETS, TrainConfig, odd_settings
 
 if TYPE_CHECKING:  # the functions below import what they need: --help and wrong flags need no torch
     from nanoip2p.dataset.layouts import Item, Picture
@@ -84,8 +77,8 @@ def resumed(parser: ArgumentParser, given: dict) -> TrainConfig:
 
     state.json may come from a stranger. It cannot cause a write outside its run, or a download.
     """
-    with cli.slow_imports():
-        from nanoip2p.training import run_folder as runs
+    cli.import_torch()
+    from nanoip2p.training import run_folder as runs
     out = given["resume"]
     checkpoint, state = runs.newest_checkpoint(out)
     try:
@@ -103,7 +96,7 @@ def resumed(parser: ArgumentParser, given: dict) -> TrainConfig:
             raise ValueError(f"--{name} {source} of {out} is neither here nor in the Hub's cache; give that "
                              "flag again to fetch it")
     config = replace(begun, **{"cache": cache} | given | {"out": out})
-    for key in vars(config).keys() - RESUME_MAY_CHANGE:
+    for key in vars(config).keys() - MAY_CHANGE:
         if getattr(config, key) != getattr(begun, key):
             raise ValueError(f"--{key.replace('_', '-')} cannot change: {out} was begun with "
                              f"{getattr(begun, key)}; leave the flag out, or begin another run")
@@ -183,11 +176,11 @@ def check_data(config: TrainConfig) -> Set[Picture]:
 
 def run(config: TrainConfig) -> None:
     """Open data and weights, print the plan, train."""
-    with cli.slow_imports():
-        from nanoip2p.checkpoint.load import load_model, open_checkpoint, widen
-        from nanoip2p.checkpoint.lora import apply_loras
-        from nanoip2p.training import run_folder as runs
-        from nanoip2p.training.ranks import started
+    cli.import_torch()
+    from nanoip2p.checkpoint.load import load_model, open_checkpoint, widen
+    from nanoip2p.checkpoint.lora import apply_loras
+    from nanoip2p.training import run_folder as runs
+    from nanoip2p.training.ranks import started
 
     if config.out:
         runs.check_folder(config.out)
@@ -263,8 +256,7 @@ def train(config: TrainConfig, model: Model, items: list[Item], validation_items
 def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], columns: list, first: int,
          stop: signals.Stop) -> None:
     """The training loop from step first + 1: train, validate, log, save, draw sample sheets."""
-    import torch
-
+    torch = cli.import_torch()
     from nanoip2p.images import save_png
     from nanoip2p.training import run_folder as runs
     from nanoip2p.training.trainer import Diverged

@@ -39,11 +39,11 @@ def main(argv: list[str] | None = None) -> int:
         args = parser.parse_args(words[merging:])
         if merging and (args.add is None) != (args.minus is None):
             raise ValueError("--add and --minus need each other: A --add B --minus C is A + (B - C)")
-        with cli.slow_imports():
-            from nanoip2p.checkpoint.load import open_checkpoint
-            from nanoip2p.checkpoint.merge import merge
-            from nanoip2p.checkpoint.save import convert
-            from nanoip2p.checkpoint.tensors import DTYPES
+        cli.import_torch()
+        from nanoip2p.checkpoint.load import open_checkpoint
+        from nanoip2p.checkpoint.merge import merge
+        from nanoip2p.checkpoint.save import convert
+        from nanoip2p.checkpoint.tensors import DTYPES
 
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # deletes unfinished files, as Ctrl-C does
         others = (args.add, args.other, args.minus) if merging else ()

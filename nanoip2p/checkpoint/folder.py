@@ -44,13 +44,10 @@ class StoredNetwork:
 
 
 class Undrawn(TorchFunctionMode):
-    """Skips the initial values of torch.nn.init. On the meta device, drawing them imports torch._dynamo."""
+    """Leaves out nn.init.normal_, which on the meta device would import torch._dynamo, sympy and FSDP."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        """Called instead of each function of torch."""
-        if getattr(func, "__module__", "") == "torch.nn.init":
-            return kwargs["tensor"]
-        return func(*args, **kwargs or {})
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs or {})
 
 
 def build_without_memory(cls: type, config: dict, path: Path) -> nn.Module:

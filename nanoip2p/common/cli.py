@@ -8,8 +8,8 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from nanoip2p import __version__
@@ -23,15 +23,15 @@ LETTERS = 500  # maximum length of a message
 SWITCH = argparse.BooleanOptionalAction  # --no-recompute overrides a preset with recompute
 
 
-@contextmanager
-def slow_imports() -> Iterator[None]:
-    """Imports in this block take seconds. Ctrl-C during them ends the process at once, without a traceback.
+def import_torch():
+    """The module torch. Its import takes seconds, in which Ctrl-C ends the process without a traceback.
 
     A KeyboardInterrupt does not suffice: torch's C code imports numpy, and loses the exception.
     """
     before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     try:
-        yield
+        import torch
+        return torch
     except KeyboardInterrupt:  # an extension may set a handler of its own
         sys.exit(130)
     finally:

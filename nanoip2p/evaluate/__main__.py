@@ -68,8 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command, write its numbers to <out>/scores.json, print its text, and return the exit code."""
     def work() -> None:
         args = make_parser().parse_args(argv)
-        with cli.slow_imports():
-            from nanoip2p.evaluate import calls, captions, curve, magicbrush, scenes
+        cli.import_torch()
+        from nanoip2p.evaluate import calls, captions, curve, magicbrush, scenes
         run = {"scenes": scenes.run, "captions": captions.run, "curve": curve.run, "calls": calls.run,
                "magicbrush": magicbrush.run}[args.command]
         if args.out:

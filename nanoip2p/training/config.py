@@ -28,7 +28,7 @@ DISTILL = {"ema_decay": 0.95, "ema_device": "same", "lr": 1e-4, "snr_gamma": 0.0
 # Names of the layers that get a LoRA: of attention only, as in diffusers' scripts, or all
 LAYERS = {"attention": re.compile(r"\.(to_[qkv]|to_out\.0)$"), "all": re.compile("")}
 # Settings that may change when a run is resumed
-RESUME_MAY_CHANGE = {
+MAY_CHANGE = {
     "steps", "lr", "batch_size", "accumulate", "recompute", "compile", "device", "ema_device", "workers",
     "cache", "skip_bad", "save_every", "keep", "sample_every", "validate_every", "log_every", "tensorboard",
     "out", "resume", "check", "timeout"}

@@ -19,7 +19,9 @@ from tiny_editor import DEFAULTS, write_tiny_editor
 import nanoip2p
 import sample
 from nanoip2p import pipeline
+from nanoip2p.checkpoint import load
 from nanoip2p.checkpoint.lora import write_lora
+from nanoip2p.editing import pictures
 from nanoip2p.editor import Editor
 from nanoip2p.images import grid, open_image, read_recipe, save_png
 from nanoip2p.speed import fast as speed
@@ -237,7 +239,7 @@ def test_keep_size(run):
 
 def test_grid(run, monkeypatch):
     seen = []
-    monkeypatch.setattr(sample, "grid", lambda rows, labels: (seen.append((rows, labels)), rows[0][0])[1])
+    monkeypatch.setattr(pictures, "grid", lambda rows, labels: (seen.append((rows, labels)), rows[0][0])[1])
     assert run("--input", "house.png", "wide.jpg", *TWO_EDITS, "--seed", "5", "--grid",
                "--output", "grid.png") == 0
     [(rows, labels)] = seen
@@ -260,7 +262,7 @@ def test_a_drawn_grid_is_one_labelled_picture(run):
 
 def test_a_sweep_is_the_same_edit_at_other_scales(run, monkeypatch, capsys):
     seen, flags = [], ["--seed", "5", "--cfg-text", "5", "--negative", "boat"]
-    monkeypatch.setattr(sample, "grid", lambda *args: (seen.append(args), grid(*args))[1])
+    monkeypatch.setattr(pictures, "grid", lambda *args: (seen.append(args), grid(*args))[1])
     assert run(*one("--sweep", "--cfg-image", "1.5", *flags, name="wide.jpg")) == 0
     assert capsys.readouterr().out == "out.png  make it night, by cfg_text and cfg_image  (seed 5)\n"
     [(rows, labels)] = seen
@@ -423,7 +425,7 @@ RECIPES = {
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_odd_recipes_are_one_line(name, run, capsys, monkeypatch):
-    monkeypatch.setattr(sample, "open_checkpoint", lambda *_: pytest.fail("opened weights"))
+    monkeypatch.setattr(load, "open_checkpoint", lambda *_: pytest.fail("opened weights"))
     monkeypatch.setattr(sample, "plan_pictures", lambda *_: pytest.fail("planned"))
     Path("void").mkdir()
     recipe, message = RECIPES[name]
@@ -728,6 +730,6 @@ def test_help_names_the_defaults_and_the_painted_world(capsys):
 
 def test_ctrl_c_during_imports_prints_no_traceback(run):
     Path("torch.py").write_text("raise KeyboardInterrupt")
-    done = subprocess.run([sys.executable, str(SCRIPT)], env=os.environ | {"PYTHONPATH": "."},
+    done = subprocess.run([sys.executable, str(SCRIPT), *one()], env=os.environ | {"PYTHONPATH": "."},
                           capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "")
