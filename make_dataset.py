@@ -111,15 +111,12 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def run_pairs(args: argparse.Namespace) -> None:
     """Check all inputs, then generate pairs. Under torchrun, each process uses one GPU."""
     torch = cli.import_torch()
-    from nanoip2p.checkpoint.load import open_checkpoint
-    from nanoip2p.checkpoint.lora import apply_loras
-    from nanoip2p.checkpoint.tensors import DTYPES
+    from nanoip2p import TextToImage
+    from nanoip2p.checkpoint import load, lora, tensors
     from nanoip2p.clip_filter import Judge
     from nanoip2p.common.device import pick_device
     from nanoip2p.dataset.pairs import list_seeds, make_pairs, pair_settings, read_prompts
     from nanoip2p.speed import fast as speed
-    from nanoip2p.text_to_image import TextToImage
-
     prompts, bad = read_prompts(args.prompts)
     if bad and not args.skip_bad:
         raise ValueError(f"{args.prompts}: {bad[0]} (bad lines: {len(bad)}); correct them, or skip them with "
@@ -130,15 +127,15 @@ def run_pairs(args: argparse.Namespace) -> None:
     if device in (None, "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = pick_device(device)
-    checkpoint = open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
+    checkpoint = load.open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
     settings = pair_settings(vars(args), checkpoint.source, checkpoint.defaults)
     dtype = job_dtype(args.out, args.dtype, device)
     if first:
         print(f"opened {args.weights}: {checkpoint.description}; computes in {dtype}", file=sys.stderr)
         print(f"{len(prompts)} prompts, {len(bad)} bad lines, {settings.n_samples} candidates per prompt",
               file=sys.stderr)
-    painter = TextToImage.load(checkpoint, device, DTYPES[dtype])
-    sys.stderr.writelines(f"{cli.one_line(line)}\n" for line in apply_loras(painter, args.lora))
+    painter = TextToImage.load(checkpoint, device, tensors.DTYPES[dtype])
+    sys.stderr.writelines(f"{cli.one_line(line)}\n" for line in lora.apply_loras(painter, args.lora))
     painter.fill_defaults({key: getattr(settings, key) for key in ("steps", "resolution", "sampler")})
     if args.fast:
         speed.speed_up(painter.unet, lambda line: print(line, file=sys.stderr), injects=True)
@@ -155,7 +152,6 @@ def run_pairs(args: argparse.Namespace) -> None:
 def job_dtype(out: Path, given: str | None, device) -> str:
     """The dtype `given`, else that of the job in `out`, else the fast one on the torch.device."""
     from nanoip2p.common.device import pick_dtype
-
     path = out / "job.json"
     job = read_json(path, missing={})
     if given or not job:
@@ -204,21 +200,18 @@ def run_pair(args: argparse.Namespace) -> None:
     if not all(0 <= begin <= end for begin, end in [(args.p, 1), *windows.values()]):
         raise ValueError("--p must be in [0, 1], and a --window needs 0 <= FROM <= TO")
     check_writable(args.out)
-    from nanoip2p.checkpoint.load import open_checkpoint
-    from nanoip2p.checkpoint.lora import apply_loras
-    from nanoip2p.checkpoint.tensors import DTYPES
+    from nanoip2p import TextToImage
+    from nanoip2p.checkpoint import load, lora, tensors
     from nanoip2p.common.device import pick_device, pick_dtype
     from nanoip2p.dataset.show import draw_heatmaps
     from nanoip2p.images import grid, save_png
     from nanoip2p.prompt_to_prompt import PairPainter
-    from nanoip2p.text_to_image import TextToImage
-
-    checkpoint = open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
+    checkpoint = load.open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     print(f"opened {args.weights}: {checkpoint.description}; computes in {dtype}", file=sys.stderr)
-    painter = TextToImage.load(checkpoint, device, DTYPES[dtype])
-    sys.stderr.writelines(f"{cli.one_line(line)}\n" for line in apply_loras(painter, args.lora))
+    painter = TextToImage.load(checkpoint, device, tensors.DTYPES[dtype])
+    sys.stderr.writelines(f"{cli.one_line(line)}\n" for line in lora.apply_loras(painter, args.lora))
     model = PairPainter(painter, args.source, args.edit, args.inject, args.steps, args.sampler,
                         args.resolution, args.negative, reweight, windows, args.blend)
     cfg_text = painter.defaults["cfg_text"] if args.cfg_text is None else args.cfg_text

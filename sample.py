@@ -17,8 +17,6 @@ import typing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from PIL import Image
-
 from nanoip2p import __version__
 from nanoip2p.common import cli
 from nanoip2p.common.cli import at_least, finite, flag, one_line, pixels, split
@@ -181,25 +179,21 @@ def plan_pictures(settings: Settings, inputs: list[str]) -> list[Settings]:
 
 def load_editor(settings: Settings) -> tuple:
     """An Editor with its LoRAs and embeddings, the hashes of the LoRA files, and notes for the user."""
-    from nanoip2p.checkpoint.embeddings import add_embedding
-    from nanoip2p.checkpoint.load import open_checkpoint
-    from nanoip2p.checkpoint.lora import apply_loras, file_hash
-    from nanoip2p.checkpoint.tensors import DTYPES
-    from nanoip2p.editor import Editor
+    from nanoip2p import Editor
+    from nanoip2p.checkpoint import embeddings, load, lora, tensors
     from nanoip2p.images import read_recipe
     from nanoip2p.pipeline import find_weights
-
-    checkpoint = open_checkpoint(
+    checkpoint = load.open_checkpoint(
         find_weights(settings.weights), settings.vae, settings.tokenizer, settings.raw_weights)
     print(one_line(f"opened {settings.weights}: {checkpoint.description}"), file=sys.stderr)
-    editor = Editor.load(checkpoint, settings.device, DTYPES[settings.dtype], settings.low_memory)
+    editor = Editor.load(checkpoint, settings.device, tensors.DTYPES[settings.dtype], settings.low_memory)
     if settings.raw_text:
         editor.tokenizer.clean = str
-    notes = apply_loras(editor, loras := settings.lora or [])
-    hashes = [file_hash(lora) for lora in loras]
+    notes = lora.apply_loras(editor, files := settings.lora or [])
+    hashes = [lora.file_hash(file) for file in files]
     if settings.recipe and (read_recipe(settings.recipe).get("lora_hash") or hashes) != hashes:
         notes.append(f"{settings.recipe} was made with a LoRA file of other content")
-    notes += [add_embedding(editor, path) for path in settings.embedding or []]
+    notes += [embeddings.add_embedding(editor, path) for path in settings.embedding or []]
     return editor, hashes, notes
 
 
@@ -209,7 +203,6 @@ def run(settings: Settings, problems: list[str]) -> None:
     from nanoip2p.editing.pictures import draw_grid, edit_all, leave_out, nano_notes
     from nanoip2p.images import find_images, fit_size, open_image, save_png
     from nanoip2p.speed import fast as speed
-
     inputs = find_images(settings.input)
     pictures = plan_pictures(settings, inputs)
     sizes, fitted = {}, {}
@@ -231,7 +224,7 @@ def run(settings: Settings, problems: list[str]) -> None:
     pictures = [picture for picture in pictures if picture.input[0] in fitted]
     given = sampling | {"negative": settings.negative, "low_memory": settings.low_memory, "progress": True}
 
-    def write(image: Image.Image, made_by: Settings, text: str) -> None:
+    def write(image, made_by: Settings, text: str) -> None:
         recipe = {key: value for key, value in asdict(made_by).items() if key not in NOT_IN_RECIPE} | sampling
         recipe |= {"version": __version__, "torch": torch.__version__, "lora_hash": hashes}
         save_png(image, made_by.output, recipe, web=True)

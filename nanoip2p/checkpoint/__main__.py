@@ -7,6 +7,7 @@
 """
 
 import argparse
+import ast
 import signal
 import sys
 from pathlib import Path
@@ -18,8 +19,9 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code, see cli.run."""
     words = sys.argv[1:] if argv is None else argv
     merging = words[:1] == ["merge"]
-    about = cli.docstring(Path(__file__).with_name("merge.py")) if merging else __doc__
-    parser = cli.make_parser(prog="python -m nanoip2p.checkpoint" + " merge" * merging, description=about,
+    of_merge = ast.get_docstring(ast.parse(Path(__file__).with_name("merge.py").read_text()), clean=False)
+    parser = cli.make_parser(prog="python -m nanoip2p.checkpoint" + " merge" * merging,
+                             description=of_merge if merging else __doc__,
                              formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a folder, a single file, or a name on the Hub")
     parser.add_argument("target", type=Path, nargs=None if merging else "?",
@@ -40,28 +42,24 @@ def main(argv: list[str] | None = None) -> int:
         if merging and (args.add is None) != (args.minus is None):
             raise ValueError("--add and --minus need each other: A --add B --minus C is A + (B - C)")
         cli.import_torch()
-        from nanoip2p.checkpoint.load import open_checkpoint
-        from nanoip2p.checkpoint.merge import merge
-        from nanoip2p.checkpoint.save import convert
-        from nanoip2p.checkpoint.tensors import DTYPES
-
+        from nanoip2p.checkpoint import load, merge, save, tensors
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # deletes unfinished files, as Ctrl-C does
         others = (args.add, args.other, args.minus) if merging else ()
         sources, opened = [source for source in (args.source, *others) if source is not None], []
         for source in sources:
-            opened.append(open_checkpoint(source, args.vae, args.tokenizer, args.raw_weights))
+            opened.append(load.open_checkpoint(source, args.vae, args.tokenizer, args.raw_weights))
             print(f"{source}: {opened[-1].description}")
-        checkpoint, dtype = opened[0], DTYPES.get(args.dtype)
+        checkpoint, dtype = opened[0], tensors.DTYPES.get(args.dtype)
         if merging:
             names = [Path(source).absolute().name for source in sources]
             share = args.weight if args.weight is not None else 0.5 if args.add is None else 1
-            checkpoint = merge(opened, names, share, dtype)
+            checkpoint = merge.merge(opened, names, share, dtype)
             print(f"merged: {checkpoint.merged_from}")
         for part, network in checkpoint.networks.items():
             model = network.model if args.target else network.load(None)  # loading checks the weights
             print(f"  {part:<13}{sum(p.numel() for p in model.parameters()) / 1e6:>8.1f} M parameters")
         if args.target:
-            convert(checkpoint, args.target, dtype, args.ema_copy)
+            save.convert(checkpoint, args.target, dtype, args.ema_copy)
             print(f"wrote {args.target}")
             if args.target.suffix == ".safetensors":
                 print("a single file has no tokenizer; to use it, name the source's with --tokenizer")

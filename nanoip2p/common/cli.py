@@ -1,7 +1,6 @@
 """Helpers that all commands use: parsers, flags with checked values, one-line errors."""
 
 import argparse
-import ast
 import dataclasses
 import math
 import os
@@ -32,8 +31,6 @@ def import_torch():
     try:
         import torch
         return torch
-    except KeyboardInterrupt:  # an extension may set a handler of its own
-        sys.exit(130)
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -68,11 +65,6 @@ def make_parser(**settings) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nanoip2p {__version__}")
     parser.register("type", Path, path)
     return parser
-
-
-def docstring(path: Path) -> str:
-    """The docstring of a Python file, for its help; without running the file, whose imports take seconds."""
-    return ast.get_docstring(ast.parse(path.read_text()))
 
 
 def path(text: str) -> Path:

@@ -6,8 +6,6 @@ from nanoip2p.checkpoint import hub
 from nanoip2p.common.cli import MODES, SAMPLERS, at_least, finite, flag, pixels
 from nanoip2p.common.schema import checked
 
-TIMEOUT = 120  # seconds for an answer of the language model
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -19,7 +17,7 @@ class Settings:
     concurrency: int = flag("concurrent requests", 8, type=at_least(1))
     moderate: bool = flag("apply OpenAI's moderation to captions and answers, as the original does", False)
     max_tokens: int | None = flag("limit on the input plus output tokens of this run", type=at_least(0))
-    timeout: int = flag("seconds for each whole answer of the server", TIMEOUT, type=at_least(1))
+    timeout: int = flag("seconds for each whole answer of the server", 120, type=at_least(1))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,4 @@
-"""Make the pictures that sample.py has planned, in batches of one size.
-
-A planned picture is a `Settings` of sample.py: one input, one seed, and one edit or several turns.
-"""
+"""Make pictures as sample.py has planned them: `Settings` with one input, one seed, and an edit or turns."""
 
 import sys
 from collections.abc import Iterator

@@ -1,6 +1,7 @@
 """Score an editor or a text-to-image model."""
 
 import argparse
+import ast
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=cli.make_parser)
 
     def add(name: str, weights: str | list[str], n: int | None, **out):
-        text = cli.docstring(Path(__file__).with_name(f"{name}.py"))
+        text = ast.get_docstring(ast.parse(Path(__file__).with_name(f"{name}.py").read_text()), clean=False)
         command = commands.add_parser(name, help=text.splitlines()[0], description=text)
         command.set_defaults(command=name)
         several = "+" if isinstance(weights, list) else None
@@ -39,8 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     flag = add("captions", "weights/nano-sd", 320, help="folder for scores.json")
     flag("--clip", default="weights/nano-clip", help="folder or Hub name")
 
-    flag = add("curve", "weights/nano-ip2p", 300, default=Path("runs/curve"),
-               help="folder for points and plot")
+    flag = add("curve", "weights/nano-ip2p", 300, default=Path("runs/curve"), help="for points and plot")
     flag("--sdedit", type=Path, metavar="WEIGHTS", help="text-to-image model for the SDEdit baseline")
     flag("--data", default="scenes", help="as in train.py; both pictures of a pair need captions")
     flag("--split", choices=("train", "validation", "test"), default="test", help="split of the data")
@@ -53,8 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     flag = add("calls", ["weights/nano-ip2p"], 140, default=Path("runs/calls"),
                help="folder for points and plot")
-    flag("--calls", type=at_least(1), nargs="+", default=(2, 4, 8, 16, 30, 60), metavar="N",
-         help="calls per edit")
+    flag("--calls", type=at_least(1), nargs="+", default=(2, 4, 8, 16, 30, 60), metavar="N", help="per edit")
 
     flag = add("magicbrush", "weights/nano-ip2p", None, required=True, help="folder for scores and pictures")
     flag("--data", type=Path, required=True, help="folder of a split, with edit_turns.json")
