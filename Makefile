@@ -74,6 +74,7 @@ bench: .venv/test
 	.venv/bin/python tests/benchmarks/train_step.py --repeat 3
 	.venv/bin/python tests/benchmarks/attention.py --repeat 3
 	.venv/bin/python tests/benchmarks/edit_memory.py
+	.venv/bin/python tests/benchmarks/startup.py
 
 lint: .venv/test
 	.venv/bin/ruff check

@@ -18,6 +18,7 @@ from nanoip2p.vae import VAE
 # Our class -> the class that reads the same folder in diffusers or transformers
 CLASS_NAMES = {UNet: "UNet2DConditionModel", VAE: "AutoencoderKL", TextEncoder: "CLIPTextModel",
                CLIP: "CLIPModel"}
+DRAWS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
 MOST_PARAMETERS = 10**10  # of one network: ten times the UNet of Stable Diffusion 1.x
 
 
@@ -44,10 +45,10 @@ class StoredNetwork:
 
 
 class Undrawn(TorchFunctionMode):
-    """Leaves out nn.init.normal_, which on the meta device would import torch._dynamo, sympy and FSDP."""
+    """Leaves out initial values. To draw them on the meta device would import torch._dynamo, sympy, FSDP."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs or {})
+        return kwargs["tensor"] if func in DRAWS else func(*args, **kwargs or {})
 
 
 def build_without_memory(cls: type, config: dict, path: Path) -> nn.Module:

@@ -6,6 +6,7 @@ import measure
 import numpy as np
 import pair
 import pytest
+import startup
 import torch
 import train_step
 
@@ -81,3 +82,12 @@ def test_injection_is_timed_beside_maps_in_memory(capsys):
 def test_operations_and_bytes_are_counted():
     a, b = torch.zeros(10, 20), torch.zeros(20, 30)
     assert measure.work(lambda: a @ b.t().t()) == (2 * 10 * 20 * 30, 4 * (200 + 600 + 300))
+
+
+def test_an_edit_starts_in_the_time_that_torch_takes(capsys):
+    """The limits are of issue 20, section 1. CPU time, not seconds, so that other jobs hardly matter."""
+    startup.main(["--repeat", "2"])
+    rows = [line.rsplit(maxsplit=4) for line in capsys.readouterr().out.splitlines()[2:]]
+    (edit, _, ratio, _, megabytes), *helps = rows
+    assert edit.strip() == "an edit of one step" and float(ratio) <= 1.4 and float(megabytes) <= 330
+    assert len(helps) == len(startup.HELP) and all(float(ratio) < 0.5 for _, _, ratio, _, _ in helps)
