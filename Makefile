@@ -75,6 +75,7 @@ bench: .venv/test
 	.venv/bin/python tests/benchmarks/train_step.py --repeat 3
 	.venv/bin/python tests/benchmarks/attention.py --repeat 3
 	.venv/bin/python tests/benchmarks/edit_memory.py
+	.venv/bin/python tests/benchmarks/startup.py
 
 bench-gpu: .venv/test
 	.venv/bin/python tests/benchmarks/attention.py --batch 3

@@ -12,31 +12,15 @@ To continue a stopped `captions` or `pairs`, start it again with the same flags.
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
+from tqdm import tqdm
+
 from nanoip2p.common import cli
-
-with cli.slow_imports():
-    import torch
-    from tqdm import tqdm
-
-    from nanoip2p.checkpoint.load import open_checkpoint
-    from nanoip2p.checkpoint.lora import apply_loras
-    from nanoip2p.checkpoint.tensors import DTYPES
-    from nanoip2p.clip_filter import Judge
-    from nanoip2p.common.cli import add_flags, at_least, finite, pixels
-    from nanoip2p.common.device import pick_device, pick_dtype
-    from nanoip2p.common.files import check_writable, read_json
-    from nanoip2p.dataset import finetune
-    from nanoip2p.dataset.captions import Settings, ask_all, read_captions
-    from nanoip2p.dataset.pairs import PairSettings, list_seeds, make_pairs, pair_settings, read_prompts
-    from nanoip2p.dataset.rendered import write_scenes
-    from nanoip2p.dataset.show import contact_sheet, draw_heatmaps, read_pairs, statistics
-    from nanoip2p.images import grid, save_png
-    from nanoip2p.prompt_to_prompt import MODES, PairPainter
-    from nanoip2p.samplers import SAMPLERS
-    from nanoip2p.speed import fast as speed
-    from nanoip2p.text_to_image import TextToImage
+from nanoip2p.common.cli import add_flags, at_least, finite, pixels
+from nanoip2p.common.files import check_writable, read_json
+from nanoip2p.dataset.config import PairSettings, Settings
 
 
 def add_captions(subparsers) -> None:
@@ -71,11 +55,13 @@ def run_captions(args: argparse.Namespace) -> None:
     """Ask a language model to edit the captions, or draw random scenes with their edits."""
     if args.backend == "scenes":
         check_writable(args.out)
+        from nanoip2p.dataset.rendered import write_scenes
         write_scenes(args.out, args.n or 1000, args.seed)
         print(f"{args.n or 1000} edits of scenes written to {args.out}")
         return
     if args.input is None:
         raise ValueError("--input is needed (or --backend scenes)")
+    from nanoip2p.dataset.captions import ask_all, read_captions
     captions, repeats = read_captions(args.input, args.column)
     print(f"{args.input}: {len(captions)} captions, {repeats} repeats left out")
     given = {key: value for key, value in vars(args).items() if key in Settings.__dataclass_fields__}
@@ -84,12 +70,14 @@ def run_captions(args: argparse.Namespace) -> None:
 
 def run_prepare(args: argparse.Namespace) -> None:
     """Turn hand-written triplets into training data for a chat model."""
+    from nanoip2p.dataset import finetune
     out = args.chats or args.human.with_suffix(".chat.jsonl")
     print(f"{finetune.prepare(args.human, out)} chats written to {out}")
 
 
 def run_finetune(args: argparse.Namespace) -> None:
     """Start a fine-tuning job and print its id as the last line."""
+    from nanoip2p.dataset import finetune
     job = finetune.start(args.chats, args.model, args.epochs)
     print("started; when the job is finished, give its model to captions --model ft:...", file=sys.stderr)
     print(cli.one_line(job))
@@ -105,8 +93,8 @@ def add_pairs(subparsers) -> None:
     parser.add_argument("--weights", required=True, help="a text-to-image model: a diffusers folder, a "
                                                          ".safetensors or .ckpt file, or a name on the Hub")
     parser.add_argument("--skip-bad", action="store_true", help="skip bad lines of --prompts")
-    parser.add_argument("--fast", action="store_true",
-                        help="speed up the UNet, see nanoip2p.speed.fast; not for nano weights")
+    parser.add_argument("--fast", action=cli.SWITCH, help="faster, equal up to rounding, as in sample.py "
+                                                          "(default on a CPU: with SD's widths)")
     parser.add_argument("--attention", choices=("auto", "sdpa", "ours"), default="auto",
                         help="kernels with --fast on CUDA, as in sample.py")
     parser.add_argument("--verbose", action="store_true", help="say what --attention measures and decides")
@@ -120,12 +108,19 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     add_flags(parser)
     parser.add_argument("--lora", action="append", default=[], help="a LoRA, or FILE:WEIGHT; may be repeated")
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first available)")
-    parser.add_argument("--dtype", choices=sorted(DTYPES),
+    parser.add_argument("--dtype", choices=cli.DTYPES,
                         help="dtype of the text-to-image model (default: bf16 where it is faster, else fp32)")
 
 
 def run_pairs(args: argparse.Namespace) -> None:
     """Check all inputs, then generate pairs. Under torchrun, each process uses one GPU."""
+    torch = cli.import_torch()
+    from nanoip2p import TextToImage
+    from nanoip2p.checkpoint import load, lora, tensors
+    from nanoip2p.clip_filter import Judge
+    from nanoip2p.common.device import pick_device
+    from nanoip2p.dataset.pairs import list_seeds, make_pairs, pair_settings, read_prompts
+    from nanoip2p.speed.fast import speed_up
     prompts, bad = read_prompts(args.prompts)
     if bad and not args.skip_bad:
         raise ValueError(f"{args.prompts}: {bad[0]} (bad lines: {len(bad)}); correct them, or skip them with "
@@ -138,22 +133,23 @@ def run_pairs(args: argparse.Namespace) -> None:
     if device in (None, "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = pick_device(device)
-    checkpoint = open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
+    checkpoint = load.open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
     settings = pair_settings(vars(args), checkpoint.source, checkpoint.defaults)
     dtype = job_dtype(args.out, args.dtype, device)
     if first:
         print(f"opened {args.weights}: {checkpoint.description}; computes in {dtype}", file=sys.stderr)
         print(f"{len(prompts)} prompts, {len(bad)} bad lines, {settings.n_samples} candidates per prompt",
               file=sys.stderr)
-    painter = TextToImage.load(checkpoint, device, DTYPES[dtype])
-    sys.stderr.writelines(f"{cli.one_line(line)}\n" for line in apply_loras(painter, args.lora))
+    painter = TextToImage.load(checkpoint, device, tensors.DTYPES[dtype])
+    sys.stderr.writelines(f"{cli.one_line(line)}\n" for line in lora.apply_loras(painter, args.lora))
     painter.fill_defaults({key: getattr(settings, key) for key in ("steps", "resolution", "sampler")})
-    if args.fast:
-        speed.speed_up(painter.unet, lambda line: print(cli.one_line(line), file=sys.stderr), injects=True,
-                       attention=args.attention, verbose=args.verbose)
     judge = Judge.load(settings.clip, device)
     notes = {"weights": args.weights, "lora": args.lora, "clip": settings.clip, "dtype": dtype}
-    make_pairs(prompts, args.out, painter, judge, settings, notes, progress=first)
+    positions = 2 * (settings.resolution // painter.vae.downsampling) ** 2  # of the latents of a pair
+    prepare = partial(speed_up, painter, args.fast, lambda line: print(cli.one_line(line), file=sys.stderr),
+                      positions * settings.steps * settings.n_samples * len(prompts), injects=True,
+                      attention=args.attention, verbose=args.verbose)
+    make_pairs(prompts, args.out, painter, judge, settings, notes, progress=first, prepare=prepare)
     if first:
         done = sum((args.out / prompt.folder).exists() for prompt in prompts)
         pairs = sum(len(seeds) for _, seeds in list_seeds(args.out))
@@ -161,15 +157,16 @@ def run_pairs(args: argparse.Namespace) -> None:
               f"python make_dataset.py show {args.out}")
 
 
-def job_dtype(out: Path, given: str | None, device: torch.device) -> str:
-    """The dtype `given`, else that of the job in `out`, else the fast one."""
+def job_dtype(out: Path, given: str | None, device) -> str:
+    """The dtype `given`, else that of the job in `out`, else the fast one on the torch.device."""
+    from nanoip2p.common.device import pick_dtype
     path = out / "job.json"
     job = read_json(path, missing={})
     if given or not job:
         return pick_dtype(given, device)
     dtype = job.get("dtype", "fp32")  # jobs older than --dtype have no record of it and used fp32
-    if dtype not in list(DTYPES):
-        raise ValueError(f"{path}: dtype = {dtype!r:.40} should be one of {', '.join(DTYPES)}")
+    if dtype not in list(cli.DTYPES):
+        raise ValueError(f"{path}: dtype = {dtype!r:.40} should be one of {', '.join(cli.DTYPES)}")
     return dtype
 
 
@@ -181,7 +178,7 @@ def add_pair(subparsers) -> None:
     parser.add_argument("--weights", default="weights/nano-sd", help="a text-to-image model")
     parser.add_argument("--out", type=Path, default=Path("out/pair.png"), help="the PNG to write")
     parser.add_argument("--heatmaps", action="store_true", help="also show the attention to each word")
-    parser.add_argument("--inject", choices=MODES, default="self",
+    parser.add_argument("--inject", choices=cli.MODES, default="self",
                         help="attention maps that the edited picture takes from the source")
     parser.add_argument("--p", type=finite, default=0.5, help="share of the steps that inject")
     parser.add_argument("--blend", nargs=2, metavar=("WORD", "WORD"),
@@ -193,7 +190,7 @@ def add_pair(subparsers) -> None:
     parser.add_argument("--cfg-text", type=finite, help="guidance scale (default: from the weights)")
     parser.add_argument("--steps", type=at_least(1), help="denoising steps (default: from the weights)")
     parser.add_argument("--resolution", type=pixels, help="side in pixels (default: from the weights)")
-    parser.add_argument("--sampler", choices=sorted(SAMPLERS), help="sampler (default: from the weights)")
+    parser.add_argument("--sampler", choices=cli.SAMPLERS, help="sampler (default: from the weights)")
     parser.add_argument("--negative", default="", help="negative prompt")
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of all random numbers")
     add_device(parser)
@@ -211,12 +208,18 @@ def run_pair(args: argparse.Namespace) -> None:
     if not all(0 <= begin <= end for begin, end in [(args.p, 1), *windows.values()]):
         raise ValueError("--p must be in [0, 1], and a --window needs 0 <= FROM <= TO")
     check_writable(args.out)
-    checkpoint = open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
+    from nanoip2p import TextToImage
+    from nanoip2p.checkpoint import load, lora, tensors
+    from nanoip2p.common.device import pick_device, pick_dtype
+    from nanoip2p.dataset.show import draw_heatmaps
+    from nanoip2p.images import grid, save_png
+    from nanoip2p.prompt_to_prompt import PairPainter
+    checkpoint = load.open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     print(f"opened {args.weights}: {checkpoint.description}; computes in {dtype}", file=sys.stderr)
-    painter = TextToImage.load(checkpoint, device, DTYPES[dtype])
-    sys.stderr.writelines(f"{cli.one_line(line)}\n" for line in apply_loras(painter, args.lora))
+    painter = TextToImage.load(checkpoint, device, tensors.DTYPES[dtype])
+    sys.stderr.writelines(f"{cli.one_line(line)}\n" for line in lora.apply_loras(painter, args.lora))
     model = PairPainter(painter, args.source, args.edit, args.inject, args.steps, args.sampler,
                         args.resolution, args.negative, reweight, windows, args.blend)
     cfg_text = painter.defaults["cfg_text"] if args.cfg_text is None else args.cfg_text
@@ -232,6 +235,8 @@ def run_pair(args: argparse.Namespace) -> None:
 
 def run_show(args: argparse.Namespace) -> None:
     """Print statistics and write the contact sheet."""
+    from nanoip2p.dataset.show import contact_sheet, read_pairs, statistics
+    from nanoip2p.images import save_png
     sheet, pairs = args.sheet or args.folder / "contact-sheet.png", read_pairs(args.folder)
     check_writable(sheet)
     print(statistics(args.folder, pairs))
@@ -260,6 +265,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command and return the exit code, see cli.run."""
     def work() -> None:
         args = parse(argv)
+        cli.import_torch()
         args.run(args)
     return cli.run(work, "stopped; finished work is kept, and the same command continues from there",
                    "try a smaller --batch or --resolution")

@@ -14,32 +14,15 @@ import random
 import sys
 import textwrap
 import typing
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import product
 from pathlib import Path
 
 from nanoip2p import __version__
 from nanoip2p.common import cli
-from nanoip2p.common.cli import at_least, finite, flag, one_line, pixels
-
-with cli.slow_imports():
-    import torch
-    from PIL import Image
-    from tqdm import tqdm
-
-    from nanoip2p.checkpoint.embeddings import add_embedding
-    from nanoip2p.checkpoint.load import open_checkpoint
-    from nanoip2p.checkpoint.lora import apply_loras, file_hash, split
-    from nanoip2p.checkpoint.tensors import DTYPES
-    from nanoip2p.common.files import check_writable, unique_stems
-    from nanoip2p.common.schema import checked
-    from nanoip2p.editor import Editor
-    from nanoip2p.images import NotFinite, find_images, fit, fit_size, grid, open_image, read_recipe, save_png
-    from nanoip2p.pipeline import find_weights, is_shipped, same_size
-    from nanoip2p.samplers import SAMPLERS
-    from nanoip2p.speed import fast as speed
-    from nanoip2p.world import scenes
+from nanoip2p.common.cli import at_least, finite, flag, one_line, pixels, split
+from nanoip2p.common.files import check_writable, unique_stems
+from nanoip2p.common.schema import checked
+from nanoip2p.world import scenes
 
 # Settings that change the picture by rounding at most
 NOT_IN_RECIPE = ("output", "recipe", "device", "fast", "attention", "verbose", "batch")
@@ -47,11 +30,6 @@ NOT_IN_RECIPE = ("output", "recipe", "device", "fast", "attention", "verbose", "
 MOST = {"n": 16, "steps": 1000, "resolution": 2048, "edit": 64, "input": 100, "embedding": 16, "lora": 16}
 LOADED = ("weights", "vae", "tokenizer", "embedding", "lora")  # a recipe names only files in weights/
 MOST_PICTURES = 10**6  # of one command; planning them takes 1 minute and 0.6 GB
-# --sweep varies both scales. From the paper's defaults it covers cfg_text 3 ... 12 and cfg_image 1 ... 2
-SWEEP_FACTORS = (0.4, 0.7, 1, 1.3, 1.6)      # multiply cfg_text
-SWEEP_STEPS = (-0.5, -0.25, 0, 0.25, 0.5)    # added to cfg_image
-# `nano_notes`: resolution and maximum vocabulary of nano weights; pictures with a side above PHOTO get a note
-NANO_RESOLUTION, NANO_VOCABULARY, PHOTO = 64, 1000, 256
 
 
 @dataclass(frozen=True)
@@ -70,7 +48,7 @@ class Settings:
     resolution: int | None = flag("approximate longer side in pixels", type=pixels)
     cfg_text: float | None = flag("guidance scale of the instruction (s_T)", type=finite)
     cfg_image: float | None = flag("guidance scale of the input picture (s_I)", type=finite)
-    sampler: str | None = flag("sampling method", choices=sorted(SAMPLERS))
+    sampler: str | None = flag("sampling method", choices=cli.SAMPLERS)
     seed: int | None = flag("seed of the noise (default: random)", type=at_least(0))
     output: str | None = flag("a PNG file, or a folder for several inputs", group="what to write")
     keep_size: bool = flag("scale the result to the size of the input", False)
@@ -86,12 +64,13 @@ class Settings:
     lora: list[str] | None = flag("a LoRA file, or FILE:WEIGHT; may be repeated", action="append")
     raw_weights: bool | None = flag("use raw weights, not averaged ones", action=cli.SWITCH)
     device: str | None = flag("cuda, cuda:1, mps or cpu (default: the first available)")
-    dtype: str = flag("half precision is faster on a GPU", "fp32", choices=sorted(DTYPES))
+    dtype: str = flag("half precision is faster on a GPU", "fp32", choices=cli.DTYPES)
     batch: int = flag("maximum number of pictures, of one size, in a forward pass", 8, type=at_least(1))
     low_memory: bool = flag("compute one guidance branch at a time, keep one network on the device, and use "
                             "VAE tiles above 768 pixels (full size), which change pictures slightly", False)
-    fast: bool = flag("faster, equal up to rounding. CPU: Winograd convolutions, which need more memory. "
-                      "CUDA: channels last and CUDA graphs, after a minute of compiling", False)
+    fast: bool | None = flag("faster, equal up to rounding. CPU: Winograd's convolutions, with a fifth more "
+                             "memory (default: with SD's widths, from 4 steps at 256 x 256 pixels on). CUDA: "
+                             "channels last and CUDA graphs, after a minute of compiling", action=cli.SWITCH)
     attention: str = flag("kernels with --fast on CUDA: auto measures each size once and keeps the fastest; "
                           "sdpa is torch's choice; ours, our own", "auto", choices=("auto", "sdpa", "ours"))
     verbose: bool = flag("say what --attention measures and decides", False)
@@ -143,6 +122,9 @@ def as_flags(path: str, given: dict) -> list[str]:
     Leaves out the settings `given` and the defaults. Raises ValueError for what only the user may choose:
     weights other than the shipped ones, which may be fetched; inputs that are no files; large numbers.
     """
+    cli.import_torch()
+    from nanoip2p.images import read_recipe
+    from nanoip2p.pipeline import is_shipped
     recipe, argv = {"raw_text": True} | read_recipe(path), []  # the first recipes are older than raw_text
     for key, kind in typing.get_type_hints(Settings).items():
         value, name = recipe.get(key), "--" + key.replace("_", "-")
@@ -201,8 +183,32 @@ def plan_pictures(settings: Settings, inputs: list[str]) -> list[Settings]:
     return pictures
 
 
+def load_editor(settings: Settings) -> tuple:
+    """An Editor with its LoRAs and embeddings, the hashes of the LoRA files, and notes for the user."""
+    from nanoip2p import Editor
+    from nanoip2p.checkpoint import embeddings, load, lora, tensors
+    from nanoip2p.images import read_recipe
+    from nanoip2p.pipeline import find_weights
+    checkpoint = load.open_checkpoint(
+        find_weights(settings.weights), settings.vae, settings.tokenizer, settings.raw_weights)
+    print(one_line(f"opened {settings.weights}: {checkpoint.description}"), file=sys.stderr)
+    editor = Editor.load(checkpoint, settings.device, tensors.DTYPES[settings.dtype], settings.low_memory)
+    if settings.raw_text:
+        editor.tokenizer.clean = str
+    notes = lora.apply_loras(editor, files := settings.lora or [])
+    hashes = [lora.file_hash(file) for file in files]
+    if settings.recipe and (read_recipe(settings.recipe).get("lora_hash") or hashes) != hashes:
+        notes.append(f"{settings.recipe} was made with a LoRA file of other content")
+    notes += [embeddings.add_embedding(editor, path) for path in settings.embedding or []]
+    return editor, hashes, notes
+
+
 def run(settings: Settings, problems: list[str]) -> None:
     """Check all inputs and outputs, edit, write each batch when finished. `problems`: see leave_out."""
+    torch = cli.import_torch()
+    from nanoip2p.editing.pictures import draw_grid, edit_all, leave_out, nano_notes
+    from nanoip2p.images import find_images, fit_size, open_image, save_png
+    from nanoip2p.speed.fast import speed_up
     inputs = find_images(settings.input)
     pictures = plan_pictures(settings, inputs)
     sizes, fitted = {}, {}
@@ -211,21 +217,8 @@ def run(settings: Settings, problems: list[str]) -> None:
             sizes[path] = open_image(path).size
         except ValueError as error:  # show it before the long work
             leave_out(error, path, problems, len(inputs))
-    checkpoint = open_checkpoint(
-        find_weights(settings.weights), settings.vae, settings.tokenizer, settings.raw_weights)
-    print(one_line(f"opened {settings.weights}: {checkpoint.description}"), file=sys.stderr)
-    editor = Editor.load(checkpoint, settings.device, DTYPES[settings.dtype], settings.low_memory)
-    if settings.raw_text:
-        editor.tokenizer.clean = str
-    notes = apply_loras(editor, loras := settings.lora or [])
-    hashes = [file_hash(lora) for lora in loras]
-    if settings.recipe and (read_recipe(settings.recipe).get("lora_hash") or hashes) != hashes:
-        notes.append(f"{settings.recipe} was made with a LoRA file of other content")
-    notes += [add_embedding(editor, path) for path in settings.embedding or []]
+    editor, hashes, notes = load_editor(settings)
     sys.stderr.writelines(f"{one_line(note)}\n" for note in notes + nano_notes(editor, settings.edit, sizes))
-    if settings.fast:
-        speed.speed_up(editor.unet, lambda line: print(one_line(line), file=sys.stderr),
-                       attention=settings.attention, verbose=settings.verbose)
     sampling = editor.fill_defaults({key: getattr(settings, key) for key in editor.defaults})
     for path, size in sizes.items():
         try:
@@ -233,9 +226,14 @@ def run(settings: Settings, problems: list[str]) -> None:
         except ValueError as error:
             leave_out(error, path, problems, len(inputs))
     pictures = [picture for picture in pictures if picture.input[0] in fitted]
+    if not settings.low_memory:
+        shapes = [fitted[picture.input[0]] for picture in pictures for _ in picture.edit]
+        latents = sum(width * height for width, height in shapes) // editor.vae.downsampling**2
+        speed_up(editor, settings.fast, lambda line: print(one_line(line), file=sys.stderr),
+                 latents * sampling["steps"], attention=settings.attention, verbose=settings.verbose)
     given = sampling | {"negative": settings.negative, "low_memory": settings.low_memory, "progress": True}
 
-    def write(image: Image.Image, made_by: Settings, text: str) -> None:
+    def write(image, made_by: Settings, text: str) -> None:
         recipe = {key: value for key, value in asdict(made_by).items() if key not in NOT_IN_RECIPE} | sampling
         recipe |= {"version": __version__, "torch": torch.__version__, "lora_hash": hashes}
         save_png(image, made_by.output, recipe, web=True)
@@ -252,93 +250,6 @@ def run(settings: Settings, problems: list[str]) -> None:
         edits = sum(len(picture.edit) for picture in pictures)
         table = draw_grid(pictures, stages)
         write(table, replace(settings, input=list(fitted)), f"{edits} edit{'s' * (edits > 1)}")
-
-
-def leave_out(error: ValueError, path: str, problems: list[str], of: int) -> None:
-    """Show the problem of a picture, and add it to `problems`. Raises it if none of `of` is left."""
-    problem = str(error) if path in str(error) else f"{path}: {error}"
-    if len(problems) + 1 >= of:
-        raise ValueError(problem) from None
-    print(one_line(f"left out: {problem}"), file=sys.stderr)
-    problems.append(problem)
-
-
-def edit_all(editor: Editor, pictures: list[Settings], sizes: dict, sampling: dict,
-             problems: list[str]) -> Iterator[tuple[int, tuple[Image.Image, ...]]]:
-    """Yield (index, what edit_batch returns for it) of each picture. Leaves out those that become NaN."""
-    queue = same_size([sizes[picture.input[0]] for picture in pictures], pictures[0].batch)
-    allowed = len(problems) + len(pictures)
-    while queue:
-        places = queue.pop(0)
-        batch = [pictures[i] for i in places]
-        path, edit = batch[0].input[0], sweep if batch[0].sweep else edit_batch
-        try:
-            yield from zip(places, edit(editor, batch, sizes[path], sampling))
-        except NotFinite as error:
-            if len(places) > 1:  # one by one: the others may be sound
-                queue = [[i] for i in places] + queue
-            else:
-                leave_out(error, path, problems, allowed)
-
-
-def nano_notes(editor: Editor, edits: list[str], sizes: dict[str, tuple[int, int]]) -> list[str]:
-    """Notes about unknown words and large pictures, for users of the nano weights. [] for other weights."""
-    vocabulary = editor.tokenizer.backend.get_vocab_size()  # CLIP's own tokenizer has 49,408
-    if editor.defaults["resolution"] != NANO_RESOLUTION or vocabulary > NANO_VOCABULARY:
-        return []
-    known = {word.lower() for word in editor.tokenizer.backend.get_vocab()}  # also those of --embedding
-    unknown = [word for word in scenes.unknown_words(" ".join(edits)) if word not in known]
-    notes = [f"unknown here: {', '.join(unknown)}"] if unknown else []
-    notes += [f"{path} is {width}x{height}, larger than the training data: photographs need other --weights"
-              for path, (width, height) in sizes.items() if max(width, height) > PHOTO]
-    return [f"note: the nano weights know a small painted world; {note}" for note in notes]
-
-
-def edit_batch(editor: Editor, batch: list[Settings], size: tuple[int, int],
-               sampling: dict) -> list[tuple[Image.Image, ...]]:
-    """Edit a batch. Returns for each picture (input, after the first instruction, after the second, ...).
-
-    Scales and crops each input to `size`. keep_size: stretches each input to `size` instead, and
-    scales the results back to the size of the input, so that nothing is cropped.
-    """
-    paths, keep_size = [picture.input[0] for picture in batch], batch[0].keep_size
-    originals = {path: open_image(path) for path in set(paths)}
-    fitted = {path: image.resize(size, Image.Resampling.LANCZOS) if keep_size else fit(image, size)
-              for path, image in originals.items()}
-    stages = [[fitted[path] for path in paths]]
-    for instructions in zip(*(picture.edit for picture in batch)):
-        stages.append(editor.edit(stages[-1], instructions, batch=len(batch),
-                                  seed=[picture.seed for picture in batch], **sampling))
-    if keep_size:
-        stages = [[image.resize(originals[path].size, Image.Resampling.LANCZOS)
-                   for path, image in zip(paths, stage)] for stage in stages]
-    return list(zip(*stages))
-
-
-def sweep(editor: Editor, batch: list[Settings], size: tuple[int, int], sampling: dict) -> list[tuple]:
-    """[(grid,)]: the input above edits with one seed. cfg_text changes by row, cfg_image by column."""
-    [picture] = batch
-    texts = [round(sampling["cfg_text"] * factor, 4) for factor in SWEEP_FACTORS]
-    images = [round(sampling["cfg_image"] + step, 4) for step in SWEEP_STEPS]
-    before, cells = fit(open_image(picture.input[0]), size), []
-    for text, image in tqdm(list(product(texts, images)), unit="edit"):
-        scales = {"cfg_text": text, "cfg_image": image, "progress": False}
-        cells.append(editor.edit(before, picture.edit[0], seed=picture.seed, **sampling | scales))
-    rows = [cells[i : i + len(images)] for i in range(0, len(cells), len(images))]
-    labels = [[f"cfg_text {text:g}, cfg_image {image:g}" for image in images] for text in texts]
-    return [(grid([[before], *rows], [["input"], *labels]),)]
-
-
-def draw_grid(pictures: list[Settings], stages: dict[int, tuple[Image.Image, ...]]) -> Image.Image:
-    """One row for each input: the input, then every edit of it (with --turns, every turn)."""
-    several = len({picture.seed for picture in pictures}) > 1
-    rows, labels = {}, {}
-    for i in sorted(stages):  # a picture that could not be made has none
-        picture, (before, *edited) = pictures[i], stages[i]
-        rows.setdefault(picture.input[0], [before]).extend(edited)
-        labels.setdefault(picture.input[0], ["input"]).extend(
-            f"{edit} (seed {picture.seed})" if several else edit for edit in picture.edit)
-    return grid(list(rows.values()), list(labels.values()))
 
 
 def main(argv: list[str] | None = None) -> int:

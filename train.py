@@ -24,29 +24,12 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+from tqdm import tqdm
+
+from nanoip2p.checkpoint.hub import is_cached
 from nanoip2p.common import cli
-
-with cli.slow_imports():
-    import torch
-    from torch.utils.data import DataLoader
-    from tqdm import tqdm
-
-    from nanoip2p.checkpoint.hub import is_cached
-    from nanoip2p.checkpoint.load import load_model, open_checkpoint, widen
-    from nanoip2p.checkpoint.lora import apply_loras
-    from nanoip2p.common.device import pick_dtype
-    from nanoip2p.dataset.layouts import Item, Picture, broken_pictures, read_data, told, without
-    from nanoip2p.dataset.rendered import captioned_scenes, scene_pairs
-    from nanoip2p.images import save_png
-    from nanoip2p.pipeline import Model
-    from nanoip2p.training import run_folder as runs
-    from nanoip2p.training import signals
-    from nanoip2p.training.cache import Cache
-    from nanoip2p.training.config import PAPER_BATCH, PRESETS, RESUME_MAY_CHANGE, TrainConfig, odd_settings
-    from nanoip2p.training.distill import DISTILL
-    from nanoip2p.training.ranks import Ranks, started
-    from nanoip2p.training.samples import Samples, collate, load_pair, sample_numbers, validation_batches
-    from nanoip2p.training.trainer import Diverged, Trainer, columns_of
+from nanoip2p.training import signals
+from nanoip2p.training.config import DISTILL, MAY_CHANGE, PAPER_BATCH, PRESETS, TrainConfig, odd_settings
 
 VALIDATION_SAMPLES, SHEET_COLUMNS = 64, 8
 
@@ -85,6 +68,8 @@ def resumed(parser: ArgumentParser, given: dict) -> TrainConfig:
 
     state.json may come from a stranger. It cannot cause a write outside its run, or a download.
     """
+    cli.import_torch()
+    from nanoip2p.training import run_folder as runs
     out = given["resume"]
     checkpoint, state = runs.newest_checkpoint(out)
     try:
@@ -102,18 +87,20 @@ def resumed(parser: ArgumentParser, given: dict) -> TrainConfig:
             raise ValueError(f"--{name} {source} of {out} is neither here nor in the Hub's cache; give that "
                              "flag again to fetch it")
     config = replace(begun, **{"cache": cache} | given | {"out": out})
-    for key in vars(config).keys() - RESUME_MAY_CHANGE:
+    for key in vars(config).keys() - MAY_CHANGE:
         if getattr(config, key) != getattr(begun, key):
             raise ValueError(f"--{key.replace('_', '-')} cannot change: {out} was begun with "
                              f"{getattr(begun, key)}; leave the flag out, or begin another run")
     return config
 
 
-def read_items(config: TrainConfig, broken: Set[Picture] = frozenset()) -> tuple[list[Item], list[Item]]:
+def read_items(config: TrainConfig, broken: Set = frozenset()) -> tuple[list, list]:
     """Training and validation items, without the pairs whose pictures are in `broken`.
 
     If there is no validation split, validates on training items.
     """
+    from nanoip2p.dataset.layouts import read_data, without
+    from nanoip2p.dataset.rendered import captioned_scenes, scene_pairs
     if config.text_to_image:
         splits = captioned_scenes(config.pairs), captioned_scenes(VALIDATION_SAMPLES, "validation")
     elif config.data == "scenes":
@@ -128,8 +115,10 @@ def read_items(config: TrainConfig, broken: Set[Picture] = frozenset()) -> tuple
     return tuple([(pair,) for pair in pairs] for pairs in splits)
 
 
-def fill_in(config: TrainConfig, ranks: Ranks, items: int) -> TrainConfig:
+def fill_in(config: TrainConfig, ranks, items: int) -> TrainConfig:
     """Fill in `accumulate` and `dtype`. ValueError if items or batch differ from the resumed run."""
+    from nanoip2p.common.device import pick_dtype
+    from nanoip2p.training import run_folder as runs
     state = runs.newest_checkpoint(config.out)[1] if config.resume else {"batch": PAPER_BATCH}
     micro = config.batch_size * ranks.count
     accumulate = config.accumulate or max(1, state["batch"] // micro)
@@ -139,8 +128,7 @@ def fill_in(config: TrainConfig, ranks: Ranks, items: int) -> TrainConfig:
     return replace(config, accumulate=accumulate, dtype=pick_dtype(config.dtype, ranks.device))
 
 
-def print_plan(config: TrainConfig, items: list[Item], validation: list[Item], ranks: int,
-               description: str) -> None:
+def print_plan(config: TrainConfig, items: list, validation: list, ranks: int, description: str) -> None:
     """Print what the run will do. description: the text after "weights"."""
     batch = config.batch_size * config.accumulate * ranks
     samples, held_out = config.steps * batch, 0 if validation[0] in items else len(validation)
@@ -156,11 +144,12 @@ def print_plan(config: TrainConfig, items: list[Item], validation: list[Item], r
         print(f"note      {note}")
 
 
-def check_data(config: TrainConfig) -> Set[Picture]:
+def check_data(config: TrainConfig) -> Set:
     """Print what is wrong with the data, by reason; return the broken pictures.
 
     Raises ValueError if no pair is sound, or if any pair is bad without --skip-bad.
     """
+    from nanoip2p.dataset.layouts import broken_pictures, told
     pictures, pairs, counts, bad, broken = broken_pictures(config.data, config.resolution, config.columns)
     left_out = f"; left out: {told(counts)}" if bad else ""
     print(f"pictures  {pictures}; sound pairs in all splits: {pairs}{left_out}",
@@ -174,6 +163,11 @@ def check_data(config: TrainConfig) -> Set[Picture]:
 
 def run(config: TrainConfig) -> None:
     """Open data and weights, print the plan, train."""
+    cli.import_torch()
+    from nanoip2p.checkpoint.load import load_model, open_checkpoint, widen
+    from nanoip2p.checkpoint.lora import apply_loras
+    from nanoip2p.training import run_folder as runs
+    from nanoip2p.training.ranks import started
     if config.out:
         runs.check_folder(config.out)
     if not config.resume and config.out and runs.checkpoints(config.out):
@@ -202,9 +196,14 @@ def run(config: TrainConfig) -> None:
         train(config, model.to(ranks.device), items, validation, ranks)
 
 
-def train(config: TrainConfig, model: Model, items: list[Item], validation_items: list[Item],
-          ranks: Ranks) -> None:
+def train(config: TrainConfig, model, items: list, validation_items: list, ranks) -> None:
     """Fill the cache, set up the trainer and the data loader, load the checkpoint, run the loop."""
+    from torch.utils.data import DataLoader
+
+    from nanoip2p.training import run_folder as runs
+    from nanoip2p.training.cache import Cache
+    from nanoip2p.training.samples import Samples, collate, load_pair, sample_numbers, validation_batches
+    from nanoip2p.training.trainer import Trainer, columns_of
     get = partial(load_pair, config.resolution, model.tokenizer)
     if config.cache:
         pairs = [pair for item in items + validation_items for pair in item]
@@ -238,9 +237,13 @@ def train(config: TrainConfig, model: Model, items: list[Item], validation_items
         print("pip install matplotlib for loss.png")
 
 
-def loop(trainer: Trainer, batches: Iterator[dict], validation: list[dict], columns: list, first: int,
+def loop(trainer, batches: Iterator[dict], validation: list[dict], columns: list, first: int,
          stop: signals.Stop) -> None:
     """The training loop from step first + 1: train, validate, log, save, draw sample sheets."""
+    torch = cli.import_torch()
+    from nanoip2p.images import save_png
+    from nanoip2p.training import run_folder as runs
+    from nanoip2p.training.trainer import Diverged
     config, ranks, recent, saved = trainer.config, trainer.ranks, [], first
     log = runs.Log(config.out, first, config.tensorboard) if ranks.rank == 0 else None
     bar = tqdm(total=config.steps * trainer.batch, initial=first * trainer.batch, unit=" samples",

@@ -158,7 +158,7 @@ class VisionEmbeddings(nn.Module):
         if not 1 <= config.image_size // patch <= 128:
             raise ValueError(f"CLIP: image_size = {config.image_size} must be 1 to 128 patches of {patch}")
         self.size = (config.image_size, config.image_size)
-        self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.class_embedding = nn.Parameter(nn.init.normal_(torch.empty(width), std=width**-0.5))
         self.patch_embedding = nn.Conv2d(config.num_channels, width, patch, stride=patch, bias=False)
         self.position_embedding = nn.Embedding((config.image_size // patch) ** 2 + 1, width)
         nn.init.normal_(self.position_embedding.weight, std=0.02)

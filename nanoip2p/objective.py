@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from nanoip2p.diffusion import add_noise
 
-DROP = (0.05, 0.05, 0.05)  # probabilities of dropping only the text, both text and image, only the image
-
 
 @torch.no_grad()
 def encode(batch: dict, vae: nn.Module, text_encoder: nn.Module) -> dict:
@@ -26,18 +24,18 @@ def encode(batch: dict, vae: nn.Module, text_encoder: nn.Module) -> dict:
 
 
 def model_input(batch: dict, null: Tensor, scale: float, alphas: Tensor,
-                shares: Sequence[float] = DROP, prediction_type: str = "epsilon") -> dict:
+                shares: Sequence[float], prediction_type: str = "epsilon") -> dict:
     """Add noise to the latents of the edited picture, and drop conditions at random (section 3.2.1).
 
     batch: from `encode`, with the random numbers of training/samples.py. null (77, D): hidden states of the
-    empty text. scale: scaling factor of the VAE. alphas: `NoiseSchedule.alphas_cumprod()`. shares: see DROP.
-    Returns z_in (B, 2C, h, w): noised latents and image condition, concatenated; context (B, 77, D); and
-    target (B, C, h, w): what the UNet should predict, the noise or v (see `add_noise`).
+    empty text. scale: scaling factor of the VAE. alphas: `NoiseSchedule.alphas_cumprod()`. shares: as
+    training.config.DROP. Returns z_in (B, 2C, h, w): noised latents and image condition, concatenated;
+    context (B, 77, D); target (B, C, h, w): what the UNet should predict, the noise or v (see `add_noise`).
     """
     mean, logvar = batch["after"].chunk(2, dim=1)                                    # (B, C, h, w) each
     latents = scale * (mean + (0.5 * logvar).exp() * batch["posterior"])
     z_image = batch["before"].chunk(2, dim=1)[0]                                     # the mean, not scaled
-    # `drop` in [0, 1) decides on text and image: by default, no text below 0.10, no image from 0.05 to 0.15
+    # `drop` in [0, 1) decides on text and image: with DROP, no text below 0.10, no image from 0.05 to 0.15
     drop, (text, both, image) = batch["drop"].view(-1, 1, 1), shares
     context = torch.where(drop < text + both, null, batch["text"])
     z_image = z_image * ~((drop >= text) & (drop < text + both + image))[..., None]

@@ -43,6 +43,7 @@ from nanoip2p.common import cli
 from nanoip2p.common.cli import at_least
 from nanoip2p.common.device import pick_device
 from nanoip2p.common.files import check_writable, replacing, write_json
+from nanoip2p.dataset.rendered import draw_edit, pick
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.images import to_tensor
 from nanoip2p.objective import learning_rate
@@ -51,7 +52,7 @@ from nanoip2p.training import signals
 from nanoip2p.training.distill import STUDENT_DEFAULTS
 from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAE, VAEConfig
-from nanoip2p.world.scenes import Scene, Thing, draw_edit, pick, random_scene
+from nanoip2p.world.scenes import Scene, Thing, random_scene
 
 SIZE = 64  # pixels
 TOKENIZER_SCENES, SCALE_PICTURES = 2000, 512  # scenes that determine the tokenizer; the VAE's scale

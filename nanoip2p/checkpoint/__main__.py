@@ -7,25 +7,21 @@
 """
 
 import argparse
+import ast
 import signal
 import sys
 from pathlib import Path
 
 from nanoip2p.common import cli
 
-with cli.slow_imports():
-    from nanoip2p.checkpoint import merge
-    from nanoip2p.checkpoint.load import open_checkpoint
-    from nanoip2p.checkpoint.save import convert
-    from nanoip2p.checkpoint.tensors import DTYPES
-
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code, see cli.run."""
     words = sys.argv[1:] if argv is None else argv
     merging = words[:1] == ["merge"]
+    of_merge = ast.get_docstring(ast.parse(Path(__file__).with_name("merge.py").read_text()), clean=False)
     parser = cli.make_parser(prog="python -m nanoip2p.checkpoint" + " merge" * merging,
-                             description=merge.__doc__ if merging else __doc__,
+                             description=of_merge if merging else __doc__,
                              formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a folder, a single file, or a name on the Hub")
     parser.add_argument("target", type=Path, nargs=None if merging else "?",
@@ -36,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         either.add_argument("--with", metavar="B", dest="other", help="model for a weighted sum")
         parser.add_argument("--minus", metavar="C", help="base of B, for --add")
         parser.add_argument("--weight", metavar="M", type=cli.finite, help="default: 1; 0.5 for a sum")
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the written weights; default: unchanged")
+    parser.add_argument("--dtype", choices=cli.DTYPES, help="dtype of written weights; default: unchanged")
     parser.add_argument("--ema-copy", action="store_true",
                         help="also write the UNet under the names of the EMA weights")
     cli.add_flags(parser)
@@ -45,13 +41,15 @@ def main(argv: list[str] | None = None) -> int:
         args = parser.parse_args(words[merging:])
         if merging and (args.add is None) != (args.minus is None):
             raise ValueError("--add and --minus need each other: A --add B --minus C is A + (B - C)")
+        cli.import_torch()
+        from nanoip2p.checkpoint import load, merge, save, tensors
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # deletes unfinished files, as Ctrl-C does
         others = (args.add, args.other, args.minus) if merging else ()
         sources, opened = [source for source in (args.source, *others) if source is not None], []
         for source in sources:
-            opened.append(open_checkpoint(source, args.vae, args.tokenizer, args.raw_weights))
+            opened.append(load.open_checkpoint(source, args.vae, args.tokenizer, args.raw_weights))
             print(f"{source}: {opened[-1].description}")
-        checkpoint, dtype = opened[0], DTYPES.get(args.dtype)
+        checkpoint, dtype = opened[0], tensors.DTYPES.get(args.dtype)
         if merging:
             names = [Path(source).absolute().name for source in sources]
             share = args.weight if args.weight is not None else 0.5 if args.add is None else 1
@@ -61,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
             model = network.model if args.target else network.load(None)  # loading checks the weights
             print(f"  {part:<13}{sum(p.numel() for p in model.parameters()) / 1e6:>8.1f} M parameters")
         if args.target:
-            convert(checkpoint, args.target, dtype, args.ema_copy)
+            save.convert(checkpoint, args.target, dtype, args.ema_copy)
             print(f"wrote {args.target}")
             if args.target.suffix == ".safetensors":
                 print("a single file has no tokenizer; to use it, name the source's with --tokenizer")

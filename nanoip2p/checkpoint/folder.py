@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from nanoip2p.checkpoint.tensors import FLOAT8, cast, check_tensors, find_weights, write_tensors
 from nanoip2p.clip import CLIP, TextEncoder
@@ -17,6 +18,7 @@ from nanoip2p.vae import VAE
 # Our class -> the class that reads the same folder in diffusers or transformers
 CLASS_NAMES = {UNet: "UNet2DConditionModel", VAE: "AutoencoderKL", TextEncoder: "CLIPTextModel",
                CLIP: "CLIPModel"}
+DRAWS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
 MOST_PARAMETERS = 10**10  # of one network: ten times the UNet of Stable Diffusion 1.x
 
 
@@ -42,10 +44,17 @@ class StoredNetwork:
         return self.model.eval()
 
 
+class Undrawn(TorchFunctionMode):
+    """Leaves out initial values. To draw them on the meta device would import torch._dynamo, sympy, FSDP."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return kwargs["tensor"] if func in DRAWS else func(*args, **kwargs or {})
+
+
 def build_without_memory(cls: type, config: dict, path: Path) -> nn.Module:
     """Build a network on torch's meta device. ValueError for a bad setting; its message names `path`."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), Undrawn():
             model = cls.from_config(config)
         if (count := sum(p.numel() for p in model.parameters())) > MOST_PARAMETERS:
             raise ValueError(f"{count:.1e} parameters, at most {MOST_PARAMETERS:.0e} are supported")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from nanoip2p.checkpoint import tensors as files
 from nanoip2p.checkpoint.single_file import LORAS, PREFIXES, original_names, refuse_families
+from nanoip2p.common.cli import split
 from nanoip2p.common.files import read_json
 from nanoip2p.common.schema import LONGEST, checked, shown
 from nanoip2p.pipeline import Model
@@ -29,20 +30,6 @@ METADATA = "lora_adapter_metadata"  # diffusers' key of peft's settings, as JSON
 TENSOR = re.compile(  # (layer, kind, "alpha"); both are None in names that we do not know
     r"(.*?)(?:[._]lora(?:_linear_layer)?[._](down|up|mid|A|B)(?:\.[^.]+)?\.weight|\.(alpha))?", re.DOTALL)
 PREFIX = re.compile(r"^(base_model_model_|lora_)?(unet_|te_|text_encoder_)?(text_model_)?|_processor")
-
-
-def split(given: str) -> tuple[Path, float]:
-    """"FILE" or "FILE:weight" -> (file, weight), by default 1. ValueError for a weight that is no number."""
-    name, colon, weight = given.rpartition(":")
-    if not given or given.startswith(":"):
-        raise ValueError("--lora needs a file, or FILE:weight")
-    if not colon or Path(given).exists():  # the name itself may have a colon
-        return Path(given), 1.0
-    try:
-        return Path(name), checked(float(weight), float, "weight")
-    except ValueError:
-        raise ValueError(f"--lora {given}: there is no such file, and {shown(weight)} is no weight; write "
-                         "FILE or FILE:weight, such as style.safetensors:0.8") from None
 
 
 def file_hash(given: str) -> str:

@@ -14,7 +14,6 @@ import threading
 import time
 from collections import Counter, deque
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import openai
@@ -22,11 +21,11 @@ from openai import OpenAI
 from tqdm import tqdm
 
 from nanoip2p.common import files
-from nanoip2p.common.cli import at_least, finite, flag
 from nanoip2p.common.files import fold, read_json, tidy
 from nanoip2p.common.schema import LONGEST, checked
 from nanoip2p.dataset import chat
 from nanoip2p.dataset.chat import ANSWER_TOKENS, Unusable
+from nanoip2p.dataset.config import Settings
 
 # The first two constants are from the original's generate_txt_dataset.py
 FREQUENCY_PENALTY = 0.1
@@ -43,19 +42,6 @@ SCHEMA = {"type": "object", "required": ["edit", "output"], "additionalPropertie
 
 class OverBudget(Exception):
     """The next request could exceed --max-tokens."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to ask a language model."""
-
-    model: str = flag("model to ask; ft:... is a model that `finetune` made", "gpt-4o-mini",
-                      group="asking a language model")
-    temperature: float = flag("sampling temperature", 0.7, type=finite)
-    concurrency: int = flag("concurrent requests", 8, type=at_least(1))
-    moderate: bool = flag("apply OpenAI's moderation to captions and answers, as the original does", False)
-    max_tokens: int | None = flag("limit on the input plus output tokens of this run", type=at_least(0))
-    timeout: int = flag("seconds for each whole answer of the server", chat.TIMEOUT, type=at_least(1))
 
 
 def read_captions(path: Path, column: str | None = None) -> tuple[list[str], int]:

@@ -15,8 +15,9 @@ from openai import OpenAI
 
 from nanoip2p.common.files import fold, tidy
 from nanoip2p.common.schema import checked
+from nanoip2p.dataset.config import Settings
 
-SERVER_RETRIES, TIMEOUT = 5, 120  # retries by the client (429, 5xx, bad answer); seconds
+SERVER_RETRIES = 5  # by the client, after 429, 5xx or a bad answer
 ANSWER_TOKENS = 256  # token limit of an answer, as in the original
 DELIMITER = "\n%%\n"  # between instruction and caption, in the answers of a fine-tuned model
 LONGEST_ANSWER = 2**20  # bytes; the answer to a caption has about 1,000
@@ -102,7 +103,7 @@ def ask(resource, **request) -> dict:
     return read_object(resource.with_raw_response.create(**request).http_response.content)
 
 
-def connect(timeout: float = TIMEOUT, total: float | None = None) -> OpenAI:
+def connect(timeout: float = Settings.timeout, total: float | None = None) -> OpenAI:
     """Make the client. Raises ValueError for a missing key or an invalid OPENAI_BASE_URL.
 
     timeout: seconds of silence. total: seconds from the request to the end of its answer; default: timeout.

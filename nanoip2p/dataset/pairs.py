@@ -16,7 +16,7 @@ import os
 import random
 import shutil
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,54 +25,16 @@ from tqdm import tqdm
 
 from nanoip2p.checkpoint import hub
 from nanoip2p.clip_filter import Judge, Thresholds, best
-from nanoip2p.common.cli import at_least, finite, flag, pixels
 from nanoip2p.common.files import claim_folder, locked, read_json, read_rows, write_json
 from nanoip2p.common.schema import LONGEST, checked
+from nanoip2p.dataset.config import PairSettings
 from nanoip2p.pipeline import fingerprint
-from nanoip2p.prompt_to_prompt import MODES, PairPainter
-from nanoip2p.samplers import SAMPLERS
+from nanoip2p.prompt_to_prompt import PairPainter
 from nanoip2p.text_to_image import TextToImage
 
 UNFINISHED = ".unfinished"  # folder in `out`, removed when all prompts are finished
 PROMPTS = 10**7  # the maximum number of prompts: names of folders have 7 digits
 MOST = 10_000  # of each number in pairs.json: 100 times as many candidates as in the paper
-
-
-@dataclass(frozen=True)
-class PairSettings:
-    """Names and defaults follow the original's generate_img_dataset.py. ValueError if invalid."""
-
-    n_samples: int = flag("number of candidates", 100, type=at_least(1), group="candidates of each prompt")
-    early_stop: int = flag("stop after N passing candidates; 0: never", 0, type=at_least(0), metavar="N")
-    inject: str = flag("attention maps that the edited picture takes from the source", "self", choices=MODES)
-    min_p2p: float = flag("minimum of p, the share of the steps that inject", 0.1, type=finite)
-    max_p2p: float = flag("maximum of p", 0.9, type=finite)
-    min_cfg: float = flag("minimum text guidance", 7.5, type=finite)
-    max_cfg: float = flag("maximum text guidance", 15.0, type=finite)
-    steps: int | None = flag("denoising steps (default: from the weights)", type=at_least(1))
-    sampler: str | None = flag("sampler (default: from the weights)", choices=sorted(SAMPLERS))
-    resolution: int | None = flag("width and height in pixels (default: from the weights)", type=pixels)
-    seed: int = flag("seed of all random numbers", 0, type=at_least(0))
-    clip_threshold: float = flag("minimum similarity of each caption and its picture", 0.2, type=finite,
-                                 group="the CLIP filter")
-    clip_dir_threshold: float = flag("minimum directional similarity", 0.2, type=finite)
-    clip_img_threshold: float = flag("minimum similarity of the two pictures", 0.7, type=finite)
-    max_out_samples: int = flag("maximum number of pairs to keep per prompt", 4, type=at_least(1))
-    clip: str = flag("folder of the CLIP model, or its name on the Hub", hub.CLIP)
-    batch: int = flag("candidates in one batch", 8, type=at_least(1), group="running")
-
-    def __post_init__(self):
-        for key in ("n_samples", "max_out_samples", "batch", "steps", "resolution", "early_stop", "seed"):
-            checked(getattr(self, key), int | None, key, int(key not in ("early_stop", "seed")))
-        for key, known in (("inject", MODES), ("sampler", (None, *SAMPLERS))):
-            if getattr(self, key) not in known:
-                raise ValueError(f"{key} = {getattr(self, key)} should be one of "
-                                 f"{', '.join(filter(None, known))}")
-        if not 0 <= self.min_p2p <= self.max_p2p <= 1:
-            raise ValueError(f"min_p2p = {self.min_p2p}, max_p2p = {self.max_p2p}: 0 <= min_p2p <= max_p2p "
-                             "<= 1 is needed")
-        if self.min_cfg > self.max_cfg:
-            raise ValueError(f"min_cfg = {self.min_cfg} is more than max_cfg = {self.max_cfg}")
 
 
 @dataclass(frozen=True)
@@ -184,15 +146,18 @@ def write_prompt(folder: Path, prompt: Prompt, rows: list[dict], kept: list[tupl
 
 
 def make_pairs(prompts: list[Prompt], out: Path, painter: TextToImage, judge: Judge, settings: PairSettings,
-               notes: dict, progress: bool = False) -> None:
+               notes: dict, progress: bool = False, prepare: Callable[[], None] = lambda: None) -> None:
     """Process every prompt that no other process has finished or claimed, then write seeds.json.
 
-    notes: further entries of job.json. ValueError when `out` holds another job or cannot be written.
+    notes: further entries of job.json. prepare: called before the first prompt, to speed up the networks;
+    their weights are hashed before. ValueError when `out` holds another job or cannot be written.
     """
     try:
         claim_folder(out, "job.json", {"job": job_of(painter, judge, settings)}, "--out", notes)
         waiting = [prompt for prompt in prompts if not is_finished(out, prompt)]
         done, tried, survived = len(prompts) - len(waiting), 0, 0
+        if waiting:
+            prepare()
         try:
             with tqdm(total=len(prompts), initial=done, unit="prompt", disable=not progress) as bar:
                 for prompt in waiting:

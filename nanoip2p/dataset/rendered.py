@@ -9,10 +9,21 @@ import torch
 
 from nanoip2p.common.files import replacing
 from nanoip2p.dataset.layouts import Pair
-from nanoip2p.world.scenes import EDIT_KINDS, draw_edit, pick, random_scene, training_edits
+from nanoip2p.world.scenes import EDIT_KINDS, Edit, random_scene, training_edits
 
 EDITS_PER_SCENE = 4
 EQUAL_ODDS = (1.0,) * len(EDIT_KINDS)
+
+
+def pick(options: list, generator: torch.Generator):
+    """One of the options, drawn uniformly."""
+    return options[int(torch.randint(len(options), (), generator=generator))]
+
+
+def draw_edit(edits: list[Edit], generator: torch.Generator) -> Edit:
+    """Draw a kind of edit, then an edit of this kind: otherwise "add", with the most edits, would prevail."""
+    kind = pick(sorted({edit.kind for edit in edits}), generator)
+    return pick([edit for edit in edits if edit.kind == kind], generator)
 
 
 def draw_scenes(n: int, seed: int) -> list[dict]:

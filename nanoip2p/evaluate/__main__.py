@@ -1,65 +1,63 @@
 """Score an editor or a text-to-image model."""
 
 import argparse
+import ast
 import sys
 from pathlib import Path
 
+from nanoip2p.checkpoint import hub
 from nanoip2p.common import cli
 from nanoip2p.common.cli import at_least, finite
-
-with cli.slow_imports():
-    from nanoip2p.common.files import check_writable, write_json
-    from nanoip2p.dataset.layouts import SPLITS
-    from nanoip2p.evaluate import calls, captions, curve, magicbrush, scenes
-    from nanoip2p.samplers import SAMPLERS
+from nanoip2p.common.files import check_writable, write_json
 
 DEFAULT = "as in sample.py; the weights define the default"
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the five commands. Its result has the `run` function of the chosen command."""
+    """The parser of the five commands. Its result has the name of the chosen command."""
     parser = cli.make_parser(prog="python -m nanoip2p.evaluate", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=cli.make_parser)
 
-    def add(module, weights: str | list[str], n: int | None, **out):
-        name, text = module.__name__.split(".")[-1], module.__doc__
+    def add(name: str, weights: str | list[str], n: int | None, **out):
+        text = ast.get_docstring(ast.parse(Path(__file__).with_name(f"{name}.py").read_text()), clean=False)
         command = commands.add_parser(name, help=text.splitlines()[0], description=text)
-        command.set_defaults(run=module.run)
+        command.set_defaults(command=name)
         several = "+" if isinstance(weights, list) else None
         command.add_argument("--weights", default=weights, nargs=several, help="as in sample.py")
         command.add_argument("--out", type=Path, **out)
         command.add_argument("--n", type=at_least(1), default=n, help="number of edits, captions or sessions")
         command.add_argument("--device", help="cuda, mps or cpu; default: the first that works")
-        if module is not calls:
+        if name != "calls":
             command.add_argument("--steps", type=at_least(1), help=DEFAULT)
             command.add_argument("--cfg-text", type=finite, help=f"{DEFAULT} (of curve: 7.5; nano: 2)")
-            command.add_argument("--sampler", choices=sorted(SAMPLERS), help=DEFAULT)
+            command.add_argument("--sampler", choices=cli.SAMPLERS, help=DEFAULT)
         return command.add_argument
 
-    flag = add(scenes, "weights/nano-ip2p", 500, help="folder for scores and pictures of failures")
+    flag = add("scenes", "weights/nano-ip2p", 500, help="folder for scores and pictures of failures")
     flag("--combinations", choices=("seen", "held-out"), default="seen", help="combinations, see above")
     flag("--cfg-image", type=finite, help=DEFAULT)
 
-    flag = add(captions, "weights/nano-sd", 320, help="folder for scores.json")
+    flag = add("captions", "weights/nano-sd", 320, help="folder for scores.json")
     flag("--clip", default="weights/nano-clip", help="folder or Hub name")
 
-    flag = add(curve, "weights/nano-ip2p", 300, default=Path("runs/curve"), help="folder for points and plot")
+    flag = add("curve", "weights/nano-ip2p", 300, default=Path("runs/curve"), help="for points and plot")
     flag("--sdedit", type=Path, metavar="WEIGHTS", help="text-to-image model for the SDEdit baseline")
     flag("--data", default="scenes", help="as in train.py; both pictures of a pair need captions")
-    flag("--split", choices=list(SPLITS), default="test", help="split of the data")
-    flag("--clip", help=f"CLIP model (default: {curve.PAPER['clip']}; nano: {curve.NANO['clip']})")
+    flag("--split", choices=("train", "validation", "test"), default="test", help="split of the data")
+    flag("--clip", help=f"CLIP model (default: {hub.CLIP}; nano: weights/nano-clip)")
     flag("--cfg-images", type=finite, nargs="+", metavar="CFG", help="cfg_image (default 1-2.2; nano 0.2-2)")
-    flag("--strengths", type=finite, nargs="+", default=curve.STRENGTHS, metavar="SHARE", help="of SDEdit")
+    flag("--strengths", type=finite, nargs="+", metavar="SHARE", help="of SDEdit",
+         default=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9))
     flag("--seed", type=at_least(0), default=0, help="edit i has seed + i")
     flag("--batch", type=at_least(1), default=30, help="number of edits in a forward pass")
 
-    flag = add(calls, ["weights/nano-ip2p"], 140, default=Path("runs/calls"),
+    flag = add("calls", ["weights/nano-ip2p"], 140, default=Path("runs/calls"),
                help="folder for points and plot")
-    flag("--calls", type=at_least(1), nargs="+", default=calls.CALLS, metavar="N", help="calls per edit")
+    flag("--calls", type=at_least(1), nargs="+", default=(2, 4, 8, 16, 30, 60), metavar="N", help="per edit")
 
-    flag = add(magicbrush, "weights/nano-ip2p", None, required=True, help="folder for scores and pictures")
+    flag = add("magicbrush", "weights/nano-ip2p", None, required=True, help="folder for scores and pictures")
     flag("--data", type=Path, required=True, help="folder of a split, with edit_turns.json")
-    flag("--clip", default=magicbrush.CLIP, help="folder or Hub name; MagicBrush uses the default")
+    flag("--clip", default="openai/clip-vit-base-patch32", help="as MagicBrush; folder or Hub name")
     flag("--cfg-image", type=finite, help=DEFAULT)
     flag("--seed", type=at_least(0), default=0, help="seed of every edit, as in MagicBrush")
     return parser
@@ -69,9 +67,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command, write its numbers to <out>/scores.json, print its text, and return the exit code."""
     def work() -> None:
         args = make_parser().parse_args(argv)
+        cli.import_torch()
+        from nanoip2p.evaluate import calls, captions, curve, magicbrush, scenes
+        run = {"scenes": scenes.run, "captions": captions.run, "curve": curve.run, "calls": calls.run,
+               "magicbrush": magicbrush.run}[args.command]
         if args.out:
             check_writable(args.out / "scores.json")
-        text, numbers = args.run(args)
+        text, numbers = run(args)
         if args.out and numbers:
             write_json(numbers, args.out / "scores.json")
         print(text)

@@ -18,7 +18,6 @@ from nanoip2p.diffusion import LCM_STEPS
 from nanoip2p.editor import Editor
 from nanoip2p.evaluate.scenes import choose_edits, rate, score_scenes, table
 
-CALLS = (2, 4, 8, 16, 30, 60)
 SAMPLERS = ("euler_ancestral", "dpmpp_2m", "lcm")
 # Of a point, see checked_rows
 KINDS = {"weights": (str,), "networks": (str,), "sampler": (str,), "calls": (int, 1), "n": (int, 1),

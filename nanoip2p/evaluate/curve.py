@@ -30,7 +30,6 @@ from nanoip2p.text_to_image import TextToImage
 
 PAPER = {"cfg_text": 7.5, "cfg_images": (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2), "clip": hub.CLIP}  # section 4.1
 NANO = {"cfg_text": 2.0, "cfg_images": (0.2, 0.4, 0.6, 0.8, 1.0, 1.4, 2.0), "clip": "weights/nano-clip"}
-STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 KNOBS = {"editor": "cfg_image", "SDEdit": "strength"}  # the setting that changes along a curve
 MEASURED = ("direction", "image", "direction_error", "image_error")
 KINDS = {"method": (str,), "weights": (str,), "networks": (str,), "cfg_text": (float,),

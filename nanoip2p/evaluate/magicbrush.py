@@ -22,7 +22,6 @@ from nanoip2p.dataset.layouts import SPLITS, Pair, read_data
 from nanoip2p.editor import Editor
 from nanoip2p.images import open_image, save_png, to_tensor
 
-CLIP = "openai/clip-vit-base-patch32"
 COLUMNS = {"l1": "L1", "l2": "L2", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "clip_t_truth": "of truth"}
 
 

@@ -49,9 +49,11 @@ def refuse(*_) -> None:
 
 
 def has_blocks(weight: Tensor) -> bool:
-    """Whether oneDNN has layouts for this weight."""
-    known = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
-    return known and torch.backends.mkldnn.is_available()
+    """Whether torch lets oneDNN lay out this weight. In bf16, it refuses on a CPU without AVX-512."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    half = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return half or weight.dtype == torch.float32
 
 
 class Product(nn.Module):

@@ -9,10 +9,9 @@ from pathlib import Path
 
 from nanoip2p.common.cli import SWITCH, at_least, between, finite, flag, pixels
 from nanoip2p.common.schema import checked
-from nanoip2p.objective import DROP
-from nanoip2p.training.low_rank import LAYERS
 from nanoip2p.world.scenes import EDIT_KINDS
 
+DROP = (0.05, 0.05, 0.05)  # probabilities of dropping only the text, both text and image, only the image
 PAPER_BATCH = 1024  # samples per optimizer step
 PAPER_VISITS = 10_000 * PAPER_BATCH / (0.9 * 313_010)  # steps x batch / training prompts: 36 epochs
 # Batch sizes for GPUs, raised to 1024 samples per step by accumulation; and small ones for the nano world
@@ -24,8 +23,12 @@ PRESETS = {
              "cooldown": 0.4, "snr_gamma": 1.0, "ema_decay": 0.98, "pairs": 4000, "save_every": 200,
              "sample_every": 200, "validate_every": 50, "log_every": 25},
 }
+# --distill: the averaged weights compute the target, so they have to follow the student closely
+DISTILL = {"ema_decay": 0.95, "ema_device": "same", "lr": 1e-4, "snr_gamma": 0.0}
+# Names of the layers that get a LoRA: of attention only, as in diffusers' scripts, or all
+LAYERS = {"attention": re.compile(r"\.(to_[qkv]|to_out\.0)$"), "all": re.compile("")}
 # Settings that may change when a run is resumed
-RESUME_MAY_CHANGE = {
+MAY_CHANGE = {
     "steps", "lr", "batch_size", "accumulate", "recompute", "compile", "device", "ema_device", "workers",
     "cache", "skip_bad", "save_every", "keep", "sample_every", "validate_every", "log_every", "tensorboard",
     "out", "resume", "check", "timeout"}

@@ -21,9 +21,6 @@ from nanoip2p.diffusion import LCM_STEPS
 from nanoip2p.objective import predict
 from nanoip2p.samplers import boundary
 
-# Training settings that differ from their usual defaults. The averaged weights compute the target, so they
-# have to follow the student closely
-DISTILL = {"ema_decay": 0.95, "ema_device": "same", "lr": 1e-4, "snr_gamma": 0.0}
 # Editing with a student uses these settings, which turn guidance off
 STUDENT_DEFAULTS = {"sampler": "lcm", "steps": 4, "cfg_text": 1.0, "cfg_image": 1.0}
 

@@ -10,16 +10,13 @@ rank, as in diffusers' scripts: the factor alpha / r is 1.
 """
 
 import copy
-import re
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanoip2p.training.config import LAYERS
 from nanoip2p.unet import UNet
-
-# Names of the layers that get a LoRA: of attention only, as in diffusers' scripts, or all
-LAYERS = {"attention": re.compile(r"\.(to_[qkv]|to_out\.0)$"), "all": re.compile("")}
 
 
 def is_blind(unet: UNet) -> bool:

@@ -10,7 +10,6 @@ import re
 from dataclasses import dataclass, replace
 from itertools import product
 
-import torch
 from PIL import Image
 
 from nanoip2p.world.painting import COLOURS, paint
@@ -150,17 +149,6 @@ def held_out(scene: Scene, edit: Edit) -> bool:
 def training_edits(scene: Scene) -> list[Edit]:
     """The edits that editors train on. A scene that shows a held-out thing has none."""
     return [edit for edit in scene.edits() if not held_out(scene, edit)]
-
-
-def pick(options: list, generator: torch.Generator):
-    """One of the options, drawn uniformly."""
-    return options[int(torch.randint(len(options), (), generator=generator))]
-
-
-def draw_edit(edits: list[Edit], generator: torch.Generator) -> Edit:
-    """Draw a kind of edit, then an edit of this kind: otherwise "add", with the most edits, would prevail."""
-    kind = pick(sorted({edit.kind for edit in edits}), generator)
-    return pick([edit for edit in edits if edit.kind == kind], generator)
 
 
 def random_scene(split: str, index: int) -> Scene:

@@ -1,4 +1,4 @@
-"""Seconds and memory of one edit: ours, ours with --fast, and diffusers'.
+"""Seconds and memory of one edit: ours, ours with --fast, diffusers' and (if installed) OpenVINO's.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/edit.py --width half --latents 32 --steps 1 --repeat 5
     python tests/benchmarks/edit.py --width full --latents 64 --steps 100 --dtype bf16      # on a GPU
@@ -16,6 +16,7 @@ import copy
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import diffusers
@@ -46,8 +47,6 @@ def make_editors(folder: Path, width: int, device: str, dtype: torch.dtype) -> d
     config = UNetConfig(8, block_out_channels=widths, cross_attention_dim=32)
     plain = Editor.load(folder, device, dtype)
     plain.unet = randomise(UNet(config)).to(device, dtype)
-    quick = copy.copy(plain)
-    quick.unet = speed_up(copy.deepcopy(plain.unet), print)
     pipeline = diffusers.StableDiffusionInstructPix2PixPipeline
     peer = pipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
     with torch.device("meta"):
@@ -55,11 +54,52 @@ def make_editors(folder: Path, width: int, device: str, dtype: torch.dtype) -> d
     peer.unet.load_state_dict(plain.unet.state_dict(), assign=True)
     peer.scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(peer.scheduler.config)
     peer.set_progress_bar_config(disable=True)
-    editors = {"diffusers": peer, "ours": plain, "ours, fast": quick}
+    editors = {"diffusers": peer}
+    for name, fast in (("ours", False), ("ours, fast", True)):
+        editors[name] = copy.copy(plain)
+        editors[name].unet, editors[name].vae = copy.deepcopy(plain.unet), copy.deepcopy(plain.vae)
+        began = time.process_time()
+        speed_up(editors[name], fast, print)
+        print(f"{name}: prepared in {time.process_time() - began:.1f} CPU s, besides the first step")
+    if device == "cpu" and dtype == torch.float32 and (network := openvino_unet(peer.unet)):
+        editors["OpenVINO"] = copy.copy(peer)
+        editors["OpenVINO"].unet = network
     if device == "cuda":
         editors["diffusers, compiled"] = copy.copy(peer)
         editors["diffusers, compiled"].unet = torch.compile(copy.deepcopy(peer.unet), mode="max-autotune")
     return editors
+
+
+def openvino_unet(unet: torch.nn.Module) -> torch.nn.Module | None:
+    """The UNet as OpenVINO runs it, in float32 on one thread; None, and a line, if it is not installed."""
+    try:
+        import openvino
+    except ModuleNotFoundError:
+        print("OpenVINO is not installed (pip install openvino): its row is left out")
+        return None
+
+    class Compiled(torch.nn.Module):
+        config, dtype, device = unet.config, torch.float32, torch.device("cpu")
+
+        def forward(self, latents, timestep, encoder_hidden_states, **_) -> tuple[torch.Tensor]:
+            if latents.shape not in compiled:
+                given = latents, timestep.reshape(()), encoder_hidden_states
+                model = openvino.convert_model(Plain(), example_input=given, input=[one.shape for one in given])
+                compiled[latents.shape] = openvino.compile_model(model, "CPU", {
+                    "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()})
+            run = compiled[latents.shape]
+            return (torch.from_numpy(run([latents, timestep.reshape(()), encoder_hidden_states])[0].copy()),)
+
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unet = unet
+
+        def forward(self, latents, timestep, text):
+            return self.unet(latents, timestep, text, return_dict=False)[0]
+
+    compiled = {}
+    return Compiled()
 
 
 def edit(editor, picture: Image.Image, steps: int) -> np.ndarray:

@@ -60,7 +60,7 @@ def count_step(unet: UNet, batch: int, side: int, dtype: torch.dtype, recompute:
                    "noise": torch.empty(latent), "posterior": torch.empty(latent),
                    "offset": torch.empty(batch, channels, 1, 1), "text": torch.empty(batch, 77, width),
                    "timestep": torch.zeros(batch, dtype=torch.long)}
-        given = model_input(samples, torch.empty(77, width), 1.0, torch.empty(1000))
+        given = model_input(samples, torch.empty(77, width), 1.0, torch.empty(1000), (0, 0, 0))
         timestep, context = samples["timestep"], given["context"]
         if distill:
             teacher = Teacher(unet, samples["text"][0], torch.empty(1000), "epsilon", (3, 7), (1.2, 2), dtype)

@@ -52,7 +52,8 @@ def make_runs(folder: Path, width: str, latents: int, steps: int, device: str) -
         peer.unet = hertz.diffusers.UNet2DConditionModel.from_config(config.to_json()).eval()
     peer.unet.load_state_dict(painter.unet.state_dict(), assign=True)
     quick = copy.copy(painter)
-    quick.unet = speed_up(copy.deepcopy(painter.unet), print, injects=True)
+    quick.unet, quick.vae = copy.deepcopy(painter.unet), copy.deepcopy(painter.vae)
+    speed_up(quick, True, print, injects=True)
     resolution, runs = latents * 4, {}
     for name, (source, edit, edit_text) in CAPTIONS.items():
         mode = name if name in ("self", "both") else "cross"

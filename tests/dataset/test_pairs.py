@@ -21,6 +21,7 @@ from tiny_editor import write_tiny_clip, write_tiny_editor, write_tiny_painter
 
 import make_dataset
 from nanoip2p.clip_filter import SIMILARITIES, Judge
+from nanoip2p.common import device
 from nanoip2p.dataset import pairs, show
 from nanoip2p.dataset.layouts import Pair, read_data
 from nanoip2p.dataset.pairs import candidate, list_seeds, pair_settings, read_prompts
@@ -345,7 +346,7 @@ def test_a_job_keeps_the_dtype_that_the_device_chose(
     at = words.index("--dtype")
     chosen = words[:at] + words[at + 2 :]
     for faster in ("bf16", "fp32"):  # as if the device had changed before the second run
-        monkeypatch.setattr(make_dataset, "pick_dtype", lambda name, device, faster=faster: name or faster)
+        monkeypatch.setattr(device, "pick_dtype", lambda name, device, faster=faster: name or faster)
         assert make_dataset.main(chosen) == 0
         assert "; computes in bf16\n" in capsys.readouterr().err
         job = json.loads((tmp_path / "out" / "job.json").read_text())
@@ -356,7 +357,7 @@ def test_a_job_keeps_the_dtype_that_the_device_chose(
     del plain["dtype"]  # of a version that painted in fp32
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "job.json").write_text(json.dumps(plain))
-    monkeypatch.setattr(make_dataset, "pick_dtype", lambda name, device: "bf16")
+    monkeypatch.setattr(device, "pick_dtype", lambda name, device: "bf16")
     assert make_dataset.main([word.replace("/out", "/old") for word in chosen]) == 0
     assert "; computes in fp32\n" in capsys.readouterr().err
 

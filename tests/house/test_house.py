@@ -20,13 +20,20 @@ TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 MAY_IMPORT = {
     "common": set(), "world": set(), "core": {"common"}, "speed": {"core", "common"},
     "checkpoint": {"core", "common"}, "dataset": {"core", "common", "world", "speed", "checkpoint"},
+    "editing": {"core", "common", "world"},
 }
 MAY_IMPORT["training"] = MAY_IMPORT["evaluate"] = MAY_IMPORT["dataset"] | {"dataset"}
-MAY_IMPORT["scripts"] = MAY_IMPORT["training"] | {"training", "evaluate"}
+MAY_IMPORT["scripts"] = MAY_IMPORT["training"] | {"training", "evaluate", "editing"}
 MAY_IMPORT["weights"] = MAY_IMPORT["scripts"] | {"scripts"}
 # These import when they are called: `load` opens checkpoints, `__getattr__` imports torch, `fast` triton
 LATE = {("nanoip2p/pipeline.py", "load"), ("nanoip2p/clip_filter.py", "load"),
         ("nanoip2p/__init__.py", "__getattr__"), ("nanoip2p/speed/fast.py", "speed_up")}
+# Commands import torch, and all that needs torch, after their flags
+LATE |= {(f"{script}.py", name) for script, names in {
+    "sample": "as_flags load_editor run", "train": "resumed read_items fill_in check_data run train loop",
+    "make_dataset": "run_captions run_prepare run_finetune run_pairs job_dtype run_pair run_show",
+    "nanoip2p/checkpoint/__main__": "main work", "nanoip2p/evaluate/__main__": "main work",
+}.items() for name in names.split()}
 STEPS = {name.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): name for name in FILES}
 
 

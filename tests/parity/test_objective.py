@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 from nanoip2p.checkpoint.load import load_model, open_checkpoint, widen
 from nanoip2p.dataset.layouts import Pair
 from nanoip2p.diffusion import NoiseSchedule
-from nanoip2p.objective import DROP, learning_rate, loss_weight, model_input, prediction_losses
+from nanoip2p.objective import learning_rate, loss_weight, model_input, prediction_losses
+from nanoip2p.training.config import DROP
 from nanoip2p.training.samples import (
     Samples,
     collate,
@@ -286,7 +287,7 @@ def test_the_target_of_v_prediction_is_diffusers_velocity(zero_snr):
     schedule = NoiseSchedule(prediction_type="v_prediction", rescale_betas_zero_snr=zero_snr)
     batch, a = batch_of(400, math.log(0.09)), schedule.alphas_cumprod()
     batch["timestep"][0] = 999
-    given = model_input(batch, torch.zeros(3, 2), 0.18215, a, prediction_type="v_prediction")
+    given = model_input(batch, torch.zeros(3, 2), 0.18215, a, DROP, prediction_type="v_prediction")
     latents = 0.18215 * (batch["after"][:, :4] + 0.3 * batch["posterior"])
     peer = DDPMScheduler.from_config(schedule.to_json())
     velocity = peer.get_velocity(latents, batch["noise"], batch["timestep"])
@@ -296,7 +297,7 @@ def test_the_target_of_v_prediction_is_diffusers_velocity(zero_snr):
     if zero_snr:  # noise alone, from which the model predicts -z_0
         assert torch.equal(given["z_in"][0, :4], batch["noise"][0])
         assert relative_error(given["target"][0], -latents[0]) < 1e-6
-    plain = model_input(batch, torch.zeros(3, 2), 0.18215, a)
+    plain = model_input(batch, torch.zeros(3, 2), 0.18215, a, DROP)
     assert torch.equal(plain["z_in"], given["z_in"]) and torch.equal(plain["target"], batch["noise"])
 
 

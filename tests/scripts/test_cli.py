@@ -13,6 +13,7 @@ import nanoip2p
 import train
 from nanoip2p import __main__ as package
 from nanoip2p.common import cli
+from nanoip2p.dataset import layouts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,7 +84,7 @@ def test_a_message_is_one_printable_line():
 
 def test_the_names_of_broken_pictures_are_printed_escaped(capsys, monkeypatch):
     found = 1, 0, {}, ["a\x1b[2J.png cannot be used"], set()
-    monkeypatch.setattr(train, "broken_pictures", lambda *_: found)
+    monkeypatch.setattr(layouts, "broken_pictures", lambda *_: found)
     assert train.main(["--check", "--data", "x", "--device", "cpu"]) == 2
     assert "  a\\x1b[2J.png cannot be used\n" in capsys.readouterr().out
 
@@ -109,11 +110,12 @@ def test_a_module_that_is_no_command_says_so(module, code):
     assert done.stderr.count("\n") == (code > 0)
 
 
-def test_ctrl_c_during_slow_imports_is_silent():
-    code = ("import os, signal\nfrom nanoip2p.common.cli import slow_imports\nwith slow_imports():\n"
-            "    try:\n        os.kill(os.getpid(), signal.SIGINT)\n    except KeyboardInterrupt: pass\n"
-            "print('went on')")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+def test_ctrl_c_during_the_import_of_torch_is_silent(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n"
+                                       "except KeyboardInterrupt:\n    pass\n")
+    code = ("import sys\nfrom nanoip2p.common.cli import import_torch\nsys.path.insert(0, sys.argv[1])\n"
+            "import_torch()\nprint('went on')")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 

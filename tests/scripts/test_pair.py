@@ -9,6 +9,7 @@ from tiny_editor import write_tiny_editor
 
 import make_dataset
 from nanoip2p.checkpoint.lora import write_lora
+from nanoip2p.common import device
 from nanoip2p.dataset import show
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.images import grid
@@ -63,7 +64,7 @@ def test_the_command_paints_the_pair(painter, folder, tmp_path, capsys, flags, s
 @pytest.mark.parametrize("faster", ["bf16", "fp32"])
 def test_the_device_chooses_the_dtype(folder, tmp_path, monkeypatch, capsys, faster):
     loaded, load = [], TextToImage.load
-    monkeypatch.setattr(make_dataset, "pick_dtype", lambda name, device: name or faster)
+    monkeypatch.setattr(device, "pick_dtype", lambda name, device: name or faster)
     monkeypatch.setattr(TextToImage, "load", lambda *args: (loaded.append(args[2]), load(*args))[1])
     words = ["--weights", str(folder), "--out", str(tmp_path / "pair.png"), "--steps", "1", "--device", "cpu"]
     assert make_dataset.main(["pair", *CAPTIONS, *words]) == 0

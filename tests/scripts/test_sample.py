@@ -19,7 +19,9 @@ from tiny_editor import DEFAULTS, write_tiny_editor
 import nanoip2p
 import sample
 from nanoip2p import pipeline
+from nanoip2p.checkpoint import load
 from nanoip2p.checkpoint.lora import write_lora
+from nanoip2p.editing import pictures
 from nanoip2p.editor import Editor
 from nanoip2p.images import grid, open_image, read_recipe, save_png
 from nanoip2p.speed import fast as speed
@@ -168,18 +170,22 @@ def test_networks_work_one_at_a_time_with_low_memory(run, monkeypatch):
 
 def test_fast_makes_the_same_picture(run, monkeypatch, capsys):
     used, real = [], speed.speed_up
-    monkeypatch.setattr(speed, "speed_up", lambda *given, **more: used.append(real(*given, **more)))
-    assert run(*one("--seed", "3")) == 0 and not used
-    assert run(*one("--seed", "3", "--fast", output="fast.png")) == 0 and len(used) == 1
-    assert np.abs(pixels("fast.png") - pixels("out.png")).max() <= 1
-    assert "fast" not in read_recipe("fast.png")
+    monkeypatch.setattr(speed, "speed_up", lambda model, fast, *given, **more: (
+        used.append((fast, given[1])), real(model, fast, *given, **more)))
+    for words, fast in (((), None), (("--fast",), True), (("--no-fast",), False)):
+        assert run(*one("--seed", "3", *words, output=f"{fast}.png")) == 0
+        assert used.pop() == (fast, 3 * 8 * 8)  # steps x positions of the latents
+        assert np.abs(pixels(f"{fast}.png") - pixels("None.png")).max() <= 1
+        assert "fast" not in read_recipe(f"{fast}.png")
     capsys.readouterr()
     assert "--low-memory" in refusal(capsys, run(*one("--fast", "--low-memory")))
+    assert run(*one("--low-memory")) == 0 and not used
 
 
 def test_the_choice_of_attention_reaches_the_network_and_no_recipe(run, monkeypatch, capsys):
     given = []
-    monkeypatch.setattr(speed, "speed_up", lambda unet, say, **how: (given.append(how), say("a\nb\x1b")))
+    monkeypatch.setattr(speed, "speed_up", lambda model, fast, say, _, **how: (
+        given.append(how), say("a\nb\x1b")))
     assert run(*one("--fast")) == 0 and run(*one("--fast", "--attention", "ours", "--verbose")) == 0
     assert run(*one("--fast", "--attention", "sdpa")) == 0
     assert given == [{"attention": "auto", "verbose": False}, {"attention": "ours", "verbose": True},
@@ -249,7 +255,7 @@ def test_keep_size(run):
 
 def test_grid(run, monkeypatch):
     seen = []
-    monkeypatch.setattr(sample, "grid", lambda rows, labels: (seen.append((rows, labels)), rows[0][0])[1])
+    monkeypatch.setattr(pictures, "grid", lambda rows, labels: (seen.append((rows, labels)), rows[0][0])[1])
     assert run("--input", "house.png", "wide.jpg", *TWO_EDITS, "--seed", "5", "--grid",
                "--output", "grid.png") == 0
     [(rows, labels)] = seen
@@ -272,7 +278,7 @@ def test_a_drawn_grid_is_one_labelled_picture(run):
 
 def test_a_sweep_is_the_same_edit_at_other_scales(run, monkeypatch, capsys):
     seen, flags = [], ["--seed", "5", "--cfg-text", "5", "--negative", "boat"]
-    monkeypatch.setattr(sample, "grid", lambda *args: (seen.append(args), grid(*args))[1])
+    monkeypatch.setattr(pictures, "grid", lambda *args: (seen.append(args), grid(*args))[1])
     assert run(*one("--sweep", "--cfg-image", "1.5", *flags, name="wide.jpg")) == 0
     assert capsys.readouterr().out == "out.png  make it night, by cfg_text and cfg_image  (seed 5)\n"
     [(rows, labels)] = seen
@@ -435,7 +441,7 @@ RECIPES = {
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_odd_recipes_are_one_line(name, run, capsys, monkeypatch):
-    monkeypatch.setattr(sample, "open_checkpoint", lambda *_: pytest.fail("opened weights"))
+    monkeypatch.setattr(load, "open_checkpoint", lambda *_: pytest.fail("opened weights"))
     monkeypatch.setattr(sample, "plan_pictures", lambda *_: pytest.fail("planned"))
     Path("void").mkdir()
     recipe, message = RECIPES[name]
@@ -740,6 +746,6 @@ def test_help_names_the_defaults_and_the_painted_world(capsys):
 
 def test_ctrl_c_during_imports_prints_no_traceback(run):
     Path("torch.py").write_text("raise KeyboardInterrupt")
-    done = subprocess.run([sys.executable, str(SCRIPT)], env=os.environ | {"PYTHONPATH": "."},
+    done = subprocess.run([sys.executable, str(SCRIPT), *one()], env=os.environ | {"PYTHONPATH": "."},
                           capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (130, "")
+    assert (done.returncode, done.stderr) == (130, "interrupted; the pictures named above are complete\n")

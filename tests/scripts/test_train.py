@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from train_runs import STATE, UNET, rows, state, words, write_pictures
 
 import train
+from nanoip2p.common import device
 from nanoip2p.dataset.layouts import read_data
 from nanoip2p.dataset.rendered import scene_pairs
 from nanoip2p.editor import Editor
@@ -31,7 +32,7 @@ from nanoip2p.text_to_image import TextToImage
 from nanoip2p.training import run_folder as runs
 from nanoip2p.training import signals
 from nanoip2p.training.cache import Cache
-from nanoip2p.training.config import NOT_STORED, PRESETS, RESUME_MAY_CHANGE, TrainConfig, odd_settings
+from nanoip2p.training.config import MAY_CHANGE, NOT_STORED, PRESETS, TrainConfig, odd_settings
 from nanoip2p.training.samples import order
 from nanoip2p.training.trainer import Trainer, columns_of
 from nanoip2p.world.scenes import random_scene
@@ -656,7 +657,7 @@ OTHERS = {"weights": ["elsewhere"], "data": ["elsewhere"], "pairs": [25], "kind-
 
 
 def test_every_flag_of_the_recipe_is_known_to_the_next_test():
-    fixed = vars(TrainConfig()).keys() - RESUME_MAY_CHANGE - {"preset"}
+    fixed = vars(TrainConfig()).keys() - MAY_CHANGE - {"preset"}
     assert {key.replace("_", "-") for key in fixed} == set(OTHERS)
 
 
@@ -862,10 +863,10 @@ def test_a_run_goes_on_in_the_dtype_in_which_it_began(start, tmp_path, monkeypat
     argv = words(start, tmp_path / "run", "--steps", 1)
     place = argv.index("--dtype")
     del argv[place : place + 2]
-    monkeypatch.setattr(train, "pick_dtype", lambda name, device: name or "bf16")
+    monkeypatch.setattr(device, "pick_dtype", lambda name, device: name or "bf16")
     assert train.main(argv) == 0
     assert runs.newest_checkpoint(tmp_path / "run")[1]["settings"]["dtype"] == "bf16"
-    monkeypatch.setattr(train, "pick_dtype", lambda name, device: name or "fp32")  # as on another machine
+    monkeypatch.setattr(device, "pick_dtype", lambda name, device: name or "fp32")  # as on another machine
     capsys.readouterr()
     assert resume(tmp_path / "run", "--steps", 2) == 0
     assert "computed in bf16" in capsys.readouterr().out
@@ -907,6 +908,6 @@ def test_a_run_of_another_version_goes_on_unless_it_used_what_is_gone(whole):
 
 @pytest.mark.parametrize("flags, dtype", [([], "fp32"), (["--dtype", "bf16"], "bf16")])
 def test_the_device_chooses_the_dtype_and_the_plan_says_it(flags, dtype, monkeypatch, capsys):
-    monkeypatch.setattr(train, "pick_dtype", lambda name, device: name or "fp32")
+    monkeypatch.setattr(device, "pick_dtype", lambda name, device: name or "fp32")
     assert train.main(["--check", "--data", "scenes", "--pairs", "40", "--device", "cpu", *flags]) == 0
     assert f"computed in {dtype}" in capsys.readouterr().out

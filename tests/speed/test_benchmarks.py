@@ -7,6 +7,7 @@ import measure
 import numpy as np
 import pair
 import pytest
+import startup
 import torch
 import train_step
 
@@ -92,3 +93,11 @@ def test_attention_is_timed_by_each_kernel_of_torch(capsys):
     assert all(float(word) > 0 for row in rows for word in row.split()[4:8] if word != "-")
     with pytest.raises(AssertionError, match="wrong differs"):
         kernels_of_attention.usable({"wrong": lambda: torch.ones(3)}, torch.zeros(3) + 0.5, (RuntimeError,))
+
+
+def test_a_start_is_compared_with_the_import_of_torch(capsys):
+    """The limits of issue 20 are 1.4 and 330 MB for an edit, 0.5 for --help. Not tested: a busy machine."""
+    startup.main(["--repeat", "1"])
+    rows = [line.rsplit(maxsplit=4) for line in capsys.readouterr().out.splitlines()[2:]]
+    assert rows[0][0].strip() == "an edit of one step" and len(rows) == 1 + len(startup.HELP)
+    assert all(float(number) > 0 for row in rows for number in (row[1], row[2], row[4]))

@@ -1,8 +1,13 @@
-"""Faster networks against the plain ones: the same numbers, and the same state dict."""
+"""Faster networks against the plain ones: the same numbers, each weight in memory once."""
 
 import copy
+import gc
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,15 +20,16 @@ from torch import nn
 from nanoip2p.attention import attention
 from nanoip2p.checkpoint.folder import load_network, save_network
 from nanoip2p.editor import Editor
-from nanoip2p.speed import fast
-from nanoip2p.speed.fast import Packed, Winograd, compile_unet, repack, speed_up
+from nanoip2p.speed import cpu, fast
+from nanoip2p.speed.cpu import Convolution, Product, Winograd, lay_out
+from nanoip2p.speed.fast import compile_unet, speed_up
 from nanoip2p.unet import Attention, UNet, UNetConfig
 from nanoip2p.vae import VAE
 
 
 @pytest.fixture
 def unet():
-    return randomise(UNet(tiny_unet(in_channels=8)))
+    return randomise(UNet(replace(tiny_unet(in_channels=8), block_out_channels=(16, 32))))
 
 
 def inputs(height=12, width=8, rows=3):
@@ -33,26 +39,41 @@ def inputs(height=12, width=8, rows=3):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("min_channels", [8, 1000], ids=["winograd", "packed only"])
-@pytest.mark.parametrize("size", [(12, 8), (7, 9), (2, 2), (64, 48)], ids=str)
-def test_equals_the_plain_network(unet, min_channels, size):
+@pytest.mark.parametrize("winograd", [True, False])
+@pytest.mark.parametrize("small", [0, cpu.SMALL_MAP], ids=["plain convolutions", "laid out convolutions"])
+@pytest.mark.parametrize("size", [(12, 8), (7, 9), (2, 2), (40, 30)], ids=str)
+def test_equals_the_plain_network(unet, winograd, small, size, monkeypatch):
+    monkeypatch.setattr(cpu, "SMALL_MAP", small)
     given = inputs(*size)
     plain = unet(*given)
-    made = repack(copy.deepcopy(unet), min_channels)
+    made = lay_out(copy.deepcopy(unet), winograd, least=8)
     assert relative_error(made(*given), plain) < 1e-5
     assert relative_error(made(given[0].flip(0), *given[1:]), plain) > 0.1
     assert relative_error(made(*given[:2], given[2].flip(0)), plain) > 1e-3
 
 
 @torch.no_grad()
-def test_weights_are_saved_as_before(unet, tmp_path):
-    before = {name: weight.clone() for name, weight in unet.state_dict().items()}
-    made = repack(unet, min_channels=8)
-    assert made is unet and list(made.state_dict()) == list(before)
-    save_network(made, tmp_path)
-    again = load_network(UNet, tmp_path)
-    assert all(torch.equal(weight, before[name]) for name, weight in again.state_dict().items())
-    assert relative_error(again(*inputs()), made(*inputs())) < 1e-5
+def test_sizes_may_change_from_call_to_call(unet, monkeypatch):
+    """Each change lays out the weights anew, from small maps to large ones and back."""
+    monkeypatch.setattr(cpu, "SMALL_MAP", 100)
+    made = lay_out(copy.deepcopy(unet))
+    for size in ((4, 4), (40, 30), (5, 4), (4, 4), (9, 12)):
+        assert relative_error(made(*inputs(*size)), unet(*inputs(*size))) < 1e-5
+    kinds = [layer.blocks for layer in made.modules() if isinstance(layer, Convolution)]
+    assert True in kinds and False in kinds
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_other_dtypes(unet, dtype):
+    """oneDNN has no blocks of float64, and none of float16 that torch could reach; the layers work anyway."""
+    latents, step, text = inputs()
+    wanted = copy.deepcopy(unet).double()(latents.double(), step, text.double())
+    plain, given = copy.deepcopy(unet).to(dtype), (latents.to(dtype), step, text.to(dtype))
+    error = relative_error(plain(*given).double(), wanted)
+    for winograd in (False, True):
+        made = lay_out(copy.deepcopy(plain), winograd, least=8)
+        assert relative_error(made(*given).double(), wanted) < 2 * error + 1e-12
 
 
 @torch.no_grad()
@@ -65,20 +86,20 @@ def test_winograd_equals_convolution(size, channels, rows, layout):
     convolution = randomise(nn.Conv2d(*channels, 3, padding=1)).double()
     x = torch.randn(rows, channels[0], *size, generator=generator, dtype=torch.float64)
     x = x.contiguous(memory_format=layout)
-    model = repack(nn.Sequential(convolution), min_channels=1)
+    model = lay_out(nn.Sequential(copy.deepcopy(convolution)), True, least=1)
     assert type(model[0]) is Winograd and relative_error(model(x), convolution(x)) < 1e-14
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("spreads", [0, 10, 100, 1000])
-@pytest.mark.parametrize("channels, size", [(8, (12, 8)), (64, (9, 9)), (320, (16, 16))], ids=str)
+@pytest.mark.parametrize("channels, size", [(16, (12, 8)), (64, (9, 9)), (320, (16, 16))], ids=str)
 def test_norm_keeps_its_digits_when_the_mean_is_large(spreads, channels, size):
     """torch 2.13's GroupNorm is off by 2e-4 at 10 spreads and by 2e-2 at 100 in channels_last on a CPU."""
     x = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0)) + spreads
     x = x.contiguous(memory_format=torch.channels_last)
     norm = randomise(nn.GroupNorm(4, channels))
     exact = copy.deepcopy(norm).double()(x.double().contiguous())
-    made = repack(nn.Sequential(norm, nn.SiLU(), nn.Conv2d(channels, 4, 1)))
+    made = lay_out(nn.Sequential(norm, nn.SiLU(), nn.Conv2d(channels, 16, 1)))
     assert (made[0](x) - exact).abs().max() < 1e-6 * (5 + spreads)
 
 
@@ -91,7 +112,7 @@ def test_large_means_make_the_fast_network_hardly_farther_from_double_precision(
     latents, step, text = inputs()
     exact = copy.deepcopy(unet).double()(latents.double(), step, text.double())
     plain = relative_error(unet(latents, step, text).double(), exact)
-    quick = relative_error(repack(unet, min_channels=8)(latents, step, text).double(), exact)
+    quick = relative_error(lay_out(unet, True, least=8)(latents, step, text).double(), exact)
     assert quick < 4 * plain, (plain, quick)
 
 
@@ -105,31 +126,74 @@ def test_half_precision_is_hardly_farther_from_single():
     half = copy.deepcopy(unet).bfloat16()
     given = latents.bfloat16(), step, text.bfloat16()
     plain = relative_error(half(*given), wanted)
-    quick = relative_error(speed_up(half, print)(*given), wanted)
+    quick = relative_error(lay_out(half, True, least=64)(*given), wanted)
     assert 1e-3 < plain and quick < 1.5 * plain, (plain, quick)
 
 
-def test_only_layers_that_compute_the_same_are_replaced(unet):
-    vae = repack(randomise(VAE(TINY_VAE)), min_channels=8)
-    for model in (vae, repack(unet, min_channels=8)):
-        kinds = {name: type(layer) for name, layer in model.named_modules()}
-        assert {kinds[name] for name in kinds if name.endswith(("conv1", "conv2"))} == {Winograd}
-        assert {kinds[name] for name in kinds if name.endswith("to_q")} == {Packed}
-        assert {kinds[name] for name in kinds if name.endswith("downsamplers.0.conv")} == {nn.Conv2d}
+def kinds_of(model):
+    return {name: type(layer) for name, layer in model.named_modules()}
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_which_layers_are_replaced(tmp_path, quick, monkeypatch):
+    """Winograd's weights are larger; in the lowest level, where most weights are, they gain nothing."""
+    monkeypatch.setattr(fast, "lay_out", partial(lay_out, least=16))
+    editor = Editor.load(write_tiny_editor(tmp_path), "cpu")
+    editor.unet = randomise(UNet(replace(tiny_unet(in_channels=8), block_out_channels=(16, 32))))
+    editor.vae = randomise(VAE(replace(TINY_VAE, block_out_channels=(16, 32))))
+    speed_up(editor, quick, print)
+    unet, vae = kinds_of(editor.unet), kinds_of(editor.vae)
+    for kinds in (unet, vae):
+        assert not {nn.Linear} & {*kinds.values()}
+        assert {kinds[name] for name in kinds if name.endswith("to_q")} == {Product}
+        assert {kinds[name] for name in kinds if name.endswith("downsamplers.0.conv")} == {Convolution}
         assert kinds.get("conv_out", kinds.get("decoder.conv_out")) is nn.Conv2d
-        assert nn.Linear not in kinds.values()
-    kinds = {type(layer) for layer in repack(randomise(UNet(tiny_unet()))).modules()}
-    assert Packed in kinds and Winograd not in kinds
+    lowest = ("down_blocks.1.", "mid_block.", "up_blocks.0.")
+    for name, kind in [*unet.items(), *((f"vae.{name}", kind) for name, kind in vae.items())]:
+        if name.endswith(("conv1", "conv2")):
+            assert kind is (Winograd if quick and not name.startswith(lowest) else Convolution), name
 
 
 def test_a_fast_network_neither_trains_nor_takes_other_weights(unet):
-    """Both would go unnoticed, because the layers compute with copies of their weights."""
+    """Nor does it hand out weights: it has none in the plain layout."""
     other = {name: weight + 1 for name, weight in unet.state_dict().items()}
-    quick = repack(copy.deepcopy(unet))
-    with pytest.raises(RuntimeError, match="before speed.fast"):
-        quick.load_state_dict(other)
-    assert not quick(*inputs()).requires_grad
+    for winograd in (False, True):
+        quick = lay_out(copy.deepcopy(unet), winograd, least=8)
+        for use in (lambda quick=quick: quick.load_state_dict(other), quick.state_dict):
+            with pytest.raises(RuntimeError, match="before speed.fast"):
+                use()
+        assert not quick(*inputs()).requires_grad
     unet.load_state_dict(other)
+
+
+@torch.no_grad()
+def test_no_layer_keeps_its_plain_weight_or_the_mapped_file(unet, tmp_path):
+    """Each weight in memory once: the layers drop the plain ones, and with the last the file is closed."""
+    save_network(unet, tmp_path)
+    for winograd in (False, True):
+        mapped = load_network(UNet, tmp_path)
+        assert str(tmp_path) in Path("/proc/self/maps").read_text()
+        size = sum(weight.nbytes for weight in mapped.parameters())
+        lay_out(mapped, winograd, least=8)(*inputs())
+        gc.collect()
+        assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+        held = sum(layer.held.nbytes if not layer.held.is_mkldnn else layer.held.to_dense().nbytes
+                   for layer in mapped.modules() if hasattr(layer, "held"))
+        held += sum(weight.nbytes for weight in mapped.parameters())
+        assert held == size if not winograd else size < held < 16 / 9 * size
+
+
+@pytest.mark.parametrize("width, positions, chosen", [
+    (256, 4096, True), (256, 4095, False), (128, 10**6, False), (320, 10**6, True)])
+def test_fast_is_chosen_where_it_pays(width, positions, chosen, tmp_path, monkeypatch, capsys):
+    used = []
+    monkeypatch.setattr(fast, "lay_out", lambda network, winograd, *direct: used.append(winograd))
+    editor = Editor.load(write_tiny_editor(tmp_path), "cpu")
+    editor.unet.config = replace(editor.unet.config, block_out_channels=(width, width), norm_num_groups=1)
+    for given, wanted in ((None, chosen), (True, True), (False, False)):
+        speed_up(editor, given, print, positions)
+        assert used[-2:] == [wanted, wanted]
+        assert ("--no-fast" in capsys.readouterr().out) is (given is None and chosen)
 
 
 def test_an_edit_compiles_once_for_each_size(tmp_path, monkeypatch):
@@ -159,21 +223,22 @@ def test_an_edit_compiles_once_for_each_size(tmp_path, monkeypatch):
 def test_the_choice_of_attention(unet, choice, tmp_path, monkeypatch):
     """On CUDA, which here is the CPU by another name."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(nn.Parameter, "device", torch.device("cuda:0"), raising=False)
-    monkeypatch.setattr(fast, "compile_unet", lambda unet, say: (unet, say))
-    assert speed_up(unet, print, attention=choice, verbose=True) == (unet, print)
-    assert speed_up(unet, print, injects=True, attention=choice) is unet
+    compiled, model = [], SimpleNamespace(unet=unet, device=torch.device("cuda:0"))
+    monkeypatch.setattr(fast, "compile_unet", lambda unet, say: compiled.append(unet))
+    speed_up(model, True, print, attention=choice, verbose=True)
+    speed_up(model, True, print, injects=True, attention=choice)
+    assert compiled == [unet]
     used = {layer.attention for layer in unet.modules() if isinstance(layer, Attention)}
     assert len(used) == 1 and (used == {attention}) is (choice == "sdpa")
     if choice != "sdpa":
         assert used.pop().only_ours is (choice == "ours")
 
 
-def test_a_cpu_needs_neither_triton_nor_the_tuner(unet, tmp_path):
-    save_network(unet, tmp_path)
-    code = ("import sys; from pathlib import Path; from nanoip2p.checkpoint.folder import load_network\n"
-            "from nanoip2p.speed.fast import speed_up; from nanoip2p.unet import UNet\n"
-            "speed_up(load_network(UNet, Path(sys.argv[1])), print, attention='ours')\n"
+def test_a_cpu_needs_neither_triton_nor_the_tuner(tmp_path):
+    write_tiny_editor(tmp_path)
+    code = ("import sys\n"
+            "from nanoip2p.speed.fast import speed_up; from nanoip2p import Editor\n"
+            "speed_up(Editor.load(sys.argv[1], 'cpu'), True, print, attention='ours')\n"
             "assert not {'triton', 'nanoip2p.speed.tune', 'nanoip2p.speed.kernels'} & {*sys.modules}\n")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0 and "needs CUDA" in done.stdout, done.stderr

@@ -1,0 +1,57 @@
+"""The settings of `captions` and `pairs`: flags of make_dataset.py with their defaults, help and ranges."""
+
+from dataclasses import dataclass
+
+from nanoip2p.checkpoint import hub
+from nanoip2p.common.cli import MODES, SAMPLERS, at_least, finite, flag, pixels
+from nanoip2p.common.schema import checked
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to ask a language model."""
+
+    model: str = flag("model to ask; ft:... is a model that `finetune` made", "gpt-4o-mini",
+                      group="asking a language model")
+    temperature: float = flag("sampling temperature", 0.7, type=finite)
+    concurrency: int = flag("concurrent requests", 8, type=at_least(1))
+    moderate: bool = flag("apply OpenAI's moderation to captions and answers, as the original does", False)
+    max_tokens: int | None = flag("limit on the input plus output tokens of this run", type=at_least(0))
+    timeout: int = flag("seconds for each whole answer of the server", 120, type=at_least(1))
+
+
+@dataclass(frozen=True)
+class PairSettings:
+    """Names and defaults follow the original's generate_img_dataset.py. ValueError if invalid."""
+
+    n_samples: int = flag("number of candidates", 100, type=at_least(1), group="candidates of each prompt")
+    early_stop: int = flag("stop after N passing candidates; 0: never", 0, type=at_least(0), metavar="N")
+    inject: str = flag("attention maps that the edited picture takes from the source", "self", choices=MODES)
+    min_p2p: float = flag("minimum of p, the share of the steps that inject", 0.1, type=finite)
+    max_p2p: float = flag("maximum of p", 0.9, type=finite)
+    min_cfg: float = flag("minimum text guidance", 7.5, type=finite)
+    max_cfg: float = flag("maximum text guidance", 15.0, type=finite)
+    steps: int | None = flag("denoising steps (default: from the weights)", type=at_least(1))
+    sampler: str | None = flag("sampler (default: from the weights)", choices=SAMPLERS)
+    resolution: int | None = flag("width and height in pixels (default: from the weights)", type=pixels)
+    seed: int = flag("seed of all random numbers", 0, type=at_least(0))
+    clip_threshold: float = flag("minimum similarity of each caption and its picture", 0.2, type=finite,
+                                 group="the CLIP filter")
+    clip_dir_threshold: float = flag("minimum directional similarity", 0.2, type=finite)
+    clip_img_threshold: float = flag("minimum similarity of the two pictures", 0.7, type=finite)
+    max_out_samples: int = flag("maximum number of pairs to keep per prompt", 4, type=at_least(1))
+    clip: str = flag("folder of the CLIP model, or its name on the Hub", hub.CLIP)
+    batch: int = flag("candidates in one batch", 8, type=at_least(1), group="running")
+
+    def __post_init__(self):
+        for key in ("n_samples", "max_out_samples", "batch", "steps", "resolution", "early_stop", "seed"):
+            checked(getattr(self, key), int | None, key, int(key not in ("early_stop", "seed")))
+        for key, known in (("inject", MODES), ("sampler", (None, *SAMPLERS))):
+            if getattr(self, key) not in known:
+                raise ValueError(f"{key} = {getattr(self, key)} should be one of "
+                                 f"{', '.join(filter(None, known))}")
+        if not 0 <= self.min_p2p <= self.max_p2p <= 1:
+            raise ValueError(f"min_p2p = {self.min_p2p}, max_p2p = {self.max_p2p}: 0 <= min_p2p <= max_p2p "
+                             "<= 1 is needed")
+        if self.min_cfg > self.max_cfg:
+            raise ValueError(f"min_cfg = {self.min_cfg} is more than max_cfg = {self.max_cfg}")

@@ -1,0 +1,1 @@
+"""Many edits in one call: batches, turns, grids and sweeps."""

@@ -1,0 +1,107 @@
+"""Make pictures as sample.py has planned them: `Settings` with one input, one seed, and an edit or turns."""
+
+import sys
+from collections.abc import Iterator
+from itertools import product
+
+from PIL import Image
+from tqdm import tqdm
+
+from nanoip2p.common.cli import one_line
+from nanoip2p.editor import Editor
+from nanoip2p.images import NotFinite, fit, grid, open_image
+from nanoip2p.pipeline import same_size
+from nanoip2p.world import scenes
+
+# --sweep varies both scales. From the paper's defaults it covers cfg_text 3 ... 12 and cfg_image 1 ... 2
+SWEEP_FACTORS = (0.4, 0.7, 1, 1.3, 1.6)      # multiply cfg_text
+SWEEP_STEPS = (-0.5, -0.25, 0, 0.25, 0.5)    # added to cfg_image
+# `nano_notes`: resolution and maximum vocabulary of nano weights; pictures with a side above PHOTO get a note
+NANO_RESOLUTION, NANO_VOCABULARY, PHOTO = 64, 1000, 256
+
+
+def leave_out(error: ValueError, path: str, problems: list[str], of: int) -> None:
+    """Show the problem of a picture, and add it to `problems`. Raises it if none of `of` is left."""
+    problem = str(error) if path in str(error) else f"{path}: {error}"
+    if len(problems) + 1 >= of:
+        raise ValueError(problem) from None
+    print(one_line(f"left out: {problem}"), file=sys.stderr)
+    problems.append(problem)
+
+
+def edit_all(editor: Editor, pictures: list, sizes: dict, sampling: dict,
+             problems: list[str]) -> Iterator[tuple[int, tuple[Image.Image, ...]]]:
+    """Yield (index, what edit_batch returns for it) of each picture. Leaves out those that become NaN."""
+    queue = same_size([sizes[picture.input[0]] for picture in pictures], pictures[0].batch)
+    allowed = len(problems) + len(pictures)
+    while queue:
+        places = queue.pop(0)
+        batch = [pictures[i] for i in places]
+        path, edit = batch[0].input[0], sweep if batch[0].sweep else edit_batch
+        try:
+            yield from zip(places, edit(editor, batch, sizes[path], sampling))
+        except NotFinite as error:
+            if len(places) > 1:  # one by one: the others may be sound
+                queue = [[i] for i in places] + queue
+            else:
+                leave_out(error, path, problems, allowed)
+
+
+def edit_batch(editor: Editor, batch: list, size: tuple[int, int],
+               sampling: dict) -> list[tuple[Image.Image, ...]]:
+    """Edit a batch. Returns for each picture (input, after the first instruction, after the second, ...).
+
+    Scales and crops each input to `size`. keep_size: stretches each input to `size` instead, and
+    scales the results back to the size of the input, so that nothing is cropped.
+    """
+    paths, keep_size = [picture.input[0] for picture in batch], batch[0].keep_size
+    originals = {path: open_image(path) for path in set(paths)}
+    fitted = {path: image.resize(size, Image.Resampling.LANCZOS) if keep_size else fit(image, size)
+              for path, image in originals.items()}
+    stages = [[fitted[path] for path in paths]]
+    for instructions in zip(*(picture.edit for picture in batch)):
+        stages.append(editor.edit(stages[-1], instructions, batch=len(batch),
+                                  seed=[picture.seed for picture in batch], **sampling))
+    if keep_size:
+        stages = [[image.resize(originals[path].size, Image.Resampling.LANCZOS)
+                   for path, image in zip(paths, stage)] for stage in stages]
+    return list(zip(*stages))
+
+
+def sweep(editor: Editor, batch: list, size: tuple[int, int], sampling: dict) -> list[tuple]:
+    """[(grid,)]: the input above edits with one seed. cfg_text changes by row, cfg_image by column."""
+    [picture] = batch
+    texts = [round(sampling["cfg_text"] * factor, 4) for factor in SWEEP_FACTORS]
+    images = [round(sampling["cfg_image"] + step, 4) for step in SWEEP_STEPS]
+    before, cells = fit(open_image(picture.input[0]), size), []
+    for text, image in tqdm(list(product(texts, images)), unit="edit"):
+        scales = {"cfg_text": text, "cfg_image": image, "progress": False}
+        cells.append(editor.edit(before, picture.edit[0], seed=picture.seed, **sampling | scales))
+    rows = [cells[i : i + len(images)] for i in range(0, len(cells), len(images))]
+    labels = [[f"cfg_text {text:g}, cfg_image {image:g}" for image in images] for text in texts]
+    return [(grid([[before], *rows], [["input"], *labels]),)]
+
+
+def draw_grid(pictures: list, stages: dict[int, tuple[Image.Image, ...]]) -> Image.Image:
+    """One row for each input: the input, then every edit of it (with --turns, every turn)."""
+    several = len({picture.seed for picture in pictures}) > 1
+    rows, labels = {}, {}
+    for i in sorted(stages):  # a picture that could not be made has none
+        picture, (before, *edited) = pictures[i], stages[i]
+        rows.setdefault(picture.input[0], [before]).extend(edited)
+        labels.setdefault(picture.input[0], ["input"]).extend(
+            f"{edit} (seed {picture.seed})" if several else edit for edit in picture.edit)
+    return grid(list(rows.values()), list(labels.values()))
+
+
+def nano_notes(editor: Editor, edits: list[str], sizes: dict[str, tuple[int, int]]) -> list[str]:
+    """Notes about unknown words and large pictures, for users of the nano weights. [] for other weights."""
+    vocabulary = editor.tokenizer.backend.get_vocab_size()  # CLIP's own tokenizer has 49,408
+    if editor.defaults["resolution"] != NANO_RESOLUTION or vocabulary > NANO_VOCABULARY:
+        return []
+    known = {word.lower() for word in editor.tokenizer.backend.get_vocab()}  # also those of --embedding
+    unknown = [word for word in scenes.unknown_words(" ".join(edits)) if word not in known]
+    notes = [f"unknown here: {', '.join(unknown)}"] if unknown else []
+    notes += [f"{path} is {width}x{height}, larger than the training data: photographs need other --weights"
+              for path, (width, height) in sizes.items() if max(width, height) > PHOTO]
+    return [f"note: the nano weights know a small painted world; {note}" for note in notes]
