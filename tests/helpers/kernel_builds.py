@@ -71,7 +71,7 @@ def test_torch_compile_takes_our_kernel_into_its_graph(monkeypatch):
         graphs.append(graph)
         return lambda *_: (torch.zeros(1, 48, 16),)
 
-    monkeypatch.setattr(torch.utils._triton, "has_triton", lambda: True)
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
     monkeypatch.setattr(tune, "card", lambda device: "a card")
     tuner = tune.Tuner(kernels.fused_attention, True, pytest.fail)
     monkeypatch.setattr(tuner, "table", {"a card": {"1 rows, 2 heads of 8, 48 x 48, torch.float32":
