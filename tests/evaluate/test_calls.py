@@ -31,7 +31,7 @@ def measured(editors, out, *flags) -> str:
     argv = ["calls", "--weights", *editors, "--n", 7, "--out", out, *flags]
     args = evaluate.make_parser().parse_args(list(map(str, argv)))
     args.out.mkdir(parents=True, exist_ok=True)
-    return args.run(args)[0]
+    return calls.run(args)[0]
 
 
 @pytest.mark.parametrize("cfg_text, cfg_image", [(7.5, 1.5), (2, 1), (3, 3), (1, 1), (0, 0), (0, 1.5)])

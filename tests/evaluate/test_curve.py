@@ -30,7 +30,7 @@ def measured(weights, out, *flags) -> str:
              *flags]
     args = evaluate.make_parser().parse_args(["curve", *map(str, flags)])
     args.out.mkdir(parents=True, exist_ok=True)
-    return args.run(args)[0]
+    return curve.run(args)[0]
 
 
 def test_a_point_is_the_mean_of_the_cosines(weights):

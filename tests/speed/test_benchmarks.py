@@ -1,5 +1,8 @@
 """The benchmarks run, and measure the same computation on both sides."""
 
+import subprocess
+import sys
+
 import attention as kernels_of_attention
 import edit
 import few_steps
@@ -95,9 +98,11 @@ def test_attention_is_timed_by_each_kernel_of_torch(capsys):
         kernels_of_attention.usable({"wrong": lambda: torch.ones(3)}, torch.zeros(3) + 0.5, (RuntimeError,))
 
 
-def test_a_start_is_compared_with_the_import_of_torch(capsys):
-    """The limits of issue 20 are 1.4 and 330 MB for an edit, 0.5 for --help. Not tested: a busy machine."""
-    startup.main(["--repeat", "1"])
-    rows = [line.rsplit(maxsplit=4) for line in capsys.readouterr().out.splitlines()[2:]]
-    assert rows[0][0].strip() == "an edit of one step" and len(rows) == 1 + len(startup.HELP)
-    assert all(float(number) > 0 for row in rows for number in (row[1], row[2], row[4]))
+def test_a_start_is_compared_with_the_import_of_torch():
+    """The aims of issue 20: 1.4 and 330 MB for an edit, 0.5 for --help. A busy machine can miss them."""
+    # A process of its own: a child's peak memory on Linux begins with that of the process that starts it
+    out = subprocess.run([sys.executable, startup.__file__, "--repeat", "1"], capture_output=True, text=True,
+                         check=True).stdout
+    rows = [line.split()[-3:] for line in out.splitlines()[2:]]
+    assert len(rows) == 1 + len(startup.HELP)
+    assert all(float(ratio) > 0 and float(megabytes) > 0 for ratio, _, megabytes in rows), out
