@@ -84,7 +84,8 @@ def openvino_unet(unet: torch.nn.Module) -> torch.nn.Module | None:
         def forward(self, latents, timestep, encoder_hidden_states, **_) -> tuple[torch.Tensor]:
             if latents.shape not in compiled:
                 given = latents, timestep.reshape(()), encoder_hidden_states
-                model = openvino.convert_model(Plain(), example_input=given, input=[one.shape for one in given])
+                shapes = [one.shape for one in given]
+                model = openvino.convert_model(Plain(), example_input=given, input=shapes)
                 compiled[latents.shape] = openvino.compile_model(model, "CPU", {
                     "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()})
             run = compiled[latents.shape]
