@@ -32,11 +32,11 @@ with cli.slow_imports():
     from nanoip2p.checkpoint.load import open_checkpoint
     from nanoip2p.checkpoint.lora import apply_loras, file_hash, split
     from nanoip2p.checkpoint.tensors import DTYPES
-    from nanoip2p.common.files import check_writable, unique_stems
+    from nanoip2p.common.files import check_writable, find_weights, is_shipped, unique_stems
     from nanoip2p.common.schema import checked
     from nanoip2p.editor import Editor
     from nanoip2p.images import NotFinite, find_images, fit, fit_size, grid, open_image, read_recipe, save_png
-    from nanoip2p.pipeline import find_weights, is_shipped, same_size
+    from nanoip2p.pipeline import same_size
     from nanoip2p.samplers import SAMPLERS
     from nanoip2p.speed import fast as speed
     from nanoip2p.world import scenes

@@ -24,11 +24,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanoip2p.checkpoint import hub
+from nanoip2p.checkpoint.tensors import fingerprint
 from nanoip2p.clip_filter import Judge, Thresholds, best
 from nanoip2p.common.cli import at_least, finite, flag, pixels
 from nanoip2p.common.files import claim_folder, locked, read_json, read_rows, write_json
 from nanoip2p.common.schema import LONGEST, checked
-from nanoip2p.pipeline import fingerprint
 from nanoip2p.prompt_to_prompt import MODES, PairPainter
 from nanoip2p.samplers import SAMPLERS
 from nanoip2p.text_to_image import TextToImage

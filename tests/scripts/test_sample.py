@@ -18,8 +18,8 @@ from tiny_editor import DEFAULTS, write_tiny_editor
 
 import nanoip2p
 import sample
-from nanoip2p import pipeline
 from nanoip2p.checkpoint.lora import write_lora
+from nanoip2p.common import files as common_files
 from nanoip2p.editor import Editor
 from nanoip2p.images import grid, open_image, read_recipe, save_png
 from nanoip2p.speed import fast as speed
@@ -317,7 +317,7 @@ def test_a_long_instruction_is_cut_with_a_note(run, capsys):
 
 
 def test_weights_are_also_found_in_the_checkout(run, weights, monkeypatch):
-    monkeypatch.setattr(pipeline, "CHECKOUT", weights.parent)
+    monkeypatch.setattr(common_files, "CHECKOUT", weights.parent)
     assert sample.main(one("--weights", weights.name, "--steps", "1")) == 0
     assert read_recipe("out.png")["weights"] == weights.name
 
@@ -473,7 +473,7 @@ def test_loras_are_added_and_their_hashes_are_in_the_recipe(more, run, weights, 
 
 
 @pytest.mark.parametrize("name", ["weights/nano-sd", "./weights/nano-sd",
-                                  f"{pipeline.CHECKOUT}/weights/nano-sd"])
+                                  f"{common_files.CHECKOUT}/weights/nano-sd"])
 def test_a_recipe_may_name_shipped_weights_by_any_path(run, name):
     recipe = {"input": ["house.png"], "edit": ["red"], "weights": name}
     save_png(Image.new("RGB", (8, 8)), "odd.png", recipe)
