@@ -71,6 +71,7 @@ class Settings:
     cfg_text: float | None = flag("guidance scale of the instruction (s_T)", type=finite)
     cfg_image: float | None = flag("guidance scale of the input picture (s_I)", type=finite)
     sampler: str | None = flag("sampling method", choices=sorted(SAMPLERS))
+    deep_every: int = flag("compute the whole network only every N-th step", 1, type=at_least(1), metavar="N")
     seed: int | None = flag("seed of the noise (default: random)", type=at_least(0))
     output: str | None = flag("a PNG file, or a folder for several inputs", group="what to write")
     keep_size: bool = flag("scale the result to the size of the input", False)
@@ -227,7 +228,7 @@ def run(settings: Settings, problems: list[str]) -> None:
         except ValueError as error:
             leave_out(error, path, problems, len(inputs))
     pictures = [picture for picture in pictures if picture.input[0] in fitted]
-    given = sampling | {"negative": settings.negative, "low_memory": settings.low_memory, "progress": True}
+    given = sampling | {key: getattr(settings, key) for key in ("negative", "low_memory", "deep_every")}
 
     def write(image: Image.Image, made_by: Settings, text: str) -> None:
         recipe = {key: value for key, value in asdict(made_by).items() if key not in NOT_IN_RECIPE} | sampling
@@ -302,7 +303,7 @@ def edit_batch(editor: Editor, batch: list[Settings], size: tuple[int, int],
     stages = [[fitted[path] for path in paths]]
     for instructions in zip(*(picture.edit for picture in batch)):
         stages.append(editor.edit(stages[-1], instructions, batch=len(batch),
-                                  seed=[picture.seed for picture in batch], **sampling))
+                                  seed=[picture.seed for picture in batch], progress=True, **sampling))
     if keep_size:
         stages = [[image.resize(originals[path].size, Image.Resampling.LANCZOS)
                    for path, image in zip(paths, stage)] for stage in stages]
@@ -316,7 +317,7 @@ def sweep(editor: Editor, batch: list[Settings], size: tuple[int, int], sampling
     images = [round(sampling["cfg_image"] + step, 4) for step in SWEEP_STEPS]
     before, cells = fit(open_image(picture.input[0]), size), []
     for text, image in tqdm(list(product(texts, images)), unit="edit"):
-        scales = {"cfg_text": text, "cfg_image": image, "progress": False}
+        scales = {"cfg_text": text, "cfg_image": image}
         cells.append(editor.edit(before, picture.edit[0], seed=picture.seed, **sampling | scales))
     rows = [cells[i : i + len(images)] for i in range(0, len(cells), len(images))]
     labels = [[f"cfg_text {text:g}, cfg_image {image:g}" for image in images] for text in texts]

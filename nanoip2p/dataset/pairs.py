@@ -52,6 +52,7 @@ class PairSettings:
     steps: int | None = flag("denoising steps (default: from the weights)", type=at_least(1))
     sampler: str | None = flag("sampler (default: from the weights)", choices=sorted(SAMPLERS))
     resolution: int | None = flag("width and height in pixels (default: from the weights)", type=pixels)
+    deep_every: int = flag("compute the whole UNet only every N-th step", 1, type=at_least(1), metavar="N")
     seed: int = flag("seed of all random numbers", 0, type=at_least(0))
     clip_threshold: float = flag("minimum similarity of each caption and its picture", 0.2, type=finite,
                                  group="the CLIP filter")
@@ -62,7 +63,8 @@ class PairSettings:
     batch: int = flag("candidates in one batch", 8, type=at_least(1), group="running")
 
     def __post_init__(self):
-        for key in ("n_samples", "max_out_samples", "batch", "steps", "resolution", "early_stop", "seed"):
+        for key in ("n_samples", "max_out_samples", "batch", "steps", "resolution", "early_stop", "seed",
+                    "deep_every"):
             checked(getattr(self, key), int | None, key, int(key not in ("early_stop", "seed")))
         for key, known in (("inject", MODES), ("sampler", (None, *SAMPLERS))):
             if getattr(self, key) not in known:
@@ -151,7 +153,7 @@ def make_candidates(prompt: Prompt, painter: TextToImage, judge: Judge,
     end at the early_stop-th passing candidate, for any batch size.
     """
     pair_painter = PairPainter(painter, prompt.source, prompt.output, settings.inject, settings.steps,
-                               settings.sampler, settings.resolution)
+                               settings.sampler, settings.resolution, deep_every=settings.deep_every)
     captions = judge.encode_texts([prompt.source, prompt.output])                          # (2, P)
     thresholds = Thresholds(settings.clip_img_threshold, settings.clip_dir_threshold, settings.clip_threshold)
     candidates = [candidate(prompt, k, settings) for k in range(settings.n_samples)]
@@ -217,7 +219,8 @@ def job_of(painter: TextToImage, judge: Judge, settings: PairSettings) -> dict:
     networks = fingerprint(painter.unet, painter.vae, painter.text_encoder, judge.clip,
                            begin=repr((fixed, tokenizers)).encode())
     return {"networks": networks,
-            **{key: value for key, value in asdict(settings).items() if key not in ("batch", "clip")}}
+            **{key: value for key, value in asdict(settings).items() if key not in ("batch", "clip")},
+            "deep_every": settings.deep_every if settings.deep_every > 1 else None}  # as in older jobs
 
 
 def is_finished(out: Path, prompt: Prompt) -> bool:
