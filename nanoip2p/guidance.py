@@ -47,9 +47,9 @@ def make_denoiser(unet: UNet, levels: Plan, like: Tensor, batches: list[Batch],
         for i, (copies, image, text) in enumerate(batches):
             z_in = z.repeat(copies, 1, 1, 1)
             z_in = z_in if image is None else torch.cat([z_in, image], dim=1)          # (n B, 2 C, h, w)
-            noise = unet(z_in, time_of[sigma], text, attend_at(sigma),
-                         deep=deep_every > 1 if whole else kept[i])
-            if whole and deep_every > 1:
+            given = z_in, time_of[sigma], text, attend_at(sigma)
+            noise = unet(*given) if deep_every == 1 else unet(*given, deep=whole or kept[i])
+            if deep_every > 1 and whole:
                 noise, kept[i] = noise[0], noise[1].clone()  # the next call of a CUDA graph overwrites it
             outputs.extend(noise.float().split(len(z)))
         if levels.prediction_type == "v_prediction":

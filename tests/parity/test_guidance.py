@@ -25,7 +25,7 @@ class FakeUNet(torch.nn.Module):
     def project_timesteps(self, timestep_of):
         return timestep_of
 
-    def forward(self, latents, timestep, context, attend=None, deep=False):
+    def forward(self, latents, timestep, context, attend=None):
         self.calls.append((latents, timestep, context))
         if isinstance(context, Projected):
             latents, context = latents[context.rows], context.layers["text"]
@@ -79,7 +79,7 @@ def test_one_condition(inputs, guidance, branches):
     full, none = FakeUNet()(scaled, 321.5, context), FakeUNet()(scaled, 321.5, null)
     wanted = x - SIGMA * torch.cat([none + s[:, None, None, None] * (full - none)] * 2, dim=1)
     unet = FakeUNet()
-    unet_twice = lambda *given, **_: torch.cat([unet(*given)] * 2, dim=1)  # noqa: E731
+    unet_twice = lambda *given: torch.cat([unet(*given)] * 2, dim=1)  # noqa: E731
     unet_twice.project_context = unet.project_context
     unet_twice.project_timesteps = unet.project_timesteps
     denoise = text_guided_denoiser(unet_twice, LEVELS, context, null, s)

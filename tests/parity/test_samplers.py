@@ -54,7 +54,7 @@ def ours(sampler, steps, config, **extra):
     planned = plan(NoiseSchedule.from_config(BETAS | config), sampler, steps)
     inputs = []
 
-    def unet(x, t, text, attend, deep):
+    def unet(x, t, text, attend):
         inputs.append(x)
         return fake_unet(x, t)
 
