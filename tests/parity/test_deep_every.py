@@ -178,10 +178,10 @@ def test_features_outlive_the_memory_of_a_cuda_graph():
         project_context, project_timesteps = ours.project_context, ours.project_timesteps
 
         def forward(self, *given, deep):
-            outputs = ours(*given, deep=deep)
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             for old in memory.values():
                 old.fill_(float("nan"))
+            outputs = ours(*given, deep=deep)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             memory.update(enumerate(output.clone() for output in outputs))
             return tuple(memory.values()) if len(outputs) == 2 else memory[0]
 
