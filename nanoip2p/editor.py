@@ -42,10 +42,9 @@ class Editor(Model):
         negative: the negative prompt. batch: maximum number of pictures, of one size, in a forward pass.
         low_memory: compute the guidance branches one by one, keep one network on the device at a time, and
         encode and decode large pictures in tiles.
-        deep_every: N > 1 computes the whole UNet in every N-th step only, see make_denoiser.
         callback(step, latents): called at each step of a batch; step restarts at 0 for each batch. latents
         (B, C, h, w) are the current estimate of the edited pictures; `decode` turns them into pictures.
-        Raises ValueError for settings, pictures or types that cannot be used.
+        deep_every: see make_denoiser. Raises ValueError for settings, pictures or types that cannot be used.
         """
         settings = self.fill_defaults({"steps": steps, "cfg_text": cfg_text, "cfg_image": cfg_image,
                                        "sampler": sampler, "resolution": resolution})
