@@ -33,7 +33,7 @@ def speed_up(unet: UNet, say: Callable[[str], None], injects: bool = False) -> U
 
 def compile_unet(unet: UNet, say: Callable[[str], None]) -> UNet:
     """Compile the UNet at the first call of each input size. A call overwrites the last call's output."""
-    torch._dynamo.config.recompile_limit = 64  # input sizes (default 8); torch silently compiles no others
+    torch._dynamo.config.recompile_limit = 64  # input sizes, each twice with deep_every (default 8)
     say("compiling: the first step at each picture size takes about a minute")
     unet.compile(dynamic=False, mode="reduce-overhead")
     return unet
