@@ -191,6 +191,8 @@ def add_pair(subparsers) -> None:
     parser.add_argument("--steps", type=at_least(1), help="denoising steps (default: from the weights)")
     parser.add_argument("--resolution", type=pixels, help="side in pixels (default: from the weights)")
     parser.add_argument("--sampler", choices=cli.SAMPLERS, help="sampler (default: from the weights)")
+    parser.add_argument("--deep-every", type=at_least(1), default=1, metavar="N",
+                        help="compute the whole UNet only every N-th step")
     parser.add_argument("--negative", default="", help="negative prompt")
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of all random numbers")
     add_device(parser)
@@ -221,7 +223,7 @@ def run_pair(args: argparse.Namespace) -> None:
     painter = TextToImage.load(checkpoint, device, tensors.DTYPES[dtype])
     sys.stderr.writelines(f"{cli.one_line(line)}\n" for line in lora.apply_loras(painter, args.lora))
     model = PairPainter(painter, args.source, args.edit, args.inject, args.steps, args.sampler,
-                        args.resolution, args.negative, reweight, windows, args.blend)
+                        args.resolution, args.negative, reweight, windows, args.blend, args.deep_every)
     cfg_text = painter.defaults["cfg_text"] if args.cfg_text is None else args.cfg_text
     with tqdm(total=model.settings["steps"], unit="step", disable=args.inject == "none") as bar:
         if args.heatmaps:

@@ -20,7 +20,7 @@ from pathlib import Path
 from nanoip2p import __version__
 from nanoip2p.common import cli
 from nanoip2p.common.cli import at_least, finite, flag, one_line, pixels, split
-from nanoip2p.common.files import check_writable, unique_stems
+from nanoip2p.common.files import check_writable, find_weights, is_shipped, unique_stems
 from nanoip2p.common.schema import checked
 from nanoip2p.world import scenes
 
@@ -49,6 +49,7 @@ class Settings:
     cfg_text: float | None = flag("guidance scale of the instruction (s_T)", type=finite)
     cfg_image: float | None = flag("guidance scale of the input picture (s_I)", type=finite)
     sampler: str | None = flag("sampling method", choices=cli.SAMPLERS)
+    deep_every: int = flag("compute the whole network only every N-th step", 1, type=at_least(1), metavar="N")
     seed: int | None = flag("seed of the noise (default: random)", type=at_least(0))
     output: str | None = flag("a PNG file, or a folder for several inputs", group="what to write")
     keep_size: bool = flag("scale the result to the size of the input", False)
@@ -124,7 +125,6 @@ def as_flags(path: str, given: dict) -> list[str]:
     """
     cli.import_torch()
     from nanoip2p.images import read_recipe
-    from nanoip2p.pipeline import is_shipped
     recipe, argv = {"raw_text": True} | read_recipe(path), []  # the first recipes are older than raw_text
     for key, kind in typing.get_type_hints(Settings).items():
         value, name = recipe.get(key), "--" + key.replace("_", "-")
@@ -188,7 +188,6 @@ def load_editor(settings: Settings) -> tuple:
     from nanoip2p import Editor
     from nanoip2p.checkpoint import embeddings, load, lora, tensors
     from nanoip2p.images import read_recipe
-    from nanoip2p.pipeline import find_weights
     checkpoint = load.open_checkpoint(
         find_weights(settings.weights), settings.vae, settings.tokenizer, settings.raw_weights)
     print(one_line(f"opened {settings.weights}: {checkpoint.description}"), file=sys.stderr)
@@ -231,7 +230,8 @@ def run(settings: Settings, problems: list[str]) -> None:
         latents = sum(width * height for width, height in shapes) // editor.vae.downsampling**2
         speed_up(editor, settings.fast, lambda line: print(one_line(line), file=sys.stderr),
                  latents * sampling["steps"], attention=settings.attention, verbose=settings.verbose)
-    given = sampling | {"negative": settings.negative, "low_memory": settings.low_memory, "progress": True}
+    given = sampling | {key: getattr(settings, key) for key in ("negative", "low_memory", "deep_every")}
+    given["progress"] = True
 
     def write(image, made_by: Settings, text: str) -> None:
         recipe = {key: value for key, value in asdict(made_by).items() if key not in NOT_IN_RECIPE} | sampling

@@ -27,7 +27,7 @@ class Editor(Model):
         self, images, instructions: str | list[str], steps: int | None = None, cfg_text: float | None = None,
         cfg_image: float | None = None, seed: int | list[int] | None = None, sampler: str | None = None,
         resolution: int | None = None, negative: str = "", low_memory: bool = False, progress: bool = False,
-        batch: int = 8, callback: Callback | None = None,
+        batch: int = 8, callback: Callback | None = None, deep_every: int = 1,
     ) -> Image.Image | list[Image.Image]:
         """Edit pictures by instruction. Returns a list of RGB pictures, or one if no argument is a list.
 
@@ -44,7 +44,7 @@ class Editor(Model):
         encode and decode large pictures in tiles.
         callback(step, latents): called at each step of a batch; step restarts at 0 for each batch. latents
         (B, C, h, w) are the current estimate of the edited pictures; `decode` turns them into pictures.
-        Raises ValueError for settings, pictures or types that cannot be used.
+        deep_every: see make_denoiser. Raises ValueError for settings, pictures or types that cannot be used.
         """
         settings = self.fill_defaults({"steps": steps, "cfg_text": cfg_text, "cfg_image": cfg_image,
                                        "sampler": sampler, "resolution": resolution})
@@ -76,7 +76,7 @@ class Editor(Model):
                 with self._on_device(self.unet, low_memory):
                     denoise = guided_denoiser(
                         self.unet, levels, z_image, context, text_states[negative].expand_as(context),
-                        settings["cfg_text"], settings["cfg_image"], low_memory)
+                        settings["cfg_text"], settings["cfg_image"], low_memory, deep_every)
                     z = SAMPLERS[settings["sampler"]](
                         reporting(denoise, bar, callback), levels.start_scale * noise, levels.sigmas,
                         generators)

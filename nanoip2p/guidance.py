@@ -10,6 +10,7 @@ e is the output of the UNet: the noise eps, or v = sqrt(a) eps - sqrt(1 - a) z_0
 v and z_0 is a linear function of the others, and the weights sum to 1: guidance of any of them is the same.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -25,21 +26,32 @@ Batch = tuple[int, Tensor | None, Projected]  # n copies of z; picture latents (
 
 def make_denoiser(unet: UNet, levels: Plan, like: Tensor, batches: list[Batch],
                   combine: Callable[[list[Tensor]], Tensor],
-                  attend_at: Callable[[float], Attend] = lambda sigma: attend) -> Denoise:
+                  attend_at: Callable[[float], Attend] = lambda _: attend, deep_every: int = 1) -> Denoise:
     """Make a sampler's function denoise(x, sigma) -> estimate of z_0. x and the estimate are float32.
 
     batches: the UNet runs once for each, in the dtype of `like`, on its device. combine: list of outputs
     (B, C, h, w), one per branch -> guided output. attend_at: sigma -> the UNet's attention.
+
+    deep_every = N: calls 0, N, 2 N, ... run the whole UNet, the others only its outermost blocks, on the deep
+    features of the last whole run, because these change slowly (DeepCache, Ma et al. 2312.00858).
     """
+    if type(deep_every) is not int or deep_every < 1:
+        raise ValueError(f"deep_every = {deep_every!r} should be a whole number, at least 1")
+    calls, kept = itertools.count(), [None] * len(batches)
     time_of = unet.project_timesteps(levels.timestep_of(like.device))
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         scale, outputs = math.sqrt(sigma**2 + 1), []
         z = (x / scale).to(like.dtype)  # variance of about 1, as in training
-        for copies, image, text in batches:
+        whole = next(calls) % deep_every == 0
+        for i, (copies, image, text) in enumerate(batches):
             z_in = z.repeat(copies, 1, 1, 1)
             z_in = z_in if image is None else torch.cat([z_in, image], dim=1)          # (n B, 2 C, h, w)
-            outputs.extend(unet(z_in, time_of[sigma], text, attend_at(sigma)).float().split(len(z)))
+            given = z_in, time_of[sigma], text, attend_at(sigma)
+            noise = unet(*given) if deep_every == 1 else unet(*given, deep=whole or kept[i])
+            if deep_every > 1 and whole:
+                noise, kept[i] = noise[0], noise[1].clone()  # the next call of a CUDA graph overwrites it
+            outputs.extend(noise.float().split(len(z)))
         if levels.prediction_type == "v_prediction":
             return x / scale**2 - sigma / scale * combine(outputs)
         return x - sigma * combine(outputs)
@@ -48,7 +60,8 @@ def make_denoiser(unet: UNet, levels: Plan, like: Tensor, batches: list[Batch],
 
 
 def guided_denoiser(unet: UNet, levels: Plan, z_image: Tensor, context: Tensor, null_context: Tensor,
-                    cfg_text: float, cfg_image: float, low_memory: bool = False) -> Denoise:
+                    cfg_text: float, cfg_image: float, low_memory: bool = False,
+                    deep_every: int = 1) -> Denoise:
     """The denoiser of an editor (equation 3). low_memory: run the branches one by one, not as one batch.
 
     z_image (B, C, h, w): mode of the VAE's posterior, unscaled. context, null_context (B, T, D).
@@ -63,13 +76,12 @@ def guided_denoiser(unet: UNet, levels: Plan, z_image: Tensor, context: Tensor, 
         text_rows = torch.cat([rows + len(rows) * used.index(i) for i in image_of])    # (R,)
         text = unet.project_context(torch.cat(texts), text_rows)
         batches.append((len(used), images[used].flatten(0, 1), text))
-    weights = [weight for weight, _, _ in branches]
-    return make_denoiser(unet, levels, z_image, batches,
-                         lambda outputs: sum(weight * e for weight, e in zip(weights, outputs)))
+    return make_denoiser(unet, levels, z_image, batches, deep_every=deep_every,
+                         combine=lambda outputs: sum(branch[0] * e for branch, e in zip(branches, outputs)))
 
 
 def text_guided_denoiser(unet: UNet, levels: Plan, context: Tensor, null_context: Tensor,
-                         cfg_text: Tensor) -> Denoise:
+                         cfg_text: Tensor, deep_every: int = 1) -> Denoise:
     """The denoiser of a text-to-image model, guided by text only: Ho & Salimans 2022, equation 6.
 
     e~ = e(z, 0) + s_T (e(z, c_T) - e(z, 0)). context, null_context (B, T, D); cfg_text (B,): one per picture.
@@ -78,5 +90,5 @@ def text_guided_denoiser(unet: UNet, levels: Plan, context: Tensor, null_context
                 for weight, text in ((cfg_text, context), (1 - cfg_text, null_context)) if weight.any()]
     weights, texts = zip(*branches)
     text = unet.project_context(torch.cat(texts), torch.arange(len(context)).repeat(len(texts)))
-    return make_denoiser(unet, levels, context, [(1, None, text)],
-                         lambda outputs: sum(weight * e for weight, e in zip(weights, outputs)))
+    return make_denoiser(unet, levels, context, [(1, None, text)], deep_every=deep_every,
+                         combine=lambda outputs: sum(weight * e for weight, e in zip(weights, outputs)))

@@ -1,6 +1,5 @@
 """The base class of Editor and TextToImage, and how both handle pictures, texts and seeds."""
 
-import hashlib
 import itertools
 import random
 from collections.abc import Callable
@@ -9,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from nanoip2p.clip import TextEncoder
 from nanoip2p.common.colours import to_rgb
 from nanoip2p.common.device import pick_device
+from nanoip2p.common.files import find_weights
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.images import fit_size, open_image, to_pil
 from nanoip2p.samplers import SAMPLERS, Denoise
@@ -22,7 +22,6 @@ from nanoip2p.tokenizer import Tokenizer
 from nanoip2p.unet import UNet
 from nanoip2p.vae import VAE
 
-CHECKOUT = Path(__file__).resolve().parents[1]  # root of the repository, which holds the nano weights
 Callback = Callable[[int, Tensor], None]
 # From the paper's appendix and the authors' edit_cli.py; a defaults.json in the weights folder overrides them
 PAPER_DEFAULTS = dict(resolution=512, steps=100, cfg_text=7.5, cfg_image=1.5, sampler="euler_ancestral")
@@ -86,11 +85,6 @@ class Model:
         resolution = self.defaults["resolution"]
         return fit_size(resolution, resolution, resolution, self.multiple)[0]
 
-    @property
-    def fingerprint(self) -> str:
-        """A short hash of the weights, see `fingerprint`."""
-        return fingerprint(self.unet, self.vae, self.text_encoder)
-
     def fill_defaults(self, settings: dict) -> dict:
         """Replace each None by the default of the weights. ValueError for a wrong type or unknown sampler."""
         settings = {key: self.defaults[key] if value is None else value for key, value in settings.items()}
@@ -151,25 +145,6 @@ def as_image(picture) -> Image.Image:
                      "array (H, W, 3) or a tensor (3, H, W), of uint8 or of floats in [0, 1]")
 
 
-def find_weights(name: str | Path) -> str | Path:
-    """The path of `name` in the working directory, else in the checkout, else `name` itself, as a Hub name.
-
-    Raises ValueError if a name that begins with weights/ does not exist: the nano weights are not on the Hub.
-    """
-    for path in (Path(name), CHECKOUT / name):
-        if path.exists():
-            return path
-    if str(name).startswith("weights/"):
-        raise ValueError(f"there is no {name} here or in {CHECKOUT}; name other weights (scripts: --weights)")
-    return name
-
-
-def is_shipped(name: str) -> bool:
-    """Whether `name` lies in the folder weights/ of the working directory or of the checkout."""
-    return any((root / name).exists() and (root / name).resolve().is_relative_to((root / "weights").resolve())
-               for root in (Path(), CHECKOUT))
-
-
 def encode_texts(text_encoder: TextEncoder, tokenizer: Tokenizer, texts: list[str]) -> dict[str, Tensor]:
     """The hidden states (T, D) of each distinct text. Raises ValueError for a text that is not a string.
 
@@ -201,12 +176,3 @@ def reporting(denoise: Denoise, bar: tqdm, callback: Callback | None) -> Denoise
             callback(next(steps), denoised)
         return denoised
     return reported
-
-
-def fingerprint(*networks: nn.Module, begin: bytes = b"") -> str:
-    """A hash of `begin` and of the first 16 numbers of each tensor: fast, and training changes it."""
-    digest = hashlib.sha256(begin)
-    for network in networks:
-        for name, tensor in network.state_dict().items():
-            digest.update(f"{name} {tensor.dtype} {tensor.flatten()[:16].tolist()}".encode())
-    return digest.hexdigest()[:16]

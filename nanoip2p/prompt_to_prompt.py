@@ -51,20 +51,22 @@ class PairPainter:
         self, painter: TextToImage, source: str, edit: str, inject: str = "self", steps: int | None = None,
         sampler: str | None = None, resolution: int | None = None, negative: str = "",
         reweight: dict[str, float] | None = None, windows: dict[str, tuple[float, float]] | None = None,
-        blend: tuple[str, str] | None = None,
+        blend: tuple[str, str] | None = None, deep_every: int = 1,
     ):
         """Encode the texts. inject: one of MODES. Settings that are None take the default of the weights.
 
         reweight {word of `edit`: factor}, for "cross" and "both": scales the attention to a word. windows
         {word of `edit`: (from, to)}, for "cross" and "both": shares of the steps between which a word uses
         the source's maps, instead of 0 to p. blend (word of `source`, word of `edit`): change the picture
-        only where attention to either word is high. Raises ValueError for unknown words, unusable settings.
+        only where attention to either word is high. deep_every: see guidance.make_denoiser. Raises ValueError
+        for unknown words, unusable settings.
         """
         if inject not in MODES:
             raise ValueError(f"unknown mode {inject!r} of injection; take one of {', '.join(MODES)}")
         if (reweight or windows) and inject not in ("cross", "both"):
             raise ValueError(f"reweighting and windows need the mode cross or both, not {inject}")
         self.painter, self.inject, self.captions, self.negative = painter, inject, (source, edit), negative
+        self.deep_every = deep_every
         self.settings = painter.fill_defaults({"steps": steps, "sampler": sampler, "resolution": resolution})
         self.plan = plan(painter.schedule, self.settings["sampler"], self.settings["steps"])
         if blend and (inject == "none" or self.settings["sampler"] not in ("euler", "euler_ancestral")):
@@ -108,7 +110,7 @@ class PairPainter:
         if self.inject == "none":
             source, edit = (self.painter.generate(
                 [caption] * len(seeds), cfg_text=cfg_text, seed=seeds, negative=self.negative,
-                batch=len(seeds), **self.settings) for caption in self.captions)
+                batch=len(seeds), deep_every=self.deep_every, **self.settings) for caption in self.captions)
             return list(zip(source, edit))
         latents, _ = self.sample(seeds, shares, cfg_text, self.blend, bar)
         edit, source = (self.painter.decode(half) for half in latents.chunk(2))
@@ -150,7 +152,7 @@ class PairPainter:
             return outputs[1] + guidance * (outputs[0] - outputs[1])  # with caption, without caption
 
         denoise = make_denoiser(unet, self.plan, self.null, [(1 if self.share_prefix else 2, None, text)],
-                                combine, attend_at)
+                                combine, attend_at, self.deep_every)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds * 2]  # a pair shares its noise
         shape = self.painter.latent_shape(self.settings["resolution"])
         x = self.plan.start_scale * draw_noise((2 * pairs, *shape), generators).to(device)

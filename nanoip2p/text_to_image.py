@@ -49,6 +49,7 @@ class TextToImage(Model):
         cfg_text: float | list[float] | None = None, seed: int | list[int] | None = None,
         sampler: str | None = None, resolution: int | None = None, negative: str = "", progress: bool = False,
         batch: int = 8, images=None, strength: float | None = None, callback: Callback | None = None,
+        deep_every: int = 1,
     ) -> Image.Image | list[Image.Image]:
         """Generate square RGB pictures. Returns a list, or one picture if no argument is a list.
 
@@ -58,7 +59,7 @@ class TextToImage(Model):
         the weights. images (see pipeline.as_image), strength (share of the steps to take, in (0, 1]): SDEdit,
         as diffusers' StableDiffusionImg2ImgPipeline, but from the mode of the VAE's posterior, not a sample.
         negative: the negative prompt. batch: maximum number of pictures in a forward pass.
-        callback(step, latents): see Editor.edit. Raises ValueError for unusable settings and types.
+        callback(step, latents), deep_every: see Editor.edit. Raises ValueError for unusable settings.
         """
         settings = self.fill_defaults({"steps": steps, "cfg_text": cfg_text, "sampler": sampler,
                                        "resolution": resolution})
@@ -82,7 +83,7 @@ class TextToImage(Model):
                 generators = [torch.Generator().manual_seed(seeds[i]) for i in part]
                 denoise = text_guided_denoiser(
                     self.unet, levels, context, text_states[negative].expand_as(context),
-                    torch.tensor([float(scales[i]) for i in part]))
+                    torch.tensor([float(scales[i]) for i in part]), deep_every)
                 noise = draw_noise((len(part), *self.latent_shape(side)), generators).to(context.device)
                 x = levels.start_scale * noise                                         # (B, C, h, w)
                 if strength is not None:

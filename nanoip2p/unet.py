@@ -303,34 +303,44 @@ class UNet(nn.Module):
         return {sigma: dict(zip(blocks, row)) for sigma, row in zip(timestep_of, rows)}
 
     def forward(self, latents: Tensor, timestep: Tensor | float | dict, context: Context,
-                attend: Attend = attend, recompute: bool = False) -> Tensor:
+                attend: Attend = attend, recompute: bool = False,
+                deep: Tensor | bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Latents (B, C_in, h, w), timestep, text (B, L, D) -> predicted noise (B, C_out, h, w).
 
         h and w are arbitrary. timestep: a number, a tensor (1,) or (B,), or one value of the dictionary from
         `project_timesteps`; Karras sigmas have fractional timesteps. context may also be R texts from
         `project_context`; then the noise has R rows. attend: the attention of every layer. recompute:
         gradient checkpointing (Chen et al. 1604.06174), which takes a third more time and much less memory.
+        deep = True: also return the input (R, C, h, w) of the last two blocks in up_blocks. As `deep` of a
+        later step, that input replaces all that is below these blocks, see guidance.make_denoiser.
         """
         assert isinstance(context, Projected) or len(context) == len(latents), "one text for each row"
         time = timestep if isinstance(timestep, dict) else self.time_embedding(timestep)    # (B, 4 C_0)
 
         x = self.conv_in(latents)
-        skips = [x]
-        for level in self.down_blocks:
-            for i in range(len(level.resnets)):
-                x = level.block(i, x, time, context, attend, recompute)
-                skips.append(x)
-            for downsample in level.downsamplers:
-                x = downsample(x)                                       # (B, C, h/2, w/2)
-                skips.append(x)
+        skips, levels = [x], self.up_blocks
+        if isinstance(deep, Tensor):  # two skip connections are enough for the last two blocks
+            skips.append(self.down_blocks[0].block(0, x, time, context, attend))
+            x, levels = deep, levels[-1:]
+        else:
+            for level in self.down_blocks:
+                for i in range(len(level.resnets)):
+                    x = level.block(i, x, time, context, attend, recompute)
+                    skips.append(x)
+                for downsample in level.downsamplers:
+                    x = downsample(x)                                   # (B, C, h/2, w/2)
+                    skips.append(x)
 
-        for i in range(2):
-            x = self.mid_block.block(i, x, time, context, attend, recompute)
+            for i in range(2):
+                x = self.mid_block.block(i, x, time, context, attend, recompute)
 
-        for level in self.up_blocks:
-            for i in range(len(level.resnets)):
+        for level in levels:
+            for i in range(len(level.resnets))[-len(skips):]:
+                if deep is True and len(skips) == 2:
+                    kept = x
                 x = torch.cat([x, repeat_rows(skips.pop(), context)], dim=1)
                 x = level.block(i, x, time, context, attend, recompute)
             for upsample in level.upsamplers:
                 x = upsample(x, skips[-1].shape[2:])                    # (B or R, C, size of skip)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        noise = self.conv_out(F.silu(self.conv_norm_out(x)))
+        return (noise, kept) if deep is True else noise

@@ -1,4 +1,4 @@
-"""Atomic writes, and readers that report a bad file as a one-line ValueError."""
+"""Atomic writes, readers that report a bad file as a one-line ValueError, and where weights lie."""
 
 import csv
 import errno
@@ -16,6 +16,7 @@ from itertools import accumulate, count
 from pathlib import Path
 from typing import BinaryIO
 
+CHECKOUT = Path(__file__).resolve().parents[2]  # root of the repository, which holds the nano weights
 LONGEST_LINE = 2**20  # bytes in a line of a JSONL, CSV or text file; 200 times a caption with its edit
 
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and halves of characters
@@ -302,3 +303,22 @@ def inside(root: Path, name: str) -> Path:
             raise ValueError(f"{path} is a link that leads out of {root}; copy the file, or write a "
                              "pairs.jsonl, which may name any path")
     return path
+
+
+def find_weights(name: str | Path) -> str | Path:
+    """The path of `name` in the working directory, else in the checkout, else `name` itself, as a Hub name.
+
+    Raises ValueError if a name that begins with weights/ does not exist: the nano weights are not on the Hub.
+    """
+    for path in (Path(name), CHECKOUT / name):
+        if path.exists():
+            return path
+    if str(name).startswith("weights/"):
+        raise ValueError(f"there is no {name} here or in {CHECKOUT}; name other weights (scripts: --weights)")
+    return name
+
+
+def is_shipped(name: str) -> bool:
+    """Whether `name` lies in the folder weights/ of the working directory or of the checkout."""
+    return any((root / name).exists() and (root / name).resolve().is_relative_to((root / "weights").resolve())
+               for root in (Path(), CHECKOUT))

@@ -34,6 +34,7 @@ class PairSettings:
     steps: int | None = flag("denoising steps (default: from the weights)", type=at_least(1))
     sampler: str | None = flag("sampler (default: from the weights)", choices=SAMPLERS)
     resolution: int | None = flag("width and height in pixels (default: from the weights)", type=pixels)
+    deep_every: int = flag("compute the whole UNet only every N-th step", 1, type=at_least(1), metavar="N")
     seed: int = flag("seed of all random numbers", 0, type=at_least(0))
     clip_threshold: float = flag("minimum similarity of each caption and its picture", 0.2, type=finite,
                                  group="the CLIP filter")
@@ -44,7 +45,8 @@ class PairSettings:
     batch: int = flag("candidates in one batch", 8, type=at_least(1), group="running")
 
     def __post_init__(self):
-        for key in ("n_samples", "max_out_samples", "batch", "steps", "resolution", "early_stop", "seed"):
+        for key in ("n_samples", "max_out_samples", "batch", "steps", "resolution", "early_stop", "seed",
+                    "deep_every"):
             checked(getattr(self, key), int | None, key, int(key not in ("early_stop", "seed")))
         for key, known in (("inject", MODES), ("sampler", (None, *SAMPLERS))):
             if getattr(self, key) not in known:

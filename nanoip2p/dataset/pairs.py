@@ -24,11 +24,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanoip2p.checkpoint import hub
+from nanoip2p.checkpoint.tensors import fingerprint
 from nanoip2p.clip_filter import Judge, Thresholds, best
 from nanoip2p.common.files import claim_folder, locked, read_json, read_rows, write_json
 from nanoip2p.common.schema import LONGEST, checked
 from nanoip2p.dataset.config import PairSettings
-from nanoip2p.pipeline import fingerprint
 from nanoip2p.prompt_to_prompt import PairPainter
 from nanoip2p.text_to_image import TextToImage
 
@@ -113,7 +113,7 @@ def make_candidates(prompt: Prompt, painter: TextToImage, judge: Judge,
     end at the early_stop-th passing candidate, for any batch size.
     """
     pair_painter = PairPainter(painter, prompt.source, prompt.output, settings.inject, settings.steps,
-                               settings.sampler, settings.resolution)
+                               settings.sampler, settings.resolution, deep_every=settings.deep_every)
     captions = judge.encode_texts([prompt.source, prompt.output])                          # (2, P)
     thresholds = Thresholds(settings.clip_img_threshold, settings.clip_dir_threshold, settings.clip_threshold)
     candidates = [candidate(prompt, k, settings) for k in range(settings.n_samples)]
@@ -182,7 +182,8 @@ def job_of(painter: TextToImage, judge: Judge, settings: PairSettings) -> dict:
     networks = fingerprint(painter.unet, painter.vae, painter.text_encoder, judge.clip,
                            begin=repr((fixed, tokenizers)).encode())
     return {"networks": networks,
-            **{key: value for key, value in asdict(settings).items() if key not in ("batch", "clip")}}
+            **{key: value for key, value in asdict(settings).items() if key not in ("batch", "clip")},
+            "deep_every": settings.deep_every if settings.deep_every > 1 else None}  # as in older jobs
 
 
 def is_finished(out: Path, prompt: Prompt) -> bool:

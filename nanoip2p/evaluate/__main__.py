@@ -35,6 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     flag = add("scenes", "weights/nano-ip2p", 500, help="folder for scores and pictures of failures")
     flag("--combinations", choices=("seen", "held-out"), default="seen", help="combinations, see above")
+    flag("--deep-every", type=at_least(1), default=1, metavar="N", help="as in sample.py")
     flag("--cfg-image", type=finite, help=DEFAULT)
 
     flag = add("captions", "weights/nano-sd", 320, help="folder for scores.json")

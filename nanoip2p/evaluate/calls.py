@@ -11,6 +11,7 @@ from itertools import groupby, product
 from operator import itemgetter
 from pathlib import Path
 
+from nanoip2p.checkpoint.tensors import fingerprint
 from nanoip2p.common.files import append, read_jsonl, tidy
 from nanoip2p.common.plots import plot
 from nanoip2p.common.schema import checked_rows
@@ -39,12 +40,13 @@ def run(args: argparse.Namespace) -> tuple[str, None]:
     path, lines, points = args.out / "calls.jsonl", [], []
     for weights in args.weights:
         editor = Editor.load(weights, args.device)
+        networks = fingerprint(editor.unet, editor.vae, editor.text_encoder)
         per_step = branches(editor.defaults["cfg_text"], editor.defaults["cfg_image"])
         for sampler, calls in product(SAMPLERS, args.calls):
             steps = calls // per_step
             if not 1 <= steps <= (LCM_STEPS if sampler == "lcm" else editor.schedule.num_train_timesteps):
                 continue
-            point = {"weights": str(weights), "networks": editor.fingerprint, "sampler": sampler,
+            point = {"weights": str(weights), "networks": networks, "sampler": sampler,
                      "calls": steps * per_step, "n": args.n}
             row = next((row for row in read_points(path) if point.items() <= row.items()), None)
             if row is None:

@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from nanoip2p.checkpoint import hub
+from nanoip2p.checkpoint.tensors import fingerprint
 from nanoip2p.clip_filter import Judge, similarities
 from nanoip2p.common.files import append, read_jsonl, tidy
 from nanoip2p.common.plots import plot
@@ -111,8 +112,9 @@ def run(args: argparse.Namespace) -> tuple[str, None]:
               "sampler": args.sampler, "seed": args.seed}
     lines = [f"{'':<8}{'setting':>16}{'direction':>18}{'image':>18}"]
     for method, weights, model, scale, values in curves:
+        networks = fingerprint(model.unet, model.vae, model.text_encoder)
         for value in values:
-            point = {"method": method, "weights": str(weights), "networks": model.fingerprint,
+            point = {"method": method, "weights": str(weights), "networks": networks,
                      "cfg_text": scale, **common, KNOBS[method]: value}
             row = next((row for row in read_points(path) if point.items() <= row.items()), None)
             if row is None:

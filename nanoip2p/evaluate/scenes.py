@@ -116,7 +116,8 @@ def rate(hits: list[bool]) -> tuple[float, float]:
 
 def run(args: argparse.Namespace) -> tuple[str, dict]:
     """Return scores as text and as numbers. Draw some failures to <out>/failed.png. args: see __main__.py."""
-    settings = {key: getattr(args, key) for key in ("steps", "cfg_text", "cfg_image", "sampler")}
+    keys = "steps", "cfg_text", "cfg_image", "sampler", "deep_every"
+    settings = {key: getattr(args, key) for key in keys}
     editor = Editor.load(args.weights, args.device)
     rows = score_scenes(editor, choose_edits(args.n, args.combinations), settings)
     failed = [row for row in rows if not row["success"]][:16]

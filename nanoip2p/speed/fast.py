@@ -57,16 +57,17 @@ def compile_unet(unet: UNet, say: Callable[[str], None]) -> UNet:
 
     The first call runs as it is, because tune.py cannot measure while torch.compile records.
     """
-    torch._dynamo.config.recompile_limit = 64  # input sizes (default 8); torch silently compiles no others
+    torch._dynamo.config.recompile_limit = 64  # input sizes, each twice with deep_every (default 8)
     say("compiling: the second step at each picture size takes about a minute")
     plain, sizes = unet.forward, set()
     compiled = torch.compile(plain, dynamic=False, mode="reduce-overhead")
 
-    def forward(latents: Tensor, timestep: Tensor | dict, context: Context, *attend: Attend) -> Tensor:
-        size = latents.shape, len(context.rows if isinstance(context, Projected) else context)
+    def forward(latents: Tensor, timestep: Tensor | dict, context: Context, *attend: Attend,
+                deep: Tensor | bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        size = latents.shape, len(context.rows if isinstance(context, Projected) else context), type(deep)
         run = compiled if size in sizes else plain
         sizes.add(size)
-        return run(latents, timestep, context, *attend)
+        return run(latents, timestep, context, *attend, deep=deep)
 
     unet.forward = forward
     return unet

@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from nanoip2p.checkpoint.tensors import write_tensors
+from nanoip2p.checkpoint.tensors import fingerprint, write_tensors
 from nanoip2p.common.files import claim_folder
 from nanoip2p.dataset.layouts import Pair, Picture, load_picture, stamp
 from nanoip2p.images import to_tensor
-from nanoip2p.pipeline import Model, fingerprint
+from nanoip2p.pipeline import Model
 
 SHARD = 256  # rows per file: 8 MB of pictures (256 pixels, flips) or 30 MB of texts
 Shard = namedtuple("Shard", "path tensor items shape")  # path, name of the tensor, its rows, shape of a row

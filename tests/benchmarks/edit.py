@@ -2,13 +2,15 @@
 
     OMP_NUM_THREADS=1 python tests/benchmarks/edit.py --width half --latents 32 --steps 1 --repeat 5
     python tests/benchmarks/edit.py --width full --latents 64 --steps 100 --dtype bf16      # on a GPU
+    OMP_NUM_THREADS=1 python tests/benchmarks/edit.py --width full --steps 20 --repeat 1 --deep-every 2 3 5
 
 A U-Net like Stable Diffusion 1.5's with random weights runs as an Editor and as diffusers' own pipeline. The
 autoencoder and the text encoder are so small that they hardly count. First the pictures are compared: in fp32
 they must agree with diffusers' to one level of 255; in half precision our error against fp32 may be at most
 1.25 times diffusers' error plus one level. Then the runs alternate. "matrix": operations a second, relative
 to one large matrix product. "copy": bytes a second, relative to one large copy. Both count the work of the
-plain network, so a run that saves work can exceed 100%.
+plain network, so a run that saves work can exceed 100%. With --deep-every, only edits with whole steps and
+edits with kept deep features alternate.
 """
 
 import argparse
@@ -40,13 +42,15 @@ WIDTHS = {"tiny": 32, "half": 160, "full": 320}  # channels of the first level
 GUIDANCE = (2.0, 1.3)  # low, because random networks amplify every difference
 
 
-def make_editors(folder: Path, width: int, device: str, dtype: torch.dtype) -> dict:
-    """Editors and pipelines by name, all with the same weights."""
+def make_editors(folder: Path, width: int, device: str, dtype: torch.dtype, alone: bool = False) -> dict:
+    """Editors and pipelines by name, all with the same weights. alone: only ours."""
     write_tiny_editor(folder)
     widths = (width, 2 * width, 4 * width, 4 * width)
     config = UNetConfig(8, block_out_channels=widths, cross_attention_dim=32)
     plain = Editor.load(folder, device, dtype)
     plain.unet = randomise(UNet(config)).to(device, dtype)
+    if alone:
+        return {"ours": plain}
     pipeline = diffusers.StableDiffusionInstructPix2PixPipeline
     peer = pipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
     with torch.device("meta"):
@@ -103,10 +107,10 @@ def openvino_unet(unet: torch.nn.Module) -> torch.nn.Module | None:
     return Compiled()
 
 
-def edit(editor, picture: Image.Image, steps: int) -> np.ndarray:
+def edit(editor, picture: Image.Image, steps: int, deep_every: int = 1) -> np.ndarray:
     if isinstance(editor, Editor):
         [made] = editor.edit([picture], ["make it night"], steps, *GUIDANCE, seed=3,
-                             sampler="euler_ancestral", resolution=picture.width)
+                             sampler="euler_ancestral", resolution=picture.width, deep_every=deep_every)
     else:
         [made] = editor("make it night", picture, num_inference_steps=steps, guidance_scale=GUIDANCE[0],
                         image_guidance_scale=GUIDANCE[1], generator=torch.Generator().manual_seed(3)).images
@@ -131,11 +135,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--deep-every", type=int, nargs="+", metavar="N")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     measure.quiet()
     low = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     picture = Image.fromarray(low).resize((4 * args.latents,) * 2, Image.Resampling.BICUBIC)
+
+    if args.deep_every:
+        return report_deep(args, picture)
 
     def made_in(dtype: torch.dtype) -> tuple[dict, dict]:
         with tempfile.TemporaryDirectory() as folder:
@@ -151,6 +159,20 @@ def main(argv: list[str] | None = None) -> None:
           f"{measure.machine(args.device)}, diffusers {diffusers.__version__}")
     print(f"levels from diffusers' in fp32 (root mean square): {check(pictures, exact)}")
     report(args, runs)
+
+
+def report_deep(args: argparse.Namespace, picture: Image.Image) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        editor = make_editors(Path(folder), WIDTHS[args.width], args.device, DTYPES[args.dtype],
+                              alone=True)["ours"]
+    runs = {n: lambda n=n: edit(editor, picture, args.steps, n) for n in (1, *args.deep_every)}
+    edit(editor, picture, 2, 2)
+    taken = measure.take_turns(runs, args.device, args.repeat)
+    print(f"width {args.width}, latents {args.latents}, {args.steps} steps, {args.dtype}, "
+          f"{measure.machine(args.device)}")
+    for n in runs:
+        print(f"deep_every {n}: {measure.spread(taken[n])} s an edit, "
+              f"{measure.spread(taken[1], taken[n])} times as fast")
 
 
 def report(args: argparse.Namespace, runs: dict) -> None:

@@ -313,6 +313,24 @@ def test_bad_lines_are_skipped_on_demand(weights, prompts, finished, tmp_path, c
     assert content(tmp_path / "out").keys() == content(finished).keys()
 
 
+def test_kept_features_are_another_job_but_an_old_job_goes_on(finished, weights, prompts, tmp_path, capsys):
+    few = tmp_path / "prompts.jsonl"
+    few.write_text(prompts.read_text().splitlines()[0])
+    assert make_dataset.main(argv(weights, few, tmp_path / "out", "--deep-every", "2")) == 0
+    made, plain = content(tmp_path / "out"), content(finished)
+    assert made["0000000/candidates.jsonl"] != plain["0000000/candidates.jsonl"]
+    assert json.loads(made["job.json"])["job"]["deep_every"] == 2
+    for other in ([], ["--deep-every", "3"]):
+        assert make_dataset.main(argv(weights, few, tmp_path / "out", *other)) == 2
+        assert "was begun with deep_every = 2, not" in capsys.readouterr().err.splitlines()[-1]
+    job = json.loads(plain["job.json"])
+    del job["job"]["deep_every"]  # of a version without this setting
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "job.json").write_text(json.dumps(job))
+    assert make_dataset.main(argv(weights, few, tmp_path / "old")) == 0
+    assert content(tmp_path / "old")["0000000/candidates.jsonl"] == plain["0000000/candidates.jsonl"]
+
+
 def test_fast_makes_the_same_pairs_and_the_same_job(finished, weights, prompts, tmp_path, monkeypatch):
     used, fast = [], speed.speed_up
     monkeypatch.setattr(speed, "speed_up", lambda *given, **how: used.append((fast(*given, **how), how)))

@@ -34,7 +34,7 @@ class FakePainter:
 
     log = None
 
-    def __init__(self, painter, source, output, inject, steps, sampler, resolution):
+    def __init__(self, painter, source, output, inject, steps, sampler, resolution, deep_every):
         self.source = source
 
     def paint(self, seeds, shares, cfg_text):

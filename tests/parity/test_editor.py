@@ -13,9 +13,9 @@ from PIL import Image
 from tiny_editor import DEFAULTS, write_tiny_editor
 
 import nanoip2p
-from nanoip2p import pipeline
 from nanoip2p.checkpoint import hub
 from nanoip2p.checkpoint.load import load_model
+from nanoip2p.common import files
 from nanoip2p.common.device import pick_device
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.editor import Editor
@@ -280,7 +280,7 @@ def test_the_nano_weights_are_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "fetch_weights", lambda name: pytest.fail(f"{name} was looked for on the Hub"))
     assert nanoip2p.Editor.load(device="cpu").side == nanoip2p.TextToImage.load(device="cpu").side == 64
     assert Editor.load("weights/nano-ip2p-paper", "cpu").defaults["cfg_image"] > 1
-    monkeypatch.setattr(pipeline, "CHECKOUT", tmp_path / "installed")
+    monkeypatch.setattr(files, "CHECKOUT", tmp_path / "installed")
     with pytest.raises(ValueError, match="no weights/nano-ip2p here or in .*installed; .*--weights"):
         Editor.load()
     assert not hasattr(nanoip2p, "Painter")

@@ -43,6 +43,7 @@ def command(folder, out, *flags):
       "house", "0.2", "0.9"],
      {"inject": "cross", "p": 0.8, "reweight": {"blue": 3.0, "boat": -1.0},
       "windows": {"house": (0.2, 0.9)}}),
+    (["--deep-every", "2", "--steps", "3"], {"deep_every": 2, "steps": 3}),
     (["--inject", "both", "--blend", "red", "boat", "--sampler", "euler", "--seed", "7", "--cfg-text", "5",
       "--negative", "night", "--resolution", "32"],
      {"inject": "both", "blend": ("red", "boat"), "sampler": "euler", "seed": 7, "cfg_text": 5.0,
@@ -55,7 +56,7 @@ def test_the_command_paints_the_pair(painter, folder, tmp_path, capsys, flags, s
     assert printed.out.startswith(f"{out}  turn the red") and "Traceback" not in printed.err
     settings = {"p": 0.5, "seed": 0, "cfg_text": 3.0} | settings
     drawn = [settings.pop(key) for key in ("seed", "p", "cfg_text")]
-    model = PairPainter(painter, *CAPTIONS, steps=2, **settings)
+    model = PairPainter(painter, *CAPTIONS, **{"steps": 2} | settings)
     [pair] = model.paint(*([value] for value in drawn))
     assert list(out.parent.iterdir()) == [out]
     assert np.array_equal(Image.open(out), grid([list(pair)], [CAPTIONS]))

@@ -18,9 +18,9 @@ from tiny_editor import DEFAULTS, write_tiny_editor
 
 import nanoip2p
 import sample
-from nanoip2p import pipeline
 from nanoip2p.checkpoint import load
 from nanoip2p.checkpoint.lora import write_lora
+from nanoip2p.common import files as common_files
 from nanoip2p.editing import pictures
 from nanoip2p.editor import Editor
 from nanoip2p.images import grid, open_image, read_recipe, save_png
@@ -91,7 +91,7 @@ def test_the_recipe_names_everything(run, weights):
         "cfg_text": DEFAULTS["cfg_text"], "cfg_image": 1.7, "sampler": "ddim", "negative": "blurry",
         "resolution": DEFAULTS["resolution"], "weights": str(weights), "dtype": "fp32",
         "keep_size": False, "grid": False, "sweep": False, "low_memory": False,
-        "raw_weights": None, "raw_text": False, "embedding": None,
+        "deep_every": 1, "raw_weights": None, "raw_text": False, "embedding": None,
         "vae": None, "tokenizer": None, "lora": None, "lora_hash": [],
         "version": nanoip2p.__version__, "torch": torch.__version__,
     }
@@ -101,6 +101,7 @@ def test_the_recipe_names_everything(run, weights):
 @pytest.mark.parametrize("flags", [
     ["--steps", "3"], ["--seed", "4"], ["--cfg-text", "5"], ["--cfg-image", "2"], ["--sampler", "dpmpp_2m"],
     ["--negative", "boat"], ["--resolution", "32"], ["--edit", "red"], ["--dtype", "bf16"],
+    ["--deep-every", "3"],
 ])
 def test_every_flag_counts(flags, run):
     assert run(*one("--seed", "3")) == 0
@@ -305,7 +306,8 @@ def test_a_recipe_repeats_one_picture_of_many(run):
         assert np.abs(pixels("again.png") - pixels(f"done/{name}")).max() <= 1
 
 
-@pytest.mark.parametrize("flags", [["--turns", "--keep-size"], ["--grid", "--n", "2"], ["--low-memory"]])
+@pytest.mark.parametrize("flags", [["--turns", "--keep-size"], ["--grid", "--n", "2"], ["--low-memory"],
+                                   ["--deep-every", "2"]])
 def test_other_recipes(flags, run):
     assert run("--input", "wide.jpg", *TWO_EDITS, "--output", "out.png", *flags) == 0
     for path in [path for path in files() if path.startswith("out")]:
@@ -335,7 +337,7 @@ def test_a_long_instruction_is_cut_with_a_note(run, capsys):
 
 
 def test_weights_are_also_found_in_the_checkout(run, weights, monkeypatch):
-    monkeypatch.setattr(pipeline, "CHECKOUT", weights.parent)
+    monkeypatch.setattr(common_files, "CHECKOUT", weights.parent)
     assert sample.main(one("--weights", weights.name, "--steps", "1")) == 0
     assert read_recipe("out.png")["weights"] == weights.name
 
@@ -348,6 +350,9 @@ WRONG = {
     "empty folder": (one(name="void"), "there is no picture at void"),
     "empty edit": (one("--edit", " "), "instruction is empty"),
     "no quotes": (["--edit", "make", "it", "night", "--input", "house.png"], "arguments: it night"),
+    "no step": (one("--deep-every", "0"), "--deep-every: '0' is not a whole number from 1"),
+    "steps before": (one("--deep-every=-1"), "--deep-every: '-1' is not a whole number from 1"),
+    "no number of steps": (one("--deep-every", "x"), "--deep-every: 'x' is not a whole number from 1"),
     "dashes": (one("--edit=--"), "--edit=--: -- cannot be a value"),
     "no output": (one(output=""), "not given: --output"),
     "large": (one("--resolution", "10001"), "'10001' is not a whole number from 1 to 10,000"),
@@ -491,7 +496,7 @@ def test_loras_are_added_and_their_hashes_are_in_the_recipe(more, run, weights, 
 
 
 @pytest.mark.parametrize("name", ["weights/nano-sd", "./weights/nano-sd",
-                                  f"{pipeline.CHECKOUT}/weights/nano-sd"])
+                                  f"{common_files.CHECKOUT}/weights/nano-sd"])
 def test_a_recipe_may_name_shipped_weights_by_any_path(run, name):
     recipe = {"input": ["house.png"], "edit": ["red"], "weights": name}
     save_png(Image.new("RGB", (8, 8)), "odd.png", recipe)

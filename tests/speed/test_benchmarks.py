@@ -60,6 +60,17 @@ def test_a_student_is_timed_beside_its_teacher(capsys):
     assert len(ratios) == 4 and all(float(median) > 2 for median, *_ in ratios)
 
 
+def test_kept_features_are_timed_beside_whole_steps(capsys):
+    few_steps.main(["--student", "weights/nano-ip2p", "--steps", "--deep-every", "1", "25", "--batches", "1",
+                    "--repeat", "1"])
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    same, other = (line.split("deep_every")[1].split() for line in lines)
+    assert same[0] == "1" and same[-3:-2] == ["0.00"] and float(other[1]) > 2 and float(other[-3]) > 0.01
+    edit.main([*FEW, "--deep-every", "3"])
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert [line.split(":")[0] for line in lines] == ["deep_every 1", "deep_every 3"]
+
+
 def test_another_edit_is_not_timed(monkeypatch):
     monkeypatch.setattr(UNet, "forward", lambda self, *given, plain=UNet.forward: 1.1 * plain(self, *given))
     with pytest.raises(ValueError, match="not the same pictures"):
