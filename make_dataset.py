@@ -93,8 +93,8 @@ def add_pairs(subparsers) -> None:
     parser.add_argument("--weights", required=True, help="a text-to-image model: a diffusers folder, a "
                                                          ".safetensors or .ckpt file, or a name on the Hub")
     parser.add_argument("--skip-bad", action="store_true", help="skip bad lines of --prompts")
-    parser.add_argument("--fast", action=cli.SWITCH, help="faster, equal up to rounding, as in sample.py "
-                                                          "(default on a CPU: with SD's widths)")
+    parser.add_argument("--fast", action=cli.SWITCH, help="faster, equal up to rounding, as in sample.py; "
+                                                          "the same default")
     parser.add_argument("--attention", choices=("auto", "sdpa", "ours"), default="auto",
                         help="kernels with --fast on CUDA, as in sample.py")
     parser.add_argument("--verbose", action="store_true", help="say what --attention measures and decides")
@@ -210,6 +210,7 @@ def run_pair(args: argparse.Namespace) -> None:
     if not all(0 <= begin <= end for begin, end in [(args.p, 1), *windows.values()]):
         raise ValueError("--p must be in [0, 1], and a --window needs 0 <= FROM <= TO")
     check_writable(args.out)
+    cli.import_torch()
     from nanoip2p import TextToImage
     from nanoip2p.checkpoint import load, lora, tensors
     from nanoip2p.common.device import pick_device, pick_dtype
@@ -237,6 +238,7 @@ def run_pair(args: argparse.Namespace) -> None:
 
 def run_show(args: argparse.Namespace) -> None:
     """Print statistics and write the contact sheet."""
+    cli.import_torch()
     from nanoip2p.dataset.show import contact_sheet, read_pairs, statistics
     from nanoip2p.images import save_png
     sheet, pairs = args.sheet or args.folder / "contact-sheet.png", read_pairs(args.folder)
@@ -267,7 +269,6 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command and return the exit code, see cli.run."""
     def work() -> None:
         args = parse(argv)
-        cli.import_torch()
         args.run(args)
     return cli.run(work, "stopped; finished work is kept, and the same command continues from there",
                    "try a smaller --batch or --resolution")

@@ -227,6 +227,7 @@ def run(settings: Settings, problems: list[str]) -> None:
     pictures = [picture for picture in pictures if picture.input[0] in fitted]
     if not settings.low_memory:
         shapes = [fitted[picture.input[0]] for picture in pictures for _ in picture.edit]
+        shapes *= 25 if settings.sweep else 1
         latents = sum(width * height for width, height in shapes) // editor.vae.downsampling**2
         speed_up(editor, settings.fast, lambda line: print(one_line(line), file=sys.stderr),
                  latents * sampling["steps"], attention=settings.attention, verbose=settings.verbose)

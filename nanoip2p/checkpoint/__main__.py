@@ -19,9 +19,9 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code, see cli.run."""
     words = sys.argv[1:] if argv is None else argv
     merging = words[:1] == ["merge"]
-    of_merge = ast.get_docstring(ast.parse(Path(__file__).with_name("merge.py").read_text()), clean=False)
+    merge = Path(__file__).with_name("merge.py").read_text(encoding="utf-8")
     parser = cli.make_parser(prog="python -m nanoip2p.checkpoint" + " merge" * merging,
-                             description=of_merge if merging else __doc__,
+                             description=ast.get_docstring(ast.parse(merge), False) if merging else __doc__,
                              formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a folder, a single file, or a name on the Hub")
     parser.add_argument("target", type=Path, nargs=None if merging else "?",

@@ -19,7 +19,8 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=cli.make_parser)
 
     def add(name: str, weights: str | list[str], n: int | None, **out):
-        text = ast.get_docstring(ast.parse(Path(__file__).with_name(f"{name}.py").read_text()), clean=False)
+        source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+        text = ast.get_docstring(ast.parse(source), clean=False)
         command = commands.add_parser(name, help=text.splitlines()[0], description=text)
         command.set_defaults(command=name)
         several = "+" if isinstance(weights, list) else None

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LEAST_CHANNELS = 16      # layers with fewer (conv_in, conv_out) gain nothing
+LEAST_CHANNELS = 16      # layers with fewer (such as conv_out) gain nothing
 SMALL_MAP = 2048         # B * h * w, up to which the layout of a weight takes much of a convolution's time
 WINOGRAD_CHANNELS = 256  # with fewer, Winograd's transforms take longer than the multiplications it saves
 TILES_AT_ONCE = 256      # Winograd tiles per matrix product, few enough for the CPU's cache
@@ -21,31 +21,38 @@ def lay_out(model: nn.Module, winograd: bool = False, direct: tuple[nn.Module, .
     """Replace the layers of a network on the CPU in place, and return it. Results differ by rounding only.
 
     winograd: 3x3 convolutions with at least `least` channels use Winograd's method, except those inside the
-    modules `direct`. The network then only infers: its state dict cannot be read or loaded.
+    modules `direct`. The network then only infers: its weights can no longer be read, loaded or moved.
     """
     inside = {layer for module in direct for layer in module.modules()}
     for parent in list(model.modules()):
         for name, layer in parent.named_children():
+            if name == "conv_in":  # small; its weight tells the pipeline the dtype and device
+                continue
             channels = min(layer.in_channels, layer.out_channels) if isinstance(layer, nn.Conv2d) else 0
+            # Without AVX-512, torch's own convolution takes ten times as long as Winograd's in bf16 and fp16
+            naive = channels > 0 and layer.weight.itemsize == 2 and not has_blocks(layer.weight)
             if isinstance(layer, nn.GroupNorm):  # loses digits in channels_last (findings/groupnorm-*.sh)
                 layer.register_forward_pre_hook(lambda _, given: given[0].contiguous())
             elif isinstance(layer, nn.Linear) or (channels >= LEAST_CHANNELS and layer.kernel_size == (1, 1)):
                 setattr(parent, name, Product(layer))
-            elif (winograd and channels >= least and layer.kernel_size == (3, 3)
-                  and layer.stride == (1, 1) and layer not in inside):
+            elif (winograd and layer.kernel_size == (3, 3) and layer.stride == (1, 1) and
+                  (naive or channels >= least and layer not in inside)):
                 setattr(parent, name, Winograd(layer))
             elif channels >= LEAST_CHANNELS:
                 setattr(parent, name, Convolution(layer))
     for weight in model.parameters():  # the small ones: otherwise they keep a memory-mapped file in memory
         weight.data = weight.data.clone()
-    model.register_state_dict_pre_hook(refuse)
-    model.register_load_state_dict_pre_hook(refuse)
     return model.requires_grad_(False)
 
 
-def refuse(*_) -> None:
-    """Called when somebody reads or loads the state dict of a network that is laid out."""
-    raise RuntimeError("a fast network holds no plain weights; save and load them before speed.fast.speed_up")
+class LaidOut(nn.Module):
+    """A layer that cannot be saved, loaded, copied or moved."""
+
+    def refuse(self, *_, **__) -> None:
+        """Called instead of what a layer without a plain weight cannot do."""
+        raise RuntimeError("a fast network holds no plain weights; do this before speed.fast.speed_up")
+
+    _save_to_state_dict = _load_from_state_dict = _apply = __deepcopy__ = __reduce_ex__ = refuse
 
 
 def has_blocks(weight: Tensor) -> bool:
@@ -56,7 +63,7 @@ def has_blocks(weight: Tensor) -> bool:
     return half or weight.dtype == torch.float32
 
 
-class Product(nn.Module):
+class Product(LaidOut):
     """Linear layer (..., C_in) -> (..., C_out), or 1x1 convolution (B, C_in, h, w) -> (B, C_out, h, w)."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d):
@@ -64,7 +71,7 @@ class Product(nn.Module):
         weight, self.bias, self.on_maps = layer.weight.detach().flatten(1), layer.bias, layer.weight.ndim == 4
         self.blocks = has_blocks(weight)
         self.held = (torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), TILES_AT_ONCE)
-                     if self.blocks else weight)
+                     if self.blocks else weight.clone())
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1) if self.on_maps else x
@@ -75,8 +82,8 @@ class Product(nn.Module):
         return x.permute(0, 3, 1, 2) if self.on_maps else x
 
 
-class Convolution(nn.Module):
-    """A 3x3 convolution. (B, C_in, h, w) -> (B, C_out, h', w').
+class Convolution(LaidOut):
+    """Any other convolution. (B, C_in, h, w) -> (B, C_out, h', w').
 
     For a small map, the weight is laid out for its size: a layout for any size can take 5 times as long.
     """
@@ -88,19 +95,19 @@ class Convolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         padding, stride, dilation, groups = self.settings
-        if x.shape != self.size:
+        if x.shape[2:] != self.size:
             weight = self.held.to_dense() if self.blocks else self.held
             self.blocks = has_blocks(weight) and x.shape[0] * x.shape[2] * x.shape[3] <= SMALL_MAP
             self.held = (torch.ops.mkldnn._reorder_convolution_weight(weight, *self.settings, list(x.shape))
                          if self.blocks else weight if self.size else weight.clone())
-            self.size = x.shape
+            self.size = x.shape[2:]
         if self.blocks:
             return torch.ops.mkldnn._convolution_pointwise(
                 x, self.held, self.bias, *self.settings, "none", [], "")
         return F.conv2d(x, self.held, self.bias, stride, padding, dilation, groups)
 
 
-class Winograd(nn.Module):
+class Winograd(LaidOut):
     """A 3x3 convolution with 4 multiplications per output, not 9: F(2x2, 3x3) of Lavin & Gray 1509.09308.
 
     A tile of 2x2 outputs depends on 4x4 inputs. Y = A^T [(G w G^T) * (B^T x B)] A (section 4.1), where * is a

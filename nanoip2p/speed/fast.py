@@ -42,6 +42,8 @@ def speed_up(model: Model, fast: bool | None, say: Callable[[str], None], positi
                     layer.attention = tuner
         if not injects:
             compile_unet(unet, say)
+    elif fast:
+        say(f"--fast changes nothing on {model.device.type}")
 
 
 def pays(unet: UNet, positions: int) -> bool:

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanoip2p import __version__
 from nanoip2p.attention import attention, attention_reference
-from nanoip2p.common.files import read_json, write_json
+from nanoip2p.common.files import locked, read_json, write_json
 
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
             "efficient": SDPBackend.EFFICIENT_ATTENTION}
@@ -105,12 +105,12 @@ class Tuner:
                 continue
             runs[kernel], times[kernel] = run, 0.0 if self.only_ours else milliseconds(run)
             lost = kernel not in BACKENDS and times[kernel] > HOPELESS * min(times.values())
-            if self.only_ours or lost or times["default"] < SHORT:
+            if self.only_ours or lost or times.get("default", 1) < SHORT:
                 break
         for kernel in list(runs) * ROUNDS * (len(runs) > 1):
             if times[kernel] < HOPELESS * min(times.values()):
                 times[kernel] = min(times[kernel], milliseconds(runs[kernel]))
-        best = next(iter(times))
+        best = next(iter(times), "default")
         for kernel in times:
             best = kernel if MARGIN * times[kernel] < times[best] else best
         self.note(f"attention, {case}: {best} of " + ", ".join(f"{k} {t:.3f} ms" for k, t in times.items()))
@@ -118,16 +118,17 @@ class Tuner:
 
     def remember(self, case: str, kernels: tuple[str, ...], device: torch.device, kernel: str) -> str:
         """Keep a choice, in the file too, and return it; or that of another process which was first."""
-        there = read(self.path)
-        cases = there.setdefault(card(device), {})
-        cases[case] = kernel = cases[case] if cases.get(case) in kernels else kernel
-        self.table.setdefault(card(device), {})[case] = kernel
         try:
-            if self.path:
-                write_json(there, self.path)
+            with locked(self.path.with_suffix(".lock"), wait=True) if self.path else nullcontext():
+                there = read(self.path)
+                cases = there.setdefault(card(device), {})
+                cases[case] = kernel = cases[case] if cases.get(case) in kernels else kernel
+                if self.path:
+                    write_json(there, self.path)
         except (OSError, ValueError) as problem:
             self.say(f"{problem}; the next run measures attention again")
             self.path = None
+        self.table.setdefault(card(device), {})[case] = kernel
         return kernel
 
 
