@@ -28,14 +28,15 @@ def lay_out(model: nn.Module, winograd: bool = False, direct: tuple[nn.Module, .
         for name, layer in parent.named_children():
             if name == "conv_in":  # small; its weight tells the pipeline the dtype and device
                 continue
-            channels = min(layer.in_channels, layer.out_channels) if isinstance(layer, nn.Conv2d) else 0
+            kernel = layer.kernel_size if isinstance(layer, nn.Conv2d) else None
+            channels = min(layer.in_channels, layer.out_channels) if kernel else 0
             # Without AVX-512, torch's own convolution takes ten times as long as Winograd's in bf16 and fp16
-            naive = channels > 0 and layer.weight.itemsize == 2 and not has_blocks(layer.weight)
+            naive = kernel and layer.weight.itemsize == 2 and not has_blocks(layer.weight)
             if isinstance(layer, nn.GroupNorm):  # loses digits in channels_last (findings/groupnorm-*.sh)
                 layer.register_forward_pre_hook(lambda _, given: given[0].contiguous())
-            elif isinstance(layer, nn.Linear) or (channels >= LEAST_CHANNELS and layer.kernel_size == (1, 1)):
+            elif isinstance(layer, nn.Linear) or (channels >= LEAST_CHANNELS and kernel == (1, 1)):
                 setattr(parent, name, Product(layer))
-            elif (winograd and layer.kernel_size == (3, 3) and layer.stride == (1, 1) and
+            elif (winograd and kernel == (3, 3) and layer.stride == (1, 1) and
                   (naive or channels >= least and layer not in inside)):
                 setattr(parent, name, Winograd(layer))
             elif channels >= LEAST_CHANNELS:

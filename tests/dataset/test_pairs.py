@@ -595,7 +595,7 @@ def test_show_says_in_one_line_what_is_no_number(name, content, hint, tmp_path, 
 @pytest.mark.parametrize("dtype", ["int4", [], None, 7])
 def test_a_job_of_an_unknown_dtype_is_one_line(dtype, tmp_path):
     (tmp_path / "job.json").write_text(json.dumps({"job": {}, "dtype": dtype}))
-    with pytest.raises(ValueError, match="dtype = .* should be one of fp32, fp16, bf16"):
+    with pytest.raises(ValueError, match="dtype = .* should be one of bf16, fp16, fp32"):
         make_dataset.job_dtype(tmp_path, None, torch.device("cpu"))
     assert make_dataset.job_dtype(tmp_path, "fp32", torch.device("cpu")) == "fp32"
 

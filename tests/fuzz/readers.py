@@ -37,6 +37,7 @@ from nanoip2p.dataset import captions, chat, finetune, pairs, show, tables
 from nanoip2p.dataset.layouts import broken_pictures, load_picture, read_data
 from nanoip2p.evaluate import calls, curve, magicbrush
 from nanoip2p.images import find_images, open_image, read_recipe, save_png
+from nanoip2p.speed import tune
 from nanoip2p.tokenizer import START, load_tokenizer
 from nanoip2p.training import run_folder
 from nanoip2p.training.cache import Cache
@@ -289,6 +290,18 @@ def read_verdict(folder: Path) -> None:
     print(finetune.identity(verdict))
 
 
+def write_attention(folder: Path) -> None:
+    """The kernels of attention that tune.py remembers."""
+    table = {"a card": {"a case": "flash", "another": "(64, 32, 4, 2)"}}
+    (folder / "attention.json").write_text(json.dumps(table))
+
+
+def read_attention(folder: Path) -> None:
+    """An unusable file is a line and an empty table."""
+    table = tune.read(folder / "attention.json", print)
+    assert all(kernel in tune.KERNELS for cases in table.values() for kernel in cases.values())
+
+
 def write_original(folder: Path) -> None:
     """The layout of the paper, as `pairs` writes it."""
     for number in range(3):
@@ -494,7 +507,7 @@ READERS = {
     "shards": (write_shards, find_weights), "clip": (write_tiny_clip, read_judge),
     "pictures": (write_pictures, read_pictures), "recipe": (write_recipe, read_recipe_and_plan),
     "texts": (write_texts, read_texts), "answer": (write_answer, read_answer),
-    "verdict": (write_verdict, read_verdict),
+    "verdict": (write_verdict, read_verdict), "attention": (write_attention, read_attention),
     "original layout": (write_original, read_original), "pairs.jsonl": (write_jsonl, read_layout),
     "parquet": (write_parquet, read_layout), "tar": (write_tar, read_layout),
     "magicbrush": (write_magicbrush, read_magicbrush),

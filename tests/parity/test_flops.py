@@ -85,6 +85,7 @@ def pair_step(unet, inject, share, **settings):
     """One step of PairPainter.sample, of both pictures and both halves of guidance."""
     model = PairPainter.__new__(PairPainter)  # its texts are on the meta device as well
     model.painter, model.inject, model.blend, model.share_prefix = MetaPainter(unet), inject, None, True
+    model.deep_every = 1
     model.settings = {"resolution": 8 * SIDE, "sampler": "euler", "steps": 1}
     model.plan = plan(NoiseSchedule(), "euler", 1)
     model.source = model.edit = model.null = meta(77, 768)

@@ -175,7 +175,7 @@ def test_fast_makes_the_same_picture(run, monkeypatch, capsys):
         used.append((fast, given[1])), real(model, fast, *given, **more)))
     for words, fast in (((), None), (("--fast",), True), (("--no-fast",), False)):
         assert run(*one("--seed", "3", *words, output=f"{fast}.png")) == 0
-        assert used.pop() == (fast, 3 * 8 * 8)  # steps x positions of the latents
+        assert used.pop() == (fast, 2 * 12 * 12)  # steps x positions of the latents
         assert np.abs(pixels(f"{fast}.png") - pixels("None.png")).max() <= 1
         assert "fast" not in read_recipe(f"{fast}.png")
     capsys.readouterr()
