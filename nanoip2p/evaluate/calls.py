@@ -12,6 +12,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from nanoip2p.checkpoint.tensors import fingerprint
+from nanoip2p.common.cli import one_line
 from nanoip2p.common.files import append, read_jsonl, tidy
 from nanoip2p.common.plots import plot
 from nanoip2p.common.schema import checked_rows
@@ -70,6 +71,6 @@ def draw(points: list[dict], axes) -> None:
     for (weights, sampler), curve in groupby(points, itemgetter("weights", "sampler")):
         calls, success, error = zip(*map(itemgetter("calls", "success", "error"), curve))
         name = tidy(Path(weights).name)[:100].replace("$", r"\$")  # matplotlib would read formulas between $
-        axes.errorbar(calls, success, error, marker=".", capsize=2, label=f"{name}, {sampler}")
+        axes.errorbar(calls, success, error, marker=".", capsize=2, label=one_line(f"{name}, {sampler}"))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")

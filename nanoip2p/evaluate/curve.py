@@ -21,6 +21,7 @@ from tqdm import tqdm
 from nanoip2p.checkpoint import hub
 from nanoip2p.checkpoint.tensors import fingerprint
 from nanoip2p.clip_filter import Judge, similarities
+from nanoip2p.common.cli import one_line
 from nanoip2p.common.files import append, read_jsonl, tidy
 from nanoip2p.common.plots import plot
 from nanoip2p.common.schema import checked, checked_rows
@@ -83,7 +84,7 @@ def draw(rows: list[dict], axes) -> None:
         curve.sort(key=itemgetter(knob))
         x, y, y_error, x_error = zip(*map(itemgetter(*keys), curve))
         name = tidy(Path(weights).name)[:100].replace("$", r"\$")  # matplotlib would read formulas between $
-        label = f"{method}, {name}, cfg_text {cfg_text:g}, by {knob}"
+        label = one_line(f"{method}, {name}, cfg_text {cfg_text:g}, by {knob}")
         axes.errorbar(x, y, y_error, x_error, marker=".", capsize=2, label=label)
         for i in {0, len(curve) - 1}:
             axes.annotate(f"{curve[i][knob]:g}", (x[i], y[i]), (4, 4), fontsize=8, textcoords="offset points")
