@@ -31,7 +31,8 @@ def speed_up(model: Model, fast: bool | None, say: Callable[[str], None], positi
             say("this job is long enough for --fast, faster convolutions (--no-fast leaves them out)")
         # In the lowest level, which has most of the weights, Winograd's method saves no time
         lay_out(unet, bool(fast), (unet.down_blocks[-1], unet.mid_block, unet.up_blocks[0]))
-        lay_out(model.vae, bool(fast))
+        if fast:  # without Winograd's method, the autoencoder's large maps gain nothing
+            lay_out(model.vae, True)
     elif model.device.type == "cuda" and fast:
         unet.to(memory_format=torch.channels_last)  # the layout of tensor cores
         if attention != "sdpa":
