@@ -9,6 +9,7 @@
 """
 
 import argparse
+import math
 import os
 import random
 import sys
@@ -226,9 +227,8 @@ def run(settings: Settings, problems: list[str]) -> None:
             leave_out(error, path, problems, len(inputs))
     pictures = [picture for picture in pictures if picture.input[0] in fitted]
     if not settings.low_memory:
-        shapes = [fitted[picture.input[0]] for picture in pictures for _ in picture.edit]
-        shapes *= 25 if settings.sweep else 1
-        latents = sum(width * height for width, height in shapes) // editor.vae.downsampling**2
+        area = sum(math.prod(fitted[picture.input[0]]) * len(picture.edit) for picture in pictures)
+        latents = area * (25 if settings.sweep else 1) // editor.vae.downsampling**2
         speed_up(editor, settings.fast, lambda line: print(one_line(line), file=sys.stderr),
                  latents * sampling["steps"], attention=settings.attention, verbose=settings.verbose)
     given = sampling | {key: getattr(settings, key) for key in ("negative", "low_memory", "deep_every")}

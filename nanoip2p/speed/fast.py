@@ -13,13 +13,15 @@ from nanoip2p.pipeline import Model
 from nanoip2p.speed.cpu import WINOGRAD_CHANNELS, lay_out
 from nanoip2p.unet import Attend, Attention, Context, Projected, UNet
 
+STEP = 32 * 32  # positions of the latents of one step at 256 x 256 pixels
 
-def speed_up(model: Model, fast: bool | None, say: Callable[[str], None], positions: int = 0,
+
+def speed_up(model: Model, fast: bool | None, say: Callable[[str], None], positions: float = float("inf"),
              injects: bool = False, attention: str = "auto", verbose: bool = False) -> None:
     """Speed up the networks of a model in place, as its device allows. Load and hash the weights before.
 
-    fast None: decide, see `pays`. positions: of latents, in all steps. injects: True if most calls of the
-    UNet pass `attend`; then it is not compiled on CUDA, because it would recompile at every step.
+    fast None: decide, see `pays`. positions: latents' h * w, summed over pictures and steps. injects: most
+    calls of the UNet pass `attend`; then it is not compiled on CUDA, because each step would compile anew.
     attention, on CUDA: "auto" (measured, see tune.py), "sdpa" (torch's choice) or "ours" (where correct), for
     calls without gradients. say: called with a line of text before slow work; verbose: with more of them.
     """
@@ -29,8 +31,9 @@ def speed_up(model: Model, fast: bool | None, say: Callable[[str], None], positi
             say("--attention ours: our kernel needs CUDA; torch's runs")
         if fast is None and (fast := pays(unet, positions)):
             say("this job is long enough for --fast, faster convolutions (--no-fast leaves them out)")
-        # In the lowest level, which has most of the weights, Winograd's method saves no time
-        lay_out(unet, bool(fast), (unet.down_blocks[-1], unet.mid_block, unet.up_blocks[0]))
+        if fast or positions >= 2 * STEP:  # to lay out takes as long as one step saves
+            # In the lowest level, which has most of the weights, Winograd's method saves no time
+            lay_out(unet, bool(fast), (unet.down_blocks[-1], unet.mid_block, unet.up_blocks[0]))
         if fast:  # without Winograd's method, the autoencoder's large maps gain nothing
             lay_out(model.vae, True)
     elif model.device.type == "cuda" and fast:
@@ -47,12 +50,9 @@ def speed_up(model: Model, fast: bool | None, say: Callable[[str], None], positi
         say(f"--fast changes nothing on {model.device.type}")
 
 
-def pays(unet: UNet, positions: int) -> bool:
-    """Whether Winograd's method on a CPU saves more time than the transform of its weights takes.
-
-    positions: latents' h * w, summed over pictures and steps. Four steps at 256 x 256 pixels suffice.
-    """
-    return unet.config.block_out_channels[0] >= WINOGRAD_CHANNELS and positions >= 4 * 32 * 32
+def pays(unet: UNet, positions: float) -> bool:
+    """Whether Winograd's method on a CPU saves more time than the transform of its weights takes."""
+    return unet.config.block_out_channels[0] >= WINOGRAD_CHANNELS and positions >= 4 * STEP
 
 
 def compile_unet(unet: UNet, say: Callable[[str], None]) -> UNet:
