@@ -206,7 +206,7 @@ def load_editor(settings: Settings) -> tuple:
 def run(settings: Settings, problems: list[str]) -> None:
     """Check all inputs and outputs, edit, write each batch when finished. `problems`: see leave_out."""
     torch = cli.import_torch()
-    from nanoip2p.editing.pictures import draw_grid, edit_all, leave_out, nano_notes
+    from nanoip2p.editing.pictures import SWEEP_EDITS, draw_grid, edit_all, leave_out, nano_notes
     from nanoip2p.images import find_images, fit_size, open_image, save_png
     from nanoip2p.speed.fast import speed_up
     inputs = find_images(settings.input)
@@ -228,7 +228,7 @@ def run(settings: Settings, problems: list[str]) -> None:
     pictures = [picture for picture in pictures if picture.input[0] in fitted]
     if not settings.low_memory:
         area = sum(math.prod(fitted[picture.input[0]]) * len(picture.edit) for picture in pictures)
-        latents = area * (25 if settings.sweep else 1) // editor.vae.downsampling**2
+        latents = area * (SWEEP_EDITS if settings.sweep else 1) // editor.vae.downsampling**2
         speed_up(editor, settings.fast, lambda line: print(one_line(line), file=sys.stderr),
                  latents * sampling["steps"], attention=settings.attention, verbose=settings.verbose)
     given = sampling | {key: getattr(settings, key) for key in ("negative", "low_memory", "deep_every")}

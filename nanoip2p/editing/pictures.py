@@ -16,6 +16,7 @@ from nanoip2p.world import scenes
 # --sweep varies both scales. From the paper's defaults it covers cfg_text 3 ... 12 and cfg_image 1 ... 2
 SWEEP_FACTORS = (0.4, 0.7, 1, 1.3, 1.6)      # multiply cfg_text
 SWEEP_STEPS = (-0.5, -0.25, 0, 0.25, 0.5)    # added to cfg_image
+SWEEP_EDITS = len(SWEEP_FACTORS) * len(SWEEP_STEPS)
 # `nano_notes`: resolution and maximum vocabulary of nano weights; pictures with a side above PHOTO get a note
 NANO_RESOLUTION, NANO_VOCABULARY, PHOTO = 64, 1000, 256
 

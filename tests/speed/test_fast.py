@@ -163,6 +163,20 @@ def test_which_layers_are_replaced(tmp_path, quick, monkeypatch):
             assert kind is (Winograd if quick and not name.startswith(lowest) else Convolution), name
 
 
+def test_the_first_convolution_stays(unet):
+    """The pipeline asks its weight for dtype and device, also where it has 16 channels: latents of 8."""
+    wide = UNet(replace(unet.config, in_channels=16))
+    assert type(lay_out(wide, True, least=8).conv_in) is nn.Conv2d
+
+
+def test_in_half_precision_without_layouts_all_convolutions_use_winograd(unet):
+    """torch's own take ten times as long there, at any width. oneDNN has no layouts of float16."""
+    lay_out(unet.half(), True, (unet.down_blocks[-1], unet.mid_block, unet.up_blocks[0]))
+    kinds = kinds_of(unet)
+    assert {kinds[name] for name in kinds if name.endswith(("conv1", "conv2", "conv_out"))} == {Winograd}
+    assert {kinds[name] for name in kinds if name.endswith("downsamplers.0.conv")} == {Convolution}
+
+
 def test_a_fast_network_neither_trains_nor_takes_other_weights(unet):
     """Nor does it hand out weights: it has none in the plain layout."""
     other = {name: weight + 1 for name, weight in unet.state_dict().items()}
