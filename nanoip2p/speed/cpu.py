@@ -2,8 +2,10 @@
 
 oneDNN computes with blocks of a weight. `F.conv2d` lays out the whole weight in blocks at each call, which on
 small feature maps takes longer than the convolution itself. `lay_out` does this once. Winograd's method
-multiplies less, but its weights are 16/9 as large and it rounds more often.
+multiplies less, but its weights are 16/9 to 4 times as large and it rounds more often.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,18 @@ LEAST_CHANNELS = 16      # layers with fewer (such as conv_out) gain nothing
 SMALL_MAP = 2048         # B * h * w, up to which the layout of a weight takes much of a convolution's time
 WINOGRAD_CHANNELS = 256  # with fewer, Winograd's transforms take longer than the multiplications it saves
 TILES_AT_ONCE = 256      # Winograd tiles per matrix product, few enough for the CPU's cache
-TRANSFORM = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.double)  # G
+LARGE_TILES = 320        # channels up to which the larger weights of 4x4 tiles cost little memory
+# G, B^T and A^T of Winograd's F(m x m, 3 x 3), Lavin & Gray 1509.09308, sections 4.1 and 4.3: {m: matrices}
+MATRICES = {
+    2: ([[1, 0, 0], [1/2, 1/2, 1/2], [1/2, -1/2, 1/2], [0, 0, 1]],
+        [[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]],
+        [[1, 1, 1, 0], [0, 1, -1, -1]]),
+    4: ([[1/4, 0, 0], [-1/6, -1/6, -1/6], [-1/6, 1/6, -1/6], [1/24, 1/12, 1/6], [1/24, -1/12, 1/6],
+         [0, 0, 1]],
+        [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0], [0, -2, -1, 2, 1, 0],
+         [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]],
+        [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]),
+}
 
 
 def lay_out(model: nn.Module, winograd: bool = False, direct: tuple[nn.Module, ...] = (),
@@ -109,52 +122,51 @@ class Convolution(LaidOut):
 
 
 class Winograd(LaidOut):
-    """A 3x3 convolution with 4 multiplications per output, not 9: F(2x2, 3x3) of Lavin & Gray 1509.09308.
+    """A 3x3 convolution with fewer multiplications: F(m x m, 3 x 3). (B, C_in, h, w) -> (B, C_out, h, w).
 
-    A tile of 2x2 outputs depends on 4x4 inputs. Y = A^T [(G w G^T) * (B^T x B)] A (section 4.1), where * is a
-    matrix product (C_in -> C_out) at each of the 4x4 positions. (B, C_in, h, w) -> (B, C_out, h, w).
+    A tile of m x m outputs depends on n x n inputs, n = m + 2. Y = A^T [(G w G^T) * (B^T x B)] A, where * is
+    a matrix product (C_in -> C_out) at each of the n x n positions: 4 multiplications per output for m = 2,
+    9/4 for m = 4, not 9. m = 4 loses one more digit, so it is not for half precision.
     """
 
     def __init__(self, layer: nn.Conv2d):
         super().__init__()
         weight, self.bias = layer.weight.detach(), layer.bias
-        exact = torch.promote_types(weight.dtype, torch.float32)
-        g = torch.kron(TRANSFORM, TRANSFORM).to(exact)                      # (16, 9)
-        held = (g @ weight.to(exact).reshape(-1, 9).T).to(weight.dtype)     # (16, C_out * C_in)
-        self.held = held.view(16, *weight.shape[:2]).transpose(1, 2)        # (16, C_in, C_out)
+        large = weight.itemsize >= 4 and min(weight.shape[:2]) <= LARGE_TILES
+        g, self.inputs, self.outputs = MATRICES[4 if large else 2]
+        exact, g = torch.promote_types(weight.dtype, torch.float32), torch.tensor(g, dtype=torch.double)
+        held = torch.kron(g, g).to(exact) @ weight.to(exact).reshape(-1, 9).T   # (n * n, C_out * C_in)
+        self.held = held.to(weight.dtype).view(-1, *weight.shape[:2]).transpose(1, 2)   # (n * n, C_in, C_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        (batch, _, height, width), c_out = x.shape, self.held.shape[2]
-        h, w = (height + 1) // 2, (width + 1) // 2                      # tiles down and across
-        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 2 * w - width + 1, 1, 2 * h - height + 1))
-        out = x.new_empty(batch, h, 2, w, 2, c_out)
+        (batch, _, height, width), c_out, m = x.shape, self.held.shape[2], len(self.outputs)
+        h, w = -(-height // m), -(-width // m)                          # tiles down and across
+        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, m * w - width + 1, 1, m * h - height + 1))
+        out = x.new_empty(batch, h, m, w, m, c_out)
         rows = max(1, TILES_AT_ONCE // (batch * w))
         for top in range(0, h, rows):
             bottom = min(top + rows, h)
-            self.convolve(x[:, 2 * top : 2 * bottom + 2], out[:, top:bottom])
-        return out.view(batch, 2 * h, 2 * w, c_out)[:, :height, :width].permute(0, 3, 1, 2)
+            self.convolve(x[:, m * top : m * bottom + 2], out[:, top:bottom])
+        return out.view(batch, m * h, m * w, c_out)[:, :height, :width].permute(0, 3, 1, 2)
 
     def convolve(self, x: Tensor, out: Tensor) -> None:
-        """Convolve padded x (B, 2 h + 2, 2 w + 2, C_in) into out (B, h, 2, w, 2, C_out)."""
-        (batch, h, _, w, _, c_out), c_in = out.shape, x.shape[3]
-        half = transform(x, 2, x.new_empty(4, batch, 2 * h + 2, w, c_in))               # x B
-        tiles = transform(half, 2, x.new_empty(4, 4, batch, h, w, c_in))                # B^T x B
-        products = torch.bmm(tiles.view(16, -1, c_in), self.held).view(4, 4, batch, h, w, c_out)
-        a, b, c, d = products                                           # the rows of the 4x4 positions
-        for i, row in enumerate(((a + b).add_(c), (b - c).sub_(d))):    # A^T
-            a, b, c, d = row
-            torch.add(a + b, c + self.bias, out=out[:, :, i, :, 0])
-            torch.sub(b - c, d - self.bias, out=out[:, :, i, :, 1])
+        """Convolve padded x (B, m * h + 2, m * w + 2, C_in) into out (B, h, m, w, m, C_out)."""
+        (batch, h, m, w, _, c_out), c_in, n = out.shape, x.shape[3], len(self.inputs)
+        across = [x[:, :, i : i + m * w - m + 1 : m] for i in range(n)]
+        half = transform(self.inputs, across, x.new_empty(n, batch, m * h + 2, w, c_in))             # x B
+        down = [half[:, :, i : i + m * h - m + 1 : m] for i in range(n)]
+        tiles = transform(self.inputs, down, x.new_empty(n, n, batch, h, w, c_in))                   # B^T x B
+        products = torch.bmm(tiles.view(n * n, -1, c_in), self.held).view(n, n, batch, h, w, c_out)
+        products[1, 1] += self.bias     # A^T has ones in this column, so each output gets it once
+        rows = transform(self.outputs, products, x.new_empty(m, n, batch, h, w, c_out))
+        for i, row in enumerate(rows):
+            transform(self.outputs, row, out[:, :, i].permute(3, 0, 1, 2, 4))
 
 
-def transform(x: Tensor, axis: int, out: Tensor) -> Tensor:
-    """Multiply B to the tiles along one axis of x. Writes and returns out (4, ...), one for each column of B.
-
-    A tile begins at every second position. The columns of B are (1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0)
-    and (0, 1, 0, -1).
-    """
-    last = 2 * out.shape[axis + 1] - 1
-    a, b, c, d = (x[(slice(None),) * axis + (slice(i, i + last, 2),)] for i in range(4))
-    for made, sign, one, other in zip(out, (-1, 1, -1, -1), (a, b, c, b), (c, c, b, d)):
-        torch.add(one, other, alpha=sign, out=made)
+def transform(matrix: list, x: Sequence[Tensor], out: Tensor) -> Tensor:
+    """out[i] = sum over j of matrix[i][j] x[j], into `out`, which is returned. Each row has a 1."""
+    for weights, made in zip(matrix, out):
+        (_, first), *others = sorted((weight != 1, j) for j, weight in enumerate(weights) if weight)
+        for number, (_, j) in enumerate(others):
+            torch.add(made if number else x[first], x[j], alpha=weights[j], out=made)
     return out

@@ -32,8 +32,8 @@ def speed_up(model: Model, fast: bool | None, say: Callable[[str], None], positi
         if fast is None and (fast := pays(unet, positions)):
             say("this job is long enough for --fast, faster convolutions (--no-fast leaves them out)")
         if fast or positions >= 2 * STEP:  # to lay out takes as long as one step saves
-            # In the lowest level, which has most of the weights, Winograd's method saves no time
-            lay_out(unet, bool(fast), (unet.down_blocks[-1], unet.mid_block, unet.up_blocks[0]))
+            # The lowest levels have most of the weights, and Winograd's method saves little time there
+            lay_out(unet, bool(fast), (*unet.down_blocks[-2:], unet.mid_block, unet.up_blocks[0]))
         if fast:  # without Winograd's method, the autoencoder's large maps gain nothing
             lay_out(model.vae, True)
     elif model.device.type == "cuda" and fast:
