@@ -76,6 +76,9 @@ bench: .venv/test
 	.venv/bin/python tests/benchmarks/attention.py --repeat 3
 	.venv/bin/python tests/benchmarks/edit_memory.py
 	.venv/bin/python tests/benchmarks/startup.py
+	.venv/bin/python tests/benchmarks/resident.py
+	.venv/bin/python tests/benchmarks/autoencoder.py
+	.venv/bin/python tests/benchmarks/few_steps.py --batches 35 --steps --deep-every 2 3 4 5
 
 bench-gpu: .venv/test
 	.venv/bin/python tests/benchmarks/attention.py --batch 3

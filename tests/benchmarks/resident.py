@@ -15,8 +15,10 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
@@ -24,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 from comparing import randomise  # noqa: E402
 
 from nanoip2p.checkpoint.folder import load_network, save_network  # noqa: E402
-from nanoip2p.speed.cpu import lay_out  # noqa: E402
+from nanoip2p.speed.fast import speed_up  # noqa: E402
 from nanoip2p.unet import UNet, UNetConfig  # noqa: E402
 
 SIDES = ("diffusers", "ours", "ours, fast")
@@ -42,7 +44,8 @@ def load(side: str, folder: Path):
         unet = diffusers.UNet2DConditionModel.from_pretrained(folder).eval()
         return lambda x, text: unet(x, 500, text).sample
     unet = load_network(UNet, folder)
-    lay_out(unet, side == "ours, fast", (unet.down_blocks[-1], unet.mid_block, unet.up_blocks[0]))
+    model = SimpleNamespace(unet=unet, vae=nn.Module(), device=torch.device("cpu"))
+    speed_up(model, side == "ours, fast", print)
     return lambda x, text: unet(x, 500, text)
 
 

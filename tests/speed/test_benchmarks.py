@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import attention as kernels_of_attention
+import autoencoder
 import edit
 import few_steps
 import measure
@@ -51,6 +52,16 @@ def test_an_edit_is_timed_beside_diffusers(dtype, capsys):
     rows = {line[:20].strip(): line[20:].split() for line in lines[-3:]}
     assert list(rows) == ["diffusers", "ours", "ours, fast"] and rows["diffusers"][2] == "1.00"
     assert all(float(row[0]) >= 0 and float(row[4]) > 0 for row in rows.values())
+
+
+def test_the_autoencoder_is_timed_beside_diffusers(capsys, monkeypatch):
+    autoencoder.main(["--size", "16", "--width", "32", "--repeat", "1"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [row[0] for row in rows[::3]] == ["encode", "decode"] and all(float(row[-2]) > 0 for row in rows)
+    monkeypatch.setattr(autoencoder, "lay_out", lambda vae, winograd: vae.apply(
+        lambda layer: getattr(layer, "bias", None) is not None and layer.bias.add_(0.01)))
+    with pytest.raises(ValueError, match="ours, fast differs"):
+        autoencoder.main(["--size", "16", "--width", "32", "--repeat", "1"])
 
 
 def test_a_student_is_timed_beside_its_teacher(capsys):
