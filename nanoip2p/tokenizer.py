@@ -78,7 +78,7 @@ class Tokenizer:
     def prepare(self, text: str) -> str:
         """Clean a text, and write <x> out as <x> <x>_1 ..., see above. ValueError: see __call__."""
         if len(text) > LONGEST:
-            raise ValueError(f"a text has {len(text)} characters; at most {LONGEST} are allowed: {text[:40]!r}…")
+            raise ValueError(f"a text has {len(text)} characters; the limit is {LONGEST}: {text[:40]!r}…")
         try:
             text.encode()
         except UnicodeEncodeError as error:
