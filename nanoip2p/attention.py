@@ -14,8 +14,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False,
     """Multi-head attention by torch's scaled_dot_product_attention. Its fused kernels do not store the map.
 
     q (B, Tq, heads * d), k and v (B, Tk, heads * d) -> (B, Tq, heads * d). The last axis concatenates the
-    heads. The map is softmax(q k^T / sqrt(d)), (Tq, Tk) for each row and head. causal: position i attends
-    only to positions 0..i; needs Tq = Tk. map_from (N,) int32, used by Prompt-to-Prompt: row i of v
+    heads. The map is softmax(q k^T / sqrt(d)), (Tq, Tk) for each head of each batch row. causal: position i
+    attends only to positions 0..i; needs Tq = Tk. map_from (N,) int32, used by Prompt-to-Prompt: row i of v
     (N, Tk, heads * d) is weighted by the map of row map_from[i] of q and k, so the result has N rows.
     """
     q, k, v = _prepare(q, k, v, heads, causal, map_from)

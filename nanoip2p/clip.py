@@ -70,7 +70,7 @@ class CLIPConfig(_Config):
     logit_scale_init_value: float = 2.6592  # log(1 / 0.07)
 
 
-# transformers' default values that differ from SD 1.5's. A config.json may omit them
+# transformers' defaults where they differ from SD 1.5's: the values of keys that a config.json omits
 TEXT_DEFAULTS = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8,
                  "projection_dim": 512, "eos_token_id": 49407}
 
@@ -184,7 +184,7 @@ class TextTransformer(nn.Module):
 
     def pool(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """The hidden state at the first end-of-text token: hidden (B, T, D), ids (B, T) -> (B, D)."""
-        # Configs before mid-2023 wrongly have 2: take the largest id, end-of-text, as OpenAI's code does
+        # Configs before mid-2023 wrongly have 2. Then take the largest id, end-of-text, as OpenAI's code does
         end = ids.argmax(1) if self.eos_token_id == 2 else (ids == self.eos_token_id).int().argmax(1)
         return hidden[torch.arange(len(ids), device=ids.device), end]
 
@@ -196,7 +196,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.embeddings = VisionEmbeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(width, eps=config.layer_norm_eps)  # typo of the published names
+        self.pre_layrnorm = nn.LayerNorm(width, eps=config.layer_norm_eps)  # published with this typo
         self.encoder = Encoder(config)
         self.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 

@@ -44,12 +44,12 @@ class Thresholds:
 
 
 def best(candidates: list, most: int) -> list:
-    """At most `most` of the (row, ...) tuples: by highest clip_sim_dir, and among equals by highest seed."""
+    """The `most` candidates (scores, ...) with the highest clip_sim_dir. Ties go to the highest seed."""
     return sorted(candidates, key=lambda it: (it[0]["clip_sim_dir"], it[0]["seed"]), reverse=True)[:most]
 
 
 def similarities(before: Tensor, after: Tensor, text_before: Tensor, text_after: Tensor) -> Tensor:
-    """CLIP features of pictures (B, P) and captions (B, P) or (1, P) -> cosines (B, 4), as SIMILARITIES.
+    """Features of pictures (B, P) and captions (B, P) or (1, P) -> cosines (B, 4), ordered as SIMILARITIES.
 
     The directional similarity is 0 if the pictures or the captions are equal.
     """
@@ -60,7 +60,7 @@ def similarities(before: Tensor, after: Tensor, text_before: Tensor, text_after:
 
 
 def clean_twice(text: str) -> str:
-    """Clean and unescape like OpenAI's `tokenize`: also entities without ";", and in a text with "<"."""
+    """Clean, then unescape twice, as OpenAI's `tokenize` does, also "&lt" without ";" and texts with "<"."""
     return unescape(unescape(clean(text)))
 
 
@@ -116,7 +116,7 @@ class Judge:
         return (pixels - self.mean) / self.std
 
     def score(self, before: list[Image.Image], after: list[Image.Image], captions: Tensor) -> list[dict]:
-        """Score B pairs: a dict of SIMILARITIES for each. captions (2, P): encode_texts of both texts."""
+        """Score B pairs: a dict of SIMILARITIES for each. captions (2, P): encode_texts of both captions."""
         features = self.encode_pictures([*before, *after]).chunk(2)                       # (B, P) each
         rows = similarities(*features, captions[:1], captions[1:])
         return [dict(zip(SIMILARITIES, row)) for row in rows.tolist()]

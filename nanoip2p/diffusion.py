@@ -55,7 +55,7 @@ class NoiseSchedule:
                 "clip_sample": False} | config  # diffusers' DDIM clips by default
 
     def alphas_cumprod(self) -> Tensor:
-        """a_t, the signal's share of the variance, at each timestep: (num_train_timesteps,) float32."""
+        """a_t, the signal's fraction of the variance, at each timestep: (num_train_timesteps,) float32."""
         p = 0.5 if self.beta_schedule == "scaled_linear" else 1  # linear in sqrt(beta), as in LDM
         betas = torch.linspace(self.beta_start**p, self.beta_end**p, self.num_train_timesteps) ** (1 / p)
         a = torch.cumprod(1.0 - betas, dim=0)
@@ -66,16 +66,16 @@ class NoiseSchedule:
             a = torch.cumprod(torch.cat([a[:1], a[1:] / a[:-1]]), dim=0)  # rounds as diffusers does
             usable &= a.isfinite().all()
         if not usable:
-            raise ValueError(f"beta_start = {self.beta_start} and beta_end = {self.beta_end} leave no signal "
-                             f"at the last of num_train_timesteps = {self.num_train_timesteps}, or as much "
-                             "as at the first")
+            raise ValueError(f"beta_start = {self.beta_start}, beta_end = {self.beta_end}: the signal at the "
+                             f"last of num_train_timesteps = {self.num_train_timesteps} must be above 0, and "
+                             "below that at the first")
         return a
 
 
 def add_noise(latents: Tensor, noise: Tensor, timestep: Tensor, alphas_cumprod: Tensor) -> Tensor:
     """z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps (Ho et al. 2020, equation 4).
 
-    With eps as `latents` and -z_0 as `noise`: v = sqrt(a_t) eps - sqrt(1 - a_t) z_0 (Salimans & Ho 2022).
+    Called with (eps, -z_0), it returns v = sqrt(a_t) eps - sqrt(1 - a_t) z_0 (Salimans & Ho 2022).
     latents, noise: (B, C, h, w); timestep: (B,) integers; alphas_cumprod: of `NoiseSchedule`, same device.
     """
     a = alphas_cumprod[timestep].to(latents.dtype)[:, None, None, None]  # (B, 1, 1, 1)
@@ -99,9 +99,9 @@ def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
     """Noise levels for `steps` steps of a sampler, named as in samplers.SAMPLERS.
 
     The values equal those of diffusers' schedulers. A DDIM step from timestep t ends at t - n_train // steps,
-    but the next step can start elsewhere, so a row of `sigmas` need not begin where the last one ended.
-    Raises ValueError for too many steps, and for ddim and lcm if the first step has only noise: eps then does
-    not determine z_0.
+    but the next step can start elsewhere, so a row of `sigmas` need not begin where the row before it ended.
+    Raises ValueError for too many steps, and for ddim and lcm with epsilon prediction if the first timestep
+    is noise alone: eps then does not determine z_0.
     """
     n_train = schedule.num_train_timesteps
     if not 1 <= steps <= n_train:
@@ -109,9 +109,9 @@ def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
     a = schedule.alphas_cumprod().numpy()
     timesteps = _spaced(schedule, sampler, steps)                               # (n,) decreasing
     if a[-1] == 0:
-        in_z = sampler in ("ddim", "lcm")  # diffusers' steps of these are in z
+        in_z = sampler in ("ddim", "lcm")  # diffusers computes these in z, not in x
         if in_z and timesteps[0] == n_train - 1 and schedule.prediction_type == "epsilon":
-            raise ValueError(f"{sampler} cannot begin at zero terminal SNR from epsilon; take another")
+            raise ValueError(f"{sampler} cannot begin at zero terminal SNR with epsilon; use another sampler")
         a[a == 0] = 1e-16 if in_z else 2.0**-24  # sigma 1e8 or 4096; diffusers: infinite or 4096
     table = np.sqrt((1 - a) / a)                                                # (n_train,) increasing
     sigmas = np.interp(timesteps, np.arange(n_train), table)                    # (n,)
@@ -144,7 +144,7 @@ def _spaced(schedule: NoiseSchedule, sampler: str, steps: int) -> np.ndarray:
     n_train = schedule.num_train_timesteps
     if sampler == "lcm":
         if not steps <= LCM_STEPS <= n_train:
-            raise ValueError(f"cannot take {steps} steps of {n_train} with lcm: choose 1 to {LCM_STEPS}")
+            raise ValueError(f"lcm cannot take {steps} steps in {n_train} timesteps: choose 1 to {LCM_STEPS}")
         places = np.linspace(0, LCM_STEPS, steps, endpoint=False).astype(int)
         return ((LCM_STEPS - places) * (n_train // LCM_STEPS) - 1).astype(float)
     spacing = schedule.timestep_spacing or ("leading" if sampler == "ddim" else "linspace")

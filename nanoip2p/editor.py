@@ -87,7 +87,7 @@ class Editor(Model):
     @contextmanager
     def _on_device(self, network: nn.Module, low_memory: bool):
         """Move the network to the device for a `with` block. low_memory: then move it back to the CPU."""
-        if next(network.parameters()).device != self.device:  # `to` visits every weight, for milliseconds
+        if next(network.parameters()).device != self.device:  # `to` takes milliseconds: it visits each weight
             network.to(self.device)
         try:
             yield

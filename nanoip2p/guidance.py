@@ -6,8 +6,8 @@ e~ is a weighted sum of three branches: [text + image] has weight s_T, [image] s
 A branch of weight 0 is not computed, so s_I = 1 or s_T = s_I saves about a third of the time. "No image"
 is zero latents, as in training. "No text" is the encoding of "", or of the negative prompt.
 
-e is the output of the UNet: the noise eps, or v = sqrt(a) eps - sqrt(1 - a) z_0. For a given z, each of eps,
-v and z_0 is a linear function of the others, and the weights sum to 1: guidance of any of them is the same.
+e is the output of the UNet: the noise eps, or v = sqrt(a) eps - sqrt(1 - a) z_0. For a given z, eps, v and
+z_0 are affine functions of each other. The weights sum to 1, so guiding any of the three is the same.
 """
 
 import itertools
@@ -30,10 +30,10 @@ def make_denoiser(unet: UNet, levels: Plan, like: Tensor, batches: list[Batch],
     """Make a sampler's function denoise(x, sigma) -> estimate of z_0. x and the estimate are float32.
 
     batches: the UNet runs once for each, in the dtype of `like`, on its device. combine: list of outputs
-    (B, C, h, w), one per branch -> guided output. attend_at: sigma -> the UNet's attention.
+    (B, C, h, w), one per branch -> guided output. attend_at: sigma -> the argument `attend` of the UNet.
 
-    deep_every = N: calls 0, N, 2 N, ... run the whole UNet, the others only its outermost blocks, on the deep
-    features of the last whole run, because these change slowly (DeepCache, Ma et al. 2312.00858).
+    deep_every = N: calls 0, N, 2 N, ... run the whole UNet. The others run only its outermost blocks, on the
+    cached deep features of the last full call: these change slowly (DeepCache, Ma et al. 2312.00858).
     """
     if type(deep_every) is not int or deep_every < 1:
         raise ValueError(f"deep_every = {deep_every!r} should be a whole number, at least 1")
@@ -50,7 +50,7 @@ def make_denoiser(unet: UNet, levels: Plan, like: Tensor, batches: list[Batch],
             given = z_in, time_of[sigma], text, attend_at(sigma)
             noise = unet(*given) if deep_every == 1 else unet(*given, deep=whole or kept[i])
             if deep_every > 1 and whole:
-                noise, kept[i] = noise[0], noise[1].clone()  # the next call of a CUDA graph overwrites it
+                noise, kept[i] = noise[0], noise[1].clone()  # a CUDA graph's next call overwrites its output
             outputs.extend(noise.float().split(len(z)))
         if levels.prediction_type == "v_prediction":
             return x / scale**2 - sigma / scale * combine(outputs)

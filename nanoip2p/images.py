@@ -21,7 +21,7 @@ from nanoip2p.common.web_ui import web_text
 MAX_MEGAPIXELS = 100  # 300 MB as RGB; protects against decompression bombs
 # open_image reads no others: Pillow would start Ghostscript for a PostScript file named x.png
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
-SUFFIXES = {".avif", ".heic", ".heif", ".hif"}  # of files in folders; find_images adds those of Pillow
+SUFFIXES = {".avif", ".heic", ".heif", ".hif"}  # found even if Pillow cannot read them: open_image says so
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's Orientation -> Image.Transpose
 RECIPE_KEY = "nanoip2p"  # key of the PNG text chunk that holds the recipe
 LABEL_WIDTH = 192  # pixels; a grid enlarges narrower pictures so that their labels fit
@@ -162,7 +162,7 @@ def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
 
 
 def save_png(image: Image.Image, path: str | Path, recipe: dict, web: bool = False) -> None:
-    """Write a PNG, atomically, with `recipe` as JSON in the text RECIPE_KEY. web: also as `web_text`."""
+    """Write a PNG atomically, with `recipe` as JSON in the text chunk RECIPE_KEY. web: add `web_text` too."""
     text = PngImagePlugin.PngInfo()
     text.add_text(RECIPE_KEY, json.dumps(recipe))
     if web:

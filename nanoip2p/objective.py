@@ -28,14 +28,14 @@ def model_input(batch: dict, null: Tensor, scale: float, alphas: Tensor,
     """Add noise to the latents of the edited picture, and drop conditions at random (section 3.2.1).
 
     batch: from `encode`, with the random numbers of training/samples.py. null (77, D): hidden states of the
-    empty text. scale: scaling factor of the VAE. alphas: `NoiseSchedule.alphas_cumprod()`. shares: as
-    training.config.DROP. Returns z_in (B, 2C, h, w): noised latents and image condition, concatenated;
-    context (B, 77, D); target (B, C, h, w): what the UNet should predict, the noise or v (see `add_noise`).
+    empty text. scale: scaling factor of the VAE. alphas: `NoiseSchedule.alphas_cumprod()`. shares:
+    probabilities of dropping only the text, both, only the picture. Returns z_in (B, 2C, h, w): noised
+    latents and image condition, concatenated; context (B, 77, D); target (B, C, h, w): the noise or v.
     """
     mean, logvar = batch["after"].chunk(2, dim=1)                                    # (B, C, h, w) each
     latents = scale * (mean + (0.5 * logvar).exp() * batch["posterior"])
     z_image = batch["before"].chunk(2, dim=1)[0]                                     # the mean, not scaled
-    # `drop` in [0, 1) decides on text and image: with DROP, no text below 0.10, no image from 0.05 to 0.15
+    # One number in [0, 1) decides on both. With DROP: no text below 0.10, no picture from 0.05 to 0.15
     drop, (text, both, image) = batch["drop"].view(-1, 1, 1), shares
     context = torch.where(drop < text + both, null, batch["text"])
     z_image = z_image * ~((drop >= text) & (drop < text + both + image))[..., None]
@@ -75,7 +75,7 @@ def loss_weight(timestep: Tensor, alphas: Tensor, gamma: float, prediction_type:
 
 
 def learning_rate(step: int, steps: int, lr: float, warmup: int, cooldown: float) -> float:
-    """Linear warm-up over `warmup` steps, constant, linear to 0 over the last share `cooldown` of steps."""
+    """Linear warm-up over `warmup` steps, constant, linear to 0 over the last fraction `cooldown`."""
     warm = min(1.0, (step + 1) / max(1, warmup))
     cool = min(1.0, (steps - step) / (cooldown * steps)) if cooldown else 1.0
     return lr * warm * cool

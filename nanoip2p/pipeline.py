@@ -38,7 +38,7 @@ class Model:
         """All networks have one device and one dtype. defaults: needs every key of PAPER_DEFAULTS."""
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.schedule, self.defaults, self.tokenizer_folder = schedule, defaults, tokenizer_folder
-        self.device = unet.conv_in.weight.device  # low_memory keeps the networks on the CPU between uses
+        self.device = unet.conv_in.weight.device  # stored, as low_memory moves the networks to the CPU
         self.last_seed: int | list[int] | None = None  # pass it as `seed` to repeat the last call
 
     @classmethod

@@ -3,7 +3,7 @@
     pair_painter = PairPainter(TextToImage.load("weights/nano-sd"), "a red house", "a blue house")
     [(source, edited)] = pair_painter.paint(seeds=[0], shares=[0.5], cfg_text=[3.0])
 
-Both pictures are generated in one batch, from the same noise. In the first share p of the steps, the edited
+Both pictures are generated in one batch from the same noise. In the first fraction p of the steps, the edited
 picture uses the attention maps A = softmax(q k^T / sqrt(d)) of the source (Hertz et al. 2208.01626, section
 3.1). We change the values v, or pick rows of q and k, instead of changing A. So A need not be stored:
 
@@ -13,13 +13,13 @@ picture uses the attention maps A = softmax(q k^T / sqrt(d)) of the source (Hert
                                     A* v = A_src (M diag(a) v) + A_edit (diag(1 - a) v)
     reweight by c (3.2)             (A* diag(c)) v = A* (diag(c) v)
     time windows (3.2)              a_j = 0 while token j is outside the time window of its word
-    local blend (3.2, "local")      attention to a word: A v, with v = 1 at its tokens, else 0; one more call
+    local blend (3.2, "local")      attention to a word: A v, v = 1 at its tokens, else 0; a second call
 
 Modes: "self" injects self-attention in every layer, in both guidance branches, as InstructPix2Pix's own code
 does (section 3.1.2). "cross" injects cross-attention in the branch with caption. "both" is the method of
 Hertz et al.: "cross", plus self-attention in the branch with caption, only in layers of at most 16 x 16
-positions (for latents of 64 x 64). "none" makes two separate runs. The limit of 16 x 16 is that of
-Hertz et al.'s first notebook (second: 32 x 32). The local blend's delay is the second's (first: no delay).
+positions (for latents of 64 x 64). "none" makes two separate runs. Hertz et al. published two notebooks: the
+limit of 16 x 16 is from the first (second: 32 x 32), the delay of the local blend from the second.
 """
 
 import math
@@ -40,7 +40,7 @@ from nanoip2p.tokenizer import WORD_END, Tokenizer
 from nanoip2p.unet import DOWN_TYPES, Attend, Attention, Context, attend, repeat_rows
 
 MODES = ("self", "cross", "both", "none")
-# Local blend, see above: threshold as a share of the heat map's maximum; share of the steps before it begins
+# Local blend: threshold, as a fraction of the heat map's maximum; fraction of the steps before it begins
 BLEND_THRESHOLD, BLEND_FROM = 0.3, 0.2
 
 
@@ -56,10 +56,10 @@ class PairPainter:
         """Encode the texts. inject: one of MODES. Settings that are None take the default of the weights.
 
         reweight {word of `edit`: factor}, for "cross" and "both": scales the attention to a word. windows
-        {word of `edit`: (from, to)}, for "cross" and "both": shares of the steps between which a word uses
-        the source's maps, instead of 0 to p. blend (word of `source`, word of `edit`): change the picture
-        only where attention to either word is high. deep_every: see guidance.make_denoiser. Raises ValueError
-        for unknown words, unusable settings.
+        {word of `edit`: (from, to)}, for "cross" and "both": the part of the steps, in [0, 1], in which a
+        word uses the source's maps, instead of 0 to p. blend (word of `source`, word of `edit`): change the
+        picture only where attention to either word is high. deep_every: see guidance.make_denoiser. Raises
+        ValueError for unknown words or unusable settings.
         """
         if inject not in MODES:
             raise ValueError(f"unknown mode {inject!r} of injection; take one of {', '.join(MODES)}")
@@ -89,8 +89,8 @@ class PairPainter:
         has_text = [DOWN_TYPES[name] for name in painter.unet.config.down_block_types]
         level = len(has_text) - (2 if has_text[:-1] and has_text[-2] else 1)
         self.coarse = [-(-side // 2**level) for side in painter.latent_shape(self.settings["resolution"])[1:]]
-        # Both guidance branches are equal before the first cross-attention, so these layers run once. But not
-        # if mode "both" injects self-attention there, because it injects in one branch only
+        # Both guidance branches are equal before the first cross-attention, so these layers run once, unless
+        # mode "both" injects self-attention there: it injects in one branch only
         self.share_prefix = inject != "both" or any(has_text[:level])
 
     def columns(self, words: list[list[int]]) -> Tensor:
@@ -273,8 +273,8 @@ def token_map(source: list[int], edit: list[int], end: int) -> Tensor:
     (replace) of equal lengths, token i uses the map of source token i. With unequal lengths, each token uses
     the sum of the source maps, divided by the number of edited tokens, so that total attention stays equal.
 
-    The authors' code differs in two cases. After a swap of unequal lengths, a later token j uses the map of
-    source token j. With a shorter edited caption, the first padding tokens use the maps of source words.
+    Hertz et al.'s code differs in two cases. After a swap of unequal lengths, its token j uses the map of
+    source token j. If the edited caption is shorter, its first padding tokens use the maps of source words.
     """
     mapping = torch.zeros(len(edit), len(edit))
     n_source, n_edit = source.index(end) + 1, edit.index(end) + 1

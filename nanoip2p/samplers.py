@@ -34,7 +34,7 @@ def _noise_like(x: Tensor, generator: Generators) -> Tensor:
 
 
 def euler(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = None) -> Tensor:
-    """Euler's method for the probability flow ODE: Karras et al. 2022, algorithm 1 without correction."""
+    """Euler steps of the probability flow ODE: Karras et al. 2022, algorithm 1 without Heun's correction."""
     x = x.float()
     for sigma, sigma_next, _ in sigmas.tolist():
         d = (x - denoise(x, sigma)) / sigma  # dx/dsigma
@@ -99,7 +99,7 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators 
 def boundary(timestep: float | Tensor) -> tuple:
     """c_skip and c_out of a consistency function f(z, t) = c_skip z + c_out z_0(z, t), so that f(z, 0) = z.
 
-    The values are those of LCM (Luo et al. 2310.04378): sigma_data = 0.5, and timesteps count ten times.
+    The values are those of LCM (Luo et al. 2310.04378): sigma_data = 0.5, and timesteps times 10.
     """
     squares = (10 * timestep) ** 2 + 0.5**2
     return 0.5**2 / squares, 10 * timestep / squares**0.5

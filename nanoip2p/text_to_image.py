@@ -56,8 +56,8 @@ class TextToImage(Model):
         captions, cfg_text, images: one for all pictures, or a list with one for each. seed: a list, or one
         number (picture i then uses seed + i), or None for a random seed. `last_seed` keeps the seed.
         steps, cfg_text (s_T; 1 means no guidance), sampler, resolution (in pixels): None takes the default of
-        the weights. images (see pipeline.as_image), strength (share of the steps to take, in (0, 1]): SDEdit,
-        as diffusers' StableDiffusionImg2ImgPipeline, but from the mode of the VAE's posterior, not a sample.
+        the weights. images (see pipeline.as_image), strength (fraction of the steps to take, in (0, 1]):
+        SDEdit, as in StableDiffusionImg2ImgPipeline, but from the mode of the VAE's posterior, not a sample.
         negative: the negative prompt. batch: maximum number of pictures in a forward pass.
         callback(step, latents), deep_every: see Editor.edit. Raises ValueError for unusable settings.
         """
@@ -71,8 +71,8 @@ class TextToImage(Model):
         share = 1 if strength is None else strength
         taken = int(settings["steps"] * share)  # as in diffusers
         if taken < 1 or share > 1:
-            raise ValueError(f"a strength of {strength} cannot be used: it must be at most 1, and make "
-                             f"at least one of the {settings['steps']} steps")
+            raise ValueError(f"a strength of {strength} cannot be used: it must be at most 1, and enough "
+                             f"for one of the {settings['steps']} steps")
         sigmas = levels.sigmas[-taken:]
         text_states = encode_texts(self.text_encoder, self.tokenizer, [negative, *captions])
         parts = [range(len(captions))[i : i + batch] for i in range(0, len(captions), batch)]

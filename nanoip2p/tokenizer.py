@@ -28,7 +28,7 @@ WORD_END = "</w>"
 # A word is a run of letters, one digit, or a run of other characters, as in OpenAI's simple_tokenizer.py
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 ENTITY = re.compile("&#?[0-9A-Za-z]{1,24};")  # of HTML
-# Code of a character -> its replacement. First: 0x80 to 0x9F as in cp1252, ligatures, full-width letters
+# Code point -> its replacement. First: 0x80 to 0x9F as in cp1252, then ligatures and full-width letters
 FOLDED = {code: bytes([code]).decode("cp1252", "ignore") or chr(code) for code in range(0x80, 0xA0)}
 FOLDED |= {code: unicodedata.normalize("NFKC", chr(code)) for code in (
     0x132, 0x133, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), 0x3000, *range(0xFB00, 0xFB07),
@@ -42,10 +42,10 @@ FOLDED |= dict.fromkeys((*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x20
 def clean(text: str) -> str:
     """Replace curly quotes, entities (&amp;), ligatures and full-width letters by plain characters.
 
-    Also drops control characters. OpenAI's tokenizer and the original's transformers 4.19 call ftfy for this.
-    Our table does not depend on installed packages. It gives the result of ftfy 6.3.1, without Unicode NFC. A
-    text with a "<" keeps its entities, as in ftfy. Unlike ftfy, this keeps wrongly decoded text (three
-    letters for one quote), &semi;, and entities in capitals that HTML lacks (&EACUTE;).
+    Also drops control characters. OpenAI's tokenizer, and transformers 4.19 in the original, call ftfy for
+    this. Our table does not depend on installed packages. It gives the result of ftfy 6.3.1 without Unicode
+    NFC. A text with a "<" keeps its entities, as in ftfy. Unlike ftfy, `clean` does not repair mojibake, and
+    keeps &semi; and entities in capitals that HTML lacks (&EACUTE;).
     """
     before, entities = None, "<" not in text
     while before != text:
@@ -69,8 +69,8 @@ class Tokenizer:
     def __call__(self, texts: list[str]) -> Tensor:
         """Texts -> token ids (B, length) int64: start, tokens, end, padding.
 
-        Truncates long texts, with a warning. Raises ValueError for a text that is not valid Unicode, or of
-        more than LONGEST letters, which would take minutes.
+        Truncates long texts, with a warning. Raises ValueError for a text that is not valid Unicode, or has
+        more than LONGEST characters, which would take minutes.
         """
         assert not isinstance(texts, str), "the tokenizer needs a list of texts, not one text"
         return torch.tensor([self._row(text) for text in texts], dtype=torch.int64).reshape(-1, self.length)
@@ -78,7 +78,7 @@ class Tokenizer:
     def prepare(self, text: str) -> str:
         """Clean a text, and write <x> out as <x> <x>_1 ..., see above. ValueError: see __call__."""
         if len(text) > LONGEST:
-            raise ValueError(f"a text has {len(text)} letters, at most {LONGEST} work: {text[:40]!r}…")
+            raise ValueError(f"a text has {len(text)} characters; the limit is {LONGEST}: {text[:40]!r}…")
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -128,7 +128,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             vocab, merges = BPE.read_file(*paths)
         backend = clip_backend(vocab, merges, roles["unk_token"])
         backend.add_tokens([AddedToken(special=True, **token) for token in special])
-    except Exception as error:  # the library checks types and contents, and raises nothing narrower
+    except Exception as error:  # `tokenizers` raises Exception itself for wrong types and contents
         files = "tokenizer.json" if fast else "vocab.json or merges.txt"
         raise ValueError(f"{folder}: {files} is missing or broken: {error}") from None
     missing = {roles[role] for role in ("bos_token", "eos_token", "unk_token")} - vocab.keys()
@@ -193,7 +193,7 @@ def _tokens_by_role(config: dict, path: Path) -> dict[str, dict]:
 
 
 def _token(token, where: str) -> dict:
-    """Config files write a token as a text, or as an object of its text and flags. Returns the latter."""
+    """Config files write a token as a text, or as an object with its text and flags. Returns an object."""
     token = {"content": token} if isinstance(token, str) else checked(token, dict, where)
     return {"content": checked(token.get("content"), str, f"{where}: content")} | {
         flag: checked(token[flag], bool, f"{where}: {flag}") for flag in FLAGS if flag in token}

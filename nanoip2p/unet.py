@@ -98,7 +98,7 @@ class TimeEmbedding(nn.Module):
         self.linear_1, self.linear_2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, 4 * width)
 
     def forward(self, timestep: Tensor | float) -> Tensor:
-        bias = self.linear_1.bias  # speed/cpu.py replaces the weight
+        bias = self.linear_1.bias  # not the weight, which speed/cpu.py replaces
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=bias.device).reshape(-1)
         x = timestep_embedding(timestep, *self.embedding_settings).to(bias.dtype)
         return F.silu(self.linear_2(F.silu(self.linear_1(x))))
@@ -256,7 +256,7 @@ class Level(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predicts the noise in the latents from the timestep and the text."""
+    """Predicts the noise (or v, see diffusion.add_noise) in the latents from the timestep and the text."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -311,8 +311,8 @@ class UNet(nn.Module):
         `project_timesteps`; Karras sigmas have fractional timesteps. context may also be R texts from
         `project_context`; then the noise has R rows. attend: the attention of every layer. recompute:
         gradient checkpointing (Chen et al. 1604.06174), which takes a third more time and much less memory.
-        deep = True: also return the input (R, C, h, w) of the last two blocks in up_blocks. As `deep` of a
-        later step, that input replaces all that is below these blocks, see guidance.make_denoiser.
+        deep = True: also return the input (R, C, h, w) of the last two blocks in up_blocks. Given as `deep`
+        in a later step, it replaces the run of all deeper blocks, see guidance.make_denoiser.
         """
         assert isinstance(context, Projected) or len(context) == len(latents), "one text for each row"
         time = timestep if isinstance(timestep, dict) else self.time_embedding(timestep)    # (B, 4 C_0)

@@ -211,7 +211,7 @@ FAULTS = {
     "colours": ("vae/config.json", put("in_channels", 4), "pictures have 4 and 3 colours, not 3"),
     "noise": ("scheduler/scheduler_config.json", put("beta_start", 2.0), "beta_start = 2.0 should be"),
     "timesteps": ("scheduler/scheduler_config.json", put("num_train_timesteps", 10**9), "1 to 100000"),
-    "no signal": ("scheduler/scheduler_config.json", put("beta_end", 0.999), "leave no signal"),
+    "no signal": ("scheduler/scheduler_config.json", put("beta_end", 0.999), "the signal at the last of"),
     "nested": ("vae/config.json", put("act_fn", [[["silu"]]]), "is not supported, only 'silu'"),
     "tokens": ("tokenizer/tokenizer_config.json", put("model_max_length", 90), "makes 90 tokens .* reads 77"),
 }

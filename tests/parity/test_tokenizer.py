@@ -257,7 +257,7 @@ def test_dropped_text_is_quoted(nano):
 
 
 def test_a_text_of_ten_megabytes_is_refused_at_once(nano):
-    with pytest.raises(ValueError, match="has 10000000 letters, at most 10000 work: 'aaaa") as caught:
+    with pytest.raises(ValueError, match="has 10000000 characters; the limit is 10000: 'aaaa") as caught:
         load_tokenizer(nano)(["a" * 10**7])
     assert len(str(caught.value)) < 200
     with pytest.warns(UserWarning, match="do not fit"):

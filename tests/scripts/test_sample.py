@@ -356,7 +356,7 @@ WRONG = {
     "dashes": (one("--edit=--"), "--edit=--: -- cannot be a value"),
     "no output": (one(output=""), "not given: --output"),
     "large": (one("--resolution", "10001"), "'10001' is not a whole number from 1 to 10,000"),
-    "a long text": (one("--negative", "x" * 10_001), "a text has 10001 letters, at most 10000 work"),
+    "a long text": (one("--negative", "x" * 10_001), "a text has 10001 characters; the limit is 10000"),
     "bytes": (["--input", "house.png", "--edit", "\udcff", "--output", "o.png"], "not valid Unicode"),
     "jpg": (one(output="out.jpg"), "should end in .png"),
     "many to one": (["--input", "house.png", "boat.png", "--edit", "x", "--output", "o.png"], "2 inputs"),
