@@ -214,8 +214,9 @@ def run_pair(args: argparse.Namespace) -> None:
     from nanoip2p import TextToImage
     from nanoip2p.checkpoint import load, lora, tensors
     from nanoip2p.common.device import pick_device, pick_dtype
+    from nanoip2p.common.grids import grid
     from nanoip2p.dataset.show import draw_heatmaps
-    from nanoip2p.images import grid, save_png
+    from nanoip2p.images import save_png
     from nanoip2p.prompt_to_prompt import PairPainter
     checkpoint = load.open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
     device = pick_device(args.device)

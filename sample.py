@@ -206,8 +206,8 @@ def load_editor(settings: Settings) -> tuple:
 def run(settings: Settings, problems: list[str]) -> None:
     """Check all inputs and outputs, edit, write each batch when finished. `problems`: see leave_out."""
     torch = cli.import_torch()
-    from nanoip2p.editing.pictures import SWEEP_EDITS, draw_grid, edit_all, leave_out, nano_notes
-    from nanoip2p.images import find_images, fit_size, open_image, save_png
+    from nanoip2p.editing.pictures import SWEEP_EDITS, draw_grid, edit_all, find_images, leave_out, nano_notes
+    from nanoip2p.images import fit_size, open_image, save_png
     from nanoip2p.speed.fast import speed_up
     inputs = find_images(settings.input)
     pictures = plan_pictures(settings, inputs)

@@ -9,12 +9,13 @@ from contextlib import contextmanager
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from nanoip2p.diffusion import plan
 from nanoip2p.guidance import guided_denoiser
 from nanoip2p.images import fit, fit_size, to_tensor
+from nanoip2p.masks import fit_mask, keep_outside
 from nanoip2p.pipeline import Callback, Model, as_image, encode_texts, reporting, same_size
 from nanoip2p.samplers import SAMPLERS, draw_noise
 
@@ -27,7 +28,8 @@ class Editor(Model):
         self, images, instructions: str | list[str], steps: int | None = None, cfg_text: float | None = None,
         cfg_image: float | None = None, seed: int | list[int] | None = None, sampler: str | None = None,
         resolution: int | None = None, negative: str = "", low_memory: bool = False, progress: bool = False,
-        batch: int = 8, callback: Callback | None = None, deep_every: int = 1,
+        batch: int = 8, callback: Callback | None = None, deep_every: int = 1, masks=None,
+        mask_blur: float = 0,
     ) -> Image.Image | list[Image.Image]:
         """Edit pictures by instruction. Returns a list of RGB pictures, or one if no argument is a list.
 
@@ -44,45 +46,53 @@ class Editor(Model):
         encode and decode large pictures in tiles.
         callback(step, latents): called at each step of a batch; step restarts at 0 for each batch. latents
         (B, C, h, w) are the current estimate of the edited pictures; `decode` turns them into pictures.
-        deep_every: see make_denoiser. Raises ValueError for settings, pictures or types that cannot be used.
+        deep_every: see make_denoiser.
+        masks: where to edit, one or a list; see fit_mask. mask_blur: the radius that blurs a mask, in pixels.
+        Raises ValueError for settings, pictures or types that cannot be used.
         """
         settings = self.fill_defaults({"steps": steps, "cfg_text": cfg_text, "cfg_image": cfg_image,
                                        "sampler": sampler, "resolution": resolution})
         levels = plan(self.schedule, settings["sampler"], settings["steps"])
-        single, (images, instructions, seeds) = self._requests(seed, images=images, instructions=instructions)
-        keys, pixels = [id(image) for image in images], {}  # encode each picture only once
-        for key, image in dict(zip(keys, images)).items():
-            image = as_image(image)
-            size = fit_size(*image.size, settings["resolution"], self.multiple)
-            pixels[key] = to_tensor(fit(image, size))                                   # (3, H, W)
+        single, (images, instructions, masks, seeds) = self._requests(
+            seed, images=images, instructions=instructions, masks=masks)
+        keys = [id(image) for image in images]  # open and encode each picture only once
+        opened = {key: as_image(image) for key, image in dict(zip(keys, images)).items()}
+        fitted = {key: fit(image, fit_size(*image.size, settings["resolution"], self.multiple))
+                  for key, image in opened.items()}                                     # size (W, H)
+        masks = [fit_mask(mask, opened[key], fitted[key].size, mask_blur) for key, mask in zip(keys, masks)]
         for network in (self.unet, self.vae) if low_memory else ():
             network.to("cpu")
         with self._on_device(self.text_encoder, low_memory):
             text_states = encode_texts(self.text_encoder, self.tokenizer, [negative, *instructions])
-        groups, z_images, edited = same_size([pixels[key].shape for key in keys], batch), {}, {}
+        groups, z_images, edited = same_size([fitted[key].size for key in keys], batch), {}, {}
         with tqdm(total=settings["steps"] * len(groups), disable=not progress, unit="step") as bar:
             for group in groups:
-                new = [key for key in dict.fromkeys(keys[i] for i in group) if key not in z_images]
-                if new:
-                    x = torch.stack([pixels[key] for key in new]).to(self.unet.conv_in.weight.dtype)
-                    x = x.to(self.device)                                               # (N, 3, H, W)
-                    with self._on_device(self.vae, low_memory):  # the mode of the VAE's posterior, unscaled
-                        mode = self.vae.encode_low_memory(x) if low_memory else self.vae.encode(x)[0]
-                    z_images |= zip(new, mode)
-                z_image = torch.stack([z_images[keys[i]] for i in group])               # (B, C, h, w)
+                z_image = self._encode([keys[i] for i in group], fitted, z_images, low_memory)
                 context = torch.stack([text_states[instructions[i]] for i in group])    # (B, T, D)
                 generators = [torch.Generator().manual_seed(seeds[i]) for i in group]
-                noise = draw_noise(z_image.shape, generators).to(self.device)
+                x = levels.start_scale * draw_noise(z_image.shape, generators).to(self.device)
                 with self._on_device(self.unet, low_memory):
                     denoise = guided_denoiser(
                         self.unet, levels, z_image, context, text_states[negative].expand_as(context),
                         settings["cfg_text"], settings["cfg_image"], low_memory, deep_every)
-                    z = SAMPLERS[settings["sampler"]](
-                        reporting(denoise, bar, callback), levels.start_scale * noise, levels.sigmas,
-                        generators)
+                    z_kept = z_image * self.vae.scaling_factor
+                    denoise, x = keep_outside(denoise, x, z_kept, [masks[i] for i in group])
+                    sampler = SAMPLERS[settings["sampler"]]
+                    z = sampler(reporting(denoise, bar, callback), x, levels.sigmas, generators)
                 with self._on_device(self.vae, low_memory):
                     edited |= zip(group, self.decode(z, low_memory))
-        return edited[0] if single else [edited[i] for i in range(len(images))]
+        edited = [Image.composite(edited[i], fitted[key], mask) if mask else edited[i]
+                  for i, (key, mask) in enumerate(zip(keys, masks))]
+        return edited[0] if single else edited
+
+    def _encode(self, keys: list[int], images: dict, known: dict, low_memory: bool) -> Tensor:
+        """The modes of the VAE's posterior (B, C, h, w), unscaled, of pictures of one size. Fills `known`."""
+        if new := [key for key in dict.fromkeys(keys) if key not in known]:
+            x = torch.stack([to_tensor(images[key]) for key in new]).to(self.unet.conv_in.weight.dtype)
+            with self._on_device(self.vae, low_memory):
+                encode = self.vae.encode_low_memory if low_memory else lambda x: self.vae.encode(x)[0]
+                known |= zip(new, encode(x.to(self.device)))                            # (N, 3, H, W)
+        return torch.stack([known[key] for key in keys])
 
     @contextmanager
     def _on_device(self, network: nn.Module, low_memory: bool):

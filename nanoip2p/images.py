@@ -1,17 +1,14 @@
 """Reading and writing pictures: file -> RGB -> tensor in [-1, 1] -> PNG with its recipe (settings) inside."""
 
 import contextlib
-import glob
 import json
-import os
-import textwrap
 import warnings
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from nanoip2p.common.colours import scale_transparent_colour, to_rgb
@@ -21,12 +18,8 @@ from nanoip2p.common.web_ui import web_text
 MAX_MEGAPIXELS = 100  # 300 MB as RGB; protects against decompression bombs
 # open_image reads no others: Pillow would start Ghostscript for a PostScript file named x.png
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
-SUFFIXES = {".avif", ".heic", ".heif", ".hif"}  # found even if Pillow cannot read them: open_image says so
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's Orientation -> Image.Transpose
 RECIPE_KEY = "nanoip2p"  # key of the PNG text chunk that holds the recipe
-LABEL_WIDTH = 192  # pixels; a grid enlarges narrower pictures so that their labels fit
-LABEL_SIZE, LABEL_LETTERS = 14, 200  # font size in pixels; maximum number of characters
-GAP = 8  # pixels between the pictures of a grid
 with contextlib.suppress(ImportError):  # HEIC: pip install pillow-heif
     import pillow_heif
     pillow_heif.register_heif_opener()
@@ -34,26 +27,6 @@ with contextlib.suppress(ImportError):  # HEIC: pip install pillow-heif
 
 class NotFinite(ValueError):
     """A picture came out as NaN or infinity."""
-
-
-def find_images(patterns: list[str]) -> list[str]:
-    """Files, globs and folders -> paths without duplicates, sorted within each folder or glob.
-
-    A folder stands for its files with a suffix of FORMATS, without hidden ones such as macOS's ._a.png.
-    Raises ValueError for a pattern without a match. Does not open the files; open_image checks them.
-    """
-    found, extensions = [], Image.registered_extensions()
-    suffixes = SUFFIXES | {suffix for suffix, name in extensions.items() if name in FORMATS}
-    for pattern in patterns:
-        if os.path.isdir(pattern):
-            paths = sorted(str(path) for path in Path(pattern).iterdir()
-                           if path.suffix.lower() in suffixes and path.name[0] != "." and path.is_file())
-        else:
-            paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-        if not paths:
-            raise ValueError(f"there is no picture at {pattern}")
-        found += paths
-    return list(dict.fromkeys(found))
 
 
 def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image:
@@ -125,40 +98,6 @@ def to_pil(tensor: Tensor) -> Image.Image:
         raise NotFinite("the picture came out as NaN or infinity; try --dtype bf16 or fp32")
     pixels = (tensor.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
-
-
-def grid(rows: list[list[Image.Image]], labels: list[list[str]]) -> Image.Image:
-    """Draw rows of pictures of any sizes, with a label below each. Enlarges narrow pictures."""
-    font, line_height = ImageFont.load_default(LABEL_SIZE), LABEL_SIZE + 4
-    rows = [[ImageOps.scale(image, max(1, -(-LABEL_WIDTH // image.width)), Image.Resampling.LANCZOS)
-             for image in row] for row in rows]
-    widths = [max(row[i].width for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
-    wrapped = [[_wrap(label, width, font) for label, width in zip(row, widths)] for row in labels]
-    heights = [max(image.height for image in row) for row in rows]
-    text_heights = [max(map(len, row)) * line_height for row in wrapped]
-    size = sum(widths) + GAP * (len(widths) + 1), sum(heights + text_heights) + GAP * (len(rows) + 1)
-    canvas = Image.new("RGB", size, "white")
-    draw, y = ImageDraw.Draw(canvas), GAP
-    for row, texts, height, text_height in zip(rows, wrapped, heights, text_heights):
-        x = GAP
-        for image, lines, width in zip(row, texts, widths):
-            canvas.paste(image, (x + (width - image.width) // 2, y))
-            for i, line in enumerate(lines):
-                left = x + (width - draw.textlength(line, font=font)) / 2
-                draw.text((left, y + height + i * line_height), line, fill="black", font=font)
-            x += width + GAP
-        y += height + text_height + GAP
-    return canvas
-
-
-def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
-    """Wrap a label into lines of at most `width` pixels. Truncates it to LABEL_LETTERS characters."""
-    text = text if len(text) <= LABEL_LETTERS else text[: LABEL_LETTERS - 1] + "…"
-    for columns in range(max(len(text), 1), 0, -1):
-        lines = textwrap.wrap(text, columns) or [""]
-        if all(font.getlength(line) <= width for line in lines):
-            break
-    return lines
 
 
 def save_png(image: Image.Image, path: str | Path, recipe: dict, web: bool = False) -> None:

@@ -10,9 +10,10 @@ from tqdm import tqdm
 
 from nanoip2p.clip_filter import SIMILARITIES, Thresholds
 from nanoip2p.common.files import inside, read_json, read_rows, tidy
+from nanoip2p.common.grids import grid
 from nanoip2p.common.schema import checked, checked_rows
 from nanoip2p.dataset.pairs import prompt_folders
-from nanoip2p.images import grid, open_image
+from nanoip2p.images import open_image
 from nanoip2p.prompt_to_prompt import PairPainter, split_words
 
 SCORE_NAMES = dict(zip(SIMILARITIES, ("caption before", "caption after", "direction", "pictures")))

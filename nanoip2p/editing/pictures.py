@@ -1,15 +1,19 @@
 """Make pictures as sample.py has planned them: `Settings` with one input, one seed, and an edit or turns."""
 
+import glob
+import os
 import sys
 from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
 from nanoip2p.common.cli import one_line
+from nanoip2p.common.grids import grid
 from nanoip2p.editor import Editor
-from nanoip2p.images import NotFinite, fit, grid, open_image
+from nanoip2p.images import FORMATS, NotFinite, fit, open_image
 from nanoip2p.pipeline import same_size
 from nanoip2p.world import scenes
 
@@ -17,8 +21,29 @@ from nanoip2p.world import scenes
 SWEEP_FACTORS = (0.4, 0.7, 1, 1.3, 1.6)      # multiply cfg_text
 SWEEP_STEPS = (-0.5, -0.25, 0, 0.25, 0.5)    # added to cfg_image
 SWEEP_EDITS = len(SWEEP_FACTORS) * len(SWEEP_STEPS)
+SUFFIXES = {".avif", ".heic", ".heif", ".hif"}  # found even if Pillow cannot read them: open_image says so
 # `nano_notes`: resolution and maximum vocabulary of nano weights; pictures with a side above PHOTO get a note
 NANO_RESOLUTION, NANO_VOCABULARY, PHOTO = 64, 1000, 256
+
+
+def find_images(patterns: list[str]) -> list[str]:
+    """Files, globs and folders -> paths without duplicates, sorted within each folder or glob.
+
+    A folder stands for its files with a suffix of FORMATS, without hidden ones such as macOS's ._a.png.
+    Raises ValueError for a pattern without a match. Does not open the files; open_image checks them.
+    """
+    found, extensions = [], Image.registered_extensions()
+    suffixes = SUFFIXES | {suffix for suffix, name in extensions.items() if name in FORMATS}
+    for pattern in patterns:
+        if os.path.isdir(pattern):
+            paths = sorted(str(path) for path in Path(pattern).iterdir()
+                           if path.suffix.lower() in suffixes and path.name[0] != "." and path.is_file())
+        else:
+            paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        if not paths:
+            raise ValueError(f"there is no picture at {pattern}")
+        found += paths
+    return list(dict.fromkeys(found))
 
 
 def leave_out(error: ValueError, path: str, problems: list[str], of: int) -> None:

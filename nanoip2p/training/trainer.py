@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from nanoip2p.checkpoint.lora import file_hash, write_lora
 from nanoip2p.checkpoint.save import save_parts
 from nanoip2p.checkpoint.tensors import DTYPES, check_tensors, fingerprint, read_tensors
+from nanoip2p.common.grids import grid
 from nanoip2p.dataset.layouts import Item, load_picture
-from nanoip2p.images import grid
 from nanoip2p.objective import encode, learning_rate, loss_weight, model_input, prediction_losses
 from nanoip2p.pipeline import Model, encode_texts
 from nanoip2p.training import low_rank

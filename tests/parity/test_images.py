@@ -15,12 +15,12 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from nanoip2p.common import web_ui
+from nanoip2p.common.grids import grid
+from nanoip2p.editing.pictures import find_images
 from nanoip2p.images import (
     FORMATS,
-    find_images,
     fit,
     fit_size,
-    grid,
     open_image,
     read_recipe,
     save_png,

@@ -10,9 +10,9 @@ from tiny_editor import write_tiny_editor
 import make_dataset
 from nanoip2p.checkpoint.lora import write_lora
 from nanoip2p.common import device
+from nanoip2p.common.grids import grid
 from nanoip2p.dataset import show
 from nanoip2p.diffusion import NoiseSchedule
-from nanoip2p.images import grid
 from nanoip2p.prompt_to_prompt import PairPainter
 from nanoip2p.text_to_image import TextToImage
 

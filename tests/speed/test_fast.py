@@ -99,7 +99,8 @@ def test_winograd_equals_convolution(size, channels, rows, layout):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype, channels, tile", [
-    (torch.float32, 320, 4), (torch.float32, 321, 2), (torch.bfloat16, 320, 2), (torch.float16, 8, 2)], ids=str)
+    (torch.float32, 320, 4), (torch.float32, 321, 2), (torch.bfloat16, 320, 2), (torch.float16, 8, 2)],
+    ids=str)
 def test_large_tiles_of_winograd(dtype, channels, tile):
     """Their weights are 4 times the plain ones, not 16/9, and they lose a digit that half precision needs."""
     layer = Winograd(nn.Conv2d(channels, 640, 3, padding=1, dtype=dtype, device="cpu"))

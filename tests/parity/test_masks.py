@@ -1,0 +1,151 @@
+"""Edits inside a mask: against a plain loop of blended latent diffusion, and against edits without a mask."""
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_editor import write_tiny_editor
+
+from nanoip2p.diffusion import NoiseSchedule, plan
+from nanoip2p.editor import Editor
+from nanoip2p.images import fit
+from nanoip2p.masks import fit_mask, keep_outside
+from nanoip2p.samplers import SAMPLERS, draw_noise
+
+
+@pytest.fixture(scope="module")
+def editor(tmp_path_factory):
+    return Editor.load(write_tiny_editor(tmp_path_factory.mktemp("weights") / "tiny"), device="cpu")
+
+
+def picture(width, height, seed):
+    low = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(low).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def left_half(width, height, mode="L"):
+    mask = Image.new("L", (width, height), 0)
+    mask.paste(255, (0, 0, width // 2, height))
+    return mask.convert(mode)
+
+
+def pixels(image):
+    return np.asarray(image, dtype=int)
+
+
+def case(rows=2):
+    """A denoiser that reacts to all of x, latents to keep, noise, and masks of 2 x 2 pixels a latent."""
+    generator = torch.Generator().manual_seed(0)
+    z_kept, target = (torch.randn(rows, 4, 6, 8, generator=generator) for _ in range(2))
+
+    def denoise(x, sigma):
+        return target + 0.3 * torch.tanh(x.roll(1, 3) / (1 + sigma)) + 0.1 * x.mean() / (1 + sigma)
+
+    masks = [left_half(16, 12), Image.new("L", (16, 12), 0)][:rows]
+    masks[-1].paste(255, (5, 3, 6, 4))  # one pixel, so one latent
+    inside = torch.zeros(rows, 1, 6, 8, dtype=torch.bool)
+    inside[0, :, :, :4] = True
+    inside[rows - 1, 0, 1, 2] = True
+    return denoise, z_kept, draw_noise(z_kept.shape, generator), masks, inside
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral"])
+def test_equals_a_plain_loop_that_replaces_the_latents_in_each_step(sampler):
+    """Avrahami et al. 2206.02779, algorithm 1: outside, x is the input with noise of the step's sigma."""
+    denoise, z_kept, noise, masks, inside = case()
+    sigmas = plan(NoiseSchedule(), sampler, 7).sigmas
+    blended, x = keep_outside(denoise, sigmas[0, 0] * noise, z_kept, masks)
+    made = SAMPLERS[sampler](blended, x, sigmas, torch.Generator().manual_seed(5))
+    generator, x = torch.Generator().manual_seed(5), sigmas[0, 0] * noise
+    eps = noise  # of the latents outside
+    for sigma, after, _ in sigmas.tolist():
+        x = torch.where(inside, x, z_kept + sigma * eps)
+        up = (after**2 * (sigma**2 - after**2) / sigma**2) ** 0.5 if sampler == "euler_ancestral" else 0
+        down = (after**2 - up**2) ** 0.5
+        x = x + (x - denoise(x, sigma)) / sigma * (down - sigma)
+        if up:
+            fresh = draw_noise(x.shape, generator)
+            x, eps = x + up * fresh, (down * eps + up * fresh) / after
+    x = torch.where(inside, x, z_kept)
+    assert (made - x).abs().max() < 1e-5
+    assert (made - SAMPLERS[sampler](denoise, sigmas[0, 0] * noise, sigmas)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_ends_with_the_kept_latents_outside(sampler):
+    denoise, z_kept, noise, masks, inside = case()
+    levels = plan(replace(NoiseSchedule(), final_sigmas_type="zero", set_alpha_to_one=True), sampler, 5)
+    blended, x = keep_outside(denoise, levels.start_scale * noise, z_kept, masks)
+    seen = []
+
+    def watched(x, sigma):
+        seen.append(((x - z_kept)[~inside.expand_as(x)] / sigma).std().item())
+        return blended(x, sigma)
+
+    made = SAMPLERS[sampler](watched, x, levels.sigmas, torch.Generator().manual_seed(5))
+    outside = ~inside.expand_as(made)
+    assert (made - z_kept)[outside].abs().max() < 2e-3 and (made - z_kept)[~outside].abs().max() > 0.5
+    assert all(0.9 < spread < 1.15 for spread in seen), f"noise over sigma in each step: {seen}"
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_pixels_outside_are_those_of_the_input(editor, sampler, low_memory):
+    """In a batch with a picture of another mask, and one without: each as if alone."""
+    image = picture(70, 41, 1)
+    given = dict(steps=3, seed=3, sampler=sampler, resolution=64, low_memory=low_memory)
+    edit = partial(editor.edit, [image] * 3, "make it night", **given)
+    plain, half = edit(), left_half(35, 50)
+    masked = edit(masks=[half, None, Image.new("L", (9, 9), 255)])
+    assert masked[1] == plain[1] and masked[2] == plain[2]
+    before, after, without = (pixels(one) for one in (fit(image, masked[0].size), masked[0], plain[0]))
+    right = masked[0].width // 2 + 3  # the mask was stretched, so its edge is soft
+    assert (after[:, right:] == before[:, right:]).all()
+    assert (without[:, right:] != before[:, right:]).mean() > 0.5
+    assert (after[:, : right - 6] != before[:, : right - 6]).mean() > 0.5
+
+
+def test_a_picture_of_the_right_size_keeps_its_own_pixels(editor):
+    """Also beside the mask's edge, where a latent is half inside; with a blur, only far from the edge."""
+    image, mask = picture(64, 64, 2), Image.new("L", (64, 64), 0)
+    mask.paste(255, (11, 13, 30, 31))
+    white = np.asarray(mask) > 0
+    sharp, blurred = (editor.edit(image, "make it night", steps=2, seed=1, resolution=64, masks=mask,
+                                  mask_blur=blur) for blur in (0, 3))
+    changed = np.abs(pixels(sharp) - pixels(image)).max(-1) > 0
+    assert not changed[~white].any() and changed[white].mean() > 0.9
+    changed = np.abs(pixels(blurred) - pixels(image)).max(-1) > 0
+    assert changed[~white].any() and not changed[48:].any() and not changed[:, 48:].any()
+
+
+@pytest.mark.parametrize("mask", [
+    left_half(64, 64), left_half(10, 30), left_half(64, 64, "RGB"), left_half(64, 64, "1"),
+    left_half(64, 64, "P"), left_half(64, 64, "LA"), np.asarray(left_half(64, 64)),
+    np.asarray(left_half(64, 64)) > 0, np.asarray(left_half(64, 64, "RGB")) / 255.0], ids=repr)
+def test_masks_of_any_size_and_type(mask):
+    made = np.asarray(fit_mask(mask, picture(64, 64, 0), (64, 64)))
+    assert (made[:, :28] == 255).all() and (made[:, 36:] == 0).all()
+
+
+def test_a_mask_is_fitted_as_its_picture():
+    """Scaled and cropped alike, so that both stay aligned."""
+    image = picture(200, 100, 0)
+    mask = Image.new("L", (50, 50), 0)
+    mask.paste(255, (0, 0, 10, 50))  # the left fifth; a square result shows from a quarter on
+    with pytest.raises(ValueError, match="no white"):
+        fit_mask(mask, image, (64, 64))
+    mask.paste(255, (0, 0, 25, 50))
+    made = np.asarray(fit_mask(mask, image, (64, 64)))
+    assert (made[:, :30] == 255).all() and (made[:, 34:] == 0).all()
+    assert fit_mask(None, image, (64, 64)) is None
+
+
+@pytest.mark.parametrize("masks, message", [
+    (Image.new("L", (8, 8), 100), "no white"), ([left_half(8, 8)] * 2, "2 masks"), (7, "int"),
+    (np.zeros((2, 3, 4, 5)), "ndarray")], ids=str)
+def test_unusable_masks(editor, masks, message):
+    with pytest.raises(ValueError, match=message):
+        editor.edit([picture(64, 64, 0)], ["make it night"], steps=1, masks=masks)
