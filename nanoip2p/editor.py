@@ -62,16 +62,16 @@ class Editor(Model):
         masks = [fit_mask(mask, opened[key], fitted[key].size, mask_blur) for key, mask in zip(keys, masks)]
         for network in (self.unet, self.vae) if low_memory else ():
             network.to("cpu")
-        with self._on_device(self.text_encoder, low_memory):
+        with self.on_device(self.text_encoder, low_memory):
             text_states = encode_texts(self.text_encoder, self.tokenizer, [negative, *instructions])
         groups, z_images, edited = same_size([fitted[key].size for key in keys], batch), {}, {}
         with tqdm(total=settings["steps"] * len(groups), disable=not progress, unit="step") as bar:
             for group in groups:
-                z_image = self._encode([keys[i] for i in group], fitted, z_images, low_memory)
+                z_image = self.encode([keys[i] for i in group], fitted, z_images, low_memory)
                 context = torch.stack([text_states[instructions[i]] for i in group])    # (B, T, D)
                 generators = [torch.Generator().manual_seed(seeds[i]) for i in group]
                 x = levels.start_scale * draw_noise(z_image.shape, generators).to(self.device)
-                with self._on_device(self.unet, low_memory):
+                with self.on_device(self.unet, low_memory):
                     denoise = guided_denoiser(
                         self.unet, levels, z_image, context, text_states[negative].expand_as(context),
                         settings["cfg_text"], settings["cfg_image"], low_memory, deep_every)
@@ -79,23 +79,23 @@ class Editor(Model):
                     denoise, x = keep_outside(denoise, x, z_kept, [masks[i] for i in group])
                     sampler = SAMPLERS[settings["sampler"]]
                     z = sampler(reporting(denoise, bar, callback), x, levels.sigmas, generators)
-                with self._on_device(self.vae, low_memory):
+                with self.on_device(self.vae, low_memory):
                     edited |= zip(group, self.decode(z, low_memory))
         edited = [Image.composite(edited[i], fitted[key], mask) if mask else edited[i]
                   for i, (key, mask) in enumerate(zip(keys, masks))]
         return edited[0] if single else edited
 
-    def _encode(self, keys: list[int], images: dict, known: dict, low_memory: bool) -> Tensor:
+    def encode(self, keys: list[int], images: dict, known: dict, low_memory: bool) -> Tensor:
         """The modes of the VAE's posterior (B, C, h, w), unscaled, of pictures of one size. Fills `known`."""
         if new := [key for key in dict.fromkeys(keys) if key not in known]:
             x = torch.stack([to_tensor(images[key]) for key in new]).to(self.unet.conv_in.weight.dtype)
-            with self._on_device(self.vae, low_memory):
+            with self.on_device(self.vae, low_memory):
                 encode = self.vae.encode_low_memory if low_memory else lambda x: self.vae.encode(x)[0]
                 known |= zip(new, encode(x.to(self.device)))                            # (N, 3, H, W)
         return torch.stack([known[key] for key in keys])
 
     @contextmanager
-    def _on_device(self, network: nn.Module, low_memory: bool):
+    def on_device(self, network: nn.Module, low_memory: bool):
         """Move the network to the device for a `with` block. low_memory: then move it back to the CPU."""
         if next(network.parameters()).device != self.device:  # `to` takes milliseconds: it visits each weight
             network.to(self.device)
