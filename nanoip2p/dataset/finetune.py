@@ -4,6 +4,7 @@ The original fine-tuned a completion model, with a delimiter after each text. A 
 delimiter between instruction and edited caption.
 """
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -45,11 +46,16 @@ def start(chats: Path, model: str, epochs: int) -> str:
     Raises ValueError if the server refuses.
     """
     content, client = regular(chats).read_bytes(), chat.connect(total=UPLOAD)
+    method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": epochs}}}
+
+    async def upload_and_start() -> dict:
+        async with client:
+            file = await chat.ask(client.files, file=(chats.name, content), purpose="fine-tune")
+            return await chat.ask(client.fine_tuning.jobs, model=model, training_file=identity(file),
+                                  method=method)
+
     try:
-        file = chat.ask(client.files, file=(chats.name, content), purpose="fine-tune")
-        method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": epochs}}}
-        job = chat.ask(client.fine_tuning.jobs, model=model, training_file=identity(file), method=method)
-        return identity(job)
+        return identity(asyncio.run(upload_and_start()))
     except openai.APIError as error:
         raise ValueError(chat.explain(error, client)) from None
 
