@@ -43,14 +43,15 @@ class OverBudget(Exception):
 
 
 def read_captions(path: Path, column: str | None = None) -> tuple[list[str], int]:
-    """Read .txt (one caption per line), .jsonl or .csv. Returns "caption TAB url" lines, and how many repeat.
+    """Read .txt (one caption per line), .jsonl or .csv.
 
-    column: the key or column of the caption. Skips empty captions. Skips and counts repeats: rows with the
-    caption or URL of an earlier row. Raises ValueError for a row without a text under that key.
+    Returns lines of the form "caption TAB url", and the number of repeats. column: the key or column of the
+    caption. Skips empty captions, and repeats: rows with the caption or URL of an earlier row. Raises
+    ValueError for a row without a text under that key.
     """
     keys = (column,) if column else ("input", "caption")
     captions, repeats = [], 0
-    known = set()  # of hashes, not texts: of 10^6, two are equal with probability 10^-8
+    known = set()  # hashes take less memory than texts. Among 10^6, two are equal with probability 10^-8
     for number, row in files.read_rows(path):
         text = next((row[key] for key in keys if key in row), None)
         if not isinstance(text, str):
@@ -99,7 +100,7 @@ class Job:
         self.client, self.settings, self.todo, self.out, self.bar = client, settings, todo, out, bar
         self.counts, self.used = Counter(), Counter()  # outcomes; input and output tokens
         self.reserved = 0    # upper bound on the tokens of the open requests
-        self.shared = 0      # input tokens of the first request: an upper bound for those of the examples
+        self.shared = 0      # input tokens of the first request: an upper bound on prompt and examples
         self.failures = 0    # number of captions in a row without an answer
         self.problem: Exception | None = None  # the error that ends the run
         self.interrupted = False  # by Ctrl-C or SIGTERM
@@ -120,8 +121,8 @@ class Job:
             loop.add_signal_handler(number, stop)
         async with self.client:
             with suppress(asyncio.CancelledError):
-                for most, n in ((1, 1), (len(self.todo), self.settings.concurrency)):
-                    await asyncio.gather(*(self.work(most) for _ in range(n)))
+                await self.work(1)
+                await asyncio.gather(*(self.work(len(self.todo)) for _ in range(self.settings.concurrency)))
 
     async def work(self, most: int) -> None:
         """Process at most `most` captions, one after another. Returns early when the run has to stop."""
@@ -131,7 +132,7 @@ class Job:
             line = self.todo.popleft()
             try:
                 await self.ask(row_of(line))
-            except OverBudget:  # put it back: open requests may use fewer tokens than reserved
+            except OverBudget:  # the other tasks may take it: open requests can use less than reserved
                 self.todo.appendleft(line)
                 return
             except openai.APIError as error:

@@ -31,7 +31,7 @@ class Client(openai.DefaultAsyncHttpxClient):
     """An HTTP client that limits the size and the total time of an answer, and never changes the host."""
 
     def __init__(self, seconds: float):
-        # A compressed answer could grow a thousandfold
+        # "identity" means no compression: a compressed answer could grow a thousandfold
         super().__init__(event_hooks={"request": [self.check_host], "response": [self.limit_size]},
                          headers={"Accept-Encoding": "identity"})
         self.seconds, self.home = seconds, None
@@ -94,7 +94,8 @@ async def ask(resource, **request) -> dict:
 def connect(timeout: float = Settings.timeout, total: float | None = None) -> AsyncOpenAI:
     """Make the client. Raises ValueError for a missing key or an invalid OPENAI_BASE_URL.
 
-    timeout: seconds of silence. total: seconds from the request to the end of its answer; default: timeout.
+    timeout: seconds without a byte. total: seconds from the request to the end of its answer (default:
+    timeout).
     """
     try:
         client = AsyncOpenAI(max_retries=SERVER_RETRIES, timeout=timeout,
@@ -128,7 +129,7 @@ def read_answer(reply: dict, caption: str) -> tuple[str, str]:
         if message.get("refusal") or choice.get("finish_reason") == "content_filter":
             raise Unusable("refused")
         content = checked(message.get("content"), str, "content")
-        if choice.get("finish_reason") == "length":  # cut off, although a fine-tuned model's text would parse
+        if choice.get("finish_reason") == "length":  # cut off; without JSON, no parser would notice
             raise ValueError
         if DELIMITER in content:  # never in JSON: its strings have no line breaks
             edit, output = map(tidy, content.split(DELIMITER))

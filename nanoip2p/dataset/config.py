@@ -22,7 +22,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class PairSettings:
-    """Names and defaults follow the original's generate_img_dataset.py. ValueError if invalid."""
+    """How to make and choose pairs, with the names and defaults of the original's generate_img_dataset.py.
+
+    Raises ValueError for an invalid setting.
+    """
 
     n_samples: int = flag("number of candidates", 100, type=at_least(1), group="candidates of each prompt")
     early_stop: int = flag("stop after N passing candidates; 0: never", 0, type=at_least(0), metavar="N")
@@ -45,9 +48,10 @@ class PairSettings:
     batch: int = flag("candidates in one batch", 8, type=at_least(1), group="running")
 
     def __post_init__(self):
-        for key in ("n_samples", "max_out_samples", "batch", "steps", "resolution", "early_stop", "seed",
-                    "deep_every"):
-            checked(getattr(self, key), int | None, key, int(key not in ("early_stop", "seed")))
+        for key in ("n_samples", "max_out_samples", "batch", "steps", "resolution", "deep_every"):
+            checked(getattr(self, key), int | None, key, 1)
+        for key in ("early_stop", "seed"):
+            checked(getattr(self, key), int, key, 0)
         for key, known in (("inject", MODES), ("sampler", (None, *SAMPLERS))):
             if getattr(self, key) not in known:
                 raise ValueError(f"{key} = {getattr(self, key)} should be one of "
