@@ -10,6 +10,7 @@ To continue a stopped `captions` or `pairs`, start it again with the same flags.
 """
 
 import argparse
+import asyncio
 import os
 import sys
 from functools import partial
@@ -78,7 +79,7 @@ def run_prepare(args: argparse.Namespace) -> None:
 def run_finetune(args: argparse.Namespace) -> None:
     """Start a fine-tuning job and print its id as the last line."""
     from nanoip2p.dataset import finetune
-    job = finetune.start(args.chats, args.model, args.epochs)
+    job = asyncio.run(finetune.start(args.chats, args.model, args.epochs))
     print("started; when the job is finished, give its model to captions --model ft:...", file=sys.stderr)
     print(cli.one_line(job))
 
@@ -93,8 +94,8 @@ def add_pairs(subparsers) -> None:
     parser.add_argument("--weights", required=True, help="a text-to-image model: a diffusers folder, a "
                                                          ".safetensors or .ckpt file, or a name on the Hub")
     parser.add_argument("--skip-bad", action="store_true", help="skip bad lines of --prompts")
-    parser.add_argument("--fast", action=cli.SWITCH, help="faster, equal up to rounding, as in sample.py; "
-                                                          "the same default")
+    parser.add_argument("--fast", action=cli.SWITCH,
+                        help="faster, equal up to rounding; works as --fast of sample.py")
     parser.add_argument("--attention", choices=("auto", "sdpa", "ours"), default="auto",
                         help="kernels with --fast on CUDA, as in sample.py")
     parser.add_argument("--verbose", action="store_true", help="say what --attention measures and decides")

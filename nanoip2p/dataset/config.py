@@ -22,10 +22,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class PairSettings:
-    """How to make and choose pairs, with the names and defaults of the original's generate_img_dataset.py.
-
-    Raises ValueError for an invalid setting.
-    """
+    """How to make and choose pairs, as in the original's generate_img_dataset.py. ValueError if invalid."""
 
     n_samples: int = flag("number of candidates", 100, type=at_least(1), group="candidates of each prompt")
     early_stop: int = flag("stop after N passing candidates; 0: never", 0, type=at_least(0), metavar="N")
@@ -52,10 +49,9 @@ class PairSettings:
             checked(getattr(self, key), int | None, key, 1)
         for key in ("early_stop", "seed"):
             checked(getattr(self, key), int, key, 0)
-        for key, known in (("inject", MODES), ("sampler", (None, *SAMPLERS))):
-            if getattr(self, key) not in known:
-                raise ValueError(f"{key} = {getattr(self, key)} should be one of "
-                                 f"{', '.join(filter(None, known))}")
+        for key, known in (("inject", MODES), ("sampler", SAMPLERS)):
+            if getattr(self, key) not in (None, *known):
+                raise ValueError(f"{key} = {getattr(self, key)} should be one of {', '.join(known)}")
         if not 0 <= self.min_p2p <= self.max_p2p <= 1:
             raise ValueError(f"min_p2p = {self.min_p2p}, max_p2p = {self.max_p2p}: 0 <= min_p2p <= max_p2p "
                              "<= 1 is needed")

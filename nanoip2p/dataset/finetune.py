@@ -4,7 +4,6 @@ The original fine-tuned a completion model, with a delimiter after each text. A 
 delimiter between instruction and edited caption.
 """
 
-import asyncio
 import json
 from pathlib import Path
 
@@ -40,22 +39,18 @@ def prepare(human: Path, out: Path) -> int:
     return len(chats)
 
 
-def start(chats: Path, model: str, epochs: int) -> str:
+async def start(chats: Path, model: str, epochs: int) -> str:
     """Upload the file that `prepare` wrote, start a fine-tuning job of `model`, and return the job's id.
 
     Raises ValueError if the server refuses.
     """
     content, client = regular(chats).read_bytes(), chat.connect(total=UPLOAD)
     method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": epochs}}}
-
-    async def upload_and_start() -> dict:
-        async with client:
-            file = await chat.ask(client.files, file=(chats.name, content), purpose="fine-tune")
-            return await chat.ask(client.fine_tuning.jobs, model=model, training_file=identity(file),
-                                  method=method)
-
     try:
-        return identity(asyncio.run(upload_and_start()))
+        async with client:
+            file = identity(await chat.ask(client.files, file=(chats.name, content), purpose="fine-tune"))
+            job = await chat.ask(client.fine_tuning.jobs, model=model, training_file=file, method=method)
+            return identity(job)
     except openai.APIError as error:
         raise ValueError(chat.explain(error, client)) from None
 

@@ -73,8 +73,8 @@ def read_data(source: str | Path, split: str = "train", skip_bad: bool = False,
         warnings.warn(f"left out of the {split} split ({told(counts)}); the first: {problems[0]}",
                       stacklevel=2)
     if not items and split == "train":
-        raise ValueError("; ".join([f"{source} has no pairs in its train split (its train files, or the first "
-                                    "90% of at least 2 pairs)", *problems[:1]]))
+        raise ValueError("; ".join([f"{source} has no pairs in its train split (its train files, or the "
+                                    "first 90% of at least 2 pairs)", *problems[:1]]))
     return items
 
 
