@@ -27,7 +27,7 @@ class PairSettings:
     n_samples: int = flag("number of candidates", 100, type=at_least(1), group="candidates of each prompt")
     early_stop: int = flag("stop after N passing candidates; 0: never", 0, type=at_least(0), metavar="N")
     inject: str = flag("attention maps that the edited picture takes from the source", "self", choices=MODES)
-    min_p2p: float = flag("minimum of p, the share of the steps that inject", 0.1, type=finite)
+    min_p2p: float = flag("minimum of p, the share of the steps with injection", 0.1, type=finite)
     max_p2p: float = flag("maximum of p", 0.9, type=finite)
     min_cfg: float = flag("minimum text guidance", 7.5, type=finite)
     max_cfg: float = flag("maximum text guidance", 15.0, type=finite)

@@ -13,7 +13,6 @@ from nanoip2p.common.cli import one_line
 from nanoip2p.common.files import regular, replacing, tidy
 from nanoip2p.common.schema import checked
 from nanoip2p.dataset import chat
-from nanoip2p.dataset.chat import DELIMITER
 from nanoip2p.dataset.pairs import read_prompts
 
 FEWEST = 10  # smallest number of examples that OpenAI accepts
@@ -28,14 +27,15 @@ def prepare(human: Path, out: Path) -> int:
     prompts, bad = read_prompts(human)
     if bad:
         raise ValueError(f"{human}, {bad[0]}; a line is {{input, edit, output}}, three texts")
-    chats = [{"messages": [
-        {"role": "user", "content": tidy(prompt.source)},
-        {"role": "assistant", "content": DELIMITER.join(map(tidy, (prompt.record["edit"], prompt.output)))},
-    ]} for prompt in prompts]
+    chats = []
+    for prompt in prompts:
+        answer = f"{tidy(prompt.record['edit'])}{chat.DELIMITER}{tidy(prompt.output)}"
+        chats.append({"messages": [{"role": "user", "content": tidy(prompt.source)},
+                                   {"role": "assistant", "content": answer}]})
     if len(chats) < FEWEST:
         raise ValueError(f"{human} holds {len(chats)} triplets; fine-tuning needs {FEWEST} or more")
     with replacing(out) as temporary:
-        temporary.write_text("".join(json.dumps(chat) + "\n" for chat in chats), encoding="utf-8")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in chats), encoding="utf-8")
     return len(chats)
 
 

@@ -1,4 +1,4 @@
-"""Consistency distillation (Luo et al. 2310.04378, algorithm 1): an editor learns to edit in a few calls.
+"""Consistency distillation (Luo et al. 2310.04378, algorithm 1): an editor learns to edit in a few steps.
 
 The teacher is an editor, guided by picture and text with equation 3 of the paper. The student begins as the
 teacher. It makes one network call, without guidance, and learns a consistency function
