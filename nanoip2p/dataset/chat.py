@@ -94,8 +94,7 @@ async def ask(resource, **request) -> dict:
 def connect(timeout: float = Settings.timeout, total: float | None = None) -> AsyncOpenAI:
     """Make the client. Raises ValueError for a missing key or an invalid OPENAI_BASE_URL.
 
-    timeout: seconds without a byte. total: seconds from the request to the end of its answer (default:
-    timeout).
+    timeout: seconds without a byte. total: seconds for a request and its whole answer; default: timeout.
     """
     try:
         client = AsyncOpenAI(max_retries=SERVER_RETRIES, timeout=timeout,
