@@ -27,16 +27,15 @@ def prepare(human: Path, out: Path) -> int:
     prompts, bad = read_prompts(human)
     if bad:
         raise ValueError(f"{human}, {bad[0]}; a line is {{input, edit, output}}, three texts")
-    chats = []
-    for prompt in prompts:
-        answer = f"{tidy(prompt.record['edit'])}{chat.DELIMITER}{tidy(prompt.output)}"
-        chats.append({"messages": [{"role": "user", "content": tidy(prompt.source)},
-                                   {"role": "assistant", "content": answer}]})
-    if len(chats) < FEWEST:
-        raise ValueError(f"{human} holds {len(chats)} triplets; fine-tuning needs {FEWEST} or more")
-    with replacing(out) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in chats), encoding="utf-8")
-    return len(chats)
+    if len(prompts) < FEWEST:
+        raise ValueError(f"{human} holds {len(prompts)} triplets; fine-tuning needs {FEWEST} or more")
+    with replacing(out) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for prompt in prompts:
+            question = {"role": "user", "content": tidy(prompt.source)}
+            answer = f"{tidy(prompt.record['edit'])}{chat.DELIMITER}{tidy(prompt.output)}"
+            messages = [question, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return len(prompts)
 
 
 async def start(chats: Path, model: str, epochs: int) -> str:
