@@ -98,7 +98,7 @@ def pair_settings(flags: dict, weights: Path, painter_defaults: dict) -> PairSet
 def candidate(prompt: Prompt, k: int, settings: PairSettings) -> dict:
     """Seed, p and guidance of candidate k, under the keys of metadata.jsonl. The seed fixes the others."""
     name = f"nanoip2p pair {settings.seed} {prompt.number} {k}"
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")  # 48 bits: too many to repeat
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")  # 48 bits: repeats are unlikely
     uniform = random.Random(f"nanoip2p pair {seed}").random  # the same numbers in every version of Python
     return {"seed": seed,
             "p2p_threshold": settings.min_p2p + uniform() * (settings.max_p2p - settings.min_p2p),

@@ -21,7 +21,7 @@ def pick(options: list, generator: torch.Generator):
 
 
 def draw_edit(edits: list[Edit], generator: torch.Generator) -> Edit:
-    """Draw a kind of edit, then an edit of this kind: most edits are of the kind "add"."""
+    """Draw a kind of edit, then an edit of this kind. Otherwise, most would be of the kind "add"."""
     kind = pick(sorted({edit.kind for edit in edits}), generator)
     return pick([edit for edit in edits if edit.kind == kind], generator)
 

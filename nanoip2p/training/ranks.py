@@ -95,7 +95,7 @@ class Watch:
                 print(f"error: {', '.join(lost)} ended or was stopped (--timeout {self.timeout:g} s); "
                       "go on with --resume, from the last checkpoint", file=sys.stderr)
                 end_loaders()
-                os._exit(2)  # sys.exit would wait for the main thread, which may wait in a library for ever
+                os._exit(2)  # sys.exit would not end the main thread, which may wait in a library for ever
 
     def leave(self) -> None:
         """Tell the other ranks that this rank ends, and stop watching them."""
@@ -137,8 +137,8 @@ def started(device: str | None, timeout: float) -> Iterator[Ranks]:
         raise
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError):
-            print(f"rank {rank}: {error}", file=sys.stderr)  # a dead rank can cause it; the watch names that
-            watch.failed = True
+            print(f"rank {rank}: {error}", file=sys.stderr)
+            watch.failed = True  # if a dead rank is the cause, the watch names it and ends this process
             time.sleep(timeout)
         raise
     finally:
