@@ -10,6 +10,7 @@ To continue a stopped `captions` or `pairs`, start it again with the same flags.
 """
 
 import argparse
+import asyncio
 import os
 import sys
 from functools import partial
@@ -78,9 +79,9 @@ def run_prepare(args: argparse.Namespace) -> None:
 def run_finetune(args: argparse.Namespace) -> None:
     """Start a fine-tuning job and print its id as the last line."""
     from nanoip2p.dataset import finetune
-    job = finetune.start(args.chats, args.model, args.epochs)
+    job = asyncio.run(finetune.start(args.chats, args.model, args.epochs))
     print("started; when the job is finished, give its model to captions --model ft:...", file=sys.stderr)
-    print(cli.one_line(job))
+    print(job)
 
 
 def add_pairs(subparsers) -> None:
@@ -93,8 +94,8 @@ def add_pairs(subparsers) -> None:
     parser.add_argument("--weights", required=True, help="a text-to-image model: a diffusers folder, a "
                                                          ".safetensors or .ckpt file, or a name on the Hub")
     parser.add_argument("--skip-bad", action="store_true", help="skip bad lines of --prompts")
-    parser.add_argument("--fast", action=cli.SWITCH, help="faster, equal up to rounding, as in sample.py; "
-                                                          "the same default")
+    parser.add_argument("--fast", action=cli.SWITCH,
+                        help="faster, equal up to rounding; works as --fast of sample.py")
     parser.add_argument("--attention", choices=("auto", "sdpa", "ours"), default="auto",
                         help="kernels with --fast on CUDA, as in sample.py")
     parser.add_argument("--verbose", action="store_true", help="say what --attention measures and decides")
@@ -108,8 +109,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     add_flags(parser)
     parser.add_argument("--lora", action="append", default=[], help="a LoRA, or FILE:WEIGHT; may be repeated")
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first available)")
-    parser.add_argument("--dtype", choices=cli.DTYPES,
-                        help="dtype of the text-to-image model (default: bf16 where it is faster, else fp32)")
+    parser.add_argument("--dtype", choices=cli.DTYPES, help="default: bf16 if it is faster here, else fp32")
 
 
 def run_pairs(args: argparse.Namespace) -> None:
@@ -180,7 +180,7 @@ def add_pair(subparsers) -> None:
     parser.add_argument("--heatmaps", action="store_true", help="also show the attention to each word")
     parser.add_argument("--inject", choices=cli.MODES, default="self",
                         help="attention maps that the edited picture takes from the source")
-    parser.add_argument("--p", type=finite, default=0.5, help="share of the steps that inject")
+    parser.add_argument("--p", type=finite, default=0.5, help="share of the steps with injection")
     parser.add_argument("--blend", nargs=2, metavar=("WORD", "WORD"),
                         help="a word of each caption: change pixels only where attention to either is high")
     parser.add_argument("--reweight", nargs=2, action="append", default=[], metavar=("WORD", "FACTOR"),
@@ -252,7 +252,7 @@ def run_show(args: argparse.Namespace) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line. `run` of the result is the function that executes the command."""
-    parser = cli.make_parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.make_parser(description=__doc__)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=cli.make_parser)
     add_captions(subparsers)
     add_pairs(subparsers)

@@ -186,7 +186,7 @@ def run(config: TrainConfig) -> None:
             description = "; ".join([f"{config.weights}: {checkpoint.description}",
                                      *apply_loras(model, config.lora_files)])
             if model.defaults["sampler"] == "lcm" and not config.distill:
-                description += "; usual training unlearns its few steps, but its defaults stay those of lcm"
+                description += "; it loses its ability to edit in few steps, but keeps the sampler lcm"
         if model and config.resolution % model.multiple:
             raise ValueError(f"--resolution {config.resolution}: not a multiple of {model.multiple}")
         if ranks.rank == 0:

@@ -7,17 +7,15 @@ Each answer is appended to a file immediately. OUT.jsonl holds the triplets. OUT
 captions without a usable answer, with the reason. A new run skips the captions in these files.
 """
 
+import asyncio
 import json
-import math
 import signal
-import threading
-import time
 from collections import Counter, deque
 from contextlib import suppress
 from pathlib import Path
 
 import openai
-from openai import OpenAI
+from openai import AsyncOpenAI
 from tqdm import tqdm
 
 from nanoip2p.common import files
@@ -45,14 +43,15 @@ class OverBudget(Exception):
 
 
 def read_captions(path: Path, column: str | None = None) -> tuple[list[str], int]:
-    """Read .txt (one caption per line), .jsonl or .csv. Returns "caption TAB url" lines, and how many repeat.
+    """Read .txt (one caption per line), .jsonl or .csv.
 
-    column: the key or column of the caption. Skips empty captions. Skips and counts repeats: rows with the
-    caption or URL of an earlier row. Raises ValueError for a row without a text under that key.
+    Returns lines of the form "caption TAB url", and the number of repeats. column: the key or column of the
+    caption. Skips empty captions, and repeats: rows with the caption or URL of an earlier row. Raises
+    ValueError for a row without a text under that key.
     """
     keys = (column,) if column else ("input", "caption")
     captions, repeats = [], 0
-    known = set()  # of hashes, not texts: of 10^6, two are equal with probability 10^-8
+    known = set()  # hashes take less memory than texts. Among 10^6, two are equal with probability 10^-8
     for number, row in files.read_rows(path):
         text = next((row[key] for key in keys if key in row), None)
         if not isinstance(text, str):
@@ -94,124 +93,105 @@ def make_request(caption: str, settings: Settings) -> dict:
 
 
 class Job:
-    """One run over the remaining captions, shared by all threads. `lock` guards its counters and files."""
+    """One run over the remaining captions. Several `work` tasks share it, in one thread."""
 
-    def __init__(self, client: OpenAI, settings: Settings, todo: deque[str], out: Path, bar: tqdm):
+    def __init__(self, client: AsyncOpenAI, settings: Settings, todo: deque[str], out: Path, bar: tqdm):
         """todo: lines of `read_captions`."""
         self.client, self.settings, self.todo, self.out, self.bar = client, settings, todo, out, bar
         self.counts, self.used = Counter(), Counter()  # outcomes; input and output tokens
         self.reserved = 0    # upper bound on the tokens of the open requests
-        self.shared = 0      # input tokens of the first request: an upper bound for those of the examples
+        self.shared = 0      # input tokens of the first request: an upper bound on prompt and examples
         self.failures = 0    # number of captions in a row without an answer
-        self.problem: Exception | None = None
-        self.deadline = math.inf  # time.monotonic() at which waiting ends; set by Ctrl-C
-        self.lock = threading.Lock()
+        self.problem: Exception | None = None  # the error that ends the run
+        self.interrupted = False  # by Ctrl-C or SIGTERM
 
-    def run(self) -> None:
+    async def run(self) -> None:
         """Process all captions. Processes the first caption alone, to report a wrong key or model only once.
 
-        After Ctrl-C or SIGTERM, starts no new caption, waits up to GRACE seconds for open requests, then
-        raises KeyboardInterrupt. A second Ctrl-C ends the wait.
+        After Ctrl-C or SIGTERM, starts no new caption, and waits up to GRACE seconds for open requests. A
+        second signal ends the wait.
         """
-        def stop(_number: int, _frame) -> None:
-            if self.deadline < math.inf:
-                raise KeyboardInterrupt
-            self.deadline = time.monotonic() + GRACE
+        loop, whole = asyncio.get_running_loop(), asyncio.current_task()
 
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            for most, n in ((1, 1), (len(self.todo), self.settings.concurrency)):
-                # Daemon threads: the process can end before the threads end
-                threads = [threading.Thread(target=self.work, args=(most,), daemon=True) for _ in range(n)]
-                for thread in threads:
-                    thread.start()
-                while any(thread.is_alive() for thread in threads) and time.monotonic() < self.deadline:
-                    time.sleep(0.01)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            self.lock.acquire()  # never released: no thread writes a line from now on
-        if self.deadline < math.inf:
-            raise KeyboardInterrupt
+        def stop() -> None:
+            loop.call_later(0 if self.interrupted else GRACE, whole.cancel)
+            self.interrupted = True
 
-    def work(self, most: int) -> None:
-        """Process at most `most` captions, in one thread. Returns early when the run has to stop."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop)
+        async with self.client:
+            with suppress(asyncio.CancelledError):
+                await self.work(1)
+                await asyncio.gather(*(self.work(len(self.todo)) for _ in range(self.settings.concurrency)))
+
+    async def work(self, most: int) -> None:
+        """Process at most `most` captions, one after another. Returns early when the run has to stop."""
         for _ in range(most):
-            with self.lock:
-                if not self.todo or self.deadline < math.inf or self.problem:
-                    return
-                line = self.todo.popleft()
+            if not self.todo or self.interrupted or self.problem:
+                return
+            line = self.todo.popleft()
             try:
-                self.ask(row_of(line))
-            except OverBudget:  # put it back: open requests may use fewer tokens than reserved
-                with self.lock:
-                    self.todo.appendleft(line)
+                await self.ask(row_of(line))
+            except OverBudget:  # the other tasks may take it: open requests can use less than reserved
+                self.todo.appendleft(line)
                 return
             except openai.APIError as error:
-                with self.lock:
-                    self.counts["unanswered"] += 1
-                    self.failures += 1
-                    fatal = FATAL if self.used else (*FATAL, openai.APIConnectionError)
-                    if isinstance(error, fatal) or self.failures >= MAX_FAILURES:
-                        self.problem = error
+                self.counts["unanswered"] += 1
+                self.failures += 1
+                fatal = FATAL if self.used else (*FATAL, openai.APIConnectionError)
+                if isinstance(error, fatal) or self.failures >= MAX_FAILURES:
+                    self.problem = error
             except Exception as error:  # the disk is full, for example
                 self.problem = error
             self.bar.update()
 
-    def ask(self, caption: dict) -> None:
+    async def ask(self, caption: dict) -> None:
         """Ask for an edit of one caption, at most 1 + RETRIES times, and append the outcome to a file."""
         text, moderate, reason = caption["input"], self.settings.moderate, "flagged"
-        attempts = 0 if moderate and self.flagged([text]) else 1 + RETRIES
+        attempts = 0 if moderate and await self.flagged([text]) else 1 + RETRIES
         for attempt in range(attempts):
             try:
-                edit, output = chat.read_answer(self.reply(text), text)
-                if moderate and self.flagged([edit, output]):
+                edit, output = chat.read_answer(await self.reply(text), text)
+                if moderate and await self.flagged([edit, output]):
                     raise Unusable("flagged")
             except Unusable as error:
                 reason = str(error)
-                with self.lock:
-                    self.counts[f"retried {reason}"] += attempt < RETRIES
+                self.counts[f"retried {reason}"] += attempt < RETRIES
                 continue
-            with self.lock:
-                files.append(self.out, {"input": text, "edit": edit, "output": output, **caption})
-                self.counts["written"] += 1
+            files.append(self.out, {"input": text, "edit": edit, "output": output, **caption})
+            self.counts["written"] += 1
             return
-        with self.lock:
-            files.append(dropped_path(self.out), {"input": text, "why": reason})
-            self.counts[f"dropped {reason}"] += 1
+        files.append(dropped_path(self.out), {"input": text, "why": reason})
+        self.counts[f"dropped {reason}"] += 1
 
-    def reply(self, text: str) -> dict:
+    async def reply(self, text: str) -> dict:
         """Send one request; return the completion. Raises OverBudget if it could exceed --max-tokens."""
         request, client = make_request(text, self.settings), self.client
-        with self.lock:
-            # A token has at least one byte, so the number of bytes is an upper bound
-            tokens_in = self.shared + len(text.encode()) if self.shared else len(str(request).encode())
-            reserved, limit = tokens_in + ANSWER_TOKENS, self.settings.max_tokens
-            if limit is not None and self.used.total() + self.reserved + reserved > limit:
-                raise OverBudget
-            self.reserved += reserved
-            if not self.shared:  # first request: fail early if the server does not run
-                client = client.with_options(max_retries=2)
-        spent = Counter()
+        # A token has at least one byte, so the number of bytes is an upper bound
+        tokens_in = self.shared + len(text.encode()) if self.shared else len(str(request).encode())
+        reserved, limit = tokens_in + ANSWER_TOKENS, self.settings.max_tokens
+        if limit is not None and self.used.total() + self.reserved + reserved > limit:
+            raise OverBudget
+        if not self.shared:  # first request: fail early if the server does not run
+            client = client.with_options(max_retries=2)
+        self.reserved += reserved
         try:
-            reply = chat.ask(client.chat.completions, **request)
-            spent = chat.spent_tokens(reply, tokens_in)
-            return reply
+            reply = await chat.ask(client.chat.completions, **request)
         except openai.BadRequestError as error:
             if error.code in ("content_filter", "content_policy_violation"):
                 raise Unusable("refused") from None
             raise
         finally:
-            with self.lock:  # one lock for both counters: else another request could exceed the limit
-                self.reserved -= reserved
-                self.used += spent
-                if spent:
-                    self.shared, self.failures = self.shared or spent["in"], 0
+            self.reserved -= reserved
+        spent = chat.spent_tokens(reply, tokens_in)
+        self.used += spent
+        self.shared, self.failures = self.shared or spent["in"], 0
+        return reply
 
-    def flagged(self, texts: list[str]) -> bool:
+    async def flagged(self, texts: list[str]) -> bool:
         """Whether OpenAI's moderation objects to any of the texts."""
         for _ in range(1 + RETRIES):
-            verdict = chat.ask(self.client.moderations, model="omni-moderation-latest", input=texts)
+            verdict = await chat.ask(self.client.moderations, model="omni-moderation-latest", input=texts)
             with suppress(ValueError):
                 return any(chat.read_flags(verdict, len(texts)))
         raise openai.APIError("the answer is not a moderation result", request=None, body=None)
@@ -249,7 +229,8 @@ def ask_all(captions: list[str], settings: Settings, out: Path, most: int | None
     """Process every caption that is not yet in OUT.jsonl or OUT.dropped.jsonl; return a summary.
 
     captions: of `read_captions`. most: take the first `most` only. Needs OPENAI_API_KEY (and OPENAI_BASE_URL)
-    in the environment. ValueError if the server fails, or if `out` cannot be written. Ctrl-C: see Job.run.
+    in the environment. ValueError if the server fails, or if `out` cannot be written. KeyboardInterrupt after
+    Ctrl-C or SIGTERM, see Job.run.
     """
     files.check_writable(out)
     try:
@@ -259,12 +240,14 @@ def ask_all(captions: list[str], settings: Settings, out: Path, most: int | None
             known = known_captions(out)
             for path in (out, dropped_path(out)):
                 files.mend_last_line(path)
-            todo = deque(line for line in captions[:most]
-                         if not known or hash(fold(row_of(line)["input"])) not in known)
-            client, total = chat.connect(settings.timeout), len(captions[:most])
-            with tqdm(total=total, initial=total - len(todo), desc="captions", unit="caption") as bar:
+            captions = captions[:most]
+            todo = deque(line for line in captions if hash(fold(row_of(line)["input"])) not in known)
+            client, done = chat.connect(settings.timeout), len(captions) - len(todo)
+            with tqdm(total=len(captions), initial=done, desc="captions", unit="caption") as bar:
                 job = Job(client, settings, todo, out, bar)
-                job.run()
+                asyncio.run(job.run())
+            if job.interrupted:
+                raise KeyboardInterrupt
             if isinstance(job.problem, openai.APIError):
                 raise ValueError(chat.explain(job.problem, client)) from None
             if job.problem:

@@ -3,15 +3,14 @@
 An answer beyond a limit raises an exception of the HTTP library, so that the openai package asks again.
 """
 
+import asyncio
 import json
 import sys
-import threading
-import time
 from collections import Counter
 from contextlib import suppress
 
 import openai
-from openai import OpenAI
+from openai import AsyncOpenAI
 
 from nanoip2p.common.files import fold, tidy
 from nanoip2p.common.schema import checked
@@ -21,50 +20,38 @@ SERVER_RETRIES = 5  # by the client, after 429, 5xx or a bad answer
 ANSWER_TOKENS = 256  # token limit of an answer, as in the original
 DELIMITER = "\n%%\n"  # between instruction and caption, in the answers of a fine-tuned model
 LONGEST_ANSWER = 2**20  # bytes; the answer to a caption has about 1,000
-HTTP = sys.modules[openai.DefaultHttpxClient.__base__.__module__.split(".")[0]]  # httpx, or httpx2
+HTTP = sys.modules[openai.DefaultAsyncHttpxClient.__base__.__module__.split(".")[0]]  # httpx, or httpx2
 
 
 class Unusable(Exception):
     """The answer is not an edit. The message: "refused", "malformed", "unchanged" or "flagged"."""
 
 
-class Client(openai.DefaultHttpxClient):
+class Client(openai.DefaultAsyncHttpxClient):
     """An HTTP client that limits the size and the total time of an answer, and never changes the host."""
 
     def __init__(self, seconds: float):
-        # A compressed answer could grow a thousandfold
+        # "identity" means no compression: a compressed answer could grow a thousandfold
         super().__init__(event_hooks={"request": [self.check_host], "response": [self.limit_size]},
                          headers={"Accept-Encoding": "identity"})
         self.seconds, self.home = seconds, None
 
-    def send(self, request, **options):
+    async def send(self, request, **options):
         """Send a request and read its whole answer: a JSON object, or any answer whose status is an error.
 
-        Works in a thread, because a timeout of the HTTP library starts again with each byte.
+        Limits the time of all this, because a timeout of the HTTP library starts again with each byte.
         """
-        outcome, send = [], super().send
+        try:
+            response = await asyncio.wait_for(super().send(request, **options), self.seconds)
+            if response.is_success:
+                read_object(response.content)
+            return response
+        except asyncio.TimeoutError:
+            raise HTTP.ReadTimeout(f"no whole answer within {self.seconds:g} s (--timeout)") from None
+        except ValueError as error:
+            raise HTTP.RemoteProtocolError(str(error)) from None
 
-        def work() -> None:
-            try:
-                response = send(request, **options)
-                if response.is_success:
-                    read_object(response.content)
-                outcome.append(response)
-            except ValueError as error:
-                outcome.append(HTTP.RemoteProtocolError(str(error)))
-            except Exception as error:
-                outcome.append(error)
-
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        thread.join(self.seconds)
-        if not outcome:
-            raise HTTP.ReadTimeout(f"no whole answer within {self.seconds:g} s (--timeout)")
-        if isinstance(outcome[0], Exception):
-            raise outcome[0]
-        return outcome[0]
-
-    def check_host(self, request) -> None:
+    async def check_host(self, request) -> None:
         """Before each request: refuse a redirect to another host or port. Allow one from http to https."""
         url = request.url
         self.home = self.home or url
@@ -73,21 +60,21 @@ class Client(openai.DefaultHttpxClient):
         if url.host != self.home.host or not (same or upgraded):
             raise HTTP.RemoteProtocolError(f"the answer is a redirect to {url}, which is not followed")
 
-    def limit_size(self, response) -> None:
+    async def limit_size(self, response) -> None:
         """After the header of each answer: limit its body."""
         if response.headers.get("content-encoding", "identity") not in ("identity", "gzip"):
             raise HTTP.DecodingError("the answer is compressed, though we asked for a plain one")
-        pieces, end = response.iter_bytes(), time.monotonic() + self.seconds
+        pieces = response.aiter_bytes()
 
-        def limited():
+        async def limited():
             size = 0
-            for piece in pieces:
+            async for piece in pieces:
                 size += len(piece)
-                if size > LONGEST_ANSWER or time.monotonic() > end:
-                    raise HTTP.ReadError(f"the answer is longer than {LONGEST_ANSWER:,} bytes, or too slow")
+                if size > LONGEST_ANSWER:
+                    raise HTTP.ReadError(f"the answer is longer than {LONGEST_ANSWER:,} bytes")
                 yield piece
 
-        response.iter_bytes = limited
+        response.aiter_bytes = limited
 
 
 def read_object(content: bytes | str) -> dict:
@@ -98,19 +85,20 @@ def read_object(content: bytes | str) -> dict:
         raise ValueError("the answer is not a JSON object") from None
 
 
-def ask(resource, **request) -> dict:
+async def ask(resource, **request) -> dict:
     """Create a chat completion or another resource of the client. Returns the answer, a JSON object."""
-    return read_object(resource.with_raw_response.create(**request).http_response.content)
+    response = await resource.with_raw_response.create(**request)
+    return read_object(response.http_response.content)
 
 
-def connect(timeout: float = Settings.timeout, total: float | None = None) -> OpenAI:
+def connect(timeout: float = Settings.timeout, total: float | None = None) -> AsyncOpenAI:
     """Make the client. Raises ValueError for a missing key or an invalid OPENAI_BASE_URL.
 
-    timeout: seconds of silence. total: seconds from the request to the end of its answer; default: timeout.
+    timeout: seconds without a byte. total: seconds for a request and its whole answer; default: timeout.
     """
-    timeout = min(timeout, 86_400)  # a day; the system's timers take 24 days at most
     try:
-        client = OpenAI(max_retries=SERVER_RETRIES, timeout=timeout, http_client=Client(total or timeout))
+        client = AsyncOpenAI(max_retries=SERVER_RETRIES, timeout=timeout,
+                             http_client=Client(total or timeout))
         if not client.api_key.strip() or not client.api_key.isascii():  # openai accepts some of these
             raise openai.OpenAIError("the key is empty, or has letters that no header can hold")
         return client
@@ -120,7 +108,7 @@ def connect(timeout: float = Settings.timeout, total: float | None = None) -> Op
         raise ValueError(f"OPENAI_BASE_URL: {error}") from None
 
 
-def explain(error: openai.APIError, client: OpenAI) -> str:
+def explain(error: openai.APIError, client: AsyncOpenAI) -> str:
     """The server's error and its remedy in one line. Hides the API key if it has 8 or more characters."""
     message, key = error.message, client.api_key.strip()
     if isinstance(error, openai.APIConnectionError):
@@ -140,7 +128,7 @@ def read_answer(reply: dict, caption: str) -> tuple[str, str]:
         if message.get("refusal") or choice.get("finish_reason") == "content_filter":
             raise Unusable("refused")
         content = checked(message.get("content"), str, "content")
-        if choice.get("finish_reason") == "length":  # cut off, although a fine-tuned model's text would parse
+        if choice.get("finish_reason") == "length":  # cut off; without JSON, no parser would notice
             raise ValueError
         if DELIMITER in content:  # never in JSON: its strings have no line breaks
             edit, output = map(tidy, content.split(DELIMITER))

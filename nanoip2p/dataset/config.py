@@ -22,12 +22,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class PairSettings:
-    """Names and defaults follow the original's generate_img_dataset.py. ValueError if invalid."""
+    """How to make and choose pairs, as in the original's generate_img_dataset.py. ValueError if invalid."""
 
     n_samples: int = flag("number of candidates", 100, type=at_least(1), group="candidates of each prompt")
     early_stop: int = flag("stop after N passing candidates; 0: never", 0, type=at_least(0), metavar="N")
     inject: str = flag("attention maps that the edited picture takes from the source", "self", choices=MODES)
-    min_p2p: float = flag("minimum of p, the share of the steps that inject", 0.1, type=finite)
+    min_p2p: float = flag("minimum of p, the share of the steps with injection", 0.1, type=finite)
     max_p2p: float = flag("maximum of p", 0.9, type=finite)
     min_cfg: float = flag("minimum text guidance", 7.5, type=finite)
     max_cfg: float = flag("maximum text guidance", 15.0, type=finite)
@@ -45,13 +45,13 @@ class PairSettings:
     batch: int = flag("candidates in one batch", 8, type=at_least(1), group="running")
 
     def __post_init__(self):
-        for key in ("n_samples", "max_out_samples", "batch", "steps", "resolution", "early_stop", "seed",
-                    "deep_every"):
-            checked(getattr(self, key), int | None, key, int(key not in ("early_stop", "seed")))
-        for key, known in (("inject", MODES), ("sampler", (None, *SAMPLERS))):
-            if getattr(self, key) not in known:
-                raise ValueError(f"{key} = {getattr(self, key)} should be one of "
-                                 f"{', '.join(filter(None, known))}")
+        for key in ("n_samples", "max_out_samples", "batch", "steps", "resolution", "deep_every"):
+            checked(getattr(self, key), int | None, key, 1)
+        for key in ("early_stop", "seed"):
+            checked(getattr(self, key), int, key, 0)
+        for key, known in (("inject", MODES), ("sampler", SAMPLERS)):
+            if getattr(self, key) not in (None, *known):
+                raise ValueError(f"{key} = {getattr(self, key)} should be one of {', '.join(known)}")
         if not 0 <= self.min_p2p <= self.max_p2p <= 1:
             raise ValueError(f"min_p2p = {self.min_p2p}, max_p2p = {self.max_p2p}: 0 <= min_p2p <= max_p2p "
                              "<= 1 is needed")

@@ -13,7 +13,6 @@ from nanoip2p.common.cli import one_line
 from nanoip2p.common.files import regular, replacing, tidy
 from nanoip2p.common.schema import checked
 from nanoip2p.dataset import chat
-from nanoip2p.dataset.chat import DELIMITER
 from nanoip2p.dataset.pairs import read_prompts
 
 FEWEST = 10  # smallest number of examples that OpenAI accepts
@@ -28,28 +27,29 @@ def prepare(human: Path, out: Path) -> int:
     prompts, bad = read_prompts(human)
     if bad:
         raise ValueError(f"{human}, {bad[0]}; a line is {{input, edit, output}}, three texts")
-    chats = [{"messages": [
-        {"role": "user", "content": tidy(prompt.source)},
-        {"role": "assistant", "content": DELIMITER.join(map(tidy, (prompt.record["edit"], prompt.output)))},
-    ]} for prompt in prompts]
-    if len(chats) < FEWEST:
-        raise ValueError(f"{human} holds {len(chats)} triplets; fine-tuning needs {FEWEST} or more")
-    with replacing(out) as temporary:
-        temporary.write_text("".join(json.dumps(chat) + "\n" for chat in chats), encoding="utf-8")
-    return len(chats)
+    if len(prompts) < FEWEST:
+        raise ValueError(f"{human} holds {len(prompts)} triplets; fine-tuning needs {FEWEST} or more")
+    with replacing(out) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for prompt in prompts:
+            question = {"role": "user", "content": tidy(prompt.source)}
+            answer = f"{tidy(prompt.record['edit'])}{chat.DELIMITER}{tidy(prompt.output)}"
+            messages = [question, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return len(prompts)
 
 
-def start(chats: Path, model: str, epochs: int) -> str:
+async def start(chats: Path, model: str, epochs: int) -> str:
     """Upload the file that `prepare` wrote, start a fine-tuning job of `model`, and return the job's id.
 
     Raises ValueError if the server refuses.
     """
     content, client = regular(chats).read_bytes(), chat.connect(total=UPLOAD)
+    method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": epochs}}}
     try:
-        file = chat.ask(client.files, file=(chats.name, content), purpose="fine-tune")
-        method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": epochs}}}
-        job = chat.ask(client.fine_tuning.jobs, model=model, training_file=identity(file), method=method)
-        return identity(job)
+        async with client:
+            file = identity(await chat.ask(client.files, file=(chats.name, content), purpose="fine-tune"))
+            job = await chat.ask(client.fine_tuning.jobs, model=model, training_file=file, method=method)
+            return identity(job)
     except openai.APIError as error:
         raise ValueError(chat.explain(error, client)) from None
 

@@ -50,7 +50,7 @@ class Pair:
 
 
 class FileError(ValueError):
-    """The rest of a file cannot be read, not only one row."""
+    """A file, or the rest of it after some rows, cannot be read."""
 
 
 Item = tuple[Pair, ...]  # the pairs of one prompt; each epoch draws one pair, as in the original
@@ -73,14 +73,13 @@ def read_data(source: str | Path, split: str = "train", skip_bad: bool = False,
         warnings.warn(f"left out of the {split} split ({told(counts)}); the first: {problems[0]}",
                       stacklevel=2)
     if not items and split == "train":
-        raise ValueError(f"{source} has no pairs in its train split (its train files, or the first 90% of at "
-                         "least 2 pairs)"
-                         + "".join(f"; {problem}" for problem in problems[:1]))
+        raise ValueError("; ".join([f"{source} has no pairs in its train split (its train files, or the "
+                                    "first 90% of at least 2 pairs)", *problems[:1]]))
     return items
 
 
 def told(counts: dict[str, int]) -> str:
-    """Counts by reason as a text, without the zeros."""
+    """The counts that are not 0, in words: "reason: count, reason: count"."""
     return ", ".join(f"{reason}: {count}" for reason, count in counts.items() if count)
 
 
@@ -112,30 +111,29 @@ def without(items: list[Item], bad: Set[Picture]) -> list[Item]:
 def _read(source: Path, split: str, skip_bad: bool, columns: Names | None) -> list[Item | ValueError]:
     if not source.exists():
         raise ValueError(f"there is no {source} to read training pairs from")
-    useless = f"{source}: --columns is for .jsonl, .csv, .parquet and .tar files only; leave it out"
-    if (source / "seeds.json").exists():
-        if columns:
-            raise ValueError(useless)
-        return list(_made(_original(source / "seeds.json", split), skip_bad))
-    single = _table if source.suffix in (".jsonl", ".csv", ".parquet", ".tar") else None
-    for reader, *patterns in ((_table, "pairs.jsonl"), (_table, "*.parquet", "data/*.parquet"),
-                              (_magicbrush, "edit_turns.json", "*/edit_turns.json"),
-                              (_table, "*.tar", "data/*.tar"), (_table, *METADATA)):
-        files = [source] if reader is single else sorted(
-            file for pattern in patterns for file in source.glob(pattern))
-        if files and columns and reader is _magicbrush:
-            raise ValueError(useless)
-        own = [OWN_SPLIT.search(file.relative_to(source).as_posix()) for file in files]
-        if any(own):
-            splits = ["train" if not match else "validation" if match[1] else "test" for match in own]
-            files = [file for file, its_split in zip(files, splits) if its_split == split]
-        rows = [row for file in files for row in _made(reader(file, columns), skip_bad)]
-        if files or any(own):
-            return rows if any(own) else _cut(rows, split)
-    raise ValueError(f"{source} is no training data: that is a .jsonl, .csv, .parquet or .tar file, or a "
-                     "folder with seeds.json, pairs.jsonl, *.parquet or *.tar (also in data/), "
-                     "edit_turns.json or metadata.jsonl, .csv or .parquet (these also in train/ and dev/); "
-                     f"{listing(source)}")
+    for layout in ((_original, "seeds.json"), (_table, "pairs.jsonl"),
+                   (_table, "*.parquet", "data/*.parquet"),
+                   (_magicbrush, "edit_turns.json", "*/edit_turns.json"),
+                   (_table, "*.tar", "data/*.tar"), (_table, *METADATA)):
+        reader, *patterns = layout
+        if files := sorted(file for pattern in patterns for file in source.glob(pattern)):
+            break
+    else:
+        reader, files = _table, [source]
+        if source.suffix not in (".jsonl", ".csv", ".parquet", ".tar"):
+            raise ValueError(f"{source} is no training data: that is a .jsonl, .csv, .parquet or .tar file, "
+                             "or a folder with seeds.json, pairs.jsonl, *.parquet or *.tar (also in data/), "
+                             "edit_turns.json or metadata.jsonl, .csv or .parquet (these also in train/ and "
+                             f"dev/); {listing(source)}")
+    if columns and reader is not _table:
+        raise ValueError(f"{source}: --columns is for .jsonl, .csv, .parquet and .tar files only; leave it "
+                         "out")
+    own = [OWN_SPLIT.search(file.relative_to(source).as_posix()) for file in files]
+    if any(own):
+        splits = ["train" if not match else "validation" if match[1] else "test" for match in own]
+        files = [file for file, its_split in zip(files, splits) if its_split == split]
+    rows = [row for file in files for row in _made(reader(file, columns, split), skip_bad)]
+    return rows if any(own) or reader is _original else _cut(rows, split)
 
 
 def _made(rows: Iterator[Callable[[], Item]], skip_bad: bool) -> Iterator[Item | ValueError]:
@@ -170,7 +168,7 @@ def _cut(rows: list, split: str) -> list:
     return rows[int(begin * len(rows)) : int(end * len(rows))]
 
 
-def _original(path: Path, split: str) -> Iterator[Callable[[], Item]]:
+def _original(path: Path, _columns: None, split: str) -> Iterator[Callable[[], Item]]:
     """As in the original: split all prompts first, then skip the prompts without pairs."""
     def item(entry) -> Item:
         if not isinstance(entry, list) or [type(part) for part in entry] != [str, list]:
@@ -188,7 +186,7 @@ def _original(path: Path, split: str) -> Iterator[Callable[[], Item]]:
     return (partial(item, entry) for entry in _cut(read_json(path, kind=list), split))
 
 
-def _magicbrush(path: Path, _) -> Iterator[Callable[[], Item]]:
+def _magicbrush(path: Path, _columns: None, _split: str) -> Iterator[Callable[[], Item]]:
     descriptions = read_json(path.with_name("global_descriptions.json"), missing={})
 
     def item(row, where: str) -> Item:
@@ -202,7 +200,7 @@ def _magicbrush(path: Path, _) -> Iterator[Callable[[], Item]]:
         yield partial(item, row, f"{path}, entry {number}")
 
 
-def _table(path: Path, columns: Names | None) -> Iterator[Callable[[], Item]]:
+def _table(path: Path, columns: Names | None, _split: str) -> Iterator[Callable[[], Item]]:
     own = path.suffix == ".jsonl" and path.stem != "metadata"
     return (partial(_from_row, row, path, columns, own) for row in tables.table_rows(path, columns))
 
@@ -210,7 +208,7 @@ def _table(path: Path, columns: Names | None) -> Iterator[Callable[[], Item]]:
 def _from_row(row: tuple[str, dict] | ValueError, path: Path, columns: Names | None, own: bool) -> Item:
     """The pairs of a row of a table: one for each wording of the edit, and one for an inverse edit.
 
-    own: the user wrote the table, so that `input` and `output` may be anywhere.
+    own: whether the user wrote the table. Its `input` and `output` may then be outside of its folder.
     """
     if isinstance(row, ValueError):
         raise row

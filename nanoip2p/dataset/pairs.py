@@ -34,7 +34,7 @@ from nanoip2p.text_to_image import TextToImage
 
 UNFINISHED = ".unfinished"  # folder in `out`, removed when all prompts are finished
 PROMPTS = 10**7  # the maximum number of prompts: names of folders have 7 digits
-MOST = 10_000  # of each number in pairs.json: 100 times as many candidates as in the paper
+MOST = 10_000  # the largest number in pairs.json, except the seed. The paper's largest is 100 candidates
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ def pair_settings(flags: dict, weights: Path, painter_defaults: dict) -> PairSet
 def candidate(prompt: Prompt, k: int, settings: PairSettings) -> dict:
     """Seed, p and guidance of candidate k, under the keys of metadata.jsonl. The seed fixes the others."""
     name = f"nanoip2p pair {settings.seed} {prompt.number} {k}"
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")  # 48 bits: none repeats
-    uniform = random.Random(f"nanoip2p pair {seed}").random  # Python promises never to change these numbers
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")  # 48 bits: repeats are unlikely
+    uniform = random.Random(f"nanoip2p pair {seed}").random  # the same numbers in every version of Python
     return {"seed": seed,
             "p2p_threshold": settings.min_p2p + uniform() * (settings.max_p2p - settings.min_p2p),
             "cfg_scale": settings.min_cfg + uniform() * (settings.max_cfg - settings.min_cfg)}
@@ -176,14 +176,14 @@ def make_pairs(prompts: list[Prompt], out: Path, painter: TextToImage, judge: Ju
 
 
 def job_of(painter: TextToImage, judge: Judge, settings: PairSettings) -> dict:
-    """All that affects the result, except the prompts. Omits `batch`, which changes rounding, and `clip`."""
+    """All that affects the result, except the prompts. `batch` only changes rounding; "networks" has CLIP."""
     fixed = (painter.schedule, painter.vae.scaling_factor, judge.mean.tolist(), judge.std.tolist())
     tokenizers = [model.tokenizer.backend.to_str() for model in (painter, judge)]
     networks = fingerprint(painter.unet, painter.vae, painter.text_encoder, judge.clip,
                            begin=repr((fixed, tokenizers)).encode())
     return {"networks": networks,
             **{key: value for key, value in asdict(settings).items() if key not in ("batch", "clip")},
-            "deep_every": settings.deep_every if settings.deep_every > 1 else None}  # as in older jobs
+            "deep_every": settings.deep_every if settings.deep_every > 1 else None}  # older jobs lack it
 
 
 def is_finished(out: Path, prompt: Prompt) -> bool:
@@ -218,7 +218,7 @@ def claimed(out: Path, name: str) -> Iterator[Path | None]:
 
 
 def finish_job(out: Path, prompts: list[Prompt]) -> None:
-    """Write seeds.json under a lock, so that the last process lists all results. Tidies up a finished job."""
+    """Write seeds.json under a lock, so that the last process lists all. Cleans up after a finished job."""
     with locked(out / "job.json", wait=True):
         write_json(list_seeds(out), out / "seeds.json")
         if all((out / prompt.folder).exists() for prompt in prompts):

@@ -21,7 +21,7 @@ def pick(options: list, generator: torch.Generator):
 
 
 def draw_edit(edits: list[Edit], generator: torch.Generator) -> Edit:
-    """Draw a kind of edit, then an edit of this kind: otherwise "add", with the most edits, would prevail."""
+    """Draw a kind of edit, then an edit of this kind. Otherwise, most would be of the kind "add"."""
     kind = pick(sorted({edit.kind for edit in edits}), generator)
     return pick([edit for edit in edits if edit.kind == kind], generator)
 
@@ -51,8 +51,7 @@ def write_scenes(out: Path, n: int, seed: int) -> None:
 def scene_pairs(n: int, split: str = "train", weights: tuple[float, ...] = EQUAL_ODDS) -> list[Pair]:
     """`n` rendered pairs, EDITS_PER_SCENE per scene, from edits and instructions that editors may train on.
 
-    weights: frequency of each of EDIT_KINDS. Draws the kind before the edit: else "add", which has
-    more edits, would be drawn more often than "remove".
+    weights: frequency of each of EDIT_KINDS. Draws the kind before the edit, as `draw_edit` does.
     """
     seed = int.from_bytes(hashlib.sha256(split.encode()).digest()[:6], "big")
     generator, pairs = torch.Generator().manual_seed(seed), []

@@ -82,7 +82,7 @@ def beside(file: Path, name: str) -> Path:
     """The path of a picture that a table names, in the table's folder. ValueError if it is elsewhere."""
     if os.path.isabs(name):  # `datasets` writes absolute paths
         relative = os.path.relpath(name, os.path.realpath(file.parent))
-        name = name if relative.split(os.sep)[0] == os.pardir else relative  # the error shows the name
+        name = name if relative.split(os.sep)[0] == os.pardir else relative  # `inside` refuses the former
     return inside(file.parent, name)
 
 
@@ -138,10 +138,10 @@ def _tar_rows(path: Path) -> Iterator[tuple[str, dict] | ValueError]:
     try:
         with tarfile.open(path, "r:") as file:
             while member := file.next():
-                file.members.clear()  # tarfile keeps all of them
+                file.members.clear()  # to save memory: tarfile would keep all of them
                 count += 1
                 if member.size < 0 or member.sparse is not None or count > MOST_ROWS:
-                    raise tarfile.ReadError(f"the last is damaged or sparse, or it has more than {MOST_ROWS}")
+                    raise tarfile.ReadError(f"the last is damaged, sparse or one of more than {MOST_ROWS}")
                 match = MEMBER.fullmatch(member.name)
                 if not match or member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
                     continue
@@ -189,7 +189,7 @@ def _unpacked(path: Path, key: str, parts: list[tuple]) -> tuple[str, dict] | Va
 
 @contextmanager
 def _open_parquet(path: Path) -> Iterator:
-    """Open a pyarrow.parquet.ParquetFile. Close it soon: an open one must not be used after a fork.
+    """Open a pyarrow.parquet.ParquetFile for a short time: an open one must not be used after a fork.
 
     Raises ValueError for a file beyond MOST_ROWS or GROUP_BYTES, and for errors of pyarrow in the block.
     """
@@ -245,7 +245,7 @@ def content(picture: Cell | Member) -> BytesIO:
             return BytesIO(file.read(picture.size))
     with READ_LOCK:
         column = _column(picture.file, picture.group, picture.column)
-        value = column[picture.row].as_py() if picture.row < len(column) else None  # the file has changed
+        value = column[picture.row].as_py() if picture.row < len(column) else None  # None: the file changed
     if isinstance(value, dict):
         value = value.get("bytes")
     return BytesIO(value if isinstance(value, bytes) else b"")  # open_image refuses an empty file

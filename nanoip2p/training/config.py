@@ -32,9 +32,9 @@ MAY_CHANGE = {
     "steps", "lr", "batch_size", "accumulate", "recompute", "compile", "device", "ema_device", "workers",
     "cache", "skip_bad", "save_every", "keep", "sample_every", "validate_every", "log_every", "tensorboard",
     "out", "resume", "check", "timeout"}
-# accumulate follows from state.json's "batch", and `out` is where state.json is
+# Not stored: `accumulate` follows from "batch" in state.json, and `out` is the folder that holds state.json
 NOT_STORED = {"accumulate", "preset", "resume", "check", "out"}
-# A rendered pair takes 1 kB of memory. No machine has room for more pairs, samples or processes than these
+# Limits beyond what any machine can hold; a rendered pair takes 1 kB of memory
 MOST_PAIRS, MOST_SAMPLES, MOST_WORKERS, MOST_RANK = 10**7, 2**16, 1000, 1024
 NUMBER = re.compile(r"[+-]?\d{1,99}")  # in --lora, everything else is a file
 
@@ -115,8 +115,8 @@ class TrainConfig:
             if low > high:
                 raise ValueError(f"--cfg-{name} {low} {high}: give the smallest scale first")
         if self.distill and (self.snr_gamma or self.ema_device == "cpu"):
-            raise ValueError("--distill needs its average at hand, and has no SNR weights: leave out "
-                             "--ema-device cpu and --snr-gamma")
+            raise ValueError("--distill needs the averaged weights on the training device, and has no SNR "
+                             "weights: leave out --ema-device cpu and --snr-gamma")
         if self.text_to_image and self.data != "scenes":
             raise ValueError("--text-to-image needs --data scenes; other data has no captions to train on")
 

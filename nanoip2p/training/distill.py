@@ -1,4 +1,4 @@
-"""Consistency distillation (Luo et al. 2310.04378, algorithm 1): an editor learns to edit in a few calls.
+"""Consistency distillation (Luo et al. 2310.04378, algorithm 1): an editor learns to edit in a few steps.
 
 The teacher is an editor, guided by picture and text with equation 3 of the paper. The student begins as the
 teacher. It makes one network call, without guidance, and learns a consistency function
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from nanoip2p.diffusion import LCM_STEPS
+from nanoip2p.diffusion import LCM_STEPS, add_noise
 from nanoip2p.objective import predict
 from nanoip2p.samplers import boundary
 
@@ -67,10 +67,10 @@ class Teacher:
         outputs = predict(self.unet, torch.cat(inputs), timestep.repeat(len(branches)), torch.cat(texts),
                           self.dtype).chunk(len(branches))
         guided = sum(weight * output for weight, output in zip(weights, outputs))
-        a, a_before = (self.alphas[t].view(-1, 1, 1, 1) for t in (timestep, before))
+        a = self.alphas[timestep].view(-1, 1, 1, 1)
         z_0 = clean(guided, z_t, a, self.prediction_type)
         eps = (z_t - a.sqrt() * z_0) / (1 - a).sqrt()
-        return a_before.sqrt() * z_0 + (1 - a_before).sqrt() * eps
+        return add_noise(z_0, eps, before, self.alphas)
 
     def consistency(self, unet: nn.Module, z_in: Tensor, timestep: Tensor, context: Tensor,
                     recompute: bool = False) -> Tensor:

@@ -65,7 +65,7 @@ def layers_of(unet: UNet, base: UNet, rank: int) -> dict[str, tuple[Tensor, Tens
     """Name of a layer -> (down, up) on the CPU, as `write_lora` takes them with alpha = rank.
 
     unet: with LoRA. base: what training began with. A conv_in that was trained in full becomes an exact LoRA:
-    `down` copies each number below the kernel, and `up` is the change of the weight.
+    `down` is the identity, which copies the numbers under the kernel, and `up` is the change of the weight.
     """
     layers = {name: (layer.lora_down.detach().cpu(), layer.lora_up.detach().cpu())
               for name, layer in unet.named_modules() if hasattr(layer, "lora_down")}

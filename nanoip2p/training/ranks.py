@@ -63,7 +63,7 @@ class Watch:
         self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=JOIN)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
         self.rank, self.timeout, self.keys = rank, timeout, [f"{attempt} lives {n}" for n in range(count)]
-        # For each rank: its last heartbeat, and the ticks since. Seconds would pass during Ctrl-Z too
+        # For each rank: its last heartbeat, and the ticks since. Not seconds: these pass during Ctrl-Z too
         self.beats, self.silent = [b""] * count, [0] * count
         self.left, self.failed = threading.Event(), False
         self.listener = threading.Thread(target=self.listen, daemon=True)
@@ -95,7 +95,7 @@ class Watch:
                 print(f"error: {', '.join(lost)} ended or was stopped (--timeout {self.timeout:g} s); "
                       "go on with --resume, from the last checkpoint", file=sys.stderr)
                 end_loaders()
-                os._exit(2)  # the main thread may be waiting in a library, for ever
+                os._exit(2)  # sys.exit would not end the main thread, which may wait in a library for ever
 
     def leave(self) -> None:
         """Tell the other ranks that this rank ends, and stop watching them."""
@@ -136,9 +136,9 @@ def started(device: str | None, timeout: float) -> Iterator[Ranks]:
         watch.leave()
         raise
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError):  # a dead rank causes one, too;
-            print(f"rank {rank}: {error}", file=sys.stderr)  # the watch then names it and ends this process
-            watch.failed = True
+        if not isinstance(error, torch.OutOfMemoryError):
+            print(f"rank {rank}: {error}", file=sys.stderr)
+            watch.failed = True  # if a dead rank is the cause, the watch names it and ends this process
             time.sleep(timeout)
         raise
     finally:

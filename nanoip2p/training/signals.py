@@ -1,7 +1,7 @@
 """Signals and closed streams during training: a run ends within seconds, and with a checkpoint.
 
 A signal sets a mark, which training reads before each micro-batch, and ends `interruptible` work. An
-unfinished step is dropped before it changes the weights. Only the third Ctrl-C ends the run at any place.
+unfinished step is dropped before it changes the weights. Only the third Ctrl-C ends the run immediately.
 """
 
 import io
@@ -21,7 +21,7 @@ class AtOnce(KeyboardInterrupt):
 
 
 class Stop:
-    """Calls return True after Ctrl-C, SIGTERM or SIGHUP, which comes when a terminal closes."""
+    """stop() is True after Ctrl-C, SIGTERM or SIGHUP (the terminal was closed)."""
 
     waiting = False
 
@@ -60,7 +60,7 @@ def stop_between_steps() -> Iterator[Stop]:
     previous = {number: signal.signal(number, stop.press) for number in numbers}
     try:
         yield stop
-    finally:  # SIGNALS stay: the last messages must not wait for a full pipe
+    finally:  # SIGNALS is not cleared: the last messages must not wait for a full pipe
         for number, handler in previous.items():
             signal.signal(number, handler)
 
@@ -91,8 +91,8 @@ def end_loaders() -> None:
 
 
 class Lasting:
-    """A text stream that outlives its reader. Drops text if its pipe is closed. After a signal, also drops
-    text if the pipe is full, instead of waiting."""
+    """A text stream that drops text if its pipe is closed. After a signal, it also drops text if the pipe is
+    full, instead of waiting."""
 
     def __init__(self, stream):
         self.stream, self.text = stream, ""
@@ -107,7 +107,7 @@ class Lasting:
             self.flush()
 
     def flush(self) -> None:
-        """Write the text, also of an unfinished line."""
+        """Write all text so far, even if its last line has no end."""
         text, self.text = self.text, ""
         try:
             while not select.select([], [self.stream], [], 0.2)[1]:
@@ -122,7 +122,7 @@ class Lasting:
 
 @contextmanager
 def lasting_streams() -> Iterator[None]:
-    """Make standard output and error Lasting. A stream without a file, as in tests, stays."""
+    """Make standard output and error Lasting. Leaves a stream without a file, as in tests, as it is."""
     before = sys.stdout, sys.stderr
     for name, stream in zip(("stdout", "stderr"), before):
         with suppress(io.UnsupportedOperation, AttributeError, ValueError):  # of a stream without a file

@@ -74,9 +74,9 @@ class Trainer:
             encoder.requires_grad_(False).to("cpu" if self.config.cache else self.device)
 
     def base_of(self) -> str:
-        """Hashes of what training began with and checkpoints lack: frozen weights, and a teacher's scales.
+        """Hashes of what a run needs but its checkpoints lack: the frozen weights and the teacher's scales.
 
-        With files of --lora, only theirs: adding them to weights rounds differently on another machine.
+        With --lora FILE, hashes the files, not the weights: their sum rounds differently on another machine.
         """
         if not self.config.rank and not self.teacher:
             return ""
@@ -172,7 +172,7 @@ class Trainer:
         torch._foreach_lerp_(list(average.values()), raw, share)
 
     def averages(self) -> dict[str, Tensor]:
-        """The averaged weights of those that are trained."""
+        """The averages of the trained weights, by name."""
         average = dict(self.average.named_parameters())
         return {name: average[name] for name in self.trained}
 

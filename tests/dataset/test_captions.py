@@ -1,5 +1,6 @@
 """Captions through the real openai client, from the server in chat_server.py."""
 
+import asyncio
 import json
 import os
 import signal
@@ -220,10 +221,10 @@ def test_a_redirect_stays_on_its_server(server, ask, scheme, host, followed, mon
 
 def test_no_redirect_gives_up_encryption():
     client, new = chat.Client(1), chat.HTTP.Request
-    client.check_host(new("POST", "https://a/v1"))
-    client.check_host(new("POST", "https://A:443/v2"))
+    asyncio.run(client.check_host(new("POST", "https://a/v1")))
+    asyncio.run(client.check_host(new("POST", "https://A:443/v2")))
     with pytest.raises(chat.HTTP.RemoteProtocolError, match="redirect"):
-        client.check_host(new("POST", "http://a/v1"))
+        asyncio.run(client.check_host(new("POST", "http://a/v1")))
 
 
 @pytest.mark.parametrize("count", [-5, 0, 1.5, "a", True, None, [], {}, 10**30, 10**400])

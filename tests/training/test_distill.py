@@ -136,7 +136,7 @@ def test_a_run_resumes_exactly_and_writes_an_editor_of_four_steps(tmp_path, caps
     assert editor.defaults["sampler"] == "lcm"
     capsys.readouterr()
     assert train.main(["--check", "--data", "scenes", "--weights", str(folder), "--resolution", "32"]) == 0
-    assert "unlearns its few steps" in capsys.readouterr().out
+    assert "loses its ability to edit in few steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("preset", PRESETS)
