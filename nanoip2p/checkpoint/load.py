@@ -28,7 +28,7 @@ from nanoip2p.tokenizer import Tokenizer, check_fits, load_tokenizer
 from nanoip2p.unet import UNet
 from nanoip2p.vae import VAE
 
-# Ranges of settings in defaults.json, far beyond every use; flags may go beyond
+# Ranges of settings in defaults.json, far wider than any use; flags have no such limits
 LIMITS = {"resolution": (1, 4096), "steps": (1, 10_000),
           "cfg_text": (-1000, 1000), "cfg_image": (-1000, 1000)}
 
@@ -145,7 +145,7 @@ def widen(checkpoint: Checkpoint) -> Checkpoint:
     """Turn a text-to-image checkpoint into the editor that training starts from (section 3.2 of the paper).
 
     Adds input channels for the input image's latents to the first convolution. The new weights are zero, so
-    the input image has no effect before training. Returns an editor unchanged.
+    the input image has no effect before training. Returns the checkpoint of an editor unchanged.
     """
     unet = checkpoint.networks["unet"]
     latent = checkpoint.networks["vae"].model.config.latent_channels

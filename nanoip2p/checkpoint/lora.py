@@ -50,7 +50,7 @@ def apply_loras(model: Model, given: list[str]) -> list[str]:
         seen.append(path.resolve())
         for place, (scale, factors) in layers.items():
             changes.setdefault(place, []).append((weight * scale, factors))
-    for change_them in (False, True):  # first check all; a copy of all weights may not fit into memory
+    for change_them in (False, True):  # first only check: results of all layers may not fit into memory
         for (network, name), summands in changes.items():
             layer = network.get_submodule(name)
             merged = layer.weight.detach().float().clone()  # not in place: it may be mapped from a file
@@ -70,7 +70,7 @@ def _product(down: Tensor, up: Tensor, mid: Tensor | None = None) -> Tensor:
 
 
 def _spellings(model: Model) -> dict[str, tuple[nn.Module, str]]:
-    """Every spelling of every layer, with underscores and without PREFIX -> (network, our name)."""
+    """Map each spelling of each layer (underscores for dots, no PREFIX) to (network, our name)."""
     found = {}
     for network in (model.unet, model.text_encoder):
         originals = original_names(network)
@@ -84,7 +84,7 @@ def _spellings(model: Model) -> dict[str, tuple[nn.Module, str]]:
 
 
 def read_lora(model: Model, path: Path) -> tuple[dict, str]:
-    """Read a file: (network, our name) -> (alpha / r, arguments of _product); and what it is, in a few words.
+    """Return {(network, our name): (alpha / r, arguments of _product)} of a file, and a short description.
 
     Raises ValueError if a tensor is unknown, does not fit its layer, or is not finite.
     """
@@ -104,7 +104,7 @@ def read_lora(model: Model, path: Path) -> tuple[dict, str]:
         files.refuse_names(path, "holds what is no LoRA of a layer of this model:", strays)
         fitted = {place: _fit(*place, parts, path) for place, parts in found.items()}
     except ValueError:
-        refuse_families(tensors, LORAS, path, "LoRAs of ")  # the better reason
+        refuse_families(tensors, LORAS, path, "LoRAs of ")  # a clearer message, if it knows the file
         raise
     layout = {"base": "peft", "lora": "kohya"}.get(next(iter(tensors))[:4], "diffusers")
     own = path.with_name("adapter_config.json")
@@ -148,10 +148,10 @@ def _fit(network: nn.Module, name: str, parts: dict[str, Tensor], path: Path) ->
 
 
 def _alpha(said: dict, part: str, name: str, path: Path) -> float | None:
-    """What peft's settings say about the alpha of one layer."""
+    """The alpha of one layer in peft's settings; None if they have none."""
     alpha = said.get(f"{part}lora_alpha")
     patterns = checked(said.get(f"{part}alpha_pattern") or {}, dict, f"{path}: alpha_pattern")
-    for pattern in reversed(patterns):  # the first one counts. peft reads regular expressions, we only names
+    for pattern in reversed(patterns):  # the first match wins. For peft these are regular expressions
         bare = pattern.removeprefix("^")
         if len(patterns) > LONGEST or not re.fullmatch(r"[\w.]+", bare):
             raise ValueError(f"{path}: alpha_pattern has {shown(pattern)}; only names of layers are read")

@@ -2,15 +2,15 @@
 
 Each network has a frozen dataclass of the settings that it supports. FIXED lists settings of which our code
 supports one value. IGNORED lists settings without effect here. `read_config` refuses every other setting
-that is not None or False. An overlooked `use_linear_projection: true` would give a wrong picture, no error.
+that is switched on, because a setting that we overlook would make wrong pictures without an error.
 """
 
 import typing
 
 from nanoip2p.common.schema import checked, shown
 
-# Ranges of numbers, far beyond every Stable Diffusion 1.x and CLIP; WIDTHS is for all others. Without limits,
-# a config.json of a few bytes could take minutes to build, or gigabytes
+# Ranges of numbers, far wider than Stable Diffusion 1.x and CLIP need. WIDTHS is for all others. Without a
+# limit, a network from a config.json of a few bytes could take minutes to build, or gigabytes of memory
 LIMITS = {
     "layers_per_block": (1, 32), "num_hidden_layers": (1, 128), "freq_shift": (0, 1),
     "vocab_size": (1, 2**20), "eos_token_id": (0, 2**20), "norm_eps": (0, 1), "layer_norm_eps": (0, 1),

@@ -1,4 +1,4 @@
-"""Check the types and ranges of values from files, once, where they enter. JSON files can hold anything."""
+"""Check the types and ranges of values from files, where they are read. JSON files can hold anything."""
 
 import math
 import reprlib
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-LONGEST = 10_000  # items of a list and letters of a text; no setting of any model comes near it
+LONGEST = 10_000  # items of a list, characters of a text: far more than any model's setting has
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "an object",
          types.NoneType: "null"}
 
@@ -43,7 +43,7 @@ def checked_rows(rows: Iterable[dict], kinds: dict[str, tuple], path: Path) -> l
 
 
 def _converted(value, kind, least: float, most: float):
-    """`value` as `kind`. Raises ValueError or OverflowError, without a message, if it is none."""
+    """`value` as `kind`. Raises ValueError or OverflowError, without a message, if that is impossible."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         for option in args:

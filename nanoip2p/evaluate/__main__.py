@@ -14,7 +14,7 @@ DEFAULT = "as in sample.py; the weights define the default"
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the five commands. Its result has the name of the chosen command."""
+    """The parser of the five commands. It stores the name of the chosen one as `command`."""
     parser = cli.make_parser(prog="python -m nanoip2p.evaluate", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=cli.make_parser)
 

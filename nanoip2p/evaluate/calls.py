@@ -21,7 +21,7 @@ from nanoip2p.editor import Editor
 from nanoip2p.evaluate.scenes import choose_edits, rate, score_scenes, table
 
 SAMPLERS = ("euler_ancestral", "dpmpp_2m", "lcm")
-# Of a point, see checked_rows
+# The entries of a point, for checked_rows
 KINDS = {"weights": (str,), "networks": (str,), "sampler": (str,), "calls": (int, 1), "n": (int, 1),
          "success": (float, 0, 1), "error": (float, 0, 1), "psnr": (float | None,)}
 
