@@ -37,7 +37,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
             yield temporary
             os.replace(temporary, path)
     finally:
-        _delete(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)  # if it is a folder
+        temporary.unlink(missing_ok=True)
 
 
 def _hidden(path: Path) -> str:
@@ -47,19 +48,14 @@ def _hidden(path: Path) -> str:
     return f".{path.name[:60]}.{os.uname().nodename[:20]}."
 
 
-def _delete(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
-
-
 def remove_leftovers(path: Path) -> None:
     """Delete temporary files of `replacing(path)` in killed processes of this machine."""
     for temporary in path.parent.glob(f"{glob.escape(_hidden(path))}*.tmp"):
         try:
             os.kill(int(temporary.name.split(".")[-2]), 0)  # signal 0 only checks that the process exists
         except ProcessLookupError:
-            _delete(temporary)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.unlink(missing_ok=True)
         except (ValueError, OverflowError, PermissionError):  # no process id; another user's process
             pass
 
@@ -191,15 +187,14 @@ def _csv_rows(lines: Iterator[bytes], path: Path) -> Iterator[tuple[int, dict]]:
 
 def _parse(lines: Iterator[bytes], path: Path, is_json: bool, problems: list | None,
            appended: bool) -> Iterator[tuple[int, dict]]:
-    decode = json.JSONDecoder().raw_decode  # json.loads is slower
     for number, line in enumerate(lines, start=1):
         if appended and _is_cut(line):
             continue
         try:
             if text := _text(line).strip():
-                row, end = decode(text) if is_json else ({"input": text}, len(text))
-                if end < len(text) or not isinstance(row, dict):
-                    raise ValueError(f"but a {type(row).__name__}" if end == len(text) else "extra data")
+                row = json.loads(text) if is_json else {"input": text}
+                if not isinstance(row, dict):
+                    raise ValueError(f"but a {type(row).__name__}")
                 yield number, row
         except (ValueError, RecursionError) as error:
             reason = f"line {number} is not {'a JSON object' if is_json else 'UTF-8'} ({error})"
