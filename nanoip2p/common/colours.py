@@ -35,7 +35,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
             raise ValueError("the value range of 32-bit pixels is unknown; save it with 8 or 16 bits")
         levels[levels == colour] = 65535
         return _to_srgb(Image.fromarray(((levels + 128) // 257).astype(np.uint8)), True, info)
-    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or colour is not None:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         above, below = _to_srgb(image, grey, info), Image.new("RGBA", image.size, "white")
         above.putalpha(image.getchannel("A"))
