@@ -122,12 +122,11 @@ def _fetch(name: str, choose: Callable[[list[str]], list[str]], needs: str) -> P
     if not match:
         raise ValueError(f"there is no file or folder {name}, and a name on the Hub would be owner/name")
     repo, revision = match.groups()
-    files = problem = None
     try:
         info = HfApi().model_info(repo, revision=revision, timeout=TIMEOUT)
-        files = choose([file.rfilename for file in info.siblings])
+        files, problem = choose([file.rfilename for file in info.siblings]), None
     except Exception as error:  # any HTTP client's error, or an error from parsing a Wi-Fi login page
-        problem = error
+        files, problem = None, error
     if files == []:
         raise ValueError(f"{name} on the Hub holds no {needs}")
     try:  # the cached folder may be incomplete: it has only the files of earlier downloads
