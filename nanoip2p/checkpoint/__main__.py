@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         either.add_argument("--add", metavar="B", help="model to add, less the model of --minus")
         either.add_argument("--with", metavar="B", dest="other", help="model for a weighted sum")
         parser.add_argument("--minus", metavar="C", help="base of B, for --add")
-        parser.add_argument("--weight", metavar="M", type=cli.finite, help="default: 1; 0.5 for a sum")
+        parser.add_argument("--weight", metavar="M", type=cli.finite, help="default: 1; 0.5 with --with")
     parser.add_argument("--dtype", choices=cli.DTYPES, help="dtype of written weights; default: unchanged")
     parser.add_argument("--ema-copy", action="store_true",
                         help="also write the UNet under the names of the EMA weights")
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
             save.convert(checkpoint, args.target, dtype, args.ema_copy)
             print(f"wrote {args.target}")
             if args.target.suffix == ".safetensors":
-                print("a single file has no tokenizer; to use it, name the source's with --tokenizer")
+                print("a single file has no tokenizer: name that of the source with --tokenizer")
 
     return cli.run(work, "interrupted; nothing was written", "close other programs")
 

@@ -101,7 +101,7 @@ def read_lora(model: Model, path: Path) -> tuple[dict, str]:
             found[place][role] = tensor
     try:
         strays = [*dict.fromkeys(strays)] if tensors else ["no tensor at all"]
-        files.refuse_names(path, "holds what is no LoRA of a layer of this model:", strays)
+        files.refuse_names(path, "has tensors that are no LoRA of a layer of this model:", strays)
         fitted = {place: _fit(*place, parts, path) for place, parts in found.items()}
     except ValueError:
         refuse_families(tensors, LORAS, path, "LoRAs of ")  # a clearer message, if it knows the file
@@ -120,7 +120,7 @@ def read_lora(model: Model, path: Path) -> tuple[dict, str]:
         if name == "conv_in" and (known := factors["down"].shape[1]) < network.config.in_channels:
             notes.append(f"conv_in: the first {known} of {network.config.in_channels} channels")
     if missing := len(layers) - len(alphas):
-        notes.append(f"no alpha for {missing} layers in the file: the rank is taken, as diffusers does")
+        notes.append(f"no alpha for {missing} layers in the file: it is set to the rank, as in diffusers")
     ranks = [len(factors["down"]) for factors in fitted.values()]
     sizes = [f"{word} {' to '.join(f'{number:g}' for number in sorted({min(numbers), max(numbers)}))}"
              for word, numbers in (("rank", ranks), ("alpha", alphas)) if numbers]
