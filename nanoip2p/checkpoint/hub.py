@@ -43,7 +43,7 @@ def fetch_clip(name: str) -> Path:
 
 
 def is_cached(name: str) -> bool:
-    """Whether the Hub's cache has files of this model: the user has asked for it before."""
+    """Whether the Hub's cache has files of this model, because the user asked for it before."""
     from huggingface_hub.constants import HF_HUB_CACHE
     match = NAME.fullmatch(name)
     return bool(match) and Path(HF_HUB_CACHE, f"models--{match[1].replace('/', '--')}").is_dir()
@@ -137,7 +137,7 @@ def _fetch(name: str, choose: Callable[[list[str]], list[str]], needs: str) -> P
     except Exception as error:
         problem = problem or error
     kind = type(problem).__name__
-    if kind == "HfHubHTTPError" and problem.response.status_code in (401, 403):  # by some mirrors
+    if kind == "HfHubHTTPError" and problem.response.status_code in (401, 403):  # as some mirrors answer
         kind = "RepositoryNotFoundError"
     first_line = str(problem).partition("\n")[0]
     unknown = f"it is neither in the Hub's cache nor can it be fetched ({kind}: {first_line})"

@@ -27,7 +27,7 @@ from nanoip2p.common.schema import LONGEST, checked, shown
 from nanoip2p.pipeline import Model
 
 METADATA = "lora_adapter_metadata"  # diffusers' key of peft's settings, as JSON: {"unet.lora_alpha": 8, ...}
-TENSOR = re.compile(  # (layer, kind, "alpha"); both are None in names that we do not know
+TENSOR = re.compile(  # groups: layer, kind, "alpha"; a name that we do not know has neither of the last two
     r"(.*?)(?:[._]lora(?:_linear_layer)?[._](down|up|mid|A|B)(?:\.[^.]+)?\.weight|\.(alpha))?", re.DOTALL)
 PREFIX = re.compile(r"^(base_model_model_|lora_)?(unet_|te_|text_encoder_)?(text_model_)?|_processor")
 
@@ -130,12 +130,12 @@ def read_lora(model: Model, path: Path) -> tuple[dict, str]:
 def _fit(network: nn.Module, name: str, parts: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Check the tensors of one layer. Returns those for _product, with 1x1 kernels as matrices."""
     given = {f"{role} of {name}": parts[role] for role in ("down", "mid", "up") if role in parts}
-    files.check_tensors(given, given, path)  # that the numbers are finite floats
+    files.check_tensors(given, given, path)  # checks only that the numbers are finite floats
     factors = {role: x.flatten(1) if x.ndim > 2 and x.shape[2:].numel() == 1 else x
                for role, x in parts.items() if role != "alpha"}
     want = tuple(network.get_submodule(name).weight.shape)
     fitting = [want[:2] if want[2:] == (1, 1) else want]
-    if name == "conv_in":  # a LoRA of Stable Diffusion knows the first 4 of an editor's 8 channels
+    if name == "conv_in":  # a LoRA of Stable Diffusion has only the first 4 of an editor's 8 channels
         fitting.append((want[0], network.config.out_channels, *want[2:]))
     try:
         shape = _product(**{role: x.to("meta") for role, x in factors.items()}).shape

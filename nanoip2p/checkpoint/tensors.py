@@ -59,7 +59,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def json_metadata(path: Path, key: str) -> dict:
-    """The JSON object under `key` in the metadata, or {} if there is none. ValueError for any other text."""
+    """The JSON object under `key` in the metadata, or {} if there is none. ValueError if it is no object."""
     try:
         return checked(json.loads(read_metadata(path).get(key, "{}")), dict, key)
     except (ValueError, RecursionError) as error:
@@ -67,7 +67,7 @@ def json_metadata(path: Path, key: str) -> dict:
 
 
 def find_weights(folder: Path, raw: bool = False) -> dict[str, Tensor]:
-    """Read a network's folder: hub.weight_files, else its non_ema files. ValueError: see read_tensors."""
+    """Read the files that hub.weight_files selects, else the non_ema files. ValueError: see read_tensors."""
     names = [path.name for path in folder.glob("*")]
     files = weight_files(names, raw=raw) or weight_files(names, raw=True)
     if not files:

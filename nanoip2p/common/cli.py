@@ -20,7 +20,7 @@ SAMPLERS = ("ddim", "dpmpp_2m", "euler", "euler_ancestral", "lcm")
 DTYPES = ("bf16", "fp16", "fp32")
 MODES = ("self", "cross", "both", "none")
 LETTERS = 500  # maximum number of characters in a message
-SWITCH = argparse.BooleanOptionalAction  # --no-recompute overrides a preset with recompute
+SWITCH = argparse.BooleanOptionalAction  # also --no-FLAG, which overrides a preset
 
 
 def import_torch():
@@ -50,7 +50,7 @@ class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescr
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises a one-line ValueError for a wrong flag, instead of exiting. Accepts no empty path."""
+    """Raises a one-line ValueError for a wrong flag, instead of exiting."""
 
     def error(self, message: str):
         """Called for a wrong flag."""

@@ -31,7 +31,7 @@ def checked(value, kind, where: str, least: float = -math.inf, most: float = mat
 
 
 def shown(value) -> str:
-    """A value for a message, at most 41 letters."""
+    """A value for a message, at most 41 characters."""
     text = reprlib.repr(value)  # not repr: the value may be deeply nested
     return text if len(text) <= 40 else text[:40] + "…"
 

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> tuple[str, None]:
 
 
 def draw(points: list[dict], axes) -> None:
-    """Draw a curve with error bars for each weights and sampler."""
+    """Draw a curve with error bars for each pair of weights and sampler."""
     for (weights, sampler), curve in groupby(points, itemgetter("weights", "sampler")):
         calls, success, error = zip(*map(itemgetter("calls", "success", "error"), curve))
         name = tidy(Path(weights).name)[:100].replace("$", r"\$")  # matplotlib would read formulas between $

@@ -1,4 +1,4 @@
-"""CLIP retrieval: how often CLIP ranks a picture's caption first of 32. Pictures: generated, or renders."""
+"""CLIP retrieval: how often CLIP ranks a picture's caption first of 32, for generated and true pictures."""
 
 import argparse
 
