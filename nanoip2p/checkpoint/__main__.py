@@ -6,7 +6,6 @@
     python -m nanoip2p.checkpoint merge --help                             # A + (B - C), and weighted sums
 """
 
-import argparse
 import ast
 import signal
 import sys
@@ -21,8 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     merging = words[:1] == ["merge"]
     merge = Path(__file__).with_name("merge.py").read_text(encoding="utf-8")
     parser = cli.make_parser(prog="python -m nanoip2p.checkpoint" + " merge" * merging,
-                             description=ast.get_docstring(ast.parse(merge), False) if merging else __doc__,
-                             formatter_class=argparse.RawDescriptionHelpFormatter)
+                             description=ast.get_docstring(ast.parse(merge), False) if merging else __doc__)
     parser.add_argument("source", help="a folder, a single file, or a name on the Hub")
     parser.add_argument("target", type=Path, nargs=None if merging else "?",
                         help="a new folder or .safetensors file; default: only inspect the source")

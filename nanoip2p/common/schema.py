@@ -23,11 +23,9 @@ def checked(value, kind, where: str, least: float = -math.inf, most: float = mat
     try:
         return _converted(value, kind, least, most)
     except (ValueError, OverflowError):
-        wanted = _described(kind, least, most)
-        fits = isinstance(value, str) and "a text" in wanted or isinstance(value, list) and "a list" in wanted
-        if fits and len(value) > LONGEST:
+        if isinstance(value, (str, list)) and len(value) > LONGEST:
             raise ValueError(f"{where} is {len(value):,} long; at most {LONGEST:,} are read") from None
-        raise ValueError(f"{where} = {shown(value)} should be {wanted}") from None
+        raise ValueError(f"{where} = {shown(value)} should be {_described(kind, least, most)}") from None
 
 
 def shown(value) -> str:

@@ -16,13 +16,13 @@ DEFAULT = "as in sample.py; the weights define the default"
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the five commands. It stores the name of the chosen one as `command`."""
     parser = cli.make_parser(prog="python -m nanoip2p.evaluate", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=cli.make_parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND",
+                                     parser_class=cli.make_parser)
 
     def add(name: str, weights: str | list[str], n: int | None, **out):
         source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
         text = ast.get_docstring(ast.parse(source), clean=False)
         command = commands.add_parser(name, help=text.splitlines()[0], description=text)
-        command.set_defaults(command=name)
         several = "+" if isinstance(weights, list) else None
         command.add_argument("--weights", default=weights, nargs=several, help="as in sample.py")
         command.add_argument("--out", type=Path, **out)
