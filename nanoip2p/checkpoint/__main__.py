@@ -6,7 +6,6 @@
     python -m nanoip2p.checkpoint merge --help                             # A + (B - C), and weighted sums
 """
 
-import argparse
 import ast
 import signal
 import sys
@@ -21,8 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     merging = words[:1] == ["merge"]
     merge = Path(__file__).with_name("merge.py").read_text(encoding="utf-8")
     parser = cli.make_parser(prog="python -m nanoip2p.checkpoint" + " merge" * merging,
-                             description=ast.get_docstring(ast.parse(merge), False) if merging else __doc__,
-                             formatter_class=argparse.RawDescriptionHelpFormatter)
+                             description=ast.get_docstring(ast.parse(merge), False) if merging else __doc__)
     parser.add_argument("source", help="a folder, a single file, or a name on the Hub")
     parser.add_argument("target", type=Path, nargs=None if merging else "?",
                         help="a new folder or .safetensors file; default: only inspect the source")
@@ -31,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         either.add_argument("--add", metavar="B", help="model to add, less the model of --minus")
         either.add_argument("--with", metavar="B", dest="other", help="model for a weighted sum")
         parser.add_argument("--minus", metavar="C", help="base of B, for --add")
-        parser.add_argument("--weight", metavar="M", type=cli.finite, help="default: 1; 0.5 for a sum")
+        parser.add_argument("--weight", metavar="M", type=cli.finite, help="default: 1; 0.5 with --with")
     parser.add_argument("--dtype", choices=cli.DTYPES, help="dtype of written weights; default: unchanged")
     parser.add_argument("--ema-copy", action="store_true",
                         help="also write the UNet under the names of the EMA weights")
@@ -62,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             save.convert(checkpoint, args.target, dtype, args.ema_copy)
             print(f"wrote {args.target}")
             if args.target.suffix == ".safetensors":
-                print("a single file has no tokenizer; to use it, name the source's with --tokenizer")
+                print("a single file has no tokenizer: name that of the source with --tokenizer")
 
     return cli.run(work, "interrupted; nothing was written", "close other programs")
 

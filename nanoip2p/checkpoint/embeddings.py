@@ -14,10 +14,10 @@ from nanoip2p.pipeline import Model
 def add_embedding(model: Model, path: str | Path) -> str:
     """Add the word of a file to a model. Returns one line that names the word.
 
-    Reads learned_embeds of diffusers, whose word is the tensor's name, and .pt or .safetensors of the web
-    UIs, whose word is the name of the file, as in the web UIs. Vectors (n, D) add n tokens <x>, <x>_1, ... at
-    the end of the vocabulary, as in diffusers. Raises ValueError for other files, vectors of another width,
-    and a word that is already known, or a part of a known one.
+    Reads learned_embeds of diffusers, where the tensor's name is the word, and .pt or .safetensors of the
+    web UIs, where the file's name is the word. Vectors (n, D) add n tokens <x>, <x>_1, ... at the end of the
+    vocabulary, as in diffusers. Raises ValueError for other files, for vectors of another width, and for a
+    word that is known or is a part of a known word.
     """
     path, tokenizer, encoder = Path(path), model.tokenizer, model.text_encoder
     tensors, table = read_tensors(path), encoder.text_model.embeddings.token_embedding
@@ -25,12 +25,12 @@ def add_embedding(model: Model, path: str | Path) -> str:
         raise ValueError(f"{path} holds {len(tensors)} tensors; a textual inversion of SD 1.x has one")
     [(name, vectors)] = tensors.items()
     vectors, (known, width) = torch.atleast_2d(vectors), table.weight.shape
-    unnamed = name == "emb_params" or name.startswith("string_to_param.")  # of the web UIs
+    unnamed = name == "emb_params" or name.startswith("string_to_param.")  # files of the web UIs
     word = tokenizer.clean(path.stem if unnamed else name).strip()
-    n = max(1, min(len(vectors), tokenizer.length - 2))  # as many as a text has room for
+    n = max(1, min(len(vectors), tokenizer.length - 2))  # at most as many as fit into a text
     check_tensors({word: vectors}, {word: torch.empty(n, width, device="meta")}, path)
     tokens = [word, *(f"{word}_{i}" for i in range(1, n))]
-    base, _, number = word.rpartition("_")  # <x>_2 would become a part of a known word <x> <x>_1
+    base, _, number = word.rpartition("_")  # beside <x> and <x>_1, a word <x>_2 would be their third token
     before = base if number == "1" else f"{base}_{int(number) - 1}" if number.isdecimal() else None
     added = {token.content.lower() for token in tokenizer.backend.get_added_tokens_decoder().values()}
     taken = {token.lower() for token in tokenizer.backend.get_vocab()}  # capitals do not matter in a text

@@ -27,14 +27,14 @@ class StoredNetwork:
     """A network whose weights are still on disk."""
 
     model: nn.Module  # on torch's meta device, without weights
-    read: Callable[[], dict[str, Tensor]]  # memory-maps the file anew; a kept mapping would fill the memory
+    read: Callable[[], dict[str, Tensor]]  # maps the file at each call; a kept mapping fills the memory
     path: Path  # the file or folder, for error messages
 
     def load(self, dtype: torch.dtype | None) -> nn.Module:
         """Load the weights in eval mode on the CPU. dtype: None keeps the stored dtype, memory-mapped.
 
-        float8 becomes float16, which holds each of its numbers. Raises ValueError if the names or shapes do
-        not match the model, or a weight is not finite.
+        float8 becomes float16, which can hold all float8 numbers. Raises ValueError if the names or shapes
+        do not match the model, or if a weight is not finite.
         """
         tensors = {name: tensor.half() if tensor.dtype in FLOAT8 else tensor
                    for name, tensor in self.read().items()}
@@ -45,7 +45,7 @@ class StoredNetwork:
 
 
 class Undrawn(TorchFunctionMode):
-    """Leaves out initial values. To draw them on the meta device would import torch._dynamo, sympy, FSDP."""
+    """Skips random initial values. Drawing them on the meta device imports torch._dynamo, sympy and FSDP."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return kwargs["tensor"] if func in DRAWS else func(*args, **kwargs or {})

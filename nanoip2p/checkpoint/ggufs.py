@@ -8,15 +8,15 @@ from torch import Tensor
 
 # A Stable Diffusion 1.x checkpoint needs 8,000 reads. A far longer header would fill the memory
 MOST_READS = 100_000
-UNPACKED = torch.int8  # dtype of a Q8_0 tensor on the meta device, which was not unpacked
+PACKED = torch.int8  # dtype that stands for Q8_0, of a tensor on the meta device that was not unpacked
 
 
 def read_gguf(path: Path, prefix: str | None = "") -> dict[str, Tensor]:
-    """Read a GGUF file: name -> tensor under the names of the file, which are the original's.
+    """Read a GGUF file: name -> tensor. The names are those of the original layout (see single_file.py).
 
-    F32, F16 and BF16 are memory-mapped. Q8_0 (blocks of 32 whole numbers with one factor) becomes float32
-    if `prefix` is in the name. Otherwise, and for None, its tensor is on the meta device. Raises
-    ValueError for a broken file, for another quantisation, and without the package gguf.
+    F32, F16 and BF16 are memory-mapped. A Q8_0 tensor (blocks of 32 int8 numbers with one scale) becomes
+    float32 if its name contains `prefix`; otherwise, or if `prefix` is None, it is a tensor of dtype PACKED
+    on the meta device. Raises ValueError for a broken file, another quantisation, or a missing package gguf.
     """
     try:
         import gguf
@@ -47,7 +47,7 @@ def read_gguf(path: Path, prefix: str | None = "") -> dict[str, Tensor]:
     def read(tensor) -> Tensor:
         shape, kind = tensor.shape.tolist()[::-1], tensor.tensor_type.name
         if kind == "Q8_0" and (prefix is None or prefix not in tensor.name):
-            return torch.empty(shape, dtype=UNPACKED, device="meta")
+            return torch.empty(shape, dtype=PACKED, device="meta")
         data = gguf.dequantize(tensor.data, tensor.tensor_type) if kind == "Q8_0" else tensor.data
         numbers = torch.from_numpy(data)
         return (numbers.view(torch.bfloat16) if kind == "BF16" else numbers).reshape(shape)

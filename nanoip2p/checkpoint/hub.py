@@ -43,7 +43,7 @@ def fetch_clip(name: str) -> Path:
 
 
 def is_cached(name: str) -> bool:
-    """Whether the Hub's cache has files of this model: the user has asked for it before."""
+    """Whether the Hub's cache has files of this model, because the user asked for it before."""
     from huggingface_hub.constants import HF_HUB_CACHE
     match = NAME.fullmatch(name)
     return bool(match) and Path(HF_HUB_CACHE, f"models--{match[1].replace('/', '--')}").is_dir()
@@ -122,12 +122,11 @@ def _fetch(name: str, choose: Callable[[list[str]], list[str]], needs: str) -> P
     if not match:
         raise ValueError(f"there is no file or folder {name}, and a name on the Hub would be owner/name")
     repo, revision = match.groups()
-    files = problem = None
     try:
         info = HfApi().model_info(repo, revision=revision, timeout=TIMEOUT)
-        files = choose([file.rfilename for file in info.siblings])
+        files, problem = choose([file.rfilename for file in info.siblings]), None
     except Exception as error:  # any HTTP client's error, or an error from parsing a Wi-Fi login page
-        problem = error
+        files, problem = None, error
     if files == []:
         raise ValueError(f"{name} on the Hub holds no {needs}")
     try:  # the cached folder may be incomplete: it has only the files of earlier downloads
@@ -138,7 +137,7 @@ def _fetch(name: str, choose: Callable[[list[str]], list[str]], needs: str) -> P
     except Exception as error:
         problem = problem or error
     kind = type(problem).__name__
-    if kind == "HfHubHTTPError" and problem.response.status_code in (401, 403):  # by some mirrors
+    if kind == "HfHubHTTPError" and problem.response.status_code in (401, 403):  # as some mirrors answer
         kind = "RepositoryNotFoundError"
     first_line = str(problem).partition("\n")[0]
     unknown = f"it is neither in the Hub's cache nor can it be fetched ({kind}: {first_line})"

@@ -28,7 +28,7 @@ from nanoip2p.tokenizer import Tokenizer, check_fits, load_tokenizer
 from nanoip2p.unet import UNet
 from nanoip2p.vae import VAE
 
-# Ranges of settings in defaults.json, far beyond every use; flags may go beyond
+# Ranges of settings in defaults.json, far wider than any use; flags have no such limits
 LIMITS = {"resolution": (1, 4096), "steps": (1, 10_000),
           "cfg_text": (-1000, 1000), "cfg_image": (-1000, 1000)}
 
@@ -96,15 +96,15 @@ def open_checkpoint(name: str | Path, vae: str | Path | None = None, tokenizer: 
 
 def _open_folder(folder: Path, raw_weights: bool | None, vae: StoredNetwork | None) -> tuple:
     """Open a diffusers folder. Returns its description, networks, schedule and defaults."""
-    names, raw, averaged = [path.name for path in (folder / "unet").glob("*")], raw_weights is True, ""
-    if (folder / "unet_ema").is_dir():
-        averaged = "" if raw else "unet_ema"
-    elif raw and weight_files(names) == weight_files(names, raw=True):
-        raise ValueError(f"{folder} is a folder that holds one set of weights; leave out --raw-weights")
-    alone = not weight_files(names) and weight_files(names, raw=True)  # non_ema files
-    which = ", averaged weights of unet_ema/" if averaged else ", raw weights" if raw or alone else ""
-    networks = {part: vae if vae and part == "vae" else
-                open_network(cls, folder / (averaged if averaged and part == "unet" else part), raw)
+    names, raw = [path.name for path in (folder / "unet").glob("*")], raw_weights is True
+    usual, non_ema, averaged = weight_files(names), weight_files(names, raw=True), folder / "unet_ema"
+    if raw and usual == non_ema and not averaged.is_dir():
+        raise ValueError(f"{folder} holds only one set of weights; leave out --raw-weights")
+    folders = {part: folder / part for part in PARTS}
+    which = ", raw weights" if raw or non_ema and not usual else ""
+    if averaged.is_dir() and not raw:
+        folders["unet"], which = averaged, ", averaged weights of unet_ema/"
+    networks = {part: vae if vae and part == "vae" else open_network(cls, folders[part], raw)
                 for part, cls in PARTS.items()}
     dtypes = dtype_names(tensor for network in networks.values() for tensor in network.read().values())
     channels, path = networks["unet"].model.config.in_channels, folder / "defaults.json"
@@ -126,12 +126,9 @@ def _open_single_file(path: Path, raw_weights: bool | None, vae: StoredNetwork |
 def _own_metadata(path: Path) -> dict:
     """The metadata that `convert` wrote to a single file; for other files only {"defaults": ...}."""
     metadata = json_metadata(path, "nanoip2p")
-    try:
-        for key in {*PARTS, "schedule", "defaults"} & metadata.keys():
-            checked(metadata[key], dict, key)
-        return metadata | {"defaults": with_defaults(metadata.get("defaults", {}), "defaults")}
-    except ValueError as error:
-        raise ValueError(f"{path}: its metadata is broken ({error})") from None
+    for key in {*PARTS, "schedule", "defaults"} & metadata.keys():
+        checked(metadata[key], dict, f"{path}: its metadata is broken: {key}")
+    return metadata | {"defaults": with_defaults(metadata.get("defaults", {}), f"{path}, its metadata")}
 
 
 def _open_vae(path: Path) -> StoredNetwork:
@@ -145,7 +142,7 @@ def widen(checkpoint: Checkpoint) -> Checkpoint:
     """Turn a text-to-image checkpoint into the editor that training starts from (section 3.2 of the paper).
 
     Adds input channels for the input image's latents to the first convolution. The new weights are zero, so
-    the input image has no effect before training. Returns an editor unchanged.
+    the input image has no effect before training. Returns the checkpoint of an editor unchanged.
     """
     unet = checkpoint.networks["unet"]
     latent = checkpoint.networks["vae"].model.config.latent_channels
@@ -172,12 +169,10 @@ def load_model(checkpoint: str | Path | Checkpoint, dtype: torch.dtype = torch.f
         checkpoint = open_checkpoint(checkpoint)
     source, networks = checkpoint.source, checkpoint.networks
     channels, latent = networks["unet"].model.config.in_channels, networks["vae"].model.config.latent_channels
-    if edits and channels == latent:
-        raise ValueError(f"{source}: the UNet takes {channels} channels, an editor {2 * latent}; this is a "
-                         "text-to-image model, the base for train.py")
-    if not edits and channels != latent:
-        raise ValueError(f"{source}: the UNet takes {channels} channels, a text-to-image model {latent}; "
-                         "this is an editor, for sample.py")
+    if edits != (channels > latent):
+        wanted = f"an editor {2 * latent}" if edits else f"a text-to-image model {latent}"
+        found = "a text-to-image model, the base for train.py" if edits else "an editor, for sample.py"
+        raise ValueError(f"{source}: the UNet takes {channels} channels, {wanted}; this is {found}")
     folder, tokenizer = checkpoint.open_tokenizer()
     schedule = NoiseSchedule.from_config(checkpoint.schedule)
     loaded = (networks[part].load(dtype) for part in PARTS)

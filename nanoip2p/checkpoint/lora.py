@@ -27,7 +27,7 @@ from nanoip2p.common.schema import LONGEST, checked, shown
 from nanoip2p.pipeline import Model
 
 METADATA = "lora_adapter_metadata"  # diffusers' key of peft's settings, as JSON: {"unet.lora_alpha": 8, ...}
-TENSOR = re.compile(  # (layer, kind, "alpha"); both are None in names that we do not know
+TENSOR = re.compile(  # groups: layer, kind, "alpha"; a name that we do not know has neither of the last two
     r"(.*?)(?:[._]lora(?:_linear_layer)?[._](down|up|mid|A|B)(?:\.[^.]+)?\.weight|\.(alpha))?", re.DOTALL)
 PREFIX = re.compile(r"^(base_model_model_|lora_)?(unet_|te_|text_encoder_)?(text_model_)?|_processor")
 
@@ -50,7 +50,7 @@ def apply_loras(model: Model, given: list[str]) -> list[str]:
         seen.append(path.resolve())
         for place, (scale, factors) in layers.items():
             changes.setdefault(place, []).append((weight * scale, factors))
-    for change_them in (False, True):  # first check all; a copy of all weights may not fit into memory
+    for change_them in (False, True):  # first only check: results of all layers may not fit into memory
         for (network, name), summands in changes.items():
             layer = network.get_submodule(name)
             merged = layer.weight.detach().float().clone()  # not in place: it may be mapped from a file
@@ -70,7 +70,7 @@ def _product(down: Tensor, up: Tensor, mid: Tensor | None = None) -> Tensor:
 
 
 def _spellings(model: Model) -> dict[str, tuple[nn.Module, str]]:
-    """Every spelling of every layer, with underscores and without PREFIX -> (network, our name)."""
+    """Map each spelling of each layer (underscores for dots, no PREFIX) to (network, our name)."""
     found = {}
     for network in (model.unet, model.text_encoder):
         originals = original_names(network)
@@ -84,7 +84,7 @@ def _spellings(model: Model) -> dict[str, tuple[nn.Module, str]]:
 
 
 def read_lora(model: Model, path: Path) -> tuple[dict, str]:
-    """Read a file: (network, our name) -> (alpha / r, arguments of _product); and what it is, in a few words.
+    """Return {(network, our name): (alpha / r, arguments of _product)} of a file, and a short description.
 
     Raises ValueError if a tensor is unknown, does not fit its layer, or is not finite.
     """
@@ -101,10 +101,10 @@ def read_lora(model: Model, path: Path) -> tuple[dict, str]:
             found[place][role] = tensor
     try:
         strays = [*dict.fromkeys(strays)] if tensors else ["no tensor at all"]
-        files.refuse_names(path, "holds what is no LoRA of a layer of this model:", strays)
+        files.refuse_names(path, "has tensors that are no LoRA of a layer of this model:", strays)
         fitted = {place: _fit(*place, parts, path) for place, parts in found.items()}
     except ValueError:
-        refuse_families(tensors, LORAS, path, "LoRAs of ")  # the better reason
+        refuse_families(tensors, LORAS, path, "LoRAs of ")  # a clearer message, if it knows the file
         raise
     layout = {"base": "peft", "lora": "kohya"}.get(next(iter(tensors))[:4], "diffusers")
     own = path.with_name("adapter_config.json")
@@ -120,7 +120,7 @@ def read_lora(model: Model, path: Path) -> tuple[dict, str]:
         if name == "conv_in" and (known := factors["down"].shape[1]) < network.config.in_channels:
             notes.append(f"conv_in: the first {known} of {network.config.in_channels} channels")
     if missing := len(layers) - len(alphas):
-        notes.append(f"no alpha for {missing} layers in the file: the rank is taken, as diffusers does")
+        notes.append(f"no alpha for {missing} layers in the file: it is set to the rank, as in diffusers")
     ranks = [len(factors["down"]) for factors in fitted.values()]
     sizes = [f"{word} {' to '.join(f'{number:g}' for number in sorted({min(numbers), max(numbers)}))}"
              for word, numbers in (("rank", ranks), ("alpha", alphas)) if numbers]
@@ -130,12 +130,12 @@ def read_lora(model: Model, path: Path) -> tuple[dict, str]:
 def _fit(network: nn.Module, name: str, parts: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Check the tensors of one layer. Returns those for _product, with 1x1 kernels as matrices."""
     given = {f"{role} of {name}": parts[role] for role in ("down", "mid", "up") if role in parts}
-    files.check_tensors(given, given, path)  # that the numbers are finite floats
+    files.check_tensors(given, given, path)  # checks only that the numbers are finite floats
     factors = {role: x.flatten(1) if x.ndim > 2 and x.shape[2:].numel() == 1 else x
                for role, x in parts.items() if role != "alpha"}
     want = tuple(network.get_submodule(name).weight.shape)
     fitting = [want[:2] if want[2:] == (1, 1) else want]
-    if name == "conv_in":  # a LoRA of Stable Diffusion knows the first 4 of an editor's 8 channels
+    if name == "conv_in":  # a LoRA of Stable Diffusion has only the first 4 of an editor's 8 channels
         fitting.append((want[0], network.config.out_channels, *want[2:]))
     try:
         shape = _product(**{role: x.to("meta") for role, x in factors.items()}).shape
@@ -148,10 +148,10 @@ def _fit(network: nn.Module, name: str, parts: dict[str, Tensor], path: Path) ->
 
 
 def _alpha(said: dict, part: str, name: str, path: Path) -> float | None:
-    """What peft's settings say about the alpha of one layer."""
+    """The alpha of one layer in peft's settings; None if they have none."""
     alpha = said.get(f"{part}lora_alpha")
     patterns = checked(said.get(f"{part}alpha_pattern") or {}, dict, f"{path}: alpha_pattern")
-    for pattern in reversed(patterns):  # the first one counts. peft reads regular expressions, we only names
+    for pattern in reversed(patterns):  # the first match wins. For peft these are regular expressions
         bare = pattern.removeprefix("^")
         if len(patterns) > LONGEST or not re.fullmatch(r"[\w.]+", bare):
             raise ValueError(f"{path}: alpha_pattern has {shown(pattern)}; only names of layers are read")

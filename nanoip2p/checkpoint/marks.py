@@ -38,8 +38,8 @@ def marked_schedule(path: Path, names: Iterable[str], metadata: dict[str, str]) 
     kinds = {KINDS.get(value.lower()) for value in marks.values()} or {"epsilon"}
     if None in kinds or len(kinds) > 1:
         said = ", ".join(f"{mark} = {shown(value)}" for mark, value in marks.items())
-        raise ValueError(f"{path} says {said}; it should be one of epsilon and v. A line in {beside.name} "
-                         "decides: parameterization: v (or eps)")
+        raise ValueError(f"{path} says {said}; it should be epsilon or v. To decide, write this line into "
+                         f"{beside.name}: parameterization: v (or eps)")
     [kind] = kinds
     zero_snr = "ztsnr" in names or metadata.get("ss_zero_terminal_snr", "").lower() == "true"
     if kind == "epsilon" or not zero_snr:

@@ -3,7 +3,7 @@
     python -m nanoip2p.checkpoint merge A --add B --minus C out-folder/    # add difference: A + M (B - C)
     python -m nanoip2p.checkpoint merge A --with B --weight 0.3 out.safetensors    # sum: (1 - M) A + M B
 
-The first makes an editor of the model B: A is an editor, C the base of both.
+The first command makes an editor from the model B: A is an editor, and C is the base of A and B.
 """
 
 from dataclasses import replace
@@ -23,7 +23,7 @@ from nanoip2p.diffusion import NoiseSchedule
 
 
 class Merged(Tensor):
-    """A merged tensor that takes no memory: each operation on its numbers computes them anew."""
+    """A merged tensor without storage: each operation that reads its numbers computes them again."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # results are plain tensors
 
@@ -42,8 +42,8 @@ class Merged(Tensor):
 def merge_tensors(name: str, share: float, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
     """Merge A and B, or A, B and C, in at least float32, then round to `dtype`.
 
-    Channels that B or C lacks are A's: those of conv_in for the picture, if A alone is an editor. Where
-    nothing changes, the bits are A's, even the sign of a zero. ValueError if a number exceeds float16.
+    Input channels that B or C lacks stay as in A: if only A is an editor, the picture's channels of conv_in.
+    Unchanged numbers keep their bits, even the sign of zero. ValueError if a number is too large for float16.
     """
     result = tensors[0].to(torch.promote_types(tensors[0].dtype, torch.float32), copy=True)
     common = tuple(slice(min(sizes)) for sizes in zip(*(tensor.shape for tensor in tensors)))
@@ -55,7 +55,7 @@ def merge_tensors(name: str, share: float, tensors: list[Tensor], dtype: torch.d
 
 
 def merge(opened: list[Checkpoint], names: list[str], share: float, dtype: torch.dtype | None) -> Checkpoint:
-    """The weighted sum of two checkpoints, or A and a difference of the others. Settings are A's.
+    """The weighted sum of two checkpoints, or A + share (B - C) of three. The settings are those of A.
 
     names: for the formula. dtype: None keeps the dtypes of A. The networks of the result read Merged
     tensors. Raises ValueError if the checkpoints do not fit together.
@@ -79,9 +79,9 @@ def merge(opened: list[Checkpoint], names: list[str], share: float, dtype: torch
 
 
 def traits(checkpoint: Checkpoint) -> dict:
-    """What has to be equal in checkpoints to merge, and in_channels of the unet."""
+    """The settings that must be equal in merged checkpoints, and in_channels, which may be larger in A."""
     noise = NoiseSchedule.from_config(checkpoint.schedule)
     return {"prediction_type": noise.prediction_type, "noise levels": noise.alphas_cumprod().tolist()} | {
         f"{key} of the {part}": value for part, network in checkpoint.networks.items()
         for key, value in vars(network.model.config).items()
-        if key not in ("projection_dim", "eos_token_id")}  # of a pooled text, which the UNet never sees
+        if key not in ("projection_dim", "eos_token_id")}  # of pooled texts, not used here

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-# Most bytes of tensors: per byte of the file, and in addition. Weights hardly compress, zeros a thousandfold
+# The tensors may take MOST_UNPACKED bytes per byte of the file, plus FREE: weights hardly compress, zeros do
 MOST_UNPACKED, FREE = 20, 100 * 2**20
 
 
@@ -49,7 +49,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")
             content = torch.load(path, "cpu", weights_only=True, mmap=mapped)
         while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-            content = content.pop("state_dict")  # pop: ends even if a dict contains itself
+            content = content.pop("state_dict")  # pop, so that it ends if a dict contains itself
         if isinstance(content, dict) and "string_to_param" in content:  # a textual inversion
             words = content["string_to_param"]  # files of 2022 have a ParameterDict, read as _Inert
             words = words if isinstance(words, dict) else words.state[0]["_parameters"]
@@ -59,7 +59,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
                    if isinstance(name, str) and isinstance(value, Tensor) and value.layout is torch.strided}
         if not tensors:
             raise ValueError("no named tensors in it")
-        _check_size(sum(tensor.nbytes for tensor in tensors.values()), most)  # they may share their numbers
+        _check_size(sum(tensor.nbytes for tensor in tensors.values()), most)  # tensors can share one storage
         return tensors
     except Exception as error:  # a broken pickle can raise any exception
         # torch writes advice before and after the line that names the problem: keep only that line

@@ -30,7 +30,7 @@ def save_parts(
     merged_from: see load.Checkpoint.
     """
     folder, resolution = Path(folder), (PAPER_DEFAULTS | defaults)["resolution"]
-    if defaults.get("sampler") == "lcm":  # so that diffusers takes its few steps, too
+    if defaults.get("sampler") == "lcm":  # so that diffusers needs only few steps, too
         scheduler_config = scheduler_config | {"_class_name": "LCMScheduler"}
     save_network(unet, folder / "unet", dtype, sample_size=resolution // vae.downsampling)
     save_network(vae, folder / "vae", dtype, sample_size=resolution)
@@ -60,7 +60,7 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None = No
 
     dtype: None keeps each tensor's dtype. ema: also write the UNet under the names of the EMA weights, for
     older programs that read those. Checks the checkpoint first. An error while writing leaves no `target`.
-    Deletes leftovers of a killed conversion to the same `target`. A merge replaces no file.
+    Deletes temporary files of a killed conversion to the same `target`. A merge never overwrites a file.
     Holds one tensor in memory at a time. Raises ValueError for a bad checkpoint or target.
     """
     single, target = target.suffix == ".safetensors", target.resolve()

@@ -34,14 +34,14 @@ VAE_NAMES = {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.b
              "mid_block.attentions.0": "mid.attn_1", "_blocks": "", "resnets": "block",
              "samplers.0": "sample", "conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut",
              "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-# Marks (marks.py), tables of the noise schedule, counters, position indices, CLIP's projection, training
+# Not weights of the networks: marks (marks.py), the noise schedule, counters, positions, CLIP's projection
 IGNORED = re.compile(
     r"v_pred|ztsnr|betas|(log_one_minus_|sqrt_one_minus_|sqrt_recip_|sqrt_recipm1_|sqrt_)?alphas_cumprod(_prev)?"
     r"|posterior_\w+|logvar|lvlb_weights|scale_factor|model_ema\.(decay|num_updates)"
     r"|first_stage_model\.(loss|model_ema)\..+"
     r"|cond_stage_model\.(logit_scale|.+\.position_ids|.+projection.*)")
-# What we do not read -> pattern of a "name (shape)" that only this has. ADDITIONS: parts for a model, which a
-# complete checkpoint can hold as leftovers. SHAPES: families whose UNet has all our names
+# A kind of file that we do not read -> a pattern for "name (shape)" of its tensors. ADDITIONS: files to use
+# with a model; a complete checkpoint may hold some of their tensors. SHAPES: the names are those of SD 1.x
 ADDITIONS = {
     "a LoRA (add it to a model with --lora)": r"lora",
     "a ControlNet": r"^(control_model\.|controlnet_|input_hint_block\.)",
@@ -56,7 +56,7 @@ FAMILIES = SHAPES | {
     "a Stable Diffusion 3 checkpoint": r"^(model\.diffusion_model\.)?joint_blocks\.",
     "a Flux checkpoint": r"^(model\.diffusion_model\.)?double_blocks\.",
 }
-WIDTH = r"(attn2|self_attn)\S{0,20}[qkv](_proj)?\S{0,20}(down|lora_A)\S{0,20} \(\d+, "  # of texts, in a LoRA
+WIDTH = r"(attn2|self_attn)\S{0,20}[qkv](_proj)?\S{0,20}(down|lora_A)\S{0,20} \(\d+, "  # the width of texts
 LORAS = {  # relatives of LoRAs, and LoRAs of other models
     "a DoRA": r"dora_scale|lora_magnitude_vector",
     "a LoHa, LoKr or IA3": r"\.(hada_w|lokr_w|ia3_|on_input )",
@@ -145,11 +145,11 @@ def is_average(raw: dict[str, Tensor], averaged: dict[str, Tensor]) -> bool:
     """Whether `averaged` (EMA weights, under our names) can be the average of a training that ended at `raw`.
 
     Tools that merge checkpoints can leave the EMA of one parent, or zeros, beside merged raw weights. The
-    distance (root mean square) must be below the size of `raw`, and at most 0.007 or a quarter of that size.
+    RMS distance must be below the RMS of `raw`, and at most 0.007 or a quarter of that RMS, if that is more.
     Adam moves a weight by about the learning rate r per step, in changing directions. An EMA of decay d then
     differs by about r / sqrt(2 (1 - d)): 0.007 for r = 1e-4 and d = 0.9999, as in Stable Diffusion and
     InstructPix2Pix. In runs of train.py, the distance was 0.5 to 0.8 times this value, and at most a twelfth
-    of the size. The EMA of a closely related model passes. Reads 4096 numbers each of about 40 matrices.
+    of the RMS. The EMA of a closely related model passes. Reads 4096 numbers each of about 40 matrices.
     """
     names = [name for name in raw if raw[name].ndim > 1 and raw[name].shape == averaged[name].shape
              and not raw[name].is_meta and not averaged[name].is_meta]

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nanoip2p.checkpoint.ggufs import UNPACKED, read_gguf
+from nanoip2p.checkpoint.ggufs import PACKED, read_gguf
 from nanoip2p.checkpoint.hub import weight_files
 from nanoip2p.checkpoint.pickles import read_pickle
 from nanoip2p.common.files import listing, read_json, regular, replacing
@@ -24,7 +24,7 @@ from nanoip2p.common.schema import checked
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FLOAT8 = {torch.float8_e4m3fn: "fp8 (E4M3, read as fp16)", torch.float8_e5m2: "fp8 (E5M2, read as fp16)"}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | FLOAT8 | {
-    torch.float64: "fp64", UNPACKED: "Q8_0 (read as fp32)"}
+    torch.float64: "fp64", PACKED: "Q8_0 (read as fp32)"}
 SAFETENSORS_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
@@ -59,7 +59,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def json_metadata(path: Path, key: str) -> dict:
-    """The JSON object under `key` in the metadata, or {} if there is none. ValueError for any other text."""
+    """The JSON object under `key` in the metadata, or {} if there is none. ValueError if it is no object."""
     try:
         return checked(json.loads(read_metadata(path).get(key, "{}")), dict, key)
     except (ValueError, RecursionError) as error:
@@ -67,7 +67,7 @@ def json_metadata(path: Path, key: str) -> dict:
 
 
 def find_weights(folder: Path, raw: bool = False) -> dict[str, Tensor]:
-    """Read a network's folder: hub.weight_files, else its non_ema files. ValueError: see read_tensors."""
+    """Read the files that hub.weight_files selects, else the non_ema files. ValueError: see read_tensors."""
     names = [path.name for path in folder.glob("*")]
     files = weight_files(names, raw=raw) or weight_files(names, raw=True)
     if not files:
@@ -107,7 +107,7 @@ def dtype_names(tensors: Iterable[Tensor]) -> str:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # In pieces, because isfinite copies. A finite sum proves that all are finite, in a tenth of the time
+    # In pieces, because isfinite allocates. A finite sum shows that all are finite, in a tenth of the time
     pieces = tensor.flatten().split(2**20)
     return all(piece.sum().isfinite() or piece.isfinite().all() for piece in pieces)
 
@@ -147,7 +147,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype | N
 
 
 def fingerprint(*networks: nn.Module, begin: bytes = b"") -> str:
-    """A hash of `begin` and of the first 16 numbers of each tensor: fast, and training changes it."""
+    """A hash of `begin` and of the first 16 numbers of each tensor. It is fast, and changes with training."""
     digest = hashlib.sha256(begin)
     for network in networks:
         for name, tensor in network.state_dict().items():

@@ -15,19 +15,19 @@ from pathlib import Path
 from nanoip2p import __version__
 from nanoip2p.common.schema import checked, shown
 
-# Names of choices. The tables that they are keys of import torch, which --help can do without
+# Choices of flags, also keys of tables elsewhere. Those modules import torch, which --help does not need
 SAMPLERS = ("ddim", "dpmpp_2m", "euler", "euler_ancestral", "lcm")
 DTYPES = ("bf16", "fp16", "fp32")
 MODES = ("self", "cross", "both", "none")
-LETTERS = 500  # maximum length of a message
-SWITCH = argparse.BooleanOptionalAction  # --no-recompute overrides a preset with recompute
+LETTERS = 500  # maximum number of characters in a message
+SWITCH = argparse.BooleanOptionalAction  # also --no-FLAG, which overrides a preset
 
 
 def import_torch():
-    """The module torch. Its import takes seconds, in which Ctrl-C ends the process without a traceback.
+    """Import torch and return it. That takes seconds, in which Ctrl-C ends the process without a traceback.
 
-    A KeyboardInterrupt does not suffice: torch's C code imports numpy, and loses the exception. Torch's many
-    objects stay until the end, so the garbage collector leaves them out: half a second less for an edit.
+    The signal handler exits, because torch's C code, which imports numpy, loses a KeyboardInterrupt. The
+    garbage collector ignores torch's many objects, which stay until the end. This saves half a second.
     """
     if "torch" not in sys.modules:
         before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
@@ -50,7 +50,7 @@ class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescr
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises a one-line ValueError for a wrong flag, instead of exiting. Accepts no empty path."""
+    """Raises a one-line ValueError for a wrong flag, instead of exiting."""
 
     def error(self, message: str):
         """Called for a wrong flag."""
@@ -81,7 +81,7 @@ def path(text: str) -> Path:
 
 
 def flag(help: str, default=None, **options):
-    """A dataclass field for add_settings. options: arguments of add_argument; `group` starts a new group."""
+    """A dataclass field for add_settings. options: for add_argument; `group`: begin a group of this name."""
     return dataclasses.field(default=default, metadata={"help": help, **options})
 
 
@@ -118,7 +118,7 @@ def at_least(lowest: int, most: int = 2**63 - 1) -> Callable[[str], int]:
 
 
 finite = between(-math.inf)
-pixels = at_least(1, 10_000)  # of a side; images.MAX_MEGAPIXELS is the square of 10,000
+pixels = at_least(1, 10_000)  # the length of a side; images.MAX_MEGAPIXELS is 10,000 x 10,000 pixels
 
 
 def split(given: str) -> tuple[Path, float]:
@@ -136,11 +136,11 @@ def split(given: str) -> tuple[Path, float]:
 
 
 def one_line(message) -> str:
-    """A message as one line of at most LETTERS. Escapes control characters: they could steer the terminal."""
+    """A message as one line of at most LETTERS. Escapes control characters, which could change a terminal."""
     text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in
                    " ".join(str(message).split()))
     half = LETTERS // 2 - 2
-    return text if len(text) <= LETTERS else f"{text[:half]} … {text[-half:]}"  # the advice comes last
+    return text if len(text) <= LETTERS else f"{text[:half]} … {text[-half:]}"  # its end has the advice
 
 
 def run(work: Callable[[], None], interrupted: str, memory: str) -> int:

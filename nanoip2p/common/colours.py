@@ -13,7 +13,7 @@ def scale_transparent_colour(image: Image.Image, file: BinaryIO) -> None:
     """Scale a PNG's transparent grey from the file's depth to 8 bits. For 16-bit RGB, set alpha instead."""
     colour, (*place, raw) = image.info["transparency"], image.tile[0]
     if image.mode == "L":
-        top = {"L;2": 3, "L;4": 15}.get(raw, 255)  # higher bits of the colour do not count
+        top = {"L;2": 3, "L;4": 15}.get(raw, 255)  # by the PNG standard, higher bits are ignored
         image.info["transparency"] = (colour & top) * 255 // top
     elif raw == "RGB;16B":  # Pillow reads the high byte of each 16 bits, and as RGB;16L the low byte
         high, low = np.divmod(np.array(colour, np.uint16), 256)
@@ -35,7 +35,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
             raise ValueError("the value range of 32-bit pixels is unknown; save it with 8 or 16 bits")
         levels[levels == colour] = 65535
         return _to_srgb(Image.fromarray(((levels + 128) // 257).astype(np.uint8)), True, info)
-    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or colour is not None:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         above, below = _to_srgb(image, grey, info), Image.new("RGBA", image.size, "white")
         above.putalpha(image.getchannel("A"))
@@ -64,7 +64,7 @@ def _to_srgb(image: Image.Image, grey: bool, info: dict) -> Image.Image:
 @lru_cache(maxsize=8)  # the pictures of a dataset share few profiles
 def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform] | None:
     """(mode, transform from this mode to sRGB). None if that changes nothing, or the profile is broken."""
-    with contextlib.suppress(Exception):  # a broken profile is left out. Some builds of Pillow lack ImageCms
+    with contextlib.suppress(Exception):  # ignore a broken profile. Some builds of Pillow lack ImageCms
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
         mode = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.profile.xcolor_space]
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")

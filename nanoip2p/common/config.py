@@ -2,15 +2,15 @@
 
 Each network has a frozen dataclass of the settings that it supports. FIXED lists settings of which our code
 supports one value. IGNORED lists settings without effect here. `read_config` refuses every other setting
-that is not None or False. An overlooked `use_linear_projection: true` would give a wrong picture, no error.
+that is switched on, because a setting that we overlook would make wrong pictures without an error.
 """
 
 import typing
 
 from nanoip2p.common.schema import checked, shown
 
-# Ranges of numbers, far beyond every Stable Diffusion 1.x and CLIP; WIDTHS is for all others. Without limits,
-# a config.json of a few bytes could take minutes to build, or gigabytes
+# Ranges of numbers, far wider than Stable Diffusion 1.x and CLIP need. WIDTHS is for all others. Without a
+# limit, a network from a config.json of a few bytes could take minutes to build, or gigabytes of memory
 LIMITS = {
     "layers_per_block": (1, 32), "num_hidden_layers": (1, 128), "freq_shift": (0, 1),
     "vocab_size": (1, 2**20), "eos_token_id": (0, 2**20), "norm_eps": (0, 1), "layer_norm_eps": (0, 1),
@@ -30,9 +30,9 @@ FIXED = {
     },
     "vae": {
         "act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True,
-        "mid_block_add_attention": True, "latents_mean": None, "latents_std": None, "shift_factor": None,
+        "mid_block_add_attention": True,
     },
-    "clip": {"attention_dropout": 0.0, "dropout": 0.0, "pruned_heads": {}},
+    "clip": {},
     "scheduler": {
         "timestep_type": "discrete", "interpolation_type": "linear", "lambda_min_clipped": -float("inf"),
         "original_inference_steps": 50, "timestep_scaling": 10.0,  # of LCMScheduler
@@ -62,9 +62,9 @@ IGNORED = {
 def read_config(cls: type, config: dict, fixed: dict, ignored: set[str]):
     """Build the dataclass `cls` from the content of a config.json. Missing fields keep their defaults.
 
-    Ignores keys that begin with "_", and unknown keys whose value is None or False. Raises ValueError with
-    the key and its value for any other unknown key, for a `fixed` key with an unsupported value, and for a
-    value of the wrong type or outside its range (see LIMITS).
+    Ignores keys that begin with "_", and unknown keys whose value is null, false, 0 or empty. Raises
+    ValueError with the key and its value for any other unknown key, for a `fixed` key with an unsupported
+    value, and for a value of the wrong type or outside its range (see LIMITS).
     """
     kinds, supported = typing.get_type_hints(cls), {}
     for key, value in config.items():
@@ -75,6 +75,6 @@ def read_config(cls: type, config: dict, fixed: dict, ignored: set[str]):
                 raise ValueError(f"{name} has {len(value)} entries, 1 to {LEVELS} are supported")
         elif key in fixed and (tuple(value) if isinstance(value, list) else value) != fixed[key]:
             raise ValueError(f"{name} = {shown(value)} is not supported, only {fixed[key]!r}")
-        elif not (key in fixed or key in ignored or key.startswith("_") or value is None or value is False):
-            raise ValueError(f"{name} = {shown(value)} is not supported; Stable Diffusion 1.x lacks it")
+        elif value and not (key in fixed or key in ignored or key.startswith("_")):
+            raise ValueError(f"{name} = {shown(value)} is not supported: no setting of Stable Diffusion 1.x")
     return cls(**supported)

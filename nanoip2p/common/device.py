@@ -21,7 +21,7 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
 
 
 def pick_dtype(name: str | None, device: torch.device) -> str:
-    """`name`. If `name` is None: "bf16" if `device` computes faster in bf16, else "fp32"."""
+    """The dtype `name`; if it is None: "bf16" if `device` computes faster in bf16, else "fp32"."""
     if name is not None:
         return name
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Check the types and ranges of values from files, once, where they enter. JSON files can hold anything."""
+"""Check the types and ranges of values from files, where they are read. JSON files can hold anything."""
 
 import math
 import reprlib
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-LONGEST = 10_000  # items of a list and letters of a text; no setting of any model comes near it
+LONGEST = 10_000  # items of a list, characters of a text: far more than any model's setting has
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "an object",
          types.NoneType: "null"}
 
@@ -23,15 +23,13 @@ def checked(value, kind, where: str, least: float = -math.inf, most: float = mat
     try:
         return _converted(value, kind, least, most)
     except (ValueError, OverflowError):
-        wanted = _described(kind, least, most)
-        fits = isinstance(value, str) and "a text" in wanted or isinstance(value, list) and "a list" in wanted
-        if fits and len(value) > LONGEST:
+        if isinstance(value, (str, list)) and len(value) > LONGEST:
             raise ValueError(f"{where} is {len(value):,} long; at most {LONGEST:,} are read") from None
-        raise ValueError(f"{where} = {shown(value)} should be {wanted}") from None
+        raise ValueError(f"{where} = {shown(value)} should be {_described(kind, least, most)}") from None
 
 
 def shown(value) -> str:
-    """A value for a message, at most 41 letters."""
+    """A value for a message, at most 41 characters."""
     text = reprlib.repr(value)  # not repr: the value may be deeply nested
     return text if len(text) <= 40 else text[:40] + "…"
 
@@ -43,7 +41,7 @@ def checked_rows(rows: Iterable[dict], kinds: dict[str, tuple], path: Path) -> l
 
 
 def _converted(value, kind, least: float, most: float):
-    """`value` as `kind`. Raises ValueError or OverflowError, without a message, if it is none."""
+    """`value` as `kind`. Raises ValueError or OverflowError, without a message, if that is impossible."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         for option in args:

@@ -14,8 +14,8 @@ SAMPLERS = {"euler_ancestral": "Euler a", "euler": "Euler", "ddim": "DDIM",
 def web_text(recipe: dict, size: tuple[int, int]) -> str:
     """The text `parameters` of a PNG, from a recipe of sample.py. size: (width, height) of the picture.
 
-    Programs cut texts at "Negative prompt:" and line breaks, and values at commas and colons. So texts lose
-    these line breaks and colons, and the name of the model loses commas, colons and quotes.
+    Programs split the texts at "Negative prompt:" and at line breaks, and the values at commas and colons. So
+    we drop this colon and the line breaks from texts, and commas, colons and quotes from the model's name.
     """
     prompt, negative = (re.sub("Negative prompt:+", "Negative prompt", tidy(text)) for text in (
         ", then ".join(recipe["edit"]), recipe["negative"]))

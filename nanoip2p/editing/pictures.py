@@ -1,4 +1,4 @@
-"""Make pictures as sample.py has planned them: `Settings` with one input, one seed, and an edit or turns."""
+"""Make the pictures that sample.py planned: `Settings` with one input, one seed, one edit or all turns."""
 
 import glob
 import os
@@ -22,7 +22,7 @@ SWEEP_FACTORS = (0.4, 0.7, 1, 1.3, 1.6)      # multiply cfg_text
 SWEEP_STEPS = (-0.5, -0.25, 0, 0.25, 0.5)    # added to cfg_image
 SWEEP_EDITS = len(SWEEP_FACTORS) * len(SWEEP_STEPS)
 SUFFIXES = {".avif", ".heic", ".heif", ".hif"}  # found even if Pillow cannot read them: open_image says so
-# `nano_notes`: resolution and maximum vocabulary of nano weights; pictures with a side above PHOTO get a note
+# Nano weights have this resolution, and at most this vocabulary. Pictures with a side above PHOTO get a note
 NANO_RESOLUTION, NANO_VOCABULARY, PHOTO = 64, 1000, 256
 
 
@@ -47,7 +47,7 @@ def find_images(patterns: list[str]) -> list[str]:
 
 
 def leave_out(error: ValueError, path: str, problems: list[str], of: int) -> None:
-    """Show the problem of a picture, and add it to `problems`. Raises it if none of `of` is left."""
+    """Show the problem of a picture, and add it to `problems`. Raises it if now all `of` pictures failed."""
     problem = str(error) if path in str(error) else f"{path}: {error}"
     if len(problems) + 1 >= of:
         raise ValueError(problem) from None
@@ -67,7 +67,7 @@ def edit_all(editor: Editor, pictures: list, sizes: dict, sampling: dict,
         try:
             yield from zip(places, edit(editor, batch, sizes[path], sampling))
         except NotFinite as error:
-            if len(places) > 1:  # one by one: the others may be sound
+            if len(places) > 1:  # edit them one by one: only some may be NaN
                 queue = [[i] for i in places] + queue
             else:
                 leave_out(error, path, problems, allowed)
@@ -77,8 +77,8 @@ def edit_batch(editor: Editor, batch: list, size: tuple[int, int],
                sampling: dict) -> list[tuple[Image.Image, ...]]:
     """Edit a batch. Returns for each picture (input, after the first instruction, after the second, ...).
 
-    Scales and crops each input to `size`. keep_size: stretches each input to `size` instead, and
-    scales the results back to the size of the input, so that nothing is cropped.
+    Scales and crops each input to `size`. With keep_size, stretches each input to `size`, and scales the
+    results back to the size of the input, so that nothing is cropped.
     """
     paths, keep_size = [picture.input[0] for picture in batch], batch[0].keep_size
     originals = {path: open_image(path) for path in set(paths)}
@@ -109,7 +109,7 @@ def sweep(editor: Editor, batch: list, size: tuple[int, int], sampling: dict) ->
 
 
 def draw_grid(pictures: list, stages: dict[int, tuple[Image.Image, ...]]) -> Image.Image:
-    """One row for each input: the input, then every edit of it (with --turns, every turn)."""
+    """Draw one row for each input: the input, then every edit of it (with --turns, every turn)."""
     several = len({picture.seed for picture in pictures}) > 1
     rows, labels = {}, {}
     for i in sorted(stages):  # a picture that could not be made has none
@@ -122,7 +122,7 @@ def draw_grid(pictures: list, stages: dict[int, tuple[Image.Image, ...]]) -> Ima
 
 def nano_notes(editor: Editor, edits: list[str], sizes: dict[str, tuple[int, int]]) -> list[str]:
     """Notes about unknown words and large pictures, for users of the nano weights. [] for other weights."""
-    vocabulary = editor.tokenizer.backend.get_vocab_size()  # CLIP's own tokenizer has 49,408
+    vocabulary = editor.tokenizer.backend.get_vocab_size()  # CLIP's tokenizer has 49,408 tokens
     if editor.defaults["resolution"] != NANO_RESOLUTION or vocabulary > NANO_VOCABULARY:
         return []
     known = {word.lower() for word in editor.tokenizer.backend.get_vocab()}  # also those of --embedding

@@ -14,15 +14,15 @@ DEFAULT = "as in sample.py; the weights define the default"
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the five commands. Its result has the name of the chosen command."""
+    """The parser of the five commands. It stores the name of the chosen one as `command`."""
     parser = cli.make_parser(prog="python -m nanoip2p.evaluate", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=cli.make_parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND",
+                                     parser_class=cli.make_parser)
 
     def add(name: str, weights: str | list[str], n: int | None, **out):
         source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
         text = ast.get_docstring(ast.parse(source), clean=False)
         command = commands.add_parser(name, help=text.splitlines()[0], description=text)
-        command.set_defaults(command=name)
         several = "+" if isinstance(weights, list) else None
         command.add_argument("--weights", default=weights, nargs=several, help="as in sample.py")
         command.add_argument("--out", type=Path, **out)
@@ -45,10 +45,10 @@ def make_parser() -> argparse.ArgumentParser:
     flag = add("curve", "weights/nano-ip2p", 300, default=Path("runs/curve"), help="for points and plot")
     flag("--sdedit", type=Path, metavar="WEIGHTS", help="text-to-image model for the SDEdit baseline")
     flag("--data", default="scenes", help="as in train.py; both pictures of a pair need captions")
-    flag("--split", choices=("train", "validation", "test"), default="test", help="split of the data")
+    flag("--split", choices=("train", "validation", "test"), default="test", help="split to measure on")
     flag("--clip", help=f"CLIP model (default: {hub.CLIP}; nano: weights/nano-clip)")
-    flag("--cfg-images", type=finite, nargs="+", metavar="CFG", help="cfg_image (default 1-2.2; nano 0.2-2)")
-    flag("--strengths", type=finite, nargs="+", metavar="SHARE", help="of SDEdit",
+    flag("--cfg-images", type=finite, nargs="+", metavar="CFG", help="default: 1 to 2.2 (nano: 0.2 to 2)")
+    flag("--strengths", type=finite, nargs="+", metavar="SHARE", help="strengths of SDEdit",
          default=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9))
     flag("--seed", type=at_least(0), default=0, help="edit i has seed + i")
     flag("--batch", type=at_least(1), default=30, help="number of edits in a forward pass")

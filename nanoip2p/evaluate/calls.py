@@ -21,7 +21,7 @@ from nanoip2p.editor import Editor
 from nanoip2p.evaluate.scenes import choose_edits, rate, score_scenes, table
 
 SAMPLERS = ("euler_ancestral", "dpmpp_2m", "lcm")
-# Of a point, see checked_rows
+# The entries of a point, for checked_rows
 KINDS = {"weights": (str,), "networks": (str,), "sampler": (str,), "calls": (int, 1), "n": (int, 1),
          "success": (float, 0, 1), "error": (float, 0, 1), "psnr": (float | None,)}
 
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> tuple[str, None]:
 
 
 def draw(points: list[dict], axes) -> None:
-    """Draw a curve with error bars for each weights and sampler."""
+    """Draw a curve with error bars for each pair of weights and sampler."""
     for (weights, sampler), curve in groupby(points, itemgetter("weights", "sampler")):
         calls, success, error = zip(*map(itemgetter("calls", "success", "error"), curve))
         name = tidy(Path(weights).name)[:100].replace("$", r"\$")  # matplotlib would read formulas between $

@@ -1,4 +1,4 @@
-"""CLIP retrieval: how often a picture's own caption ranks first of 32, for generated pictures and renders."""
+"""CLIP retrieval: how often CLIP ranks a picture's caption first of 32, for generated and true pictures."""
 
 import argparse
 
@@ -23,7 +23,7 @@ def distinct_scenes(n: int) -> list[Scene]:
 
 
 def ranked_first(judge: Judge, pictures: list[Image.Image], captions: list[str]) -> list[bool]:
-    """For each picture, whether its own caption is the most similar one (by CLIP) of a group of GROUP."""
+    """For each picture, whether CLIP finds its own caption the most similar of the GROUP captions."""
     hits = []
     for i in range(0, len(pictures), GROUP):
         images = judge.encode_pictures(pictures[i : i + GROUP])                  # (32, P)

@@ -35,11 +35,11 @@ NANO = {"cfg_text": 2.0, "cfg_images": (0.2, 0.4, 0.6, 0.8, 1.0, 1.4, 2.0), "cli
 KNOBS = {"editor": "cfg_image", "SDEdit": "strength"}  # the setting that changes along a curve
 MEASURED = ("direction", "image", "direction_error", "image_error")
 KINDS = {"method": (str,), "weights": (str,), "networks": (str,), "cfg_text": (float,),
-         **dict.fromkeys(MEASURED, (float, -1.01, 1.01))}  # of a point, see checked_rows
+         **dict.fromkeys(MEASURED, (float, -1.01, 1.01))}  # a point, for checked_rows
 
 
 def examples(data: str, split: str, n: int) -> list[Pair]:
-    """Up to n pairs with captions, each of a different item or scene. ValueError for fewer than two pairs."""
+    """Up to n pairs with captions, one per item or scene. ValueError for fewer than two pairs."""
     pairs = scene_pairs(n * EDITS_PER_SCENE, split)[::EDITS_PER_SCENE] if data == "scenes" else [
         item[0] for item in read_data(data, split) if item[0].captions]
     if len(pairs[:n]) < 2:

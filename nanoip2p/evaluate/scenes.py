@@ -25,7 +25,7 @@ BATCH = 35  # edits that share a forward pass
 
 
 def choose_edits(n: int, combinations: str = "seen") -> list[tuple[Scene, Edit]]:
-    """`n` distinct scenes with one edit each, the kinds of EDIT_KINDS in turn. The same on every machine.
+    """`n` distinct scenes with one edit each. The kinds of edits alternate. The same on every machine.
 
     combinations: "held-out" selects edits for which `held_out` is True, "seen" those for which it is False.
     """
@@ -110,7 +110,7 @@ def table(rows: list[dict]) -> tuple[str, dict]:
 
 
 def rate(hits: list[bool]) -> tuple[float, float]:
-    """The fraction of hits and its standard error. Laplace's rule keeps the error positive for 70 of 70."""
+    """The fraction of hits, and its standard error by Laplace's rule, which is positive even for 70 of 70."""
     likely = (sum(hits) + 1) / (len(hits) + 2)
     return sum(hits) / len(hits), (likely * (1 - likely) / len(hits)) ** 0.5
 

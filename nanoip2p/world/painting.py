@@ -21,8 +21,8 @@ GROUND_COLOUR = {"grass": (98, 178, 74), "sand": (236, 206, 138), "snow": (238, 
                  "dirt": (138, 98, 66)}
 FOG = {"day": (226, 230, 234), "sunset": (232, 196, 172), "night": (104, 110, 132)}
 OVERCAST = {"clear": 0.0, "cloudy": 0.45, "rainy": 0.85, "foggy": 0.5}  # share of grey in the sky
-HORIZON, BASE = 0.62, 0.86  # from the top, in picture heights: of the hills; of the things' feet
-HEIGHT = {"small": 0.27, "medium": 0.31, "large": 0.35}  # unit of a thing's shapes, in picture heights
+HORIZON, BASE = 0.62, 0.86  # where hills begin and things stand, in picture heights from the top
+HEIGHT = {"small": 0.27, "medium": 0.31, "large": 0.35}  # the unit of u and v for a thing, in picture heights
 OUTLINE = (52, 42, 50)
 
 
@@ -61,7 +61,7 @@ class Pen:
                 for u, v in uv]
 
     def lit(self, colour: tuple, glow: bool) -> tuple:
-        """The colour under the scene's light. glow: unchanged by the light."""
+        """The colour under the scene's light. glow: the colour itself, as of a lamp."""
         return colour if glow else tuple(round(c * part) for c, part in zip(colour, self.light))
 
     def polygon(self, colour: tuple, *uv: tuple[float, float], glow: bool = False) -> None:

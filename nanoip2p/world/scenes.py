@@ -22,8 +22,8 @@ SIZES = ("small", "medium", "large")
 
 KINDS = ("house", "tree", "car", "tent", "mushroom", "flower", "rocket", "balloon")
 
-# Templates of the instructions. Training never uses the last template of a list. Each word of the last
-# template is also in another template, because a text encoder cannot understand a word without training.
+# Templates of the instructions. Training never uses the last template of a kind. Each word of the last
+# template is also in another one, because a text encoder has to be trained on a word to understand it.
 PHRASINGS = {
     "recolour": ("make the {old} {new}", "paint the {old} {new}", "turn the {old} {new}",
                  "change the color of the {old} to {new}", "change the {old} to {new}"),

@@ -290,7 +290,7 @@ def test_a_bad_file_is_one_line_and_leaves_nothing(fault, single, tmp_path, caps
 
 @pytest.mark.parametrize("metadata, message", [
     ("{", "metadata is broken"), ("[1]", "metadata is broken"),
-    ('{"unet": 3}', r": its metadata is broken \(unet = 3 should be an object"),
+    ('{"unet": 3}', ": its metadata is broken: unet = 3 should be an object"),
     ('{"defaults": 3}', "metadata is broken"), ('{"defaults": {"stepps": 1}}', "unknown setting stepps"),
     ('{"unet": {"act_fn": "gelu"}}', "act_fn"),
 ])

@@ -362,7 +362,7 @@ BAD = {  # what -> (tensors, a part of the message)
     "full differences": (one(diff=torch.ones(1)), "full differences"),
     "other layers": (one() | {f"unet.new.{i}.lora_A.weight": torch.ones(1) for i in range(5)},
                      "no LoRA of a layer of this model: unet.new.0, unet.new.1, unet.new.2 and 2 more"),
-    "a bias": (one() | {f"unet.{LINEAR}.lora_B.bias": torch.ones(1)}, "holds what is no LoRA of a layer"),
+    "a bias": (one() | {f"unet.{LINEAR}.lora_B.bias": torch.ones(1)}, "has tensors that are no LoRA"),
     "no LoRA": ({"conv_in.weight": torch.ones(1)}, "no LoRA of a layer of this model: conv_in.weight"),
     "nothing": ({}, "no tensor at all"),
     "NaN": ({name: x * float("nan") for name, x in one().items()}, "has NaN or infinity in down of"),
