@@ -20,13 +20,13 @@ from pathlib import Path
 
 from nanoip2p import __version__
 from nanoip2p.common import cli
-from nanoip2p.common.cli import at_least, finite, flag, one_line, pixels, split
+from nanoip2p.common.cli import at_least, between, finite, flag, one_line, pixels, split
 from nanoip2p.common.files import check_writable, find_weights, is_shipped, unique_stems
 from nanoip2p.common.schema import checked
 from nanoip2p.world import scenes
 
 # Settings that change the picture by rounding at most
-NOT_IN_RECIPE = ("output", "recipe", "device", "fast", "attention", "verbose", "batch")
+NOT_IN_RECIPE = ("output", "show_mask", "recipe", "device", "fast", "attention", "verbose", "batch")
 # A recipe comes from strangers: larger numbers, or longer lists, need the user's own flag
 MOST = {"n": 16, "steps": 1000, "resolution": 2048, "edit": 64, "input": 100, "embedding": 16, "lora": 16}
 LOADED = ("weights", "vae", "tokenizer", "embedding", "lora")  # a recipe names only files in weights/
@@ -52,6 +52,11 @@ class Settings:
     sampler: str | None = flag("sampling method", choices=cli.SAMPLERS)
     deep_every: int = flag("compute the whole network only every N-th step", 1, type=at_least(1), metavar="N")
     seed: int | None = flag("seed of the noise (default: random)", type=at_least(0))
+    mask: str | None = flag("edit only where this picture is white; auto: where the instruction acts",
+                            metavar="FILE|auto", group="what to keep")
+    mask_invert: bool = flag("edit where the mask is black", False)
+    mask_blur: float = flag("blur the edge of the mask, in pixels", 4, type=between(0, 1000))
+    show_mask: bool = flag("with --grid: also draw the masks", False)
     output: str | None = flag("a PNG file, or a folder for several inputs", group="what to write")
     keep_size: bool = flag("scale the result to the size of the input", False)
     grid: bool = flag("write one labelled picture: input | edits", False)
@@ -112,6 +117,10 @@ def parse(argv: list[str] | None) -> Settings:
         raise ValueError("--fast needs more memory; use either --fast or --low-memory")
     if settings.attention == "ours" and not settings.fast:
         raise ValueError("--attention ours is a part of --fast; add --fast")
+    if settings.show_mask and not (settings.mask and settings.grid):
+        raise ValueError("--show-mask draws the masks into a grid; add --mask and --grid")
+    if settings.mask_invert and settings.mask in (None, "auto"):
+        raise ValueError("--mask-invert is for a file; name it as --mask")
     if not all(edit.strip() for edit in settings.edit):
         raise ValueError('an instruction is empty; say what to change, such as --edit "make it night"')
     sys.stderr.writelines(one_line(f"{settings.recipe} brings {word}") + "\n" for word in brought)
@@ -140,8 +149,9 @@ def as_flags(path: str, given: dict) -> list[str]:
         paths = [split(item)[0] for item in items] if key == "lora" else items
         if foreign := [file for file in paths if key in LOADED and not is_shipped(file)]:
             raise ValueError(f"{path} names the {key} {foreign[0]}, not in weights/; {own}")
-        if missing := [item for item in items if key == "input" and not os.path.isfile(item)]:
-            raise ValueError(f"{path} names the input {missing[0]}, which is no file here; {own}")
+        if missing := [item for item in items if key in ("input", "mask") and not os.path.isfile(item)
+                       and (key, item) != ("mask", "auto")]:
+            raise ValueError(f"{path} names the {key} {missing[0]}, which is no file here; {own}")
         switch = {True: [name], False: [name.replace("--", "--no-", 1)]}
         argv += switch[value] if isinstance(value, bool) else [f"{name}={item}" for item in items]
     return argv
@@ -185,7 +195,7 @@ def plan_pictures(settings: Settings, inputs: list[str]) -> list[Settings]:
 
 
 def load_editor(settings: Settings) -> tuple:
-    """An Editor with its LoRAs and embeddings, the hashes of the LoRA files, and notes for the user."""
+    """An Editor with its LoRAs and embeddings, hashes of LoRA files and mask, and notes for the user."""
     from nanoip2p import Editor
     from nanoip2p.checkpoint import embeddings, load, lora, tensors
     from nanoip2p.images import read_recipe
@@ -196,9 +206,11 @@ def load_editor(settings: Settings) -> tuple:
     if settings.raw_text:
         editor.tokenizer.clean = str
     notes = lora.apply_loras(editor, files := settings.lora or [])
-    hashes = [lora.file_hash(file) for file in files]
-    if settings.recipe and (read_recipe(settings.recipe).get("lora_hash") or hashes) != hashes:
-        notes.append(f"{settings.recipe} was made with a LoRA file of other content")
+    hashes = {"lora_hash": [lora.file_hash(file) for file in files],
+              "mask_hash": lora.file_hash(settings.mask) if settings.mask not in (None, "auto") else None}
+    then = read_recipe(settings.recipe) if settings.recipe else {}
+    notes += [f"{settings.recipe} was made with a {name} of other content" for key, name in (
+        ("lora_hash", "LoRA file"), ("mask_hash", "mask")) if (then.get(key) or hashes[key]) != hashes[key]]
     notes += [embeddings.add_embedding(editor, path) for path in settings.embedding or []]
     return editor, hashes, notes
 
@@ -211,6 +223,8 @@ def run(settings: Settings, problems: list[str]) -> None:
     from nanoip2p.speed.fast import speed_up
     inputs = find_images(settings.input)
     pictures = plan_pictures(settings, inputs)
+    if settings.mask not in (None, "auto"):
+        open_image(settings.mask)  # raises before the long work
     sizes, fitted = {}, {}
     for path in inputs:
         try:
@@ -236,7 +250,7 @@ def run(settings: Settings, problems: list[str]) -> None:
 
     def write(image, made_by: Settings, text: str) -> None:
         recipe = {key: value for key, value in asdict(made_by).items() if key not in NOT_IN_RECIPE} | sampling
-        recipe |= {"version": __version__, "torch": torch.__version__, "lora_hash": hashes}
+        recipe |= {"version": __version__, "torch": torch.__version__} | hashes
         save_png(image, made_by.output, recipe, web=True)
         print(f"{one_line(made_by.output)}  {one_line(text)}  (seed {made_by.seed})")
 

@@ -8,6 +8,7 @@ from nanoip2p.diffusion import plan
 from nanoip2p.editor import Editor
 from nanoip2p.guidance import guided_denoiser
 from nanoip2p.images import open_image
+from nanoip2p.masks import fit_mask
 from nanoip2p.pipeline import encode_texts
 from nanoip2p.samplers import draw_noise
 
@@ -16,10 +17,30 @@ DRAWS = 2                 # of noise at each level
 THRESHOLD = 0.35          # of the largest change; chosen for the IoU with the true region in the nano world
 
 
-def read_mask(path: str, invert: bool) -> Image.Image:
-    """A mask of mode L, white where to edit. invert: the file is black there."""
-    mask = open_image(path).convert("L")
-    return ImageOps.invert(mask) if invert else mask
+def read_mask(given) -> Image.Image:
+    """The file that Settings name, in mode L and white where to edit."""
+    mask = open_image(given.mask).convert("L")
+    return ImageOps.invert(mask) if given.mask_invert else mask
+
+
+def make_masks(editor: Editor, given, originals: list[Image.Image], fitted: list[Image.Image],
+               instructions: list[str], seeds: list[int], sampling: dict) -> list[Image.Image] | None:
+    """Masks for `fitted`, pictures that were scaled and cropped from `originals`. given: Settings."""
+    if given.mask == "auto":
+        return find_masks(editor, fitted, instructions, seeds, sampling["negative"], sampling["low_memory"])
+    return given.mask and [fit_mask(read_mask(given), image if given.keep_size else original, image.size)
+                           for original, image in zip(originals, fitted)]
+
+
+def to_size_of(before: list[Image.Image], edited: list[Image.Image], masks: list[Image.Image] | None,
+               given) -> list[Image.Image]:
+    """Scale edited pictures to the sizes of `before`. Its pixels stay outside the masks. given: Settings."""
+    scaled = [image.resize(last.size, Image.Resampling.LANCZOS) for image, last in zip(edited, before)]
+    if masks is None:
+        return scaled
+    masks = masks if given.mask == "auto" else [read_mask(given)] * len(scaled)
+    return [Image.composite(image, last, fit_mask(mask, last, last.size, given.mask_blur))
+            for image, last, mask in zip(scaled, before, masks)]
 
 
 @torch.inference_mode()

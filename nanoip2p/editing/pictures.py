@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from nanoip2p.common.cli import one_line
 from nanoip2p.common.grids import grid
+from nanoip2p.editing.masks import make_masks, to_size_of
 from nanoip2p.editor import Editor
 from nanoip2p.images import FORMATS, NotFinite, fit, open_image
 from nanoip2p.pipeline import same_size
@@ -78,19 +79,21 @@ def edit_batch(editor: Editor, batch: list, size: tuple[int, int],
     """Edit a batch. Returns for each picture (input, after the first instruction, after the second, ...).
 
     Scales and crops each input to `size`. With keep_size, stretches each input to `size`, and scales the
-    results back to the size of the input, so that nothing is cropped.
+    results back to the size of the input, so that nothing is cropped. With show_mask, each mask comes before
+    its edit.
     """
-    paths, keep_size = [picture.input[0] for picture in batch], batch[0].keep_size
-    originals = {path: open_image(path) for path in set(paths)}
-    fitted = {path: image.resize(size, Image.Resampling.LANCZOS) if keep_size else fit(image, size)
-              for path, image in originals.items()}
-    stages = [[fitted[path] for path in paths]]
+    given, seeds = batch[0], [picture.seed for picture in batch]
+    opened = {path: open_image(path) for path in {picture.input[0] for picture in batch}}
+    fitted = {path: image.resize(size, Image.Resampling.LANCZOS) if given.keep_size else fit(image, size)
+              for path, image in opened.items()}
+    originals, before = ([images[picture.input[0]] for picture in batch] for images in (opened, fitted))
+    stages = [originals if given.keep_size else before]
     for instructions in zip(*(picture.edit for picture in batch)):
-        stages.append(editor.edit(stages[-1], instructions, batch=len(batch),
-                                  seed=[picture.seed for picture in batch], **sampling))
-    if keep_size:
-        stages = [[image.resize(originals[path].size, Image.Resampling.LANCZOS)
-                   for path, image in zip(paths, stage)] for stage in stages]
+        masks = make_masks(editor, given, originals, before, instructions, seeds, sampling)
+        before = editor.edit(before, instructions, batch=len(batch), seed=seeds, masks=masks,
+                             mask_blur=given.mask_blur, **sampling)
+        after = to_size_of(stages[-1], before, masks, given) if given.keep_size else before
+        stages += [[mask.convert("RGB") for mask in masks], after] if given.show_mask else [after]
     return list(zip(*stages))
 
 
@@ -99,10 +102,13 @@ def sweep(editor: Editor, batch: list, size: tuple[int, int], sampling: dict) ->
     [picture] = batch
     texts = [round(sampling["cfg_text"] * factor, 4) for factor in SWEEP_FACTORS]
     images = [round(sampling["cfg_image"] + step, 4) for step in SWEEP_STEPS]
-    before, cells = fit(open_image(picture.input[0]), size), []
+    original, cells = open_image(picture.input[0]), []
+    before = fit(original, size)
+    masks = make_masks(editor, picture, [original], [before], picture.edit, [picture.seed], sampling)
     for text, image in tqdm(list(product(texts, images)), unit="edit"):
         scales = {"cfg_text": text, "cfg_image": image, "progress": False}
-        cells.append(editor.edit(before, picture.edit[0], seed=picture.seed, **sampling | scales))
+        cells += editor.edit([before], picture.edit[0], seed=picture.seed, masks=masks,
+                             mask_blur=picture.mask_blur, **sampling | scales)
     rows = [cells[i : i + len(images)] for i in range(0, len(cells), len(images))]
     labels = [[f"cfg_text {text:g}, cfg_image {image:g}" for image in images] for text in texts]
     return [(grid([[before], *rows], [["input"], *labels]),)]
@@ -116,7 +122,8 @@ def draw_grid(pictures: list, stages: dict[int, tuple[Image.Image, ...]]) -> Ima
         picture, (before, *edited) = pictures[i], stages[i]
         rows.setdefault(picture.input[0], [before]).extend(edited)
         labels.setdefault(picture.input[0], ["input"]).extend(
-            f"{edit} (seed {picture.seed})" if several else edit for edit in picture.edit)
+            label for edit in picture.edit for label in (
+                *["mask"] * picture.show_mask, f"{edit} (seed {picture.seed})" if several else edit))
     return grid(list(rows.values()), list(labels.values()))
 
 

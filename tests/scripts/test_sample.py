@@ -22,7 +22,7 @@ from nanoip2p.checkpoint import load
 from nanoip2p.checkpoint.lora import write_lora
 from nanoip2p.common import files as common_files
 from nanoip2p.common.grids import grid
-from nanoip2p.editing import pictures
+from nanoip2p.editing import masks, pictures
 from nanoip2p.editor import Editor
 from nanoip2p.images import open_image, read_recipe, save_png
 from nanoip2p.speed import fast as speed
@@ -93,7 +93,8 @@ def test_the_recipe_names_everything(run, weights):
         "resolution": DEFAULTS["resolution"], "weights": str(weights), "dtype": "fp32",
         "keep_size": False, "grid": False, "sweep": False, "low_memory": False,
         "deep_every": 1, "raw_weights": None, "raw_text": False, "embedding": None,
-        "vae": None, "tokenizer": None, "lora": None, "lora_hash": [],
+        "vae": None, "tokenizer": None, "lora": None, "lora_hash": [], "mask": None, "mask_hash": None,
+        "mask_invert": False, "mask_blur": 4,
         "version": nanoip2p.__version__, "torch": torch.__version__,
     }
     assert recipe == expected
@@ -755,3 +756,110 @@ def test_ctrl_c_during_imports_prints_no_traceback(run):
     done = subprocess.run([sys.executable, str(SCRIPT), *one()], env=os.environ | {"PYTHONPATH": "."},
                           capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "interrupted; the pictures named above are complete\n")
+
+
+@pytest.fixture
+def mask(run):
+    """White on the left of a 48 x 48 picture, beginning and ending between two latents."""
+    white = np.zeros((48, 48), np.uint8)
+    white[:, 3:21] = 255
+    Image.fromarray(white).save("mask.png")
+    return white > 0
+
+
+SHARP = ["--mask", "mask.png", "--mask-blur", "0", "--seed", "3"]
+
+
+@pytest.mark.parametrize("more", [
+    [], ["--sampler", "dpmpp_2m"], ["--low-memory"], ["--turns", "--edit", "red"], ["--keep-size"]], ids=str)
+def test_a_mask_keeps_the_pixels_outside(more, run, mask):
+    assert run(*one(*SHARP, *more)) == 0
+    changed = (pixels("out.png") != pixels("house.png")).any(-1)
+    assert not changed[~mask].any() and changed[mask].mean() > 0.5
+    assert run(*one(*SHARP, *more, "--mask-invert", output="other.png")) == 0
+    changed = (pixels("other.png") != pixels("house.png")).any(-1)
+    assert not changed[mask].any() and changed[~mask].mean() > 0.5
+
+
+def test_a_mask_is_soft_by_default(run, mask):
+    assert run(*one("--mask", "mask.png", "--seed", "3")) == 0
+    changed = (pixels("out.png") != pixels("house.png")).any(-1)
+    assert changed[:, 22].mean() > 0.5 and not changed[:, 40:].any()
+
+
+def test_a_mask_covers_pictures_of_any_size(run, mask):
+    """At their own size with --keep-size; in a batch, and in a grid. The mask is stretched over each."""
+    Image.open("mask.png").resize((90, 50), Image.Resampling.NEAREST).save("mask.png")
+    inside = np.asarray(Image.open("mask.png")) > 0
+    assert run(*one(*SHARP, "--keep-size", "--n", "2", name="wide.jpg", output="a/")) == 0
+    for name in ("a/wide_1.png", "a/wide_2.png"):
+        changed = (pixels(name) != pixels("wide.jpg")).any(-1)
+        assert not changed[~inside].any() and changed[inside].mean() > 0.5
+    assert run("--input", "house.png", "wide.jpg", "--edit", "red", *SHARP, "--output", "b/") == 0
+    assert not (pixels("b/house.png") != pixels("house.png"))[:, 24:].any()
+    assert run("--input", "house.png", "wide.jpg", *TWO_EDITS, *SHARP, "--grid", "--show-mask", "--output",
+               "grid.png") == 0
+    assert run("--input", "house.png", "wide.jpg", *TWO_EDITS, *SHARP, "--grid", "--output", "plain.png") == 0
+    assert Image.open("grid.png").width > 1.5 * Image.open("plain.png").width
+
+
+def test_a_sweep_stays_inside_the_mask(run, mask, monkeypatch):
+    monkeypatch.setattr(pictures, "SWEEP_FACTORS", (1,))
+    cells = []
+    monkeypatch.setattr(pictures, "grid", lambda rows, labels: cells.extend(rows[1]) or rows[0][0])
+    assert run(*one(*SHARP, "--sweep")) == 0
+    for cell in cells:
+        changed = (np.asarray(cell) != pixels("house.png")).any(-1)
+        assert not changed[~mask].any() and changed[mask].mean() > 0.5
+
+
+def test_the_recipe_brings_the_mask(run, mask, capsys):
+    assert run(*one(*SHARP)) == 0
+    assert again(run, "out.png") == 0 and np.array_equal(pixels("again.png"), pixels("out.png"))
+    assert "other content" not in capsys.readouterr().err
+    Image.open("mask.png").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save("mask.png")
+    assert again(run, "out.png") == 0
+    assert not np.array_equal(pixels("again.png"), pixels("out.png"))
+    assert "out.png was made with a mask of other content" in capsys.readouterr().err
+    os.remove("mask.png")
+    assert "mask mask.png, which is no file here" in refusal(capsys, again(run, "out.png"))
+
+
+@pytest.mark.parametrize("more", [[], ["--keep-size"], ["--low-memory"]], ids=str)
+def test_a_mask_where_the_instruction_acts(more, run, monkeypatch):
+    """Found from a difference that only the left side of the picture has."""
+    def guided(unet, levels, z_image, *given, cfg_image, **more):
+        cfg_text = given[2]
+        left = torch.arange(z_image.shape[3]) < z_image.shape[3] // 3
+        return lambda x, sigma: x + cfg_text * left
+
+    monkeypatch.setattr(masks, "guided_denoiser", guided)
+    assert run(*one("--mask", "auto", "--mask-blur", "0", "--seed", "3", *more)) == 0
+    changed = (pixels("out.png") != pixels("house.png")).any(-1)
+    assert changed[:, :12].mean() > 0.5 and not changed[:, 28:].any()
+    assert again(run, "out.png", *more) == 0 and np.array_equal(pixels("again.png"), pixels("out.png"))
+
+
+def test_masks_that_are_found_depend_on_the_seed_only(run):
+    """Not on the batch."""
+    flags = ["--input", "house.png", "boat.png", "--edit", "red", "--mask", "auto", "--seed", "3"]
+    assert run(*flags, "--output", "a/") == run(*flags, "--batch", "1", "--output", "b/") == 0
+    for name in ("house.png", "boat.png"):
+        assert np.abs(pixels(f"a/{name}") - pixels(f"b/{name}")).max() <= 1
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--mask", "missing.png"], "there is no picture missing.png"),
+    (["--mask", "notes.txt"], "notes.txt cannot be used"),
+    (["--mask", "black.png"], "no white"),
+    (["--mask-invert"], "--mask-invert is for a file"),
+    (["--mask", "auto", "--mask-invert"], "--mask-invert is for a file"),
+    (["--mask", "auto", "--show-mask"], "add --mask and --grid"),
+    (["--grid", "--show-mask"], "add --mask and --grid"),
+    (["--mask", "auto", "--mask-blur", "-1"], "--mask-blur"),
+    (["--mask", ""], "")], ids=str)
+def test_unusable_masks(more, message, run, capsys):
+    Path("notes.txt").write_text("white")
+    Image.new("RGB", (48, 48)).save("black.png")
+    assert message in refusal(capsys, run(*one(*more)))
+    assert not Path("out.png").exists()
