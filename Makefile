@@ -33,6 +33,8 @@ docs: .venv/test dataset train
 	.venv/bin/python weights/demo.py --out weights/nano-ip2p/demo.png
 	.venv/bin/python sample.py --weights weights/nano-ip2p-paper --input weights/nano-ip2p/examples/rocket.png \
 		--edit "make it sunset" --seed 0 --sweep --output weights/sweep.png
+	.venv/bin/python sample.py --input weights/nano-ip2p/examples/house.png --edit "make it night" \
+		--edit "turn the house blue" --mask auto --show-mask --grid --seed 0 --output weights/masks.png
 	.venv/bin/python make_dataset.py pair "a red house in the middle, on grass, clear day" \
 		"a blue tree in the middle, on grass, clear day" --dtype fp32 --heatmaps --out weights/nano-sd/heatmaps.png
 	.venv/bin/python -m nanoip2p.evaluate curve --weights weights/nano-ip2p-paper --sdedit weights/nano-sd \

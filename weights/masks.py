@@ -1,0 +1,65 @@
+"""What masks do to edits of the nano world, where the region that an edit changes is known.
+
+    python weights/masks.py --n 140
+
+Prints, for edits without a mask, inside the mask that `--mask auto` finds, and inside the true region: how
+many edits succeed, and the PSNR of the pixels that must not change (both as `python -m nanoip2p.evaluate
+scenes` measures them). Also the IoU (intersection over union) of the found masks with the true region.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from nanoip2p.common import cli
+from nanoip2p.editing.masks import find_masks
+from nanoip2p.editor import Editor
+from nanoip2p.evaluate.scenes import BATCH, choose_edits, nearest_edit, rate, unchanged_psnr
+from nanoip2p.world.scenes import EDIT_KINDS
+
+
+def score(editor: Editor, chosen: list) -> tuple[dict[str, list], list[tuple[str, float]]]:
+    """(success, PSNR) of each edit by kind of mask; (kind of edit, IoU of the found mask) of each edit."""
+    scores, overlaps = {"none": [], "auto": [], "true": [], "auto, blur 4": []}, []
+    for i in tqdm(range(0, len(chosen), BATCH), desc=f"editing, {BATCH} at a time"):
+        part = chosen[i : i + BATCH]
+        texts, seeds = [edit.instructions[-1] for _, edit in part], list(range(i, i + len(part)))
+        before = [scene.render(editor.side) for scene, _ in part]
+        after = [edit.scene.render(editor.side) for _, edit in part]
+        changed = [(np.asarray(a) != np.asarray(b)).any(-1) for a, b in zip(before, after)]
+        auto = find_masks(editor, before, texts, seeds)
+        for (_, edit), found, true in zip(part, auto, changed):
+            white = np.asarray(found) > 0
+            overlaps.append((edit.kind, (white & true).sum() / (white | true).sum()))
+        regions = [Image.fromarray(true * np.uint8(255)) for true in changed]
+        masks = {"none": None, "auto": auto, "true": regions, "auto, blur 4": auto}
+        for name, rows in scores.items():
+            made = editor.edit(before, texts, seed=seeds, batch=BATCH, masks=masks[name],
+                               mask_blur=4 if "blur" in name else 0)
+            rows += [(nearest_edit(picture, scene) == edit.scene, unchanged_psnr(picture, a, b))
+                     for (scene, edit), picture, a, b in zip(part, made, before, after)]
+    return scores, overlaps
+
+
+def main() -> None:
+    """Print the table."""
+    parser = cli.make_parser(description=__doc__)
+    parser.add_argument("--weights", default="weights/nano-ip2p")
+    parser.add_argument("--n", type=int, default=140, help="number of edits")
+    args = parser.parse_args()
+    scores, overlaps = score(Editor.load(args.weights), choose_edits(args.n))
+    for name, rows in scores.items():
+        fraction, error = rate([success for success, _ in rows])
+        psnr = np.mean([value for _, value in rows if value is not None])
+        print(f"mask {name:<14}{fraction:>7.1%} ± {error:.1%}   unchanged pixels {psnr:.1f} dB")
+    print(f"IoU of auto {np.mean([value for _, value in overlaps]):.2f}: " + ", ".join(
+        f"{kind} {np.mean([value for one, value in overlaps if one == kind]):.2f}" for kind in EDIT_KINDS))
+
+
+if __name__ == "__main__":
+    main()
