@@ -60,7 +60,7 @@ def similarities(before: Tensor, after: Tensor, text_before: Tensor, text_after:
 
 
 def clean_twice(text: str) -> str:
-    """Clean, then unescape twice, as OpenAI's `tokenize` does, also "&lt" without ";" and texts with "<"."""
+    """Clean, then unescape HTML twice, as OpenAI's `tokenize`: even "&lt" without ";", even beside a "<"."""
     return unescape(unescape(clean(text)))
 
 

@@ -68,7 +68,7 @@ class NoiseSchedule:
         if not usable:
             raise ValueError(f"beta_start = {self.beta_start}, beta_end = {self.beta_end}: the signal at the "
                              f"last of num_train_timesteps = {self.num_train_timesteps} must be above 0, and "
-                             "below that at the first")
+                             "lower than at the first")
         return a
 
 

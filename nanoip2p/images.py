@@ -64,7 +64,7 @@ def fit_size(width: int, height: int, resolution: int, multiple: int) -> tuple[i
 
     Rounds the short side up and the long side down, as the paper's edit_cli.py does, but in integers:
     rounding errors cost edit_cli.py 64 pixels for 7% of all sizes. Raises ValueError if the long side would
-    exceed 2 * resolution.
+    exceed 2 * resolution, or if resolution < multiple.
     """
     if resolution < multiple:
         raise ValueError(f"a resolution of {resolution} is too small; these weights need at least {multiple}")

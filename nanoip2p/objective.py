@@ -65,7 +65,7 @@ def prediction_losses(unet: nn.Module, in_channels: int, inputs: dict, timestep:
 
 
 def loss_weight(timestep: Tensor, alphas: Tensor, gamma: float, prediction_type: str = "epsilon") -> Tensor:
-    """Min-SNR weights (Hang et al. 2023, 3.4): min(SNR, gamma) / SNR, or / (SNR + 1) for v. gamma 0: 1."""
+    """Min-SNR weights (Hang et al. 2023, 3.4): min(SNR, gamma) / SNR, for v / (SNR + 1); 1 if gamma = 0."""
     snr = alphas[timestep] / (1 - alphas[timestep])                                  # (B,)
     if not gamma:
         return torch.ones_like(snr)

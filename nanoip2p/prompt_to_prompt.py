@@ -9,10 +9,10 @@ picture uses the attention maps A = softmax(q k^T / sqrt(d)) of the source (Hert
 
     self-attention (algorithm 1)    A_src v_edit = A(q_src, k_src) v_edit: `attention` with map_from
     replace, word swap (3.2)        (A_src M) v_edit = A_src (M v_edit), with M (T, T) from `token_map`
-    refine, added words (3.2)       A* = A_src M diag(a) + A_edit diag(1 - a), a_j = 1 if M has a map for j;
+    refine, added words (3.2)       A* = A_src M diag(a) + A_edit diag(1 - a), a_j = 1 if M[:, j] is not 0;
                                     A* v = A_src (M diag(a) v) + A_edit (diag(1 - a) v)
     reweight by c (3.2)             (A* diag(c)) v = A* (diag(c) v)
-    time windows (3.2)              a_j = 0 while token j is outside the time window of its word
+    time windows (3.2)              a_j = 0 and c_j = 1 outside the time window of token j (default: 0 to p)
     local blend (3.2, "local")      attention to a word: A v, v = 1 at its tokens, else 0; a second call
 
 Modes: "self" injects self-attention in every layer, in both guidance branches, as InstructPix2Pix's own code
@@ -55,11 +55,11 @@ class PairPainter:
     ):
         """Encode the texts. inject: one of MODES. Settings that are None take the default of the weights.
 
-        reweight {word of `edit`: factor}, for "cross" and "both": scales the attention to a word. windows
-        {word of `edit`: (from, to)}, for "cross" and "both": the part of the steps, in [0, 1], in which a
-        word uses the source's maps, instead of 0 to p. blend (word of `source`, word of `edit`): change the
-        picture only where attention to either word is high. deep_every: see guidance.make_denoiser. Raises
-        ValueError for unknown words or unusable settings.
+        reweight {word of `edit`: factor}, for "cross" and "both": scales the attention to a word, in its
+        window. windows {word of `edit`: (from, to)}, for "cross" and "both": the part of the steps, in
+        [0, 1], in which a word uses the source's maps, instead of 0 to p. blend (word of `source`, word of
+        `edit`): change the picture only where attention to either word is high. deep_every: see
+        guidance.make_denoiser. Raises ValueError for unknown words or unusable settings.
         """
         if inject not in MODES:
             raise ValueError(f"unknown mode {inject!r} of injection; take one of {', '.join(MODES)}")

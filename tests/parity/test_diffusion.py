@@ -45,7 +45,7 @@ def test_zero_terminal_snr(betas):
     a = NoiseSchedule.from_config(betas | {"rescale_betas_zero_snr": True}).alphas_cumprod()
     assert a[-1] == theirs[-1] == 0 and a.dtype == torch.float32
     torch.testing.assert_close(a[:-1], theirs[:-1], rtol=1e-4, atol=0)  # theirs rounds float32 1,000 times
-    with pytest.raises(ValueError, match="above 0, and below that at the first"):
+    with pytest.raises(ValueError, match="above 0, and lower than at the first"):
         NoiseSchedule(num_train_timesteps=1, rescale_betas_zero_snr=True).alphas_cumprod()
 
 
