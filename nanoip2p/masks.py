@@ -19,8 +19,8 @@ def fit_mask(mask, image: Image.Image, size: tuple[int, int], blur: float = 0) -
     """
     if mask is None:
         return None
-    if isinstance(mask, np.ndarray) and mask.ndim == 2:
-        mask = Image.fromarray(mask * np.uint8(255) if mask.dtype == bool else mask)
+    if getattr(mask, "ndim", 3) == 2:
+        mask = np.stack([np.asarray(mask) * (1.0 if mask.dtype in (bool, torch.bool) else 1)] * 3, axis=-1)
     mask = fit(as_image(mask).convert("L").resize(image.size, Image.Resampling.BILINEAR), size)
     if mask.getextrema()[1] < 128:
         raise ValueError("the mask has no white in it, so nothing would be edited; white is edited")

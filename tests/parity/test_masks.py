@@ -11,7 +11,7 @@ from tiny_editor import write_tiny_editor
 
 from nanoip2p.diffusion import NoiseSchedule, plan
 from nanoip2p.editor import Editor
-from nanoip2p.images import fit
+from nanoip2p.images import fit, to_tensor
 from nanoip2p.masks import fit_mask, keep_outside
 from nanoip2p.samplers import SAMPLERS, draw_noise
 
@@ -108,6 +108,20 @@ def test_pixels_outside_are_those_of_the_input(editor, sampler, low_memory):
     assert (after[:, : right - 6] != before[:, : right - 6]).mean() > 0.5
 
 
+def test_the_latents_outside_are_those_of_the_input(editor):
+    """Scaled, as the network sees them; a latent counts as inside from half white on."""
+    image, mask = picture(64, 64, 2), Image.new("L", (64, 64), 0)
+    mask.paste(128, (0, 0, 4, 4))
+    mask.paste(127, (4, 4, 8, 8))
+    seen = []
+    editor.edit(image, "make it night", steps=2, seed=1, resolution=64, masks=mask,
+                callback=lambda step, latents: seen.append(latents))
+    kept = editor.vae.encode(to_tensor(image)[None])[0] * editor.vae.scaling_factor
+    for latents in seen:
+        changed = ((latents - kept).abs().amax((0, 1)) > 1e-6).nonzero()
+        assert changed.tolist() == [[0, 0]]
+
+
 def test_a_picture_of_the_right_size_keeps_its_own_pixels(editor):
     """Also beside the mask's edge, where a latent is half inside; with a blur, only far from the edge."""
     image, mask = picture(64, 64, 2), Image.new("L", (64, 64), 0)
@@ -124,7 +138,8 @@ def test_a_picture_of_the_right_size_keeps_its_own_pixels(editor):
 @pytest.mark.parametrize("mask", [
     left_half(64, 64), left_half(10, 30), left_half(64, 64, "RGB"), left_half(64, 64, "1"),
     left_half(64, 64, "P"), left_half(64, 64, "LA"), np.asarray(left_half(64, 64)),
-    np.asarray(left_half(64, 64)) > 0, np.asarray(left_half(64, 64, "RGB")) / 255.0], ids=repr)
+    np.asarray(left_half(64, 64)) > 0, torch.from_numpy(np.asarray(left_half(64, 64)) > 0),
+    np.asarray(left_half(64, 64)) / 255.0, np.asarray(left_half(64, 64, "RGB")) / 255.0], ids=repr)
 def test_masks_of_any_size_and_type(mask):
     made = np.asarray(fit_mask(mask, picture(64, 64, 0), (64, 64)))
     assert (made[:, :28] == 255).all() and (made[:, 36:] == 0).all()

@@ -863,3 +863,45 @@ def test_unusable_masks(more, message, run, capsys):
     Image.new("RGB", (48, 48)).save("black.png")
     assert message in refusal(capsys, run(*one(*more)))
     assert not Path("out.png").exists()
+
+
+def test_the_mask_of_a_stretched_picture_is_stretched_alike(run, mask, monkeypatch):
+    """100 x 30 becomes 48 x 16: --keep-size stretches it, otherwise a tenth of its width is cropped."""
+    Image.open("wide.jpg").resize((100, 30)).save("thin.png")
+    white = Image.new("L", (100, 30), 0)
+    white.paste(255, (10, 0, 20, 30))
+    white.save("mask.png")
+    seen, plain = {}, Editor.edit
+    monkeypatch.setattr(Editor, "edit", lambda self, *given, masks, **more: (
+        seen.update({keep: np.asarray(masks[0])[8].astype(float)}), plain(self, *given, masks=masks, **more))[1])
+    for keep in (False, True):
+        assert run(*one(*SHARP, *["--keep-size"] * keep, name="thin.png")) == 0
+    centres = {keep: (row * (np.arange(48) + 0.5)).sum() / row.sum() for keep, row in seen.items()}
+    assert abs(centres[True] - 15 * 48 / 100) < 0.2 and abs(centres[False] - (15 - 5) * 48 / 90) < 0.2
+
+
+def test_found_masks_are_smooth(run, monkeypatch):
+    """One latent of 32 x 32 that differs grows by two latents to each side; by 16 calls of the network."""
+    calls = []
+
+    def guided(unet, levels, z_image, *given, cfg_image, **more):
+        point = torch.zeros(z_image.shape[2:])
+        point[10, 20] = given[2]
+        return lambda x, sigma: calls.append(sigma) or x + point
+
+    monkeypatch.setattr(masks, "guided_denoiser", guided)
+    assert run(*one("--mask", "auto", "--show-mask", "--grid", "--resolution", "128")) == 0
+    assert len(calls) == 16 and len(set(calls)) == 4
+    assert "show_mask" not in read_recipe("out.png")
+    [found] = masks.find_masks(Editor.load(Path(read_recipe("out.png")["weights"]), "cpu"),
+                               [Image.open("house.png").resize((128, 128))], ["red"], [3])
+    white = np.asarray(found) > 0
+    assert white.any(1).sum() == white.any(0).sum() == 5 * 4 and white[40:44, 80:84].all()
+
+
+def test_a_sweep_blurs_the_mask(run, mask, monkeypatch):
+    blurs, plain = [], Editor.edit
+    monkeypatch.setattr(pictures, "SWEEP_FACTORS", (1,))
+    monkeypatch.setattr(Editor, "edit", lambda self, *given, mask_blur, **more: (
+        blurs.append(mask_blur), plain(self, *given, mask_blur=mask_blur, **more))[1])
+    assert run(*one("--mask", "mask.png", "--mask-blur", "2.5", "--sweep")) == 0 and set(blurs) == {2.5}
