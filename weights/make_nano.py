@@ -55,7 +55,7 @@ from nanoip2p.vae import VAE, VAEConfig
 from nanoip2p.world.scenes import Scene, Thing, random_scene
 
 SIZE = 64  # pixels
-TOKENIZER_SCENES, SCALE_PICTURES = 2000, 512  # scenes that determine the tokenizer; the VAE's scale
+TOKENIZER_SCENES, SCALE_PICTURES = 2000, 512  # for the tokenizer; for the VAE's scale
 UNET = dict(
     in_channels=8, block_out_channels=(64, 128, 128), layers_per_block=1, cross_attention_dim=128,
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
