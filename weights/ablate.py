@@ -22,13 +22,13 @@ from nanoip2p.checkpoint.load import load_model
 from nanoip2p.checkpoint.save import save_parts
 from nanoip2p.common import cli
 from nanoip2p.common.cli import at_least
-from nanoip2p.common.files import append, read_json, read_jsonl, write_json
+from nanoip2p.common.files import CHECKOUT, append, read_json, read_jsonl, write_json
 from nanoip2p.common.schema import checked_rows
 from nanoip2p.dataset.pairs import list_seeds
 from nanoip2p.evaluate import __main__ as evaluate
 from nanoip2p.unet import UNet
 
-PAINTER = run_scripts.ROOT / "weights" / "nano-sd"
+PAINTER = CHECKOUT / "weights" / "nano-sd"
 # Folder of pairs -> flags of `make_dataset.py pairs`; weights/nano-sd/pairs.json has the defaults
 PAIRS = {
     "both": [], "self": ["--inject", "self"], "cross": ["--inject", "cross"], "none": ["--inject", "none"],

@@ -31,7 +31,7 @@ from pathlib import Path
 import demo
 import torch
 import torch.nn.functional as F
-from run_scripts import ROOT, make_pairs, train_run
+from run_scripts import make_pairs, train_run
 from tqdm import tqdm
 from train_tokenizer import train_tokenizer
 
@@ -42,7 +42,7 @@ from nanoip2p.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Te
 from nanoip2p.common import cli
 from nanoip2p.common.cli import at_least
 from nanoip2p.common.device import pick_device
-from nanoip2p.common.files import check_writable, replacing, write_json
+from nanoip2p.common.files import CHECKOUT, check_writable, replacing, write_json
 from nanoip2p.dataset.rendered import draw_edit, pick
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.images import to_tensor
@@ -55,7 +55,7 @@ from nanoip2p.vae import VAE, VAEConfig
 from nanoip2p.world.scenes import Scene, Thing, random_scene
 
 SIZE = 64  # pixels
-TOKENIZER_SCENES, SCALE_PICTURES = 2000, 512  # scenes that determine the tokenizer; the VAE's scale
+TOKENIZER_SCENES, SCALE_PICTURES = 2000, 512  # for the tokenizer; for the VAE's scale
 UNET = dict(
     in_channels=8, block_out_channels=(64, 128, 128), layers_per_block=1, cross_attention_dim=128,
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -303,7 +303,7 @@ def make(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns the exit code, see cli.run."""
     parser = cli.make_parser(description="Train the shipped nano weights from scratch.")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs/nano", help="folder of all stages")
+    parser.add_argument("--out", type=Path, default=CHECKOUT / "runs/nano", help="folder of all stages")
     parser.add_argument("--ship", type=Path, help="folder of the exported weights (default: <out>/ship); "
                                                   "--ship weights replaces the shipped weights")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first that works")

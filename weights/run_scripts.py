@@ -9,8 +9,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import make_dataset
 import train
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 def call(main: Callable[[list[str]], int], *words) -> None:
     """Run the `main` of a script with `words` as its arguments.

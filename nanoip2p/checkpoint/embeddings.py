@@ -17,7 +17,7 @@ def add_embedding(model: Model, path: str | Path) -> str:
     Reads learned_embeds of diffusers, where the tensor's name is the word, and .pt or .safetensors of the
     web UIs, where the file's name is the word. Vectors (n, D) add n tokens <x>, <x>_1, ... at the end of the
     vocabulary, as in diffusers. Raises ValueError for other files, for vectors of another width, and for a
-    word that is known or is a part of a known word.
+    word that is known or would share tokens with a known word.
     """
     path, tokenizer, encoder = Path(path), model.tokenizer, model.text_encoder
     tensors, table = read_tensors(path), encoder.text_model.embeddings.token_embedding
@@ -35,8 +35,8 @@ def add_embedding(model: Model, path: str | Path) -> str:
     added = {token.content.lower() for token in tokenizer.backend.get_added_tokens_decoder().values()}
     taken = {token.lower() for token in tokenizer.backend.get_vocab()}  # capitals do not matter in a text
     if not word or before and before.lower() in added or taken & {x.lower() for x in (f"{word}_1", *tokens)}:
-        raise ValueError(f"{path}: its word {word!r} is empty, known, or a part of a known word; rename "
-                         f"{'the file' if unnamed else 'its tensor'}")
+        raise ValueError(f"{path}: its word {word!r} is empty, known, or would share tokens with a known "
+                         f"word; rename {'the file' if unnamed else 'its tensor'}")
     tokenizer.backend.add_tokens([AddedToken(token) for token in tokens])
     ids = [tokenizer.backend.token_to_id(token) for token in tokens]
     grown = table.weight.new_zeros(max(known, max(ids) + 1), width)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 # A Stable Diffusion 1.x checkpoint needs 8,000 reads. A far longer header would fill the memory
 MOST_READS = 100_000
-PACKED = torch.int8  # dtype that stands for Q8_0, of a tensor on the meta device that was not unpacked
+PACKED = torch.int8  # dtype of a Q8_0 tensor that was not unpacked; it is on the meta device
 
 
 def read_gguf(path: Path, prefix: str | None = "") -> dict[str, Tensor]:

@@ -86,7 +86,7 @@ def _spellings(model: Model) -> dict[str, tuple[nn.Module, str]]:
 def read_lora(model: Model, path: Path) -> tuple[dict, str]:
     """Return {(network, our name): (alpha / r, arguments of _product)} of a file, and a short description.
 
-    Raises ValueError if a tensor is unknown, does not fit its layer, or is not finite.
+    With use_rslora, alpha / sqrt(r). ValueError if a tensor is unknown, does not fit, or is not finite.
     """
     tensors, known, found, strays = files.read_tensors(path), _spellings(model), {}, []
     for spelling, tensor in tensors.items():

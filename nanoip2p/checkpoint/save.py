@@ -59,7 +59,7 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None = No
     """Write a checkpoint to a single file if `target` ends in .safetensors, else to a diffusers folder.
 
     dtype: None keeps each tensor's dtype. ema: also write the UNet under the names of the EMA weights, for
-    older programs that read those. Checks the checkpoint first. An error while writing leaves no `target`.
+    older programs that read those. Checks the checkpoint first. A failed write leaves no partial `target`.
     Deletes temporary files of a killed conversion to the same `target`. A merge never overwrites a file.
     Holds one tensor in memory at a time. Raises ValueError for a bad checkpoint or target.
     """

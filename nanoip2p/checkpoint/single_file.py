@@ -41,7 +41,7 @@ IGNORED = re.compile(
     r"|first_stage_model\.(loss|model_ema)\..+"
     r"|cond_stage_model\.(logit_scale|.+\.position_ids|.+projection.*)")
 # A kind of file that we do not read -> a pattern for "name (shape)" of its tensors. ADDITIONS: files to use
-# with a model; a complete checkpoint may hold some of their tensors. SHAPES: the names are those of SD 1.x
+# with a model; a complete checkpoint may hold some of their tensors. SHAPES: same UNet names as SD 1.x
 ADDITIONS = {
     "a LoRA (add it to a model with --lora)": r"lora",
     "a ControlNet": r"^(control_model\.|controlnet_|input_hint_block\.)",
@@ -56,7 +56,7 @@ FAMILIES = SHAPES | {
     "a Stable Diffusion 3 checkpoint": r"^(model\.diffusion_model\.)?joint_blocks\.",
     "a Flux checkpoint": r"^(model\.diffusion_model\.)?double_blocks\.",
 }
-WIDTH = r"(attn2|self_attn)\S{0,20}[qkv](_proj)?\S{0,20}(down|lora_A)\S{0,20} \(\d+, "  # the width of texts
+WIDTH = r"(attn2|self_attn)\S{0,20}[qkv](_proj)?\S{0,20}(down|lora_A)\S{0,20} \(\d+, "  # text hidden size
 LORAS = {  # relatives of LoRAs, and LoRAs of other models
     "a DoRA": r"dora_scale|lora_magnitude_vector",
     "a LoHa, LoKr or IA3": r"\.(hada_w|lokr_w|ia3_|on_input )",
@@ -145,7 +145,7 @@ def is_average(raw: dict[str, Tensor], averaged: dict[str, Tensor]) -> bool:
     """Whether `averaged` (EMA weights, under our names) can be the average of a training that ended at `raw`.
 
     Tools that merge checkpoints can leave the EMA of one parent, or zeros, beside merged raw weights. The
-    RMS distance must be below the RMS of `raw`, and at most 0.007 or a quarter of that RMS, if that is more.
+    RMS distance must be below the RMS of `raw`, and at most the larger of 0.007 and a quarter of that RMS.
     Adam moves a weight by about the learning rate r per step, in changing directions. An EMA of decay d then
     differs by about r / sqrt(2 (1 - d)): 0.007 for r = 1e-4 and d = 0.9999, as in Stable Diffusion and
     InstructPix2Pix. In runs of train.py, the distance was 0.5 to 0.8 times this value, and at most a twelfth

@@ -62,8 +62,8 @@ def read_data(source: str | Path, split: str = "train", skip_bad: bool = False,
 
     A dataset with separate dev or test files keeps its splits. Other datasets are cut into contiguous splits.
     Raises ValueError for an unknown layout, a broken file, a missing text, column or picture, and an empty
-    train split. skip_bad: leave out rows that cannot be read and pairs with a missing picture, and warn with
-    their numbers. columns: names of input, edit and output in a table, in place of COLUMNS.
+    train split. skip_bad: leave out rows that cannot be read and pairs with a missing picture, and warn how
+    many there are. columns: names of input, edit and output in a table, in place of COLUMNS.
     """
     items, counts, problems = _survey(source, split, skip_bad, columns)
     if problems and not skip_bad:

@@ -141,7 +141,7 @@ def _tar_rows(path: Path) -> Iterator[tuple[str, dict] | ValueError]:
                 file.members.clear()  # to save memory: tarfile would keep all of them
                 count += 1
                 if member.size < 0 or member.sparse is not None or count > MOST_ROWS:
-                    raise tarfile.ReadError(f"the last is damaged, sparse or one of more than {MOST_ROWS}")
+                    raise tarfile.ReadError(f"the last is damaged or sparse, or there are over {MOST_ROWS}")
                 match = MEMBER.fullmatch(member.name)
                 if not match or member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
                     continue

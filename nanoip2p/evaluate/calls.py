@@ -2,7 +2,7 @@
 
 A step of an editor makes one call for each guidance branch (2 or 3); a step without guidance makes one call.
 Each of --weights is scored as in `scenes`, with each sampler, at its own guidance scales. Each point is a
-line of <out>/calls.jsonl. A later call does not measure this point again.
+line of <out>/calls.jsonl. A later run does not measure this point again.
 """
 
 import argparse

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict]:
                                     cfg_text=args.cfg_text, sampler=args.sampler)
     renders = [scene.render(painter.defaults["resolution"]) for scene in scenes]
     numbers = {"n": len(scenes)}
-    lines = [f"the true caption comes first of {GROUP}, of {len(scenes)} pictures"]
+    lines = [f"{len(scenes)} pictures; the true caption comes first of {GROUP} captions for:"]
     for kind, pictures in (("generated", painted), ("true renders", renders)):
         numbers[kind], error = rate(ranked_first(judge, pictures, captions))
         lines.append(f"  {kind:<14}{numbers[kind]:>6.1%} ± {error:.1%}")

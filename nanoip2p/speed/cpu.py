@@ -33,8 +33,8 @@ def lay_out(model: nn.Module, winograd: bool = False, direct: tuple[nn.Module, .
             least: int = WINOGRAD_CHANNELS) -> nn.Module:
     """Replace the layers of a network on the CPU in place, and return it. Results differ by rounding only.
 
-    winograd: 3x3 convolutions with at least `least` channels use Winograd's method, except those inside the
-    modules `direct`. The network then only infers: its weights can no longer be read, loaded or moved.
+    winograd: use Winograd's method for 3x3 convolutions with at least `least` channels outside `direct`, and
+    for all in slow half precision. The network then only infers: its weights cannot be read, loaded or moved.
     """
     inside = {layer for module in direct for layer in module.modules()}
     for parent in list(model.modules()):
@@ -63,7 +63,7 @@ class LaidOut(nn.Module):
     """A layer that cannot be saved, loaded, copied or moved."""
 
     def refuse(self, *_, **__) -> None:
-        """Called instead of what a layer without a plain weight cannot do."""
+        """Raises RuntimeError in place of saving, loading, copying and moving."""
         raise RuntimeError("a fast network holds no plain weights; do this before speed.fast.speed_up")
 
     _save_to_state_dict = _load_from_state_dict = _apply = __deepcopy__ = __reduce_ex__ = refuse

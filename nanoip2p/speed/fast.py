@@ -28,7 +28,7 @@ def speed_up(model: Model, fast: bool | None, say: Callable[[str], None], positi
     unet = model.unet
     if model.device.type == "cpu":
         if attention == "ours":
-            say("--attention ours: our kernel needs CUDA; torch's runs")
+            say("--attention ours: our kernel needs CUDA; using torch's kernel")
         if fast is None and (fast := pays(unet, positions)):
             say("this job is long enough for --fast, faster convolutions (--no-fast leaves them out)")
         if fast or positions >= 2 * STEP:  # to lay out takes as long as one step saves
@@ -60,7 +60,7 @@ def compile_unet(unet: UNet, say: Callable[[str], None]) -> UNet:
 
     The first call runs as it is, because tune.py cannot measure while torch.compile records.
     """
-    torch._dynamo.config.recompile_limit = 64  # input sizes, each twice with deep_every (default 8)
+    torch._dynamo.config.recompile_limit = 64  # input sizes, each twice with deep_every. torch's default is 8
     say("compiling: the second step at each picture size takes about a minute")
     plain, sizes = unet.forward, set()
     compiled = torch.compile(plain, dynamic=False, mode="reduce-overhead")

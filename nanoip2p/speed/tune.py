@@ -1,8 +1,8 @@
 """Attention that proves itself: the first call of a case checks and times the kernels on its own tensors.
 
-A case is a head width, sizes and a dtype, with map_from or without. Its kernels are "default", which is
-torch's choice, torch's backends, and tiles of ours. ~/.cache/nanoip2p/attention.json remembers the fastest
-for this card and these versions. So later processes do not measure, and round as the first one did.
+A case is a head width, sizes and a dtype, with map_from or without. Its kernels are torch's own choice
+("default"), torch's backends, and ours with several tiles. ~/.cache/nanoip2p/attention.json stores the
+fastest for this card and these versions. So later processes do not measure, and round as the first one did.
 """
 
 import os
@@ -29,7 +29,7 @@ TILES = {  # (queries per block, keys per block, num_warps, num_stages), the lik
     "wide": [(64, 64, 4, 2), (64, 32, 4, 2), (128, 64, 8, 2)],  # heads that fill the shared memory
     "long": [(128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2)]}
 KERNELS = {"default": None} | BACKENDS | {str(tile): tile for some in TILES.values() for tile in some}
-BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of `error`; or twice torch's own
+BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # `error` allowed, or twice torch's
 MARGIN = 1.03    # a kernel has to be so many times as fast as those before it
 HOPELESS = 1.25  # a kernel that takes so many times as long as the fastest is not timed again
 SHORT = 0.03     # ms: Python needs about as long to call a Triton kernel, so nothing can be won
@@ -117,7 +117,7 @@ class Tuner:
         return self.remember(case, kernels, inputs[0].device, best)
 
     def remember(self, case: str, kernels: tuple[str, ...], device: torch.device, kernel: str) -> str:
-        """Keep a choice, in the file too, and return it; or that of another process which was first."""
+        """Store a choice, in the file too, and return it. A choice stored first by another process wins."""
         try:
             with locked(self.path.with_suffix(".lock"), wait=True) if self.path else nullcontext():
                 there = read(self.path)
@@ -165,7 +165,7 @@ def card(device: torch.device) -> str:
 
 
 def read(path: Path | None, say: Callable[[str], None] = lambda line: None) -> dict[str, dict[str, str]]:
-    """{card: {case: kernel}} from the file. If it holds anything else: a line, and {}."""
+    """{card: {case: kernel}} from the file. If it holds anything else: calls `say`, and returns {}."""
     try:
         table = read_json(path, missing={}) if path else {}
         if all(kernel in list(KERNELS) for cases in table.values() for kernel in cases.values()):

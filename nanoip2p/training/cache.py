@@ -1,7 +1,7 @@
 """A cache of encoded pictures and texts: each is encoded once, before training. Training reads the rows.
 
     cache.json                    hashes of the data and of the encoders
-    texts-00000.safetensors       hidden states (n, 77, D) float16; the first row of all is the empty text
+    texts-00000.safetensors       hidden states (n, 77, D) float16; row 0 of this file is the empty text
     pictures-00000.safetensors    moments (n, F, 2C, h, w) float16: mean and log variance, unscaled.
                                   F = 2 with flips: the picture and its mirror image
 Each distinct text and picture has one row, in order of first use. Files are written atomically.

@@ -14,7 +14,7 @@ from nanoip2p.world.scenes import EDIT_KINDS
 DROP = (0.05, 0.05, 0.05)  # probabilities of dropping only the text, both text and image, only the image
 PAPER_BATCH = 1024  # samples per optimizer step
 PAPER_VISITS = 10_000 * PAPER_BATCH / (0.9 * 313_010)  # steps x batch / training prompts: 36 epochs
-# Batch sizes for GPUs, raised to 1024 samples per step by accumulation; and small ones for the nano world
+# For GPUs: batch sizes, raised to 1024 samples per step by accumulation. For the nano world: a short run
 PRESETS = {
     "paper": {"batch_size": 32, "clip": 0.0},  # 8 GPUs with batch size 32 each
     "48gb": {"batch_size": 64},

@@ -147,10 +147,10 @@ BAD = {
     "NaN": ({"emb_params": torch.full((1, WIDTH), torch.nan)}, "has NaN or infinity"),
     "integers": ({"emb_params": torch.zeros(1, WIDTH, dtype=torch.int32)}, "floating-point numbers"),
     "SDXL": ({"clip_l": torch.zeros(1, 9), "clip_g": torch.zeros(1, 12)}, "holds 2 tensors; a"),
-    "known": ({"it</w>": torch.zeros(1, WIDTH)}, "known, or a part of a known word; rename its tensor"),
-    "a part of another": ({"<z>": torch.zeros(1, WIDTH)}, "its word '<z>' is empty, known, or a part"),
-    "a later part": ({"<z>_2": torch.zeros(1, WIDTH)}, "its word '<z>_2' is empty, known, or a part"),
-    "capitals": ({"<Z>_1": torch.zeros(1, WIDTH)}, "its word '<Z>_1' is empty, known, or a part"),
+    "known": ({"it</w>": torch.zeros(1, WIDTH)}, "would share tokens with a known word; rename its tensor"),
+    "a part of another": ({"<z>": torch.zeros(1, WIDTH)}, "its word '<z>' is empty, known, or would share"),
+    "a later part": ({"<z>_2": torch.zeros(1, WIDTH)}, "its word '<z>_2' is empty, known, or would share"),
+    "capitals": ({"<Z>_1": torch.zeros(1, WIDTH)}, "its word '<Z>_1' is empty, known, or would share"),
     "empty": ({" ": torch.zeros(1, WIDTH)}, "its word '' is empty"),
 }
 

@@ -254,7 +254,7 @@ def test_a_bad_tar_is_named(tmp_path, monkeypatch):
                 assert str(error).startswith(str(path))
     path.write_bytes(whole)
     monkeypatch.setattr(tables, "MOST_ROWS", 5)
-    assert "more than 5;" in complaint(path)
+    assert "there are over 5;" in complaint(path)
     monkeypatch.undo()
     for damage in (whole[:-512 * 20], whole[:512 * 8] + b"\xff" * 512 + whole[512 * 9:],
                    bytes(512) + whole, bytes(2**21) + whole):
