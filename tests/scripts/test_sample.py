@@ -873,7 +873,7 @@ def test_the_mask_of_a_stretched_picture_is_stretched_alike(run, mask, monkeypat
     white.save("mask.png")
     seen, plain = {}, Editor.edit
     monkeypatch.setattr(Editor, "edit", lambda self, *given, masks, **more: (
-        seen.update({keep: np.asarray(masks[0])[8].astype(float)}), plain(self, *given, masks=masks, **more))[1])
+        seen.update({keep: np.asarray(masks[0], float)[8]}), plain(self, *given, masks=masks, **more))[1])
     for keep in (False, True):
         assert run(*one(*SHARP, *["--keep-size"] * keep, name="thin.png")) == 0
     centres = {keep: (row * (np.arange(48) + 0.5)).sum() / row.sum() for keep, row in seen.items()}
