@@ -46,20 +46,28 @@ def score(editor: Editor, chosen: list) -> tuple[dict[str, list], list[tuple[str
     return scores, overlaps
 
 
-def main() -> None:
-    """Print the table."""
-    parser = cli.make_parser(description=__doc__)
-    parser.add_argument("--weights", default="weights/nano-ip2p")
-    parser.add_argument("--n", type=int, default=140, help="number of edits")
-    args = parser.parse_args()
-    scores, overlaps = score(Editor.load(args.weights), choose_edits(args.n))
+def run(weights: str, n: int) -> str:
+    """The table as text."""
+    scores, overlaps = score(Editor.load(weights), choose_edits(n))
+    lines = []
     for name, rows in scores.items():
         fraction, error = rate([success for success, _ in rows])
         psnr = np.mean([value for _, value in rows if value is not None])
-        print(f"mask {name:<14}{fraction:>7.1%} ± {error:.1%}   unchanged pixels {psnr:.1f} dB")
-    print(f"IoU of auto {np.mean([value for _, value in overlaps]):.2f}: " + ", ".join(
-        f"{kind} {np.mean([value for one, value in overlaps if one == kind]):.2f}" for kind in EDIT_KINDS))
+        lines.append(f"mask {name:<14}{fraction:>7.1%} ± {error:.1%}   unchanged pixels {psnr:.1f} dB")
+    by_kind = {kind: [value for one, value in overlaps if one == kind] for kind in EDIT_KINDS}
+    return "\n".join([*lines, f"IoU of auto {np.mean([value for _, value in overlaps]):.2f}: " + ", ".join(
+        f"{kind} {np.mean(values):.2f}" for kind, values in by_kind.items() if values)])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command. Returns the exit code, see cli.run."""
+    def work() -> None:
+        parser = cli.make_parser(description=__doc__)
+        parser.add_argument("--weights", default="weights/nano-ip2p")
+        parser.add_argument("--n", type=cli.at_least(1), default=140, help="number of edits")
+        print(run(**vars(parser.parse_args(argv))))
+    return cli.run(work, "stopped; nothing was printed", "close other programs")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import demo
 import diffusers
+import masks
 import numpy as np
 import pytest
 import torch
@@ -101,3 +102,14 @@ def test_demo_that_cannot_write_says_so_before_the_work(tmp_path, capsys):
 def test_demo_without_weights_is_one_line(tmp_path, capsys):
     assert demo.main(["--weights", str(tmp_path / "none"), "--out", str(tmp_path / "demo.png")]) == 2
     assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "demo.png").exists()
+
+
+def test_masks_are_measured(capsys):
+    assert masks.main(["--n", "7"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[5:19].strip() for line in lines[:4]] == ["none", "auto", "true", "auto, blur 4"]
+    success, psnr = ({line[5:19].strip(): float(line[19:].replace("%", "").split()[k]) for line in lines[:4]}
+                     for k in (0, -2))
+    assert success["true"] == 100 and psnr["none"] < psnr["auto"] < psnr["auto, blur 4"] < psnr["true"]
+    assert 0.3 < float(lines[4].split()[3].rstrip(":")) <= 1
+    assert masks.main(["--weights", "none/here"]) == 2
