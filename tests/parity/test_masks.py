@@ -135,11 +135,15 @@ def test_a_picture_of_the_right_size_keeps_its_own_pixels(editor):
     assert changed[~white].any() and not changed[48:].any() and not changed[:, 48:].any()
 
 
-@pytest.mark.parametrize("mask", [
-    left_half(64, 64), left_half(10, 30), left_half(64, 64, "RGB"), left_half(64, 64, "1"),
-    left_half(64, 64, "P"), left_half(64, 64, "LA"), np.asarray(left_half(64, 64)),
-    np.asarray(left_half(64, 64)) > 0, torch.from_numpy(np.asarray(left_half(64, 64)) > 0),
-    np.asarray(left_half(64, 64)) / 255.0, np.asarray(left_half(64, 64, "RGB")) / 255.0], ids=repr)
+HALF = np.asarray(left_half(64, 64))
+MASKS = {
+    "L": left_half(64, 64), "another size": left_half(10, 30), "1": left_half(64, 64, "1"),
+    "RGB": left_half(64, 64, "RGB"), "P": left_half(64, 64, "P"), "LA": left_half(64, 64, "LA"), "array": HALF,
+    "bool": HALF > 0, "tensor": torch.from_numpy(HALF > 0), "float": HALF / 255.0,
+    "three channels": np.asarray(left_half(64, 64, "RGB")) / 255.0}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_masks_of_any_size_and_type(mask):
     made = np.asarray(fit_mask(mask, picture(64, 64, 0), (64, 64)))
     assert (made[:, :28] == 255).all() and (made[:, 36:] == 0).all()
@@ -160,7 +164,7 @@ def test_a_mask_is_fitted_as_its_picture():
 
 @pytest.mark.parametrize("masks, message", [
     (Image.new("L", (8, 8), 100), "no white"), ([left_half(8, 8)] * 2, "2 masks"), (7, "int"),
-    (np.zeros((2, 3, 4, 5)), "ndarray")], ids=str)
+    (np.zeros((2, 3, 4, 5)), "ndarray")], ids=["dark", "two", "number", "four axes"])
 def test_unusable_masks(editor, masks, message):
     with pytest.raises(ValueError, match=message):
         editor.edit([picture(64, 64, 0)], ["make it night"], steps=1, masks=masks)
