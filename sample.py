@@ -26,7 +26,7 @@ from nanoip2p.common.schema import checked
 from nanoip2p.world import scenes
 
 # Settings that change the picture by rounding at most
-NOT_IN_RECIPE = ("output", "show_mask", "recipe", "device", "fast", "attention", "verbose", "batch")
+NOT_IN_RECIPE = ("output", "recipe", "device", "fast", "attention", "verbose", "batch")
 # A recipe comes from strangers: larger numbers, or longer lists, need the user's own flag
 MOST = {"n": 16, "steps": 1000, "resolution": 2048, "edit": 64, "input": 100, "embedding": 16, "lora": 16}
 LOADED = ("weights", "vae", "tokenizer", "embedding", "lora")  # a recipe names only files in weights/
@@ -138,7 +138,8 @@ def as_flags(path: str, given: dict) -> list[str]:
     recipe, argv = {"raw_text": True} | read_recipe(path), []  # the first recipes are older than raw_text
     for key, kind in typing.get_type_hints(Settings).items():
         value, name = recipe.get(key), "--" + key.replace("_", "-")
-        if key in (*NOT_IN_RECIPE, *given) or value in (None, getattr(Settings, key)):
+        fixed = key in (*NOT_IN_RECIPE, *given) or (key == "mask_invert" and "mask" in given)
+        if fixed or value in (None, getattr(Settings, key)):
             continue
         value = checked(value, kind, f"{path}: {key}", most=2**63)
         own = f"if you mean it, give {name} yourself"
@@ -186,10 +187,10 @@ def plan_pictures(settings: Settings, inputs: list[str]) -> list[Settings]:
     pictures = [replace(settings, input=[path], edit=edit, n=1, seed=seed,
                         output=f"{stem}_{k:0{digits}}{suffix}" if numbered else f"{stem}{suffix}")
                 for path, stem in zip(inputs, stems) for k, (edit, seed) in enumerate(variants, 1)]
-    sources = {os.path.realpath(path) for path in inputs}
+    sources = {os.path.realpath(path) for path in (*inputs, settings.mask or "auto") if path != "auto"}
     for path in dict.fromkeys(picture.output for picture in pictures):
         if os.path.realpath(path) in sources:
-            raise ValueError(f"--output {path} would overwrite an input; name another")
+            raise ValueError(f"--output {path} would overwrite an input or the mask; name another")
         check_writable(path)
     return pictures
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from nanoip2p.diffusion import plan
 from nanoip2p.guidance import guided_denoiser
 from nanoip2p.images import fit, fit_size, to_tensor
-from nanoip2p.masks import fit_mask, keep_outside
+from nanoip2p.masks import fit_mask, keep_outside, paste
 from nanoip2p.pipeline import Callback, Model, as_image, encode_texts, reporting, same_size
 from nanoip2p.samplers import SAMPLERS, draw_noise
 
@@ -47,7 +47,7 @@ class Editor(Model):
         callback(step, latents): called at each step of a batch; step restarts at 0 for each batch. latents
         (B, C, h, w) are the current estimate of the edited pictures; `decode` turns them into pictures.
         deep_every: see make_denoiser.
-        masks: where to edit, one or a list; see fit_mask. mask_blur: the radius that blurs a mask, in pixels.
+        masks: where to edit, one or a list; see fit_mask. mask_blur: see paste.
         Raises ValueError for settings, pictures or types that cannot be used.
         """
         settings = self.fill_defaults({"steps": steps, "cfg_text": cfg_text, "cfg_image": cfg_image,
@@ -59,7 +59,7 @@ class Editor(Model):
         opened = {key: as_image(image) for key, image in dict(zip(keys, images)).items()}
         fitted = {key: fit(image, fit_size(*image.size, settings["resolution"], self.multiple))
                   for key, image in opened.items()}                                     # size (W, H)
-        masks = [fit_mask(mask, opened[key], fitted[key].size, mask_blur) for key, mask in zip(keys, masks)]
+        masks = [fit_mask(mask, opened[key], fitted[key].size) for key, mask in zip(keys, masks)]
         for network in (self.unet, self.vae) if low_memory else ():
             network.to("cpu")
         with self.on_device(self.text_encoder, low_memory):
@@ -81,7 +81,7 @@ class Editor(Model):
                     z = sampler(reporting(denoise, bar, callback), x, levels.sigmas, generators)
                 with self.on_device(self.vae, low_memory):
                     edited |= zip(group, self.decode(z, low_memory))
-        edited = [Image.composite(edited[i], fitted[key], mask) if mask else edited[i]
+        edited = [paste(edited[i], fitted[key], mask, mask_blur) if mask else edited[i]
                   for i, (key, mask) in enumerate(zip(keys, masks))]
         return edited[0] if single else edited
 

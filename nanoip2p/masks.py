@@ -11,20 +11,26 @@ from nanoip2p.pipeline import as_image
 from nanoip2p.samplers import Denoise
 
 
-def fit_mask(mask, image: Image.Image, size: tuple[int, int], blur: float = 0) -> Image.Image | None:
+def fit_mask(mask, image: Image.Image, size: tuple[int, int]) -> Image.Image | None:
     """Fit a mask to `size` as its picture is fitted. Returns mode L, or None for None: edit everywhere.
 
-    mask: a picture of any size as `as_image` takes it, or an array (H, W), also of bool. blur: the radius of
-    a Gaussian blur, in pixels of `size`. Raises ValueError for a mask without white: nothing would be edited.
+    mask: a picture of any size as `as_image` takes it, or an array or tensor (H, W), also of bool. Raises
+    ValueError if no pixel of the result is at least half white: nothing would be edited.
     """
     if mask is None:
         return None
     if getattr(mask, "ndim", 3) == 2:
-        mask = np.stack([np.asarray(mask) * (1.0 if mask.dtype in (bool, torch.bool) else 1)] * 3, axis=-1)
+        mask = mask.detach() if isinstance(mask, Tensor) else torch.tensor(mask)
+        mask = (mask.float() if mask.dtype == torch.bool else mask).expand(3, -1, -1)      # (3, H, W)
     mask = fit(as_image(mask).convert("L").resize(image.size, Image.Resampling.BILINEAR), size)
     if mask.getextrema()[1] < 128:
-        raise ValueError("the mask has no white in it, so nothing would be edited; white is edited")
-    return mask.filter(ImageFilter.GaussianBlur(blur)) if blur else mask
+        raise ValueError("scaled and cropped like its picture, the mask has no white left: nothing to edit")
+    return mask
+
+
+def paste(edited: Image.Image, kept: Image.Image, mask: Image.Image, blur: float) -> Image.Image:
+    """`edited` inside the mask, `kept` outside. blur: radius of a Gaussian blur of the mask, in pixels."""
+    return Image.composite(edited, kept, mask.filter(ImageFilter.GaussianBlur(blur)) if blur else mask)
 
 
 def keep_outside(denoise: Denoise, x: Tensor, z_kept: Tensor,

@@ -9,6 +9,7 @@ captions without a usable answer, with the reason. A new run skips the captions 
 
 import asyncio
 import json
+import os
 import signal
 from collections import Counter, deque
 from contextlib import suppress
@@ -109,20 +110,24 @@ class Job:
         """Process all captions. Processes the first caption alone, to report a wrong key or model only once.
 
         After Ctrl-C or SIGTERM, starts no new caption, and waits up to GRACE seconds for open requests. A
-        second signal ends the wait.
+        second signal ends the wait. The third ends the process, even in a look-up of the server's name.
         """
-        loop, whole = asyncio.get_running_loop(), asyncio.current_task()
+        loop, whole, signals = asyncio.get_running_loop(), asyncio.current_task(), []
 
         def stop() -> None:
+            signals.append(1)
+            if len(signals) > 2:
+                os._exit(130)
             loop.call_later(0 if self.interrupted else GRACE, whole.cancel)
             self.interrupted = True
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop)
-        async with self.client:
-            with suppress(asyncio.CancelledError):
+        with suppress(asyncio.CancelledError):
+            async with self.client:
                 await self.work(1)
-                await asyncio.gather(*(self.work(len(self.todo)) for _ in range(self.settings.concurrency)))
+                tasks = min(self.settings.concurrency, len(self.todo))
+                await asyncio.gather(*(self.work(len(self.todo)) for _ in range(tasks)))
 
     async def work(self, most: int) -> None:
         """Process at most `most` captions, one after another. Returns early when the run has to stop."""

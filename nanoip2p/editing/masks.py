@@ -7,8 +7,8 @@ from PIL import Image, ImageOps
 from nanoip2p.diffusion import plan
 from nanoip2p.editor import Editor
 from nanoip2p.guidance import guided_denoiser
-from nanoip2p.images import open_image
-from nanoip2p.masks import fit_mask
+from nanoip2p.images import NotFinite, open_image
+from nanoip2p.masks import fit_mask, paste
 from nanoip2p.pipeline import encode_texts
 from nanoip2p.samplers import draw_noise
 
@@ -39,7 +39,7 @@ def to_size_of(before: list[Image.Image], edited: list[Image.Image], masks: list
     if masks is None:
         return scaled
     masks = masks if given.mask == "auto" else [read_mask(given)] * len(scaled)
-    return [Image.composite(image, last, fit_mask(mask, last, last.size, given.mask_blur))
+    return [paste(image, last, fit_mask(mask, last, last.size), given.mask_blur)
             for image, last, mask in zip(scaled, before, masks)]
 
 
@@ -66,6 +66,8 @@ def find_masks(editor: Editor, images: list[Image.Image], instructions: list[str
             changes += (with_text(x, sigma) - without(x, sigma)).abs().mean(1, keepdim=True)  # (B, 1, h, w)
     reach = min(z.shape[2:]) // 16  # smooth over a latent and this many on each side
     changes = F.avg_pool2d(F.pad(changes, (reach,) * 4, mode="replicate"), 2 * reach + 1, stride=1)
-    found = (changes > THRESHOLD * changes.amax((2, 3), keepdim=True))[:, 0].mul(255).byte().cpu().numpy()
+    if not changes.isfinite().all():
+        raise NotFinite("the mask came out as NaN or infinity; try --dtype bf16 or fp32")
+    found = (changes >= THRESHOLD * changes.amax((2, 3), keepdim=True))[:, 0].mul(255).byte().cpu().numpy()
     return [Image.fromarray(mask).resize(image.size, Image.Resampling.NEAREST)
             for mask, image in zip(found, images)]

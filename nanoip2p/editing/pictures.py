@@ -14,7 +14,7 @@ from nanoip2p.common.cli import one_line
 from nanoip2p.common.grids import grid
 from nanoip2p.editing.masks import make_masks, to_size_of
 from nanoip2p.editor import Editor
-from nanoip2p.images import FORMATS, NotFinite, fit, open_image
+from nanoip2p.images import FORMATS, fit, open_image
 from nanoip2p.pipeline import same_size
 from nanoip2p.world import scenes
 
@@ -58,7 +58,7 @@ def leave_out(error: ValueError, path: str, problems: list[str], of: int) -> Non
 
 def edit_all(editor: Editor, pictures: list, sizes: dict, sampling: dict,
              problems: list[str]) -> Iterator[tuple[int, tuple[Image.Image, ...]]]:
-    """Yield (index, what edit_batch returns for it) of each picture. Leaves out those that become NaN."""
+    """Yield (index, result of edit_batch) of each picture. Leaves out NaN and masks without white."""
     queue = same_size([sizes[picture.input[0]] for picture in pictures], pictures[0].batch)
     allowed = len(problems) + len(pictures)
     while queue:
@@ -67,8 +67,8 @@ def edit_all(editor: Editor, pictures: list, sizes: dict, sampling: dict,
         path, edit = batch[0].input[0], sweep if batch[0].sweep else edit_batch
         try:
             yield from zip(places, edit(editor, batch, sizes[path], sampling))
-        except NotFinite as error:
-            if len(places) > 1:  # edit them one by one: only some may be NaN
+        except ValueError as error:
+            if len(places) > 1:  # edit them one by one: only some may be unusable
                 queue = [[i] for i in places] + queue
             else:
                 leave_out(error, path, problems, allowed)

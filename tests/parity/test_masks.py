@@ -139,7 +139,9 @@ HALF = np.asarray(left_half(64, 64))
 MASKS = {
     "L": left_half(64, 64), "another size": left_half(10, 30), "1": left_half(64, 64, "1"),
     "RGB": left_half(64, 64, "RGB"), "P": left_half(64, 64, "P"), "LA": left_half(64, 64, "LA"),
-    "array": HALF, "bool": HALF > 0, "tensor": torch.from_numpy(HALF > 0), "float": HALF / 255.0,
+    "array": HALF, "bool": HALF > 0, "gradient": torch.from_numpy(HALF / 255.0).requires_grad_(),
+    "bf16": torch.from_numpy(HALF / 255.0).bfloat16(),
+    "tensor": torch.from_numpy(HALF > 0), "float": HALF / 255.0,
     "three channels": np.asarray(left_half(64, 64, "RGB")) / 255.0}
 
 

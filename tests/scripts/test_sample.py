@@ -91,7 +91,7 @@ def test_the_recipe_names_everything(run, weights):
         "input": ["house.png"], "edit": ["make it night"], "turns": False, "n": 1, "seed": 3, "steps": 2,
         "cfg_text": DEFAULTS["cfg_text"], "cfg_image": 1.7, "sampler": "ddim", "negative": "blurry",
         "resolution": DEFAULTS["resolution"], "weights": str(weights), "dtype": "fp32",
-        "keep_size": False, "grid": False, "sweep": False, "low_memory": False,
+        "show_mask": False, "keep_size": False, "grid": False, "sweep": False, "low_memory": False,
         "deep_every": 1, "raw_weights": None, "raw_text": False, "embedding": None,
         "vae": None, "tokenizer": None, "lora": None, "lora_hash": [], "mask": None, "mask_hash": None,
         "mask_invert": False, "mask_blur": 4,
@@ -586,6 +586,7 @@ def black_becomes_nan(monkeypatch):
 
     monkeypatch.setattr(VAE, "encode", encode)
     Image.new("RGB", (48, 48)).save("black.png")
+    Image.new("RGB", (48, 48), "white").save("mask.png")
 
 
 def test_a_picture_that_comes_out_as_nan_is_left_out(run, capsys, black_becomes_nan):
@@ -851,16 +852,18 @@ def test_masks_that_are_found_depend_on_the_seed_only(run):
 @pytest.mark.parametrize("more, message", [
     (["--mask", "missing.png"], "there is no picture missing.png"),
     (["--mask", "notes.txt"], "notes.txt cannot be used"),
-    (["--mask", "black.png"], "no white"),
+    (["--mask", "black.png"], "house.png: scaled and cropped like its picture, the mask has no white left"),
     (["--mask-invert"], "--mask-invert is for a file"),
     (["--mask", "auto", "--mask-invert"], "--mask-invert is for a file"),
     (["--mask", "auto", "--show-mask"], "add --mask and --grid"),
     (["--grid", "--show-mask"], "add --mask and --grid"),
     (["--mask", "auto", "--mask-blur", "-1"], "--mask-blur"),
+    (["--mask", "mask.png", "--output", "mask.png"], "would overwrite an input or the mask"),
     (["--mask", ""], "")], ids=str)
 def test_unusable_masks(more, message, run, capsys):
     Path("notes.txt").write_text("white")
     Image.new("RGB", (48, 48)).save("black.png")
+    Image.new("RGB", (48, 48), "white").save("mask.png")
     assert message in refusal(capsys, run(*one(*more)))
     assert not Path("out.png").exists()
 
@@ -892,7 +895,7 @@ def test_found_masks_are_smooth(run, monkeypatch):
     monkeypatch.setattr(masks, "guided_denoiser", guided)
     assert run(*one("--mask", "auto", "--show-mask", "--grid", "--resolution", "128")) == 0
     assert len(calls) == 16 and len(set(calls)) == 4
-    assert "show_mask" not in read_recipe("out.png")
+    assert again(run, "out.png") == 0 and Image.open("again.png").size == Image.open("out.png").size
     [found] = masks.find_masks(Editor.load(Path(read_recipe("out.png")["weights"]), "cpu"),
                                [Image.open("house.png").resize((128, 128))], ["red"], [3])
     white = np.asarray(found) > 0
@@ -905,3 +908,42 @@ def test_a_sweep_blurs_the_mask(run, mask, monkeypatch):
     monkeypatch.setattr(Editor, "edit", lambda self, *given, mask_blur, **more: (
         blurs.append(mask_blur), plain(self, *given, mask_blur=mask_blur, **more))[1])
     assert run(*one("--mask", "mask.png", "--mask-blur", "2.5", "--sweep")) == 0 and set(blurs) == {2.5}
+
+
+def test_a_mask_without_white_in_one_crop_leaves_that_picture_out(run, capsys):
+    white = Image.new("L", (90, 50), 0)
+    white.paste(255, (0, 0, 3, 50))  # a twentieth of a flat picture is cropped on each side
+    white.save("mask.png")
+    Image.open("house.png").resize((100, 30)).save("flat.png")
+    assert run("--input", "house.png", "flat.png", "--edit", "red", *SHARP, "--output", "a/") == 1
+    assert files("a") == ["house.png"] and "not made: flat.png: scaled" in capsys.readouterr().err
+
+
+def test_a_mask_smaller_than_its_blur_still_edits(run):
+    white = Image.new("L", (48, 48), 0)
+    white.paste(255, (20, 20, 24, 24))
+    white.save("mask.png")
+    seen = []
+    for blur in ("0", "4"):
+        assert run(*one("--mask", "mask.png", "--seed", "3", "--mask-blur", blur)) == 0
+        seen.append(np.abs(pixels("out.png") - pixels("house.png"))[20:24, 20:24].mean())
+    assert seen[0] > seen[1] > seen[0] / 20
+
+
+def test_nan_in_a_found_mask_is_named(run, weights, capsys, monkeypatch):
+    monkeypatch.setattr(masks, "guided_denoiser", lambda *given, **more: lambda x, sigma: x * float("nan"))
+    assert run(*one("--mask", "auto")) == 2
+    assert "house.png: the mask came out as NaN or infinity; try" in capsys.readouterr().err
+
+
+def test_an_instruction_that_changes_nothing_is_not_masked(run):
+    flags = one("--negative", "make it night", "--mask-blur", "0", "--seed", "3")
+    assert run(*flags, "--mask", "auto") == 0
+    masked = pixels("out.png")
+    assert run(*flags) == 0 and np.array_equal(masked, pixels("out.png"))
+
+
+def test_another_mask_than_the_recipe_s_is_not_inverted(run, mask):
+    assert run(*one(*SHARP, "--mask-invert")) == 0
+    assert again(run, "out.png", "--mask", "auto") == 0 and not read_recipe("again.png")["mask_invert"]
+    assert again(run, "out.png") == 0 and read_recipe("again.png")["mask_invert"]
