@@ -10,7 +10,9 @@ import sys
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
+import openai
 import pytest
 from chat_server import KEY, TEXTS, by_input, edit_of, expected, rows_of
 
@@ -324,6 +326,38 @@ def test_ctrl_c_waits_for_a_while_and_a_second_one_does_not(server, ask, monkeyp
     began = time.monotonic()
     code, rows, *_ = ask(TEXTS, "--concurrency", 1)
     assert code == 130 and rows == expected(TEXTS[:3]) and time.monotonic() - began < 10
+
+
+def test_ctrl_c_while_the_client_closes_is_no_traceback(server, ask, monkeypatch):
+    """A cancel can come then, too: from the timer of GRACE, for example."""
+    plain = openai.AsyncOpenAI.close
+
+    async def slow(client):
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.sleep(0.5)
+        await plain(client)
+
+    monkeypatch.setattr(captions, "GRACE", 0.05)
+    monkeypatch.setattr(openai.AsyncOpenAI, "close", slow)
+    code, rows, *_ = ask(TEXTS[:2], "--concurrency", 1)
+    assert code == 130 and by_input(rows) == by_input(expected(TEXTS[:2]))
+
+
+def test_the_third_ctrl_c_ends_even_the_look_up_of_a_name(tmp_path):
+    """asyncio waits for its threads, and nothing interrupts getaddrinfo."""
+    (tmp_path / "texts.txt").write_text("a house\n")
+    code = ("import os, signal, socket, sys, threading, time\n"
+            "def press():\n"
+            "    for _ in range(3): time.sleep(0.3); os.kill(os.getpid(), signal.SIGINT)\n"
+            "def slow(*_, **__): threading.Thread(target=press, daemon=True).start(); time.sleep(60)\n"
+            "socket.getaddrinfo = slow\n"
+            "import make_dataset; sys.exit(make_dataset.main(sys.argv[1:]))")
+    words = ["captions", "--input", tmp_path / "texts.txt", "--out", tmp_path / "prompts.jsonl"]
+    there = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": "http://slow.example/v1",
+             "PYTHONPATH": str(Path(make_dataset.__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", code, *words], env=os.environ | there, timeout=50,
+                          capture_output=True, text=True)
+    assert done.returncode == 130 and "Traceback" not in done.stderr
 
 
 def test_the_papers_way(server, ask, tmp_path, capsys):
