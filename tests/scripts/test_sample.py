@@ -947,3 +947,13 @@ def test_another_mask_than_the_recipe_s_is_not_inverted(run, mask):
     assert run(*one(*SHARP, "--mask-invert")) == 0
     assert again(run, "out.png", "--mask", "auto") == 0 and not read_recipe("again.png")["mask_invert"]
     assert again(run, "out.png") == 0 and read_recipe("again.png")["mask_invert"]
+
+
+def test_the_size_of_the_job_decides_about_fast(run, monkeypatch):
+    """Latents of all pictures, turns and cells of a sweep, times steps."""
+    seen = []
+    monkeypatch.setattr(speed, "speed_up", lambda editor, fast, say, size, **more: seen.append(size))
+    for more in ([], ["--n", "3"], ["--turns", "--edit", "red"], ["--sweep"]):
+        assert run(*one(*more, output="a/" if "--n" in more else "out.png")) == 0
+    assert [size / seen[0] for size in seen] == [1, 3, 2, 25]
+    assert seen[0] == 2 * (48 // 4)**2

@@ -305,3 +305,10 @@ def test_attention_is_measured_before_a_size_is_compiled(unet, monkeypatch):
             assert calls and not recorded
             assert relative_error(unet(*given), first) < 1e-6
             assert recorded
+
+
+@pytest.mark.parametrize("asked, said", [(True, ["--fast changes nothing on mps"]), (None, []), (False, [])])
+def test_other_devices_stay_as_they_are(unet, asked, said):
+    lines, kinds = [], kinds_of(unet)
+    speed_up(SimpleNamespace(device=torch.device("mps"), unet=unet, vae=nn.Module()), asked, lines.append)
+    assert lines == said and kinds_of(unet) == kinds
