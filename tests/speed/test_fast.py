@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -190,14 +191,15 @@ def test_in_half_precision_without_layouts_all_convolutions_use_winograd(unet):
 
 
 def test_a_fast_network_neither_trains_nor_takes_other_weights(unet):
-    """Nor does it hand out weights: it has none in the plain layout."""
+    """Nor does it hand out weights, move or copy them: it has none in the plain layout."""
     other = {name: weight + 1 for name, weight in unet.state_dict().items()}
     for winograd in (False, True):
         quick = lay_out(copy.deepcopy(unet), winograd, least=8)
-        for use in (lambda quick=quick: quick.load_state_dict(other), quick.state_dict):
+        assert not quick(*inputs()).requires_grad
+        for use in (lambda quick=quick: quick.load_state_dict(other), quick.state_dict, quick.half,
+                    partial(copy.deepcopy, quick), partial(pickle.dumps, quick.time_embedding)):
             with pytest.raises(RuntimeError, match="before speed.fast"):
                 use()
-        assert not quick(*inputs()).requires_grad
     unet.load_state_dict(other)
 
 
