@@ -66,7 +66,7 @@ class LaidOut(nn.Module):
         """Raises RuntimeError in place of saving, loading, copying and moving."""
         raise RuntimeError("a fast network holds no plain weights; do this before speed.fast.speed_up")
 
-    _save_to_state_dict = _load_from_state_dict = _apply = __deepcopy__ = __reduce_ex__ = refuse
+    _save_to_state_dict = _load_from_state_dict = _apply = __reduce_ex__ = refuse  # deepcopy asks the last
 
 
 def has_blocks(weight: Tensor) -> bool:
