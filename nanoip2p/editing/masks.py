@@ -14,7 +14,7 @@ from nanoip2p.samplers import draw_noise
 
 LEVELS = slice(5, 16, 3)  # of 20 noise levels: timesteps at about 3/4, 3/5, 2/5 and 1/4
 DRAWS = 2                 # of noise at each level
-THRESHOLD = 0.25          # of the largest change: in the nano world, success does not suffer from it
+THRESHOLD = 0.25          # of the largest change: in the nano world, as many edits succeed as without a mask
 
 
 def read_mask(given) -> Image.Image:
