@@ -25,8 +25,8 @@ with contextlib.suppress(ImportError):  # HEIC: pip install pillow-heif
     pillow_heif.register_heif_opener()
 
 
-class NotFinite(ValueError):
-    """A picture came out as NaN or infinity."""
+class PictureError(ValueError):
+    """One picture cannot be made, others can: it came out as NaN, or its mask has no white."""
 
 
 def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image:
@@ -92,10 +92,10 @@ def to_tensor(image: Image.Image) -> Tensor:
 def to_pil(tensor: Tensor) -> Image.Image:
     """(3, H, W) -> RGB picture. Clips to [-1, 1] and rounds to 8 bits.
 
-    Raises NotFinite for NaN or infinity, which fp16 can cause.
+    Raises PictureError for NaN or infinity, which fp16 can cause.
     """
     if not tensor.isfinite().all():
-        raise NotFinite("the picture came out as NaN or infinity; try --dtype bf16 or fp32")
+        raise PictureError("the picture came out as NaN or infinity; try --dtype bf16 or fp32")
     pixels = (tensor.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 

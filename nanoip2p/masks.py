@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from nanoip2p.images import fit
+from nanoip2p.images import PictureError, fit
 from nanoip2p.pipeline import as_image
 from nanoip2p.samplers import Denoise
 
@@ -15,7 +15,7 @@ def fit_mask(mask, image: Image.Image, size: tuple[int, int]) -> Image.Image | N
     """Fit a mask to `size` as its picture is fitted. Returns mode L, or None for None: edit everywhere.
 
     mask: a picture of any size as `as_image` takes it, or an array or tensor (H, W), also of bool. Raises
-    ValueError if no pixel of the result is at least half white: nothing would be edited.
+    PictureError if no pixel of the result is at least half white: nothing would be edited.
     """
     if mask is None:
         return None
@@ -24,7 +24,7 @@ def fit_mask(mask, image: Image.Image, size: tuple[int, int]) -> Image.Image | N
         mask = (mask.float() if mask.dtype == torch.bool else mask).expand(3, -1, -1)      # (3, H, W)
     mask = fit(as_image(mask).convert("L").resize(image.size, Image.Resampling.BILINEAR), size)
     if mask.getextrema()[1] < 128:
-        raise ValueError("scaled and cropped like its picture, the mask has no white left: nothing to edit")
+        raise PictureError("scaled and cropped like its picture, the mask has no white left: nothing to edit")
     return mask
 
 

@@ -7,7 +7,7 @@ from PIL import Image, ImageOps
 from nanoip2p.diffusion import plan
 from nanoip2p.editor import Editor
 from nanoip2p.guidance import guided_denoiser
-from nanoip2p.images import NotFinite, open_image
+from nanoip2p.images import PictureError, open_image
 from nanoip2p.masks import fit_mask, paste
 from nanoip2p.pipeline import encode_texts
 from nanoip2p.samplers import draw_noise
@@ -67,7 +67,7 @@ def find_masks(editor: Editor, images: list[Image.Image], instructions: list[str
     reach = min(z.shape[2:]) // 16  # smooth over a latent and this many on each side
     changes = F.avg_pool2d(F.pad(changes, (reach,) * 4, mode="replicate"), 2 * reach + 1, stride=1)
     if not changes.isfinite().all():
-        raise NotFinite("the mask came out as NaN or infinity; try --dtype bf16 or fp32")
+        raise PictureError("the mask came out as NaN or infinity; try --dtype bf16 or fp32")
     found = (changes >= THRESHOLD * changes.amax((2, 3), keepdim=True))[:, 0].mul(255).byte().cpu().numpy()
     return [Image.fromarray(mask).resize(image.size, Image.Resampling.NEAREST)
             for mask, image in zip(found, images)]

@@ -14,7 +14,7 @@ from nanoip2p.common.cli import one_line
 from nanoip2p.common.grids import grid
 from nanoip2p.editing.masks import make_masks, to_size_of
 from nanoip2p.editor import Editor
-from nanoip2p.images import FORMATS, fit, open_image
+from nanoip2p.images import FORMATS, PictureError, fit, open_image
 from nanoip2p.pipeline import same_size
 from nanoip2p.world import scenes
 
@@ -67,7 +67,7 @@ def edit_all(editor: Editor, pictures: list, sizes: dict, sampling: dict,
         path, edit = batch[0].input[0], sweep if batch[0].sweep else edit_batch
         try:
             yield from zip(places, edit(editor, batch, sizes[path], sampling))
-        except ValueError as error:
+        except PictureError as error:
             if len(places) > 1:  # edit them one by one: only some may be unusable
                 queue = [[i] for i in places] + queue
             else:
