@@ -307,7 +307,7 @@ def test_looking_and_converting_on_the_command_line(folder, tmp_path, capsys):
     assert "a diffusers folder, 8 input channels, fp32" in printed and printed.count("\n") == 4
     target = tmp_path / "half.safetensors"
     assert main([str(folder), str(target), "--dtype", "fp16", "--ema-copy"]) == 0
-    assert "with --tokenizer" in capsys.readouterr().out
+    assert "as --tokenizer" in capsys.readouterr().out
     assert "EMA weights, fp16" in open_checkpoint(target).description
     written = target.read_bytes()
     assert main([str(target), str(target), "--tokenizer", str(folder / "tokenizer")]) == 2

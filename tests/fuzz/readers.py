@@ -35,6 +35,7 @@ from nanoip2p.clip_filter import SIMILARITIES, Judge
 from nanoip2p.common.files import append, regular
 from nanoip2p.dataset import captions, chat, finetune, pairs, show, tables
 from nanoip2p.dataset.layouts import broken_pictures, load_picture, read_data
+from nanoip2p.editing.masks import read_mask
 from nanoip2p.editing.pictures import find_images
 from nanoip2p.evaluate import calls, curve, magicbrush
 from nanoip2p.images import open_image, read_recipe, save_png
@@ -215,9 +216,10 @@ def write_pictures(folder: Path) -> None:
 
 
 def read_pictures(folder: Path) -> None:
-    """What sample.py does with its inputs."""
+    """What sample.py does with its inputs and its mask."""
     for path in find_images([str(folder)]):
         open_image(path)
+        read_mask(types.SimpleNamespace(mask=path, mask_invert=True))
 
 
 def write_recipe(folder: Path) -> None:
