@@ -57,7 +57,7 @@ def test_every_function_that_reads_is_reached_by_a_reader(fuzzer):
     readers = set()
     for path in files:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 functions = [call.func for call in ast.walk(node) if isinstance(call, ast.Call)]
                 calls = {getattr(function, "attr", getattr(function, "id", "")) for function in functions}
                 if calls & OPENING:
