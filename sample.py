@@ -82,6 +82,11 @@ class Settings:
                           "sdpa is torch's choice; ours, our own", "auto", choices=("auto", "sdpa", "ours"))
     verbose: bool = flag("say what --attention measures and decides", False)
 
+    @property
+    def mask_file(self) -> str | None:
+        """The file of the mask. None without a mask, and for one that is found."""
+        return None if self.mask == "auto" else self.mask
+
 
 def make_parser() -> argparse.ArgumentParser:
     """A parser with all flags of Settings. Its help ends with the world of the nano weights."""
@@ -119,7 +124,7 @@ def parse(argv: list[str] | None) -> Settings:
         raise ValueError("--attention ours is a part of --fast; add --fast")
     if settings.show_mask and not (settings.mask and settings.grid):
         raise ValueError("--show-mask draws the masks into a grid; add --mask and --grid")
-    if settings.mask_invert and settings.mask in (None, "auto"):
+    if settings.mask_invert and not settings.mask_file:
         raise ValueError("--mask-invert is for a file; name it as --mask")
     if not all(edit.strip() for edit in settings.edit):
         raise ValueError('an instruction is empty; say what to change, such as --edit "make it night"')
@@ -187,7 +192,7 @@ def plan_pictures(settings: Settings, inputs: list[str]) -> list[Settings]:
     pictures = [replace(settings, input=[path], edit=edit, n=1, seed=seed,
                         output=f"{stem}_{k:0{digits}}{suffix}" if numbered else f"{stem}{suffix}")
                 for path, stem in zip(inputs, stems) for k, (edit, seed) in enumerate(variants, 1)]
-    sources = {os.path.realpath(path) for path in (*inputs, settings.mask or "auto") if path != "auto"}
+    sources = {os.path.realpath(path) for path in (*inputs, settings.mask_file) if path}
     for path in dict.fromkeys(picture.output for picture in pictures):
         if os.path.realpath(path) in sources:
             raise ValueError(f"--output {path} would overwrite an input or the mask; name another")
@@ -208,7 +213,7 @@ def load_editor(settings: Settings) -> tuple:
         editor.tokenizer.clean = str
     notes = lora.apply_loras(editor, files := settings.lora or [])
     hashes = {"lora_hash": [lora.file_hash(file) for file in files],
-              "mask_hash": lora.file_hash(settings.mask) if settings.mask not in (None, "auto") else None}
+              "mask_hash": lora.file_hash(settings.mask_file) if settings.mask_file else None}
     then = read_recipe(settings.recipe) if settings.recipe else {}
     notes += [f"{settings.recipe} was made with a {name} of other content" for key, name in (
         ("lora_hash", "LoRA file"), ("mask_hash", "mask")) if (then.get(key) or hashes[key]) != hashes[key]]
@@ -224,8 +229,8 @@ def run(settings: Settings, problems: list[str]) -> None:
     from nanoip2p.speed.fast import speed_up
     inputs = find_images(settings.input)
     pictures = plan_pictures(settings, inputs)
-    if settings.mask not in (None, "auto"):
-        open_image(settings.mask)  # raises before the long work
+    if settings.mask_file:
+        open_image(settings.mask_file)  # raises before the long work
     sizes, fitted = {}, {}
     for path in inputs:
         try:

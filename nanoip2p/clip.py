@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoip2p.attention import attention
-from nanoip2p.common.config import FIXED, IGNORED, read_config
+from nanoip2p.common.config import IGNORED, read_config
 from nanoip2p.common.schema import checked
 
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
@@ -219,7 +219,7 @@ class TextEncoder(nn.Module):
     @classmethod
     def from_config(cls, config: dict) -> "TextEncoder":
         """Build from the content of text_encoder/config.json. Raises ValueError for unsupported settings."""
-        return cls(read_config(CLIPTextConfig, TEXT_DEFAULTS | config, FIXED["clip"], IGNORED["clip"]))
+        return cls(read_config(CLIPTextConfig, TEXT_DEFAULTS | config, {}, IGNORED["clip"]))
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) int64 -> hidden states (B, T, D) after the final layer norm."""
@@ -251,8 +251,8 @@ class CLIP(nn.Module):
         for key, tower, defaults in towers:
             # Configs of 2022 also have `text_config_dict`. It takes precedence, as in transformers
             given = checked(config.get(f"{key}_dict") or config.get(key) or {}, dict, f"CLIPConfig: {key}")
-            config = config | {key: read_config(tower, defaults | given, FIXED["clip"], IGNORED["clip"])}
-        return cls(read_config(CLIPConfig, config, FIXED["clip"], IGNORED["clip"]))
+            config = config | {key: read_config(tower, defaults | given, {}, IGNORED["clip"])}
+        return cls(read_config(CLIPConfig, config, {}, IGNORED["clip"]))
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) int64 -> unit vectors (B, P)."""

@@ -22,7 +22,7 @@ from nanoip2p.checkpoint.load import load_model
 from nanoip2p.checkpoint.save import save_parts
 from nanoip2p.common import cli
 from nanoip2p.common.cli import at_least
-from nanoip2p.common.files import CHECKOUT, append, read_json, read_jsonl, write_json
+from nanoip2p.common.files import CHECKOUT, append, read_json, write_json
 from nanoip2p.common.schema import checked_rows
 from nanoip2p.dataset.pairs import list_seeds
 from nanoip2p.evaluate import __main__ as evaluate
@@ -127,7 +127,7 @@ def read_scores(path: Path) -> list[dict]:
     """The rows of ablate.jsonl; [] if it is missing. ValueError for a row that `run` did not write."""
     kinds = dict.fromkeys(("prompts", "steps", "n"), (int, 1)) | dict.fromkeys(MEASURES, (float, 0, 1))
     kinds |= {"variant": (str,), "seed": (int, 0, SEEDS - 1), "unchanged": (float | None, -100, 100)}
-    return checked_rows(read_jsonl(path), kinds, path)
+    return checked_rows(path, kinds)
 
 
 def table(rows: list[dict]) -> str:
@@ -149,7 +149,7 @@ def table(rows: list[dict]) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command."""
-    parser = cli.make_parser(description=__doc__.splitlines()[0], formatter_class=cli.HelpWithDefaults)
+    parser = cli.make_parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/ablate"), help="folder for data, runs, scores")
     parser.add_argument("--prompts", type=at_least(100), default=400, help="number of captions")
     parser.add_argument("--steps", type=at_least(1), default=600, help="training steps of 32 pairs")

@@ -67,7 +67,7 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser(**settings) -> argparse.ArgumentParser:
     """A Parser with --version."""
-    parser = Parser(allow_abbrev=False, **{"formatter_class": HelpWithDefaults} | settings)
+    parser = Parser(allow_abbrev=False, formatter_class=HelpWithDefaults, **settings)
     parser.add_argument("--version", action="version", version=f"nanoip2p {__version__}")
     parser.register("type", Path, path)
     return parser

@@ -32,7 +32,6 @@ FIXED = {
         "act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True,
         "mid_block_add_attention": True,
     },
-    "clip": {},
     "scheduler": {
         "timestep_type": "discrete", "interpolation_type": "linear", "lambda_min_clipped": -float("inf"),
         "original_inference_steps": 50, "timestep_scaling": 10.0,  # of LCMScheduler

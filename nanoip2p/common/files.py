@@ -203,11 +203,6 @@ def _parse(lines: Iterator[bytes], path: Path, is_json: bool, problems: list | N
             problems.append(reason)
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """The rows of a file that `append` wrote, without an incomplete last line. A missing file has no rows."""
-    return [row for _, row in read_rows(path, ".jsonl", appended=True)] if path.exists() else []
-
-
 def mend_last_line(path: Path) -> None:
     """Repair a file after a killed `append`: delete an incomplete last row, or add a missing line break."""
     if path.exists():

@@ -4,9 +4,10 @@ import math
 import reprlib
 import types
 import typing
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+
+from nanoip2p.common.files import read_rows
 
 LONGEST = 10_000  # items of a list, characters of a text: far more than any model's setting has
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "an object",
@@ -34,10 +35,11 @@ def shown(value) -> str:
     return text if len(text) <= 40 else text[:40] + "…"
 
 
-def checked_rows(rows: Iterable[dict], kinds: dict[str, tuple], path: Path) -> list[dict]:
-    """The rows of the file `path`, with some entries checked. kinds: key -> (kind, least, most)."""
+def checked_rows(path: Path, kinds: dict[str, tuple], appended: bool = True) -> list[dict]:
+    """The rows of a .jsonl file, see read_rows; or []. kinds: key -> (kind, least, most), to check entries."""
+    rows = read_rows(path, ".jsonl", appended=appended) if path.exists() else ()
     return [row | {key: checked(row.get(key), kind, f"{path}, row {number}: {key}", *limits)
-                   for key, (kind, *limits) in kinds.items()} for number, row in enumerate(rows, 1)]
+                   for key, (kind, *limits) in kinds.items()} for number, (_, row) in enumerate(rows, 1)]
 
 
 def _converted(value, kind, least: float, most: float):

@@ -9,7 +9,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from nanoip2p.clip_filter import SIMILARITIES, Thresholds
-from nanoip2p.common.files import inside, read_json, read_rows, tidy
+from nanoip2p.common.files import inside, read_json, tidy
 from nanoip2p.common.grids import grid
 from nanoip2p.common.schema import checked, checked_rows
 from nanoip2p.dataset.pairs import prompt_folders
@@ -22,11 +22,6 @@ KEPT = {"seed": (int, 0, 2**63), "p2p_threshold": (float, 0, 1)} | COSINES  # of
 BAR = 40  # length of the histogram's longest bar, in characters
 
 
-def read_table(path: Path, kinds: dict[str, tuple]) -> list[dict]:
-    """The rows of a .jsonl file; [] if it is missing. kinds: see checked_rows."""
-    return checked_rows((row for _, row in read_rows(path)), kinds, path) if path.exists() else []
-
-
 def read_pairs(root: Path) -> list[dict]:
     """All kept pairs by prompt, best first: texts, the keys of metadata.jsonl, and "folder", "pictures"."""
     if not root.is_dir() or not prompt_folders(root):
@@ -37,7 +32,7 @@ def read_pairs(root: Path) -> list[dict]:
         prompt = read_json(path)
         texts = {key: checked(prompt.get(key), str | None, f"{path}: {key}")
                  for key in ("input", "caption", "edit")}
-        for row in read_table(folder / "metadata.jsonl", KEPT):
+        for row in checked_rows(folder / "metadata.jsonl", KEPT, appended=False):
             pictures = [inside(root, f"{folder.name}/{row['seed']}_{i}.jpg") for i in (0, 1)]
             pairs.append(texts | row | {"folder": folder, "pictures": pictures})
     return pairs
@@ -50,7 +45,7 @@ def statistics(root: Path, pairs: list[dict]) -> str:
              ("kept pairs", f"{len(pairs)}, {len(pairs) / len(folders):.2f} a prompt")]
     path = root / "job.json"
     job = checked(read_json(path, missing={}).get("job"), dict | None, f"{path}: job")
-    rows = [row for folder in folders for row in read_table(folder / "candidates.jsonl", COSINES)]
+    rows = [row for folder in folders for row in checked_rows(folder / "candidates.jsonl", COSINES, False)]
     if job and rows:
         keys = [f"clip_{name}threshold" for name in ("img_", "dir_", "")]
         thresholds = Thresholds(*(checked(job.get(key), float, f"{path}: {key}") for key in keys))

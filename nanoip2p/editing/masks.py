@@ -19,7 +19,7 @@ THRESHOLD = 0.25          # of the largest change: in the nano world, as many ed
 
 def read_mask(given) -> Image.Image:
     """The file that Settings name, in mode L and white where to edit."""
-    mask = open_image(given.mask).convert("L")
+    mask = open_image(given.mask_file).convert("L")
     return ImageOps.invert(mask) if given.mask_invert else mask
 
 
@@ -28,8 +28,9 @@ def make_masks(editor: Editor, given, originals: list[Image.Image], fitted: list
     """Masks for `fitted`, pictures that were scaled and cropped from `originals`. given: Settings."""
     if given.mask == "auto":
         return find_masks(editor, fitted, instructions, seeds, sampling["negative"], sampling["low_memory"])
-    return given.mask and [fit_mask(read_mask(given), image if given.keep_size else original, image.size)
-                           for original, image in zip(originals, fitted)]
+    mask = given.mask_file and read_mask(given)
+    return mask and [fit_mask(mask, image if given.keep_size else original, image.size)
+                     for original, image in zip(originals, fitted)]
 
 
 def to_size_of(before: list[Image.Image], edited: list[Image.Image], masks: list[Image.Image] | None,
@@ -38,7 +39,7 @@ def to_size_of(before: list[Image.Image], edited: list[Image.Image], masks: list
     scaled = [image.resize(last.size, Image.Resampling.LANCZOS) for image, last in zip(edited, before)]
     if masks is None:
         return scaled
-    masks = masks if given.mask == "auto" else [read_mask(given)] * len(scaled)
+    masks = [read_mask(given)] * len(scaled) if given.mask_file else masks
     return [paste(image, last, fit_mask(mask, last, last.size), given.mask_blur)
             for image, last, mask in zip(scaled, before, masks)]
 
@@ -54,7 +55,8 @@ def find_masks(editor: Editor, images: list[Image.Image], instructions: list[str
     with editor.on_device(editor.text_encoder, low_memory):
         states = encode_texts(editor.text_encoder, editor.tokenizer, [negative, *instructions])
     context = torch.stack([states[text] for text in instructions])                          # (B, T, D)
-    z_image = editor.encode(list(range(len(images))), dict(enumerate(images)), {}, low_memory)
+    keys = [id(image) for image in images]  # several instructions may share a picture: encode it once
+    z_image = editor.encode(keys, dict(zip(keys, images)), {}, low_memory)                  # (B, C, h, w)
     z, levels = z_image.float() * editor.vae.scaling_factor, plan(editor.schedule, "euler", 20)
     generators, changes = [torch.Generator().manual_seed(seed) for seed in seeds], 0
     with editor.on_device(editor.unet, low_memory):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nanoip2p.checkpoint.tensors import fingerprint
 from nanoip2p.common.cli import one_line
-from nanoip2p.common.files import append, read_jsonl, tidy
+from nanoip2p.common.files import append, tidy
 from nanoip2p.common.plots import plot
 from nanoip2p.common.schema import checked_rows
 from nanoip2p.diffusion import LCM_STEPS
@@ -33,7 +33,7 @@ def branches(cfg_text: float, cfg_image: float) -> int:
 
 def read_points(path: Path) -> list[dict]:
     """The rows of calls.jsonl; [] if it is missing. ValueError for a row that `run` did not write."""
-    return checked_rows(read_jsonl(path), KINDS, path)
+    return checked_rows(path, KINDS)
 
 
 def run(args: argparse.Namespace) -> tuple[str, None]:

@@ -22,7 +22,7 @@ from nanoip2p.checkpoint import hub
 from nanoip2p.checkpoint.tensors import fingerprint
 from nanoip2p.clip_filter import Judge, similarities
 from nanoip2p.common.cli import one_line
-from nanoip2p.common.files import append, read_jsonl, tidy
+from nanoip2p.common.files import append, tidy
 from nanoip2p.common.plots import plot
 from nanoip2p.common.schema import checked, checked_rows
 from nanoip2p.dataset.layouts import Pair, load_picture, read_data
@@ -64,7 +64,7 @@ def measure(pairs: list[Pair], judge: Judge, resolution: int, batch: int, seed: 
 
 def read_points(path: Path) -> list[dict]:
     """The rows of curve.jsonl; [] if it is missing. ValueError for a row that `run` did not write."""
-    rows = checked_rows(read_jsonl(path), KINDS, path)
+    rows = checked_rows(path, KINDS)
     for number, row in enumerate(rows, 1):
         if row["method"] not in KNOBS:
             raise ValueError(f"{path}, row {number}: method should be {' or '.join(KNOBS)}")

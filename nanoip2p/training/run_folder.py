@@ -106,7 +106,7 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict]:
 def read_log(run: Path) -> list[dict]:
     """The rows of log.jsonl. ValueError for a row without a step, or with something that is no number."""
     path = run / "log.jsonl"
-    rows = checked_rows(files.read_jsonl(path), {"step": (int, 0, LARGEST)}, path)
+    rows = checked_rows(path, {"step": (int, 0, LARGEST)})
     for number, row in enumerate(rows, 1):
         for name, value in row.items():
             if not isinstance(value, float):  # a validation loss can be NaN

@@ -23,12 +23,16 @@ from nanoip2p.common.files import (
     locked,
     mend_last_line,
     read_json,
-    read_jsonl,
     read_rows,
     regular,
     replacing,
 )
+from nanoip2p.common.schema import checked_rows
 from nanoip2p.tokenizer import load_tokenizer
+
+
+def read_jsonl(path):
+    return checked_rows(path, {})
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):

@@ -219,7 +219,7 @@ def read_pictures(folder: Path) -> None:
     """What sample.py does with its inputs and its mask."""
     for path in find_images([str(folder)]):
         open_image(path)
-        read_mask(types.SimpleNamespace(mask=path, mask_invert=True))
+        read_mask(types.SimpleNamespace(mask_file=path, mask_invert=True))
 
 
 def write_recipe(folder: Path) -> None:

@@ -11,7 +11,7 @@ from readers import READERS
 ROOT = Path(__file__).resolve().parents[2]
 # What opens or parses a file; a function that calls one of these is a reader
 OPENING = {
-    "read_json", "read_rows", "read_jsonl", "read_tensors", "read_metadata", "read_pickle", "open_image",
+    "read_json", "read_rows", "checked_rows", "read_tensors", "read_metadata", "read_pickle", "open_image",
     "loads", "safe_open", "load_file", "ParquetFile", "read_bytes", "read_text", "DictReader", "open"}
 # These read nothing that comes from outside, or hand a file on unread
 EXEMPT = {

@@ -957,3 +957,11 @@ def test_the_size_of_the_job_decides_about_fast(run, monkeypatch):
         assert run(*one(*more, output="a/" if "--n" in more else "out.png")) == 0
     assert [size / seen[0] for size in seen] == [1, 3, 2, 25]
     assert seen[0] == 2 * (48 // 4)**2
+
+
+def test_masks_of_several_edits_encode_their_picture_once(run, monkeypatch):
+    """Once to find the masks, once to edit."""
+    seen, plain = [], VAE.encode
+    monkeypatch.setattr(VAE, "encode", lambda self, x: (seen.append(len(x)), plain(self, x))[1])
+    assert run("--input", "house.png", *TWO_EDITS, "--mask", "auto", "--output", "a/") == 0
+    assert seen == [1, 1]

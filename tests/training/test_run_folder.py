@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanoip2p.common.files import read_jsonl
+from nanoip2p.common.schema import checked_rows
 from nanoip2p.training import run_folder as runs
 
 FILES = [f"{name}.safetensors" for name in runs.FILES]
@@ -176,7 +176,7 @@ def test_going_on_drops_rows_of_the_future_and_a_line_cut_in_the_middle(tmp_path
         log.write({"step": step, "loss": 1 / step})
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')
-    assert [row["step"] for row in read_jsonl(tmp_path / "log.jsonl")] == [2, 4, 6, 8]
+    assert [row["step"] for row in checked_rows(tmp_path / "log.jsonl", {})] == [2, 4, 6, 8]
     runs.Log(tmp_path, 4).write({"step": 5, "loss": 0.2})
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
