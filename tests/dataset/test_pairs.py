@@ -539,6 +539,10 @@ def test_show_reads_the_papers_own_folder_and_names_what_is_broken(finished, tmp
         (folder / "metadata.jsonl").write_text(line)
         assert make_dataset.main(["show", str(tmp_path)]) == 2
         assert named in capsys.readouterr().err
+    (folder / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    (folder / "candidates.jsonl").write_text('{"seed": 1, "p2p')
+    assert make_dataset.main(["show", str(tmp_path)]) == 2
+    assert "candidates.jsonl, line 1" in capsys.readouterr().err
     assert make_dataset.main(["show", str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err
 
