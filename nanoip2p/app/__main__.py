@@ -7,6 +7,7 @@
 import os
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 from nanoip2p.common import cli
@@ -74,8 +75,16 @@ def serve(args, folder: Path) -> None:
         share=False, ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, run_history=False,
         footer_links=[], theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         css=CSS, app_kwargs={"middleware": [Middleware(Policy)]})
-    print(f"open {page.blocks.local_url} in a browser; Ctrl-C ends it", flush=True)
-    page.blocks.block_thread()
+    print(f"open {page.blocks.local_url} in a browser; Ctrl-C ends it")
+    if args.listen:
+        print("every machine that reaches this one can use the page" +
+              (" with the name and password" if args.auth else "; --auth asks for a name and a password"))
+    sys.stdout.flush()
+    try:
+        threading.Event().wait()
+    finally:
+        page.stop_last.set()
+        page.blocks.close(verbose=False)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -44,6 +44,7 @@ class Page:
 
     def __init__(self, editor: Editor, weights: str, folder: Path, low_memory: bool):
         self.editor, self.weights, self.folder, self.low_memory = editor, weights, folder, low_memory
+        self.stop_last = threading.Event()  # ends the edit that began last
         self.blocks = gr.Blocks(analytics_enabled=False, title="nanoip2p", delete_cache=(3600, 24 * 3600))
         with self.blocks:
             with gr.Row():
@@ -158,7 +159,7 @@ class Page:
         n, mask = given.pop("n"), mask_of(painted)
         given |= {"images": fit(visit.picture, size), "instructions": instruction, "mask_blur": MASK_BLUR,
                   "masks": fit_mask(mask, visit.picture, size), "low_memory": self.low_memory}
-        visit.stop = threading.Event()
+        self.stop_last = visit.stop = threading.Event()
         return given, n, mask
 
     def edit(self, visit: Visit, painted: dict | None, instruction: str, locked: bool, *values):

@@ -57,10 +57,10 @@ def watched(editor: Editor, stop: threading.Event, **given) -> Iterator[tuple[in
     results is None until the last item. `stop`, or closing the iterator, ends the edit within a step. Raises
     Stopped, and all that `edit` raises.
     """
-    steps, news = given["steps"], queue.Queue()
+    steps, news, left = given["steps"], queue.Queue(), threading.Event()
 
     def callback(step: int, latents: torch.Tensor) -> None:
-        if stop.is_set():
+        if stop.is_set() or left.is_set():
             raise Stopped
         quarter = (step + 1) * 4 // steps > step * 4 // steps and step + 1 < steps
         with editor.on_device(editor.vae, given["low_memory"]):
@@ -84,7 +84,7 @@ def watched(editor: Editor, stop: threading.Event, **given) -> Iterator[tuple[in
             *_, results = item
             yield item
     finally:
-        stop.set()
+        left.set()
         thread.join()
 
 
