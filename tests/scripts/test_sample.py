@@ -91,7 +91,7 @@ def test_the_recipe_names_everything(run, weights):
         "input": ["house.png"], "edit": ["make it night"], "turns": False, "n": 1, "seed": 3, "steps": 2,
         "cfg_text": DEFAULTS["cfg_text"], "cfg_image": 1.7, "sampler": "ddim", "negative": "blurry",
         "resolution": DEFAULTS["resolution"], "weights": str(weights), "dtype": "fp32",
-        "show_mask": False, "keep_size": False, "grid": False, "sweep": False, "low_memory": False,
+        "show_mask": False, "keep_size": False, "side_by_side": False, "grid": False, "sweep": False, "low_memory": False,
         "deep_every": 1, "raw_weights": None, "raw_text": False, "embedding": None,
         "vae": None, "tokenizer": None, "lora": None, "lora_hash": [], "mask": None, "mask_hash": None,
         "mask_invert": False, "mask_blur": 4,
@@ -346,7 +346,7 @@ def test_weights_are_also_found_in_the_checkout(run, weights, monkeypatch):
 
 WRONG = {
     "no input": (["--edit", "red", "--output", "o.png"], "needed, but not given: --input"),
-    "nothing": ([], "--input, --edit, --output"),
+    "nothing": ([], "--input, --edit"),
     "absent": (one(name="absent.png"), "there is no picture at absent.png"),
     "no glob": (one(name="*.bmp"), r"\*.bmp"),
     "empty folder": (one(name="void"), "there is no picture at void"),
@@ -360,7 +360,9 @@ WRONG = {
     "large": (one("--resolution", "10001"), "'10001' is not a whole number from 1 to 10,000"),
     "a long text": (one("--negative", "x" * 10_001), "a text has 10001 characters; the limit is 10000"),
     "bytes": (["--input", "house.png", "--edit", "\udcff", "--output", "o.png"], "not valid Unicode"),
-    "jpg": (one(output="out.jpg"), "should end in .png"),
+    "gif": (one(output="out.gif"), "should end in .png, .jpg, .jpeg, .webp, or in / for a folder"),
+    "beside a grid": (one("--side-by-side", "--grid"), "leave out --side-by-side"),
+    "beside a sweep": (one("--side-by-side", "--sweep"), "leave out --side-by-side"),
     "many to one": (["--input", "house.png", "boat.png", "--edit", "x", "--output", "o.png"], "2 inputs"),
     "grid to folder": (one("--grid", output="grids/"), "must end in .png"),
     "sweep to folder": (one("--sweep", output="sweeps/"), "--sweep writes one picture, so --output sweeps/"),
@@ -756,7 +758,7 @@ def test_ctrl_c_during_imports_prints_no_traceback(run):
     Path("torch.py").write_text("raise KeyboardInterrupt")
     done = subprocess.run([sys.executable, str(SCRIPT), *one()], env=os.environ | {"PYTHONPATH": "."},
                           capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (130, "interrupted; the pictures named above are complete\n")
+    assert (done.returncode, done.stderr) == (130, "interrupted; the pictures named above are kept\n")
 
 
 @pytest.fixture
