@@ -129,7 +129,7 @@ def save_image(image: Image.Image, path: str | Path, recipe: dict) -> None:
     if kind == "JPEG":
         room = 65_533 - len(recipes.HEADER)  # of a segment
         if left_out := [name for name, content in metadata.items() if len(content) > room]:
-            warnings.warn(f"{path}: {' and '.join(left_out)} left out, because a JPEG holds 64 KB of settings; "
+            warnings.warn(f"{path}: {' and '.join(left_out)} left out, as a JPEG holds 64 KB of settings; "
                           ".png and .webp hold all", stacklevel=2)
         segment = recipes.HEADER + ("xmp" not in left_out) * metadata.pop("xmp")  # Pillow 10 ignores xmp=
         how = {"quality": 95, "subsampling": 0,
