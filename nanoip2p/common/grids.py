@@ -10,6 +10,7 @@ from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 LABEL_WIDTH = 192  # pixels; a grid enlarges narrower pictures so that their labels fit
@@ -51,10 +52,7 @@ def grid(rows: list[list[Image.Image]], labels: list[list[str]]) -> Image.Image:
 
 def beside(images: list[Image.Image]) -> Image.Image:
     """Pictures of one height, in one row without gaps."""
-    canvas = Image.new("RGB", (sum(image.width for image in images), images[0].height))
-    for i, image in enumerate(images):
-        canvas.paste(image, (sum(before.width for before in images[:i]), 0))
-    return canvas
+    return Image.fromarray(np.hstack([np.asarray(image) for image in images]))
 
 
 def wrap(rows: list[list], labels: list[list[str]], groups: tuple[int, ...] = (1,)) -> tuple[list, list]:
