@@ -1,6 +1,7 @@
 """Edit pictures by instruction.
 
-    python sample.py --input house.png --edit "make it night" --output night.png
+    python sample.py --input house.png --edit "make it night"         # writes out/house-make-it-night.png
+    python sample.py --input dog.jpg --edit "make it night" --output out.webp --side-by-side
     python sample.py --input pictures --edit "turn the ground into snow" --output snowy/
     python sample.py --input house.png --edit "make it night" \\
         --edit "turn the house blue" --grid --output grid.png
@@ -15,13 +16,17 @@ import random
 import sys
 import textwrap
 import typing
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 
 from nanoip2p import __version__
 from nanoip2p.common import cli
 from nanoip2p.common.cli import at_least, between, finite, flag, one_line, pixels, split
 from nanoip2p.common.files import check_writable, find_weights, is_shipped, unique_stems
+from nanoip2p.common.names import slug, unused
+from nanoip2p.common.recipes import KINDS
 from nanoip2p.common.schema import checked
 from nanoip2p.world import scenes
 
@@ -35,7 +40,7 @@ MOST_PICTURES = 10**6  # of one command; planning them takes 1 minute and 0.6 GB
 
 @dataclass(frozen=True)
 class Settings:
-    """The flags with their defaults. The recipe in a PNG stores all except NOT_IN_RECIPE."""
+    """The flags with their defaults. The recipe in a picture stores all except NOT_IN_RECIPE."""
 
     input: list[str] | None = flag("pictures, globs or folders", nargs="+", action="extend",
                                    group="what to edit, and how")
@@ -57,12 +62,14 @@ class Settings:
     mask_invert: bool = flag("edit where the mask is black", False)
     mask_blur: float = flag("blur the edge of the mask, in pixels", 4, type=between(0, 1000))
     show_mask: bool = flag("with --grid: also draw the masks", False)
-    output: str | None = flag("a PNG file, or a folder for several inputs", group="what to write")
+    output: str | None = flag("a .png, .jpg or .webp file, or a folder (default: out/INPUT-EDIT.png, with a "
+                              "number instead of over another file)", group="what to write")
     keep_size: bool = flag("scale the result to the size of the input", False)
+    side_by_side: bool = flag("write the input beside its result (with --turns, all of them)", False)
     grid: bool = flag("write one labelled picture: input | edits", False)
     sweep: bool = flag("write one labelled picture: one edit at 5 x 5 guidance scales, around --cfg-text "
                        "(rows) and --cfg-image (columns)", False)
-    recipe: str | None = flag("a PNG that sample.py wrote: use its settings, unless a flag overrides them")
+    recipe: str | None = flag("a picture that sample.py wrote: use its settings, except where flags differ")
     weights: str = flag("a diffusers folder, a .safetensors or .ckpt file, or a name on the Hub",
                         "weights/nano-ip2p", group="weights and device")
     vae: str | None = flag("use this autoencoder instead of the checkpoint's: a file or folder")
@@ -114,7 +121,8 @@ def parse(argv: list[str] | None) -> Settings:
         except ValueError as error:
             raise ValueError(f"{flags['recipe']}: {error}") from None
     settings = Settings(**{"seed": random.randrange(1_000_000)} | flags)
-    missing = [f"--{key}" for key in ("input", "edit", "output") if not getattr(settings, key)]
+    missing = [f"--{key}" for key in ("input", "edit") if not getattr(settings, key)]
+    missing += ["--output"] * (settings.output == "")
     if missing:
         raise ValueError(f"needed, but not given: {', '.join(missing)} (see --help)")
     list(map(split, settings.lora or []))  # raises for a weight that is no number, before the long work
@@ -124,6 +132,8 @@ def parse(argv: list[str] | None) -> Settings:
         raise ValueError("--attention ours is a part of --fast; add --fast")
     if settings.show_mask and not (settings.mask and settings.grid):
         raise ValueError("--show-mask draws the masks into a grid; add --mask and --grid")
+    if settings.side_by_side and (settings.grid or settings.sweep):
+        raise ValueError("--grid and --sweep show the input already; leave out --side-by-side")
     if settings.mask_invert and not settings.mask_file:
         raise ValueError("--mask-invert is for a file; name it as --mask")
     if not all(edit.strip() for edit in settings.edit):
@@ -133,7 +143,7 @@ def parse(argv: list[str] | None) -> Settings:
 
 
 def as_flags(path: str, given: dict) -> list[str]:
-    """Turn the recipe of a PNG into command-line flags, so that the parser checks the ranges.
+    """Turn the recipe of a picture into command-line flags, so that the parser checks the ranges.
 
     Leaves out the settings `given` and the defaults. Raises ValueError for what only the user may choose:
     weights other than the shipped ones, which may be fetched; inputs that are no files; large numbers.
@@ -166,38 +176,55 @@ def as_flags(path: str, given: dict) -> list[str]:
 def plan_pictures(settings: Settings, inputs: list[str]) -> list[Settings]:
     """The settings of each picture to make: one input, one seed, one output, and one edit (or all turns).
 
-    Ordered by input, edit, sample. Raises ValueError for an unusable --output.
+    Ordered by input, edit, sample. Without --output, several may have one output: see names.unused. Raises
+    ValueError for an unusable --output.
     """
     edits = [settings.edit] if settings.turns else [[edit] for edit in settings.edit]
     if len(inputs) * len(edits) * settings.n > MOST_PICTURES:
         raise ValueError(f"{len(inputs)} inputs x {len(edits)} edits x --n {settings.n} are more than "
                          f"{MOST_PICTURES:,} pictures; make them in parts")
-    output, one = Path(settings.output), "--grid" if settings.grid else "--sweep" if settings.sweep else ""
-    variants = [(edit, settings.seed + i) for edit in edits for i in range(settings.n)]
-    to_folder = output.is_dir() or settings.output.endswith("/") or not output.suffix
-    if not to_folder and output.suffix.lower() != ".png":
-        raise ValueError(f"{output} should end in .png (or in / for a folder); only PNG is written")
     several = len(inputs) * len(settings.edit) * settings.n > 1
     if settings.sweep and (several or settings.grid or settings.keep_size):
         raise ValueError("--sweep needs one --edit and one --input, and excludes --n, --grid and --keep-size")
+    variants = [(edit, settings.seed + i) for edit in edits for i in range(settings.n)]
+    names = name_outputs if settings.output else default_names
+    pictures = [replace(settings, input=[path], edit=edit, n=1, seed=seed, output=output)
+                for path, outputs in zip(inputs, names(settings, inputs, [edit for edit, _ in variants]))
+                for (edit, seed), output in zip(variants, outputs)]
+    sources = {os.path.realpath(path) for path in (*inputs, settings.mask_file) if path and settings.output}
+    for path in dict.fromkeys(picture.output for picture in pictures):
+        if os.path.realpath(path) in sources:
+            raise ValueError(f"--output {path} would overwrite an input or the mask; name another")
+        check_writable(path)
+    return pictures
+
+
+def name_outputs(settings: Settings, inputs: list[str], edits: list[list[str]]) -> list[list[str]]:
+    """The files that --output means: for each input, one for each of `edits`."""
+    output, one = Path(settings.output), "--grid" if settings.grid else "--sweep" if settings.sweep else ""
+    to_folder = output.is_dir() or settings.output.endswith("/") or not output.suffix
+    if not to_folder and output.suffix.lower() not in KINDS:
+        raise ValueError(f"{output} should end in {', '.join(KINDS)}, or in / for a folder")
     if one and to_folder:
-        raise ValueError(f"{one} writes one picture, so --output {settings.output} must end in .png")
+        raise ValueError(f"{one} writes one picture, so --output {settings.output} must end in .png or so")
     if len(inputs) > 1 and not (settings.grid or to_folder):
         raise ValueError(f"{len(inputs)} inputs need a folder as --output, not {output}")
     if to_folder:
         stems, suffix = [output / stem for stem in unique_stems(inputs)], ".png"
     else:
         stems, suffix = [output.with_suffix("")] * len(inputs), output.suffix
-    numbered, digits = len(variants) > 1 and not settings.grid, len(str(len(variants)))
-    pictures = [replace(settings, input=[path], edit=edit, n=1, seed=seed,
-                        output=f"{stem}_{k:0{digits}}{suffix}" if numbered else f"{stem}{suffix}")
-                for path, stem in zip(inputs, stems) for k, (edit, seed) in enumerate(variants, 1)]
-    sources = {os.path.realpath(path) for path in (*inputs, settings.mask_file) if path}
-    for path in dict.fromkeys(picture.output for picture in pictures):
-        if os.path.realpath(path) in sources:
-            raise ValueError(f"--output {path} would overwrite an input or the mask; name another")
-        check_writable(path)
-    return pictures
+    numbered, digits = len(edits) > 1 and not settings.grid, len(str(len(edits)))
+    return [[f"{stem}_{k:0{digits}}{suffix}" if numbered else f"{stem}{suffix}"
+             for k in range(1, len(edits) + 1)] for stem in stems]
+
+
+def default_names(settings: Settings, inputs: list[str], edits: list[list[str]]) -> list[list[str]]:
+    """The files without --output, all in out/: as name_outputs."""
+    stems = [f"out/{slug(stem, 'picture')}" for stem in unique_stems(inputs)]
+    if settings.grid:
+        return [[f"{stems[0]}-grid.png" if len(stems) == 1 else "out/grid.png"] * len(edits)] * len(stems)
+    words = [slug(" ".join(edit).lower(), "edit") + "-sweep" * settings.sweep for edit in edits]
+    return [[f"{stem}-{word}.png" for word in words] for stem in stems]
 
 
 def load_editor(settings: Settings) -> tuple:
@@ -224,21 +251,26 @@ def load_editor(settings: Settings) -> tuple:
 def run(settings: Settings, problems: list[str]) -> None:
     """Check all inputs and outputs, edit, write each batch when finished. `problems`: see leave_out."""
     torch = cli.import_torch()
-    from nanoip2p.editing.pictures import SWEEP_EDITS, draw_grid, edit_all, find_images, leave_out, nano_notes
-    from nanoip2p.images import fit_size, open_image, save_png
+    from nanoip2p.common.grids import beside
+    from nanoip2p.editing import pictures as making
+    from nanoip2p.editing.pictures import edit_all, find_images, leave_out
+    from nanoip2p.images import fit_size, open_image, save_image
     from nanoip2p.speed.fast import speed_up
     inputs = find_images(settings.input)
     pictures = plan_pictures(settings, inputs)
     if settings.mask_file:
         open_image(settings.mask_file)  # raises before the long work
-    sizes, fitted = {}, {}
+    sizes, converted, fitted = {}, {}, {}
     for path in inputs:
         try:
-            sizes[path] = open_image(path).size
+            image = open_image(path)
+            sizes[path] = image.size
+            converted |= {path: image.info["converted"]} if "converted" in image.info else {}
         except ValueError as error:  # show it before the long work
             leave_out(error, path, problems, len(inputs))
     editor, hashes, notes = load_editor(settings)
-    sys.stderr.writelines(f"{one_line(note)}\n" for note in notes + nano_notes(editor, settings.edit, sizes))
+    notes += making.colour_notes(converted) + making.nano_notes(editor, settings.edit, sizes)
+    sys.stderr.writelines(f"{one_line(note)}\n" for note in notes)
     sampling = editor.fill_defaults({key: getattr(settings, key) for key in editor.defaults})
     for path, size in sizes.items():
         try:
@@ -248,7 +280,7 @@ def run(settings: Settings, problems: list[str]) -> None:
     pictures = [picture for picture in pictures if picture.input[0] in fitted]
     if not settings.low_memory:
         area = sum(math.prod(fitted[picture.input[0]]) * len(picture.edit) for picture in pictures)
-        latents = area * (SWEEP_EDITS if settings.sweep else 1) // editor.vae.downsampling**2
+        latents = area * (making.SWEEP_EDITS if settings.sweep else 1) // editor.vae.downsampling**2
         speed_up(editor, settings.fast, lambda line: print(one_line(line), file=sys.stderr),
                  latents * sampling["steps"], attention=settings.attention, verbose=settings.verbose)
     given = sampling | {key: getattr(settings, key) for key in ("negative", "low_memory", "deep_every")}
@@ -257,26 +289,28 @@ def run(settings: Settings, problems: list[str]) -> None:
     def write(image, made_by: Settings, text: str) -> None:
         recipe = {key: value for key, value in asdict(made_by).items() if key not in NOT_IN_RECIPE} | sampling
         recipe |= {"version": __version__, "torch": torch.__version__} | hashes
-        save_png(image, made_by.output, recipe, web=True)
-        print(f"{one_line(made_by.output)}  {one_line(text)}  (seed {made_by.seed})")
+        with nullcontext(made_by.output) if settings.output else unused(made_by.output) as path:
+            save_image(image, path, recipe)
+        print(f"{one_line(path)}  {one_line(text)}  (seed {made_by.seed})")
 
-    stages = {}
-    for i, made in edit_all(editor, pictures, fitted, given, problems):
-        if settings.grid:
-            stages[i] = made
-        else:
-            by = ", by cfg_text and cfg_image" if settings.sweep else ""
-            write(made[-1], pictures[i], ", then ".join(pictures[i].edit) + by)
-    if settings.grid:
-        edits = sum(len(picture.edit) for picture in pictures)
-        table = draw_grid(pictures, stages)
-        write(table, replace(settings, input=list(fitted)), f"{edits} edit{'s' * (edits > 1)}")
+    made = []
+    try:
+        for i, stages in edit_all(editor, pictures, fitted, given, problems):
+            if settings.grid or settings.sweep:
+                made.append((i, stages))
+            else:
+                write(beside(stages) if settings.side_by_side else stages[-1], pictures[i],
+                      ", then ".join(pictures[i].edit))
+    finally:  # also after Ctrl-C or an error: what is finished is kept
+        if made:
+            table, text = making.draw(pictures, sorted(made, key=itemgetter(0)), sampling)
+            write(table, replace(settings, input=list(fitted), output=pictures[0].output), text)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return the exit code: that of cli.run, or 1 if some pictures could not be made."""
     problems = []
-    code = cli.run(lambda: run(parse(argv), problems), "interrupted; the pictures named above are complete",
+    code = cli.run(lambda: run(parse(argv), problems), "interrupted; the pictures named above are kept",
                    "try --low-memory, --batch 1 or a smaller --resolution")
     for problem in problems if code == 0 else []:
         print(one_line(f"not made: {problem}"), file=sys.stderr)

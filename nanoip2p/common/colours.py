@@ -25,7 +25,10 @@ def scale_transparent_colour(image: Image.Image, file: BinaryIO) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode -> sRGB. ValueError for pixels without an agreed range (32 bits, floats)."""
+    """A picture of any mode -> sRGB. ValueError for pixels without an agreed range (32 bits, floats).
+
+    info["converted"] of the result names the profile that was applied, if any.
+    """
     info, colour, grey = image.info, image.info.get("transparency"), image.mode in ("1", "L", "LA", "La")
     if image.mode == "F":
         raise ValueError("the value range of floating-point pixels is unknown; save it with 8 or 16 bits")
@@ -39,6 +42,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         above, below = _to_srgb(image, grey, info), Image.new("RGBA", image.size, "white")
         above.putalpha(image.getchannel("A"))
+        below.info = above.info
         return Image.alpha_composite(below, above).convert("RGB")
     return _to_srgb(image, grey, info)
 
@@ -48,9 +52,11 @@ def _to_srgb(image: Image.Image, grey: bool, info: dict) -> Image.Image:
     a PNG that has neither a profile nor an sRGB chunk."""
     profile, gamma, cmyk = info.get("icc_profile"), info.get("gamma"), image.mode == "CMYK"
     if isinstance(profile, bytes) and len(profile) < 2**23 and (found := _transform(profile)):
-        mode, transform = found
+        mode, transform, name = found
         if {"CMYK": cmyk, "RGB": not cmyk, "L": grey}[mode]:
-            return transform.apply(image if cmyk else image.convert("RGB").convert(mode))
+            image = transform.apply(image if cmyk else image.convert("RGB").convert(mode))
+            image.info = {"converted": name}
+            return image
     image = image.convert("RGB")  # a copy if it is RGB already
     other = isinstance(gamma, float) and gamma > 0.01 and abs(gamma * 2.2 - 1) > 0.05  # 5% as in libpng
     if other and not {"icc_profile", "srgb"} & info.keys():
@@ -62,8 +68,8 @@ def _to_srgb(image: Image.Image, grey: bool, info: dict) -> Image.Image:
 
 
 @lru_cache(maxsize=8)  # the pictures of a dataset share few profiles
-def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform] | None:
-    """(mode, transform from this mode to sRGB). None if that changes nothing, or the profile is broken."""
+def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform, str] | None:
+    """(mode, transform from it to sRGB, name). None if that changes nothing, or the profile is broken."""
     with contextlib.suppress(Exception):  # ignore a broken profile. Some builds of Pillow lack ImageCms
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
         mode = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.profile.xcolor_space]
@@ -71,4 +77,14 @@ def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform] | None:
         colours = np.indices((9, 9, 9)).reshape(3, 27, 27).transpose(1, 2, 0) * 255 // 8
         sample = Image.fromarray(colours.astype(np.uint8)).convert(mode)
         change = np.asarray(transform.apply(sample)).astype(int) - np.asarray(sample.convert("RGB"))
-        return (mode, transform) if np.abs(change).max() > 2 else None  # sRGB itself, up to rounding
+        name = " ".join((source.profile.profile_description or "an unnamed profile").split())[:80]
+        return (mode, transform, name) if np.abs(change).max() > 2 else None  # sRGB itself, up to rounding
+
+
+@lru_cache
+def srgb_profile() -> bytes | None:
+    """An ICC profile of sRGB (588 bytes), for files. None if Pillow lacks ImageCms."""
+    with contextlib.suppress(ImportError):
+        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+        return profile[:24] + bytes(12) + profile[36:]  # without the date: the same picture is the same file
+    return None

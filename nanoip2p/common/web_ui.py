@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import struct
 from pathlib import Path
 
 from nanoip2p.common.files import tidy
@@ -12,7 +13,7 @@ SAMPLERS = {"euler_ancestral": "Euler a", "euler": "Euler", "ddim": "DDIM",
 
 
 def web_text(recipe: dict, size: tuple[int, int]) -> str:
-    """The text `parameters` of a PNG, from a recipe of sample.py. size: (width, height) of the picture.
+    """The text `parameters` of a picture, from a recipe of sample.py. size: (width, height) of the picture.
 
     Programs split the texts at "Negative prompt:" and at line breaks, and the values at commas and colons. So
     we drop this colon and the line breaks from texts, and commas, colons and quotes from the model's name.
@@ -25,6 +26,17 @@ def web_text(recipe: dict, size: tuple[int, int]) -> str:
               "Model": re.sub(r"\.(safetensors|ckpt)$|[,:\"]", "", tidy(Path(recipe["weights"]).name))}
     line = ", ".join(f"{key}: {value}" for key, value in values.items() if value != "")
     return "\n".join([prompt, f"Negative prompt: {negative}", line] if negative else [prompt, line])
+
+
+def to_exif(text: str) -> bytes:
+    """EXIF with the text as UserComment, where the web UI keeps it in JPEG and WebP, and ColorSpace sRGB.
+
+    Pillow 13.0 would write this comment as numbers (type BYTE), which exiv2 and its viewers do not show.
+    """
+    comment = b"UNICODE\0" + text.encode("utf-16-be")
+    header = struct.pack(">2sHI HHHII I", b"MM", 42, 8, 1, 0x8769, 4, 1, 26, 0)        # the entry: IFD at 26
+    header += struct.pack(">H HHII HHIHH I", 2, 0x9286, 7, len(comment), 56, 0xA001, 3, 1, 1, 0, 0)
+    return b"Exif\0\0" + header + comment
 
 
 def model_hash(weights: str) -> str:

@@ -11,7 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from nanoip2p.common.cli import one_line
-from nanoip2p.common.grids import grid
+from nanoip2p.common.grids import grid, wrap
 from nanoip2p.editing.masks import make_masks, to_size_of
 from nanoip2p.editor import Editor
 from nanoip2p.images import FORMATS, PictureError, fit, open_image
@@ -58,7 +58,10 @@ def leave_out(error: ValueError, path: str, problems: list[str], of: int) -> Non
 
 def edit_all(editor: Editor, pictures: list, sizes: dict, sampling: dict,
              problems: list[str]) -> Iterator[tuple[int, tuple[Image.Image, ...]]]:
-    """Yield (index, result of edit_batch) of each picture. Leaves out NaN and masks without white."""
+    """Yield (index, result of edit_batch) of each picture, or (0, pair) for all of a sweep.
+
+    Leaves out NaN and masks without white.
+    """
     queue = same_size([sizes[picture.input[0]] for picture in pictures], pictures[0].batch)
     allowed = len(problems) + len(pictures)
     while queue:
@@ -66,7 +69,7 @@ def edit_all(editor: Editor, pictures: list, sizes: dict, sampling: dict,
         batch = [pictures[i] for i in places]
         path, edit = batch[0].input[0], sweep if batch[0].sweep else edit_batch
         try:
-            yield from zip(places, edit(editor, batch, sizes[path], sampling))
+            yield from zip(places * SWEEP_EDITS, edit(editor, batch, sizes[path], sampling))
         except PictureError as error:
             if len(places) > 1:  # edit them one by one: only some may be unusable
                 queue = [[i] for i in places] + queue
@@ -97,34 +100,66 @@ def edit_batch(editor: Editor, batch: list, size: tuple[int, int],
     return list(zip(*stages))
 
 
-def sweep(editor: Editor, batch: list, size: tuple[int, int], sampling: dict) -> list[tuple]:
-    """[(grid,)]: the input above edits with one seed. cfg_text changes by row, cfg_image by column."""
+def sweep(editor: Editor, batch: list, size: tuple[int, int],
+          sampling: dict) -> Iterator[tuple[Image.Image, Image.Image]]:
+    """Yield (input, edit) for SWEEP_EDITS pairs of scales, with one seed: see draw_sweep."""
     [picture] = batch
-    texts = [round(sampling["cfg_text"] * factor, 4) for factor in SWEEP_FACTORS]
-    images = [round(sampling["cfg_image"] + step, 4) for step in SWEEP_STEPS]
-    original, cells = open_image(picture.input[0]), []
+    original = open_image(picture.input[0])
     before = fit(original, size)
     masks = make_masks(editor, picture, [original], [before], picture.edit, [picture.seed], sampling)
-    for text, image in tqdm(list(product(texts, images)), unit="edit"):
+    for text, image in tqdm(sweep_scales(sampling), unit="edit"):
         scales = {"cfg_text": text, "cfg_image": image, "progress": False}
-        cells += editor.edit([before], picture.edit[0], seed=picture.seed, masks=masks,
-                             mask_blur=picture.mask_blur, **sampling | scales)
-    rows = [cells[i : i + len(images)] for i in range(0, len(cells), len(images))]
-    labels = [[f"cfg_text {text:g}, cfg_image {image:g}" for image in images] for text in texts]
-    return [(grid([[before], *rows], [["input"], *labels]),)]
+        [edited] = editor.edit([before], picture.edit[0], seed=picture.seed, masks=masks,
+                               mask_blur=picture.mask_blur, **sampling | scales)
+        yield before, edited
 
 
-def draw_grid(pictures: list, stages: dict[int, tuple[Image.Image, ...]]) -> Image.Image:
-    """Draw one row for each input: the input, then every edit of it (with --turns, every turn)."""
+def sweep_scales(sampling: dict) -> list[tuple[float, float]]:
+    """(cfg_text, cfg_image) of each edit of a sweep."""
+    return list(product((round(sampling["cfg_text"] * factor, 4) for factor in SWEEP_FACTORS),
+                        (round(sampling["cfg_image"] + step, 4) for step in SWEEP_STEPS)))
+
+
+def draw(pictures: list, made: list[tuple[int, tuple]], sampling: dict) -> tuple[Image.Image, str]:
+    """(--grid or --sweep, text about it). made: what edit_all yielded, in order, perhaps not all."""
+    if pictures[0].sweep:
+        edits, text = len(sweep_scales(sampling)), f"{pictures[0].edit[0]}, by cfg_text and cfg_image"
+        rest = f": {len(made)} of {edits} edits" * (len(made) < edits)
+        return _draw_sweep([pair for _, pair in made], sampling), text + rest
+    edits, done = (sum(len(pictures[i].edit) for i in some) for some in (range(len(pictures)), dict(made)))
+    text = f"{done} of {edits} edits" if done < edits else f"{edits} edit{'s' * (edits > 1)}"
+    return _draw_grid(pictures, made), text
+
+
+def _draw_sweep(pairs: list[tuple[Image.Image, Image.Image]], sampling: dict) -> Image.Image:
+    """The input above the edits. cfg_text changes by row, cfg_image by column."""
+    labels = [f"cfg_text {text:g}, cfg_image {image:g}" for text, image in sweep_scales(sampling)]
+    edits, columns = [edited for _, edited in pairs], len(SWEEP_STEPS)
+    begins = range(0, len(pairs), columns)
+    return grid([[pairs[0][0]], *(edits[i : i + columns] for i in begins)],
+                [["input"], *(labels[: len(pairs)][i : i + columns] for i in begins)])
+
+
+def _draw_grid(pictures: list, made: list[tuple[int, tuple]]) -> Image.Image:
+    """Each input, then every edit of it (with --turns, every turn)."""
     several = len({picture.seed for picture in pictures}) > 1
     rows, labels = {}, {}
-    for i in sorted(stages):  # a picture that could not be made has none
-        picture, (before, *edited) = pictures[i], stages[i]
+    for i, (before, *edited) in made:
+        picture = pictures[i]
         rows.setdefault(picture.input[0], [before]).extend(edited)
         labels.setdefault(picture.input[0], ["input"]).extend(
             label for edit in picture.edit for label in (
                 *["mask"] * picture.show_mask, f"{edit} (seed {picture.seed})" if several else edit))
-    return grid(list(rows.values()), list(labels.values()))
+    return grid(*wrap(list(rows.values()), list(labels.values()), (len(edited), 1 + picture.show_mask)))
+
+
+def colour_notes(converted: dict[str, str]) -> list[str]:
+    """A note for each colour profile. converted: path of an input -> name of the profile that was applied."""
+    paths = {}
+    for path, name in converted.items():
+        paths.setdefault(name, []).append(path)
+    return [f"note: {first}{f' and {len(more):,} more' * bool(more)}: colours converted from {name} to sRGB"
+            for name, (first, *more) in paths.items()]
 
 
 def nano_notes(editor: Editor, edits: list[str], sizes: dict[str, tuple[int, int]]) -> list[str]:

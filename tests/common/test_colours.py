@@ -184,6 +184,22 @@ def test_profiles_are_applied_in_every_format(name, kind):
     assert np.abs(found - plain).max() > 20, "the colours differ visibly"
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA", "I;16"])
+def test_a_converted_picture_names_its_profile(mode):
+    text = "Display\nP3 \x1b[2J ".encode("utf-16-be")
+    named = b"mluc\0\0\0\0" + struct.pack(">II2s2sII", 1, 12, b"en", b"US", len(text), 28) + text
+    points = {f"{letter}XYZ": b"XYZ \0\0\0\0" + fixed(*xyz) for letter, xyz in zip(
+        "rgb", PRIMARIES["adobe rgb"])}
+    other = profile(b"RGB ", **points, **{f"{letter}TRC": curve(563 / 256) for letter in "rgb"}, desc=named)
+    picture = Image.fromarray(COLOURS).convert("L" if mode == "I;16" else mode).convert(mode)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for icc, name in ((other, "Display P3 \x1b[2J"), (rgb_profile("adobe rgb"), "an unnamed profile"),
+                      (SRGB, None), (None, None)):
+        image = open_image("a picture", io.BytesIO(saved(picture, "PNG", icc_profile=icc, exif=turned)))
+        assert image.info.get("converted") == name
+
+
 def test_profiles_of_transparent_pictures_and_palettes():
     name = "display p3"
     clear = Image.fromarray(COLOURS)

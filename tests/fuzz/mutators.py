@@ -13,6 +13,8 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
+from nanoip2p.common import recipes
+
 NUMBERS = (0, -1, 1, 2, 77, 2**31, 10**7, 10**9, 2**63, 10**30, -10**400, 0.5, -0.0, 1e-320, 1e308,
            float("nan"), float("inf"), -float("inf"))
 TEXTS = ("", "x", "77", "null", "../../victim/x", "/etc/hostname", "..", ".", "a\x1b[2Jb\x07", "a\nb\rc",
@@ -112,8 +114,14 @@ def safetensors_header(rng: random.Random, content: bytes) -> bytes:
 
 
 def recipe(rng: random.Random, content: bytes) -> bytes:
-    """A PNG whose recipe is changed."""
+    """A PNG, or an XMP packet, whose recipe is changed."""
     image = Image.open(io.BytesIO(content))
+    if image.format == "WEBP":
+        packet, file = image.info["xmp"], io.BytesIO()
+        changed = rng.choice((recipes.to_xmp(json_value(rng, json.loads(recipes.from_xmp(packet)))),
+                              raw(rng, packet)))
+        image.save(file, "WEBP", lossless=True, xmp=changed)
+        return file.getvalue()
     text = PngImagePlugin.PngInfo()
     text.add_text("nanoip2p", dumps(json_value(rng, json.loads(image.text["nanoip2p"]))).decode())
     file = io.BytesIO()
@@ -158,7 +166,7 @@ def change_file(path: Path, rng: random.Random) -> None:
         return rng.choice((os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")))(path)
     content = path.read_bytes()
     change = STRUCTURED.get(path.suffix, raw) if rng.random() < 0.75 else raw
-    if path.name == "recipe.png" and change is raw and rng.random() < 0.75:
+    if path.name in ("recipe.png", "recipe.webp") and change is raw and rng.random() < 0.75:
         change = recipe
     try:
         changed = change(rng, content)

@@ -38,7 +38,7 @@ from nanoip2p.dataset.layouts import broken_pictures, load_picture, read_data
 from nanoip2p.editing.masks import read_mask
 from nanoip2p.editing.pictures import find_images
 from nanoip2p.evaluate import calls, curve, magicbrush
-from nanoip2p.images import open_image, read_recipe, save_png
+from nanoip2p.images import open_image, read_recipe, save_image, save_png
 from nanoip2p.speed import tune
 from nanoip2p.tokenizer import START, load_tokenizer
 from nanoip2p.training import run_folder
@@ -222,21 +222,28 @@ def read_pictures(folder: Path) -> None:
         read_mask(types.SimpleNamespace(mask_file=path, mask_invert=True))
 
 
+RECIPES = ("png", "jpg", "webp")
+
+
 def write_recipe(folder: Path) -> None:
     """A picture with a recipe, and its input."""
     write_picture(folder / "house.png")
-    save_png(PICTURE, folder / "recipe.png", {
+    recipe = {
         "input": [str(folder / "house.png")], "edit": ["make it night"], "turns": False, "n": 1, "negative":
         "", "steps": 4, "resolution": 64, "cfg_text": 3.0, "cfg_image": 1.2, "sampler": "euler", "seed": 5,
         "keep_size": False, "weights": "weights/nano-ip2p", "dtype": "fp32", "batch": 8,
-        "version": "0.1.0"})
+        "version": "0.1.0"}
+    for suffix in RECIPES:
+        save_image(PICTURE, folder / f"recipe.{suffix}", recipe)
 
 
 def read_recipe_and_plan(folder: Path) -> None:
     """`sample.py --recipe`, until it loads weights."""
-    read_recipe(folder / "recipe.png")
-    settings = sample.parse(["--recipe", str(folder / "recipe.png"), "--output", str(folder / "out.png")])
-    sample.plan_pictures(settings, find_images(settings.input))
+    for suffix in RECIPES:
+        path = folder / f"recipe.{suffix}"
+        read_recipe(path)
+        settings = sample.parse(["--recipe", str(path), "--output", str(folder / "out.png")])
+        sample.plan_pictures(settings, find_images(settings.input))
 
 
 def write_texts(folder: Path) -> None:

@@ -20,7 +20,8 @@ EXEMPT = {
     "finetune.py:start", "rendered.py:write_scenes", "tensors.py:write_tensors", "run_folder.py:flush",
     "magicbrush.py:score", "magicbrush.py:run", "sample.py:run", "pictures.py:edit_batch",
     "pictures.py:sweep", "pipeline.py:as_image", "trainer.py:load", "signals.py:flush",
-    "signals.py:lasting_streams", "train.py:train", "web_ui.py:model_hash", "tune.py:card"}
+    "signals.py:lasting_streams", "train.py:train", "web_ui.py:model_hash", "tune.py:card",
+    "names.py:unused"}
 
 
 @pytest.fixture(scope="module")

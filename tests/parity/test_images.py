@@ -1,21 +1,30 @@
 """Pictures of every kind that people have, and files that only claim to be pictures."""
 
 import hashlib
+import html
 import io
+import json
 import os
 import random
 import re
 import struct
 import subprocess
+import sys
+import unicodedata
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin
 
-from nanoip2p.common import web_ui
-from nanoip2p.common.grids import grid
+from nanoip2p.common import grids, recipes, web_ui
+from nanoip2p.common.files import replacing
+from nanoip2p.common.grids import grid, wrap
+from nanoip2p.common.names import slug, unused
 from nanoip2p.editing.pictures import find_images
 from nanoip2p.images import (
     FORMATS,
@@ -23,6 +32,7 @@ from nanoip2p.images import (
     fit_size,
     open_image,
     read_recipe,
+    save_image,
     save_png,
     to_pil,
     to_tensor,
@@ -312,7 +322,7 @@ def test_to_pil_rounds_and_clips():
 def test_grid_holds_every_picture_and_label():
     colours = [["red", "green", "blue"], ["yellow", "purple"]]
     rows = [[Image.new("RGB", (64, 64), colour) for colour in row] for row in colours]
-    labelled = grid(rows, [["input", "make it night", "word " * 60], ["input", "夜にする"]])
+    labelled = grid(rows, [["input", "make it night", "word " * 60], ["input", "night"]])
     found = {colour for _, colour in labelled.getcolors(10**6)}
     wanted = {Image.new("RGB", (1, 1), colour).getpixel((0, 0)) for row in colours for colour in row}
     assert wanted <= found
@@ -320,13 +330,6 @@ def test_grid_holds_every_picture_and_label():
     assert (0, 0, 0) in found and (0, 0, 0) not in {colour for _, colour in bare.getcolors(10**6)}
     assert labelled.width == bare.width and labelled.height > bare.height, "a long label takes more lines"
     assert labelled.width < 1000 and labelled.height < 2000
-
-
-def test_recipe_round_trip(tmp_path):
-    recipe = {"edit": ["mach's 夜 \udc80"], "seed": 3, "cfg_text": 7.5, "grid": False}
-    save_png(gradient(), tmp_path / "new folder" / "a.png", recipe)
-    assert read_recipe(tmp_path / "new folder" / "a.png") == recipe
-    assert [path.name for path in (tmp_path / "new folder").iterdir()] == ["a.png"]
 
 
 RECIPE = {"edit": ["make it night"], "negative": "blurry, bad", "steps": 20, "sampler": "euler_ancestral",
@@ -361,18 +364,42 @@ ODD_TEXTS = [
 ]
 
 
-def png_with_texts(tmp_path, edit, negative):
+WRITTEN = ["a.png", "a.jpg", "a.JPEG", "a.webp"]
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_recipe_round_trip(name, tmp_path):
+    chance = random.Random(0)
+    for _ in range(50):
+        letters = "ab \n\t'\"&<>;=\\{}é夜😀\udc80\x00"
+        texts = ["".join(chance.choices(letters, k=chance.randrange(40))) for _ in "ab"]
+        recipe = RECIPE | {"edit": texts, "negative": texts[0], "mask": None, "&quot;": [{}, 7.5, True]}
+        save_image(gradient(64, 48), tmp_path / "new folder" / name, recipe)
+        assert read_recipe(tmp_path / "new folder" / name) == recipe
+    assert [path.name for path in (tmp_path / "new folder").iterdir()] == [name]
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)  # no two pixels alike
+    save_image(Image.fromarray(noise), tmp_path / "new folder" / name, recipe)
+    difference = np.abs(pixels_of(open_image(tmp_path / "new folder" / name)) - noise)
+    assert difference.max() <= (30 if "j" in name.lower() else 0), "colours have the full resolution"
+    with Image.open(tmp_path / "new folder" / name) as image:
+        assert image.format == {"g": "JPEG", "G": "JPEG", "p": "WEBP"}[name[-1]] or name == "a.png"
+
+
+def written(tmp_path, name, edit, negative):
     recipe = RECIPE | {"edit": [edit], "negative": negative}
-    save_png(gradient(64, 48), tmp_path / "a.png", recipe, web=True)
-    assert read_recipe(tmp_path / "a.png") == recipe
-    return tmp_path / "a.png", [" ".join(re.sub("Negative prompt:+", "Negative prompt", text).split())
-                                for text in (edit, negative)]
+    save_image(gradient(64, 48), tmp_path / name, recipe)
+    assert read_recipe(tmp_path / name) == recipe
+    return tmp_path / name, [" ".join(re.sub("Negative prompt:+", "Negative prompt", text).split())
+                             for text in (edit, negative)]
 
 
+@pytest.mark.parametrize("name", WRITTEN)
 @pytest.mark.parametrize("edit, negative", ODD_TEXTS)
-def test_sd_parsers_reads_the_text(edit, negative, tmp_path):
+def test_sd_parsers_reads_the_text(edit, negative, name, tmp_path, monkeypatch):
     parsers = pytest.importorskip("sd_parsers")
-    path, texts = png_with_texts(tmp_path, edit, negative)
+    path, texts = written(tmp_path, name, edit, negative)
+    # Version 0.6 keeps the last comment by id(image), which the next picture may have, too
+    monkeypatch.setattr(sys.modules["sd_parsers.extractors._jpeg_usercomment"], "_image_id", None)
     found = parsers.ParserManager().parse(path)
     assert [found.full_prompt, found.full_negative_prompt] == texts
     [sampler] = found.samplers
@@ -381,16 +408,173 @@ def test_sd_parsers_reads_the_text(edit, negative, tmp_path):
     assert found.metadata == {"Image CFG scale": "1.5", "Size": "64x48"}
 
 
+@pytest.mark.parametrize("name", WRITTEN)
 @pytest.mark.parametrize("edit, negative", ODD_TEXTS)
-def test_sd_prompt_reader_reads_the_text(edit, negative, tmp_path):
+def test_sd_prompt_reader_reads_the_text(edit, negative, name, tmp_path):
     reader = pytest.importorskip("sd_prompt_reader.image_data_reader")
-    path, texts = png_with_texts(tmp_path, edit, negative)
+    path, texts = written(tmp_path, name, edit, negative)
     found = reader.ImageDataReader(path)
     assert found.status.name == "READ_SUCCESS" and found.tool == "A1111 webUI"
     assert [found.positive, found.negative] == texts
     assert found.parameter == {"model": "nano-ip2p", "sampler": "Euler a", "seed": "0", "cfg": "7.5",
                                "steps": "20", "size": "64x48"}
     assert "Image CFG scale: 1.5" in found.setting
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_files_say_that_they_are_srgb(name, tmp_path):
+    save_image(gradient(), tmp_path / name, RECIPE)
+    content = (tmp_path / name).read_bytes()
+    with Image.open(tmp_path / name) as image:
+        if name == "a.png":
+            assert image.info["srgb"] == 0 and content.index(b"sRGB") < content.index(b"IDAT")
+        else:
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+            assert "sRGB" in profile.profile.profile_description
+            assert image.info["icc_profile"][24:36] == bytes(12), "the date would make each file another"
+            assert image.getexif().get_ifd(0x8769)[0xA001] == 1
+    assert not open_image(tmp_path / name).info.get("converted")
+    save_image(gradient(), tmp_path / name, RECIPE)
+    assert (tmp_path / name).read_bytes() == content
+
+
+def test_exiv2_and_exiftool_need_the_type_of_the_comment(tmp_path):
+    """A comment of type BYTE, as Pillow writes it, is shown as a list of numbers."""
+    save_image(gradient(), tmp_path / "a.jpg", RECIPE)
+    assert struct.pack(">HH", 0x9286, 7) in Image.open(tmp_path / "a.jpg").info["exif"]
+
+
+def test_what_a_jpeg_cannot_hold_is_left_out_with_a_warning(tmp_path):
+    long = RECIPE | {"edit": ["é" * 20_000, "x" * 20_000]}  # 140 KB as JSON, 80 KB as UTF-16
+    with pytest.warns(UserWarning, match="a.jpg: exif and xmp left out, .* .png and .webp hold all"):
+        save_image(gradient(), tmp_path / "a.jpg", long)
+    with pytest.raises(ValueError, match="no recipe"):
+        read_recipe(tmp_path / "a.jpg")
+    with pytest.warns(UserWarning, match="a.jpg: exif left out"):
+        save_image(gradient(), tmp_path / "a.jpg", RECIPE | {"edit": ["x" * 40_000]})
+    assert read_recipe(tmp_path / "a.jpg")["edit"] == ["x" * 40_000]
+    for name in ("a.png", "a.webp"):
+        save_image(gradient(), tmp_path / name, long)
+        assert read_recipe(tmp_path / name) == long
+    for size in range(65_450, 65_600, 7):  # around the limit
+        fill = size - len(recipes.to_xmp(RECIPE | {"input": [""]}))
+        with warnings.catch_warnings(record=True) as caught:
+            save_image(gradient(), tmp_path / "a.jpg", RECIPE | {"input": ["x" * fill]})
+        assert bool(caught) == (size > 65_504)
+
+
+def test_a_picture_too_large_for_its_format_is_shrunk_with_a_warning(tmp_path):
+    with pytest.warns(UserWarning, match="a.webp: shrunk to 16383 pixels, the most that WEBP holds"):
+        save_image(Image.new("RGB", (20, 20_000)), tmp_path / "a.webp", RECIPE)
+    assert open_image(tmp_path / "a.webp").size == (16, 16_383)
+    with pytest.warns(UserWarning, match="shrunk to 65500"):
+        save_image(Image.new("RGB", (70_000, 8)), tmp_path / "a.jpg", RECIPE)
+    save_image(Image.new("RGB", (70_000, 8)), tmp_path / "a.png", RECIPE)
+    assert open_image(tmp_path / "a.png").size == (70_000, 8)
+
+
+@pytest.mark.parametrize("form", ['<rdf:Description nanoip2p:recipe="{}"/>', "<x nanoip2p:recipe = '{}'/>",
+                                  "<nanoip2p:recipe>{}</nanoip2p:recipe>"])
+def test_packets_that_other_programs_rewrote(form):
+    """exiftool 12.57 makes an element of the attribute, with its own quotes."""
+    recipe = {"edit": ["<a> & \"b\" 'c' &quot; é"]}
+    for escape in (html.escape, lambda text: html.escape(text).replace("&#x27;", "&#39;")):
+        packet = "<?xpacket?> xmlns:nanoip2p='urn:nanoip2p:' " + form.format(escape(json.dumps(recipe)))
+        assert json.loads(recipes.from_xmp(packet.encode())) == recipe
+
+
+def test_odd_packets_are_no_recipe(tmp_path):
+    attribute = b'nanoip2p:recipe="'
+    odd = [b"", attribute, attribute * 60_000, attribute + b"[" * 100_000 + b'"', attribute + b'\xff"',
+           attribute + b"9" * 10_000 + b'"', attribute + b'null"', attribute + b'[]"', b"nanoip2p:recipe",
+           attribute + b"x" * 2**21 + b'"', b"<!DOCTYPE x [<!ENTITY a 'b'>]>" + attribute + b'&a;"']
+    for packet in odd:
+        gradient().save(tmp_path / "a.webp", lossless=True, xmp=packet)
+        segment = (recipes.HEADER + packet)[:65_000]
+        gradient().save(tmp_path / "a.jpg", extra=b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment)
+        for name in ("a.webp", "a.jpg"):
+            with pytest.raises(ValueError, match="no recipe"):
+                read_recipe(tmp_path / name)
+
+
+def test_wide_grids_wrap():
+    """Every picture and label is kept once and in order; the first of a row is on the left, once."""
+    chance = random.Random(0)
+    for _ in range(200):
+        width, group = chance.choice([16, 64, 300, 512, 3000]), chance.choice([1, 2, 3, 5, 40])
+        counts = [group * chance.randint(1, 30) for _ in range(chance.randint(1, 3))]
+        rows = [[Image.new("L", (width, 2), k % 256) for k in range(count + 1)] for count in counts]
+        labels = [[f"{i}: {k}" for k in range(count + 1)] for i, count in enumerate(counts)]
+        broken, texts = wrap(rows, labels, (group, 1 + (group % 2 == 0)))
+        shown = max(1, -(-192 // width)) * width
+        longest = max(map(len, broken))
+        assert longest <= 4 or longest * (shown + 8) + 8 <= 1300
+        assert [list(map(len, part)) for part in (broken, texts)][0] == [len(row) for row in texts]
+        assert [text for row in texts for text in row if text] == sum(labels, [])
+        assert [image for row in broken for image in row[1:]] == [image for row in rows for image in row[1:]]
+        for row, words in zip(broken, texts):
+            assert words[0].endswith(": 0") or (words[0] == "" and row[0].getextrema() == ((255, 255),) * 3)
+            assert row[0].size == (width, 2)
+            if group <= 3:
+                assert (len(row) - 1) % group == 0, "groups stay together"
+    assert wrap(rows[:1], [labels[0]])[0][0][0] is rows[0][0]
+    twelve = [[Image.new("RGB", (64, 64))] * 13] * 2
+    assert grid(*wrap(twelve, [["word"] * 13] * 2)).width < 1300
+
+
+def test_labels_have_a_font_with_their_letters(monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(grids, "FONTS", ())
+    grids._font.cache_clear(), grids._font_files.cache_clear()
+
+    def label(text):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return np.asarray(grid([[Image.new("RGB", (200, 8))]], [[text]]))
+
+    assert grids._font(frozenset("make it night"))[0].getname()[0] == "Aileron", "as before"
+    for one, other in (("ночь", "день"), ("größer", "größte"), ("νύχτα", "νύχτω"), ("ليلا", "ليلب")):
+        assert not np.array_equal(label(one), label(other)), one
+        assert grids._font(frozenset(one))[0].getname()[0] == "DejaVu Sans"
+    label("a\u0301 \u200b\ufe0fb")  # no warning of what has no shape of its own
+    with pytest.warns(UserWarning, match="no installed font has the letters にる夜: boxes stand"):
+        grid([[Image.new("RGB", (200, 8))] * 2], [["夜に", "make it 夜る"]])
+    monkeypatch.setattr(grids, "_font_files", lambda: [__file__, "/nowhere/x.ttf"])
+    grids._font.cache_clear()
+    with pytest.warns(UserWarning, match="letters ночь"):
+        grid([[Image.new("RGB", (200, 8))]], [["ночь"]])
+    grids._font.cache_clear()
+
+
+def test_names_are_safe():
+    chance = random.Random(0)
+    letters = "aZ9 -_./\\:*?\"<>|\n\x00\x1b\u202e\u200b／．夜ёé😀\udc80ัก"
+    for _ in range(3000):
+        name = slug("".join(chance.choices(letters, k=chance.choice([0, 1, 3, 30, 300]))), "edit")
+        assert name and len(name.encode()) <= 80 and name[0] not in ".-" and name[-1] != "-"
+        assert all(unicodedata.category(letter)[0] in "LMN" or letter == "-" for letter in name)
+    assert slug("Make it ночь, 夜!", "edit") == "Make-it-ночь-夜" and slug("../..", "edit") == "edit"
+    assert slug("ＡＢ／..／ﬁ", "") == "AB-fi" and slug("夜" * 99, "") == "夜" * 26
+
+
+def test_unused_names_are_given_once(tmp_path):
+    path = str(tmp_path / "a.png")
+    (tmp_path / "a.png").write_text("old")
+    (tmp_path / "a-3.png").symlink_to("gone")
+
+    def write(i):
+        with unused(path) as free, replacing(free) as temporary:
+            temporary.write_text(str(i))
+        return free
+
+    with ThreadPoolExecutor(8) as pool:
+        names = list(pool.map(write, range(40)))
+    assert len(set(names)) == 40 and [Path(name).read_text() for name in names] == list(map(str, range(40)))
+    assert (tmp_path / "a.png").read_text() == "old" and str(tmp_path / "a-2.png") in names
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt), unused(path):
+        raise KeyboardInterrupt
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_without_a_recipe(tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from safetensors.torch import load_file, save_file
 from tiny_editor import DEFAULTS, write_tiny_editor
 
@@ -91,8 +91,8 @@ def test_the_recipe_names_everything(run, weights):
         "input": ["house.png"], "edit": ["make it night"], "turns": False, "n": 1, "seed": 3, "steps": 2,
         "cfg_text": DEFAULTS["cfg_text"], "cfg_image": 1.7, "sampler": "ddim", "negative": "blurry",
         "resolution": DEFAULTS["resolution"], "weights": str(weights), "dtype": "fp32",
-        "show_mask": False, "keep_size": False, "grid": False, "sweep": False, "low_memory": False,
-        "deep_every": 1, "raw_weights": None, "raw_text": False, "embedding": None,
+        "show_mask": False, "keep_size": False, "side_by_side": False, "grid": False, "sweep": False,
+        "low_memory": False, "deep_every": 1, "raw_weights": None, "raw_text": False, "embedding": None,
         "vae": None, "tokenizer": None, "lora": None, "lora_hash": [], "mask": None, "mask_hash": None,
         "mask_invert": False, "mask_blur": 4,
         "version": nanoip2p.__version__, "torch": torch.__version__,
@@ -346,7 +346,7 @@ def test_weights_are_also_found_in_the_checkout(run, weights, monkeypatch):
 
 WRONG = {
     "no input": (["--edit", "red", "--output", "o.png"], "needed, but not given: --input"),
-    "nothing": ([], "--input, --edit, --output"),
+    "nothing": ([], "--input, --edit"),
     "absent": (one(name="absent.png"), "there is no picture at absent.png"),
     "no glob": (one(name="*.bmp"), r"\*.bmp"),
     "empty folder": (one(name="void"), "there is no picture at void"),
@@ -360,7 +360,9 @@ WRONG = {
     "large": (one("--resolution", "10001"), "'10001' is not a whole number from 1 to 10,000"),
     "a long text": (one("--negative", "x" * 10_001), "a text has 10001 characters; the limit is 10000"),
     "bytes": (["--input", "house.png", "--edit", "\udcff", "--output", "o.png"], "not valid Unicode"),
-    "jpg": (one(output="out.jpg"), "should end in .png"),
+    "gif": (one(output="out.gif"), "should end in .png, .jpg, .jpeg, .webp, or in / for a folder"),
+    "beside a grid": (one("--side-by-side", "--grid"), "leave out --side-by-side"),
+    "beside a sweep": (one("--side-by-side", "--sweep"), "leave out --side-by-side"),
     "many to one": (["--input", "house.png", "boat.png", "--edit", "x", "--output", "o.png"], "2 inputs"),
     "grid to folder": (one("--grid", output="grids/"), "must end in .png"),
     "sweep to folder": (one("--sweep", output="sweeps/"), "--sweep writes one picture, so --output sweeps/"),
@@ -711,6 +713,155 @@ def command(weights, *argv):
     )
 
 
+def interrupt(process, after):
+    """Send Ctrl-C when the progress shows `after`. Returns what was printed, and the last line of stderr."""
+    progress = ""
+    while not re.search(after, progress) and process.poll() is None:
+        progress += process.stderr.read(1)
+    process.send_signal(signal.SIGINT)
+    printed, rest = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in rest
+    assert rest.splitlines()[-1] == "interrupted; the pictures named above are kept"
+    return printed.splitlines()
+
+
+# At the third batch of 10,000 pictures, which take many minutes
+MANY = ["--n", "10000", "--batch", "2", "--seed", "5", "--steps", "3"]
+TWO_BATCHES = r"(?s)( 0/3.*){3}"
+
+
+def test_ctrl_c_keeps_finished_pictures(run, weights):
+    printed = interrupt(command(weights, *one(*MANY, output="done/")), TWO_BATCHES)
+    made = [f"done/{name}" for name in files("done")]
+    assert len(made) >= 4 and [line.split()[0] for line in printed] == made
+    for i, path in enumerate(made):
+        assert pixels(path).shape == (48, 48, 3) and read_recipe(path)["seed"] == 5 + i
+
+
+def test_ctrl_c_draws_the_grid_of_what_is_finished(run, weights):
+    [line] = interrupt(command(weights, *one(*MANY, "--grid", output="grid.webp")), TWO_BATCHES)
+    done, = map(int, re.findall(r"grid.webp  (\d+) of 10000 edits  \(seed 5\)", line))
+    rows = -(-done // 5)  # at most five edits in a row
+    assert done >= 4 and Image.open("grid.webp").height == 8 + rows * (192 + 18 + 8)
+    assert read_recipe("grid.webp")["n"] == 10000
+    assert not [name for name in files() if name.startswith(".")]
+
+
+def test_ctrl_c_draws_the_finished_part_of_a_sweep(run, monkeypatch, capsys):
+    """In this process: the fourth edit is interrupted."""
+    seen, calls, real = [], [], Editor.edit
+    monkeypatch.setattr(pictures, "grid", lambda *args: (seen.append(args), grid(*args))[1])
+
+    def edit(*given, **more):
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return real(*given, **more)
+
+    monkeypatch.setattr(Editor, "edit", edit)
+    assert run(*one("--sweep", "--seed", "5")) == 130
+    printed = capsys.readouterr()
+    assert printed.out == "out.png  make it night, by cfg_text and cfg_image: 7 of 25 edits  (seed 5)\n"
+    [(rows, labels)] = seen
+    assert list(map(len, rows)) == list(map(len, labels)) == [1, 5, 2] and pixels("out.png").size
+
+
+def test_nothing_finished_is_no_picture(run, monkeypatch):
+    monkeypatch.setattr(UNet, "forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    before = files()
+    for more in (["--grid"], ["--sweep"], [], ["--side-by-side"]):
+        assert run("--input", "house.png", "--edit", "red", *more) == 130
+    assert files() == before
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "JPEG", "webp"])
+def test_other_formats_bring_their_recipe(suffix, run):
+    assert run(*one("--seed", "3", "--negative", "böse <&>")) == 0
+    assert run(*one("--seed", "3", "--negative", "böse <&>", output=f"a.{suffix}")) == 0
+    assert read_recipe(f"a.{suffix}") == read_recipe("out.png")
+    assert np.abs(pixels(f"a.{suffix}") - pixels("out.png")).mean() <= (0 if suffix == "webp" else 4)
+    assert again(run, f"a.{suffix}") == 0 and np.array_equal(pixels("again.png"), pixels("out.png"))
+    assert run(*one("--n", "2", output=f"b.{suffix}")) == 0
+    assert [name for name in files() if name[0] == "b" and name != "boat.png"] == [
+        f"b_1.{suffix}", f"b_2.{suffix}"]
+
+
+@pytest.mark.parametrize("more", [[], ["--keep-size"], ["--turns", "--edit", "red"], ["--n", "2"],
+                                  ["--mask", "mask.png", "--mask-blur", "0"]], ids=str)
+def test_side_by_side(more, run):
+    Image.new("L", (48, 48), 255).save("mask.png")
+    flags = ["--input", "house.png", "wide.jpg", "--edit", "make it night", "--seed", "3", *more]
+    assert run(*flags, "--output", "alone") == 0 and run(*flags, "--side-by-side", "--output", "both") == 0
+    assert files("alone") == files("both") and len(files("both")) in (2, 4)
+    for name in files("both"):
+        alone, both = pixels(f"alone/{name}"), pixels(f"both/{name}")
+        width, parts = alone.shape[1], 3 if "--turns" in more else 2
+        assert both.shape == (alone.shape[0], width * parts, 3)
+        assert np.array_equal(both[:, -width:], alone)
+        if "house" in name or "--keep-size" in more:
+            source = "house.png" if "house" in name else "wide.jpg"
+            assert np.array_equal(both[:, :width], np.asarray(open_image(source)))
+    assert read_recipe(f"both/{name}") == read_recipe(f"alone/{name}") | {"side_by_side": True}
+    if parts == 3:
+        assert run(*one("--seed", "3")) == 0
+        assert np.array_equal(pixels("both/house.png")[:, 48:96], pixels("out.png"))
+
+
+def test_a_recipe_brings_side_by_side(run):
+    assert run(*one("--side-by-side", "--seed", "3", name="wide.jpg", output="a.webp")) == 0
+    assert again(run, "a.webp") == 0 and np.array_equal(pixels("again.png"), pixels("a.webp"))
+
+
+def test_names_without_output(run, capsys):
+    def names():
+        return [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
+
+    assert run("--input", "house.png", "--edit", "Make it ночь!", "--seed", "3") == 0
+    assert names() == ["out/house-make-it-ночь.png"]
+    old = Path("out/house-make-it-ночь.png").read_bytes()
+    assert run("--input", "house.png", "--edit", "Make it ночь!", "--edit", "red", "--n", "2") == 0
+    assert names() == ["out/house-make-it-ночь-2.png", "out/house-make-it-ночь-3.png", "out/house-red.png",
+                       "out/house-red-2.png"]
+    assert Path("out/house-make-it-ночь.png").read_bytes() == old
+    assert run("--input", "house.png", *TWO_EDITS, "--turns") == 0
+    assert names() == ["out/house-make-it-night-red.png"]
+    for more, name in ((["--grid"], "house-grid"), (["--sweep"], "house-red-sweep"),
+                       (["--grid", "--input", "boat.png"], "grid"), (["--grid"], "house-grid-2")):
+        assert run("--input", "house.png", "--edit", "red", *more) == 0
+        assert names() == [f"out/{name}.png"]
+    assert run("--recipe", "out/house-red.png") == 0 and names() == ["out/house-red-3.png"]
+    shutil.rmtree("out")
+    Path("out").write_text("a file")
+    line = refusal(capsys, run("--input", "house.png", "--edit", "red"))
+    assert "out/house-red.png cannot be written" in line
+
+
+@pytest.mark.parametrize("edit", ["../../victim", "/etc/passwd", "..", ". . .", "con\x00.png", "a" * 5000,
+                                  "夜" * 3000, "\u202egnp.exe", "C:\\x", "nul"])
+def test_a_stranger_s_edit_names_a_file_in_out_only(edit, run, weights, tmp_path):
+    (tmp_path / "work").mkdir()
+    os.chdir("work")
+    shutil.copy("../house.png", ".x y.png")
+    save_png(Image.new("RGB", (8, 8)), "odd.png", {"input": [".x y.png"], "edit": [edit]})
+    before = files(tmp_path)
+    assert run("--recipe", "odd.png", "--steps", "1") == 0
+    [made] = set(files(tmp_path)) - set(before)
+    assert re.fullmatch(r"work/out/x-y-[\w-]+\.png", made) and "--" not in made
+
+
+def test_converted_colours_are_told_once_for_each_profile(run, capsys):
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    other = srgb.replace(b"rXYZ", b"xXYZ").replace(b"gXYZ", b"rXYZ").replace(b"xXYZ", b"gXYZ")
+    other = other.replace("sRGB built-in".encode("utf-16-be"), "Display P\x1b[2J".encode("utf-16-be"))
+    for name, icc in (("a", other), ("b", other), ("c", other), ("same", srgb), ("broken", other[:200])):
+        Image.open("house.png").save(f"{name}.png", icc_profile=icc)
+    assert run("--input", ".", "--edit", "red", "--output", "done/") == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if "colours" in line]
+    assert notes == ["note: a.png and 2 more: colours converted from Display P\\x1b[2J to sRGB"]
+    assert run(*one(name="b.png")) == 0
+    assert "note: b.png: colours converted from Display P\\x1b[2J to sRGB\n" in capsys.readouterr().err
+
+
 def test_as_a_command(run, weights):
     process = command(weights, *one("--seed", "1", "--steps", "2"))
     printed, progress = process.communicate()
@@ -756,7 +907,7 @@ def test_ctrl_c_during_imports_prints_no_traceback(run):
     Path("torch.py").write_text("raise KeyboardInterrupt")
     done = subprocess.run([sys.executable, str(SCRIPT), *one()], env=os.environ | {"PYTHONPATH": "."},
                           capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (130, "interrupted; the pictures named above are complete\n")
+    assert (done.returncode, done.stderr) == (130, "interrupted; the pictures named above are kept\n")
 
 
 @pytest.fixture

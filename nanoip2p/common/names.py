@@ -1,0 +1,35 @@
+"""Names for output files that nobody named."""
+
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+
+
+def slug(text: str, empty: str) -> str:
+    """The letters and digits of a text, which may be a stranger's, as a part of a file's name.
+
+    Has hyphens between words and at most 80 bytes. empty: the result if nothing is left.
+    """
+    kept = "".join(letter if unicodedata.category(letter)[0] in "LMN" else " "
+                   for letter in unicodedata.normalize("NFKC", text))
+    return "-".join(kept.split()).encode()[:80].decode(errors="ignore").strip("-") or empty
+
+
+@contextmanager
+def unused(path: str) -> Iterator[str]:
+    """Yield `path` or, with -2, -3 ... before the suffix, the first that no file and no process has.
+
+    An empty file holds the name until the block replaces it. If the block fails, that file is deleted.
+    """
+    for k in count(1):
+        free = Path(path) if k == 1 else Path(path).with_stem(f"{Path(path).stem}-{k}")
+        with suppress(FileExistsError):
+            free.open("x").close()
+            break
+    try:
+        yield str(free)
+    except BaseException:
+        free.unlink()
+        raise
