@@ -12,6 +12,8 @@ from pathlib import Path
 from nanoip2p.common import cli
 from nanoip2p.common.files import CHECKOUT, check_writable
 
+PICTURE = CHECKOUT / "weights/nano-ip2p/examples/house.png"
+EDITS = ("turn the house blue", "turn the ground into snow", "make it night")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
@@ -26,9 +28,9 @@ def take(out: Path) -> None:
             browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
             page = browser.new_page(viewport={"width": 1100, "height": 1010})
             page.goto(address)
-            page.set_input_files("#picture input[type=file]", CHECKOUT / "weights/nano-ip2p/examples/house.png")
+            page.set_input_files("#picture input[type=file]", PICTURE)
             page.wait_for_selector("#picture img")
-            for number, edit in enumerate(("turn the house blue", "turn the ground into snow", "make it night")):
+            for number, edit in enumerate(EDITS):
                 page.fill("#instruction textarea, #instruction input", edit)
                 page.click("#edit")
                 page.wait_for_function(f"document.querySelectorAll('#history img').length > {number}")

@@ -12,9 +12,11 @@ from PIL import Image, ImageChops
 from nanoip2p import __version__
 from nanoip2p.checkpoint.lora import file_hash
 from nanoip2p.common.cli import SAMPLERS
+from nanoip2p.common.names import slug
+from nanoip2p.common.saving import save_png
 from nanoip2p.common.schema import checked
 from nanoip2p.editor import Editor
-from nanoip2p.images import read_recipe, save_png
+from nanoip2p.images import read_recipe
 
 MASK_BLUR = 4.0  # pixels, as in sample.py
 # The ranges of the page's sliders, and so of what a browser may send: kind, least, most
@@ -99,7 +101,8 @@ def mask_of(painted: dict | None) -> Image.Image | None:
 
 def write_result(image: Image.Image, mask: Image.Image | None, folder: Path, recipe: dict) -> list[str]:
     """Write a result with its recipe, as sample.py does, and its mask beside it. Returns their paths."""
-    number, stem = len(list(folder.glob("*-edited.png"))) + 1, Path(recipe["input"][0]).stem[:40]
+    number = len(list(folder.glob("*-edited.png"))) + 1
+    stem = slug(Path(recipe["input"][0]).stem, "picture")  # the browser chose the input's name
     path, mask_path = (folder / f"{stem}-{number}-{what}.png" for what in ("edited", "mask"))
     recipe |= {"version": __version__, "torch": torch.__version__}
     if mask:

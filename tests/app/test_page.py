@@ -275,7 +275,8 @@ def test_settings_come_back_and_make_the_same_picture(tab, tmp_path):
     other = tab()
     give(other, EXAMPLES / "house.png")
     reopen(other, tmp_path / "night.png")
-    other.wait_for_function("document.querySelector('#instruction input, #instruction textarea').value !== ''")
+    words = other.locator("#instruction textarea, #instruction input")
+    playwright.expect(words).to_have_value("make it night")
     assert other.input_value("#steps input[type=number]") == "3"
     other.click("#edit")
     wait_for_results(other, 1)

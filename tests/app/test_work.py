@@ -11,7 +11,8 @@ import sample
 from nanoip2p import Editor
 from nanoip2p.app import work
 from nanoip2p.app.work import LIMITS, Stopped, mask_of, read_settings, watched, write_result
-from nanoip2p.images import fit, fit_size, open_image, save_png
+from nanoip2p.common.saving import save_png
+from nanoip2p.images import fit, fit_size, open_image
 from nanoip2p.masks import fit_mask
 
 GIVEN = {"cfg_text": 3.0, "cfg_image": 1.2, "sampler": "euler_ancestral", "low_memory": False}
@@ -144,12 +145,13 @@ def test_settings_come_back(tmp_path):
               "input": ["/etc/passwd"], "weights": "somewhere/else", "negative": ""}
     save_png(drawing(8, 8), tmp_path / "a.png", recipe)
     assert read_settings(tmp_path / "a.png", "a.png") == {
-        "cfg_text": 2.0, "cfg_image": 1.5, "steps": 7, "n": 1, "sampler": "ddim", "seed": 5, "edit": "a, then b"}
+        "cfg_text": 2.0, "cfg_image": 1.5, "steps": 7, "n": 1, "sampler": "ddim", "seed": 5,
+        "edit": "a, then b"}
 
 
 @pytest.mark.parametrize("key, value", [
     (key, value) for key, (_, least, most) in LIMITS.items()
-    for value in (least - 1, most + 1, "1", None, True, [1], float("inf"), 0.5 if key in ("n", "steps") else {})
+    for value in (least - 1, most + 1, "1", None, True, [1], float("inf"), {} if key[0] == "c" else 0.5)
 ] + [("sampler", "heun"), ("sampler", 3), ("sampler", ["ddim"]), ("edit", "a"), ("edit", [3]),
      ("edit", ["a" * 20_000])])
 def test_strange_settings_are_one_line(tmp_path, key, value):
