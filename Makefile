@@ -1,4 +1,5 @@
 # make demo      make twelve edits with the shipped weights -> out/demo.png
+# make app       open a page in the browser on which to edit pictures
 # make dataset   make captions, pairs of pictures and a contact sheet, in the nano world -> data/nano
 # make train     train an editor from the nano text-to-image model, or resume this run -> runs/first
 # make test      run the whole test suite, on two cores
@@ -14,10 +15,13 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo dataset train docs reproduce test test-fast fuzz bench bench-gpu lint
+.PHONY: demo app dataset train docs reproduce test test-fast fuzz bench bench-gpu lint
 
 demo: .venv/runtime
 	.venv/bin/python weights/demo.py --out out/demo.png
+
+app: .venv/app
+	.venv/bin/python -m nanoip2p.app
 
 dataset: .venv/runtime
 	.venv/bin/python make_dataset.py captions --backend scenes --n 24 --out data/nano/prompts.jsonl
@@ -29,7 +33,8 @@ train: .venv/runtime
 	if [ -d runs/first/checkpoints ]; then .venv/bin/python train.py --resume runs/first; else \
 		.venv/bin/python train.py --preset nano --weights weights/nano-sd --data scenes --out runs/first; fi
 
-docs: .venv/test dataset train
+docs: .venv/browser dataset train
+	.venv/bin/python weights/screenshot.py --out weights/page.png
 	.venv/bin/python weights/demo.py --out weights/nano-ip2p/demo.png
 	.venv/bin/python sample.py --weights weights/nano-ip2p-paper --input weights/nano-ip2p/examples/rocket.png \
 		--edit "make it sunset" --seed 0 --sweep --output weights/sweep.png
@@ -93,7 +98,7 @@ bench-gpu: .venv/test
 lint: .venv/test
 	.venv/bin/ruff check
 
-# Two stamps, because a demo needs neither diffusers nor transformers
+# Several stamps, because a demo needs neither diffusers nor gradio
 .venv/runtime: pyproject.toml constraints.txt
 	@echo "Setting up .venv (some minutes, mostly for torch)"
 	$(PYTHON) -m venv .venv
@@ -102,4 +107,12 @@ lint: .venv/test
 
 .venv/test: .venv/runtime
 	$(PIP) --editable '.[test,plots]'
+	@touch $@
+
+.venv/app: .venv/runtime
+	$(PIP) --editable '.[app]'
+	@touch $@
+
+.venv/browser: .venv/test
+	$(PIP) --editable '.[test,plots,browser]'
 	@touch $@

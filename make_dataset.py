@@ -215,8 +215,8 @@ def run_pair(args: argparse.Namespace) -> None:
     from nanoip2p.checkpoint import load, lora, tensors
     from nanoip2p.common.device import pick_device, pick_dtype
     from nanoip2p.common.grids import grid
+    from nanoip2p.common.saving import save_png
     from nanoip2p.dataset.show import draw_heatmaps
-    from nanoip2p.images import save_png
     from nanoip2p.prompt_to_prompt import PairPainter
     checkpoint = load.open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
     device = pick_device(args.device)
@@ -240,8 +240,8 @@ def run_pair(args: argparse.Namespace) -> None:
 def run_show(args: argparse.Namespace) -> None:
     """Print statistics and write the contact sheet."""
     cli.import_torch()
+    from nanoip2p.common.saving import save_png
     from nanoip2p.dataset.show import contact_sheet, read_pairs, statistics
-    from nanoip2p.images import save_png
     sheet, pairs = args.sheet or args.folder / "contact-sheet.png", read_pairs(args.folder)
     check_writable(sheet)
     print(statistics(args.folder, pairs))

@@ -252,9 +252,10 @@ def run(settings: Settings, problems: list[str]) -> None:
     """Check all inputs and outputs, edit, write each batch when finished. `problems`: see leave_out."""
     torch = cli.import_torch()
     from nanoip2p.common.grids import beside
+    from nanoip2p.common.saving import save_image
     from nanoip2p.editing import pictures as making
     from nanoip2p.editing.pictures import edit_all, find_images, leave_out
-    from nanoip2p.images import fit_size, open_image, save_image
+    from nanoip2p.images import fit_size, open_image
     from nanoip2p.speed.fast import speed_up
     inputs = find_images(settings.input)
     pictures = plan_pictures(settings, inputs)

@@ -241,7 +241,7 @@ def loop(trainer, batches: Iterator[dict], validation: list[dict], columns: list
          stop: signals.Stop) -> None:
     """The training loop from step first + 1: train, validate, log, save, draw sample sheets."""
     torch = cli.import_torch()
-    from nanoip2p.images import save_png
+    from nanoip2p.common.saving import save_png
     from nanoip2p.training import run_folder as runs
     from nanoip2p.training.trainer import Diverged
     config, ranks, recent, saved = trainer.config, trainer.ranks, [], first

@@ -7,7 +7,7 @@
 import sys
 
 __version__ = "0.1.0"
-COMMANDS = ("nanoip2p", "nanoip2p.checkpoint", "nanoip2p.evaluate")  # the modules that `python -m` may run
+COMMANDS = ("nanoip2p", "nanoip2p.app", "nanoip2p.checkpoint", "nanoip2p.evaluate")  # for `python -m`
 
 if sys.argv[:1] == ["-m"]:  # `python -m nanoip2p.x` imports this package before it looks for x
     module = next((word for word in sys.orig_argv if word.startswith("nanoip2p")), "nanoip2p")

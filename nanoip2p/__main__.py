@@ -3,6 +3,7 @@
     sample.py         nanoip2p-edit        edit pictures by instruction
     make_dataset.py   nanoip2p-dataset     captions -> instructions -> pairs of pictures
     train.py          nanoip2p-train       pairs of pictures -> an editor
+    python -m nanoip2p.app                 edit pictures on a page in the browser
     python -m nanoip2p.checkpoint          inspect a checkpoint, or convert it
     python -m nanoip2p.evaluate            score an editor or a text-to-image model
 

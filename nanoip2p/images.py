@@ -1,4 +1,4 @@
-"""Reading and writing pictures: file -> RGB -> tensor in [-1, 1] -> file with its recipe, the settings."""
+"""Pictures: file -> RGB -> tensor in [-1, 1] -> RGB, and recipes from files."""
 
 import contextlib
 import json
@@ -8,19 +8,17 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from nanoip2p.common import recipes
-from nanoip2p.common.colours import scale_transparent_colour, srgb_profile, to_rgb
-from nanoip2p.common.files import regular, replacing
-from nanoip2p.common.web_ui import to_exif, web_text
+from nanoip2p.common.colours import scale_transparent_colour, to_rgb
+from nanoip2p.common.files import regular
 
 MAX_MEGAPIXELS = 100  # 300 MB as RGB; protects against decompression bombs
 # open_image reads no others: Pillow would start Ghostscript for a PostScript file named x.png
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's Orientation -> Image.Transpose
-LARGEST = {"PNG": 2**31 - 1, "JPEG": 65_500, "WEBP": 16_383}  # pixels of a side
 with contextlib.suppress(ImportError):  # HEIC: pip install pillow-heif
     import pillow_heif
     pillow_heif.register_heif_opener()
@@ -101,49 +99,11 @@ def to_pil(tensor: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
-def save_png(image: Image.Image, path: str | Path, recipe: dict, web: bool = False) -> None:
-    """Write a PNG atomically, with `recipe` as JSON in the text chunk nanoip2p. web: add `web_text` too."""
-    info = PngImagePlugin.PngInfo()
-    info.add(b"sRGB", b"\0")
-    info.add_text(recipes.KEY, json.dumps(recipe))
-    if web:
-        info.add_text("parameters", web_text(recipe, image.size))
-    with replacing(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
-
-
-def save_image(image: Image.Image, path: str | Path, recipe: dict) -> None:
-    """Write a picture atomically, with its recipe and `web_text`, as PNG, JPEG or WebP: see recipes.KINDS.
-
-    WebP is lossless. A picture that is too large for the format is shrunk, and a recipe that is too long
-    for a JPEG is left out: both with a warning, because the picture took long.
-    """
-    kind, metadata = recipes.KINDS[Path(path).suffix.lower()], {}
-    if max(image.size) > (most := LARGEST[kind]):
-        warnings.warn(f"{path}: shrunk to {most} pixels, the most that {kind} holds", stacklevel=2)
-        image = ImageOps.contain(image, (most, most))
-    if kind == "PNG":
-        return save_png(image, path, recipe, web=True)
-    metadata = {"exif": to_exif(web_text(recipe, image.size)), "xmp": recipes.to_xmp(recipe)}
-    how = {"lossless": True}
-    if kind == "JPEG":
-        room = 65_533 - len(recipes.HEADER)  # of a segment
-        if left_out := [name for name, content in metadata.items() if len(content) > room]:
-            warnings.warn(f"{path}: {' and '.join(left_out)} left out, as a JPEG holds 64 KB of settings; "
-                          ".png and .webp hold all", stacklevel=2)
-        segment = recipes.HEADER + ("xmp" not in left_out) * metadata.pop("xmp")  # Pillow 10 ignores xmp=
-        how = {"quality": 95, "subsampling": 0,
-               "extra": b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment}
-        metadata = {} if "exif" in left_out else metadata
-    with replacing(path) as temporary:
-        image.save(temporary, format=kind, icc_profile=srgb_profile(), **metadata, **how)
-
-
 def read_recipe(path: str | Path) -> dict:
     """Read the recipe that save_image wrote. Raises ValueError if the file has none or is not a picture."""
     open_image(path)  # reports a missing or damaged file
     with contextlib.suppress(OSError, TypeError, ValueError, RecursionError):
-        with Image.open(path, formats=list(LARGEST)) as image:
+        with Image.open(path, formats=list(recipes.KINDS.values())) as image:
             text = image.text.get(recipes.KEY) if image.format == "PNG" else recipes.from_xmp(_xmp(image))
         recipe = json.loads(text)
         if isinstance(recipe, dict):

@@ -8,8 +8,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from nanoip2p.common import cli
 from nanoip2p.common.files import check_writable
 from nanoip2p.common.grids import grid
+from nanoip2p.common.saving import save_png
 from nanoip2p.editor import Editor
-from nanoip2p.images import open_image, save_png
+from nanoip2p.images import open_image
 
 SETTINGS = {"sampler": "dpmpp_2m", "steps": 4}  # as good as 20 steps of the default, see docs/results.md
 WEIGHTS = Path(__file__).resolve().with_name("nano-ip2p")

@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from nanoip2p.clip_filter import Judge
 from nanoip2p.common.files import inside
+from nanoip2p.common.saving import save_png
 from nanoip2p.dataset.layouts import SPLITS, Pair, read_data
 from nanoip2p.editor import Editor
-from nanoip2p.images import open_image, save_png, to_tensor
+from nanoip2p.images import open_image, to_tensor
 
 COLUMNS = {"l1": "L1", "l2": "L2", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "clip_t_truth": "of truth"}
 

@@ -16,9 +16,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from nanoip2p.common.grids import grid
+from nanoip2p.common.saving import save_png
 from nanoip2p.dataset.rendered import pick
 from nanoip2p.editor import Editor
-from nanoip2p.images import save_png, to_pil, to_tensor
+from nanoip2p.images import to_pil, to_tensor
 from nanoip2p.world.scenes import EDIT_KINDS, Edit, Scene, held_out, random_scene
 
 BATCH = 35  # edits that share a forward pass

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "editing": {"core", "common", "world"},
 }
 MAY_IMPORT["training"] = MAY_IMPORT["evaluate"] = MAY_IMPORT["dataset"] | {"dataset"}
+MAY_IMPORT["app"] = {"core", "common", "checkpoint", "editing", "speed"}
 MAY_IMPORT["scripts"] = MAY_IMPORT["training"] | {"training", "evaluate", "editing"}
 MAY_IMPORT["weights"] = MAY_IMPORT["scripts"] | {"scripts"}
 # These import when they are called: `load` opens checkpoints, `__getattr__` imports torch, `fast` triton
@@ -32,7 +33,8 @@ LATE = {("nanoip2p/pipeline.py", "load"), ("nanoip2p/clip_filter.py", "load"),
 LATE |= {(f"{script}.py", name) for script, names in {
     "sample": "as_flags load_editor run", "train": "resumed read_items fill_in check_data run train loop",
     "make_dataset": "run_captions run_prepare run_finetune run_pairs job_dtype run_pair run_show",
-    "nanoip2p/checkpoint/__main__": "main work", "nanoip2p/evaluate/__main__": "main work",
+    "nanoip2p/checkpoint/__main__": "main work", "nanoip2p/app/__main__": "serve",
+    "nanoip2p/evaluate/__main__": "main work",
 }.items() for name in names.split()}
 STEPS = {name.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): name for name in FILES}
 

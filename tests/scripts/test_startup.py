@@ -19,6 +19,7 @@ from nanoip2p.dataset.layouts import SPLITS
 ROOT = Path(__file__).resolve().parents[2]
 SUBCOMMANDS = {
     "sample.py": [""], "train.py": [""], "nanoip2p/__main__.py": [""],
+    "nanoip2p/app/__main__.py": [""],
     "nanoip2p/checkpoint/__main__.py": ["", "merge"],
     "make_dataset.py": ["", "captions", "captions prepare-finetune", "captions finetune", "pairs", "pair",
                         "show"],

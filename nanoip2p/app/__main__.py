@@ -1,0 +1,102 @@
+"""Open a page in the browser on which to edit pictures.
+
+    python -m nanoip2p.app
+    python -m nanoip2p.app --weights instruct-pix2pix-00-22000.safetensors
+"""
+
+import os
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+from nanoip2p.common import cli
+from nanoip2p.common.cli import between, one_line
+from nanoip2p.common.files import find_weights
+
+MOST_BYTES = 50 * 2**20  # of an upload; its pixels are limited by images.MAX_MEGAPIXELS
+# The browser loads nothing from other servers, and sends nothing to them
+POLICY = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; img-src 'self' data: blob:; "
+          "style-src 'self' 'unsafe-inline'; font-src 'self' data:; media-src 'self' blob:; worker-src blob:")
+
+
+def make_parser():
+    """The parser of the command."""
+    parser = cli.make_parser(prog="python -m nanoip2p.app", description=__doc__)
+    parser.add_argument("--weights", default="weights/nano-ip2p", help="as in sample.py")
+    cli.add_flags(parser)
+    parser.add_argument("--device", help="cuda, mps or cpu; default: the first that works")
+    parser.add_argument("--dtype", choices=cli.DTYPES, default="fp32", help="as in sample.py")
+    parser.add_argument("--low-memory", action="store_true", help="as in sample.py")
+    parser.add_argument("--port", type=between(0, 65535, int), default=7860, help="0: any free port")
+    parser.add_argument("--listen", action="store_true",
+                        help="let other machines use the page; without it, only this one can")
+    parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask for this name and password")
+    parser.add_argument("--no-browser", action="store_true", help="only print the address")
+    return parser
+
+
+class Policy:
+    """ASGI middleware: sends POLICY with every answer."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        """Pass a request on, and add a header to its answer."""
+        async def answer(message):
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
+            await send(message)
+        await self.app(scope, receive, answer)
+
+
+def serve(args, folder: Path) -> None:
+    """Load the editor, and serve its page until Ctrl-C. Gradio keeps uploads and results in `folder`."""
+    os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "False"}
+    cli.import_torch()
+    try:
+        import gradio as gr
+    except ImportError:
+        raise ValueError("the page needs gradio: pip install 'nanoip2p[app]'") from None
+    from starlette.middleware import Middleware
+
+    from nanoip2p import Editor
+    from nanoip2p.app.page import CSS, Page
+    from nanoip2p.checkpoint import load, tensors
+    checkpoint = load.open_checkpoint(find_weights(args.weights), args.vae, args.tokenizer, args.raw_weights)
+    print(one_line(f"opened {args.weights}: {checkpoint.description}"), file=sys.stderr)
+    editor = Editor.load(checkpoint, args.device, tensors.DTYPES[args.dtype], args.low_memory)
+    page = Page(editor, args.weights, folder, args.low_memory)
+    page.blocks.queue(max_size=32).launch(
+        server_name="0.0.0.0" if args.listen else "127.0.0.1", server_port=args.port or None,
+        auth=tuple(args.auth.split(":", 1)) if args.auth else None, max_file_size=MOST_BYTES,
+        inbrowser=not (args.listen or args.no_browser), prevent_thread_lock=True, quiet=True, show_error=True,
+        share=False, ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, run_history=False,
+        footer_links=[], theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        css=CSS, app_kwargs={"middleware": [Middleware(Policy)]})
+    print(f"open {page.blocks.local_url} in a browser; Ctrl-C ends it")
+    if args.listen:
+        print("every machine that reaches this one can use the page" +
+              (" with the name and password" if args.auth else "; --auth asks for a name and a password"))
+    sys.stdout.flush()
+    try:
+        threading.Event().wait()
+    finally:
+        page.stop_last.set()
+        page.blocks.close(verbose=False)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command. Returns the exit code, see cli.run."""
+    def work() -> None:
+        args = make_parser().parse_args(argv)
+        if args.auth is not None and not all(args.auth.partition(":")):
+            raise ValueError("--auth needs a name and a password: USER:PASSWORD")
+        with tempfile.TemporaryDirectory(prefix="nanoip2p-") as folder:
+            serve(args, Path(folder))
+    return cli.run(work, "the page is closed", "try --low-memory or --dtype fp16")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,267 @@
+"""The page: what is on it, and what happens when somebody uses it."""
+
+import contextlib
+import html
+import random
+import threading
+import time
+from itertools import product
+from pathlib import Path
+
+import gradio as gr
+from PIL import Image, ImageOps
+
+from nanoip2p.app.work import (
+    LIMITS,
+    MASK_BLUR,
+    Stopped,
+    Turn,
+    Visit,
+    mask_of,
+    read_settings,
+    watched,
+    write_result,
+)
+from nanoip2p.common.cli import SAMPLERS, one_line
+from nanoip2p.common.schema import checked
+from nanoip2p.editing.pictures import SWEEP_FACTORS, SWEEP_STEPS, nano_notes
+from nanoip2p.editor import Editor
+from nanoip2p.images import fit, fit_size, open_image
+from nanoip2p.masks import fit_mask
+
+CANVAS, PAINT = 512, "#ff00aa"  # longer side of the picture to paint on, in pixels; colour of the brush
+MOST_TURNS = 50  # results that a visit keeps
+LABELS = {"cfg_text": "Follow the instruction (cfg_text)", "cfg_image": "Stay like the picture (cfg_image)",
+          "steps": "Steps", "n": "Number of samples"}
+HINT = ("If too much changes, raise *cfg_image* first. If too little changes, raise *cfg_text* or lower "
+        "*cfg_image*. Then try another seed.")
+# Small pictures fill their frame
+CSS = "#picture img { width: 100%; height: 100%; object-fit: contain } progress { width: 100% }"
+
+
+class Page:
+    """The page of one editor: `blocks`, for gradio. It writes results into `folder`."""
+
+    def __init__(self, editor: Editor, weights: str, folder: Path, low_memory: bool):
+        self.editor, self.weights, self.folder, self.low_memory = editor, weights, folder, low_memory
+        self.stop_last = threading.Event()  # ends the edit that began last
+        self.blocks = gr.Blocks(analytics_enabled=False, title="nanoip2p", delete_cache=(3600, 24 * 3600))
+        with self.blocks:
+            with gr.Row():
+                with gr.Column():
+                    self.draw_input()
+                with gr.Column():
+                    with gr.Tab("Edit"):
+                        self.draw_result()
+                    with gr.Tab("Sweep"):
+                        self.draw_sweep()
+            self.draw_settings()
+            self.connect()
+
+    def draw_input(self) -> None:
+        """The left side: the picture, the mask, the instruction."""
+        # A lambda, because gradio 6.31 takes a dataclass itself for a value
+        self.visit = gr.State(lambda: Visit(), delete_callback=lambda visit: visit.stop.set())
+        self.picture = gr.Image(label="Picture", type="filepath", image_mode=None, format="png", height=360,
+                                sources=["upload", "clipboard", "webcam"], elem_id="picture")
+        with gr.Accordion("Edit only a part", open=False):
+            self.paint = gr.ImageEditor(
+                label="Paint over what may change", type="pil", format="png", sources=(), transforms=(),
+                layers=False, canvas_size=(CANVAS, CANVAS), elem_id="paint",
+                brush=gr.Brush(colors=[PAINT], color_mode="fixed"))
+        self.instruction = gr.Textbox(label="Instruction", placeholder="make it night", max_lines=1,
+                                      max_length=1000, elem_id="instruction")
+        with gr.Row():
+            self.start = gr.Button("Edit", variant="primary", elem_id="edit")
+            self.stop = gr.Button("Stop", elem_id="stop")
+
+    def draw_result(self) -> None:
+        """The right side: before and after, and the results of this visit."""
+        self.result = gr.ImageSlider(label="Before and after", format="png", elem_id="result")
+        self.status = gr.HTML(elem_id="status")
+        with gr.Row():
+            self.again = gr.Button("Continue from the result", elem_id="continue")
+            self.undo = gr.Button("Undo", elem_id="undo")
+            self.download = gr.DownloadButton("Download", interactive=False, elem_id="download")
+            self.mask = gr.DownloadButton("Download its mask", visible=False, elem_id="mask")
+        self.history = gr.Gallery(
+            label="Results of this visit", columns=6, height=160, format="png", fit_columns=False,
+            object_fit="contain", allow_preview=False, interactive=False, elem_id="history")
+
+    def draw_sweep(self) -> None:
+        """Behind a tab of the right side: one edit at 5 x 5 scales."""
+        self.sweep_start = gr.Button("Edit at 5 x 5 scales", elem_id="sweep")
+        self.sweep_status = gr.HTML()
+        self.cells = gr.Gallery(label="Click on one to take its scales", columns=len(SWEEP_STEPS), height=560,
+                                format="png", allow_preview=False, interactive=False, elem_id="cells")
+
+    def draw_settings(self) -> None:
+        """Below: the settings, with the defaults of the weights."""
+        defaults = self.editor.defaults
+        with gr.Row():
+            self.settings = {
+                key: gr.Slider(*LIMITS[key][1:], value=defaults.get(key, 1), step=step, label=LABELS[key],
+                               elem_id=key)
+                for key, step in (("cfg_text", 0.1), ("cfg_image", 0.05), ("steps", 1), ("n", 1))}
+        gr.Markdown(HINT)
+        with gr.Row():
+            self.settings["sampler"] = gr.Dropdown(SAMPLERS, value=defaults["sampler"], label="Sampler")
+            self.settings["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
+            self.die = gr.Button("⚄ New seed", elem_id="die")
+            self.locked = gr.Checkbox(label="Keep the seed", elem_id="lock")
+            self.opened = gr.UploadButton("Open a result: its settings come back", file_types=["image"],
+                                          elem_id="open")
+
+    def connect(self) -> None:
+        """Say which method each button calls. Edits and sweeps wait in one queue."""
+        asked = [self.visit, self.paint, self.instruction, self.locked, *self.settings.values()]
+        scales = [self.settings["cfg_text"], self.settings["cfg_image"]]
+        shown = [self.result, self.status, self.download, self.mask, self.history]
+        one = {"concurrency_id": "edit", "concurrency_limit": 1, "show_progress": "minimal"}
+        runs = [gr.on([self.start.click, self.instruction.submit], self.edit, asked,
+                      [self.settings["seed"], *shown], **one),
+                self.sweep_start.click(self.sweep, asked,
+                                       [self.settings["seed"], self.cells, self.sweep_status], **one)]
+        self.stop.click(self.end, self.visit, [self.status, self.sweep_status], cancels=runs, queue=False)
+        gr.on([self.picture.upload, self.picture.clear], self.take, [self.visit, self.picture],
+              [self.picture, self.paint], preprocess=False)
+        self.again.click(self.go_on, self.visit, [self.picture, self.paint])
+        self.undo.click(self.go_back, self.visit, [*shown, self.picture, self.paint])
+        self.history.select(self.show, self.visit, shown)
+        self.die.click(new_seed, None, self.settings["seed"])
+        self.cells.select(self.take_scales, self.visit, scales)
+        self.opened.upload(self.reopen, self.opened, [self.instruction, self.locked, *self.settings.values()],
+                           preprocess=False)
+
+    def take(self, visit: Visit, upload: dict | None) -> tuple:
+        """A new input, or None. Reads it as sample.py does, with the limits of open_image."""
+        visit.picture = None
+        if upload:
+            visit.name = Path(upload["orig_name"] or upload["path"]).name
+            try:
+                with open(upload["path"], "rb") as file:
+                    visit.picture = open_image(visit.name, file)
+            except ValueError as error:
+                gr.Warning(html.escape(one_line(error)))
+        return gr.skip() if visit.picture else None, canvas(visit.picture)
+
+    def ask(self, visit: Visit, painted: dict | None, instruction: str, locked: bool, values: tuple) -> tuple:
+        """Check what the page sends, and begin a run. Returns Editor.edit's arguments, n and the mask."""
+        given = dict(zip(self.settings, values))
+        if not locked:
+            given["seed"] = new_seed()
+        if visit.picture is None:
+            raise ValueError("There is no picture yet: drop, paste or choose one.")
+        if not instruction.strip():
+            raise ValueError("The instruction is empty: write what to change, such as: make it night")
+        given |= {key: checked(given[key], kind, key, *limits) for key, (kind, *limits) in LIMITS.items()}
+        size = fit_size(*visit.picture.size, self.editor.defaults["resolution"], self.editor.multiple)
+        n, mask = given.pop("n"), mask_of(painted)
+        given |= {"images": fit(visit.picture, size), "instructions": instruction, "mask_blur": MASK_BLUR,
+                  "masks": fit_mask(mask, visit.picture, size), "low_memory": self.low_memory}
+        self.stop_last = visit.stop = threading.Event()
+        return given, n, mask
+
+    def edit(self, visit: Visit, painted: dict | None, instruction: str, locked: bool, *values):
+        """Edit, with previews on the way. The results join those of the visit."""
+        with in_words():
+            given, n, mask = self.ask(visit, painted, instruction, locked, values)
+            seeds = [given["seed"] + i for i in range(n)]
+            picture, name, before, began = visit.picture, visit.name, given["images"], time.monotonic()
+            for step, previews, results in watched(  # noqa: B007
+                    self.editor, visit.stop, **given | {"seed": seeds, "batch": n}):
+                news = {self.settings["seed"]: seeds[0], self.status: progress(step, given["steps"], began)}
+                yield news | ({self.result: (before, previews[0])} if previews else {})
+        recipe = {key: given[key] for key in ("cfg_text", "cfg_image", "steps", "sampler")}
+        recipe |= {"edit": [instruction], "negative": "", "weights": self.weights, "input": [name]}
+        for seed, after in zip(seeds, results):
+            files = write_result(after, mask, self.folder, recipe | {"seed": seed})
+            visit.turns.append(Turn(picture, name, before, after, files, f"{instruction} (seed {seed})"))
+        del visit.turns[:-MOST_TURNS]
+        visit.shown = len(visit.turns) - n
+        notes = nano_notes(self.editor, [instruction], {name: picture.size})
+        yield self.show(visit) | {self.status: html.escape("; ".join(notes))}
+
+    def sweep(self, visit: Visit, painted: dict | None, instruction: str, locked: bool, *values):
+        """One edit at 5 x 5 scales around those of the page. Each cell appears when it is made."""
+        with in_words():
+            given, *_ = self.ask(visit, painted, instruction, locked, values)
+            texts = [round(given["cfg_text"] * factor, 2) for factor in SWEEP_FACTORS]
+            images = [max(0, round(given["cfg_image"] + step, 2)) for step in SWEEP_STEPS]
+            visit.scales, cells, began = list(product(texts, images)), [], time.monotonic()
+            for cfg_text, cfg_image in visit.scales:
+                *_, (_, _, after) = watched(
+                    self.editor, visit.stop, **given | {"cfg_text": cfg_text, "cfg_image": cfg_image})
+                cells.append((after, f"cfg_text {cfg_text:g}, cfg_image {cfg_image:g}"))
+                yield {self.cells: cells, self.settings["seed"]: given["seed"],
+                       self.sweep_status: progress(len(cells), len(visit.scales), began)}
+
+    def show(self, visit: Visit, chosen: gr.SelectData | None = None) -> dict:
+        """The updates that show one result of the visit."""
+        visit.shown = chosen.index if chosen else visit.shown
+        turn = visit.turns[visit.shown] if visit.turns else None
+        file, *mask = turn.files if turn else [None]
+        return {self.result: turn and (turn.before, turn.after), self.status: "",
+                self.download: gr.DownloadButton(value=file, interactive=bool(turn)),
+                self.mask: gr.DownloadButton(value=mask[0] if mask else None, visible=bool(mask)),
+                self.history: [(turn.after, turn.label) for turn in visit.turns]}
+
+    def go_on(self, visit: Visit) -> dict:
+        """The shown result becomes the input."""
+        if not visit.turns:
+            raise gr.Error("There is no result yet.", print_exception=False)
+        turn = visit.turns[visit.shown]
+        visit.picture, visit.name = turn.after, Path(turn.files[0]).name
+        return {self.picture: turn.files[0], self.paint: canvas(turn.after)}
+
+    def go_back(self, visit: Visit) -> dict:
+        """Take back the last result. Its input becomes the input again."""
+        if not visit.turns:
+            raise gr.Error("There is nothing to undo.", print_exception=False)
+        turn, visit.shown = visit.turns.pop(), -1
+        visit.picture, visit.name = turn.picture, turn.name
+        return self.show(visit) | {self.picture: turn.picture, self.paint: canvas(turn.picture)}
+
+    def take_scales(self, visit: Visit, chosen: gr.SelectData) -> tuple[float, float]:
+        """The scales of the clicked cell."""
+        return visit.scales[chosen.index]
+
+    def reopen(self, upload: dict) -> list:
+        """The settings in the recipe of a result. They include its seed, so the seed is kept."""
+        with in_words():
+            found = read_settings(upload["path"], upload["orig_name"])
+        return [found["edit"], True, *(found.get(key, gr.skip()) for key in self.settings)]
+
+    def end(self, visit: Visit) -> tuple[str, str]:
+        """Stop the edit of this visit."""
+        visit.stop.set()
+        return "Stopped.", "Stopped."
+
+
+def canvas(image: Image.Image | None) -> dict | None:
+    """A picture to paint on, without paint."""
+    shown = image and ImageOps.contain(image, (CANVAS, CANVAS))
+    return image and {"background": shown, "layers": [], "composite": None}
+
+
+def new_seed() -> int:
+    """A random seed, short enough to write down."""
+    return random.randrange(1_000_000)
+
+
+def progress(step: int, steps: int, began: float) -> str:
+    """HTML: a bar, the step, and the time left at the pace so far."""
+    left = (time.monotonic() - began) / step * (steps - step)
+    bar = f'<progress value="{step}" max="{steps}" aria-label="progress"></progress>'
+    return f"{bar} {step} of {steps}, {left:.0f} s left"
+
+
+@contextlib.contextmanager
+def in_words():
+    """Show on the page, in one line, what its user can mend."""
+    try:
+        yield
+    except Stopped:
+        raise gr.Error("Stopped.", print_exception=False) from None
+    except (ValueError, OSError, MemoryError) as error:
+        raise gr.Error(html.escape(one_line(error)), print_exception=False) from None

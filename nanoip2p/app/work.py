@@ -1,0 +1,128 @@
+"""What the page does, without gradio: edits to watch and to stop, masks from brush strokes, recipes."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageChops
+
+from nanoip2p import __version__
+from nanoip2p.checkpoint.lora import file_hash
+from nanoip2p.common.cli import SAMPLERS
+from nanoip2p.common.names import slug
+from nanoip2p.common.saving import save_png
+from nanoip2p.common.schema import checked
+from nanoip2p.editor import Editor
+from nanoip2p.images import read_recipe
+
+MASK_BLUR = 4.0  # pixels, as in sample.py
+# The ranges of the page's sliders, and so of what a browser may send: kind, least, most
+LIMITS = {"cfg_text": (float, 0, 30), "cfg_image": (float, 0, 10), "steps": (int, 1, 200), "n": (int, 1, 8),
+          "seed": (int, 0, 2**31 - 1)}
+ONE_AT_A_TIME = threading.Lock()  # edits of this process
+
+
+class Stopped(Exception):
+    """Somebody pressed Stop, or left the page."""
+
+
+@dataclass
+class Turn:
+    """A result of a visit, and the input from which it was made."""
+
+    picture: Image.Image
+    name: str             # of the input's file
+    before: Image.Image   # the input at the size of the result
+    after: Image.Image
+    files: list[str]      # the PNG with its recipe; the mask, if there was one
+    label: str
+
+
+@dataclass
+class Visit:
+    """What one tab of a browser has made. Events change it in place: an edit may end after a later event."""
+
+    picture: Image.Image | None = None
+    name: str = ""
+    turns: list[Turn] = field(default_factory=list)
+    shown: int = -1       # which of `turns`
+    scales: list[tuple[float, float]] = field(default_factory=list)  # of the sweep: cfg_text, cfg_image
+    stop: threading.Event = field(default_factory=threading.Event)   # when set, its edit ends
+
+
+def watched(editor: Editor, stop: threading.Event, **given) -> Iterator[tuple[int, list, list | None]]:
+    """Run editor.edit(**given). Yields (steps done, previews, results): previews after each quarter, else [].
+
+    results is None until the last item. `stop`, or closing the iterator, ends the edit within a step. Raises
+    Stopped, and all that `edit` raises.
+    """
+    steps, news, left = given["steps"], queue.Queue(), threading.Event()
+
+    def callback(step: int, latents: torch.Tensor) -> None:
+        if stop.is_set() or left.is_set():
+            raise Stopped
+        quarter = (step + 1) * 4 // steps > step * 4 // steps and step + 1 < steps
+        with editor.on_device(editor.vae, given["low_memory"]):
+            news.put((step + 1, editor.decode(latents) if quarter else [], None))
+
+    def work() -> None:
+        try:
+            with ONE_AT_A_TIME:
+                news.put((steps, [], editor.edit(callback=callback, **given)))
+        except Exception as error:
+            news.put(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        results = None
+        while results is None:
+            item = news.get()
+            if isinstance(item, Exception):
+                raise item
+            *_, results = item
+            yield item
+    finally:
+        left.set()
+        thread.join()
+
+
+def mask_of(painted: dict | None) -> Image.Image | None:
+    """The value of gradio's ImageEditor -> a mask of mode L, white where there is paint, or None."""
+    mask = None
+    for layer in (painted or {}).get("layers", []):
+        alpha = layer.getchannel("A").point(lambda alpha: 255 * (alpha >= 128))
+        mask = ImageChops.lighter(mask, alpha) if mask else alpha
+    return mask if mask and mask.getbbox() else None
+
+
+def write_result(image: Image.Image, mask: Image.Image | None, folder: Path, recipe: dict) -> list[str]:
+    """Write a result with its recipe, as sample.py does, and its mask beside it. Returns their paths."""
+    number = len(list(folder.glob("*-edited.png"))) + 1
+    stem = slug(Path(recipe["input"][0]).stem, "picture")  # the browser chose the input's name
+    path, mask_path = (folder / f"{stem}-{number}-{what}.png" for what in ("edited", "mask"))
+    recipe |= {"version": __version__, "torch": torch.__version__}
+    if mask:
+        mask.save(mask_path)
+        hashed = file_hash(str(mask_path))
+        recipe |= {"mask": mask_path.name, "mask_blur": MASK_BLUR, "mask_hash": hashed}
+    save_png(image, path, recipe, web=True)
+    return [str(path), str(mask_path)] if mask else [str(path)]
+
+
+def read_settings(path: str, name: str) -> dict:
+    """The settings in a recipe that the page can show: those of LIMITS, `sampler`, and `edit`, a text.
+
+    name: of the file, for errors. Raises ValueError, in one line, for other values, and without a recipe.
+    """
+    recipe = {"n": 1} | read_recipe(path)
+    found = {key: checked(recipe[key], kind, f"{name}: {key}", least, most)
+             for key, (kind, least, most) in LIMITS.items() if key in recipe}
+    edits = checked(recipe.get("edit", []), list[str], f"{name}: edit")
+    sampler = recipe.get("sampler", SAMPLERS[0])
+    if sampler not in SAMPLERS:
+        raise ValueError(f"{name}: the sampler is none of {', '.join(SAMPLERS)}")
+    return found | {"sampler": sampler, "edit": ", then ".join(edits)}
