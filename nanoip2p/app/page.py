@@ -163,8 +163,8 @@ class Page:
                     self.editor, visit.stop, **given | {"seed": seeds, "batch": n}):
                 news = {self.settings["seed"]: seeds[0], self.status: progress(step, given["steps"], began)}
                 yield news | ({self.result: (before, previews[0])} if previews else {})
-        recipe = {key: given[key] for key in ("cfg_text", "cfg_image", "steps", "sampler")}
-        recipe |= {"input": [Path(picture).name], "edit": [instruction], "negative": "", "weights": self.weights}
+        recipe = {"negative": ""} | {key: given[key] for key in ("cfg_text", "cfg_image", "steps", "sampler")}
+        recipe |= {"input": [Path(picture).name], "edit": [instruction], "weights": self.weights}
         for seed, after in zip(seeds, results):
             files = write_result(after, mask, self.folder, recipe | {"seed": seed})
             visit.turns.append(Turn(picture, before, after, files, f"{instruction} (seed {seed})"))
