@@ -58,9 +58,9 @@ class PairPainter:
         reweight {word of `edit`: factor}, for "cross" and "both": scales the attention to a word, in its
         window. windows {word of `edit`: (from, to)}, for "cross" and "both": the part of the steps, in
         [0, 1], in which a word uses the source's maps, instead of 0 to p. blend (word of `source`, word of
-        `edit`, or their token positions): change the picture only where attention to either is high, unless
-        that is more than `blend_most` of the picture. deep_every: see guidance.make_denoiser. Raises
-        ValueError for unknown words or unusable settings.
+        `edit`), or W lists of token positions for each: change the picture only where attention to a word is
+        high. blend_most: see `hot_words`. deep_every: see guidance.make_denoiser. Raises ValueError for
+        unknown words or unusable settings.
         """
         if inject not in MODES:
             raise ValueError(f"unknown mode {inject!r} of injection; take one of {', '.join(MODES)}")
@@ -84,8 +84,8 @@ class PairPainter:
         self.windows = [(find_words(tokenizer, edit, word), *window)            # token positions, from, to
                         for word, window in (windows or {}).items()]
         self.blend = blend and [
-            self.columns([find_words(tokenizer, text, word) if isinstance(word, str) else word])
-            for text, word in zip((source, edit), blend)]                       # (T, 1) each
+            self.columns([find_words(tokenizer, text, words)] if isinstance(words, str) else words)
+            for text, words in zip((source, edit), blend)]                      # (T, W) each
         # Heat maps use the second lowest level of the UNet (16 x 16 for latents of 64 x 64) if it has
         # cross-attention, else the lowest
         has_text = [DOWN_TYPES[name] for name in painter.unet.config.down_block_types]
@@ -118,8 +118,8 @@ class PairPainter:
                words: list[Tensor] | None = None, bar: tqdm | None = None) -> tuple[Tensor, Tensor | None]:
         """Latents (2 B, C, h, w) of B pairs, [edits | sources], and heat maps (2 B, W, h', w') of `words`.
 
-        words: `columns` (T, W) of the source and of the edited caption. A heat map is the attention to one
-        word, averaged over heads, summed over the steps and over the layers of size `coarse`.
+        words: `columns` (T, W) of the source and of the edited caption, those of `blend` last. A heat map is
+        the attention to one word, averaged over heads, summed over the steps and the layers of size `coarse`.
         """
         unet, device, pairs = self.painter.unet, self.null.device, len(seeds)
         # B rows each of: edits with caption, sources with caption, edits without, sources without
@@ -157,7 +157,7 @@ class PairPainter:
         for step, sigmas in enumerate(self.plan.sigmas.split(1 if self.blend else len(self.plan.sigmas)), 1):
             x = sampler(denoise, x, sigmas, generators)
             if self.blend and step > BLEND_FROM * steps:
-                x = blend_locally(x, maps[:, -1:], self.blend_most)  # the last word is the blend word
+                x = blend_locally(x, maps[:, -self.blend[0].shape[1] :], self.blend_most)
         return x, maps
 
     def injection(self, progress: float, active: Tensor, words: Tensor | None = None,
@@ -224,24 +224,29 @@ class Injection:
             heat += maps.float().mean(2)[..., : words.shape[2]]
 
 
-def attended(heat: Tensor, size: tuple[int, int]) -> Tensor:
-    """Heat maps (2 B, 1, h', w'), [edits | sources] -> where either is high, (B, 1, *size) bool.
+def hot_words(heat: Tensor, most: float = 1.0) -> Tensor:
+    """Where each of the heat maps (2 B, W, h', w') is high: bool, of the same shape.
 
     As in the authors' code, a 3x3 max-pooling first grows the hot regions. Heat above BLEND_THRESHOLD times
-    the map's maximum is high.
+    the map's maximum is high. A word that is high in more than `most` of the picture is hot nowhere.
     """
-    heat = F.interpolate(F.max_pool2d(heat, 3, stride=1, padding=1), size=size)
-    hot_edit, hot_source = (heat > BLEND_THRESHOLD * heat.amax((2, 3), keepdim=True)).chunk(2)
-    return hot_edit | hot_source
+    heat = F.max_pool2d(heat, 3, stride=1, padding=1)
+    hot = heat > BLEND_THRESHOLD * heat.amax((2, 3), keepdim=True)
+    return hot & (hot.float().mean((2, 3), keepdim=True) <= most)
+
+
+def attended(hot: Tensor, size: tuple[int, int]) -> Tensor:
+    """`hot_words` of [edits | sources] -> (B, 1, *size) bool: where any word of either caption is hot."""
+    return F.interpolate(torch.stack(hot.chunk(2)).any(0).any(1, keepdim=True).float(), size=size) > 0
 
 
 def blend_locally(x: Tensor, heat: Tensor, most: float = 1.0) -> Tensor:
-    """In x (2 B, C, h, w), [edits | sources], replace each edit by its source where `heat` is not `attended`.
+    """In x (2 B, C, h, w), [edits | sources], replace each edit by its source where no word is hot.
 
-    An edit stays as it is if more than the share `most` of its picture is attended.
+    heat (2 B, W, h', w'): heat maps of the blend words. An edit without any hot word stays whole.
     """
-    change, (edit, source) = attended(heat, x.shape[2:]), x.chunk(2)
-    change |= change.float().mean((2, 3), keepdim=True) > most
+    change, (edit, source) = attended(hot_words(heat, most), x.shape[2:]), x.chunk(2)
+    change |= ~change.any(3, keepdim=True).any(2, keepdim=True)
     return torch.cat([torch.where(change, edit, source), source])
 
 
