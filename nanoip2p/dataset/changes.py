@@ -31,13 +31,12 @@ FILLERS = set("a an the this that its and or but of in on at to by with from for
 def changed_words(tokenizer: Tokenizer, source: str, edit: str) -> list[list[tuple[str, list[int]]]]:
     """The words of `source` that `align` does not find in `edit`, and the reverse, with token positions.
 
-    A word counts if any of its tokens changed. Both are [] if the tokens that fit are equal.
+    It aligns words, because words of several tokens can share some by chance. Words that do not fit are cut.
     """
-    ids = tokenizer([source, edit]).tolist()
-    blocks = [(a, b) for a, b in align(*ids) if [ids[0][i] for i in a] != [ids[1][j] for j in b]]
-    changed = [[(word, tokens) for word, tokens in split_words(tokenizer, text)
-                if any(token in block[side] for block in blocks for token in tokens)]
-               for side, text in enumerate((source, edit))]
+    texts = [split_words(tokenizer, text) for text in (source, edit)]
+    names = [[word.lower() for word, _ in words] for words in texts]
+    blocks = [(a, b) for a, b in align(*names) if [names[0][i] for i in a] != [names[1][j] for j in b]]
+    changed = [[words[i] for block in blocks for i in block[side]] for side, words in enumerate(texts)]
     shown = [[(word, tokens) for word, tokens in words
               if word.lower() not in FILLERS and any(map(str.isalnum, word))] for words in changed]
     return shown if any(shown) else changed
