@@ -16,6 +16,7 @@ Prints, for each mode of injection, without and with `--blend auto`:
 import sys
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -76,18 +77,8 @@ def measure(painter: TextToImage, judge: Judge, settings, prompts: list) -> str:
     text = f"{settings.inject:<6}{settings.blend:<6}{truth.mean():.2f} {np.median(truth):.2f}"
     text += "".join(f"  {part.sum()} ({np.mean(most[part] > 5):.0%}, {np.mean(most[part] > 8):.0%})"
                     for part in (kept, *limits))
-    return (f"{text}  {np.corrcoef(*ranks)[0, 1]:.2f}  {known.mean():.0%} {np.mean(everywhere):.0%}  "
-            f"{seconds:.2f} s")
-
-
-def run(seed: int, n: int) -> None:
-    """Print the table."""
-    painter, prompts = TextToImage.load(WEIGHTS), draw_prompts(seed, n)
-    settings = pair_settings({"seed": seed}, WEIGHTS, painter.defaults)
-    judge = Judge.load(settings.clip)
-    for inject in cli.MODES:
-        for blend in ("none", "auto"):
-            print(measure(painter, judge, replace(settings, inject=inject, blend=blend), prompts), flush=True)
+    text += f"  {np.corrcoef(*ranks)[0, 1]:.2f}  {known.mean():.0%} {np.mean(everywhere):.0%}"
+    return f"{text}  {seconds:.2f}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -96,7 +87,12 @@ def main(argv: list[str] | None = None) -> int:
         parser = cli.make_parser(description=__doc__)
         parser.add_argument("--seed", type=cli.at_least(0), default=0)
         parser.add_argument("--n", type=cli.at_least(1), default=24, help="local prompts, and global ones")
-        run(**vars(parser.parse_args(argv)))
+        args = parser.parse_args(argv)
+        painter, prompts = TextToImage.load(WEIGHTS), draw_prompts(args.seed, args.n)
+        settings = pair_settings({"seed": args.seed}, WEIGHTS, painter.defaults)
+        judge = Judge.load(settings.clip)
+        for inject, blend in product(cli.MODES, ("none", "auto")):
+            print(measure(painter, judge, replace(settings, inject=inject, blend=blend), prompts), flush=True)
     return cli.run(work, "stopped", "close other programs")
 
 
