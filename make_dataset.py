@@ -237,7 +237,8 @@ def run_pair(args: argparse.Namespace) -> None:
             [pair], [note] = model.measure([args.seed], [args.p], [cfg_text], bar)
             picture = grid([list(pair)], [[args.source, args.edit]])
     save_png(picture, args.out, {})
-    said = "".join(f", {key} {value}" for key, value in note.items() if value is not None)
+    said = "".join(f", {key} {value if key == 'blend' else round(value, 3)}"
+                   for key, value in note.items() if value is not None)
     print(f"{args.out}  {args.source} -> {args.edit}  (seed {args.seed}{said})")
 
 

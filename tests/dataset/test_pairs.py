@@ -261,7 +261,7 @@ def test_early_stop_and_keep_rule(tmp_path, stop, batch):
     assert [row["seed"] for row in rows(tmp_path / "0000000" / "metadata.jsonl")] == [seeds[k] for k in kept]
 
 
-@pytest.mark.parametrize("most, passing", [(None, 9), (0.5, 5), (0.0, 1)])
+@pytest.mark.parametrize("most, passing", [(None, 11), (0.5, 5), (0.0, 1)])
 def test_leakage_has_a_threshold_that_passes_what_has_none(tmp_path, most, passing, capsys):
     fake_job(tmp_path, 1, n_samples=20, max_out_samples=20, leakage_threshold=most)
     kept, tried = (rows(tmp_path / "0000000" / f"{name}.jsonl") for name in ("metadata", "candidates"))
