@@ -54,11 +54,12 @@ class PairSettings:
         for key in ("early_stop", "seed"):
             checked(getattr(self, key), int, key, 0)
         checked(self.leakage_threshold, float | None, "leakage_threshold", 0)
-        blends = self.blend == "auto"  # only some samplers can
-        for key, known in (("inject", MODES), ("blend", ("none", "auto")),
-                           ("sampler", ("euler", "euler_ancestral") if blends else SAMPLERS)):
+        for key, known in (("inject", MODES), ("blend", ("none", "auto")), ("sampler", SAMPLERS)):
             if getattr(self, key) not in (None, *known):
                 raise ValueError(f"{key} = {getattr(self, key)} should be one of {', '.join(known)}")
+        if self.blend == "auto" and self.sampler not in (None, "euler", "euler_ancestral"):
+            raise ValueError(f"sampler = {self.sampler}: --blend auto needs euler or euler_ancestral; or use "
+                             "--blend none")
         if not 0 <= self.min_p2p <= self.max_p2p <= 1:
             raise ValueError(f"min_p2p = {self.min_p2p}, max_p2p = {self.max_p2p}: 0 <= min_p2p <= max_p2p "
                              "<= 1 is needed")

@@ -441,7 +441,7 @@ def test_settings_come_from_flags_then_the_weights_folder_then_the_paper(tmp_pat
     ({"seed": -1}, "seed"), ({"steps": 0}, "from 1"), ({"batch": 10**9}, "from -10000 to 10000"),
     ({"clip": "owner/clip"}, "give it as --clip"), ({"inject": "all"}, "self"), ({"sampler": "x"}, "ddim"),
     ({"clip": []}, "a text"), ({"max_cfg": float("nan")}, "a number"),
-    ({"blend": "red"}, "none, auto"), ({"blend": "auto"}, "sampler = ddim should be one of euler"),
+    ({"blend": "red"}, "none, auto"), ({"blend": "auto"}, "sampler = ddim: --blend auto needs euler"),
     ({"leakage_threshold": -1}, "from 0"), ({"leakage_threshold": "low"}, "a number"),
     ({"min_cfg": 16}, "max_cfg"), ({"max_p2p": 1.5}, "max_p2p <= 1"), ({"min_p2p": -0.1}, "0 <= min_p2p"),
 ])
