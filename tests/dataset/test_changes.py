@@ -165,7 +165,9 @@ def test_equal_captions_have_no_region(painter, captions):
 
 
 def test_an_edit_of_the_whole_picture_is_not_blended(painter, monkeypatch):
-    """Where the words are high in more than MOST of the picture, as of a random network at its 0.3."""
+    """Where the words are high in more than MOST of the picture."""
+    monkeypatch.setattr(prompt_to_prompt, "BLEND_THRESHOLD", 0.98)
+    monkeypatch.setattr(changes, "MOST", 0.0)
     settings = (painter, "a house", "a house at night", "self", 3, "euler", 64)
     measured = MeasuredPainter(*settings, blend="auto").measure(SEEDS, SHARES, GUIDANCE)
     assert measured[0] == MeasuredPainter(*settings).measure(SEEDS, SHARES, GUIDANCE)[0]
