@@ -181,8 +181,9 @@ def add_pair(subparsers) -> None:
     parser.add_argument("--inject", choices=cli.MODES, default="self",
                         help="attention maps that the edited picture takes from the source")
     parser.add_argument("--p", type=finite, default=0.5, help="share of the steps with injection")
-    parser.add_argument("--blend", nargs=2, metavar=("WORD", "WORD"),
-                        help="a word of each caption: change pixels only where attention to either is high")
+    parser.add_argument("--blend", nargs="+", metavar="WORD",
+                        help="a word of each caption: change pixels only where attention to either is high; "
+                             "or auto: the words that differ")
     parser.add_argument("--reweight", nargs=2, action="append", default=[], metavar=("WORD", "FACTOR"),
                         help="for cross and both: scale the attention to a word of the edited caption")
     parser.add_argument("--window", nargs=3, action="append", default=[], metavar=("WORD", "FROM", "TO"),
@@ -203,8 +204,8 @@ def run_pair(args: argparse.Namespace) -> None:
     """Generate one pair and write both pictures side by side."""
     if not (args.source.strip() and args.edit.strip()):
         raise ValueError("a caption is empty; say what each picture shows")
-    if args.heatmaps and args.inject == "none":
-        raise ValueError("--heatmaps needs another --inject; for a run without injection add --p 0")
+    if args.blend and len(args.blend) != 2 and args.blend != ["auto"]:
+        raise ValueError("--blend needs a word of each caption, or auto; put it after the captions")
     reweight = {word: float(factor) for word, factor in args.reweight}
     windows = {word: (float(begin), float(end)) for word, begin, end in args.window}
     if not all(0 <= begin <= end for begin, end in [(args.p, 1), *windows.values()]):
@@ -216,25 +217,29 @@ def run_pair(args: argparse.Namespace) -> None:
     from nanoip2p.common.device import pick_device, pick_dtype
     from nanoip2p.common.grids import grid
     from nanoip2p.common.saving import save_png
+    from nanoip2p.dataset.changes import MeasuredPainter
     from nanoip2p.dataset.show import draw_heatmaps
-    from nanoip2p.prompt_to_prompt import PairPainter
     checkpoint = load.open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     print(f"opened {args.weights}: {checkpoint.description}; computes in {dtype}", file=sys.stderr)
     painter = TextToImage.load(checkpoint, device, tensors.DTYPES[dtype])
     sys.stderr.writelines(f"{cli.one_line(line)}\n" for line in lora.apply_loras(painter, args.lora))
-    model = PairPainter(painter, args.source, args.edit, args.inject, args.steps, args.sampler,
-                        args.resolution, args.negative, reweight, windows, args.blend, args.deep_every)
+    model = MeasuredPainter(painter, args.source, args.edit, args.inject, args.steps, args.sampler,
+                            args.resolution, args.negative, reweight, windows, deep_every=args.deep_every,
+                            blend="auto" if args.blend == ["auto"] else args.blend)
     cfg_text = painter.defaults["cfg_text"] if args.cfg_text is None else args.cfg_text
-    with tqdm(total=model.settings["steps"], unit="step", disable=args.inject == "none") as bar:
+    note = {}
+    with tqdm(total=model.settings["steps"], unit="step") as bar:
         if args.heatmaps:
             picture = draw_heatmaps(model, args.seed, args.p, cfg_text, bar)
         else:
-            pair = model.paint([args.seed], [args.p], [cfg_text], bar)[0]
+            [pair], [note] = model.measure([args.seed], [args.p], [cfg_text], bar)
             picture = grid([list(pair)], [[args.source, args.edit]])
     save_png(picture, args.out, {})
-    print(f"{args.out}  {args.source} -> {args.edit}  (seed {args.seed})")
+    said = "".join(f", {key} {value if key == 'blend' else round(value, 3)}"
+                   for key, value in note.items() if value is not None)
+    print(f"{args.out}  {args.source} -> {args.edit}  (seed {args.seed}{said})")
 
 
 def run_show(args: argparse.Namespace) -> None:

@@ -149,7 +149,7 @@ def as_flags(path: str, given: dict) -> list[str]:
     weights other than the shipped ones, which may be fetched; inputs that are no files; large numbers.
     """
     cli.import_torch()
-    from nanoip2p.images import read_recipe
+    from nanoip2p.editing.recipes import read_recipe
     recipe, argv = {"raw_text": True} | read_recipe(path), []  # the first recipes are older than raw_text
     for key, kind in typing.get_type_hints(Settings).items():
         value, name = recipe.get(key), "--" + key.replace("_", "-")
@@ -231,7 +231,7 @@ def load_editor(settings: Settings) -> tuple:
     """An Editor with its LoRAs and embeddings, hashes of LoRA files and mask, and notes for the user."""
     from nanoip2p import Editor
     from nanoip2p.checkpoint import embeddings, load, lora, tensors
-    from nanoip2p.images import read_recipe
+    from nanoip2p.editing.recipes import read_recipe
     checkpoint = load.open_checkpoint(
         find_weights(settings.weights), settings.vae, settings.tokenizer, settings.raw_weights)
     print(one_line(f"opened {settings.weights}: {checkpoint.description}"), file=sys.stderr)

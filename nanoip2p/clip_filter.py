@@ -31,16 +31,21 @@ SIMILARITIES = ("clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image")  #
 
 @dataclass(frozen=True)
 class Thresholds:
-    """The minimum similarities, in [-1, 1]: between pictures, directional, and of each caption."""
+    """The minimum similarities, in [-1, 1]: between pictures, directional, and of each caption.
+
+    leakage: the maximum of "leakage" (see dataset/changes.py), or None. The paper has no such threshold.
+    """
 
     image: float = 0.7
     direction: float = 0.2
     caption: float = 0.2
+    leakage: float | None = None
 
     def reasons(self, scores: dict[str, float]) -> list[str]:
-        """Names of the similarities below their threshold: [] if the pair passes. NaN counts as too low."""
+        """Names of the scores beyond their threshold: [] if the pair passes. NaN does not pass."""
         thresholds = zip(SIMILARITIES, (self.caption, self.caption, self.direction, self.image))
-        return [name for name, threshold in thresholds if not scores[name] >= threshold]
+        leaks = None not in (self.leakage, scores.get("leakage")) and not scores["leakage"] <= self.leakage
+        return [name for name, least in thresholds if not scores[name] >= least] + ["leakage"] * leaks
 
 
 def best(candidates: list, most: int) -> list:

@@ -1,7 +1,6 @@
-"""Pictures: file -> RGB -> tensor in [-1, 1] -> RGB, and recipes from files."""
+"""Pictures: file -> RGB -> tensor in [-1, 1] -> RGB."""
 
 import contextlib
-import json
 import warnings
 from pathlib import Path
 from typing import BinaryIO
@@ -11,7 +10,6 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from nanoip2p.common import recipes
 from nanoip2p.common.colours import scale_transparent_colour, to_rgb
 from nanoip2p.common.files import regular
 
@@ -97,21 +95,3 @@ def to_pil(tensor: Tensor) -> Image.Image:
         raise PictureError("the picture came out as NaN or infinity; try --dtype bf16 or fp32")
     pixels = (tensor.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
-
-
-def read_recipe(path: str | Path) -> dict:
-    """Read the recipe that save_image wrote. Raises ValueError if the file has none or is not a picture."""
-    open_image(path)  # reports a missing or damaged file
-    with contextlib.suppress(OSError, TypeError, ValueError, RecursionError):
-        with Image.open(path, formats=list(recipes.KINDS.values())) as image:
-            text = image.text.get(recipes.KEY) if image.format == "PNG" else recipes.from_xmp(_xmp(image))
-        recipe = json.loads(text)
-        if isinstance(recipe, dict):
-            return recipe
-    raise ValueError(f"{path} has no recipe; only files that sample.py wrote have one")
-
-
-def _xmp(image: Image.Image) -> bytes:
-    """The first XMP packet of a JPEG or WebP."""
-    found = [content for name, content in getattr(image, "applist", ()) if content.startswith(recipes.HEADER)]
-    return found[0][len(recipes.HEADER):] if found else image.info.get("xmp", b"")

@@ -18,7 +18,7 @@ picture uses the attention maps A = softmax(q k^T / sqrt(d)) of the source (Hert
 Modes: "self" injects self-attention in every layer, in both guidance branches, as InstructPix2Pix's own code
 does (section 3.1.2). "cross" injects cross-attention in the branch with caption. "both" is the method of
 Hertz et al.: "cross", plus self-attention in the branch with caption, only in layers of at most 16 x 16
-positions (for latents of 64 x 64). "none" makes two separate runs. Hertz et al. published two notebooks: the
+positions (for latents of 64 x 64). "none" shares only the noise. Hertz et al. published two notebooks: the
 limit of 16 x 16 is from the first (second: 32 x 32), the delay of the local blend from the second.
 """
 
@@ -51,26 +51,27 @@ class PairPainter:
         self, painter: TextToImage, source: str, edit: str, inject: str = "self", steps: int | None = None,
         sampler: str | None = None, resolution: int | None = None, negative: str = "",
         reweight: dict[str, float] | None = None, windows: dict[str, tuple[float, float]] | None = None,
-        blend: tuple[str, str] | None = None, deep_every: int = 1,
+        blend: tuple | None = None, deep_every: int = 1, blend_most: float = 1.0,
     ):
         """Encode the texts. inject: one of MODES. Settings that are None take the default of the weights.
 
         reweight {word of `edit`: factor}, for "cross" and "both": scales the attention to a word, in its
         window. windows {word of `edit`: (from, to)}, for "cross" and "both": the part of the steps, in
         [0, 1], in which a word uses the source's maps, instead of 0 to p. blend (word of `source`, word of
-        `edit`): change the picture only where attention to either word is high. deep_every: see
-        guidance.make_denoiser. Raises ValueError for unknown words or unusable settings.
+        `edit`), or W lists of token positions for each: change the picture only where attention to a word is
+        high. blend_most: see `hot_words`. deep_every: see guidance.make_denoiser. Raises ValueError for
+        unknown words or unusable settings.
         """
         if inject not in MODES:
             raise ValueError(f"unknown mode {inject!r} of injection; take one of {', '.join(MODES)}")
         if (reweight or windows) and inject not in ("cross", "both"):
             raise ValueError(f"reweighting and windows need the mode cross or both, not {inject}")
         self.painter, self.inject, self.captions, self.negative = painter, inject, (source, edit), negative
-        self.deep_every = deep_every
+        self.deep_every, self.blend_most = deep_every, blend_most
         self.settings = painter.fill_defaults({"steps": steps, "sampler": sampler, "resolution": resolution})
         self.plan = plan(painter.schedule, self.settings["sampler"], self.settings["steps"])
-        if blend and (inject == "none" or self.settings["sampler"] not in ("euler", "euler_ancestral")):
-            raise ValueError("a local blend needs injection, and the sampler euler or euler_ancestral")
+        if blend and self.settings["sampler"] not in ("euler", "euler_ancestral"):
+            raise ValueError("a local blend needs the sampler euler or euler_ancestral")
         with torch.inference_mode():
             states = encode_texts(painter.text_encoder, painter.tokenizer, [source, edit, negative])
         self.source, self.edit, self.null = (states[text] for text in (source, edit, negative))  # (T, D)
@@ -82,8 +83,9 @@ class PairPainter:
             self.weights[find_words(tokenizer, edit, word)] = factor
         self.windows = [(find_words(tokenizer, edit, word), *window)            # token positions, from, to
                         for word, window in (windows or {}).items()]
-        self.blend = blend and [self.columns([find_words(tokenizer, text, word)])
-                                for text, word in zip((source, edit), blend)]   # (T, 1) each
+        self.blend = blend and [
+            self.columns([find_words(tokenizer, text, words)] if isinstance(words, str) else words)
+            for text, words in zip((source, edit), blend)]                      # (T, W) each
         # Heat maps use the second lowest level of the UNet (16 x 16 for latents of 64 x 64) if it has
         # cross-attention, else the lowest
         has_text = [DOWN_TYPES[name] for name in painter.unet.config.down_block_types]
@@ -107,11 +109,6 @@ class PairPainter:
 
         shares: p of each pair; a step with step / (steps - 1) < p injects. bar: advances at each step.
         """
-        if self.inject == "none":
-            source, edit = (self.painter.generate(
-                [caption] * len(seeds), cfg_text=cfg_text, seed=seeds, negative=self.negative,
-                batch=len(seeds), deep_every=self.deep_every, **self.settings) for caption in self.captions)
-            return list(zip(source, edit))
         latents, _ = self.sample(seeds, shares, cfg_text, self.blend, bar)
         edit, source = (self.painter.decode(half) for half in latents.chunk(2))
         return list(zip(source, edit))
@@ -121,8 +118,8 @@ class PairPainter:
                words: list[Tensor] | None = None, bar: tqdm | None = None) -> tuple[Tensor, Tensor | None]:
         """Latents (2 B, C, h, w) of B pairs, [edits | sources], and heat maps (2 B, W, h', w') of `words`.
 
-        words: `columns` (T, W) of the source and of the edited caption. A heat map is the attention to one
-        word, averaged over heads, summed over the steps and over the layers of size `coarse`.
+        words: `columns` (T, W) of the source and of the edited caption, those of `blend` last. A heat map is
+        the attention to one word, averaged over heads, summed over the steps and the layers of size `coarse`.
         """
         unet, device, pairs = self.painter.unet, self.null.device, len(seeds)
         # B rows each of: edits with caption, sources with caption, edits without, sources without
@@ -160,7 +157,7 @@ class PairPainter:
         for step, sigmas in enumerate(self.plan.sigmas.split(1 if self.blend else len(self.plan.sigmas)), 1):
             x = sampler(denoise, x, sigmas, generators)
             if self.blend and step > BLEND_FROM * steps:
-                x = blend_locally(x, maps[:, -1:])  # the last word is the blend word
+                x = blend_locally(x, maps[:, -self.blend[0].shape[1] :], self.blend_most)
         return x, maps
 
     def injection(self, progress: float, active: Tensor, words: Tensor | None = None,
@@ -227,16 +224,30 @@ class Injection:
             heat += maps.float().mean(2)[..., : words.shape[2]]
 
 
-def blend_locally(x: Tensor, heat: Tensor) -> Tensor:
-    """In x (2 B, C, h, w), [edits | sources], replace each edit by its source where both heat maps are low.
+def hot_words(heat: Tensor, most: float = 1.0) -> Tensor:
+    """Where each of the heat maps (2 B, W, h', w') is high: bool, of the same shape.
 
-    heat (2 B, 1, h', w'): heat maps of the blend words. As in the authors' code, a 3x3 max-pooling first
-    grows the hot regions. Heat above BLEND_THRESHOLD times the map's maximum is high.
+    As in the authors' code, a 3x3 max-pooling first grows the hot regions. Heat above BLEND_THRESHOLD times
+    the map's maximum is high. A word that is high in more than `most` of the picture is hot nowhere.
     """
-    heat = F.interpolate(F.max_pool2d(heat, 3, stride=1, padding=1), size=x.shape[2:])
-    hot_edit, hot_source = (heat > BLEND_THRESHOLD * heat.amax((2, 3), keepdim=True)).chunk(2)
-    edit, source = x.chunk(2)
-    return torch.cat([torch.where(hot_edit | hot_source, edit, source), source])
+    heat = F.max_pool2d(heat, 3, stride=1, padding=1)
+    hot = heat > BLEND_THRESHOLD * heat.amax((2, 3), keepdim=True)
+    return hot & (hot.float().mean((2, 3), keepdim=True) <= most)
+
+
+def attended(hot: Tensor, size: tuple[int, int]) -> Tensor:
+    """`hot_words` of [edits | sources] -> (B, 1, *size) bool: where any word of either caption is hot."""
+    return F.interpolate(torch.stack(hot.chunk(2)).any(0).any(1, keepdim=True).float(), size=size) > 0
+
+
+def blend_locally(x: Tensor, heat: Tensor, most: float = 1.0) -> Tensor:
+    """In x (2 B, C, h, w), [edits | sources], replace each edit by its source where no word is hot.
+
+    heat (2 B, W, h', w'): heat maps of the blend words. An edit without any hot word stays whole.
+    """
+    change, (edit, source) = attended(hot_words(heat, most), x.shape[2:]), x.chunk(2)
+    change |= ~change.any(3, keepdim=True).any(2, keepdim=True)
+    return torch.cat([torch.where(change, edit, source), source])
 
 
 def align(source: list[int], edit: list[int]) -> list[tuple[range, range]]:

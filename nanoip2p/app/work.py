@@ -15,8 +15,8 @@ from nanoip2p.common.cli import SAMPLERS
 from nanoip2p.common.names import slug
 from nanoip2p.common.saving import save_png
 from nanoip2p.common.schema import checked
+from nanoip2p.editing.recipes import read_recipe
 from nanoip2p.editor import Editor
-from nanoip2p.images import read_recipe
 
 MASK_BLUR = 4.0  # pixels, as in sample.py
 # The ranges of the page's sliders, and so of what a browser may send: kind, least, most

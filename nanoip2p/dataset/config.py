@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from nanoip2p.checkpoint import hub
-from nanoip2p.common.cli import MODES, SAMPLERS, at_least, finite, flag, pixels
+from nanoip2p.common.cli import MODES, SAMPLERS, at_least, between, finite, flag, pixels
 from nanoip2p.common.schema import checked
 
 
@@ -27,6 +27,8 @@ class PairSettings:
     n_samples: int = flag("number of candidates", 100, type=at_least(1), group="candidates of each prompt")
     early_stop: int = flag("stop after N passing candidates; 0: never", 0, type=at_least(0), metavar="N")
     inject: str = flag("attention maps that the edited picture takes from the source", "self", choices=MODES)
+    blend: str = flag("auto: change pixels only where attention to the words that differ is high",
+                      "none", choices=("none", "auto"))
     min_p2p: float = flag("minimum of p, the share of the steps with injection", 0.1, type=finite)
     max_p2p: float = flag("maximum of p", 0.9, type=finite)
     min_cfg: float = flag("minimum text guidance", 7.5, type=finite)
@@ -40,6 +42,8 @@ class PairSettings:
                                  group="the CLIP filter")
     clip_dir_threshold: float = flag("minimum directional similarity", 0.2, type=finite)
     clip_img_threshold: float = flag("minimum similarity of the two pictures", 0.7, type=finite)
+    leakage_threshold: float | None = flag("maximum change elsewhere, as a share of the change at the words "
+                                           "that differ (default: none)", type=between(0))
     max_out_samples: int = flag("maximum number of pairs to keep per prompt", 4, type=at_least(1))
     clip: str = flag("folder of the CLIP model, or its name on the Hub", hub.CLIP)
     batch: int = flag("candidates in one batch", 8, type=at_least(1), group="running")
@@ -49,9 +53,13 @@ class PairSettings:
             checked(getattr(self, key), int | None, key, 1)
         for key in ("early_stop", "seed"):
             checked(getattr(self, key), int, key, 0)
-        for key, known in (("inject", MODES), ("sampler", SAMPLERS)):
+        checked(self.leakage_threshold, float | None, "leakage_threshold", 0)
+        for key, known in (("inject", MODES), ("blend", ("none", "auto")), ("sampler", SAMPLERS)):
             if getattr(self, key) not in (None, *known):
                 raise ValueError(f"{key} = {getattr(self, key)} should be one of {', '.join(known)}")
+        if self.blend == "auto" and self.sampler not in (None, "euler", "euler_ancestral"):
+            raise ValueError(f"sampler = {self.sampler}: --blend auto needs euler or euler_ancestral; or use "
+                             "--blend none")
         if not 0 <= self.min_p2p <= self.max_p2p <= 1:
             raise ValueError(f"min_p2p = {self.min_p2p}, max_p2p = {self.max_p2p}: 0 <= min_p2p <= max_p2p "
                              "<= 1 is needed")

@@ -28,8 +28,8 @@ from nanoip2p.checkpoint.tensors import fingerprint
 from nanoip2p.clip_filter import Judge, Thresholds, best
 from nanoip2p.common.files import claim_folder, locked, read_json, read_rows, write_json
 from nanoip2p.common.schema import LONGEST, checked
+from nanoip2p.dataset.changes import MeasuredPainter
 from nanoip2p.dataset.config import PairSettings
-from nanoip2p.prompt_to_prompt import PairPainter
 from nanoip2p.text_to_image import TextToImage
 
 UNFINISHED = ".unfinished"  # folder in `out`, removed when all prompts are finished
@@ -112,21 +112,23 @@ def make_candidates(prompt: Prompt, painter: TextToImage, judge: Judge,
     Returns a row for each candidate in order, and the best (row, (before, after)). With early_stop, the rows
     end at the early_stop-th passing candidate, for any batch size.
     """
-    pair_painter = PairPainter(painter, prompt.source, prompt.output, settings.inject, settings.steps,
-                               settings.sampler, settings.resolution, deep_every=settings.deep_every)
+    pair_painter = MeasuredPainter(painter, prompt.source, prompt.output, settings.inject, settings.steps,
+                                   settings.sampler, settings.resolution, deep_every=settings.deep_every,
+                                   blend=None if settings.blend == "none" else settings.blend)
     captions = judge.encode_texts([prompt.source, prompt.output])                          # (2, P)
-    thresholds = Thresholds(settings.clip_img_threshold, settings.clip_dir_threshold, settings.clip_threshold)
+    thresholds = Thresholds(settings.clip_img_threshold, settings.clip_dir_threshold, settings.clip_threshold,
+                            settings.leakage_threshold)
     candidates = [candidate(prompt, k, settings) for k in range(settings.n_samples)]
     rows, kept, passed = [], [], 0
     for begin in range(0, settings.n_samples, settings.batch):
         drawn = candidates[begin : begin + settings.batch]
         try:
-            pairs = pair_painter.paint(*zip(*(row.values() for row in drawn)))
+            pairs, notes = pair_painter.measure(*zip(*(row.values() for row in drawn)))
         except ValueError as error:  # half precision can end in NaN
             raise ValueError(f"prompt {prompt.folder}: {error}, and a new --out") from None
-        for row, pair, scores in zip(drawn, pairs, judge.score(*zip(*pairs), captions)):
-            rows.append(row | scores)
-            if not thresholds.reasons(scores):
+        for row, pair, note, scores in zip(drawn, pairs, notes, judge.score(*zip(*pairs), captions)):
+            rows.append(row | scores | note)
+            if not thresholds.reasons(rows[-1]):
                 passed += 1
                 kept = best([*kept, (rows[-1], pair)], settings.max_out_samples)
             if passed == settings.early_stop > 0:
@@ -183,7 +185,8 @@ def job_of(painter: TextToImage, judge: Judge, settings: PairSettings) -> dict:
                            begin=repr((fixed, tokenizers)).encode())
     return {"networks": networks,
             **{key: value for key, value in asdict(settings).items() if key not in ("batch", "clip")},
-            "deep_every": settings.deep_every if settings.deep_every > 1 else None}  # older jobs lack it
+            "deep_every": settings.deep_every if settings.deep_every > 1 else None,  # older jobs lack these
+            "blend": settings.blend if settings.blend != "none" else None}
 
 
 def is_finished(out: Path, prompt: Prompt) -> bool:

@@ -18,7 +18,8 @@ from nanoip2p.prompt_to_prompt import PairPainter, split_words
 
 SCORE_NAMES = dict(zip(SIMILARITIES, ("caption before", "caption after", "direction", "pictures")))
 COSINES = dict.fromkeys(SIMILARITIES, (float, -1.01, 1.01))  # with room for rounding
-KEPT = {"seed": (int, 0, 2**63), "p2p_threshold": (float, 0, 1)} | COSINES  # of a row of metadata.jsonl
+SCORES = COSINES | {"leakage": (float | None, 0)}  # older files, and the original's, lack the last
+KEPT = {"seed": (int, 0, 2**63), "p2p_threshold": (float, 0, 1)} | SCORES  # of a row of metadata.jsonl
 BAR = 40  # length of the histogram's longest bar, in characters
 
 
@@ -45,10 +46,11 @@ def statistics(root: Path, pairs: list[dict]) -> str:
              ("kept pairs", f"{len(pairs)}, {len(pairs) / len(folders):.2f} a prompt")]
     path = root / "job.json"
     job = checked(read_json(path, missing={}).get("job"), dict | None, f"{path}: job")
-    rows = [row for folder in folders for row in checked_rows(folder / "candidates.jsonl", COSINES, False)]
+    rows = [row for folder in folders for row in checked_rows(folder / "candidates.jsonl", SCORES, False)]
     if job and rows:
-        keys = [f"clip_{name}threshold" for name in ("img_", "dir_", "")]
-        thresholds = Thresholds(*(checked(job.get(key), float, f"{path}: {key}") for key in keys))
+        kinds = {f"clip_{name}threshold": float for name in ("img_", "dir_", "")}
+        thresholds = Thresholds(*(checked(job.get(key), kind, f"{path}: {key}") for key, kind in
+                                  (kinds | {"leakage_threshold": float | None}).items()))
         passed = sum(not thresholds.reasons(row) for row in rows)
         lines.append(("candidates", f"{len(rows)}, {passed / len(rows):.1%} pass, "
                                     f"{len(pairs) / len(rows):.1%} are kept"))
@@ -74,6 +76,7 @@ def contact_sheet(pairs: list[dict], rows: int, seed: int) -> Image.Image:
         labels.append([])
         for title, pair in zip(("best", "random"), line):
             scores = ", ".join(f"{name} {pair[key]:.2f}" for key, name in SCORE_NAMES.items())
+            scores += "" if pair["leakage"] is None else f", leakage {pair['leakage']:.2f}"
             labels[-1] += [tidy(f"{title}: {pair['caption'] if pair['input'] is None else pair['input']}"),
                            tidy(f"{pair['edit']} ({scores}, p {pair['p2p_threshold']:.2f})")]
     return grid(pictures, labels)

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from nanoip2p.images import open_image, read_recipe
+from nanoip2p.editing.recipes import read_recipe
+from nanoip2p.images import open_image
 
 pytest.importorskip("gradio", reason="the page needs pip install -e '.[app]'")
 playwright = pytest.importorskip("playwright.sync_api", reason="this needs pip install -e '.[browser]'")

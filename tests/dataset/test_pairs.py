@@ -25,6 +25,7 @@ from nanoip2p.common import device
 from nanoip2p.dataset import pairs, show
 from nanoip2p.dataset.layouts import Pair, read_data
 from nanoip2p.dataset.pairs import candidate, list_seeds, pair_settings, read_prompts
+from nanoip2p.prompt_to_prompt import PairPainter
 from nanoip2p.speed import fast as speed
 from nanoip2p.text_to_image import TextToImage
 
@@ -99,7 +100,7 @@ def test_folder_is_the_originals(finished, prompts):
         assert json.loads((folder / "prompt.json").read_text()) == prompt
         kept, tried = rows(folder / "metadata.jsonl"), rows(folder / "candidates.jsonl")
         assert sorted(str(row["seed"]) for row in kept) == seeds and len(tried) == 4
-        assert list(kept[0]) == ["seed", "p2p_threshold", "cfg_scale", *SIMILARITIES]
+        assert list(kept[0]) == ["seed", "p2p_threshold", "cfg_scale", *SIMILARITIES, "leakage"]
         passing = sorted((row["clip_sim_dir"] for row in tried if row["clip_sim_dir"] >= 0), reverse=True)
         assert [row["clip_sim_dir"] for row in kept] == passing[:2]
         files = [f"{seed}_{i}.jpg" for seed in seeds for i in (0, 1)]
@@ -129,7 +130,7 @@ def test_any_pair_can_be_made_again(finished, weights):
         texts = (prompt.get("input") or prompt["caption"], prompt["output"])
         settings = [job["job"][key] for key in ("inject", "steps", "sampler", "resolution")]
         for row in rows(folder / "metadata.jsonl"):
-            again = pairs.PairPainter(painter, *texts, *settings).paint(
+            again = PairPainter(painter, *texts, *settings).paint(
                 [row["seed"]], [row["p2p_threshold"]], [row["cfg_scale"]])
             for i, picture in enumerate(again[0]):
                 file = io.BytesIO()
@@ -258,6 +259,17 @@ def test_early_stop_and_keep_rule(tmp_path, stop, batch):
     assert [row["seed"] for row in tried] == seeds[:end]
     kept = sorted((k for k in passing if k < end), key=lambda k: (-reds[k], -seeds[k]))[:4]
     assert [row["seed"] for row in rows(tmp_path / "0000000" / "metadata.jsonl")] == [seeds[k] for k in kept]
+
+
+@pytest.mark.parametrize("most, passing", [(None, 11), (0.5, 5), (0.0, 1)])
+def test_leakage_has_a_threshold_that_passes_what_has_none(tmp_path, most, passing, capsys):
+    fake_job(tmp_path, 1, n_samples=20, max_out_samples=20, leakage_threshold=most)
+    kept, tried = (rows(tmp_path / "0000000" / f"{name}.jsonl") for name in ("metadata", "candidates"))
+    wanted = [row for row in tried if row["clip_sim_dir"] >= 0 and (
+        None in (most, row["leakage"]) or row["leakage"] <= most)]
+    assert {row["seed"] for row in kept} == {row["seed"] for row in wanted} and len(wanted) == passing
+    assert make_dataset.main(["show", str(tmp_path)]) == 0
+    assert f"20, {passing / 20:.1%} pass" in capsys.readouterr().out
 
 
 def test_prompts_without_survivors_have_no_seeds(tmp_path):
@@ -429,6 +441,8 @@ def test_settings_come_from_flags_then_the_weights_folder_then_the_paper(tmp_pat
     ({"seed": -1}, "seed"), ({"steps": 0}, "from 1"), ({"batch": 10**9}, "from -10000 to 10000"),
     ({"clip": "owner/clip"}, "give it as --clip"), ({"inject": "all"}, "self"), ({"sampler": "x"}, "ddim"),
     ({"clip": []}, "a text"), ({"max_cfg": float("nan")}, "a number"),
+    ({"blend": "red"}, "none, auto"), ({"blend": "auto"}, "sampler = ddim: --blend auto needs euler"),
+    ({"leakage_threshold": -1}, "from 0"), ({"leakage_threshold": "low"}, "a number"),
     ({"min_cfg": 16}, "max_cfg"), ({"max_p2p": 1.5}, "max_p2p <= 1"), ({"min_p2p": -0.1}, "0 <= min_p2p"),
 ])
 def test_settings_that_cannot_be_used_are_named(tmp_path, chosen, named):
@@ -442,7 +456,8 @@ def test_settings_that_cannot_be_used_are_named(tmp_path, chosen, named):
     (["--n-samples", "0"], "--n-samples"), (["--min-p2p", "nan"], "--min-p2p"), (["--batch", "x"], "--batch"),
     (["--min-cfg", "20"], "min_cfg"), (["--inject", "all"], "--inject"), (["--device", "abacus"], "abacus"),
     (["--prompts", "nowhere"], "nowhere"), (["--prompts", os.devnull], "regular file"),
-    (["--raw-weights"], "--raw-weights"), (["--steps", "5000"], "5000"),
+    (["--raw-weights"], "--raw-weights"), (["--steps", "5000"], "5000"), (["--blend", "red"], "--blend"),
+    (["--blend", "auto", "--sampler", "ddim"], "euler"), (["--leakage-threshold", "-1"], "number from 0"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(weights, prompts, tmp_path, capsys, words, named):
     assert make_dataset.main(argv(weights, prompts, tmp_path / "out", *words)) == 2
@@ -517,6 +532,9 @@ def test_contact_sheet_has_the_best_pair_of_the_best_prompts_first(finished, mon
     for (row, prompt, folder), images, texts in zip(firsts[:2], pictures, labels, strict=True):
         assert texts[0] == f"best: {prompt.get('input') or prompt['caption']}"
         assert texts[1].startswith(prompt["edit"]) and f"direction {row['clip_sim_dir']:.2f}" in texts[1]
+        assert ", leakage" not in texts[1] if row["leakage"] is None else (
+            f"direction {row['clip_sim_dir']:.2f}, pictures {row['clip_sim_image']:.2f}, "
+            f"leakage {row['leakage']:.2f}, p" in texts[1])
         for i in (0, 1):
             assert images[i].tobytes() == Image.open(folder / f"{row['seed']}_{i}.jpg").tobytes()
 
@@ -562,7 +580,7 @@ def test_a_picture_that_is_no_number_names_its_prompt_and_a_way_out(tmp_path, mo
     def paint(self, seeds, shares, cfg_text):
         raise ValueError("the picture came out as NaN")
 
-    monkeypatch.setattr(pairs_jobs.FakePainter, "paint", paint)
+    monkeypatch.setattr(pairs_jobs.FakePainter, "measure", paint)
     with pytest.raises(ValueError, match="prompt 0000000: the picture came out as NaN, and a new --out"):
         fake_job(tmp_path / "out", 1)
 
@@ -578,6 +596,10 @@ def test_a_broken_job_file_is_one_line(tmp_path):
     ("metadata.jsonl", {"clip_sim_dir": None}, "clip_sim_dir = None should be a number"),
     ("metadata.jsonl", {"p2p_threshold": "x"}, "p2p_threshold = 'x' should be a number"),
     ("metadata.jsonl", {"p2p_threshold": float("inf")}, "p2p_threshold = inf should be a number from 0 to 1"),
+    ("metadata.jsonl", {"leakage": -1}, "leakage = -1 should be a number from 0 or null"),
+    ("candidates.jsonl", {"leakage": "x"}, "leakage = 'x' should be a number from 0 or null"),
+    ("job.json", {"job": dict.fromkeys(("clip_threshold", "clip_dir_threshold", "clip_img_threshold"), 0)
+                  | {"leakage_threshold": []}}, "leakage_threshold = [] should be a number or null"),
     ("candidates.jsonl", {"clip_sim_0": None}, "clip_sim_0 = None should be a number"),
     ("metadata.jsonl", {"seed": "../1"}, "row 1: seed = '../1' should be a whole number"),
     ("prompt.json", {"edit": []}, "edit = [] should be a text or null"),

@@ -38,8 +38,9 @@ from nanoip2p.dataset import captions, chat, finetune, pairs, show, tables
 from nanoip2p.dataset.layouts import broken_pictures, load_picture, read_data
 from nanoip2p.editing.masks import read_mask
 from nanoip2p.editing.pictures import find_images
+from nanoip2p.editing.recipes import read_recipe
 from nanoip2p.evaluate import calls, curve, magicbrush
-from nanoip2p.images import open_image, read_recipe
+from nanoip2p.images import open_image
 from nanoip2p.speed import tune
 from nanoip2p.tokenizer import START, load_tokenizer
 from nanoip2p.training import run_folder

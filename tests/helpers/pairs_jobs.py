@@ -34,16 +34,17 @@ class FakePainter:
 
     log = None
 
-    def __init__(self, painter, source, output, inject, steps, sampler, resolution, deep_every):
+    def __init__(self, painter, source, output, inject, steps, sampler, resolution, deep_every, blend):
         self.source = source
 
-    def paint(self, seeds, shares, cfg_text):
+    def measure(self, seeds, shares, cfg_text):
         if self.log:
             with self.log.open("a") as file:
                 file.write("".join(f"{self.source} {seed}\n" for seed in seeds))
         return [(Image.new("RGB", (8, 8), (seed % 256, int(99 * share), 0)),
                  Image.new("RGB", (8, 8), (seed % 256, int(cfg * 9), 0)))
-                for seed, share, cfg in zip(seeds, shares, cfg_text)]
+                for seed, share, cfg in zip(seeds, shares, cfg_text)], [
+                    {"leakage": seed % 10 / 10 or None} for seed in seeds]
 
 
 class FakeJudge:
@@ -72,7 +73,7 @@ def fake_job(out, count=3, log=None, **settings):
     prompts = [pairs.Prompt(n, f"a {n}", f"b {n}", {"input": f"a {n}", "edit": "e", "output": f"b {n}"})
                for n in range(count)]
     settings = replace(FEW, **settings)
-    with mock.patch.object(pairs, "PairPainter", FakePainter):
+    with mock.patch.object(pairs, "MeasuredPainter", FakePainter):
         pairs.make_pairs(prompts, Path(out), painter, FakeJudge(), settings, {"weights": "w", "clip": "c"})
 
 

@@ -27,7 +27,8 @@ from nanoip2p.common.grids import grid, wrap
 from nanoip2p.common.names import slug, unused
 from nanoip2p.common.saving import save_image, save_png
 from nanoip2p.editing.pictures import find_images
-from nanoip2p.images import FORMATS, fit, fit_size, open_image, read_recipe, to_pil, to_tensor
+from nanoip2p.editing.recipes import read_recipe
+from nanoip2p.images import FORMATS, fit, fit_size, open_image, to_pil, to_tensor
 from nanoip2p.samplers import SAMPLERS
 
 

@@ -11,7 +11,7 @@ import make_dataset
 from nanoip2p.checkpoint.lora import write_lora
 from nanoip2p.common import device
 from nanoip2p.common.grids import grid
-from nanoip2p.dataset import show
+from nanoip2p.dataset import changes, show
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.prompt_to_prompt import PairPainter
 from nanoip2p.text_to_image import TextToImage
@@ -44,6 +44,7 @@ def command(folder, out, *flags):
      {"inject": "cross", "p": 0.8, "reweight": {"blue": 3.0, "boat": -1.0},
       "windows": {"house": (0.2, 0.9)}}),
     (["--deep-every", "2", "--steps", "3"], {"deep_every": 2, "steps": 3}),
+    (["--blend", "auto"], {"blend": ([[3]], [[3]]), "blend_most": changes.MOST}),
     (["--inject", "both", "--blend", "red", "boat", "--sampler", "euler", "--seed", "7", "--cfg-text", "5",
       "--negative", "night", "--resolution", "32"],
      {"inject": "both", "blend": ("red", "boat"), "sampler": "euler", "seed": 7, "cfg_text": 5.0,
@@ -73,7 +74,8 @@ def test_the_device_chooses_the_dtype(folder, tmp_path, monkeypatch, capsys, fas
     assert loaded == [torch.bfloat16 if faster == "bf16" else torch.float32]
 
 
-@pytest.mark.parametrize("flags", [[], ["--blend", "red", "boat", "--inject", "both"]], ids=str)
+@pytest.mark.parametrize("flags", [
+    [], ["--blend", "red", "boat", "--inject", "both"], ["--inject", "none"]], ids=str)
 def test_heatmaps_show_each_word(painter, folder, tmp_path, monkeypatch, flags):
     shown = []
     monkeypatch.setattr(show, "grid", lambda rows, labels: (
@@ -81,7 +83,7 @@ def test_heatmaps_show_each_word(painter, folder, tmp_path, monkeypatch, flags):
     assert command(folder, tmp_path / "heat.png", "--heatmaps", *flags) == 0
     [(rows, labels)] = shown
     assert labels == [[caption, *caption.split()] for caption in CAPTIONS]
-    inject, blend = ("both", ("red", "boat")) if flags else ("self", None)
+    inject, blend = flags[-1] if flags else "self", ("red", "boat") if "--blend" in flags else None
     model = PairPainter(painter, *CAPTIONS, inject, 2, blend=blend)
     [pair] = model.paint([0], [0.5], [3.0])
     columns = [model.columns([[i] for i in range(1, 8)])] * 2  # each word is one token
@@ -100,7 +102,10 @@ def test_heatmaps_show_each_word(painter, folder, tmp_path, monkeypatch, flags):
 
 @pytest.mark.parametrize("flags, message", [
     (["--inject", "all"], "argument --inject: invalid choice: 'all'"),
-    (["--blend", "red"], "argument --blend: expected 2 arguments"),
+    (["--blend"], "argument --blend: expected at least one argument"),
+    (["--blend", "red"], "--blend needs a word of each caption, or auto"),
+    (["--blend", "auto", "blue", "red"], "--blend needs a word of each caption, or auto"),
+    (["--blend", "auto", "blue"], "'auto' is not in 'turn the red house"),
     (["--blend", "red", "night"], "'night' is not in 'turn the blue house into a boat'; name a word of it"),
     (["--reweight", "blue", "much", "--inject", "cross"], "'much'"),
     (["--reweight", "green", "2", "--inject", "cross"], "'green' is not in"),
@@ -110,9 +115,9 @@ def test_heatmaps_show_each_word(painter, folder, tmp_path, monkeypatch, flags):
     (["--p", "inf"], "argument --p: 'inf' is not a number"), (["--seed", "-1"], "argument --seed"),
     (["--p", "7"], "--p must be in [0, 1]"),
     (["--window", "blue", "0.8", "0.2", "--inject", "both"], "a --window needs 0 <= FROM <= TO"),
-    (["--heatmaps", "--inject", "none"], "--heatmaps needs another --inject"),
-    (["--resolution", "20"], "take a multiple of 8"), (["--blend", "red", "boat", "--sampler", "ddim"],
-                                                         "a local blend needs injection, and the sampler"),
+    (["--resolution", "20"], "take a multiple of 8"),
+    (["--blend", "red", "boat", "--sampler", "ddim"], "a local blend needs the sampler"),
+    (["--blend", "auto", "--sampler", "ddim"], "a local blend needs the sampler"),
     (["--weights", "/nowhere/at/all"], "/nowhere/at/all"),
 ], ids=lambda given: " ".join(given) if isinstance(given, list) else "")
 def test_mistakes_are_one_line(folder, tmp_path, capsys, flags, message):

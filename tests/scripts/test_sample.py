@@ -24,8 +24,9 @@ from nanoip2p.common import files as common_files
 from nanoip2p.common.grids import grid
 from nanoip2p.common.saving import save_png
 from nanoip2p.editing import masks, pictures
+from nanoip2p.editing.recipes import read_recipe
 from nanoip2p.editor import Editor
-from nanoip2p.images import open_image, read_recipe
+from nanoip2p.images import open_image
 from nanoip2p.speed import fast as speed
 from nanoip2p.unet import UNet
 from nanoip2p.vae import VAE

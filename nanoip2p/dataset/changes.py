@@ -1,0 +1,86 @@
+"""Which words a pair of captions changes, and how much else changed in the pictures. Not in the paper.
+
+The region of an edit is where the attention to a changed word is high, as the local blend of Prompt-to-Prompt
+finds it (prompt_to_prompt.hot_words). A word that is high in more than MOST of the picture does not count. In
+an edit of the whole picture (time, weather, style), no word counts: it has no region, no blend, no leakage.
+
+    leakage = mean |after - before| outside the region / mean |after - before| inside     (8-bit RGB pixels)
+
+0: nothing else changed; 1: everything changed alike. The maps are those of the second lowest level (16 x 16
+at 512 pixels), summed over all steps. After a blend, leakage is near 0: it cannot see a wrong region.
+"""
+
+from itertools import zip_longest
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from nanoip2p.images import to_tensor
+from nanoip2p.prompt_to_prompt import PairPainter, align, attended, hot_words, split_words
+from nanoip2p.text_to_image import TextToImage
+from nanoip2p.tokenizer import Tokenizer
+
+MOST = 0.4  # measured in the nano world, see docs/datasets.md
+# Words that show nothing. They count only if nothing else changed
+FILLERS = set("a an the this that its and or but of in on at to by with from for into onto over under near "
+              "is are as".split())
+
+
+def changed_words(tokenizer: Tokenizer, source: str, edit: str) -> list[list[tuple[str, list[int]]]]:
+    """The words of `source` that `align` does not find in `edit`, and the reverse, with token positions.
+
+    It aligns words, because words of several tokens can share some by chance. Words that do not fit are cut.
+    """
+    texts = [split_words(tokenizer, text) for text in (source, edit)]
+    names = [[word.lower() for word, _ in words] for words in texts]
+    blocks = [(a, b) for a, b in align(*names) if [names[0][i] for i in a] != [names[1][j] for j in b]]
+    changed = [[words[i] for block in blocks for i in block[side]] for side, words in enumerate(texts)]
+    shown = [[(word, tokens) for word, tokens in words
+              if word.lower() not in FILLERS and any(map(str.isalnum, word))] for words in changed]
+    return shown if any(shown) else changed
+
+
+def leakage(before: Image.Image, after: Image.Image, region: Tensor) -> float | None:
+    """Change outside the region (1, H, W) bool over change inside, >= 0. None if either is empty."""
+    change = (to_tensor(after) - to_tensor(before)).abs().mean(0, keepdim=True).cpu()       # (1, H, W)
+    if region.all() or not region.any():
+        return None
+    return float(change[~region].mean() / change[region].mean().clamp(min=1e-6))
+
+
+class MeasuredPainter(PairPainter):
+    """A PairPainter that also measures leakage, and whose `blend` may be "auto": the words that differ."""
+
+    def __init__(self, painter: TextToImage, source: str, edit: str, *settings, blend=None, **more):
+        """As PairPainter."""
+        words = list(zip_longest(*changed_words(painter.tokenizer, source, edit), fillvalue=("", [])))
+        self.words = list(zip(*words)) or [[("", [])]] * 2  # of each caption, equally many
+        tokens = [[tokens for _, tokens in side] for side in self.words]
+        self.auto = blend == "auto"
+        super().__init__(painter, source, edit, *settings, **more, blend=tokens if self.auto else blend,
+                         blend_most=MOST if self.auto else 1.0)
+        self.changed = [self.columns(side) for side in tokens]
+
+    @torch.inference_mode()
+    def measure(self, seeds: list[int], shares: list[float], cfg_text: list[float], bar: tqdm | None = None,
+                ) -> tuple[list[tuple[Image.Image, Image.Image]], list[dict]]:
+        """`paint`, and the leakage of each pair. With "auto", also the words of each caption that it blended.
+
+        The notes are {"leakage": number or None, "blend": [words, words] or None}.
+        """
+        words = self.changed
+        if self.blend:
+            words = [torch.cat(sides, dim=1) for sides in zip(words, self.blend)]
+        latents, maps = self.sample(seeds, shares, cfg_text, words, bar)
+        edits, sources = (self.painter.decode(half) for half in latents.chunk(2))
+        hot = hot_words(maps[:, : len(self.words[0])], MOST).cpu()
+        regions, notes = attended(hot, edits[0].size[::-1]), []
+        for i, region in enumerate(regions):
+            notes.append({"leakage": leakage(sources[i], edits[i], region)})
+            if self.auto:
+                sides = [[word for (word, _), on in zip(words, hot[row]) if on.any()]
+                         for words, row in zip(self.words, (len(seeds) + i, i))]
+                notes[-1]["blend"] = sides if any(sides) else None
+        return list(zip(sources, edits)), notes

@@ -1,0 +1,28 @@
+"""Read the recipe, the settings that made it, in a picture that we wrote."""
+
+import contextlib
+import json
+from pathlib import Path
+
+from PIL import Image
+
+from nanoip2p.common import recipes
+from nanoip2p.images import open_image
+
+
+def read_recipe(path: str | Path) -> dict:
+    """Read the recipe that save_image wrote. Raises ValueError if the file has none or is not a picture."""
+    open_image(path)  # reports a missing or damaged file
+    with contextlib.suppress(OSError, TypeError, ValueError, RecursionError):
+        with Image.open(path, formats=list(recipes.KINDS.values())) as image:
+            text = image.text.get(recipes.KEY) if image.format == "PNG" else recipes.from_xmp(_xmp(image))
+        recipe = json.loads(text)
+        if isinstance(recipe, dict):
+            return recipe
+    raise ValueError(f"{path} has no recipe; only files that sample.py wrote have one")
+
+
+def _xmp(image: Image.Image) -> bytes:
+    """The first XMP packet of a JPEG or WebP."""
+    found = [content for name, content in getattr(image, "applist", ()) if content.startswith(recipes.HEADER)]
+    return found[0][len(recipes.HEADER):] if found else image.info.get("xmp", b"")
