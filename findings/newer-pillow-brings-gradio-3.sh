@@ -13,6 +13,7 @@ set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
+"$folder/venv/bin/pip" install --quiet --disable-pip-version-check pip==23.2.1 2>/dev/null
 pip=("$folder/venv/bin/pip" --disable-pip-version-check install --quiet --dry-run)
 "$folder/venv/bin/pip" --version | cut -d' ' -f1-2
 "${pip[@]}" --report "$folder/report.json" 'gradio<=6.31.0' pillow==13.0.0 2>/dev/null

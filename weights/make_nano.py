@@ -7,7 +7,8 @@
 The stages:
 
     tokenizer     byte pairs of the nano world's sentences
-    CLIP, VAE     by the loops in this file
+    VAE           by train_vae.py
+    CLIP          by the loop in this file
     nano-sd       the text-to-image model, by train.py
     paper editor  from nano-sd, on Prompt-to-Prompt pairs that pass the CLIP filter (by make_dataset.py)
     nano-ip2p     an editor trained on rendered pairs, by train.py
@@ -25,15 +26,14 @@ import argparse
 import json
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import demo
 import torch
 import torch.nn.functional as F
 from run_scripts import make_pairs, train_run
-from tqdm import tqdm
 from train_tokenizer import train_tokenizer
+from train_vae import SIZE, fit, make_vae, picture, sharpen_vae
 
 from nanoip2p.checkpoint.folder import load_network, save_network
 from nanoip2p.checkpoint.load import load_model
@@ -42,20 +42,16 @@ from nanoip2p.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Te
 from nanoip2p.common import cli
 from nanoip2p.common.cli import at_least
 from nanoip2p.common.device import pick_device
-from nanoip2p.common.files import CHECKOUT, check_writable, replacing, write_json
+from nanoip2p.common.files import CHECKOUT, check_writable, write_json
 from nanoip2p.dataset.rendered import draw_edit, pick
 from nanoip2p.diffusion import NoiseSchedule
-from nanoip2p.images import to_tensor
-from nanoip2p.objective import learning_rate
 from nanoip2p.tokenizer import load_tokenizer
-from nanoip2p.training import signals
 from nanoip2p.training.distill import STUDENT_DEFAULTS
 from nanoip2p.unet import UNet, UNetConfig
-from nanoip2p.vae import VAE, VAEConfig
+from nanoip2p.vae import VAE
 from nanoip2p.world.scenes import Scene, Thing, random_scene
 
-SIZE = 64  # pixels
-TOKENIZER_SCENES, SCALE_PICTURES = 2000, 512  # for the tokenizer; for the VAE's scale
+TOKENIZER_SCENES = 2000
 UNET = dict(
     in_channels=8, block_out_channels=(64, 128, 128), layers_per_block=1, cross_attention_dim=128,
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -81,7 +77,8 @@ PAPER_EDITOR_DEFAULTS = DEFAULTS | {"cfg_image": 1.5}
 SD_DEFAULTS = DEFAULTS | {"cfg_text": 3.0}
 # Defaults of `make_dataset.py pairs` for nano-sd; nano CLIP's similarities are larger than CLIP's
 PAIRS = {"clip": "../nano-clip", "clip_threshold": 0.8, "clip_dir_threshold": 0.7, "clip_img_threshold": 0.5,
-         "min_cfg": 2.0, "max_cfg": 5.0, "n_samples": 20, "batch": 20, "steps": 10, "inject": "both"}
+         "min_cfg": 2.0, "max_cfg": 5.0, "n_samples": 20, "batch": 20, "steps": 10, "inject": "both",
+         "blend": "auto", "leakage_threshold": 0.3}
 EXAMPLES = {
     "house": Scene("day", "clear", "grass", (Thing("house", "red", "large", 1),), 11),
     "car": Scene("sunset", "clear", "sand", (Thing("car", "blue", "large", 0),
@@ -90,78 +87,6 @@ EXAMPLES = {
     "rocket": Scene("night", "clear", "dirt", (Thing("tent", "yellow", "medium", 0),
                                                Thing("rocket", "white", "large", 1)), 77),
 }
-
-
-def picture(scene) -> torch.Tensor:
-    """A scene as (3, 64, 64) in [-1, 1]."""
-    return to_tensor(scene.render(SIZE))
-
-
-def draw_scene(generator):
-    """Draw a training scene. Half of the scenes have one edit applied: only edits make empty places."""
-    scene = random_scene("train", int(torch.randint(2**31, (), generator=generator)))
-    return draw_edit(scene.edits(), generator).scene if torch.rand((), generator=generator) < 0.5 else scene
-
-
-def fit(name: str, model: torch.nn.Module, loss_of_step, steps: int, lr: float, folder: Path) -> None:
-    """Train with AdamW. Learning rate: 100 warm-up steps, constant, linear decay to 0 in the last 30%.
-
-    Saves to <folder>/<name>-run.pt every 250 steps and after Ctrl-C. The next call continues from this file.
-    """
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
-    path, first = folder / f"{name}-run.pt", 0
-    if path.exists():
-        first, *states = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(states[0])
-        optimizer.load_state_dict(states[1])
-    bar = tqdm(range(first, steps), desc=name, initial=first, total=steps, mininterval=10)
-    with signals.stop_between_steps() as stop:
-        for step in bar:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, lr, warmup=100, cooldown=0.3)
-            loss, note = loss_of_step(torch.Generator().manual_seed(step))
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            bar.set_postfix_str(note, refresh=False)
-            if stop() or (step + 1) % 250 == 0 or step + 1 == steps:
-                with replacing(path) as temporary:
-                    torch.save((step + 1, model.state_dict(), optimizer.state_dict()), temporary)
-            if stop():
-                raise KeyboardInterrupt
-
-
-def make_vae(out: Path, device: str, steps: int, batch: int = 8) -> Path:
-    """Train a VAE, 64 x 64 pixels -> 16 x 16 x 4 latents. Loss: L1 and a small KL term for smooth latents.
-
-    Writes it with the scaling factor that gives its latents unit variance, and returns its folder.
-    """
-    folder = out / "vae"
-    if (folder / "config.json").exists():
-        return folder
-    torch.manual_seed(0)
-    config = VAEConfig(block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8)
-    vae = VAE(config).to(device)
-
-    def loss_of_step(generator):
-        x = torch.stack([picture(draw_scene(generator)) for _ in range(batch)]).to(device)
-        mean, logvar = vae.encode(x)
-        noise = torch.randn(mean.shape, generator=generator).to(device)
-        restored = vae.decode(mean + noise * (0.5 * logvar).exp())
-        l1 = (restored - x).abs().mean()
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        psnr = -10 * torch.log10(F.mse_loss(restored, x) / 4)
-        return l1 + 3e-4 * kl, f"l1 {l1:.4f} kl {kl:.2f} psnr {psnr:.1f}"
-
-    fit("vae", vae, loss_of_step, steps, 1.5e-3, out)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        x = torch.stack([picture(draw_scene(generator)) for _ in range(SCALE_PICTURES)]).to(device)
-        scale = 1 / torch.cat([vae.encode(part)[0] for part in x.split(64)]).std().item()
-    vae.config = replace(vae.config, scaling_factor=round(scale, 5))
-    save_network(vae, folder)
-    return folder
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -283,7 +208,8 @@ def make(args: argparse.Namespace) -> None:
     if not (args.out / "tokenizer" / "tokenizer_config.json").exists():
         make_tokenizer(args.out / "tokenizer")
     clip = clip_folder(args.out, device, args.clip_steps)
-    stages = (args.out, make_vae(args.out, device, args.vae_steps), clip)
+    vae = make_vae(args.out, device, args.vae_steps)
+    stages = (args.out, sharpen_vae(vae, args.out, device, args.decoder_steps), clip)
     painter = start_folder(args.out / "sd-start", SD_UNET, SD_DEFAULTS, *stages)
     painter = trained(args.out / "sd", painter, args.sd_steps, SD_RUNS, args.captions, device)
     write_json(PAIRS | {"clip": str(clip.resolve())}, painter / "pairs.json")
@@ -308,6 +234,8 @@ def main(argv: list[str] | None = None) -> int:
                                                   "--ship weights replaces the shipped weights")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first that works")
     parser.add_argument("--vae-steps", type=at_least(1), default=3200, help="training steps, 8 pictures each")
+    parser.add_argument("--decoder-steps", type=at_least(1), default=5000,
+                        help="more training steps of the VAE's decoder alone, 8 pictures each")
     parser.add_argument("--clip-steps", type=at_least(1), default=800, help="training steps, 32 edits each")
     parser.add_argument("--sd-steps", type=at_least(1), nargs=len(SD_RUNS), default=(9000,), metavar="STEPS",
                         help="training steps, 32 captioned pictures each")

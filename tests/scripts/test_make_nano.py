@@ -29,14 +29,14 @@ def test_from_nothing_to_folders_that_edit(make_nano, tmp_path, monkeypatch):
     monkeypatch.setattr(make_nano, "RECIPE", [*make_nano.RECIPE, "--sample-every", 0, "--validate-every", 0])
     monkeypatch.setattr(make_nano, "DISTILL_RUN", [*make_nano.DISTILL_RUN, "--validate-every", 0])
     monkeypatch.setattr(make_nano, "TOKENIZER_SCENES", 100)
-    monkeypatch.setattr(make_nano, "SCALE_PICTURES", 16)
+    monkeypatch.setattr("train_vae.SCALE_PICTURES", 16)
     monkeypatch.setattr(make_nano.demo, "EDITS", {"house": ("make it night",)})
 
     def make(*editor_steps):
         code = make_nano.main([str(word) for word in (
-            "--out", tmp_path / "runs", "--ship", folder.parent, "--vae-steps", 2, "--clip-steps", 1,
-            "--sd-steps", 1, "--captions", 32, "--editor-steps", *editor_steps, "--pairs", 32,
-            "--prompts", 40, "--paper-steps", 1, "--distill-steps", 1, "--device", "cpu")])
+            "--out", tmp_path / "runs", "--ship", folder.parent, "--vae-steps", 2, "--decoder-steps", 1,
+            "--clip-steps", 1, "--sd-steps", 1, "--captions", 32, "--editor-steps", *editor_steps,
+            "--pairs", 32, "--prompts", 40, "--paper-steps", 1, "--distill-steps", 1, "--device", "cpu")])
         assert code == 0
         return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
 
