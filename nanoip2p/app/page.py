@@ -114,7 +114,7 @@ class Page:
 
     def connect(self) -> None:
         """Say which method each button calls. Edits and sweeps wait in one queue."""
-        asked = [self.visit, self.paint, self.instruction, self.locked, *self.settings.values()]
+        asked = [self.visit, self.picture, self.paint, self.instruction, self.locked, *self.settings.values()]
         scales = [self.settings["cfg_text"], self.settings["cfg_image"]]
         shown = [self.result, self.status, self.download, self.mask, self.history]
         one = {"concurrency_id": "edit", "concurrency_limit": 1, "show_progress": "minimal"}
@@ -123,8 +123,8 @@ class Page:
                 self.sweep_start.click(self.sweep, asked,
                                        [self.settings["seed"], self.cells, self.sweep_status], **one)]
         self.stop.click(self.end, self.visit, [self.status, self.sweep_status], cancels=runs, queue=False)
-        gr.on([self.picture.upload, self.picture.clear], self.take, [self.visit, self.picture],
-              [self.picture, self.paint], preprocess=False)
+        gr.on([self.picture.upload, self.picture.clear], take, self.picture, [self.picture, self.paint],
+              preprocess=False)
         self.again.click(self.go_on, self.visit, [self.picture, self.paint])
         self.undo.click(self.go_back, self.visit, [*shown, self.picture, self.paint])
         self.history.select(self.show, self.visit, shown)
@@ -133,59 +133,51 @@ class Page:
         self.opened.upload(self.reopen, self.opened, [self.instruction, self.locked, *self.settings.values()],
                            preprocess=False)
 
-    def take(self, visit: Visit, upload: dict | None) -> tuple:
-        """A new input, or None. Reads it as sample.py does, with the limits of open_image."""
-        visit.picture = None
-        if upload:
-            visit.name = Path(upload["orig_name"] or upload["path"]).name
-            try:
-                with open(upload["path"], "rb") as file:
-                    visit.picture = open_image(visit.name, file)
-            except ValueError as error:
-                gr.Warning(html.escape(one_line(error)))
-        return gr.skip() if visit.picture else None, canvas(visit.picture)
-
-    def ask(self, visit: Visit, painted: dict | None, instruction: str, locked: bool, values: tuple) -> tuple:
+    def ask(self, visit: Visit, picture: str | None, painted: dict | None, instruction: str, locked: bool,
+            values: tuple) -> tuple:
         """Check what the page sends, and begin a run. Returns Editor.edit's arguments, n and the mask."""
         given = dict(zip(self.settings, values))
         if not locked:
             given["seed"] = new_seed()
-        if visit.picture is None:
+        if not picture:
             raise ValueError("There is no picture yet: drop, paste or choose one.")
         if not instruction.strip():
             raise ValueError("The instruction is empty: write what to change, such as: make it night")
         given |= {key: checked(given[key], kind, key, *limits) for key, (kind, *limits) in LIMITS.items()}
-        size = fit_size(*visit.picture.size, self.editor.defaults["resolution"], self.editor.multiple)
+        image = open_named(picture)
+        size = fit_size(*image.size, self.editor.defaults["resolution"], self.editor.multiple)
         n, mask = given.pop("n"), mask_of(painted)
-        given |= {"images": fit(visit.picture, size), "instructions": instruction, "mask_blur": MASK_BLUR,
-                  "masks": fit_mask(mask, visit.picture, size), "low_memory": self.low_memory}
+        given |= {"images": fit(image, size), "instructions": instruction, "mask_blur": MASK_BLUR,
+                  "masks": fit_mask(mask, image, size), "low_memory": self.low_memory}
         self.stop_last = visit.stop = threading.Event()
         return given, n, mask
 
-    def edit(self, visit: Visit, painted: dict | None, instruction: str, locked: bool, *values):
+    def edit(self, visit: Visit, picture: str | None, painted: dict | None, instruction: str, locked: bool,
+             *values):
         """Edit, with previews on the way. The results join those of the visit."""
         with in_words():
-            given, n, mask = self.ask(visit, painted, instruction, locked, values)
+            given, n, mask = self.ask(visit, picture, painted, instruction, locked, values)
             seeds = [given["seed"] + i for i in range(n)]
-            picture, name, before, began = visit.picture, visit.name, given["images"], time.monotonic()
+            before, began = given["images"], time.monotonic()
             for step, previews, results in watched(  # noqa: B007
                     self.editor, visit.stop, **given | {"seed": seeds, "batch": n}):
                 news = {self.settings["seed"]: seeds[0], self.status: progress(step, given["steps"], began)}
                 yield news | ({self.result: (before, previews[0])} if previews else {})
-        recipe = {key: given[key] for key in ("cfg_text", "cfg_image", "steps", "sampler")}
-        recipe |= {"edit": [instruction], "negative": "", "weights": self.weights, "input": [name]}
+        recipe = {"negative": ""} | {key: given[key] for key in ("cfg_text", "cfg_image", "steps", "sampler")}
+        recipe |= {"input": [Path(picture).name], "edit": [instruction], "weights": self.weights}
         for seed, after in zip(seeds, results):
             files = write_result(after, mask, self.folder, recipe | {"seed": seed})
-            visit.turns.append(Turn(picture, name, before, after, files, f"{instruction} (seed {seed})"))
+            visit.turns.append(Turn(picture, before, after, files, f"{instruction} (seed {seed})"))
         del visit.turns[:-MOST_TURNS]
         visit.shown = len(visit.turns) - n
-        notes = nano_notes(self.editor, [instruction], {name: picture.size})
+        notes = nano_notes(self.editor, [instruction], {})
         yield self.show(visit) | {self.status: html.escape("; ".join(notes))}
 
-    def sweep(self, visit: Visit, painted: dict | None, instruction: str, locked: bool, *values):
+    def sweep(self, visit: Visit, picture: str | None, painted: dict | None, instruction: str, locked: bool,
+              *values):
         """One edit at 5 x 5 scales around those of the page. Each cell appears when it is made."""
         with in_words():
-            given, *_ = self.ask(visit, painted, instruction, locked, values)
+            given, *_ = self.ask(visit, picture, painted, instruction, locked, values)
             texts = [round(given["cfg_text"] * factor, 2) for factor in SWEEP_FACTORS]
             images = [max(0, round(given["cfg_image"] + step, 2)) for step in SWEEP_STEPS]
             visit.scales, cells, began = list(product(texts, images)), [], time.monotonic()
@@ -211,7 +203,6 @@ class Page:
         if not visit.turns:
             raise gr.Error("There is no result yet.", print_exception=False)
         turn = visit.turns[visit.shown]
-        visit.picture, visit.name = turn.after, Path(turn.files[0]).name
         return {self.picture: turn.files[0], self.paint: canvas(turn.after)}
 
     def go_back(self, visit: Visit) -> dict:
@@ -219,8 +210,7 @@ class Page:
         if not visit.turns:
             raise gr.Error("There is nothing to undo.", print_exception=False)
         turn, visit.shown = visit.turns.pop(), -1
-        visit.picture, visit.name = turn.picture, turn.name
-        return self.show(visit) | {self.picture: turn.picture, self.paint: canvas(turn.picture)}
+        return self.show(visit) | {self.picture: turn.picture, self.paint: canvas(turn.before)}
 
     def take_scales(self, visit: Visit, chosen: gr.SelectData) -> tuple[float, float]:
         """The scales of the clicked cell."""
@@ -236,6 +226,23 @@ class Page:
         """Stop the edit of this visit."""
         visit.stop.set()
         return "Stopped.", "Stopped."
+
+
+def open_named(path: str, name: str = "") -> Image.Image:
+    """Read an upload as sample.py does, with the limits of open_image. Errors name it as its user does."""
+    with open(path, "rb") as file:
+        return open_image(name or Path(path).name, file)
+
+
+def take(upload: dict | None) -> tuple:
+    """A new input, or None: the updates of the picture and of the one to paint on. Refuses a bad file."""
+    if not upload:
+        return None, None
+    try:
+        return gr.skip(), canvas(open_named(upload["path"], upload["orig_name"]))
+    except ValueError as error:
+        gr.Warning(html.escape(one_line(error)))
+        return None, None
 
 
 def canvas(image: Image.Image | None) -> dict | None:

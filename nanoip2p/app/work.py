@@ -33,8 +33,7 @@ class Stopped(Exception):
 class Turn:
     """A result of a visit, and the input from which it was made."""
 
-    picture: Image.Image
-    name: str             # of the input's file
+    picture: str          # the file of the input
     before: Image.Image   # the input at the size of the result
     after: Image.Image
     files: list[str]      # the PNG with its recipe; the mask, if there was one
@@ -45,8 +44,6 @@ class Turn:
 class Visit:
     """What one tab of a browser has made. Events change it in place: an edit may end after a later event."""
 
-    picture: Image.Image | None = None
-    name: str = ""
     turns: list[Turn] = field(default_factory=list)
     shown: int = -1       # which of `turns`
     scales: list[tuple[float, float]] = field(default_factory=list)  # of the sweep: cfg_text, cfg_image

@@ -31,8 +31,10 @@ SECONDS = 120  # this machine may be busy
 
 def serve(*words):
     """A running page: (process, address)."""
-    process = subprocess.Popen([sys.executable, "-m", "nanoip2p.app", "--port", "0", "--no-browser", *words],
-                               cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nanoip2p.app", "--port", "0", "--no-browser", *words], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # not ignored
     lines = []
     for line in process.stdout:
         lines.append(line)
