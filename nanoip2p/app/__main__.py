@@ -5,6 +5,8 @@
 """
 
 import os
+import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -37,13 +39,16 @@ def make_parser():
 
 
 class Policy:
-    """ASGI middleware: sends POLICY with every answer."""
+    """ASGI middleware: sends POLICY with every answer, and has gradio fetch nothing."""
 
     def __init__(self, app):
         self.app = app
 
     async def __call__(self, scope, receive, send):
         """Pass a request on, and add a header to its answer."""
+        if scope["type"] == "http" and "=http" in scope["path"]:  # gradio would fetch this address itself
+            scope = scope | {"path": "/none", "raw_path": b"/none"}
+
         async def answer(message):
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
@@ -77,8 +82,8 @@ def serve(args, folder: Path) -> None:
         css=CSS, app_kwargs={"middleware": [Middleware(Policy)]})
     print(f"open {page.blocks.local_url} in a browser; Ctrl-C ends it")
     if args.listen:
-        print("every machine that reaches this one can use the page" +
-              (" with the name and password" if args.auth else "; --auth asks for a name and a password"))
+        print(f"every machine that reaches this one can use the page, at port {page.blocks.server_port}" +
+              (", with the name and password" if args.auth else "; --auth asks for a name and a password"))
     sys.stdout.flush()
     try:
         threading.Event().wait()
@@ -93,6 +98,13 @@ def main(argv: list[str] | None = None) -> int:
         args = make_parser().parse_args(argv)
         if args.auth is not None and not all(args.auth.partition(":")):
             raise ValueError("--auth needs a name and a password: USER:PASSWORD")
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", args.port))
+            except OSError:
+                raise ValueError(f"port {args.port} is in use; give another --port, or --port 0") from None
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends as with Ctrl-C
         with tempfile.TemporaryDirectory(prefix="nanoip2p-") as folder:
             serve(args, Path(folder))
     return cli.run(work, "the page is closed", "try --low-memory or --dtype fp16")

@@ -3,6 +3,7 @@
 import contextlib
 import html
 import random
+import tempfile
 import threading
 import time
 from itertools import product
@@ -43,7 +44,8 @@ class Page:
     """The page of one editor: `blocks`, for gradio. It writes results into `folder`."""
 
     def __init__(self, editor: Editor, weights: str, folder: Path, low_memory: bool):
-        self.editor, self.weights, self.folder, self.low_memory = editor, weights, folder, low_memory
+        self.editor, self.weights, self.low_memory = editor, weights, low_memory
+        self.folder = folder.resolve()
         self.stop_last = threading.Event()  # ends the edit that began last
         self.blocks = gr.Blocks(analytics_enabled=False, title="nanoip2p", delete_cache=(3600, 24 * 3600))
         with self.blocks:
@@ -60,8 +62,7 @@ class Page:
 
     def draw_input(self) -> None:
         """The left side: the picture, the mask, the instruction."""
-        # A lambda, because gradio 6.31 takes a dataclass itself for a value
-        self.visit = gr.State(lambda: Visit(), delete_callback=lambda visit: visit.stop.set())
+        self.visit = gr.State(Visit(), delete_callback=lambda visit: visit.stop.set())
         self.picture = gr.Image(label="Picture", type="filepath", image_mode=None, format="png", height=360,
                                 sources=["upload", "clipboard", "webcam"], elem_id="picture")
         with gr.Accordion("Edit only a part", open=False):
@@ -72,7 +73,7 @@ class Page:
         self.instruction = gr.Textbox(label="Instruction", placeholder="make it night", max_lines=1,
                                       max_length=1000, elem_id="instruction")
         with gr.Row():
-            self.start = gr.Button("Edit", variant="primary", elem_id="edit")
+            self.start = gr.Button("Edit", variant="primary", interactive=False, elem_id="edit")
             self.stop = gr.Button("Stop", elem_id="stop")
 
     def draw_result(self) -> None:
@@ -90,7 +91,7 @@ class Page:
 
     def draw_sweep(self) -> None:
         """Behind a tab of the right side: one edit at 5 x 5 scales."""
-        self.sweep_start = gr.Button("Edit at 5 x 5 scales", elem_id="sweep")
+        self.sweep_start = gr.Button("Edit at 5 x 5 scales", interactive=False, elem_id="sweep")
         self.sweep_status = gr.HTML()
         self.cells = gr.Gallery(label="Click on one to take its scales", columns=len(SWEEP_STEPS), height=560,
                                 format="png", allow_preview=False, interactive=False, elem_id="cells")
@@ -114,7 +115,7 @@ class Page:
 
     def connect(self) -> None:
         """Say which method each button calls. Edits and sweeps wait in one queue."""
-        asked = [self.visit, self.picture, self.paint, self.instruction, self.locked, *self.settings.values()]
+        asked = [self.visit, self.paint, self.instruction, self.locked, *self.settings.values()]
         scales = [self.settings["cfg_text"], self.settings["cfg_image"]]
         shown = [self.result, self.status, self.download, self.mask, self.history]
         one = {"concurrency_id": "edit", "concurrency_limit": 1, "show_progress": "minimal"}
@@ -122,95 +123,134 @@ class Page:
                       [self.settings["seed"], *shown], **one),
                 self.sweep_start.click(self.sweep, asked,
                                        [self.settings["seed"], self.cells, self.sweep_status], **one)]
-        self.stop.click(self.end, self.visit, [self.status, self.sweep_status], cancels=runs, queue=False)
-        gr.on([self.picture.upload, self.picture.clear], take, self.picture, [self.picture, self.paint],
-              preprocess=False)
+        statuses = [self.status, self.sweep_status]
+        stopped = self.stop.click(self.end, self.visit, statuses, cancels=runs, queue=False)
+        stopped.then(lambda visit: self.show(visit)[self.result], self.visit, self.result)
+        gr.on([self.picture.upload, self.picture.clear], self.take, [self.visit, self.picture],
+              [self.picture, self.paint, self.start, self.sweep_start], preprocess=False)
+        self.paint.clear(self.unpainted, self.visit, self.paint)
         self.again.click(self.go_on, self.visit, [self.picture, self.paint])
         self.undo.click(self.go_back, self.visit, [*shown, self.picture, self.paint])
-        self.history.select(self.show, self.visit, shown)
-        self.die.click(new_seed, None, self.settings["seed"])
+        self.history.select(self.pick, self.visit, shown)
+        self.die.click(lambda: (new_seed(), True), None, [self.settings["seed"], self.locked])
+        self.settings["seed"].input(lambda: True, None, self.locked)
         self.cells.select(self.take_scales, self.visit, scales)
         self.opened.upload(self.reopen, self.opened, [self.instruction, self.locked, *self.settings.values()],
                            preprocess=False)
 
-    def ask(self, visit: Visit, picture: str | None, painted: dict | None, instruction: str, locked: bool,
-            values: tuple) -> tuple:
-        """Check what the page sends, and begin a run. Returns Editor.edit's arguments, n and the mask."""
+    def take(self, visit: Visit, upload: dict | None) -> tuple:
+        """A new input, or None. Refuses a bad file. Only with an input can somebody press Edit."""
+        visit.picture, image = None, None
+        try:
+            if upload:
+                image = self.read(Path(upload["path"]), upload["orig_name"])
+                visit.picture = Path(upload["path"])
+        except (ValueError, OSError) as error:
+            gr.Warning(html.escape(one_line(error)))
+        ready = gr.Button(interactive=bool(image))
+        return gr.skip() if image else None, canvas(image), ready, ready
+
+    def read(self, path: Path, name: str | None = None) -> Image.Image:
+        """Read an upload or a result as sample.py does, with the limits of open_image. name: for errors."""
+        if not path.resolve().is_relative_to(self.folder):  # gradio checks this in part only
+            raise ValueError("This file was not uploaded here")
+        with path.open("rb") as file:
+            return open_image(name or path.name, file)
+
+    def unpainted(self, visit: Visit) -> dict | None:
+        """The input to paint on."""
+        return canvas(visit.picture and self.read(visit.picture))
+
+    def ask(self, visit: Visit, painted: dict | None, instruction: str, locked: bool, values: tuple) -> tuple:
+        """Check what the page sends, and begin a run. Returns (input, Editor.edit's arguments, n, mask)."""
         given = dict(zip(self.settings, values))
         if not locked:
             given["seed"] = new_seed()
+        picture = visit.picture
         if not picture:
             raise ValueError("There is no picture yet: drop, paste or choose one.")
         if not instruction.strip():
             raise ValueError("The instruction is empty: write what to change, such as: make it night")
+        if given["seed"] is None:
+            raise ValueError("The seed is empty: write a whole number, or press New seed.")
         given |= {key: checked(given[key], kind, key, *limits) for key, (kind, *limits) in LIMITS.items()}
-        image = open_named(picture)
+        image = self.read(picture)
         size = fit_size(*image.size, self.editor.defaults["resolution"], self.editor.multiple)
         n, mask = given.pop("n"), mask_of(painted)
         given |= {"images": fit(image, size), "instructions": instruction, "mask_blur": MASK_BLUR,
                   "masks": fit_mask(mask, image, size), "low_memory": self.low_memory}
         self.stop_last = visit.stop = threading.Event()
-        return given, n, mask
+        return picture, given, n, mask
 
-    def edit(self, visit: Visit, picture: str | None, painted: dict | None, instruction: str, locked: bool,
-             *values):
+    def edit(self, visit: Visit, painted: dict | None, instruction: str, locked: bool, *values):
         """Edit, with previews on the way. The results join those of the visit."""
         with in_words():
-            given, n, mask = self.ask(visit, picture, painted, instruction, locked, values)
+            picture, given, n, mask = self.ask(visit, painted, instruction, locked, values)
             seeds = [given["seed"] + i for i in range(n)]
-            before, began = given["images"], time.monotonic()
+            before, began, where = given["images"], time.monotonic(), ", only where painted" * bool(mask)
             for step, previews, results in watched(  # noqa: B007
                     self.editor, visit.stop, **given | {"seed": seeds, "batch": n}):
-                news = {self.settings["seed"]: seeds[0], self.status: progress(step, given["steps"], began)}
+                status = progress(step, given["steps"], began) + where
+                news = {self.settings["seed"]: seeds[0], self.status: status}
                 yield news | ({self.result: (before, previews[0])} if previews else {})
-        recipe = {"negative": ""} | {key: given[key] for key in ("cfg_text", "cfg_image", "steps", "sampler")}
-        recipe |= {"input": [Path(picture).name], "edit": [instruction], "weights": self.weights}
-        for seed, after in zip(seeds, results):
-            files = write_result(after, mask, self.folder, recipe | {"seed": seed})
-            visit.turns.append(Turn(picture, before, after, files, f"{instruction} (seed {seed})"))
-        del visit.turns[:-MOST_TURNS]
-        visit.shown = len(visit.turns) - n
-        notes = nano_notes(self.editor, [instruction], {})
-        yield self.show(visit) | {self.status: html.escape("; ".join(notes))}
+            recipe = {"input": [picture.name], "edit": [instruction], "negative": "", "weights": self.weights}
+            recipe |= {key: given[key] for key in ("cfg_text", "cfg_image", "steps", "sampler")}
+            visit.folder = visit.folder or Path(tempfile.mkdtemp(dir=self.folder))
+            for seed, after in zip(seeds, results):
+                files = write_result(after, mask, visit.folder, recipe | {"seed": seed})
+                visit.turns.append(Turn(picture, before, after, files, f"{instruction} (seed {seed})"))
+            del visit.turns[:-MOST_TURNS]
+            visit.shown = len(visit.turns) - n
+            notes = nano_notes(self.editor, [instruction], {})
+            yield self.show(visit) | {self.status: html.escape("; ".join(notes))}
 
-    def sweep(self, visit: Visit, picture: str | None, painted: dict | None, instruction: str, locked: bool,
-              *values):
+    def sweep(self, visit: Visit, painted: dict | None, instruction: str, locked: bool, *values):
         """One edit at 5 x 5 scales around those of the page. Each cell appears when it is made."""
         with in_words():
-            given, *_ = self.ask(visit, picture, painted, instruction, locked, values)
-            texts = [round(given["cfg_text"] * factor, 2) for factor in SWEEP_FACTORS]
-            images = [max(0, round(given["cfg_image"] + step, 2)) for step in SWEEP_STEPS]
-            visit.scales, cells, began = list(product(texts, images)), [], time.monotonic()
-            for cfg_text, cfg_image in visit.scales:
+            _, given, *_ = self.ask(visit, painted, instruction, locked, values)
+            texts = [within("cfg_text", given["cfg_text"] * factor) for factor in SWEEP_FACTORS]
+            images = [within("cfg_image", given["cfg_image"] + step) for step in SWEEP_STEPS]
+            scales, cells, began = list(product(texts, images)), [], time.monotonic()
+            for cfg_text, cfg_image in scales:
                 *_, (_, _, after) = watched(
                     self.editor, visit.stop, **given | {"cfg_text": cfg_text, "cfg_image": cfg_image})
                 cells.append((after, f"cfg_text {cfg_text:g}, cfg_image {cfg_image:g}"))
+                visit.scales = scales
                 yield {self.cells: cells, self.settings["seed"]: given["seed"],
-                       self.sweep_status: progress(len(cells), len(visit.scales), began)}
+                       self.sweep_status: progress(len(cells), len(scales), began)}
 
-    def show(self, visit: Visit, chosen: gr.SelectData | None = None) -> dict:
-        """The updates that show one result of the visit."""
-        visit.shown = chosen.index if chosen else visit.shown
+    def show(self, visit: Visit) -> dict:
+        """The updates that show the chosen result of the visit."""
         turn = visit.turns[visit.shown] if visit.turns else None
         file, *mask = turn.files if turn else [None]
         return {self.result: turn and (turn.before, turn.after), self.status: "",
                 self.download: gr.DownloadButton(value=file, interactive=bool(turn)),
                 self.mask: gr.DownloadButton(value=mask[0] if mask else None, visible=bool(mask)),
-                self.history: [(turn.after, turn.label) for turn in visit.turns]}
+                self.history: [(turn.files[0], turn.label) for turn in visit.turns]}
+
+    def pick(self, visit: Visit, chosen: gr.SelectData) -> dict:
+        """Show the result whose small picture was clicked."""
+        visit.shown = chosen.index
+        return self.show(visit)
 
     def go_on(self, visit: Visit) -> dict:
         """The shown result becomes the input."""
         if not visit.turns:
             raise gr.Error("There is no result yet.", print_exception=False)
         turn = visit.turns[visit.shown]
+        visit.picture = turn.files[0]
         return {self.picture: turn.files[0], self.paint: canvas(turn.after)}
 
     def go_back(self, visit: Visit) -> dict:
-        """Take back the last result. Its input becomes the input again."""
+        """Take back the last result. Its input becomes the input again; with its paint, if it still is."""
         if not visit.turns:
             raise gr.Error("There is nothing to undo.", print_exception=False)
         turn, visit.shown = visit.turns.pop(), -1
-        return self.show(visit) | {self.picture: turn.picture, self.paint: canvas(turn.before)}
+        news = self.show(visit)
+        if visit.picture != turn.picture:
+            visit.picture = turn.picture
+            news |= {self.picture: turn.picture, self.paint: self.unpainted(visit)}
+        return news
 
     def take_scales(self, visit: Visit, chosen: gr.SelectData) -> tuple[float, float]:
         """The scales of the clicked cell."""
@@ -219,8 +259,10 @@ class Page:
     def reopen(self, upload: dict) -> list:
         """The settings in the recipe of a result. They include its seed, so the seed is kept."""
         with in_words():
-            found = read_settings(upload["path"], upload["orig_name"])
-        return [found["edit"], True, *(found.get(key, gr.skip()) for key in self.settings)]
+            found, others = read_settings(upload["path"], upload["orig_name"])
+            if others:
+                gr.Warning(f"This picture was made with {', '.join(others)}, which the page leaves out.")
+            return [found["edit"], True, *(found.get(key, gr.skip()) for key in self.settings)]
 
     def end(self, visit: Visit) -> tuple[str, str]:
         """Stop the edit of this visit."""
@@ -228,21 +270,10 @@ class Page:
         return "Stopped.", "Stopped."
 
 
-def open_named(path: str, name: str = "") -> Image.Image:
-    """Read an upload as sample.py does, with the limits of open_image. Errors name it as its user does."""
-    with open(path, "rb") as file:
-        return open_image(name or Path(path).name, file)
-
-
-def take(upload: dict | None) -> tuple:
-    """A new input, or None: the updates of the picture and of the one to paint on. Refuses a bad file."""
-    if not upload:
-        return None, None
-    try:
-        return gr.skip(), canvas(open_named(upload["path"], upload["orig_name"]))
-    except ValueError as error:
-        gr.Warning(html.escape(one_line(error)))
-        return None, None
+def within(key: str, value: float) -> float:
+    """A scale in the range of its slider."""
+    _, least, most = LIMITS[key]
+    return min(most, max(least, round(value, 2)))
 
 
 def canvas(image: Image.Image | None) -> dict | None:
@@ -265,10 +296,15 @@ def progress(step: int, steps: int, began: float) -> str:
 
 @contextlib.contextmanager
 def in_words():
-    """Show on the page, in one line, what its user can mend."""
+    """Show on the page, in one line, what its user can mend. Ends the block if somebody pressed Stop."""
     try:
         yield
     except Stopped:
-        raise gr.Error("Stopped.", print_exception=False) from None
-    except (ValueError, OSError, MemoryError) as error:
-        raise gr.Error(html.escape(one_line(error)), print_exception=False) from None
+        pass
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        message = one_line(error)
+        if isinstance(error, MemoryError) or "out of memory" in message:
+            message = "Out of memory: make fewer samples, or start the page with --low-memory."
+        elif isinstance(error, RuntimeError):
+            raise
+        raise gr.Error(html.escape(message), print_exception=False) from None

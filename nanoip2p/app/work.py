@@ -3,7 +3,7 @@
 import queue
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from PIL import Image, ImageChops
 from nanoip2p import __version__
 from nanoip2p.checkpoint.lora import file_hash
 from nanoip2p.common.cli import SAMPLERS
-from nanoip2p.common.names import slug
+from nanoip2p.common.names import slug, unused
 from nanoip2p.common.saving import save_png
 from nanoip2p.common.schema import checked
 from nanoip2p.editing.recipes import read_recipe
@@ -21,7 +21,7 @@ from nanoip2p.editor import Editor
 MASK_BLUR = 4.0  # pixels, as in sample.py
 # The ranges of the page's sliders, and so of what a browser may send: kind, least, most
 LIMITS = {"cfg_text": (float, 0, 30), "cfg_image": (float, 0, 10), "steps": (int, 1, 200), "n": (int, 1, 8),
-          "seed": (int, 0, 2**31 - 1)}
+          "seed": (int, 0, 2**50)}
 ONE_AT_A_TIME = threading.Lock()  # edits of this process
 
 
@@ -33,21 +33,27 @@ class Stopped(Exception):
 class Turn:
     """A result of a visit, and the input from which it was made."""
 
-    picture: str          # the file of the input
+    picture: Path         # the file of the input
     before: Image.Image   # the input at the size of the result
     after: Image.Image
-    files: list[str]      # the PNG with its recipe; the mask, if there was one
+    files: list[Path]     # the PNG with its recipe; the mask, if there was one
     label: str
 
 
-@dataclass
 class Visit:
     """What one tab of a browser has made. Events change it in place: an edit may end after a later event."""
 
-    turns: list[Turn] = field(default_factory=list)
-    shown: int = -1       # which of `turns`
-    scales: list[tuple[float, float]] = field(default_factory=list)  # of the sweep: cfg_text, cfg_image
-    stop: threading.Event = field(default_factory=threading.Event)   # when set, its edit ends
+    def __init__(self):
+        self.picture: Path | None = None
+        self.folder: Path | None = None                # of the results
+        self.turns: list[Turn] = []
+        self.shown = -1                                # which of `turns`
+        self.scales: list[tuple[float, float]] = []    # cfg_text and cfg_image of the sweep's cells
+        self.stop = threading.Event()                  # when set, its edit ends
+
+    def __deepcopy__(self, memo: dict) -> "Visit":
+        """A new visit: gradio gives each tab a copy of the first."""
+        return Visit()
 
 
 def watched(editor: Editor, stop: threading.Event, **given) -> Iterator[tuple[int, list, list | None]]:
@@ -61,9 +67,11 @@ def watched(editor: Editor, stop: threading.Event, **given) -> Iterator[tuple[in
     def callback(step: int, latents: torch.Tensor) -> None:
         if stop.is_set() or left.is_set():
             raise Stopped
-        quarter = (step + 1) * 4 // steps > step * 4 // steps and step + 1 < steps
-        with editor.on_device(editor.vae, given["low_memory"]):
-            news.put((step + 1, editor.decode(latents) if quarter else [], None))
+        previews, low_memory = [], given["low_memory"]
+        if (step + 1) * 4 // steps > step * 4 // steps and step + 1 < steps:
+            with editor.on_device(editor.vae, low_memory):
+                previews = editor.decode(latents, low_memory)
+        news.put((step + 1, previews, None))
 
     def work() -> None:
         try:
@@ -96,30 +104,32 @@ def mask_of(painted: dict | None) -> Image.Image | None:
     return mask if mask and mask.getbbox() else None
 
 
-def write_result(image: Image.Image, mask: Image.Image | None, folder: Path, recipe: dict) -> list[str]:
+def write_result(image: Image.Image, mask: Image.Image | None, folder: Path, recipe: dict) -> list[Path]:
     """Write a result with its recipe, as sample.py does, and its mask beside it. Returns their paths."""
-    number = len(list(folder.glob("*-edited.png"))) + 1
     stem = slug(Path(recipe["input"][0]).stem, "picture")  # the browser chose the input's name
-    path, mask_path = (folder / f"{stem}-{number}-{what}.png" for what in ("edited", "mask"))
     recipe |= {"version": __version__, "torch": torch.__version__}
-    if mask:
-        mask.save(mask_path)
-        hashed = file_hash(str(mask_path))
-        recipe |= {"mask": mask_path.name, "mask_blur": MASK_BLUR, "mask_hash": hashed}
-    save_png(image, path, recipe, web=True)
-    return [str(path), str(mask_path)] if mask else [str(path)]
+    with unused(str(folder / f"{stem}-edited.png")) as path:
+        mask_path = Path(path).with_stem(f"{Path(path).stem}-mask")
+        if mask:
+            mask.save(mask_path)
+            hashed = file_hash(str(mask_path))
+            recipe |= {"mask": mask_path.name, "mask_blur": MASK_BLUR, "mask_hash": hashed}
+        save_png(image, path, recipe, web=True)
+    return [Path(path), mask_path] if mask else [Path(path)]
 
 
-def read_settings(path: str, name: str) -> dict:
-    """The settings in a recipe that the page can show: those of LIMITS, `sampler`, and `edit`, a text.
+def read_settings(path: Path, name: str) -> tuple[dict, list[str]]:
+    """The settings in a recipe that the page shows, and the names of others. name: of the file, for errors.
 
-    name: of the file, for errors. Raises ValueError, in one line, for other values, and without a recipe.
+    Those of LIMITS without n, `sampler`, and `edit`, the first instruction. Raises ValueError, in one line,
+    for a file without a recipe, and for values that the page cannot show.
     """
-    recipe = {"n": 1} | read_recipe(path)
+    recipe = read_recipe(path)
     found = {key: checked(recipe[key], kind, f"{name}: {key}", least, most)
-             for key, (kind, least, most) in LIMITS.items() if key in recipe}
+             for key, (kind, least, most) in LIMITS.items() if key in recipe and key != "n"}
     edits = checked(recipe.get("edit", []), list[str], f"{name}: edit")
-    sampler = recipe.get("sampler", SAMPLERS[0])
-    if sampler not in SAMPLERS:
+    if (sampler := recipe.get("sampler", SAMPLERS[0])) not in SAMPLERS:
         raise ValueError(f"{name}: the sampler is none of {', '.join(SAMPLERS)}")
-    return found | {"sampler": sampler, "edit": ", then ".join(edits)}
+    others = ["further instructions"] * (len(edits) > 1)
+    others += [key for key in ("negative", "mask", "lora", "embedding", "vae") if recipe.get(key)]
+    return found | {"sampler": sampler, "edit": edits[0] if edits else ""}, others

@@ -1,5 +1,6 @@
 """The page in a real browser: Debian's chromium, driven by playwright (pip install -e '.[app,browser]')."""
 
+import json
 import re
 import shutil
 import signal
@@ -10,6 +11,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -26,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "weights/nano-ip2p/examples"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync",
          "--disable-component-update", "--disable-quic", "--no-first-run"]
-SECONDS = 120  # this machine may be busy
+SECONDS = 60  # this machine may be busy
 
 
 def serve(*words):
@@ -53,7 +55,8 @@ def close(process):
 def server():
     process, address = serve()
     yield address
-    assert close(process) == (130, "the page is closed\n")
+    code, said = close(process)
+    assert code == 130 and said.endswith("the page is closed\n") and "Traceback" not in said
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +89,9 @@ def tab(browser, server):
 
 
 def give(page, path):
-    with page.expect_response(lambda answer: "/queue/data" in answer.url):
-        page.set_input_files("#picture input[type=file]", path)
+    page.set_input_files("#picture input[type=file]", path)
     page.wait_for_selector("#picture img")
+    playwright.expect(page.locator("#edit")).to_be_enabled(timeout=SECONDS * 1000)
 
 
 def say(page, text):
@@ -130,7 +133,7 @@ def test_edit_continue_and_undo(tab, tmp_path):
     assert re.search(r"\d+ of 20, \d+ s left", page.inner_text("#status"))
     wait_for_results(page, 1)
     file = download(page)
-    assert re.fullmatch(r"house-\d+-edited\.png", file.suggested_filename)
+    assert file.suggested_filename == "house-edited.png"
     file.save_as(tmp_path / "night.png")
     night, house = open_image(tmp_path / "night.png"), open_image(EXAMPLES / "house.png")
     assert night.size == house.size and night.tobytes() != house.tobytes()
@@ -155,6 +158,31 @@ def test_edit_continue_and_undo(tab, tmp_path):
     assert "nothing to undo" in toast(page)
 
 
+def test_a_click_shows_an_earlier_result(tab, tmp_path):
+    page = tab()
+    give(page, EXAMPLES / "house.png")
+    say(page, "make it night")
+    fill(page, "seed", 42)  # a seed that was typed is kept
+    fill(page, "steps", 2)
+    fill(page, "n", 3)
+    page.click("#edit")
+    wait_for_results(page, 3)
+    for number in (1, 2, 0):
+        page.locator("#history button:has(img)").nth(number).click()
+        page.wait_for_timeout(1000)
+        download(page).save_as(tmp_path / "some.png")
+        assert read_recipe(tmp_path / "some.png")["seed"] == 42 + number
+    page.locator("#history button:has(img)").nth(1).click()
+    page.wait_for_timeout(1000)
+    page.click("#continue")
+    page.wait_for_timeout(1000)
+    fill(page, "n", 1)
+    page.click("#edit")
+    wait_for_results(page, 4)
+    download(page).save_as(tmp_path / "some.png")
+    assert read_recipe(tmp_path / "some.png")["input"] == ["house-edited-2.png"]
+
+
 def test_a_mask_keeps_what_is_not_painted(tab, tmp_path):
     page = tab()
     give(page, EXAMPLES / "house.png")
@@ -174,7 +202,7 @@ def test_a_mask_keeps_what_is_not_painted(tab, tmp_path):
     download(page).save_as(tmp_path / "night.png")
     download(page, "#mask").save_as(tmp_path / "mask.png")
     night, mask = open_image(tmp_path / "night.png"), Image.open(tmp_path / "mask.png")
-    assert re.fullmatch(r"house-\d+-mask\.png", read_recipe(tmp_path / "night.png")["mask"])
+    assert read_recipe(tmp_path / "night.png")["mask"] == "house-edited-mask.png"
     left, top, right, bottom = mask.getbbox()
     assert mask.mode == "L" and 0.2 < (left + right) / 2 / mask.width < 0.8
     assert bottom - top < mask.height / 2
@@ -182,6 +210,11 @@ def test_a_mask_keeps_what_is_not_painted(tab, tmp_path):
     far = (0, round(bottom / mask.height * 64) + 16, 64, 64)  # four times the blur's radius away
     assert far[1] < 60 and night.crop(far).tobytes() == house.crop(far).tobytes()
     assert night.tobytes() != house.tobytes()
+    page.click("#undo")  # the paint stays
+    wait_for_results(page, 0)
+    page.click("#edit")
+    wait_for_results(page, 1)
+    assert page.is_visible("#mask")
 
 
 def test_stop_and_two_tabs_at_once(tab):
@@ -218,7 +251,7 @@ def test_stop_while_waiting(tab):
     second.click("#stop")
     wait_for_results(first, 1)  # the other edit goes on
     second.wait_for_timeout(2000)
-    assert second.locator("#history img").count() == 0 and second.inner_text("#status") == "Stopped."
+    assert second.locator("#history img").count() == 0 and "Stopped." in second.inner_text("#status")
 
 
 @pytest.mark.parametrize("content", [b"no picture", b"", (EXAMPLES / "house.png").read_bytes()[:200]])
@@ -231,7 +264,8 @@ def test_bad_files_are_one_line(tab, tmp_path, content):
     reopen(page, EXAMPLES / "house.png")
     page.get_by_text("house.png has no recipe").wait_for()
     say(page, "make it night")
-    page.click("#edit")
+    playwright.expect(page.locator("#edit")).to_be_disabled()
+    page.keyboard.press("Enter")
     page.get_by_text("There is no picture yet").wait_for()
 
 
@@ -284,7 +318,8 @@ def test_settings_come_back_and_make_the_same_picture(tab, tmp_path):
     other.click("#edit")
     wait_for_results(other, 1)
     download(other).save_as(tmp_path / "again.png")
-    assert open_image(tmp_path / "again.png").tobytes() == open_image(tmp_path / "night.png").tobytes()
+    one, two = (np.asarray(open_image(tmp_path / f"{name}.png")).astype(int) for name in ("again", "night"))
+    assert np.abs(one - two).max() <= 1  # rounding: two pictures were in the first batch
     assert read_recipe(tmp_path / "again.png")["seed"] == read_recipe(tmp_path / "night.png")["seed"]
 
 
@@ -297,6 +332,8 @@ def test_sweep(tab):
     page.click("#sweep")
     playwright.expect(page.locator("#cells img")).to_have_count(25, timeout=SECONDS * 1000)
     page.wait_for_timeout(1000)
+    page.locator("#cells button:has(img)").last.click()
+    playwright.expect(page.locator("#cfg_image input[type=number]")).to_have_value("1.5")
     page.locator("#cells button:has(img)").first.click()
     playwright.expect(page.locator("#cfg_text input[type=number]")).to_have_value("0.8")
     assert page.input_value("#cfg_image input[type=number]") == "0.5"
@@ -316,6 +353,23 @@ def test_only_its_own_files_are_served(server, tmp_path):
     (tmp_path / "a.txt").write_text("a")
     for path in (tmp_path / "a.txt", ROOT / "README.md", EXAMPLES / "house.png", "/etc/hostname"):
         assert fetch(f"{server}/gradio_api/file={path}")[0] == 403
+    assert fetch(f"{server}/gradio_api/file={server}/config")[0] == 404  # it fetches nothing itself
+
+
+@pytest.mark.parametrize("path", [EXAMPLES / "house.png", "/etc/hostname", "/no/such/file.png"])
+def test_only_uploads_are_read(server, path):
+    """Whoever names a file of the server in place of an upload learns nothing about it."""
+    config = json.loads(urllib.request.urlopen(f"{server}/config", timeout=60).read())
+    picture = next(part["id"] for part in config["components"] if part["props"].get("elem_id") == "picture")
+    take = next(call["id"] for call in config["dependencies"] if [picture, "upload"] in call["targets"])
+    upload = {"path": str(path), "orig_name": "x.png", "url": None}
+    body = {"fn_index": take, "data": [None, upload], "session_hash": "somebody"}
+    urllib.request.urlopen(urllib.request.Request(
+        f"{server}/gradio_api/queue/join", json.dumps(body).encode(), {"Content-Type": "application/json"}))
+    answer, lines = urllib.request.urlopen(f"{server}/gradio_api/queue/data?session_hash=somebody"), []
+    while not lines or "process_completed" not in lines[-1]:
+        lines.append(answer.readline().decode())
+    assert "This file was not uploaded here" in "".join(lines) and "background" not in "".join(lines)
 
 
 def test_only_this_machine_can_connect(server):

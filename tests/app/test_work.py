@@ -1,5 +1,6 @@
 """The page without gradio: edits that are watched and stopped, masks, recipes."""
 
+import copy
 import threading
 
 import pytest
@@ -125,7 +126,7 @@ def test_sample_py_makes_a_result_again(editor, folder, tmp_path, painted, monke
             "masks": fit_mask(mask, picture, size)})
     recipe = {key: value for key, value in given.items() if key != "low_memory"}
     recipe |= {"edit": ["make it night"], "negative": "", "weights": str(folder), "input": ["house.png"]}
-    file, *masks = write_result(result, mask, tmp_path, recipe)
+    file, *masks = map(str, write_result(result, mask, tmp_path, recipe))
     monkeypatch.chdir(tmp_path)
     words = ["--recipe", file, "--weights", str(folder), "--output", "again.png", "--device", "cpu"]
     assert sample.main([*words, *(["--mask", *masks] if painted else [])]) == 0, capsys.readouterr().err
@@ -136,21 +137,44 @@ def test_sample_py_makes_a_result_again(editor, folder, tmp_path, painted, monke
 def test_results_do_not_overwrite_each_other(tmp_path):
     recipe = {"input": ["a" * 300 + ".png"], "edit": ["b"], "negative": "", "weights": "w", "steps": 1,
               "seed": 0, "sampler": "ddim", "cfg_text": 1.0, "cfg_image": 1.0}
-    files = [write_result(drawing(8, 8), None, tmp_path, dict(recipe))[0] for _ in range(3)]
-    assert len(set(files)) == 3 and all(open_image(file).size == (8, 8) for file in files)
+    painted = Image.new("L", (8, 8), 255)
+    files = [write_result(drawing(8, 8), painted, tmp_path, dict(recipe)) for _ in range(3)]
+    files[0][0].unlink()  # gradio deletes old files
+    files += [write_result(drawing(8, 8), painted, tmp_path, dict(recipe)) for _ in range(2)]
+    assert len({path for paths in files[1:] for path in paths}) == 8
+    assert all(path.parent == tmp_path and open_image(path).size == (8, 8) for path in sum(files[1:], []))
+
+
+@pytest.mark.parametrize("name", ["../../x.png", "/etc/passwd", "..", "a\0b.png", "~", "", "-", "con.png"])
+def test_the_name_of_an_upload_stays_a_name(tmp_path, name):
+    recipe = {"input": [name], "edit": ["b"], "negative": "", "weights": "w", "steps": 1, "seed": 0,
+              "sampler": "ddim", "cfg_text": 1.0, "cfg_image": 1.0}
+    [path] = write_result(drawing(8, 8), None, tmp_path, recipe)
+    assert path.parent == tmp_path and path.name.endswith("-edited.png") and path.exists()
+
+
+def test_each_tab_has_its_own_visit():
+    """gradio copies the first visit, also for a tab that is older than the server."""
+    first = work.Visit()
+    first.turns.append("a result")
+    second = copy.deepcopy(first)
+    assert second.turns == [] and second.stop is not first.stop
 
 
 def test_settings_come_back(tmp_path):
     recipe = {"cfg_text": 2, "cfg_image": 1.5, "steps": 7, "sampler": "ddim", "seed": 5, "edit": ["a", "b"],
               "input": ["/etc/passwd"], "weights": "somewhere/else", "negative": ""}
     save_png(drawing(8, 8), tmp_path / "a.png", recipe)
-    assert read_settings(tmp_path / "a.png", "a.png") == {
-        "cfg_text": 2.0, "cfg_image": 1.5, "steps": 7, "n": 1, "sampler": "ddim", "seed": 5,
-        "edit": "a, then b"}
+    assert read_settings(tmp_path / "a.png", "a.png") == ({
+        "cfg_text": 2.0, "cfg_image": 1.5, "steps": 7, "sampler": "ddim", "seed": 5, "edit": "a"},
+        ["further instructions"])
+    recipe |= {"edit": ["a"], "negative": "red", "mask": "m.png", "lora": [], "n": 12, "grid": True}
+    save_png(drawing(8, 8), tmp_path / "a.png", recipe)
+    assert read_settings(tmp_path / "a.png", "a.png")[1] == ["negative", "mask"]
 
 
 @pytest.mark.parametrize("key, value", [
-    (key, value) for key, (_, least, most) in LIMITS.items()
+    (key, value) for key, (_, least, most) in LIMITS.items() if key != "n"
     for value in (least - 1, most + 1, "1", None, True, [1], float("inf"), {} if key[0] == "c" else 0.5)
 ] + [("sampler", "heun"), ("sampler", 3), ("sampler", ["ddim"]), ("edit", "a"), ("edit", [3]),
      ("edit", ["a" * 20_000])])
