@@ -47,6 +47,7 @@ docs: .venv/browser dataset train
 	.venv/bin/python -m nanoip2p.evaluate curve --n 150 --out runs/curve
 	.venv/bin/python -m nanoip2p.evaluate calls --weights weights/nano-ip2p weights/nano-ip2p-4step \
 		--n 140 --out runs/calls
+	.venv/bin/python weights/round_trip.py --n 512 --out weights/round-trip.webp
 	cp runs/calls/calls.png runs/calls/calls.jsonl weights/
 	cp data/nano/pairs/contact-sheet.png weights/nano-sd/pairs.png
 	cp runs/first/samples-000600.png weights/first-editor.png
