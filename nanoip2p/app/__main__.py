@@ -63,7 +63,9 @@ def serve(args, folder: Path) -> None:
     try:
         import gradio as gr
     except ImportError:
-        raise ValueError("the page needs gradio: pip install 'nanoip2p[app]'") from None
+        gr = None
+    if not gr or not gr.__version__.startswith("6."):
+        raise ValueError("the page needs gradio 6: pip install 'nanoip2p[app]'")
     from starlette.middleware import Middleware
 
     from nanoip2p import Editor

@@ -1,11 +1,16 @@
 """The extra `app` gets gradio 6, not the gradio 3 that pip takes beside a newer Pillow."""
 
 import re
+import socket
+import sys
+import types
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
+from nanoip2p.app import __main__ as app
 
 ROOT = Path(__file__).resolve().parents[2]
 PINS = dict(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text(), re.M))
@@ -25,3 +30,32 @@ def test_the_pinned_packages_are_what_gradio_wants():
     for name in wanted.keys() & PINS.keys() | {"pillow"}:
         assert wanted[name].specifier.contains(PINS[name]), (name, wanted[name])
         assert wanted[name].specifier.contains(metadata.version(name)), name
+
+
+@pytest.mark.parametrize("version", [None, "3.36.1", "5.49.1"])
+def test_without_gradio_6_one_line_says_what_to_install(version, monkeypatch, capsys):
+    module = version and types.SimpleNamespace(__version__=version)
+    monkeypatch.setitem(sys.modules, "gradio", module)  # None: an import fails
+    assert app.main(["--no-browser", "--port", "0"]) == 2
+    assert capsys.readouterr().err == "error: the page needs gradio 6: pip install 'nanoip2p[app]'\n"
+
+
+@pytest.mark.parametrize("words, line", [
+    (["--auth", "anna"], "--auth needs a name and a password"), (["--auth", ":x"], "--auth needs a name"),
+    (["--auth", ""], "--auth needs a name"), (["--port", "99999"], "argument --port"),
+    (["--weights", "no/such/folder"], "no/such/folder"),
+])
+def test_mistakes_are_one_line(words, line, capsys):
+    pytest.importorskip("gradio", reason="the page needs pip install -e '.[app]'")
+    assert app.main(["--no-browser", "--port", "0", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and line in error and error.count("\n") == 1
+
+
+def test_a_port_in_use_is_one_line(capsys):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert app.main(["--no-browser", "--port", str(port)]) == 2
+    assert capsys.readouterr().err == f"error: port {port} is in use; give another --port, or --port 0\n"

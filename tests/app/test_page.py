@@ -372,6 +372,14 @@ def test_only_uploads_are_read(server, path):
     assert "This file was not uploaded here" in "".join(lines) and "background" not in "".join(lines)
 
 
+def test_large_uploads_are_refused(server):
+    part = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n%s\r\n--x--\r\n'
+    for size, code in ((1000, 200), (51 * 2**20, 413)):
+        request = urllib.request.Request(f"{server}/gradio_api/upload", part % bytes(size),
+                                         {"Content-Type": "multipart/form-data; boundary=x"})
+        assert fetch(request)[0] == code
+
+
 def test_only_this_machine_can_connect(server):
     assert server.startswith("http://127.0.0.1:")
 
