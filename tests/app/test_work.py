@@ -13,6 +13,7 @@ from nanoip2p import Editor
 from nanoip2p.app import work
 from nanoip2p.app.work import LIMITS, Stopped, mask_of, read_settings, watched, write_result
 from nanoip2p.common.saving import save_png
+from nanoip2p.editing.recipes import read_recipe
 from nanoip2p.images import fit, fit_size, open_image
 from nanoip2p.masks import fit_mask
 
@@ -64,12 +65,16 @@ def test_stop_ends_an_edit_within_a_step(editor, monkeypatch):
     assert not work.ONE_AT_A_TIME.locked()
 
 
-def test_who_leaves_stops_the_edit(editor):
+def test_who_leaves_stops_the_edit(editor, monkeypatch):
+    calls = []
+    monkeypatch.setattr(editor.unet, "forward", lambda *args, forward=editor.unet.forward, **kw: (
+        calls.append(1), forward(*args, **kw))[1])
     before, stop = threading.active_count(), threading.Event()
     run = watched(editor, stop,
                   **GIVEN | {"images": drawing(48, 48), "instructions": "a", "steps": 400, "seed": 0})
     next(run)
     run.close()
+    assert len(calls) < 100
     assert threading.active_count() == before and not work.ONE_AT_A_TIME.locked()
     assert not stop.is_set()  # the next edit of a sweep has the same event
 
@@ -130,6 +135,9 @@ def test_sample_py_makes_a_result_again(editor, folder, tmp_path, painted, monke
     monkeypatch.chdir(tmp_path)
     words = ["--recipe", file, "--weights", str(folder), "--output", "again.png", "--device", "cpu"]
     assert sample.main([*words, *(["--mask", *masks] if painted else [])]) == 0, capsys.readouterr().err
+    recipe = read_recipe(file)
+    assert recipe.get("mask_blur", 4) == work.MASK_BLUR == sample.Settings.mask_blur
+    assert ("mask_blur" in recipe) == painted
     assert "other content" not in capsys.readouterr().err
     assert open_image("again.png").tobytes() == result.tobytes()
 
@@ -168,9 +176,10 @@ def test_settings_come_back(tmp_path):
     assert read_settings(tmp_path / "a.png", "a.png") == ({
         "cfg_text": 2.0, "cfg_image": 1.5, "steps": 7, "sampler": "ddim", "seed": 5, "edit": "a"},
         ["further instructions"])
-    recipe |= {"edit": ["a"], "negative": "red", "mask": "m.png", "lora": [], "n": 12, "grid": True}
-    save_png(drawing(8, 8), tmp_path / "a.png", recipe)
-    assert read_settings(tmp_path / "a.png", "a.png")[1] == ["negative", "mask"]
+    recipe |= {"edit": ["a"], "lora": [], "n": 12, "grid": True}
+    for key in ("negative", "mask", "lora", "embedding", "vae"):
+        save_png(drawing(8, 8), tmp_path / "a.png", recipe | {key: ["x"]})
+        assert read_settings(tmp_path / "a.png", "a.png")[1] == [key]
 
 
 @pytest.mark.parametrize("key, value", [

@@ -592,3 +592,11 @@ def test_find_images(tmp_path, monkeypatch):
     for pattern in ("absent.png", "*.bmp", "empty"):
         with pytest.raises(ValueError, match="there is no picture"):
             find_images([pattern])
+
+
+def test_only_the_first_mebibyte_of_xmp_is_read():
+    packet = recipes.to_xmp(RECIPE)
+    near = b" " * (recipes.LONGEST_PACKET - len(packet)) + packet
+    assert json.loads(recipes.from_xmp(near)) == RECIPE
+    with pytest.raises(ValueError, match="no recipe"):
+        recipes.from_xmp(b" " * recipes.LONGEST_PACKET + packet)
