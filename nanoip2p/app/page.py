@@ -119,10 +119,11 @@ class Page:
         scales = [self.settings["cfg_text"], self.settings["cfg_image"]]
         shown = [self.result, self.status, self.download, self.mask, self.history]
         one = {"concurrency_id": "edit", "concurrency_limit": 1, "show_progress": "minimal"}
-        runs = [gr.on([self.start.click, self.instruction.submit], self.edit, asked,
-                      [self.settings["seed"], *shown], **one),
-                self.sweep_start.click(self.sweep, asked,
-                                       [self.settings["seed"], self.cells, self.sweep_status], **one)]
+        seed = self.settings["seed"]
+        runs = [gr.on([self.start.click, self.instruction.submit], self.edit, asked, [seed, *shown],
+                      show_progress_on=self.result, **one),
+                self.sweep_start.click(self.sweep, asked, [seed, self.cells, self.sweep_status],
+                                       show_progress_on=self.cells, **one)]
         statuses = [self.status, self.sweep_status]
         stopped = self.stop.click(self.end, self.visit, statuses, cancels=runs, queue=False)
         stopped.then(lambda visit: self.show(visit)[self.result], self.visit, self.result)
@@ -132,8 +133,8 @@ class Page:
         self.again.click(self.go_on, self.visit, [self.picture, self.paint])
         self.undo.click(self.go_back, self.visit, [*shown, self.picture, self.paint])
         self.history.select(self.pick, self.visit, shown)
-        self.die.click(lambda: (new_seed(), True), None, [self.settings["seed"], self.locked])
-        self.settings["seed"].input(lambda: True, None, self.locked)
+        self.die.click(lambda: (new_seed(), True), None, [seed, self.locked])
+        seed.input(lambda: True, None, self.locked)
         self.cells.select(self.take_scales, self.visit, scales)
         self.opened.upload(self.reopen, self.opened, [self.instruction, self.locked, *self.settings.values()],
                            preprocess=False)
