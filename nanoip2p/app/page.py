@@ -12,17 +12,8 @@ from pathlib import Path
 import gradio as gr
 from PIL import Image, ImageOps
 
-from nanoip2p.app.work import (
-    LIMITS,
-    MASK_BLUR,
-    Stopped,
-    Turn,
-    Visit,
-    mask_of,
-    read_settings,
-    watched,
-    write_result,
-)
+from nanoip2p.app import work
+from nanoip2p.app.work import Stopped, Turn, Visit, mask_of, read_settings, watched, write_result
 from nanoip2p.common.cli import SAMPLERS, one_line
 from nanoip2p.common.schema import checked
 from nanoip2p.editing.pictures import SWEEP_FACTORS, SWEEP_STEPS, nano_notes
@@ -101,8 +92,8 @@ class Page:
         defaults = self.editor.defaults
         with gr.Row():
             self.settings = {
-                key: gr.Slider(*LIMITS[key][1:], value=defaults.get(key, 1), step=step, label=LABELS[key],
-                               elem_id=key)
+                key: gr.Slider(*work.LIMITS[key][1:], value=defaults.get(key, 1), step=step, elem_id=key,
+                               label=LABELS[key])
                 for key, step in (("cfg_text", 0.1), ("cfg_image", 0.05), ("steps", 1), ("n", 1))}
         gr.Markdown(HINT)
         with gr.Row():
@@ -174,11 +165,11 @@ class Page:
             raise ValueError("The instruction is empty: write what to change, such as: make it night")
         if given["seed"] is None:
             raise ValueError("The seed is empty: write a whole number, or press New seed.")
-        given |= {key: checked(given[key], kind, key, *limits) for key, (kind, *limits) in LIMITS.items()}
+        given |= {key: checked(given[key], kind, key, *ends) for key, (kind, *ends) in work.LIMITS.items()}
         image = self.read(picture)
         size = fit_size(*image.size, self.editor.defaults["resolution"], self.editor.multiple)
         n, mask = given.pop("n"), mask_of(painted)
-        given |= {"images": fit(image, size), "instructions": instruction, "mask_blur": MASK_BLUR,
+        given |= {"images": fit(image, size), "instructions": instruction, "mask_blur": work.MASK_BLUR,
                   "masks": fit_mask(mask, image, size), "low_memory": self.low_memory}
         self.stop_last = visit.stop = threading.Event()
         return picture, given, n, mask
@@ -273,7 +264,7 @@ class Page:
 
 def within(key: str, value: float) -> float:
     """A scale in the range of its slider."""
-    _, least, most = LIMITS[key]
+    _, least, most = work.LIMITS[key]
     return min(most, max(least, round(value, 2)))
 
 
