@@ -8,7 +8,7 @@ import pytest
 import torch
 
 TESTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(TESTS / "helpers"), str(TESTS / "benchmarks"), str(TESTS / "fuzz"),
+sys.path[:0] = [*(str(TESTS / name) for name in ("helpers", "benchmarks", "fuzz", "parity")),
                 str(TESTS.parent / "weights"), str(TESTS.parent)]
 torch.set_num_threads(1)  # after work in several threads, forked children of a test can hang
 pytest_plugins = ["chat_server", "train_fixtures"]
