@@ -158,8 +158,7 @@ class Page:
         given = dict(zip(self.settings, values))
         if not locked:
             given["seed"] = new_seed()
-        picture = visit.picture
-        if not picture:
+        if not (picture := visit.picture):
             raise ValueError("There is no picture yet: drop, paste or choose one.")
         if not instruction.strip():
             raise ValueError("The instruction is empty: write what to change, such as: make it night")

@@ -69,6 +69,7 @@ def leave_signals_to_the_parent(_worker: int) -> None:
     """Ignore signals in a data loader: its parent process decides when it ends, see `ending_loaders`."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = lambda *_: None  # multiprocessing reports that the parent has left
 
 
 @contextmanager

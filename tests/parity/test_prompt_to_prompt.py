@@ -390,7 +390,7 @@ def test_a_blend_of_several_words_is_the_union_of_those_that_point_somewhere():
 
 
 def test_a_blend_works_without_injection(painters, monkeypatch):
-    monkeypatch.setattr("nanoip2p.prompt_to_prompt.BLEND_THRESHOLD", 0.9)  # the maps of random weights are flat
+    monkeypatch.setattr("nanoip2p.prompt_to_prompt.BLEND_THRESHOLD", 0.9)  # random maps are flat
     plain, blended = (make(painters["flat"], CAPTIONS["swap"][:2], "none", blend=blend)
                       for blend in (None, ([[3], []], [[3], [4]])))
     (before, _), (after, heat) = (
