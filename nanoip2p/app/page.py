@@ -6,7 +6,6 @@ import random
 import tempfile
 import threading
 import time
-from itertools import product
 from pathlib import Path
 
 import gradio as gr
@@ -16,7 +15,7 @@ from nanoip2p.app import work
 from nanoip2p.app.work import Stopped, Turn, Visit, mask_of, read_settings, watched, write_result
 from nanoip2p.common.cli import SAMPLERS, one_line
 from nanoip2p.common.schema import checked
-from nanoip2p.editing.pictures import SWEEP_FACTORS, SWEEP_STEPS, nano_notes
+from nanoip2p.editing.pictures import SWEEP_STEPS, nano_notes, sweep_scales
 from nanoip2p.editor import Editor
 from nanoip2p.images import fit, fit_size, open_image
 from nanoip2p.masks import fit_mask
@@ -27,7 +26,6 @@ LABELS = {"cfg_text": "Follow the instruction (cfg_text)", "cfg_image": "Stay li
           "steps": "Steps", "n": "Number of samples"}
 HINT = ("If too much changes, raise *cfg_image* first. If too little changes, raise *cfg_text* or lower "
         "*cfg_image*. Then try another seed.")
-# Small pictures fill their frame
 CSS = "#picture img { width: 100%; height: 100%; object-fit: contain } progress { width: 100% }"
 
 
@@ -35,8 +33,7 @@ class Page:
     """The page of one editor: `blocks`, for gradio. It writes results into `folder`."""
 
     def __init__(self, editor: Editor, weights: str, folder: Path, low_memory: bool):
-        self.editor, self.weights, self.low_memory = editor, weights, low_memory
-        self.folder = folder.resolve()
+        self.editor, self.weights, self.low_memory, self.folder = editor, weights, low_memory, folder.resolve()
         self.stop_last = threading.Event()  # ends the edit that began last
         self.blocks = gr.Blocks(analytics_enabled=False, title="nanoip2p", delete_cache=(3600, 24 * 3600))
         with self.blocks:
@@ -118,11 +115,12 @@ class Page:
         statuses = [self.status, self.sweep_status]
         stopped = self.stop.click(self.end, self.visit, statuses, cancels=runs, queue=False)
         stopped.then(lambda visit: self.show(visit)[self.result], self.visit, self.result)
-        gr.on([self.picture.upload, self.picture.clear], self.take, [self.visit, self.picture],
-              [self.picture, self.paint, self.start, self.sweep_start], preprocess=False)
+        inputs = [self.picture, self.paint, self.start, self.sweep_start]
+        gr.on([self.picture.upload, self.picture.clear], self.take, [self.visit, self.picture], inputs,
+              preprocess=False)
         self.paint.clear(self.unpainted, self.visit, self.paint)
-        self.again.click(self.go_on, self.visit, [self.picture, self.paint])
-        self.undo.click(self.go_back, self.visit, [*shown, self.picture, self.paint])
+        self.again.click(self.go_on, self.visit, inputs)
+        self.undo.click(self.go_back, self.visit, [*shown, *inputs])
         self.history.select(self.pick, self.visit, shown)
         self.die.click(lambda: (new_seed(), True), None, [seed, self.locked])
         seed.input(lambda: True, None, self.locked)
@@ -130,8 +128,8 @@ class Page:
         self.opened.upload(self.reopen, self.opened, [self.instruction, self.locked, *self.settings.values()],
                            preprocess=False)
 
-    def take(self, visit: Visit, upload: dict | None) -> tuple:
-        """A new input, or None. Refuses a bad file. Only with an input can somebody press Edit."""
+    def take(self, visit: Visit, upload: dict | None) -> dict:
+        """A new input, or None. Refuses a bad file."""
         visit.picture, image = None, None
         try:
             if upload:
@@ -139,8 +137,12 @@ class Page:
                 visit.picture = Path(upload["path"])
         except (ValueError, OSError) as error:
             gr.Warning(html.escape(one_line(error)))
-        ready = gr.Button(interactive=bool(image))
-        return gr.skip() if image else None, canvas(image), ready, ready
+        return self.given(gr.skip() if image else None, canvas(image))
+
+    def given(self, picture, paint: dict | None) -> dict:
+        """The updates that show an input, or None. Only with an input can somebody press Edit."""
+        ready = gr.Button(interactive=bool(paint))
+        return {self.picture: picture, self.paint: paint, self.start: ready, self.sweep_start: ready}
 
     def read(self, path: Path, name: str | None = None) -> Image.Image:
         """Read an upload or a result as sample.py does, with the limits of open_image. name: for errors."""
@@ -199,9 +201,7 @@ class Page:
         """One edit at 5 x 5 scales around those of the page. Each cell appears when it is made."""
         with in_words():
             _, given, *_ = self.ask(visit, painted, instruction, locked, values)
-            texts = [within("cfg_text", given["cfg_text"] * factor) for factor in SWEEP_FACTORS]
-            images = [within("cfg_image", given["cfg_image"] + step) for step in SWEEP_STEPS]
-            scales, cells, began = list(product(texts, images)), [], time.monotonic()
+            scales, cells, began = list(map(within, sweep_scales(given))), [], time.monotonic()
             for cfg_text, cfg_image in scales:
                 *_, (_, _, after) = watched(
                     self.editor, visit.stop, **given | {"cfg_text": cfg_text, "cfg_image": cfg_image})
@@ -230,7 +230,7 @@ class Page:
             raise gr.Error("There is no result yet.", print_exception=False)
         turn = visit.turns[visit.shown]
         visit.picture = turn.files[0]
-        return {self.picture: turn.files[0], self.paint: canvas(turn.after)}
+        return self.given(turn.files[0], canvas(turn.after))
 
     def go_back(self, visit: Visit) -> dict:
         """Take back the last result. Its input becomes the input again; with its paint, if it still is."""
@@ -240,7 +240,7 @@ class Page:
         news = self.show(visit)
         if visit.picture != turn.picture:
             visit.picture = turn.picture
-            news |= {self.picture: turn.picture, self.paint: self.unpainted(visit)}
+            news |= self.given(turn.picture, self.unpainted(visit))
         return news
 
     def take_scales(self, visit: Visit, chosen: gr.SelectData) -> tuple[float, float]:
@@ -261,10 +261,10 @@ class Page:
         return "Stopped.", "Stopped."
 
 
-def within(key: str, value: float) -> float:
-    """A scale in the range of its slider."""
-    _, least, most = work.LIMITS[key]
-    return min(most, max(least, round(value, 2)))
+def within(scales: tuple[float, float]) -> tuple[float, ...]:
+    """cfg_text and cfg_image in the ranges of their sliders."""
+    limits = work.LIMITS["cfg_text"], work.LIMITS["cfg_image"]
+    return tuple(min(most, max(least, scale)) for scale, (_, least, most) in zip(scales, limits))
 
 
 def canvas(image: Image.Image | None) -> dict | None:

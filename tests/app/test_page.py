@@ -141,7 +141,10 @@ def test_edit_continue_and_undo(tab, tmp_path):
     assert recipe["edit"] == ["make it night"] and recipe["input"] == ["house.png"] and recipe["steps"] == 20
     assert "mask" not in recipe and not page.is_visible("#mask")
 
+    page.click("#picture button[title='Remove Image']")
+    playwright.expect(page.locator("#edit")).to_be_disabled(timeout=SECONDS * 1000)
     page.click("#continue")
+    playwright.expect(page.locator("#edit")).to_be_enabled(timeout=SECONDS * 1000)
     say(page, "turn the house blue")
     page.wait_for_timeout(1000)
     page.click("#edit")

@@ -45,6 +45,10 @@ def test_from_nothing_to_folders_that_edit(make_nano, tmp_path, monkeypatch):
         return [(tmp_path / "runs" / stage).stat().st_mtime_ns for stage in stages]
 
     first, before = make(2, 1), written()
+    begun, sharp = (load_file(tmp_path / "runs" / name / "diffusion_pytorch_model.safetensors")
+                    for name in ("vae", "vae-sharp"))
+    changed = {name.split(".")[0] for name in begun if (begun[name] != sharp[name]).any()}
+    assert changed == {"decoder", "post_quant_conv"}  # the latents stay the same
     again = make(2, 2)
     assert written() == before and any((again[name] != first[name]).any() for name in first)
 
