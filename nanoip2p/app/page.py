@@ -33,8 +33,8 @@ class Page:
     """The page of one editor: `blocks`, for gradio. It writes results into `folder`."""
 
     def __init__(self, editor: Editor, weights: str, folder: Path, low_memory: bool):
-        self.editor, self.weights, self.low_memory, self.folder = editor, weights, low_memory, folder.resolve()
-        self.stop_last = threading.Event()  # ends the edit that began last
+        self.editor, self.weights, self.folder = editor, weights, folder.resolve()
+        self.low_memory, self.stop_last = low_memory, threading.Event()  # it ends the edit that began last
         self.blocks = gr.Blocks(analytics_enabled=False, title="nanoip2p", delete_cache=(3600, 24 * 3600))
         with self.blocks:
             with gr.Row():
