@@ -20,12 +20,14 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 def take(out: Path) -> None:
     """Serve the page, edit an example on it, and write a picture of the page."""
     from playwright.sync_api import sync_playwright
+    if not (chromium := shutil.which("chromium")):
+        raise ValueError("the picture of the page needs a browser: apt-get install chromium")
     server = subprocess.Popen([sys.executable, "-m", "nanoip2p.app", "--port", "0", "--no-browser"],
                               cwd=CHECKOUT, stdout=subprocess.PIPE, text=True)
     try:
         address = re.search(r"http://\S+", server.stdout.readline())[0]
         with sync_playwright() as driver:
-            browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+            browser = driver.chromium.launch(executable_path=chromium, args=FLAGS)
             page = browser.new_page(viewport={"width": 1100, "height": 1010})
             page.goto(address)
             page.set_input_files("#picture input[type=file]", PICTURE)
