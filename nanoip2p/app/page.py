@@ -137,7 +137,7 @@ class Page:
                 visit.picture = Path(upload["path"])
         except (ValueError, OSError) as error:
             gr.Warning(html.escape(one_line(error)))
-        return self.given(gr.skip() if image else None, canvas(image))
+        return self.given(gr.skip() if image else None, self.canvas(image))
 
     def given(self, picture, paint: dict | None) -> dict:
         """The updates that show an input, or None. Only with an input can somebody press Edit."""
@@ -153,7 +153,19 @@ class Page:
 
     def unpainted(self, visit: Visit) -> dict | None:
         """The input to paint on."""
-        return canvas(visit.picture and self.read(visit.picture))
+        return self.canvas(visit.picture and self.read(visit.picture))
+
+    def canvas(self, image: Image.Image | None) -> dict | None:
+        """A picture to paint on, without paint."""
+        if image is None:
+            return None
+        return {"background": self.shown(ImageOps.contain(image, (CANVAS, CANVAS))), "layers": [], "composite": None}
+
+    def shown(self, image: Image.Image) -> Path:
+        """A picture -> a file of its own. Gradio would write equal pictures to one file, while a browser loads it."""
+        with tempfile.NamedTemporaryFile(suffix=".png", dir=self.folder, delete=False) as file:
+            image.save(file)
+        return Path(file.name)
 
     def ask(self, visit: Visit, painted: dict | None, instruction: str, locked: bool, values: tuple) -> tuple:
         """Check what the page sends, and begin a run. Returns (input, Editor.edit's arguments, n, mask)."""
@@ -180,18 +192,18 @@ class Page:
         with in_words():
             picture, given, n, mask = self.ask(visit, painted, instruction, locked, values)
             seeds = [given["seed"] + i for i in range(n)]
-            before, began, where = given["images"], time.monotonic(), ", only where painted" * bool(mask)
+            before, began, where = self.shown(given["images"]), time.monotonic(), ", only where painted" * bool(mask)
             for step, previews, results in watched(  # noqa: B007
                     self.editor, visit.stop, **given | {"seed": seeds, "batch": n}):
                 status = progress(step, given["steps"], began) + where
                 news = {self.settings["seed"]: seeds[0], self.status: status}
-                yield news | ({self.result: (before, previews[0])} if previews else {})
+                yield news | ({self.result: (before, self.shown(previews[0]))} if previews else {})
             recipe = {"input": [picture.name], "edit": [instruction], "negative": "", "weights": self.weights}
             recipe |= {key: given[key] for key in ("cfg_text", "cfg_image", "steps", "sampler")}
             visit.folder = visit.folder or Path(tempfile.mkdtemp(dir=self.folder))
             for seed, after in zip(seeds, results):
                 files = write_result(after, mask, visit.folder, recipe | {"seed": seed})
-                visit.turns.append(Turn(picture, before, after, files, f"{instruction} (seed {seed})"))
+                visit.turns.append(Turn(picture, before, files, f"{instruction} (seed {seed})"))
             del visit.turns[:-MOST_TURNS]
             visit.shown = len(visit.turns) - n
             notes = nano_notes(self.editor, [instruction], {})
@@ -205,7 +217,7 @@ class Page:
             for cfg_text, cfg_image in scales:
                 *_, (_, _, after) = watched(
                     self.editor, visit.stop, **given | {"cfg_text": cfg_text, "cfg_image": cfg_image})
-                cells.append((after, f"cfg_text {cfg_text:g}, cfg_image {cfg_image:g}"))
+                cells.append((self.shown(after), f"cfg_text {cfg_text:g}, cfg_image {cfg_image:g}"))
                 visit.scales = scales
                 yield {self.cells: cells, self.settings["seed"]: given["seed"],
                        self.sweep_status: progress(len(cells), len(scales), began)}
@@ -214,7 +226,7 @@ class Page:
         """The updates that show the chosen result of the visit."""
         turn = visit.turns[visit.shown] if visit.turns else None
         file, *mask = turn.files if turn else [None]
-        return {self.result: turn and (turn.before, turn.after), self.status: "",
+        return {self.result: turn and (turn.before, turn.files[0]), self.status: "",
                 self.download: gr.DownloadButton(value=file, interactive=bool(turn)),
                 self.mask: gr.DownloadButton(value=mask[0] if mask else None, visible=bool(mask)),
                 self.history: [(turn.files[0], turn.label) for turn in visit.turns]}
@@ -230,7 +242,7 @@ class Page:
             raise gr.Error("There is no result yet.", print_exception=False)
         turn = visit.turns[visit.shown]
         visit.picture = turn.files[0]
-        return self.given(turn.files[0], canvas(turn.after))
+        return self.given(turn.files[0], self.unpainted(visit))
 
     def go_back(self, visit: Visit) -> dict:
         """Take back the last result. Its input becomes the input again; with its paint, if it still is."""
@@ -265,12 +277,6 @@ def within(scales: tuple[float, float]) -> tuple[float, ...]:
     """cfg_text and cfg_image in the ranges of their sliders."""
     limits = work.LIMITS["cfg_text"], work.LIMITS["cfg_image"]
     return tuple(min(most, max(least, scale)) for scale, (_, least, most) in zip(scales, limits))
-
-
-def canvas(image: Image.Image | None) -> dict | None:
-    """A picture to paint on, without paint."""
-    shown = image and ImageOps.contain(image, (CANVAS, CANVAS))
-    return image and {"background": shown, "layers": [], "composite": None}
 
 
 def new_seed() -> int:

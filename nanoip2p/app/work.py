@@ -33,10 +33,9 @@ class Stopped(Exception):
 class Turn:
     """A result of a visit, and the input from which it was made."""
 
-    picture: Path         # the file of the input
-    before: Image.Image   # the input at the size of the result
-    after: Image.Image
-    files: list[Path]     # the PNG with its recipe; the mask, if there was one
+    picture: Path      # the file of the input
+    before: Path       # the input at the size of the result
+    files: list[Path]  # the PNG with its recipe; the mask, if there was one
     label: str
 
 

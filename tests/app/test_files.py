@@ -1,0 +1,31 @@
+"""The page gives gradio files, because gradio writes equal pictures to one file while a browser loads it."""
+
+import pytest
+from PIL import Image
+from tiny_editor import write_tiny_editor
+
+from nanoip2p import Editor
+from nanoip2p.app.work import LIMITS, Visit
+
+pytest.importorskip("gradio", reason="the page needs pip install -e '.[app]'")
+
+
+def found(value, kind):
+    """All instances of a type in nested dicts, lists and tuples."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [one for part in value for one in found(part, kind)]
+    return [value] if isinstance(value, kind) else []
+
+
+def test_every_picture_is_a_file(tmp_path):
+    from nanoip2p.app.page import Page
+    page = Page(Editor.load(write_tiny_editor(tmp_path / "tiny"), "cpu"), "tiny", tmp_path, low_memory=False)
+    Image.linear_gradient("L").resize((48, 40)).save(tmp_path / "a.png")
+    visit, values = Visit(), {key: least for key, (_, least, _) in LIMITS.items()} | {"steps": 4, "n": 2}
+    asked = visit, None, "make it night", True, *[({"sampler": "euler"} | values)[key] for key in page.settings]
+    news = [page.take(visit, {"path": str(tmp_path / "a.png"), "orig_name": "a.png"}), *page.edit(*asked),
+            *page.edit(*asked), *page.sweep(*asked), page.go_on(visit), page.unpainted(visit), page.go_back(visit)]
+    assert not found(news, Image.Image)
+    assert all(Image.open(path).size for path in found(news, type(tmp_path)))
