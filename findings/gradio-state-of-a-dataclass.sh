@@ -6,7 +6,7 @@
 # Seen with gradio 6.31.0: leaving the `with gr.Blocks()` block raises "asdict() should be called on dataclass
 # instances": the class passes dataclasses.is_dataclass, so gradio takes it for a value to convert. The same dataclass
 # behind a lambda works, also an ordinary class.
-# Consequence for nanoip2p: the page's state is made by a lambda (nanoip2p/app/page.py).
+# Consequence for nanoip2p: the state of the page is an ordinary class (nanoip2p/app/work.py, Visit).
 # Exit code 1: the behaviour has changed.
 set -eu
 folder=$(mktemp -d)
