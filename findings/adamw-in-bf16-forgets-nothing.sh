@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # torch.optim.AdamW on bf16 parameters: the average of squared gradients can rise, but never fall.
 #
-# Expected: bf16 keeps two to three digits, so the average is as inexact as that, and follows the gradients.
+# Expected: bf16 keeps two to three digits, so the average follows the gradients to two or three digits.
 # Seen with torch 2.13.0: 1,000 steps with gradients of size 1, then 7,000 steps with gradients of size 0.01. In fp32
 # the second moment falls a thousandfold. In bf16 it keeps its value to the last bit, for all three implementations
 # (for-loop, foreach, fused). Each step multiplies it by beta2 = 0.999, and the nearest bf16 number of the product is
 # the old number. So after a time of large gradients the steps stay too small, here 30 times, for the rest of the run.
 # There is no warning.
 # Consequence for nanoip2p: weights, their average and Adam's state stay in fp32; --dtype bf16 of train.py concerns
-# matrix products only. Whoever fine-tunes with unet.to(torch.bfloat16) and AdamW meets this.
+# matrix products only. Every fine-tuning with unet.to(torch.bfloat16) and AdamW is affected.
 # Exit code 1: the behaviour has changed.
 set -eu
 folder=$(mktemp -d)

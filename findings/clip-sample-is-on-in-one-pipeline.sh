@@ -4,8 +4,8 @@
 # Expected: two pipelines of Stable Diffusion 1.x that open the same scheduler_config.json take the same steps.
 # Seen with diffusers 0.42.1: StableDiffusionPipeline (as the image-to-image pipeline) sets clip_sample to false
 # when it is built. StableDiffusionInstructPix2PixPipeline keeps it, so its DDIM clips the latents of every step to
-# [-1, 1], although latents are not pixels and go beyond. true is what DDIMScheduler() writes by default.
-# Consequence for nanoip2p: it never clips latents, and says so where a folder asks for it (docs/differences.md).
+# [-1, 1], although latents go beyond this range. By default, DDIMScheduler() writes clip_sample: true.
+# Consequence for nanoip2p: it never clips latents. If a folder asks for it, a line says so (docs/differences.md).
 # Exit code 1: the behaviour has changed.
 set -eu
 folder=$(mktemp -d)

@@ -3,10 +3,10 @@
 #
 # Expected: torch.autocast("cpu") defaults to bf16, so bf16 should cost no more than fp32, or torch should say so.
 # Seen with torch 2.13.0: one 3x3 convolution and one linear layer, fp32 against bf16, one thread. oneDNN is told
-# (ONEDNN_MAX_CPU_ISA) to use no instruction newer than AVX2, as on CPUs that have nothing newer. There bf16 takes
-# several times as long as fp32, without a warning. torch.backends.cpu.get_cpu_capability() has no word for bf16
+# (ONEDNN_MAX_CPU_ISA) to use no instruction newer than AVX2, as on CPUs that have nothing newer. On such a CPU, bf16
+# takes several times as long as fp32, without a warning. torch.backends.cpu.get_cpu_capability() has no word for bf16
 # instructions: "AVX512" stands for CPUs with and without them.
-# Consequence for nanoip2p: the precision is measured (nanoip2p/common/device.py), not asked for.
+# Consequence for nanoip2p: it measures whether bf16 is faster (nanoip2p/common/device.py), because torch does not say.
 # Needs an x86-64 Linux machine with AVX2. Exit code 1: the behaviour has changed.
 set -eu
 folder=$(mktemp -d)

@@ -3,7 +3,7 @@
 #
 # Expected: a parquet file with the bytes of the pictures, or a warning.
 # Seen with datasets 5.2.0: the column is struct<bytes, path>, as with bytes, but `bytes` is null in each row, and
-# `path` is the absolute path of the picture on this machine. Nothing is said. The file reads well until the
+# `path` is the absolute path of the picture on this machine. There is no warning. The file reads well until the
 # folder is moved, or the file is copied elsewhere; then the first access raises FileNotFoundError. A relative path
 # in such a column is looked for in the working folder, not beside the parquet file.
 # Consequence for nanoip2p: a cell without bytes is read from its path, if that is in the folder of the file

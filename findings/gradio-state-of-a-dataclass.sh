@@ -4,8 +4,8 @@
 # Expected: gr.State takes "a callable" as its value and calls it when the page loads. A class is a callable; a dataclass
 # with defaults is the usual shape of a visitor's state. gr.State(dict) works.
 # Seen with gradio 6.31.0: leaving the `with gr.Blocks()` block raises "asdict() should be called on dataclass
-# instances": the class passes dataclasses.is_dataclass, so gradio takes it for a value to convert. The same dataclass
-# behind a lambda works, also an ordinary class.
+# instances": the class passes dataclasses.is_dataclass, so gradio takes it for a value to convert. A lambda that
+# returns such an object works, and so does an ordinary class.
 # Consequence for nanoip2p: the state of the page is an ordinary class (nanoip2p/app/work.py, Visit).
 # Exit code 1: the behaviour has changed.
 set -eu

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # torch: some initialisers, called on the meta device, import torch._dynamo, sympy and FSDP: seconds, and 100 MB.
 #
-# Expected: to build a network on the meta device costs next to nothing. There are no numbers to draw.
+# Expected: a network on the meta device costs next to nothing to build, because no numbers are drawn.
 # Seen with torch 2.13.0: nn.Linear and nn.Conv2d import nothing. One nn.Embedding, whose weight is drawn by
 # nn.init.normal_, imports 823 modules: torch._dynamo, sympy, torch.distributed.fsdp. The first such layer of a process
 # took 2.3 CPU s, where `import torch` took 1.9. On the CPU, nn.Embedding imports one module.

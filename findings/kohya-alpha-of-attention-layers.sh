@@ -4,7 +4,7 @@
 # Expected: load_lora_weights and fuse_lora add alpha / rank * up @ down to each layer, with the layer's own alpha,
 # as kohya's sd-scripts and the web UIs do. LoRAs with an alpha per layer or block are common (LyCORIS, resizing).
 # Seen with diffusers 0.42.1 and peft 0.21.2: the convolutions get their own alpha. The attention layers to_q, to_k,
-# to_v, to_out get the alpha that most layers have, here 8 times too much. The key of their alpha keeps
+# to_v, to_out get the alpha that most layers have, here 8 times too much. In diffusers, the key of their alpha keeps
 # ".processor.to_q_lora.down.weight", so it matches no layer; peft only warns of unused alpha_pattern keys.
 # Consequence for nanoip2p: it reads the alpha of each layer, and so differs from diffusers in such files.
 # Exit code 1: the behaviour has changed.

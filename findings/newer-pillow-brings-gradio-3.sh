@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# pip, gradio: beside pillow 13, "gradio" means gradio 3.36.1 of July 2023, three major versions back, without a word.
+# pip, gradio: beside pillow 13, pip installs gradio 3.36.1 of July 2023, three major versions back, without a warning.
 #
-# Expected: pip takes the newest gradio (6.31.0), or says that it does not fit pillow 13.0.0, which it forbids
-# ("pillow<13.0").
+# Expected: pip takes the newest gradio (6.31.0), or says that this gradio forbids pillow 13.0.0 ("pillow<13.0").
 # Seen with pip 23.2.1: pip goes back through all releases of gradio 6, 5, 4 and 3 that set an upper bound for pillow, for
 # minutes, until 3.36.1, which sets none, and takes it. Its exit code is 0. gradio 3 has other names for most of what
 # a page of gradio 5 or 6 uses (no ImageEditor, no ImageSlider), so the page fails at its first line.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pillow: a JPEG or WebP saved with the EXIF of another loses its UserComment for readers, though no byte of it changes.
+# Pillow: a JPEG or WebP saved with the EXIF of another keeps the bytes of UserComment, but with a type readers reject.
 #
 # Expected: image.save(..., exif=Image.open("a.jpg").getexif()) copies the tags. The web UIs keep a picture's settings in
 # UserComment, which EXIF defines as type UNDEFINED (7).

@@ -2,10 +2,10 @@
 # Readers of Stable Diffusion's PNG texts: a value that AUTOMATIC1111's web UI quotes is cut at its first comma.
 #
 # Expected: the web UI writes its settings as "Key: value, Key: value". A value with a comma or a colon is written in
-# quotes, as JSON, and the web UI reads it back whole. Programs that read this text should do the same.
+# quotes, as JSON, and the web UI reads the whole value back. Programs that read this text should do the same.
 # Seen with sd-parsers 0.6 and sd-prompt-reader 1.3.5, on a PNG whose text ends in  Model: "night, v2: final"
-# Both report success, and the model  "night  with its opening quote. The rest is lost.
-# Consequence for nanoip2p: web_text (nanoip2p/images.py) leaves commas, colons and quotes out of values.
+# Both programs report success, and the model  "night  with its opening quote. The rest is lost.
+# Consequence for nanoip2p: web_text (nanoip2p/common/web_ui.py) drops commas, colons and quotes from model names.
 # sd-prompt-reader pins an old Pillow and needs Tk for its window; its reader runs without both.
 # Exit code 1: the behaviour has changed.
 set -eu

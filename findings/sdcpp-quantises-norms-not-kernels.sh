@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # stable-diffusion.cpp's converter quantises the scales of norms and leaves the 3x3 kernels as they are.
 #
-# Expected: to convert a checkpoint to Q8_0 shrinks its large weights, and leaves alone the few numbers of norms, which
-# are easily spoilt. So a file of Q8_0 should be about half as large as one of F16.
+# Expected: the conversion to Q8_0 shrinks the large weights, and does not change the few numbers of norms, which are
+# sensitive to errors. So a file of Q8_0 should be about half as large as one of F16.
 # Seen with stable-diffusion.cpp in cyllama 0.2.18, on weights with the names and shapes of Stable Diffusion 1.x in
 # float32: a kernel (320, 320, 3, 3) stays F32, because a row of 3 numbers is no block of 32, while the scales of
 # GroupNorm and LayerNorm, one row of 320, become Q8_0, with errors of 0.005 at values near 1. With F16, both are F16. So
-# the file of Q8_0 is larger than that of F16, and less exact where it hurts.
+# the file of Q8_0 is larger than the file of F16, and its norms are less exact.
 # Consequence for nanoip2p: a GGUF file mixes kinds, and tensors of one dimension are quantised, too; the line that
 # describes the file names all kinds (nanoip2p/checkpoint/ggufs.py).
 # Needs Linux. Exit code 1: the behaviour has changed.

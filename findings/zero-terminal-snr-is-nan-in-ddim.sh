@@ -3,10 +3,10 @@
 #
 # Expected: schedulers that read the same scheduler_config.json start from the same noise level, or one refuses.
 # Seen with diffusers 0.42.1, rescale_betas_zero_snr=True and timestep_spacing="trailing": the Euler and DPM-Solver
-# schedulers put 2**-24 in place of the last alpha, 0. DDIM and DDPM keep 0. There DDIM divides by its square root:
+# schedulers put 2**-24 in place of the last alpha, 0. DDIM and DDPM keep 0. DDIM divides by the square root of 0:
 # every number of its result is NaN or infinite, and there is no warning. With v_prediction DDIM is right, because
 # v needs no division.
-# Consequence for nanoip2p: `ddim` refuses epsilon there (nanoip2p/diffusion.py: plan), the others equal diffusers.
+# Consequence for nanoip2p: `ddim` and `lcm` refuse epsilon there (nanoip2p/diffusion.py: plan); others equal diffusers.
 # Exit code 1: the behaviour has changed.
 set -eu
 folder=$(mktemp -d)

@@ -4,8 +4,7 @@
 
 Each variant differs from the first variant by one choice. make_dataset.py makes the data of a variant,
 train.py trains one editor for each seed, and `evaluate scenes` scores the editors. Each line of
-<out>/ablate.jsonl has the scores of one editor. After an interruption, the same command continues, and skips
-the editors that have a line.
+<out>/ablate.jsonl has the scores of one editor. After an interruption, the same command skips these editors.
 """
 
 import argparse

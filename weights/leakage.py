@@ -1,16 +1,16 @@
-"""How much pairs change outside the third of the picture that the edit names, where the nano world knows it.
+"""Measure how much pairs change outside the edit's third of the picture, which the nano world knows.
 
     python weights/leakage.py --seed 0
 
 Prompts are captions of two things with an edit of one of them, and edits of the whole picture ("global").
 Prints, for each mode of injection, without and with `--blend auto`:
 
-    elsewhere   mean |after - before| in the other two thirds over that in the third of the edit: mean, median
-    kept        candidates that pass the CLIP filter of pairs.json; the same, if `leakage` may be at most each
-                of LIMITS, where it is measured (see dataset/changes.py); in brackets the shares of these that
+    elsewhere   mean |after - before| in the other two thirds over its mean in the edit's third: mean, median
+    kept        candidates that pass the CLIP filter of pairs.json, then also each `leakage` limit of LIMITS
+                (those without a leakage pass); in brackets, the shares of the kept candidates that
                 change another third by more than 5 and by more than 8 levels of 255 on average
-    rank        Spearman's correlation of `leakage` and "elsewhere", where both exist
-    region      candidates with a region: of local edits, of global edits; then CPU seconds per candidate
+    rank        Spearman's correlation of `leakage` and "elsewhere", over candidates that have leakage
+    region      share of candidates with a region, for local and global edits; then CPU seconds per candidate
 """
 
 import sys
@@ -36,7 +36,7 @@ WEIGHTS = Path(__file__).resolve().parent / "nano-sd"
 
 
 def draw_prompts(seed: int, n: int) -> list[tuple[Prompt, int | None]]:
-    """2 n prompts of scenes with two things: n local edits with the slot of the edit, n global with None."""
+    """2 n prompts of scenes with two things: n local edits with their slot, then n global edits with None."""
     rng, found, index = np.random.default_rng(seed), [], 0
     while len(found) < 2 * n:
         scene, index = random_scene(f"leakage of pairs {seed}", index), index + 1
@@ -50,7 +50,7 @@ def draw_prompts(seed: int, n: int) -> list[tuple[Prompt, int | None]]:
 
 
 def measure(painter: TextToImage, judge: Judge, settings, prompts: list) -> str:
-    """The row of one mode."""
+    """The printed row of one mode of injection."""
     rows, everywhere, began = [], [], time.process_time()
     filter = Thresholds(settings.clip_img_threshold, settings.clip_dir_threshold, settings.clip_threshold)
     for prompt, slot in prompts:

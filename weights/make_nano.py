@@ -7,16 +7,16 @@
 The stages:
 
     tokenizer     byte pairs of the nano world's sentences
-    VAE           by train_vae.py
-    CLIP          by the loop in this file
+    VAE           by train_vae.py, which then trains the decoder further
+    CLIP          by the function make_clip in this file
     nano-sd       the text-to-image model, by train.py
     paper editor  from nano-sd, on Prompt-to-Prompt pairs that pass the CLIP filter (by make_dataset.py)
     nano-ip2p     an editor trained on rendered pairs, by train.py
-    4step         its student, which edits in four network calls, by train.py --distill
+    4step         the student of nano-ip2p, which edits in four network calls, by train.py --distill
     export        copies of the models in half precision
 
 Each stage reads the results of earlier stages from --out, and does nothing if its own result is complete.
-Only `export` and the model's pairs.json are always written.
+Only the exported copies and nano-sd's pairs.json are written each time.
 Random numbers depend only on seed and step: a resumed run gives the same weights as an uninterrupted run. The
 repository does not contain these runs. In a fresh clone, `python train.py --weights weights/nano-ip2p --data
 scenes ...` trains the shipped editor further.

@@ -1,4 +1,4 @@
-"""What masks do to edits of the nano world, where the region that an edit changes is known.
+"""Measure what masks do to edits of the nano world, where the region that an edit changes is known.
 
     python weights/masks.py --n 140
 

@@ -1,8 +1,8 @@
-"""How sharp the nano autoencoder is: the PSNR of held-out scenes that pass through it, and the 16 worst.
+"""Measure the nano autoencoder: the PSNR of held-out scenes after encoding and decoding, and the 16 worst.
 
     python weights/round_trip.py --n 512 --out weights/round-trip.webp
 
-The picture has each of the 16 scenes with the lowest PSNR above what the autoencoder makes of it.
+The picture has the 16 scenes with the lowest PSNR, each above its reconstruction.
 """
 
 import sys

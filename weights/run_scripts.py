@@ -13,8 +13,7 @@ import train
 def call(main: Callable[[list[str]], int], *words) -> None:
     """Run the `main` of a script with `words` as its arguments.
 
-    Raises ValueError after an error (the script has printed the message), and KeyboardInterrupt after
-    Ctrl-C.
+    Raises ValueError after an error (the script prints it), and KeyboardInterrupt after Ctrl-C.
     """
     code = main([str(word) for word in words])
     if code == 130:

@@ -1,4 +1,4 @@
-"""Learn a byte-pair vocabulary like CLIP's from texts. All nano models share the one of make_nano.py."""
+"""Learn a byte-pair vocabulary like CLIP's from texts. All nano models share one, from make_nano.py."""
 
 import json
 from collections.abc import Iterable
