@@ -63,7 +63,7 @@ class AttentionBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """The middle of encoder and decoder: residual block, attention, residual block."""
+    """The middle of encoder and decoder: residual block, attention, residual block. Keeps (B, C, H, W)."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -75,7 +75,7 @@ class MidBlock(nn.Module):
 
 
 class Resample(nn.Module):
-    """down: a convolution that halves H and W. Otherwise: double H and W, then a convolution."""
+    """down: a convolution to (B, C, H/2, W/2). Otherwise: enlarge to (B, C, 2 H, 2 W), then a convolution."""
 
     def __init__(self, channels: int, down: bool):
         super().__init__()
@@ -174,10 +174,8 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(latents))
 
     def encode_low_memory(self, image: Tensor) -> Tensor:
-        """The mean from `encode`, with less memory: one picture at a time, and large pictures in tiles.
-
-        Tiles change the result slightly, because norms and attention then cover one tile, not the picture.
-        """
+        """The mean from `encode`, with less memory: one picture at a time, large pictures in tiles. Tiles
+        change the result slightly, because norms and attention then cover one tile, not the picture."""
         return in_tiles(lambda part: self.encode(part)[0], image, self.downsampling, 1)
 
     def decode_low_memory(self, latents: Tensor) -> Tensor:
@@ -193,7 +191,7 @@ class VAE(nn.Module):
 
 
 def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, scale_in: int, scale_out: int) -> Tensor:
-    """Apply `function` to one picture at a time. Split large ones into tiles, and blend the results linearly.
+    """Apply `function` to one picture at a time. Split large pictures into tiles; blend the results linearly.
 
     (B, C, h, w) -> (B, C', h', w'). scale_in, scale_out: pixels of x and of the result per latent position.
     """
