@@ -26,7 +26,7 @@ STUDENT_DEFAULTS = {"sampler": "lcm", "steps": 4, "cfg_text": 1.0, "cfg_image": 
 
 
 def on_grid(timestep: Tensor, n_train: int) -> Tensor:
-    """Random timesteps (B,) in [0, n_train) -> those that the sampler lcm visits: 19, 39, ... 999 of 1000."""
+    """Timesteps (B,) in [0, n_train) -> the next timesteps of the sampler lcm: 19, 39, ... 999 of 1000."""
     return (timestep * LCM_STEPS // n_train + 1) * (n_train // LCM_STEPS) - 1
 
 
