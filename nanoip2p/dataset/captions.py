@@ -137,7 +137,7 @@ class Job:
             line = self.todo.popleft()
             try:
                 await self.ask(row_of(line))
-            except OverBudget:  # the other tasks may take it: open requests can use less than reserved
+            except OverBudget:  # other tasks may take this caption: open requests can use less than reserved
                 self.todo.appendleft(line)
                 return
             except openai.APIError as error:

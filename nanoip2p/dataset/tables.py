@@ -118,7 +118,7 @@ def _parquet_rows(path: Path, columns: Names | None) -> Iterator[tuple[str, dict
             about = file.metadata.row_group(group)
             nulls = {leaf.path_in_schema: leaf.statistics and leaf.statistics.null_count
                      for leaf in map(about.column, range(about.num_columns))}
-            # Cells that may hold a path in place of bytes are read here. Those with bytes would take too long
+            # Read only cells that may hold a path in place of bytes: cells with bytes would take too long
             paths = {name for name in cells if name not in nulls and nulls.get(f"{name}.bytes") != 0}
             texts = [name for name in schema.names if name in wanted | paths]
             table = _read_group(file, path, group, texts).columns
