@@ -34,7 +34,7 @@ class NoiseSchedule:
     steps_offset: int = 1                # added to the timesteps, only with "leading"
     set_alpha_to_one: bool = True        # ddim ends at sigma = 0; False: at the sigma of timestep 0
     use_karras_sigmas: bool = False      # only for euler and dpmpp_2m, as in diffusers
-    final_sigmas_type: str = "zero"      # euler and dpmpp_2m end at sigma = 0, or at that of timestep 0
+    final_sigmas_type: str = "zero"      # euler and dpmpp_2m end at sigma = 0, or at timestep 0's sigma
 
     def __post_init__(self):
         for key, choices in CHOICES.items():

@@ -27,7 +27,7 @@ Batch = tuple[int, Tensor | None, Projected]  # n copies of z; picture latents (
 def make_denoiser(unet: UNet, levels: Plan, like: Tensor, batches: list[Batch],
                   combine: Callable[[list[Tensor]], Tensor],
                   attend_at: Callable[[float], Attend] = lambda _: attend, deep_every: int = 1) -> Denoise:
-    """Make a sampler's function denoise(x, sigma) -> estimate of z_0. x and the estimate are float32.
+    """Make a sampler's denoise(x, sigma) -> z_0, both (B, C, h, w) float32. ValueError if deep_every < 1.
 
     batches: the UNet runs once for each batch, in the dtype and on the device of `like`. combine: list of
     outputs (B, C, h, w), one per branch -> guided output. attend_at: sigma -> the UNet's argument `attend`.

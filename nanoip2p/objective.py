@@ -36,8 +36,8 @@ def model_input(batch: dict, null: Tensor, scale: float, alphas: Tensor,
     latents = scale * (mean + (0.5 * logvar).exp() * batch["posterior"])
     z_image = batch["before"].chunk(2, dim=1)[0]                                     # the mean, not scaled
     # One number in [0, 1) decides about both. Default: no text below 0.10, no picture from 0.05 to 0.15
-    drop, (text, both, image) = batch["drop"].view(-1, 1, 1), shares
-    context = torch.where(drop < text + both, null, batch["text"])
+    drop, (text, both, image) = batch["drop"].view(-1, 1, 1), shares                 # (B, 1, 1)
+    context = torch.where(drop < text + both, null, batch["text"])                   # (B, 77, D)
     z_image = z_image * ~((drop >= text) & (drop < text + both + image))[..., None]
     target = batch["noise"]
     z_t = add_noise(latents, target, batch["timestep"], alphas)

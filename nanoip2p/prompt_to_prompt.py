@@ -126,7 +126,7 @@ class PairPainter:
         text = torch.stack([self.edit, self.source, self.null, self.null])
         rows = torch.arange(2 * pairs, device=device).repeat(2) if self.share_prefix else None
         text = unet.project_context(text.repeat_interleave(pairs, dim=0), rows)            # of (4 B, T, D)
-        guidance = torch.tensor(cfg_text * 2, device=device)[:, None, None, None]
+        guidance = torch.tensor(cfg_text * 2, device=device)[:, None, None, None]          # (2 B, 1, 1, 1)
         steps, levels = len(self.plan.timesteps), self.plan.sigmas[:, 0].tolist()
         heat = maps = None
         progress_of = {sigma: step / max(1, steps - 1) for step, sigma in enumerate(levels)}
@@ -212,16 +212,16 @@ class Injection:
         v = torch.cat([self.own_weights.to(v.dtype)[..., None] * edits, v[self.pairs :], for_source])
         map_from = torch.cat([rows, rows[self.pairs : 2 * self.pairs]])         # (N + B,)
         h, by_source = layer.attention(q, k, v, layer.heads, map_from=map_from).split([len(q), self.pairs])
-        h[: self.pairs] += by_source
+        h[: self.pairs] += by_source                                            # (B, positions, C)
         return h
 
     def add_heat(self, layer: Attention, q: Tensor, k: Tensor) -> None:
         """Add the attention to each word to `heat`, averaged over heads: A times the word's 0/1 column."""
         width = q.shape[2] // layer.heads  # of a head: the maximum number of words in one attention call
         for words, heat in zip(self.words.to(q.dtype).split(width, dim=2), self.heat.split(width, dim=2)):
-            columns = F.pad(words, (0, width - words.shape[2])).repeat(1, 1, layer.heads)
+            columns = F.pad(words, (0, width - words.shape[2])).repeat(1, 1, layer.heads)       # (2 B, T, C)
             maps = self.to_text(layer, q, k, columns).unflatten(2, (layer.heads, width))
-            heat += maps.float().mean(2)[..., : words.shape[2]]
+            heat += maps.float().mean(2)[..., : words.shape[2]]                         # (2 B, positions, W)
 
 
 def hot_words(heat: Tensor, most: float = 1.0) -> Tensor:

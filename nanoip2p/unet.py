@@ -231,7 +231,7 @@ class Resample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks at one resolution: a row of the table above.
+    """The blocks at one resolution: a row of the table above. Block i: (B, C_in, h, w) -> (R, C_out, h, w).
 
     c_ins: input channels of each residual block. transformers: how many; transformer i follows block i.
     """

@@ -88,7 +88,7 @@ class Resample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, then down- or upsampling, except in the last level."""
+    """Residual blocks (B, C_in, H, W) -> (B, C_out, H, W), then Resample, except in the last level."""
 
     def __init__(self, c_in: int, c_out: int, layers: int, groups: int, resample: str | None):
         super().__init__()

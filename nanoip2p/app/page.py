@@ -168,7 +168,7 @@ class Page:
         return Path(file.name)
 
     def ask(self, visit: Visit, painted: dict | None, instruction: str, locked: bool, values: tuple) -> tuple:
-        """Check what the page sends, and begin a run. Returns (input, Editor.edit's arguments, n, mask)."""
+        """Check the page's values, and begin a run. Returns (input, Editor.edit's arguments, n, mask)."""
         given = dict(zip(self.settings, values))
         if not locked:
             given["seed"] = new_seed()

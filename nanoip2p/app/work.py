@@ -59,7 +59,7 @@ def watched(editor: Editor, stop: threading.Event, **given) -> Iterator[tuple[in
     """Run editor.edit(**given). Yields (steps done, previews, results): previews after each quarter, else [].
 
     results is None until the last item. `stop`, or closing the iterator, ends the edit within a step. Raises
-    Stopped, and all that `edit` raises.
+    Stopped, and every error of `edit`.
     """
     steps, news, left = given["steps"], queue.Queue(), threading.Event()
 

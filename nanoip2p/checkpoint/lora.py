@@ -128,7 +128,7 @@ def read_lora(model: Model, path: Path) -> tuple[dict, str]:
 
 
 def _fit(network: nn.Module, name: str, parts: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Check the tensors of one layer. Returns those for _product, with 1x1 kernels as matrices."""
+    """Check the tensors of one layer. Returns the arguments of _product, with 1x1 kernels as matrices."""
     given = {f"{role} of {name}": parts[role] for role in ("down", "mid", "up") if role in parts}
     files.check_tensors(given, given, path)  # checks only that the numbers are finite floats
     factors = {role: x.flatten(1) if x.ndim > 2 and x.shape[2:].numel() == 1 else x

@@ -55,7 +55,7 @@ def merge_tensors(name: str, share: float, tensors: list[Tensor], dtype: torch.d
 
 
 def merge(opened: list[Checkpoint], names: list[str], share: float, dtype: torch.dtype | None) -> Checkpoint:
-    """The weighted sum of two checkpoints, or A + share (B - C) of three. The settings are those of A.
+    """The weighted sum of two checkpoints, or A + share (B - C) of three. The settings come from A.
 
     names: of the checkpoints, for the formula. dtype: None keeps the dtypes of A. The networks of the result
     read Merged tensors. Raises ValueError if the checkpoints do not fit together.

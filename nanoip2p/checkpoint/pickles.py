@@ -28,7 +28,7 @@ class _Inert:
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """Read a file of torch.save. Returns its named tensors, or those of its innermost "state_dict".
+    """Read a file of torch.save. Returns its named tensors, or the tensors of its innermost "state_dict".
 
     The tensors are on the CPU, need no gradients, and are memory-mapped (unless the file is compressed or
     older than PyTorch 1.6). Raises ValueError if the file has another format (TorchScript, tar), is

@@ -38,7 +38,7 @@ FIXED = {
     },
 }
 IGNORED = {
-    # The second line: what the EMAModel of diffusers writes about its averaging
+    # The second line: settings that the EMAModel of diffusers adds
     "unet": set("sample_size addition_embed_type_num_heads "
                 "decay inv_gamma min_decay optimization_step power update_after_step use_ema_warmup".split()),
     "vae": {"sample_size", "force_upcast"},  # diffusers' hints for tiling and for half precision

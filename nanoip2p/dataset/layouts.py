@@ -50,7 +50,7 @@ class Pair:
 
 
 class FileError(ValueError):
-    """A file, or the rest of it after some rows, cannot be read."""
+    """A file cannot be read, or can be read only up to some row."""
 
 
 Item = tuple[Pair, ...]  # the pairs of one prompt; each epoch draws one pair, as in the original

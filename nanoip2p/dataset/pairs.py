@@ -78,7 +78,7 @@ def read_prompts(path: Path) -> tuple[list[Prompt], list[str]]:
 def pair_settings(flags: dict, weights: Path, painter_defaults: dict) -> PairSettings:
     """Take each setting from `flags`, else from pairs.json in the weights folder, else from the defaults.
 
-    `clip` in pairs.json is a path relative to that folder: only the user decides what is downloaded.
+    `clip` in pairs.json is a path in the weights folder: only the user decides which model is downloaded.
     ValueError for an invalid setting.
     """
     kinds, path = typing.get_type_hints(PairSettings), weights / "pairs.json"

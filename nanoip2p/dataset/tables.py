@@ -82,7 +82,7 @@ def beside(file: Path, name: str) -> Path:
     """The path of a picture that a table names, in the table's folder. ValueError if it is elsewhere."""
     if os.path.isabs(name):  # `datasets` writes absolute paths
         relative = os.path.relpath(name, os.path.realpath(file.parent))
-        name = name if relative.split(os.sep)[0] == os.pardir else relative  # `inside` refuses the former
+        name = name if relative.split(os.sep)[0] == os.pardir else relative  # `inside` refuses absolute names
     return inside(file.parent, name)
 
 

@@ -47,7 +47,7 @@ def to_size_of(before: list[Image.Image], edited: list[Image.Image], masks: list
 @torch.inference_mode()
 def find_masks(editor: Editor, images: list[Image.Image], instructions: list[str], seeds: list[int],
                negative: str = "", low_memory: bool = False) -> list[Image.Image]:
-    """Masks of mode L: white where the instruction changes the estimate of the picture.
+    """Masks of mode L: white where the instruction changes the estimate of the picture. NaN: PictureError.
 
     images: of one size, as fitted for `editor`. As DiffEdit does with two captions (Couairon et al.
     2210.11427), noise the input to several levels, and compare the branches [text + image] and [image] there.

@@ -165,7 +165,7 @@ def nano_notes(editor: Editor, edits: list[str], sizes: dict[str, tuple[int, int
     vocabulary = editor.tokenizer.backend.get_vocab_size()  # CLIP's tokenizer has 49,408 tokens
     if editor.defaults["resolution"] != NANO_RESOLUTION or vocabulary > NANO_VOCABULARY:
         return []
-    known = {word.lower() for word in editor.tokenizer.backend.get_vocab()}  # also those of --embedding
+    known = {word.lower() for word in editor.tokenizer.backend.get_vocab()}  # also words of --embedding
     unknown = [word for word in scenes.unknown_words(" ".join(edits)) if word not in known]
     notes = [f"unknown here: {', '.join(unknown)}"] if unknown else []
     notes += [f"{path} is {width}x{height}, larger than the training data: photographs need other --weights"

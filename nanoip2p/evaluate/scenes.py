@@ -28,7 +28,7 @@ BATCH = 35  # edits that share a forward pass
 def choose_edits(n: int, combinations: str = "seen") -> list[tuple[Scene, Edit]]:
     """`n` distinct scenes with one edit each, equal on every machine. The kinds of edits alternate.
 
-    combinations: "held-out" selects edits for which `held_out` is True, "seen" those for which it is False.
+    combinations: "held-out" selects edits for which `held_out` is True, "seen" selects all other edits.
     """
     generator, chosen = torch.Generator().manual_seed(0), []
     for index in count():

@@ -54,7 +54,7 @@ def lay_out(model: nn.Module, winograd: bool = False, direct: tuple[nn.Module, .
                 setattr(parent, name, Winograd(layer))
             elif channels >= LEAST_CHANNELS:
                 setattr(parent, name, Convolution(layer))
-    for weight in model.parameters():  # the small ones: otherwise they keep a memory-mapped file in memory
+    for weight in model.parameters():  # the rest: without a copy, a memory-mapped file stays in memory
         weight.data = weight.data.clone()
     return model.requires_grad_(False)
 
@@ -157,7 +157,7 @@ class Winograd(LaidOut):
         down = [half[:, :, i : i + m * h - m + 1 : m] for i in range(n)]
         tiles = transform(self.inputs, down, x.new_empty(n, n, batch, h, w, c_in))                   # B^T x B
         products = torch.bmm(tiles.view(n * n, -1, c_in), self.held).view(n, n, batch, h, w, c_out)
-        products[1, 1] += self.bias     # A^T has ones in this column, so each output gets it once
+        products[1, 1] += self.bias     # A^T has ones in this column, so each output gets the bias once
         rows = transform(self.outputs, products, x.new_empty(m, n, batch, h, w, c_out))
         for i, row in enumerate(rows):
             transform(self.outputs, row, out[:, :, i].permute(3, 0, 1, 2, 4))

@@ -56,7 +56,7 @@ class Tuner:
         caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         self.path = None if only_ours else Path(caches, "nanoip2p", "attention.json")
         self.table = read(self.path, say)
-        # Otherwise torch.compile watches the table, and each new case makes it compile the old ones again
+        # Otherwise torch.compile watches the table, and recompiles all old cases for each new case
         torch.compiler.assume_constant_result(Tuner.recall)  # not as a decorator: imports a lot of torch
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, heads: int, map_from: Tensor | None = None) -> Tensor:
