@@ -18,7 +18,7 @@ R is a residual block, RT a residual block followed by a transformer. For a pict
     conv_out        64 x 64    320 -> 4
 
 Skip connections: conv_in, every block of down_blocks and every halving push their output onto a stack, 12 in
-all. Each block of up_blocks pops the last one and concatenates it to its input: 1920 = 1280 + 640 channels.
+all. Each block of up_blocks pops one output and concatenates it to its own input: 1920 = 1280 + 640 channels.
 """
 
 import math

@@ -128,7 +128,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, latent, h, w) -> (B, C_out, f*h, f*w). Each level has one block more than the encoder's."""
+    """(B, latent, h, w) -> (B, C_out, f*h, f*w). Each level has one block more than in the encoder."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()

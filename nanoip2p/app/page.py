@@ -78,14 +78,14 @@ class Page:
             object_fit="contain", allow_preview=False, interactive=False, elem_id="history")
 
     def draw_sweep(self) -> None:
-        """Behind a tab of the right side: one edit at 5 x 5 scales."""
+        """The tab Sweep on the right side: one edit at 5 x 5 scales."""
         self.sweep_start = gr.Button("Edit at 5 x 5 scales", interactive=False, elem_id="sweep")
         self.sweep_status = gr.HTML()
         self.cells = gr.Gallery(label="Click on one to take its scales", columns=len(SWEEP_STEPS), height=560,
                                 format="png", allow_preview=False, interactive=False, elem_id="cells")
 
     def draw_settings(self) -> None:
-        """Below: the settings, with the defaults of the weights."""
+        """The settings at the bottom, with the defaults of the weights."""
         defaults = self.editor.defaults
         with gr.Row():
             self.settings = {

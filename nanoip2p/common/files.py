@@ -160,7 +160,7 @@ def read_rows(path: Path, kind: str | None = None, problems: list[str] | None = 
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yield the lines of a file with their ends. Of a line far above LONGEST_LINE, yields only the end."""
+    """Yield the lines of a file with their ends. Yields only the end of a line far above LONGEST_LINE."""
     rest = b""
     while block := file.read(LONGEST_LINE):
         *lines, rest = (rest + block).splitlines(keepends=True)

@@ -1,4 +1,4 @@
-"""Where JPEG and WebP keep the recipe (settings) of a picture: in an XMP packet, as a property of our own."""
+"""JPEG and WebP keep the recipe (settings) of a picture in an XMP packet, as a property of our own."""
 
 import html
 import json

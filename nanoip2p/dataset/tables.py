@@ -37,7 +37,7 @@ MOST_ROWS = 5_000_000  # of a file: the largest dataset of edits has 4 million. 
 GROUP_BYTES, GROUP_MULTIPLE = 2**30, 10
 READ_LOCK = Lock()  # without the lock, threads that need the same row group would each read it
 MOST_PARTS = 100  # members of a .tar that make a row
-MEMBER = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")  # key and extension, as webdataset cuts them
+MEMBER = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")  # key and extension, as webdataset splits them
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Faster layers for inference on a CPU. Each keeps its weight in a faster layout, in place of the plain one.
+"""Faster layers for inference on a CPU. Each layer keeps its weight in a faster layout only.
 
 oneDNN computes with blocks of a weight. `F.conv2d` lays out the whole weight in blocks at each call, which on
 small feature maps takes longer than the convolution itself. `lay_out` does this once. Winograd's method
@@ -164,7 +164,7 @@ class Winograd(LaidOut):
 
 
 def transform(matrix: list, x: Sequence[Tensor], out: Tensor) -> Tensor:
-    """out[i] = sum over j of matrix[i][j] x[j], into `out`, which is returned. Each row has a 1."""
+    """Write out[i] = sum over j of matrix[i][j] x[j], and return `out`. Each row of the matrix has a 1."""
     for weights, made in zip(matrix, out):
         (_, first), *others = sorted((weight != 1, j) for j, weight in enumerate(weights) if weight)
         for number, (_, j) in enumerate(others):

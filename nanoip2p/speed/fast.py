@@ -1,6 +1,6 @@
 """`--fast`: faster inference. The pictures differ only by rounding.
 
-On a CPU, cpu.py replaces layers; without --fast, only by layers that take no more memory. On CUDA,
+On a CPU, cpu.py replaces layers. Without --fast, it uses only layers that take no more memory. On CUDA,
 torch.compile fuses the operations of the UNet and replays them as a CUDA graph.
 """
 

@@ -2,7 +2,7 @@
 
 A case is a head width, sizes and a dtype, with map_from or without. Its kernels are torch's own choice
 ("default"), torch's backends, and ours with several tiles. ~/.cache/nanoip2p/attention.json stores the
-fastest for this card and these versions. So later processes do not measure, and round as the first one did.
+fastest kernel for this card and these versions. Later processes do not measure, and round as the first did.
 """
 
 import os

@@ -123,7 +123,7 @@ class Lasting:
 
 @contextmanager
 def lasting_streams() -> Iterator[None]:
-    """Make standard output and error Lasting. Leaves a stream without a file, as in tests, as it is."""
+    """Wrap standard output and error in Lasting. A stream without a file, as in tests, stays unchanged."""
     before = sys.stdout, sys.stderr
     for name, stream in zip(("stdout", "stderr"), before):
         with suppress(io.UnsupportedOperation, AttributeError, ValueError):  # of a stream without a file
