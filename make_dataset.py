@@ -158,7 +158,7 @@ def run_pairs(args: argparse.Namespace) -> None:
 
 
 def job_dtype(out: Path, given: str | None, device) -> str:
-    """The dtype `given`, else that of the job in `out`, else the fast one on the torch.device."""
+    """The dtype `given`, else the dtype of the job in `out`, else the dtype that is fast on `device`."""
     from nanoip2p.common.device import pick_dtype
     path = out / "job.json"
     job = read_json(path, missing={})

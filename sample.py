@@ -91,7 +91,7 @@ class Settings:
 
     @property
     def mask_file(self) -> str | None:
-        """The file of the mask. None without a mask, and for one that is found."""
+        """The file of the mask. None without a mask, and for --mask auto."""
         return None if self.mask == "auto" else self.mask
 
 
@@ -145,8 +145,8 @@ def parse(argv: list[str] | None) -> Settings:
 def as_flags(path: str, given: dict) -> list[str]:
     """Turn the recipe of a picture into command-line flags, so that the parser checks the ranges.
 
-    Leaves out the settings `given` and the defaults. Raises ValueError for what only the user may choose:
-    weights other than the shipped ones, which may be fetched; inputs that are no files; large numbers.
+    Leaves out the settings `given` and the defaults. Raises ValueError for settings that only the user may
+    choose: other than the shipped weights, which may be fetched; inputs that are no files; large numbers.
     """
     cli.import_torch()
     from nanoip2p.editing.recipes import read_recipe
@@ -176,8 +176,8 @@ def as_flags(path: str, given: dict) -> list[str]:
 def plan_pictures(settings: Settings, inputs: list[str]) -> list[Settings]:
     """The settings of each picture to make: one input, one seed, one output, and one edit (or all turns).
 
-    Ordered by input, edit, sample. Without --output, several may have one output: see names.unused. Raises
-    ValueError for an unusable --output.
+    Ordered by input, edit, sample. Without --output, several pictures may have the same output, see
+    names.unused. Raises ValueError for an unusable --output.
     """
     edits = [settings.edit] if settings.turns else [[edit] for edit in settings.edit]
     if len(inputs) * len(edits) * settings.n > MOST_PICTURES:
@@ -206,7 +206,7 @@ def name_outputs(settings: Settings, inputs: list[str], edits: list[list[str]]) 
     if not to_folder and output.suffix.lower() not in KINDS:
         raise ValueError(f"{output} should end in {', '.join(KINDS)}, or in / for a folder")
     if one and to_folder:
-        raise ValueError(f"{one} writes one picture, so --output {settings.output} must end in .png or so")
+        raise ValueError(f"{one} writes one file: --output {settings.output} must end in .png, .jpg or .webp")
     if len(inputs) > 1 and not (settings.grid or to_folder):
         raise ValueError(f"{len(inputs)} inputs need a folder as --output, not {output}")
     if to_folder:
@@ -219,7 +219,7 @@ def name_outputs(settings: Settings, inputs: list[str], edits: list[list[str]]) 
 
 
 def default_names(settings: Settings, inputs: list[str], edits: list[list[str]]) -> list[list[str]]:
-    """The files without --output, all in out/: as name_outputs."""
+    """The files in out/ if there is no --output. Returns lists as name_outputs does."""
     stems = [f"out/{slug(stem, 'picture')}" for stem in unique_stems(inputs)]
     if settings.grid:
         return [[f"{stems[0]}-grid.png" if len(stems) == 1 else "out/grid.png"] * len(edits)] * len(stems)
@@ -302,7 +302,7 @@ def run(settings: Settings, problems: list[str]) -> None:
             else:
                 write(beside(stages) if settings.side_by_side else stages[-1], pictures[i],
                       ", then ".join(pictures[i].edit))
-    finally:  # also after Ctrl-C or an error: what is finished is kept
+    finally:  # also after Ctrl-C or an error: the finished edits are kept
         if made:
             table, text = making.draw(pictures, sorted(made, key=itemgetter(0)), sampling)
             write(table, replace(settings, input=list(fitted), output=pictures[0].output), text)

@@ -6,7 +6,6 @@
     python train.py --check --data my-pairs                      # checks the data, prints the plan
     python train.py --text-to-image --data scenes ...            # a text-to-image model from captions
     python train.py --distill runs/ip2p/weights --data data/pairs --out runs/4step    # to edit in four steps
-
     python train.py --lora 16 --weights <editor> --data my-pairs --out runs/style     # on a small card
 
 Writes to --out: checkpoints/, weights/ (the EMA weights), log.jsonl, loss.png and samples-*.png; with --lora
@@ -129,7 +128,7 @@ def fill_in(config: TrainConfig, ranks, items: int) -> TrainConfig:
 
 
 def print_plan(config: TrainConfig, items: list, validation: list, ranks: int, description: str) -> None:
-    """Print what the run will do. description: the text after "weights"."""
+    """Print the plan of the run. description: the text after "weights"."""
     batch = config.batch_size * config.accumulate * ranks
     samples, held_out = config.steps * batch, 0 if validation[0] in items else len(validation)
     data = cli.one_line(config.data)
@@ -145,7 +144,7 @@ def print_plan(config: TrainConfig, items: list, validation: list, ranks: int, d
 
 
 def check_data(config: TrainConfig) -> Set:
-    """Print what is wrong with the data, by reason; return the broken pictures.
+    """Print the problems of the data, by reason, and return the broken pictures.
 
     Raises ValueError if no pair is sound, or if any pair is bad without --skip-bad.
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False,
               map_from: Tensor | None = None) -> Tensor:
-    """Multi-head attention by torch's scaled_dot_product_attention. Its fused kernels do not store the map.
+    """Multi-head attention by torch's fused kernels, which do not store the map. Checks the shapes.
 
     q (B, Tq, heads * d), k and v (B, Tk, heads * d) -> (B, Tq, heads * d). The last axis concatenates the
     heads. The map is softmax(q k^T / sqrt(d)), (Tq, Tk) for each head of each batch row. causal: position i

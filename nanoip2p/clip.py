@@ -184,7 +184,7 @@ class TextTransformer(nn.Module):
 
     def pool(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """The hidden state at the first end-of-text token: hidden (B, T, D), ids (B, T) -> (B, D)."""
-        # Configs before mid-2023 wrongly have 2. Then take the largest id, end-of-text, as OpenAI's code does
+        # Configs before mid-2023 wrongly have 2: take the largest id (end-of-text), as OpenAI's code does
         end = ids.argmax(1) if self.eos_token_id == 2 else (ids == self.eos_token_id).int().argmax(1)
         return hidden[torch.arange(len(ids), device=ids.device), end]
 

@@ -65,7 +65,8 @@ def similarities(before: Tensor, after: Tensor, text_before: Tensor, text_after:
 
 
 def clean_twice(text: str) -> str:
-    """Clean, then unescape HTML twice, as OpenAI's `tokenize`: even "&lt" without ";", even beside a "<"."""
+    """Call `clean`, then unescape HTML twice, as OpenAI's `tokenize` does. Unlike `clean` alone, this
+    replaces "&lt" without its ";", and entities in a text with "<"."""
     return unescape(unescape(clean(text)))
 
 

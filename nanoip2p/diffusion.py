@@ -34,7 +34,7 @@ class NoiseSchedule:
     steps_offset: int = 1                # added to the timesteps, only with "leading"
     set_alpha_to_one: bool = True        # ddim ends at sigma = 0; False: at the sigma of timestep 0
     use_karras_sigmas: bool = False      # only for euler and dpmpp_2m, as in diffusers
-    final_sigmas_type: str = "zero"      # euler and dpmpp_2m end at sigma = 0, or at that of timestep 0
+    final_sigmas_type: str = "zero"      # euler and dpmpp_2m end at sigma = 0, or at timestep 0's sigma
 
     def __post_init__(self):
         for key, choices in CHOICES.items():
@@ -76,7 +76,7 @@ def add_noise(latents: Tensor, noise: Tensor, timestep: Tensor, alphas_cumprod: 
     """z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps (Ho et al. 2020, equation 4).
 
     Called with (eps, -z_0), it returns v = sqrt(a_t) eps - sqrt(1 - a_t) z_0 (Salimans & Ho 2022).
-    latents, noise: (B, C, h, w); timestep: (B,) integers; alphas_cumprod: of `NoiseSchedule`, same device.
+    latents, noise, z_t: (B, C, h, w). timestep: (B,) integers. alphas_cumprod: of the NoiseSchedule.
     """
     a = alphas_cumprod[timestep].to(latents.dtype)[:, None, None, None]  # (B, 1, 1, 1)
     return a.sqrt() * latents + (1 - a).sqrt() * noise
@@ -96,7 +96,7 @@ class Plan(NamedTuple):
 
 
 def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
-    """Noise levels for `steps` steps of a sampler, named as in samplers.SAMPLERS.
+    """Noise levels for `steps` steps of a sampler. sampler: a key of samplers.SAMPLERS.
 
     The values equal those of diffusers' schedulers. A DDIM step from timestep t ends at t - n_train // steps,
     but the next step can start elsewhere, so a row of `sigmas` need not begin where the row before it ended.

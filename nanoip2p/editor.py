@@ -31,7 +31,7 @@ class Editor(Model):
         batch: int = 8, callback: Callback | None = None, deep_every: int = 1, masks=None,
         mask_blur: float = 0,
     ) -> Image.Image | list[Image.Image]:
-        """Edit pictures by instruction. Returns a list of RGB pictures, or one if no argument is a list.
+        """Edit pictures by instruction. Returns RGB pictures: a list, or one if no argument is a list.
 
         images: one picture or a list. A picture is a path, a PIL image, an array (H, W, 3) or a tensor
         (3, H, W), of uint8 or of floats in [0, 1]. `images.fit_size` computes the size of the result.
@@ -46,8 +46,7 @@ class Editor(Model):
         encode and decode large pictures in tiles.
         callback(step, latents): called at each step of a batch; step restarts at 0 for each batch. latents
         (B, C, h, w) are the current estimate of the edited pictures; `decode` turns them into pictures.
-        deep_every: see make_denoiser.
-        masks: where to edit, one or a list; see fit_mask. mask_blur: see paste.
+        deep_every, mask_blur: see make_denoiser and paste. masks: where to edit, one or a list; see fit_mask.
         Raises ValueError for settings, pictures or types that cannot be used.
         """
         settings = self.fill_defaults({"steps": steps, "cfg_text": cfg_text, "cfg_image": cfg_image,
@@ -86,7 +85,7 @@ class Editor(Model):
         return edited[0] if single else edited
 
     def encode(self, keys: list[int], images: dict, known: dict, low_memory: bool) -> Tensor:
-        """The modes of the VAE's posterior (B, C, h, w), unscaled, of pictures of one size. Fills `known`."""
+        """Unscaled modes of the VAE's posterior (B, C, h, w). Pictures have one size. known: {key: mode}."""
         if new := [key for key in dict.fromkeys(keys) if key not in known]:
             x = torch.stack([to_tensor(images[key]) for key in new]).to(self.unet.conv_in.weight.dtype)
             with self.on_device(self.vae, low_memory):

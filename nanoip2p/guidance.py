@@ -27,13 +27,13 @@ Batch = tuple[int, Tensor | None, Projected]  # n copies of z; picture latents (
 def make_denoiser(unet: UNet, levels: Plan, like: Tensor, batches: list[Batch],
                   combine: Callable[[list[Tensor]], Tensor],
                   attend_at: Callable[[float], Attend] = lambda _: attend, deep_every: int = 1) -> Denoise:
-    """Make a sampler's function denoise(x, sigma) -> estimate of z_0. x and the estimate are float32.
+    """Make a sampler's denoise(x, sigma) -> z_0, both (B, C, h, w) float32. ValueError if deep_every < 1.
 
-    batches: the UNet runs once for each, in the dtype of `like`, on its device. combine: list of outputs
-    (B, C, h, w), one per branch -> guided output. attend_at: sigma -> the argument `attend` of the UNet.
+    batches: the UNet runs once for each batch, in the dtype and on the device of `like`. combine: list of
+    outputs (B, C, h, w), one per branch -> guided output. attend_at: sigma -> the UNet's argument `attend`.
 
-    deep_every = N: calls 0, N, 2 N, ... run the whole UNet. The others run only its outermost blocks, on the
-    cached deep features of the last full call: these change slowly (DeepCache, Ma et al. 2312.00858).
+    deep_every = N: calls 0, N, 2 N, ... run the whole UNet. All other calls run only its outermost blocks, on
+    the deep features of the last full call, which change slowly (DeepCache, Ma et al. 2312.00858).
     """
     if type(deep_every) is not int or deep_every < 1:
         raise ValueError(f"deep_every = {deep_every!r} should be a whole number, at least 1")

@@ -14,7 +14,7 @@ from nanoip2p.common.colours import scale_transparent_colour, to_rgb
 from nanoip2p.common.files import regular
 
 MAX_MEGAPIXELS = 100  # 300 MB as RGB; protects against decompression bombs
-# open_image reads no others: Pillow would start Ghostscript for a PostScript file named x.png
+# open_image reads only these formats: for a PostScript file named x.png, Pillow would start Ghostscript
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's Orientation -> Image.Transpose
 with contextlib.suppress(ImportError):  # HEIC: pip install pillow-heif
@@ -23,7 +23,7 @@ with contextlib.suppress(ImportError):  # HEIC: pip install pillow-heif
 
 
 class PictureError(ValueError):
-    """One picture cannot be made, others can: it came out as NaN, or its mask has no white."""
+    """A picture came out as NaN, or its mask has no white. Other pictures of the batch may still succeed."""
 
 
 def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image:
@@ -43,7 +43,7 @@ def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image
                 if image.format == "PNG" and "transparency" in image.info:
                     scale_transparent_colour(image, file)
                 rgb = to_rgb(image)
-                with contextlib.suppress(Exception):  # without a readable Orientation, it stays as it is
+                with contextlib.suppress(Exception):  # do not rotate without a readable Orientation
                     rgb = rgb.transpose(TURNS[image.getexif()[0x0112]])
                 return rgb
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Edit only a part of a picture: what is white in a mask is edited, what is black is kept."""
+"""Edit only a part of a picture: the white part of a mask is edited, the black part is kept."""
 
 import numpy as np
 import torch
@@ -35,12 +35,12 @@ def paste(edited: Image.Image, kept: Image.Image, mask: Image.Image, blur: float
 
 def keep_outside(denoise: Denoise, x: Tensor, z_kept: Tensor,
                  masks: list[Image.Image | None]) -> tuple[Denoise, Tensor]:
-    """Change a sampler's denoiser and its first x, so that it returns z_kept outside the masks.
+    """Change a sampler's denoiser and its first x, so that the sampler returns z_kept outside the masks.
 
     x: the first noise. z_kept (B, C, h, w): scaled latents of the inputs. masks: B results of fit_mask, one
     size. A latent is edited if a pixel of it is at least half white. Outside, the estimate of z_0 is z_kept.
-    Samplers move x = z_0 + sigma eps towards their estimate, so there x is the input, noised to the sigma of
-    each step: blended latent diffusion (Avrahami et al. 2206.02779).
+    Samplers move x = z_0 + sigma eps towards the estimate, so outside the masks x is the input, noised to
+    the sigma of each step: blended latent diffusion (Avrahami et al. 2206.02779).
     """
     if not any(masks):
         return denoise, x

@@ -35,9 +35,9 @@ def model_input(batch: dict, null: Tensor, scale: float, alphas: Tensor,
     mean, logvar = batch["after"].chunk(2, dim=1)                                    # (B, C, h, w) each
     latents = scale * (mean + (0.5 * logvar).exp() * batch["posterior"])
     z_image = batch["before"].chunk(2, dim=1)[0]                                     # the mean, not scaled
-    # One number in [0, 1) decides on both. With DROP: no text below 0.10, no picture from 0.05 to 0.15
-    drop, (text, both, image) = batch["drop"].view(-1, 1, 1), shares
-    context = torch.where(drop < text + both, null, batch["text"])
+    # One number in [0, 1) decides about both. Default: no text below 0.10, no picture from 0.05 to 0.15
+    drop, (text, both, image) = batch["drop"].view(-1, 1, 1), shares                 # (B, 1, 1)
+    context = torch.where(drop < text + both, null, batch["text"])                   # (B, 77, D)
     z_image = z_image * ~((drop >= text) & (drop < text + both + image))[..., None]
     target = batch["noise"]
     z_t = add_noise(latents, target, batch["timestep"], alphas)
@@ -48,7 +48,7 @@ def model_input(batch: dict, null: Tensor, scale: float, alphas: Tensor,
 
 def predict(unet: nn.Module, z_in: Tensor, timestep: Tensor, context: Tensor, dtype: torch.dtype,
             recompute: bool = False) -> Tensor:
-    """The output of the UNet, (B, C, h, w) float32. Arguments: as for prediction_losses."""
+    """The output of the UNet for z_in (B, C_in, h, w): (B, C, h, w) float32. See prediction_losses."""
     with torch.autocast(z_in.device.type, dtype, enabled=dtype != torch.float32):
         return unet(z_in, timestep, context, recompute=recompute).float()
 
@@ -65,7 +65,8 @@ def prediction_losses(unet: nn.Module, in_channels: int, inputs: dict, timestep:
 
 
 def loss_weight(timestep: Tensor, alphas: Tensor, gamma: float, prediction_type: str = "epsilon") -> Tensor:
-    """Min-SNR weights (Hang et al. 2023, 3.4): min(SNR, gamma) / SNR, for v / (SNR + 1); 1 if gamma = 0."""
+    """Min-SNR weights (B,), Hang et al. 2023, section 3.4: min(SNR, gamma) / SNR for epsilon prediction,
+    min(SNR, gamma) / (SNR + 1) for v-prediction, 1 if gamma = 0."""
     snr = alphas[timestep] / (1 - alphas[timestep])                                  # (B,)
     if not gamma:
         return torch.ones_like(snr)
@@ -75,7 +76,7 @@ def loss_weight(timestep: Tensor, alphas: Tensor, gamma: float, prediction_type:
 
 
 def learning_rate(step: int, steps: int, lr: float, warmup: int, cooldown: float) -> float:
-    """Linear warm-up over `warmup` steps, constant, linear to 0 over the last fraction `cooldown`."""
+    """Rise linearly over `warmup` steps, stay at `lr`, fall linearly to 0 in the last fraction `cooldown`."""
     warm = min(1.0, (step + 1) / max(1, warmup))
     cool = min(1.0, (steps - step) / (cooldown * steps)) if cooldown else 1.0
     return lr * warm * cool

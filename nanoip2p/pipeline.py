@@ -99,7 +99,7 @@ class Model:
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, low_memory: bool = False) -> list[Image.Image]:
-        """Scaled latents (B, C, h, w) -> B pictures. low_memory: decode large pictures in tiles."""
+        """Scaled latents (B, C, h, w) -> B pictures, or PictureError. low_memory: large pictures in tiles."""
         decode = self.vae.decode_low_memory if low_memory else self.vae.decode
         pixels = decode((latents / self.vae.scaling_factor).to(self.unet.conv_in.weight.dtype))
         return [to_pil(picture) for picture in pixels]                                  # (3, H, W) each
@@ -146,7 +146,7 @@ def as_image(picture) -> Image.Image:
 
 
 def encode_texts(text_encoder: TextEncoder, tokenizer: Tokenizer, texts: list[str]) -> dict[str, Tensor]:
-    """The hidden states (T, D) of each distinct text. Raises ValueError for a text that is not a string.
+    """{text: hidden states (T, D)} of the distinct texts. Raises ValueError for a text that is not a string.
 
     Encodes the texts one by one: in a batch, rounding would depend on the other texts.
     """

@@ -13,7 +13,7 @@ picture uses the attention maps A = softmax(q k^T / sqrt(d)) of the source (Hert
                                     A* v = A_src (M diag(a) v) + A_edit (diag(1 - a) v)
     reweight by c (3.2)             (A* diag(c)) v = A* (diag(c) v)
     time windows (3.2)              a_j = 0 and c_j = 1 outside the time window of token j (default: 0 to p)
-    local blend (3.2, "local")      attention to a word: A v, v = 1 at its tokens, else 0; a second call
+    local blend (3.2, "local")      attention to a word, in a second call: A v, v = 1 at its tokens, else 0
 
 Modes: "self" injects self-attention in every layer, in both guidance branches, as InstructPix2Pix's own code
 does (section 3.1.2). "cross" injects cross-attention in the branch with caption. "both" is the method of
@@ -91,8 +91,8 @@ class PairPainter:
         has_text = [DOWN_TYPES[name] for name in painter.unet.config.down_block_types]
         level = len(has_text) - (2 if has_text[:-1] and has_text[-2] else 1)
         self.coarse = [-(-side // 2**level) for side in painter.latent_shape(self.settings["resolution"])[1:]]
-        # Both guidance branches are equal before the first cross-attention, so these layers run once, unless
-        # mode "both" injects self-attention there: it injects in one branch only
+        # Both guidance branches are equal before the first cross-attention, so the layers before it run once.
+        # Exception: mode "both" may inject self-attention into one of these layers, in one branch only
         self.share_prefix = inject != "both" or any(has_text[:level])
 
     def columns(self, words: list[list[int]]) -> Tensor:
@@ -105,9 +105,9 @@ class PairPainter:
     @torch.inference_mode()
     def paint(self, seeds: list[int], shares: list[float], cfg_text: list[float],
               bar: tqdm | None = None) -> list[tuple[Image.Image, Image.Image]]:
-        """Generate a pair (source, edited) for each seed, all in one batch.
+        """Generate a pair (source, edited) for each seed, all in one batch. cfg_text: s_T of each pair.
 
-        shares: p of each pair; a step with step / (steps - 1) < p injects. bar: advances at each step.
+        shares: p of each pair; step i injects if i / (steps - 1) < p. bar: advances at each step.
         """
         latents, _ = self.sample(seeds, shares, cfg_text, self.blend, bar)
         edit, source = (self.painter.decode(half) for half in latents.chunk(2))
@@ -118,15 +118,15 @@ class PairPainter:
                words: list[Tensor] | None = None, bar: tqdm | None = None) -> tuple[Tensor, Tensor | None]:
         """Latents (2 B, C, h, w) of B pairs, [edits | sources], and heat maps (2 B, W, h', w') of `words`.
 
-        words: `columns` (T, W) of the source and of the edited caption, those of `blend` last. A heat map is
-        the attention to one word, averaged over heads, summed over the steps and the layers of size `coarse`.
+        words: `columns` (T, W) of the source and of the edited caption, with columns of `blend` last. A map
+        is the attention to one word, averaged over heads, summed over steps and over layers of size `coarse`.
         """
         unet, device, pairs = self.painter.unet, self.null.device, len(seeds)
         # B rows each of: edits with caption, sources with caption, edits without, sources without
         text = torch.stack([self.edit, self.source, self.null, self.null])
         rows = torch.arange(2 * pairs, device=device).repeat(2) if self.share_prefix else None
         text = unet.project_context(text.repeat_interleave(pairs, dim=0), rows)            # of (4 B, T, D)
-        guidance = torch.tensor(cfg_text * 2, device=device)[:, None, None, None]
+        guidance = torch.tensor(cfg_text * 2, device=device)[:, None, None, None]          # (2 B, 1, 1, 1)
         steps, levels = len(self.plan.timesteps), self.plan.sigmas[:, 0].tolist()
         heat = maps = None
         progress_of = {sigma: step / max(1, steps - 1) for step, sigma in enumerate(levels)}
@@ -212,23 +212,23 @@ class Injection:
         v = torch.cat([self.own_weights.to(v.dtype)[..., None] * edits, v[self.pairs :], for_source])
         map_from = torch.cat([rows, rows[self.pairs : 2 * self.pairs]])         # (N + B,)
         h, by_source = layer.attention(q, k, v, layer.heads, map_from=map_from).split([len(q), self.pairs])
-        h[: self.pairs] += by_source
+        h[: self.pairs] += by_source                                            # (B, positions, C)
         return h
 
     def add_heat(self, layer: Attention, q: Tensor, k: Tensor) -> None:
         """Add the attention to each word to `heat`, averaged over heads: A times the word's 0/1 column."""
         width = q.shape[2] // layer.heads  # of a head: the maximum number of words in one attention call
         for words, heat in zip(self.words.to(q.dtype).split(width, dim=2), self.heat.split(width, dim=2)):
-            columns = F.pad(words, (0, width - words.shape[2])).repeat(1, 1, layer.heads)
+            columns = F.pad(words, (0, width - words.shape[2])).repeat(1, 1, layer.heads)       # (2 B, T, C)
             maps = self.to_text(layer, q, k, columns).unflatten(2, (layer.heads, width))
-            heat += maps.float().mean(2)[..., : words.shape[2]]
+            heat += maps.float().mean(2)[..., : words.shape[2]]                         # (2 B, positions, W)
 
 
 def hot_words(heat: Tensor, most: float = 1.0) -> Tensor:
     """Where each of the heat maps (2 B, W, h', w') is high: bool, of the same shape.
 
     As in the authors' code, a 3x3 max-pooling first grows the hot regions. Heat above BLEND_THRESHOLD times
-    the map's maximum is high. A word that is high in more than `most` of the picture is hot nowhere.
+    the map's maximum is high. A map that is high in more than the fraction `most` counts as high nowhere.
     """
     heat = F.max_pool2d(heat, 3, stride=1, padding=1)
     hot = heat > BLEND_THRESHOLD * heat.amax((2, 3), keepdim=True)
@@ -255,7 +255,7 @@ def align(source: list[int], edit: list[int]) -> list[tuple[range, range]]:
 
     A token common to both is a block of one position each. The tokens between common tokens form a block that
     was swapped, added (no source positions) or dropped (no edit positions). The alignment is Needleman-Wunsch
-    with 1 for a match and 0 for a gap. A mismatch never occurs: its score of -1 is below that of two gaps.
+    with 1 for a match and 0 for a gap. A mismatch never occurs: its score of -1 is below the 0 of two gaps.
     """
     n, m = len(source), len(edit)
     common = [[0] * (m + 1) for _ in range(n + 1)]  # longest common subsequence of source[i:] and edit[j:]
@@ -284,7 +284,7 @@ def token_map(source: list[int], edit: list[int], end: int) -> Tensor:
     (replace) of equal lengths, token i uses the map of source token i. With unequal lengths, each token uses
     the sum of the source maps, divided by the number of edited tokens, so that total attention stays equal.
 
-    Hertz et al.'s code differs in two cases. After a swap of unequal lengths, its token j uses the map of
+    Hertz et al.'s code differs in two cases. After a swap of unequal lengths, edited token j uses the map of
     source token j. If the edited caption is shorter, its first padding tokens use the maps of source words.
     """
     mapping = torch.zeros(len(edit), len(edit))

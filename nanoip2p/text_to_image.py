@@ -4,8 +4,8 @@
     painter = TextToImage.load("weights/nano-sd")
     picture = painter.generate("a red house in the middle, on grass, clear day", seed=0)
 
-An editor is fine-tuned from such a model, and prompt_to_prompt.py generates the paper's training pictures
-with one. The same seed gives the same pictures as diffusers' StableDiffusionPipeline.
+An editor is fine-tuned from a text-to-image model, and prompt_to_prompt.py uses one to generate the paper's
+training pictures. The same seed gives the same pictures as diffusers' StableDiffusionPipeline.
 
 With `images` and `strength`, `generate` runs SDEdit (Meng et al. 2108.01073), the paper's baseline: it adds
 noise to the input, up to an intermediate noise level, and denoises the result with the caption of the wanted
@@ -39,7 +39,7 @@ class TextToImage(Model):
         return settings
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """Shape (C, h, w) of the latents of a square picture."""
+        """Shape (C, h, w) of the latents of a square picture. resolution: its side in pixels."""
         side = resolution // self.vae.downsampling
         return self.unet.config.out_channels, side, side
 

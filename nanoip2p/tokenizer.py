@@ -142,7 +142,7 @@ def check_fits(tokenizer: Tokenizer, config, folder: Path) -> None:
     """Raise ValueError if a text encoder with this CLIPTextConfig cannot read the tokenizer's output."""
     length, known = config.max_position_embeddings, max(tokenizer.backend.get_vocab().values()) + 1
     if tokenizer.length > length or known > config.vocab_size:
-        raise ValueError(f"{folder}: the tokenizer makes {tokenizer.length} tokens with ids below {known}, "
+        raise ValueError(f"{folder}: this tokenizer makes {tokenizer.length} tokens with ids below {known}, "
                          f"the text encoder reads {length}, ids below {config.vocab_size}; use its tokenizer")
 
 

@@ -18,7 +18,7 @@ R is a residual block, RT a residual block followed by a transformer. For a pict
     conv_out        64 x 64    320 -> 4
 
 Skip connections: conv_in, every block of down_blocks and every halving push their output onto a stack, 12 in
-all. Each block of up_blocks pops the last one and concatenates it to its input: 1920 = 1280 + 640 channels.
+all. Each block of up_blocks pops one output and concatenates it to its own input: 1920 = 1280 + 640 channels.
 """
 
 import math
@@ -107,7 +107,7 @@ class TimeEmbedding(nn.Module):
 class ResnetBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut. (B, C_in, h, w) -> (B, C_out, h, w).
 
-    The UNet adds the timestep embedding (B, time_width) between them. The VAE has none, so time_width is 0.
+    time is added between them: (B, time_width), or {block: projection (1, C_out)}. The VAE has no time.
     """
 
     def __init__(self, c_in: int, c_out: int, groups: int, eps: float, time_width: int = 0):
@@ -145,7 +145,7 @@ def repeat_rows(x: Tensor, context: Context) -> Tensor:
 
 
 def attend(layer: "Attention", x: Tensor, context: Context) -> Tensor:
-    """Ordinary attention: every row of x attends to its own row of the context."""
+    """Ordinary attention: every row of x (B, T, C) attends to its own row of the context. -> (R, T, C)."""
     return layer.attention(repeat_rows(layer.to_q(x), context), *layer.project(context), layer.heads)
 
 
@@ -220,7 +220,7 @@ class SpatialTransformer(nn.Module):
 
 
 class Resample(nn.Module):
-    """Downsampling: a convolution of stride 2. Upsampling: nearest neighbour to `size`, convolution."""
+    """(B, C, h, w) -> (B, C, h/2, w/2) with stride 2. Stride 1: enlarge x to `size`, then convolve."""
 
     def __init__(self, channels: int, stride: int):
         super().__init__()
@@ -231,9 +231,9 @@ class Resample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks at one resolution: a row of the table above.
+    """The blocks at one resolution: a row of the table above. Block i: (B, C_in, h, w) -> (R, C_out, h, w).
 
-    c_ins: input channels of each residual block. transformers: their number; transformer i follows block i.
+    c_ins: input channels of each residual block. transformers: how many; transformer i follows block i.
     """
 
     def __init__(self, c_ins: list[int], c_out: int, transformers: int, heads: int, resample: str | None,
@@ -247,7 +247,7 @@ class Level(nn.Module):
 
     def block(self, i: int, x: Tensor, time: Tensor | dict, context: Context, attend: Attend,
               recompute: bool = False) -> Tensor:
-        """Run residual block i, then transformer i if there is one."""
+        """Run residual block i, then transformer i if there is one. recompute: gradient checkpointing."""
         if recompute:
             return checkpoint(self.block, i, x, time, context, attend, use_reentrant=False,
                               preserve_rng_state=False)
@@ -311,8 +311,8 @@ class UNet(nn.Module):
         `project_timesteps`; Karras sigmas have fractional timesteps. context may also be R texts from
         `project_context`; then the noise has R rows. attend: the attention of every layer. recompute:
         gradient checkpointing (Chen et al. 1604.06174), which takes a third more time and much less memory.
-        deep = True: also return the input (R, C, h, w) of the last two blocks in up_blocks. Given as `deep`
-        in a later step, it replaces the run of all deeper blocks, see guidance.make_denoiser.
+        deep = True: also return the input (R, C, h, w) of the last two blocks in up_blocks. If a later step
+        passes this tensor as `deep`, the UNet skips all deeper blocks, see guidance.make_denoiser.
         """
         assert isinstance(context, Projected) or len(context) == len(latents), "one text for each row"
         time = timestep if isinstance(timestep, dict) else self.time_embedding(timestep)    # (B, 4 C_0)

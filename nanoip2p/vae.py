@@ -63,7 +63,7 @@ class AttentionBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """The middle of encoder and decoder: residual block, attention, residual block."""
+    """The middle of encoder and decoder: residual block, attention, residual block. Keeps (B, C, H, W)."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -75,7 +75,7 @@ class MidBlock(nn.Module):
 
 
 class Resample(nn.Module):
-    """down: a convolution that halves H and W. Otherwise: double H and W, then a convolution."""
+    """down: a convolution to (B, C, H/2, W/2). Otherwise: enlarge to (B, C, 2 H, 2 W), then a convolution."""
 
     def __init__(self, channels: int, down: bool):
         super().__init__()
@@ -88,7 +88,7 @@ class Resample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, then down- or upsampling, except in the last level."""
+    """Residual blocks (B, C_in, H, W) -> (B, C_out, H, W), then Resample, except in the last level."""
 
     def __init__(self, c_in: int, c_out: int, layers: int, groups: int, resample: str | None):
         super().__init__()
@@ -128,7 +128,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, latent, h, w) -> (B, C_out, f*h, f*w). Each level has one block more than the encoder's."""
+    """(B, latent, h, w) -> (B, C_out, f*h, f*w). Each level has one block more than in the encoder."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -174,10 +174,8 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(latents))
 
     def encode_low_memory(self, image: Tensor) -> Tensor:
-        """The mean from `encode`, with less memory: one picture at a time, and large pictures in tiles.
-
-        Tiles change the result slightly, because norms and attention then cover one tile, not the picture.
-        """
+        """The mean from `encode`, with less memory: one picture at a time, large pictures in tiles. Tiles
+        change the result slightly, because norms and attention then cover one tile, not the picture."""
         return in_tiles(lambda part: self.encode(part)[0], image, self.downsampling, 1)
 
     def decode_low_memory(self, latents: Tensor) -> Tensor:
@@ -193,7 +191,7 @@ class VAE(nn.Module):
 
 
 def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, scale_in: int, scale_out: int) -> Tensor:
-    """Apply `function` to one picture at a time. Split large ones into tiles, and blend the results linearly.
+    """Apply `function` to one picture at a time. Split large pictures into tiles; blend the results linearly.
 
     (B, C, h, w) -> (B, C', h', w'). scale_in, scale_out: pixels of x and of the result per latent position.
     """

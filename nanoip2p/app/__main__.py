@@ -32,14 +32,14 @@ def make_parser():
     parser.add_argument("--low-memory", action="store_true", help="as in sample.py")
     parser.add_argument("--port", type=between(0, 65535, int), default=7860, help="0: any free port")
     parser.add_argument("--listen", action="store_true",
-                        help="let other machines use the page; without it, only this one can")
+                        help="let other machines use the page; default: only this machine can use it")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask for this name and password")
     parser.add_argument("--no-browser", action="store_true", help="only print the address")
     return parser
 
 
 class Policy:
-    """ASGI middleware: sends POLICY with every answer, and has gradio fetch nothing."""
+    """ASGI middleware: sends POLICY with every answer, and keeps gradio from fetching other addresses."""
 
     def __init__(self, app):
         self.app = app
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
                 probe.bind(("", args.port))
             except OSError:
                 raise ValueError(f"port {args.port} is in use; give another --port, or --port 0") from None
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends as with Ctrl-C
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM ends the page as Ctrl-C does
         with tempfile.TemporaryDirectory(prefix="nanoip2p-") as folder:
             serve(args, Path(folder))
     return cli.run(work, "the page is closed", "try --low-memory or --dtype fp16")

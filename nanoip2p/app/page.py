@@ -1,4 +1,4 @@
-"""The page: what is on it, and what happens when somebody uses it."""
+"""The page: its parts, and the methods that its buttons call."""
 
 import contextlib
 import html
@@ -78,14 +78,14 @@ class Page:
             object_fit="contain", allow_preview=False, interactive=False, elem_id="history")
 
     def draw_sweep(self) -> None:
-        """Behind a tab of the right side: one edit at 5 x 5 scales."""
+        """The tab Sweep on the right side: one edit at 5 x 5 scales."""
         self.sweep_start = gr.Button("Edit at 5 x 5 scales", interactive=False, elem_id="sweep")
         self.sweep_status = gr.HTML()
         self.cells = gr.Gallery(label="Click on one to take its scales", columns=len(SWEEP_STEPS), height=560,
                                 format="png", allow_preview=False, interactive=False, elem_id="cells")
 
     def draw_settings(self) -> None:
-        """Below: the settings, with the defaults of the weights."""
+        """The settings at the bottom, with the defaults of the weights."""
         defaults = self.editor.defaults
         with gr.Row():
             self.settings = {
@@ -140,7 +140,7 @@ class Page:
         return self.given(gr.skip() if image else None, self.canvas(image))
 
     def given(self, picture, paint: dict | None) -> dict:
-        """The updates that show an input, or None. Only with an input can somebody press Edit."""
+        """The updates that show an input, or no input. Without an input, the buttons that edit are off."""
         ready = gr.Button(interactive=bool(paint))
         return {self.picture: picture, self.paint: paint, self.start: ready, self.sweep_start: ready}
 
@@ -162,13 +162,13 @@ class Page:
         return {"background": self.shown(ImageOps.contain(image, (CANVAS, CANVAS))), "layers": [], "composite": None}
 
     def shown(self, image: Image.Image) -> Path:
-        """A picture -> a file of its own. Gradio would write equal pictures to one file, while a browser loads it."""
+        """A picture -> a new file. Gradio would write equal pictures to one file, even while it is loaded."""
         with tempfile.NamedTemporaryFile(suffix=".png", dir=self.folder, delete=False) as file:
             image.save(file)
         return Path(file.name)
 
     def ask(self, visit: Visit, painted: dict | None, instruction: str, locked: bool, values: tuple) -> tuple:
-        """Check what the page sends, and begin a run. Returns (input, Editor.edit's arguments, n, mask)."""
+        """Check the page's values, and begin a run. Returns (input, Editor.edit's arguments, n, mask)."""
         given = dict(zip(self.settings, values))
         if not locked:
             given["seed"] = new_seed()
@@ -210,7 +210,7 @@ class Page:
             yield self.show(visit) | {self.status: html.escape("; ".join(notes))}
 
     def sweep(self, visit: Visit, painted: dict | None, instruction: str, locked: bool, *values):
-        """One edit at 5 x 5 scales around those of the page. Each cell appears when it is made."""
+        """One edit at 5 x 5 scales around the scales of the page. Each cell appears when it is made."""
         with in_words():
             _, given, *_ = self.ask(visit, painted, instruction, locked, values)
             scales, cells, began = list(map(within, sweep_scales(given))), [], time.monotonic()
@@ -245,7 +245,7 @@ class Page:
         return self.given(turn.files[0], self.unpainted(visit))
 
     def go_back(self, visit: Visit) -> dict:
-        """Take back the last result. Its input becomes the input again; with its paint, if it still is."""
+        """Drop the last result, and show its input again. The paint stays if the input is still the same."""
         if not visit.turns:
             raise gr.Error("There is nothing to undo.", print_exception=False)
         turn, visit.shown = visit.turns.pop(), -1
@@ -293,7 +293,7 @@ def progress(step: int, steps: int, began: float) -> str:
 
 @contextlib.contextmanager
 def in_words():
-    """Show on the page, in one line, what its user can mend. Ends the block if somebody pressed Stop."""
+    """Show errors that the user can mend, in one line on the page. Ends the block after Stop was pressed."""
     try:
         yield
     except Stopped:

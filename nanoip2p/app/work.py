@@ -1,4 +1,4 @@
-"""What the page does, without gradio: edits to watch and to stop, masks from brush strokes, recipes."""
+"""The work of the page, without gradio: edits to watch and to stop, masks from brush strokes, recipes."""
 
 import queue
 import threading
@@ -19,7 +19,7 @@ from nanoip2p.editing.recipes import read_recipe
 from nanoip2p.editor import Editor
 
 MASK_BLUR = 4.0  # pixels, as in sample.py
-# The ranges of the page's sliders, and so of what a browser may send: kind, least, most
+# The ranges of the page's sliders, which also limit the values from a browser: kind, least, most
 LIMITS = {"cfg_text": (float, 0, 30), "cfg_image": (float, 0, 10), "steps": (int, 1, 200), "n": (int, 1, 8),
           "seed": (int, 0, 2**50)}
 ONE_AT_A_TIME = threading.Lock()  # edits of this process
@@ -40,13 +40,13 @@ class Turn:
 
 
 class Visit:
-    """What one tab of a browser has made. Events change it in place: an edit may end after a later event."""
+    """The state of one browser tab. Events change it in place, as an edit may end after a later event."""
 
     def __init__(self):
         self.picture: Path | None = None
         self.folder: Path | None = None                # of the results
         self.turns: list[Turn] = []
-        self.shown = -1                                # which of `turns`
+        self.shown = -1                                # index into `turns`
         self.scales: list[tuple[float, float]] = []    # cfg_text and cfg_image of the sweep's cells
         self.stop = threading.Event()                  # when set, its edit ends
 
@@ -59,7 +59,7 @@ def watched(editor: Editor, stop: threading.Event, **given) -> Iterator[tuple[in
     """Run editor.edit(**given). Yields (steps done, previews, results): previews after each quarter, else [].
 
     results is None until the last item. `stop`, or closing the iterator, ends the edit within a step. Raises
-    Stopped, and all that `edit` raises.
+    Stopped, and every error of `edit`.
     """
     steps, news, left = given["steps"], queue.Queue(), threading.Event()
 
@@ -118,10 +118,10 @@ def write_result(image: Image.Image, mask: Image.Image | None, folder: Path, rec
 
 
 def read_settings(path: Path, name: str) -> tuple[dict, list[str]]:
-    """The settings in a recipe that the page shows, and the names of others. name: of the file, for errors.
+    """The settings of a recipe that the page shows, and names of the rest. name: of the file, for errors.
 
-    Those of LIMITS without n, `sampler`, and `edit`, the first instruction. Raises ValueError, in one line,
-    for a file without a recipe, and for values that the page cannot show.
+    The page shows the keys of LIMITS without n, `sampler`, and the first instruction as `edit`. Raises
+    ValueError, in one line, for a file without a recipe, and for values that the page cannot show.
     """
     recipe = read_recipe(path)
     found = {key: checked(recipe[key], kind, f"{name}: {key}", least, most)

@@ -15,7 +15,7 @@ from nanoip2p.common import cli
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code, see cli.run."""
+    """Run the command and return the exit code, see cli.run."""
     words = sys.argv[1:] if argv is None else argv
     merging = words[:1] == ["merge"]
     merge = Path(__file__).with_name("merge.py").read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ PACKED = torch.int8  # dtype of a Q8_0 tensor that was not unpacked; it is on th
 
 
 def read_gguf(path: Path, prefix: str | None = "") -> dict[str, Tensor]:
-    """Read a GGUF file: name -> tensor. The names are those of the original layout (see single_file.py).
+    """Read a GGUF file: name -> tensor. The names follow the original layout (see single_file.py).
 
     F32, F16 and BF16 are memory-mapped. A Q8_0 tensor (blocks of 32 int8 numbers with one scale) becomes
     float32 if its name contains `prefix`; otherwise, or if `prefix` is None, it is a tensor of dtype PACKED

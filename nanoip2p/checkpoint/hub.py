@@ -115,7 +115,7 @@ def _folder_of(choose: Callable[[list[str]], list[str]], root: Path) -> Path | N
 
 
 def _fetch(name: str, choose: Callable[[list[str]], list[str]], needs: str) -> Path:
-    """Download the files that `choose` returns; return their cache folder. needs: names them in an error."""
+    """Download the files that `choose` returns; return their cache folder. needs: the files, for an error."""
     from huggingface_hub import HfApi, snapshot_download
 
     match = NAME.fullmatch(name)

@@ -86,7 +86,7 @@ def _spellings(model: Model) -> dict[str, tuple[nn.Module, str]]:
 def read_lora(model: Model, path: Path) -> tuple[dict, str]:
     """Return {(network, our name): (alpha / r, arguments of _product)} of a file, and a short description.
 
-    With use_rslora, alpha / sqrt(r). ValueError if a tensor is unknown, does not fit, or is not finite.
+    use_rslora: the factor is alpha / sqrt(r). ValueError if a tensor is unknown, unfit or not finite.
     """
     tensors, known, found, strays = files.read_tensors(path), _spellings(model), {}, []
     for spelling, tensor in tensors.items():
@@ -104,7 +104,7 @@ def read_lora(model: Model, path: Path) -> tuple[dict, str]:
         files.refuse_names(path, "has tensors that are no LoRA of a layer of this model:", strays)
         fitted = {place: _fit(*place, parts, path) for place, parts in found.items()}
     except ValueError:
-        refuse_families(tensors, LORAS, path, "LoRAs of ")  # a clearer message, if it knows the file
+        refuse_families(tensors, LORAS, path, "LoRAs of ")  # a clearer message for a known kind of file
         raise
     layout = {"base": "peft", "lora": "kohya"}.get(next(iter(tensors))[:4], "diffusers")
     own = path.with_name("adapter_config.json")
@@ -128,7 +128,7 @@ def read_lora(model: Model, path: Path) -> tuple[dict, str]:
 
 
 def _fit(network: nn.Module, name: str, parts: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Check the tensors of one layer. Returns those for _product, with 1x1 kernels as matrices."""
+    """Check the tensors of one layer. Returns the arguments of _product, with 1x1 kernels as matrices."""
     given = {f"{role} of {name}": parts[role] for role in ("down", "mid", "up") if role in parts}
     files.check_tensors(given, given, path)  # checks only that the numbers are finite floats
     factors = {role: x.flatten(1) if x.ndim > 2 and x.shape[2:].numel() == 1 else x
@@ -148,7 +148,7 @@ def _fit(network: nn.Module, name: str, parts: dict[str, Tensor], path: Path) ->
 
 
 def _alpha(said: dict, part: str, name: str, path: Path) -> float | None:
-    """The alpha of one layer in peft's settings; None if they have none."""
+    """The alpha of one layer in peft's settings `said`; None if they have no alpha."""
     alpha = said.get(f"{part}lora_alpha")
     patterns = checked(said.get(f"{part}alpha_pattern") or {}, dict, f"{path}: alpha_pattern")
     for pattern in reversed(patterns):  # the first match wins. For peft these are regular expressions

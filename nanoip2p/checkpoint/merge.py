@@ -55,10 +55,10 @@ def merge_tensors(name: str, share: float, tensors: list[Tensor], dtype: torch.d
 
 
 def merge(opened: list[Checkpoint], names: list[str], share: float, dtype: torch.dtype | None) -> Checkpoint:
-    """The weighted sum of two checkpoints, or A + share (B - C) of three. The settings are those of A.
+    """The weighted sum of two checkpoints, or A + share (B - C) of three. The settings come from A.
 
-    names: for the formula. dtype: None keeps the dtypes of A. The networks of the result read Merged
-    tensors. Raises ValueError if the checkpoints do not fit together.
+    names: of the checkpoints, for the formula. dtype: None keeps the dtypes of A. The networks of the result
+    read Merged tensors. Raises ValueError if the checkpoints do not fit together.
     """
     (a, b, *c), (ours, *others), width = map(tidy, names), map(traits, opened), "in_channels of the unet"
     for name, theirs in zip((b, *c), others):
@@ -84,4 +84,4 @@ def traits(checkpoint: Checkpoint) -> dict:
     return {"prediction_type": noise.prediction_type, "noise levels": noise.alphas_cumprod().tolist()} | {
         f"{key} of the {part}": value for part, network in checkpoint.networks.items()
         for key, value in vars(network.model.config).items()
-        if key not in ("projection_dim", "eos_token_id")}  # of pooled texts, not used here
+        if key not in ("projection_dim", "eos_token_id")}  # they only affect pooled texts, unused here

@@ -1,9 +1,9 @@
 """Read the tensors of PyTorch pickles (.ckpt, .bin, .pt) without running any code of the file.
 
 A pickle names the functions to call. torch.load(weights_only=True) calls only the functions that tensors
-need, and refuses a file that names other functions or classes. Lightning checkpoints of 2022 name some, for
+need, and refuses a file that names other functions or classes. Lightning checkpoints of 2022 name others, for
 callbacks and configs. We replace each of these by a class that does nothing. Before torch 2.10, weights_only
-does not protect from every file (GHSA-63cw-57p8-fm3p), so there we read no pickle.
+does not protect from every file (GHSA-63cw-57p8-fm3p), so with an older torch we read no pickle.
 """
 
 import warnings
@@ -28,7 +28,7 @@ class _Inert:
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """Read a file of torch.save. Returns its named tensors, or those of its innermost "state_dict".
+    """Read a file of torch.save. Returns its named tensors, or the tensors of its innermost "state_dict".
 
     The tensors are on the CPU, need no gradients, and are memory-mapped (unless the file is compressed or
     older than PyTorch 1.6). Raises ValueError if the file has another format (TorchScript, tar), is

@@ -58,8 +58,8 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None = No
             ema: bool = False) -> None:
     """Write a checkpoint to a single file if `target` ends in .safetensors, else to a diffusers folder.
 
-    dtype: None keeps each tensor's dtype. ema: also write the UNet under the names of the EMA weights, for
-    older programs that read those. Checks the checkpoint first. A failed write leaves no partial `target`.
+    dtype: None keeps each tensor's dtype. ema: also write the UNet under the names of the EMA weights, which
+    older programs read. Checks the checkpoint first. A failed write leaves no partial `target`.
     Deletes temporary files of a killed conversion to the same `target`. A merge never overwrites a file.
     Holds one tensor in memory at a time. Raises ValueError for a bad checkpoint or target.
     """
@@ -79,7 +79,7 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None = No
         tensors |= to_original(models["unet"], ema=True) if ema else {}
         metadata = {part: model.config.to_json() for part, model in models.items()}
         metadata |= {"schedule": checkpoint.schedule, "defaults": checkpoint.defaults}
-        # For other programs: the keys of the Model Spec, and marks.py
+        # For other programs: keys of the Model Spec, and the empty tensors that marks.py lists
         marks = {"modelspec.merged_from": checkpoint.merged_from} if checkpoint.merged_from else {}
         noise = NoiseSchedule.from_config(checkpoint.schedule)
         if noise.prediction_type == "v_prediction":

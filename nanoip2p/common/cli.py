@@ -15,16 +15,16 @@ from pathlib import Path
 from nanoip2p import __version__
 from nanoip2p.common.schema import checked, shown
 
-# Choices of flags, also keys of tables elsewhere. Those modules import torch, which --help does not need
+# Choices of flags: copies of the keys of tables in modules that import torch, which --help does not need
 SAMPLERS = ("ddim", "dpmpp_2m", "euler", "euler_ancestral", "lcm")
 DTYPES = ("bf16", "fp16", "fp32")
 MODES = ("self", "cross", "both", "none")
 LETTERS = 500  # maximum number of characters in a message
-SWITCH = argparse.BooleanOptionalAction  # also --no-FLAG, which overrides a preset
+SWITCH = argparse.BooleanOptionalAction  # adds --no-FLAG beside --FLAG, to override a preset
 
 
 def import_torch():
-    """Import torch and return it. That takes seconds, in which Ctrl-C ends the process without a traceback.
+    """Import torch and return it. The import takes seconds. Ctrl-C then ends the process without a traceback.
 
     The signal handler exits, because torch's C code, which imports numpy, loses a KeyboardInterrupt. The
     garbage collector ignores torch's many objects, which stay until the end. This saves half a second.
@@ -122,7 +122,7 @@ pixels = at_least(1, 10_000)  # the length of a side; images.MAX_MEGAPIXELS is 1
 
 
 def split(given: str) -> tuple[Path, float]:
-    """"FILE" or "FILE:weight" -> (file, weight), by default 1. ValueError for a weight that is no number."""
+    """"FILE" -> (file, 1.0). "FILE:weight" -> (file, weight). ValueError if the weight is not a number."""
     name, colon, weight = given.rpartition(":")
     if not given or given.startswith(":"):
         raise ValueError("--lora needs a file, or FILE:weight")
@@ -140,7 +140,7 @@ def one_line(message) -> str:
     text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in
                    " ".join(str(message).split()))
     half = LETTERS // 2 - 2
-    return text if len(text) <= LETTERS else f"{text[:half]} … {text[-half:]}"  # its end has the advice
+    return text if len(text) <= LETTERS else f"{text[:half]} … {text[-half:]}"  # messages end with advice
 
 
 def run(work: Callable[[], None], interrupted: str, memory: str) -> int:

@@ -63,13 +63,13 @@ def _to_srgb(image: Image.Image, grey: bool, info: dict) -> Image.Image:
         light = np.linspace(0, 1, 256) ** (1 / gamma)
         level = np.where(light < 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
         image = image.point((level * 255).round().astype(int).tolist() * 3)
-    image.info = {}  # a second call must not apply it again
+    image.info = {}  # so that a second call does not apply the gamma again
     return image
 
 
 @lru_cache(maxsize=8)  # the pictures of a dataset share few profiles
 def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform, str] | None:
-    """(mode, transform from it to sRGB, name). None if that changes nothing, or the profile is broken."""
+    """(mode, transform from it to sRGB, name). None if the profile is broken or has no effect."""
     with contextlib.suppress(Exception):  # ignore a broken profile. Some builds of Pillow lack ImageCms
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
         mode = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.profile.xcolor_space]

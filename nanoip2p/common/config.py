@@ -9,8 +9,8 @@ import typing
 
 from nanoip2p.common.schema import checked, shown
 
-# Ranges of numbers, far wider than Stable Diffusion 1.x and CLIP need. WIDTHS is for all others. Without a
-# limit, a network from a config.json of a few bytes could take minutes to build, or gigabytes of memory
+# Ranges of numbers, far wider than Stable Diffusion 1.x and CLIP need. WIDTHS limits all other numbers.
+# Without limits, a network from a config.json of a few bytes could need minutes or gigabytes to build
 LIMITS = {
     "layers_per_block": (1, 32), "num_hidden_layers": (1, 128), "freq_shift": (0, 1),
     "vocab_size": (1, 2**20), "eos_token_id": (0, 2**20), "norm_eps": (0, 1), "layer_norm_eps": (0, 1),
@@ -38,7 +38,7 @@ FIXED = {
     },
 }
 IGNORED = {
-    # The second line: what the EMAModel of diffusers writes about its averaging
+    # The second line: settings that the EMAModel of diffusers adds
     "unet": set("sample_size addition_embed_type_num_heads "
                 "decay inv_gamma min_decay optimization_step power update_after_step use_ema_warmup".split()),
     "vae": {"sample_size", "force_upcast"},  # diffusers' hints for tiling and for half precision

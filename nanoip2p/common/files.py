@@ -24,7 +24,7 @@ CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`. What the block makes there replaces `path` when it succeeds.
+    """Yield a temporary path beside `path`. If the block succeeds, the file or folder there replaces `path`.
 
     Creates missing folders. Raises ValueError if `path` is a folder or a device; an OSError that names `path`
     if the disk is full.
@@ -145,8 +145,8 @@ def read_rows(path: Path, kind: str | None = None, problems: list[str] | None = 
     """Yield (line number from 1, row) for each row of a file. Skips blank lines.
 
     kind: ".jsonl", ".csv" or ".txt" (each line becomes {"input": line}); default: the file's suffix.
-    problems: a list to which each bad line adds a message. If it is None, a bad line raises ValueError. An
-    unreadable file always raises it. appended: skip an incomplete last line, which a killed `append` leaves.
+    problems: a list to which each bad line adds a message. If None, a bad line raises ValueError. An
+    unreadable file raises it always. appended: skip an incomplete last line, which a killed `append` leaves.
     """
     kind = (kind or path.suffix).lower()
     try:
@@ -160,7 +160,7 @@ def read_rows(path: Path, kind: str | None = None, problems: list[str] | None = 
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yield the lines of a file with their ends. Of a line far above LONGEST_LINE, yields only the end."""
+    """Yield the lines of a file with their ends. Yields only the end of a line far above LONGEST_LINE."""
     rest = b""
     while block := file.read(LONGEST_LINE):
         *lines, rest = (rest + block).splitlines(keepends=True)
@@ -278,7 +278,7 @@ def locked(path: Path, wait: bool = False) -> Iterator[bool]:
 
 
 def inside(root: Path, name: str) -> Path:
-    """The path root/name, where `name` comes from data. Raises ValueError if that leads out of `root`.
+    """The path root/name, where `name` comes from data. Raises ValueError if the path leads out of `root`.
 
     `root` itself may be a link. Links inside may point to other places inside. In the Hub's cache, where all
     files are links, they may also point into the cache folder of that repository.

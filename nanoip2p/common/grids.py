@@ -56,9 +56,9 @@ def beside(images: list[Image.Image]) -> Image.Image:
 
 
 def wrap(rows: list[list], labels: list[list[str]], groups: tuple[int, ...] = (1,)) -> tuple[list, list]:
-    """Break rows for `grid` that are wider than WIDTH. The first picture of each stands alone on the left.
+    """Break rows for `grid` that are wider than WIDTH. Only the first picture of a row is in the left column.
 
-    groups: numbers of pictures to keep together; the first that fits counts.
+    groups: numbers of pictures to keep together; the first number that fits is used.
     """
     widest = max(image.width * _scale(image) for row in rows for image in row) + GAP
     most = max(3, (WIDTH - GAP) // widest - 1)  # beside the first picture
@@ -91,7 +91,7 @@ def _wrap(text: str, width: int) -> tuple[list[str], ImageFont.FreeTypeFont, set
 
 @lru_cache(maxsize=1024)
 def _font(letters: frozenset[str]) -> tuple[ImageFont.FreeTypeFont, set[str]]:
-    """The first font that has most of the letters, and those that it lacks."""
+    """The first font that has most of the letters, and the letters that it lacks."""
     best = None
     for font in _fonts():
         with suppress(OSError):  # a damaged font
@@ -110,7 +110,7 @@ def _drawn(font: ImageFont.FreeTypeFont, letter: str) -> tuple:
 
 
 def _fonts() -> Iterator[ImageFont.FreeTypeFont]:
-    """Pillow's font, which knows little more than ASCII, matplotlib's, then the installed ones."""
+    """Yield Pillow's font, which knows little more than ASCII, matplotlib's font, then installed fonts."""
     yield ImageFont.load_default(LABEL_SIZE)
     for path in _font_files():
         with suppress(OSError):  # a bitmap font

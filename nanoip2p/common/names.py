@@ -1,4 +1,4 @@
-"""Names for output files that nobody named."""
+"""Names of output files, if the user gave none."""
 
 import unicodedata
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def slug(text: str, empty: str) -> str:
-    """The letters and digits of a text, which may be a stranger's, as a part of a file's name.
+    """Turn a text, which may come from a stranger, into a part of a file name: its letters and digits.
 
-    Has hyphens between words and at most 80 bytes. empty: the result if nothing is left.
+    The result has hyphens between words, and at most 80 bytes. empty: the result if nothing is left.
     """
     kept = "".join(letter if unicodedata.category(letter)[0] in "LMN" else " "
                    for letter in unicodedata.normalize("NFKC", text))
@@ -19,7 +19,7 @@ def slug(text: str, empty: str) -> str:
 
 @contextmanager
 def unused(path: str) -> Iterator[str]:
-    """Yield `path` or, with -2, -3 ... before the suffix, the first that no file and no process has.
+    """Yield the first name that no file or process has: `path`, or `path` with -2, -3 ... after its stem.
 
     An empty file holds the name until the block replaces it. If the block fails, that file is deleted.
     """

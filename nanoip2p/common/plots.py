@@ -7,10 +7,8 @@ from nanoip2p.common.files import replacing
 
 
 def plot(path: Path, draw: Callable, size: tuple[float, float] = (8, 4.5), **labels: str) -> bool:
-    """Call draw(axes), set the `labels` (xlabel, ylabel, yscale), and write a PNG of `size` in inches.
-
-    Returns False if matplotlib is not installed.
-    """
+    """Call draw(axes), set the `labels` (xlabel, ylabel, yscale), and write a PNG. size: in inches. Returns
+    False if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

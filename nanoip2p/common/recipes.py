@@ -1,11 +1,11 @@
-"""Where JPEG and WebP keep the recipe (settings) of a picture: in an XMP packet, as a property of our own."""
+"""JPEG and WebP keep the recipe (settings) of a picture in an XMP packet, as a property of our own."""
 
 import html
 import json
 import re
 
 KEY = "nanoip2p"  # of the text chunk of a PNG
-KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # what we write, by suffix
+KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # formats that we write
 LONGEST_PACKET = 2**20  # bytes of XMP that we read; a JPEG holds 64 KB
 HEADER = b"http://ns.adobe.com/xap/1.0/\0"  # begins the APP1 segment of a JPEG that holds XMP
 PACKET = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">

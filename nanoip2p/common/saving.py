@@ -28,8 +28,8 @@ def save_png(image: Image.Image, path: str | Path, recipe: dict, web: bool = Fal
 def save_image(image: Image.Image, path: str | Path, recipe: dict) -> None:
     """Write a picture atomically, with its recipe and `web_text`, as PNG, JPEG or WebP: see recipes.KINDS.
 
-    WebP is lossless. A picture that is too large for the format is shrunk, and a recipe that is too long
-    for a JPEG is left out: both with a warning, because the picture took long.
+    WebP is lossless. Shrinks a picture that is too large for the format, and leaves out a recipe that is too
+    long for a JPEG. Warns of both instead of raising an error, because the picture took long to make.
     """
     kind, metadata = recipes.KINDS[Path(path).suffix.lower()], {}
     if max(image.size) > (most := LARGEST[kind]):

@@ -18,7 +18,7 @@ def checked(value, kind, where: str, least: float = -math.inf, most: float = mat
     """Return `value` if it is of `kind`, else raise ValueError: "<where> = <value> should be <kind>".
 
     kind: bool, int, float, str, dict, list[...], tuple[...], or a union (A | None). A whole number is a valid
-    float; a list becomes a tuple where `kind` is one. least, most: the range of every number in `value`; NaN
+    float; a list becomes a tuple if `kind` is a tuple. least, most: the range of every number in `value`. NaN
     and infinity are refused.
     """
     try:
@@ -36,7 +36,7 @@ def shown(value) -> str:
 
 
 def checked_rows(path: Path, kinds: dict[str, tuple], appended: bool = True) -> list[dict]:
-    """The rows of a .jsonl file, see read_rows; or []. kinds: key -> (kind, least, most), to be checked."""
+    """The checked rows of a .jsonl file (read_rows); [] without a file. kinds: key -> (kind, least, most)."""
     rows = read_rows(path, ".jsonl", appended=appended) if path.exists() else ()
     return [row | {key: checked(row.get(key), kind, f"{path}, row {number}: {key}", *limits)
                    for key, (kind, *limits) in kinds.items()} for number, (_, row) in enumerate(rows, 1)]

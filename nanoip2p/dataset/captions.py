@@ -137,7 +137,7 @@ class Job:
             line = self.todo.popleft()
             try:
                 await self.ask(row_of(line))
-            except OverBudget:  # the other tasks may take it: open requests can use less than reserved
+            except OverBudget:  # other tasks may take this caption: open requests can use less than reserved
                 self.todo.appendleft(line)
                 return
             except openai.APIError as error:
@@ -233,7 +233,7 @@ def known_captions(out: Path) -> set[int]:
 def ask_all(captions: list[str], settings: Settings, out: Path, most: int | None = None) -> str:
     """Process every caption that is not yet in OUT.jsonl or OUT.dropped.jsonl; return a summary.
 
-    captions: of `read_captions`. most: take the first `most` only. Needs OPENAI_API_KEY (and OPENAI_BASE_URL)
+    captions: from `read_captions`. most: maximum number to take. Needs OPENAI_API_KEY (and OPENAI_BASE_URL)
     in the environment. ValueError if the server fails, or if `out` cannot be written. KeyboardInterrupt after
     Ctrl-C or SIGTERM, see Job.run.
     """

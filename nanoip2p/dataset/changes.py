@@ -1,13 +1,13 @@
 """Which words a pair of captions changes, and how much else changed in the pictures. Not in the paper.
 
 The region of an edit is where the attention to a changed word is high, as the local blend of Prompt-to-Prompt
-finds it (prompt_to_prompt.hot_words). A word that is high in more than MOST of the picture does not count. In
-an edit of the whole picture (time, weather, style), no word counts: it has no region, no blend, no leakage.
+finds it (prompt_to_prompt.hot_words). A word with high attention in more than MOST of the picture is ignored.
+For an edit of the whole picture (time, weather, style), no word is left: no region, no blend, no leakage.
 
     leakage = mean |after - before| outside the region / mean |after - before| inside     (8-bit RGB pixels)
 
-0: nothing else changed; 1: everything changed alike. The maps are those of the second lowest level (16 x 16
-at 512 pixels), summed over all steps. After a blend, leakage is near 0: it cannot see a wrong region.
+0: nothing else changed; 1: everything changed alike. The attention maps are from the second lowest level
+(16 x 16 at 512 pixels), summed over all steps. After a blend, leakage is near 0, even if the region is wrong.
 """
 
 from itertools import zip_longest
@@ -31,7 +31,7 @@ FILLERS = set("a an the this that its and or but of in on at to by with from for
 def changed_words(tokenizer: Tokenizer, source: str, edit: str) -> list[list[tuple[str, list[int]]]]:
     """The words of `source` that `align` does not find in `edit`, and the reverse, with token positions.
 
-    It aligns words, because words of several tokens can share some by chance. Words that do not fit are cut.
+    Aligns words, as words of several tokens can share tokens by chance. Drops words beyond the token limit.
     """
     texts = [split_words(tokenizer, text) for text in (source, edit)]
     names = [[word.lower() for word, _ in words] for words in texts]
@@ -54,7 +54,7 @@ class MeasuredPainter(PairPainter):
     """A PairPainter that also measures leakage, and whose `blend` may be "auto": the words that differ."""
 
     def __init__(self, painter: TextToImage, source: str, edit: str, *settings, blend=None, **more):
-        """As PairPainter."""
+        """Arguments: as for PairPainter."""
         words = list(zip_longest(*changed_words(painter.tokenizer, source, edit), fillvalue=("", [])))
         self.words = list(zip(*words)) or [[("", [])]] * 2  # of each caption, equally many
         tokens = [[tokens for _, tokens in side] for side in self.words]

@@ -99,7 +99,7 @@ def connect(timeout: float = Settings.timeout, total: float | None = None) -> As
     try:
         client = AsyncOpenAI(max_retries=SERVER_RETRIES, timeout=timeout,
                              http_client=Client(total or timeout))
-        if not client.api_key.strip() or not client.api_key.isascii():  # openai accepts some of these
+        if not client.api_key.strip() or not client.api_key.isascii():  # openai may accept such a key
             raise openai.OpenAIError("the key is empty, or has letters that no header can hold")
         return client
     except openai.OpenAIError:

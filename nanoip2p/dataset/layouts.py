@@ -8,8 +8,8 @@
     *.tar             (or data/*.tar) of webdataset: x.input.jpg, x.edit.txt, x.output.jpg, or as in COLUMNS
     metadata.jsonl    (.csv or .parquet; or in train/, test/) an image folder of `datasets`
 
-The paths in pairs.jsonl, which users write themselves, may lead anywhere. Those in the other layouts, which
-users download, stay in their folder.
+Users write pairs.jsonl themselves, so its paths may lead anywhere. Users download the other layouts, so paths
+in these must stay in their folder.
 """
 
 import re
@@ -50,7 +50,7 @@ class Pair:
 
 
 class FileError(ValueError):
-    """A file, or the rest of it after some rows, cannot be read."""
+    """A file cannot be read, or can be read only up to some row."""
 
 
 Item = tuple[Pair, ...]  # the pairs of one prompt; each epoch draws one pair, as in the original
@@ -240,7 +240,7 @@ def load_picture(picture: Picture, resolution: int, flip: bool = False) -> Image
     """Load a square RGB picture: short side resized to `resolution` (LANCZOS), then centre-cropped.
 
     The original squeezes pictures that are not square, in training and in its metrics.
-    flip: mirror the picture. Raises ValueError for a missing or broken picture; names the file, row, column.
+    flip: mirror the picture. Raises ValueError, with file, row and column, for a missing or broken picture.
     """
     if isinstance(picture, Scene):
         image = picture.render(resolution)

@@ -78,7 +78,7 @@ def read_prompts(path: Path) -> tuple[list[Prompt], list[str]]:
 def pair_settings(flags: dict, weights: Path, painter_defaults: dict) -> PairSettings:
     """Take each setting from `flags`, else from pairs.json in the weights folder, else from the defaults.
 
-    `clip` in pairs.json is a path relative to that folder: only the user decides what is downloaded.
+    `clip` in pairs.json is a path in the weights folder: only the user decides which model is downloaded.
     ValueError for an invalid setting.
     """
     kinds, path = typing.get_type_hints(PairSettings), weights / "pairs.json"
@@ -96,7 +96,7 @@ def pair_settings(flags: dict, weights: Path, painter_defaults: dict) -> PairSet
 
 
 def candidate(prompt: Prompt, k: int, settings: PairSettings) -> dict:
-    """Seed, p and guidance of candidate k, under the keys of metadata.jsonl. The seed fixes the others."""
+    """Seed, p and guidance of candidate k, under the keys of metadata.jsonl. The seed fixes the other two."""
     name = f"nanoip2p pair {settings.seed} {prompt.number} {k}"
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")  # 48 bits: repeats are unlikely
     uniform = random.Random(f"nanoip2p pair {seed}").random  # the same numbers in every version of Python
@@ -151,8 +151,8 @@ def make_pairs(prompts: list[Prompt], out: Path, painter: TextToImage, judge: Ju
                notes: dict, progress: bool = False, prepare: Callable[[], None] = lambda: None) -> None:
     """Process every prompt that no other process has finished or claimed, then write seeds.json.
 
-    notes: further entries of job.json. prepare: called before the first prompt, to speed up the networks;
-    their weights are hashed before. ValueError when `out` holds another job or cannot be written.
+    notes: further entries of job.json. prepare: called before the first prompt, after the weights are hashed,
+    to speed up the networks. ValueError if `out` holds another job or cannot be written.
     """
     try:
         claim_folder(out, "job.json", {"job": job_of(painter, judge, settings)}, "--out", notes)
@@ -178,7 +178,7 @@ def make_pairs(prompts: list[Prompt], out: Path, painter: TextToImage, judge: Ju
 
 
 def job_of(painter: TextToImage, judge: Judge, settings: PairSettings) -> dict:
-    """All that affects the result, except prompts. `batch` only changes rounding; "networks" hashes CLIP."""
+    """All that affects the result, except prompts. Without `batch` (rounding) and `clip` (in "networks")."""
     fixed = (painter.schedule, painter.vae.scaling_factor, judge.mean.tolist(), judge.std.tolist())
     tokenizers = [model.tokenizer.backend.to_str() for model in (painter, judge)]
     networks = fingerprint(painter.unet, painter.vae, painter.text_encoder, judge.clip,

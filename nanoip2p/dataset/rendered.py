@@ -21,7 +21,7 @@ def pick(options: list, generator: torch.Generator):
 
 
 def draw_edit(edits: list[Edit], generator: torch.Generator) -> Edit:
-    """Draw a kind of edit, then an edit of this kind. Otherwise, most would be of the kind "add"."""
+    """Draw a kind of edit, then an edit of this kind. Otherwise, most edits would be of the kind "add"."""
     kind = pick(sorted({edit.kind for edit in edits}), generator)
     return pick([edit for edit in edits if edit.kind == kind], generator)
 
@@ -39,7 +39,7 @@ def draw_scenes(n: int, seed: int) -> list[dict]:
 
 
 def write_scenes(out: Path, n: int, seed: int) -> None:
-    """Write the triplets of `draw_scenes`. ValueError unless `out` is missing or holds the first of them."""
+    """Write the triplets of `draw_scenes`. ValueError unless `out` is missing or holds the first lines."""
     text = "".join(json.dumps(row) + "\n" for row in draw_scenes(n, seed)).encode()
     if out.exists() and (out.stat().st_size > len(text) or not text.startswith(out.read_bytes())):
         raise ValueError(f"{out} holds more or other captions than these {n} of --seed {seed}; name another "

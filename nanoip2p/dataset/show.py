@@ -18,7 +18,7 @@ from nanoip2p.prompt_to_prompt import PairPainter, split_words
 
 SCORE_NAMES = dict(zip(SIMILARITIES, ("caption before", "caption after", "direction", "pictures")))
 COSINES = dict.fromkeys(SIMILARITIES, (float, -1.01, 1.01))  # with room for rounding
-SCORES = COSINES | {"leakage": (float | None, 0)}  # older files, and the original's, lack the last
+SCORES = COSINES | {"leakage": (float | None, 0)}  # older files, and files of the original, lack leakage
 KEPT = {"seed": (int, 0, 2**63), "p2p_threshold": (float, 0, 1)} | SCORES  # of a row of metadata.jsonl
 BAR = 40  # length of the histogram's longest bar, in characters
 
@@ -40,7 +40,7 @@ def read_pairs(root: Path) -> list[dict]:
 
 
 def statistics(root: Path, pairs: list[dict]) -> str:
-    """A text about the kept pairs: number, quality, p. Reports candidates only if pairs.py listed them."""
+    """A text: number, mean scores and p of the kept pairs; candidates too, if pairs.py listed them."""
     folders, with_survivors = prompt_folders(root), len({pair["folder"] for pair in pairs})
     lines = [("prompts", f"{len(folders)} finished, {with_survivors} of them with kept pairs"),
              ("kept pairs", f"{len(pairs)}, {len(pairs) / len(folders):.2f} a prompt")]
@@ -83,7 +83,7 @@ def contact_sheet(pairs: list[dict], rows: int, seed: int) -> Image.Image:
 
 
 def draw_heatmaps(model: PairPainter, seed: int, share: float, cfg_text: float, bar: tqdm) -> Image.Image:
-    """A row per picture: the picture, and a copy per caption word, bright where attention to it is high."""
+    """A row per picture: the picture, and a copy per word, bright where attention to the word is high."""
     tokenizer = model.painter.tokenizer
     words = [split_words(tokenizer, caption) for caption in model.captions]
     count = max(map(len, words))

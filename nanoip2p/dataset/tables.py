@@ -37,7 +37,7 @@ MOST_ROWS = 5_000_000  # of a file: the largest dataset of edits has 4 million. 
 GROUP_BYTES, GROUP_MULTIPLE = 2**30, 10
 READ_LOCK = Lock()  # without the lock, threads that need the same row group would each read it
 MOST_PARTS = 100  # members of a .tar that make a row
-MEMBER = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")  # key and extension, as webdataset cuts them
+MEMBER = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")  # key and extension, as webdataset splits them
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def beside(file: Path, name: str) -> Path:
     """The path of a picture that a table names, in the table's folder. ValueError if it is elsewhere."""
     if os.path.isabs(name):  # `datasets` writes absolute paths
         relative = os.path.relpath(name, os.path.realpath(file.parent))
-        name = name if relative.split(os.sep)[0] == os.pardir else relative  # `inside` refuses the former
+        name = name if relative.split(os.sep)[0] == os.pardir else relative  # `inside` refuses absolute names
     return inside(file.parent, name)
 
 
@@ -118,7 +118,7 @@ def _parquet_rows(path: Path, columns: Names | None) -> Iterator[tuple[str, dict
             about = file.metadata.row_group(group)
             nulls = {leaf.path_in_schema: leaf.statistics and leaf.statistics.null_count
                      for leaf in map(about.column, range(about.num_columns))}
-            # Cells that may hold a path in place of bytes are read here. Those with bytes would take too long
+            # Read only cells that may hold a path in place of bytes: cells with bytes would take too long
             paths = {name for name in cells if name not in nulls and nulls.get(f"{name}.bytes") != 0}
             texts = [name for name in schema.names if name in wanted | paths]
             table = _read_group(file, path, group, texts).columns

@@ -18,7 +18,7 @@ THRESHOLD = 0.25          # of the largest change: in the nano world, as many ed
 
 
 def read_mask(given) -> Image.Image:
-    """The file that Settings name, in mode L and white where to edit."""
+    """The mask of given.mask_file, in mode L, white where to edit. given: Settings of sample.py."""
     mask = open_image(given.mask_file).convert("L")
     return ImageOps.invert(mask) if given.mask_invert else mask
 
@@ -35,7 +35,7 @@ def make_masks(editor: Editor, given, originals: list[Image.Image], fitted: list
 
 def to_size_of(before: list[Image.Image], edited: list[Image.Image], masks: list[Image.Image] | None,
                given) -> list[Image.Image]:
-    """Scale edited pictures to the sizes of `before`. Its pixels stay outside the masks. given: Settings."""
+    """Scale edited pictures to the sizes of `before`. Outside the masks, keep `before`. given: Settings."""
     scaled = [image.resize(last.size, Image.Resampling.LANCZOS) for image, last in zip(edited, before)]
     if masks is None:
         return scaled
@@ -47,7 +47,7 @@ def to_size_of(before: list[Image.Image], edited: list[Image.Image], masks: list
 @torch.inference_mode()
 def find_masks(editor: Editor, images: list[Image.Image], instructions: list[str], seeds: list[int],
                negative: str = "", low_memory: bool = False) -> list[Image.Image]:
-    """Masks of mode L: white where the instruction changes the estimate of the picture.
+    """Masks of mode L: white where the instruction changes the estimate of the picture. NaN: PictureError.
 
     images: of one size, as fitted for `editor`. As DiffEdit does with two captions (Couairon et al.
     2210.11427), noise the input to several levels, and compare the branches [text + image] and [image] there.

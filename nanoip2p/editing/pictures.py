@@ -48,7 +48,7 @@ def find_images(patterns: list[str]) -> list[str]:
 
 
 def leave_out(error: ValueError, path: str, problems: list[str], of: int) -> None:
-    """Show the problem of a picture, and add it to `problems`. Raises it if now all `of` pictures failed."""
+    """Print the problem of a picture and add it to `problems`. ValueError if now all `of` pictures failed."""
     problem = str(error) if path in str(error) else f"{path}: {error}"
     if len(problems) + 1 >= of:
         raise ValueError(problem) from None
@@ -58,10 +58,8 @@ def leave_out(error: ValueError, path: str, problems: list[str], of: int) -> Non
 
 def edit_all(editor: Editor, pictures: list, sizes: dict, sampling: dict,
              problems: list[str]) -> Iterator[tuple[int, tuple[Image.Image, ...]]]:
-    """Yield (index, result of edit_batch) of each picture, or (0, pair) for all of a sweep.
-
-    Leaves out NaN and masks without white.
-    """
+    """Yield (index, result of edit_batch) of each picture, or (0, pair) for all of a sweep. Leaves out
+    a picture that comes out as NaN or whose mask has no white, see leave_out."""
     queue = same_size([sizes[picture.input[0]] for picture in pictures], pictures[0].batch)
     allowed = len(problems) + len(pictures)
     while queue:
@@ -102,7 +100,7 @@ def edit_batch(editor: Editor, batch: list, size: tuple[int, int],
 
 def sweep(editor: Editor, batch: list, size: tuple[int, int],
           sampling: dict) -> Iterator[tuple[Image.Image, Image.Image]]:
-    """Yield (input, edit) for SWEEP_EDITS pairs of scales, with one seed: see draw_sweep."""
+    """Yield (input, edit) for each pair of scales of sweep_scales, with one seed."""
     [picture] = batch
     original = open_image(picture.input[0])
     before = fit(original, size)
@@ -121,7 +119,7 @@ def sweep_scales(sampling: dict) -> list[tuple[float, float]]:
 
 
 def draw(pictures: list, made: list[tuple[int, tuple]], sampling: dict) -> tuple[Image.Image, str]:
-    """(--grid or --sweep, text about it). made: what edit_all yielded, in order, perhaps not all."""
+    """Draw --grid or --sweep. Returns (picture, text about it). made: the results of edit_all so far."""
     if pictures[0].sweep:
         edits, text = len(sweep_scales(sampling)), f"{pictures[0].edit[0]}, by cfg_text and cfg_image"
         rest = f": {len(made)} of {edits} edits" * (len(made) < edits)
@@ -167,7 +165,7 @@ def nano_notes(editor: Editor, edits: list[str], sizes: dict[str, tuple[int, int
     vocabulary = editor.tokenizer.backend.get_vocab_size()  # CLIP's tokenizer has 49,408 tokens
     if editor.defaults["resolution"] != NANO_RESOLUTION or vocabulary > NANO_VOCABULARY:
         return []
-    known = {word.lower() for word in editor.tokenizer.backend.get_vocab()}  # also those of --embedding
+    known = {word.lower() for word in editor.tokenizer.backend.get_vocab()}  # also words of --embedding
     unknown = [word for word in scenes.unknown_words(" ".join(edits)) if word not in known]
     notes = [f"unknown here: {', '.join(unknown)}"] if unknown else []
     notes += [f"{path} is {width}x{height}, larger than the training data: photographs need other --weights"

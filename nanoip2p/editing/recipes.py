@@ -1,4 +1,4 @@
-"""Read the recipe, the settings that made it, in a picture that we wrote."""
+"""Read the recipe of a picture that nanoip2p wrote: the settings that made the picture."""
 
 import contextlib
 import json

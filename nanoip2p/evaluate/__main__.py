@@ -30,19 +30,19 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("--device", help="cuda, mps or cpu; default: the first that works")
         if name != "calls":
             command.add_argument("--steps", type=at_least(1), help=DEFAULT)
-            command.add_argument("--cfg-text", type=finite, help=f"{DEFAULT} (of curve: 7.5; nano: 2)")
+            command.add_argument("--cfg-text", type=finite, help=f"{DEFAULT} (curve: 7.5; nano weights: 2)")
             command.add_argument("--sampler", choices=cli.SAMPLERS, help=DEFAULT)
         return command.add_argument
 
     flag = add("scenes", "weights/nano-ip2p", 500, help="folder for scores and pictures of failures")
-    flag("--combinations", choices=("seen", "held-out"), default="seen", help="combinations, see above")
+    flag("--combinations", choices=("seen", "held-out"), default="seen", help="which scenes, see above")
     flag("--deep-every", type=at_least(1), default=1, metavar="N", help="as in sample.py")
     flag("--cfg-image", type=finite, help=DEFAULT)
 
     flag = add("captions", "weights/nano-sd", 320, help="folder for scores.json")
     flag("--clip", default="weights/nano-clip", help="folder or Hub name")
 
-    flag = add("curve", "weights/nano-ip2p", 300, default=Path("runs/curve"), help="for points and plot")
+    flag = add("curve", "weights/nano-ip2p", 300, default=Path("runs/curve"), help="folder for points, plot")
     flag("--sdedit", type=Path, metavar="WEIGHTS", help="text-to-image model for the SDEdit baseline")
     flag("--data", default="scenes", help="as in train.py; both pictures of a pair need captions")
     flag("--split", choices=("train", "validation", "test"), default="test", help="split to measure on")
@@ -55,11 +55,12 @@ def make_parser() -> argparse.ArgumentParser:
 
     flag = add("calls", ["weights/nano-ip2p"], 140, default=Path("runs/calls"),
                help="folder for points and plot")
-    flag("--calls", type=at_least(1), nargs="+", default=(2, 4, 8, 16, 30, 60), metavar="N", help="per edit")
+    flag("--calls", type=at_least(1), nargs="+", default=(2, 4, 8, 16, 30, 60), metavar="N",
+         help="network calls per edit")
 
     flag = add("magicbrush", "weights/nano-ip2p", None, required=True, help="folder for scores and pictures")
     flag("--data", type=Path, required=True, help="folder of a split, with edit_turns.json")
-    flag("--clip", default="openai/clip-vit-base-patch32", help="as MagicBrush; folder or Hub name")
+    flag("--clip", default="openai/clip-vit-base-patch32", help="as in MagicBrush; folder or Hub name")
     flag("--cfg-image", type=finite, help=DEFAULT)
     flag("--seed", type=at_least(0), default=0, help="seed of every edit, as in MagicBrush")
     return parser

@@ -1,4 +1,4 @@
-"""Faster layers for inference on a CPU. Each keeps its weight in a faster layout, in place of the plain one.
+"""Faster layers for inference on a CPU. Each layer keeps its weight in a faster layout only.
 
 oneDNN computes with blocks of a weight. `F.conv2d` lays out the whole weight in blocks at each call, which on
 small feature maps takes longer than the convolution itself. `lay_out` does this once. Winograd's method
@@ -54,7 +54,7 @@ def lay_out(model: nn.Module, winograd: bool = False, direct: tuple[nn.Module, .
                 setattr(parent, name, Winograd(layer))
             elif channels >= LEAST_CHANNELS:
                 setattr(parent, name, Convolution(layer))
-    for weight in model.parameters():  # the small ones: otherwise they keep a memory-mapped file in memory
+    for weight in model.parameters():  # the rest: without a copy, a memory-mapped file stays in memory
         weight.data = weight.data.clone()
     return model.requires_grad_(False)
 
@@ -99,7 +99,7 @@ class Product(LaidOut):
 class Convolution(LaidOut):
     """Any other convolution. (B, C_in, h, w) -> (B, C_out, h', w').
 
-    For a small map, the weight is laid out for its size: a layout for any size can take 5 times as long.
+    The weight is laid out for the size of a small map: a layout for any size can take 5 times as long.
     """
 
     def __init__(self, layer: nn.Conv2d):
@@ -157,14 +157,14 @@ class Winograd(LaidOut):
         down = [half[:, :, i : i + m * h - m + 1 : m] for i in range(n)]
         tiles = transform(self.inputs, down, x.new_empty(n, n, batch, h, w, c_in))                   # B^T x B
         products = torch.bmm(tiles.view(n * n, -1, c_in), self.held).view(n, n, batch, h, w, c_out)
-        products[1, 1] += self.bias     # A^T has ones in this column, so each output gets it once
+        products[1, 1] += self.bias     # A^T has ones in this column, so each output gets the bias once
         rows = transform(self.outputs, products, x.new_empty(m, n, batch, h, w, c_out))
         for i, row in enumerate(rows):
             transform(self.outputs, row, out[:, :, i].permute(3, 0, 1, 2, 4))
 
 
 def transform(matrix: list, x: Sequence[Tensor], out: Tensor) -> Tensor:
-    """out[i] = sum over j of matrix[i][j] x[j], into `out`, which is returned. Each row has a 1."""
+    """Write out[i] = sum over j of matrix[i][j] x[j], and return `out`. Each row of the matrix has a 1."""
     for weights, made in zip(matrix, out):
         (_, first), *others = sorted((weight != 1, j) for j, weight in enumerate(weights) if weight)
         for number, (_, j) in enumerate(others):

@@ -1,6 +1,6 @@
 """`--fast`: faster inference. The pictures differ only by rounding.
 
-On a CPU, cpu.py replaces layers; without --fast, only by layers that take no more memory. On CUDA,
+On a CPU, cpu.py replaces layers. Without --fast, it uses only layers that take no more memory. On CUDA,
 torch.compile fuses the operations of the UNet and replays them as a CUDA graph.
 """
 
@@ -23,7 +23,7 @@ def speed_up(model: Model, fast: bool | None, say: Callable[[str], None], positi
     fast None: decide, see `pays`. positions: latents' h * w, summed over pictures and steps. injects: most
     calls of the UNet pass `attend`; then it is not compiled on CUDA, because each step would compile anew.
     attention, on CUDA: "auto" (measured, see tune.py), "sdpa" (torch's choice) or "ours" (where correct), for
-    calls without gradients. say: called with a line of text before slow work; verbose: with more of them.
+    calls without gradients. say: called with a line of text before slow work, and more often if `verbose`.
     """
     unet = model.unet
     if model.device.type == "cpu":
@@ -31,7 +31,7 @@ def speed_up(model: Model, fast: bool | None, say: Callable[[str], None], positi
             say("--attention ours: our kernel needs CUDA; using torch's kernel")
         if fast is None and (fast := pays(unet, positions)):
             say("this job is long enough for --fast, faster convolutions (--no-fast leaves them out)")
-        if fast or positions >= 2 * STEP:  # to lay out takes as long as one step saves
+        if fast or positions >= 2 * STEP:  # laying out takes as long as one step saves
             # The lowest levels have most of the weights, and Winograd's method saves little time there
             lay_out(unet, bool(fast), (*unet.down_blocks[-2:], unet.mid_block, unet.up_blocks[0]))
         if fast:  # without Winograd's method, the autoencoder's large maps gain nothing
@@ -58,7 +58,7 @@ def pays(unet: UNet, positions: float) -> bool:
 def compile_unet(unet: UNet, say: Callable[[str], None]) -> UNet:
     """Compile the UNet at the second call of each input size. A call overwrites the last call's output.
 
-    The first call runs as it is, because tune.py cannot measure while torch.compile records.
+    The first call runs without compiling, because tune.py cannot measure while torch.compile records.
     """
     torch._dynamo.config.recompile_limit = 64  # input sizes, each twice with deep_every. torch's default is 8
     say("compiling: the second step at each picture size takes about a minute")

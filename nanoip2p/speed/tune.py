@@ -1,8 +1,8 @@
-"""Attention that proves itself: the first call of a case checks and times the kernels on its own tensors.
+"""Attention that chooses its kernel: the first call of a case checks and times kernels on its own tensors.
 
 A case is a head width, sizes and a dtype, with map_from or without. Its kernels are torch's own choice
 ("default"), torch's backends, and ours with several tiles. ~/.cache/nanoip2p/attention.json stores the
-fastest for this card and these versions. So later processes do not measure, and round as the first one did.
+fastest kernel for this card and these versions. Later processes do not measure, and round as the first did.
 """
 
 import os
@@ -30,9 +30,9 @@ TILES = {  # (queries per block, keys per block, num_warps, num_stages), the lik
     "long": [(128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2)]}
 KERNELS = {"default": None} | BACKENDS | {str(tile): tile for some in TILES.values() for tile in some}
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # `error` allowed, or twice torch's
-MARGIN = 1.03    # a kernel has to be so many times as fast as those before it
+MARGIN = 1.03    # a kernel has to be so many times as fast as the best kernel before it
 HOPELESS = 1.25  # a kernel that takes so many times as long as the fastest is not timed again
-SHORT = 0.03     # ms: Python needs about as long to call a Triton kernel, so nothing can be won
+SHORT = 0.03     # ms: Python needs about as long to call a Triton kernel, so ours cannot be faster
 ROUNDS = 4
 DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -56,7 +56,7 @@ class Tuner:
         caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         self.path = None if only_ours else Path(caches, "nanoip2p", "attention.json")
         self.table = read(self.path, say)
-        # Otherwise torch.compile watches the table, and each new case makes it compile the old ones again
+        # Otherwise torch.compile watches the table, and recompiles all old cases for each new case
         torch.compiler.assume_constant_result(Tuner.recall)  # not as a decorator: imports a lot of torch
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, heads: int, map_from: Tensor | None = None) -> Tensor:
@@ -95,7 +95,7 @@ class Tuner:
         for kernel in kernels:
             run = partial(self.run, kernel, *inputs)
             try:
-                with warnings.catch_warnings():  # torch explains at length which backend refuses what
+                with warnings.catch_warnings():  # torch explains at length why a backend refuses a case
                     warnings.simplefilter("ignore")
                     off = error(run(), wanted)
                 if not off <= limit:
@@ -133,12 +133,12 @@ class Tuner:
 
 
 def error(out: Tensor, wanted: Tensor) -> float:
-    """The largest difference, divided by the root mean square of what is wanted."""
+    """The largest difference between `out` and `wanted`, divided by the root mean square of `wanted`."""
     return ((out - wanted).abs().max() / wanted.square().mean().sqrt().clamp_min(1e-30)).item()
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, heads: int, map_from: Tensor | None) -> Tensor:
-    """Attention in float32, some queries at a time: the maps of all can take gigabytes."""
+    """Attention in float32, some queries at a time: the maps of all queries can take gigabytes."""
     k, v, at_once = k.float(), v.float(), max(1, 2**24 // (len(v) * heads * k.shape[1]))
     return torch.cat([attention_reference(some.float(), k, v, heads, False, map_from)
                       for some in q.split(at_once, dim=1)], dim=1)
@@ -157,7 +157,7 @@ def milliseconds(run: Callable[[], Tensor], calls: int = 3) -> float:
 
 @cache
 def card(device: torch.device) -> str:
-    """What a measurement depends on beside its case."""
+    """The card and versions. Beside its case, a measurement depends on these."""
     import triton  # here, because the benchmark needs none on a CPU
     driver = re.findall(r"\d+\.[\d.]+", DRIVER.read_text())[:1] if DRIVER.exists() else "?"
     return (f"{torch.cuda.get_device_name(device)}, driver {''.join(driver)}, torch {torch.__version__}, "

@@ -37,7 +37,7 @@ class Cache:
 
     def __init__(self, folder: Path, pairs: list[Pair], model: Model, resolution: int, flips: bool,
                  skip_bad: bool = False):
-        """Reserve the folder. flips, skip_bad: see above. ValueError if it is of other data or encoders."""
+        """Reserve the folder. flips, skip_bad: see above. ValueError if it caches other data or encoders."""
         vae, text_encoder, tokenizer = model.vae, model.text_encoder, model.tokenizer
         texts = list(dict.fromkeys(["", *(pair.edit for pair in pairs)]))
         pictures = list(dict.fromkeys(picture for pair in pairs for picture in (pair.before, pair.after)))

@@ -25,7 +25,7 @@ PRESETS = {
 }
 # --distill: the averaged weights compute the target, so they have to follow the student closely
 DISTILL = {"ema_decay": 0.95, "ema_device": "same", "lr": 1e-4, "snr_gamma": 0.0}
-# Names of the layers that get a LoRA: of attention only, as in diffusers' scripts, or all
+# Patterns for names of layers that get a LoRA: only layers of attention, as in diffusers' scripts, or all
 LAYERS = {"attention": re.compile(r"\.(to_[qkv]|to_out\.0)$"), "all": re.compile("")}
 # Settings that may change when a run is resumed
 MAY_CHANGE = {
@@ -59,7 +59,7 @@ class TrainConfig:
     cache: Path | None = flag("encode all pictures and texts once, into this folder", type=Path)
     columns: Sequence[str] | None = flag("column names of --data, if no known dataset has them", nargs=3,
                                          metavar=("INPUT", "EDIT", "OUTPUT"))
-    skip_bad: bool = flag("leave out what is missing, broken or unreadable", False)
+    skip_bad: bool = flag("leave out pairs that are missing, broken or unreadable", False)
     out: Path | None = flag("folder of this run", type=Path)
     distill: str | None = flag("instead of --weights: teach this editor to edit in four network calls")
     resume: Path | None = flag("continue the run in this folder, with its settings", type=Path)
@@ -76,10 +76,10 @@ class TrainConfig:
     snr_gamma: float = flag("min-SNR weighting of the loss, often 5; 0: off", 0.0, type=between(0))
     drop: Sequence[float] = flag("fractions of samples without text, without both, without picture",
                                 DROP, type=between(0, 1), nargs=3, metavar=("TEXT", "BOTH", "IMAGE"))
-    cfg_text: Sequence[float] | None = flag("--distill: range of the teacher's scale s_T (default: its "
-                                            "setting)", type=finite, nargs=2, metavar=("MIN", "MAX"))
-    cfg_image: Sequence[float] | None = flag("--distill: range of the teacher's scale s_I (default: its "
-                                             "setting)", type=finite, nargs=2, metavar=("MIN", "MAX"))
+    cfg_text: Sequence[float] | None = flag("--distill: range of the teacher's scale s_T (default: from the "
+                                            "teacher)", type=finite, nargs=2, metavar=("MIN", "MAX"))
+    cfg_image: Sequence[float] | None = flag("--distill: range of the teacher's scale s_I (default: from the "
+                                             "teacher)", type=finite, nargs=2, metavar=("MIN", "MAX"))
     ema_decay: float = flag("largest decay of the averaged (EMA) weights", 0.9999, type=between(0, 1))
     resolution: int = flag("width and height in pixels", 256, type=pixels)
     flip: bool | None = flag("mirror half of the pairs (default: on, except for scenes)", action=SWITCH)

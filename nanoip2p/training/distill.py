@@ -26,7 +26,7 @@ STUDENT_DEFAULTS = {"sampler": "lcm", "steps": 4, "cfg_text": 1.0, "cfg_image": 
 
 
 def on_grid(timestep: Tensor, n_train: int) -> Tensor:
-    """Random timesteps (B,) in [0, n_train) -> those that the sampler lcm visits: 19, 39, ... 999 of 1000."""
+    """Timesteps (B,) in [0, n_train) -> the next timesteps of the sampler lcm: 19, 39, ... 999 of 1000."""
     return (timestep * LCM_STEPS // n_train + 1) * (n_train // LCM_STEPS) - 1
 
 
@@ -56,7 +56,7 @@ class Teacher:
         z_in (B, 2C, h, w), or (B, C, h, w) of a text-to-image model; context (B, 77, D); timesteps (B,).
         share (B,) in [0, 1): place of both scales between smallest and largest.
         """
-        s_t, s_i = ((low + share * (high - low)).view(-1, 1, 1, 1)
+        s_t, s_i = ((low + share * (high - low)).view(-1, 1, 1, 1)                      # (B, 1, 1, 1)
                     for low, high in self.scales)
         z_t = z_in[:, : self.unet.config.out_channels]
         blank = torch.cat([z_t, torch.zeros_like(z_in[:, z_t.shape[1] :])], dim=1)      # no picture
@@ -74,7 +74,7 @@ class Teacher:
 
     def consistency(self, unet: nn.Module, z_in: Tensor, timestep: Tensor, context: Tensor,
                     recompute: bool = False) -> Tensor:
-        """f(z_t, t) of a student: (B, C, h, w) float32."""
+        """f(z_t, t) of a student: (B, C, h, w) float32. z_in, timestep, context: as in `step`."""
         output = predict(unet, z_in, timestep, context, self.dtype, recompute)
         z_t = z_in[:, : output.shape[1]]
         c_skip, c_out = (factor.view(-1, 1, 1, 1) for factor in boundary(timestep.float()))
@@ -83,7 +83,7 @@ class Teacher:
 
     def losses(self, student: nn.Module, average: nn.Module, z_in: Tensor, timestep: Tensor, context: Tensor,
                share: Tensor, recompute: bool = False) -> Tensor:
-        """The loss of each sample, (B,). average: the moving average of the student's weights."""
+        """The loss (B,) of each sample. average: the averaged student. Other arguments: see `step`."""
         before = (timestep - len(self.alphas) // LCM_STEPS).clamp(min=0)
         z_s = self.step(z_in, timestep, before, context, share)
         with torch.no_grad():

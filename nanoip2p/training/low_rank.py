@@ -26,7 +26,7 @@ def is_blind(unet: UNet) -> bool:
 
 
 def freeze(unet: UNet, dtype: torch.dtype) -> UNet:
-    """A frozen copy, with linear layers and convolutions in `dtype`. Shares weights that have it already."""
+    """A frozen copy, with linear layers and convolutions in `dtype`. Shares weights that need no change."""
     frozen = {}
     for layer in unet.modules():
         for weight in layer.parameters(recurse=False):
@@ -54,7 +54,7 @@ def attach(unet: UNet, rank: int, layers: str, seed: int, conv_in: Tensor | None
 
 
 def add_low_rank(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-    """The forward hook of a layer: its output plus that of the thin matrices."""
+    """The forward hook of a layer: its output plus the output of the thin matrices."""
     if isinstance(layer, nn.Linear):
         return output + F.linear(F.linear(*inputs, layer.lora_down), layer.lora_up)
     low = F.conv2d(*inputs, layer.lora_down, None, layer.stride, layer.padding)          # (B, r, h, w)
@@ -64,7 +64,7 @@ def add_low_rank(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Ten
 def layers_of(unet: UNet, base: UNet, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Name of a layer -> (down, up) on the CPU, as `write_lora` takes them with alpha = rank.
 
-    unet: with LoRA. base: what training began with. A conv_in that was trained in full becomes an exact LoRA:
+    unet: with LoRA. base: the UNet before training. A conv_in that was trained in full becomes an exact LoRA:
     `down` is the identity, which copies the numbers under the kernel, and `up` is the change of the weight.
     """
     layers = {name: (layer.lora_down.detach().cpu(), layer.lora_up.detach().cpu())
@@ -78,7 +78,7 @@ def layers_of(unet: UNet, base: UNet, rank: int) -> dict[str, tuple[Tensor, Tens
 
 @torch.no_grad()
 def merged(base: UNet, layers: dict[str, tuple[Tensor, Tensor]], alpha: float) -> UNet:
-    """A copy of `base` with the LoRA in its weights."""
+    """A copy of `base` with a LoRA of factor alpha / r in its weights. layers: see layers_of."""
     unet = copy.deepcopy(base)
     for name, (down, up) in layers.items():
         unet.get_submodule(name).weight += alpha / len(down) * torch.tensordot(up, down, 1)

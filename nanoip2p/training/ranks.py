@@ -53,17 +53,16 @@ class Ranks:
 
 
 class Watch:
-    """Two threads. One sends heartbeats and receives those of the other ranks, also while the main thread is
-    busy. The other thread ends the process when a rank is silent.
-    """
+    """Two threads. One exchanges heartbeats with the other ranks, even while the main thread is busy. The
+    other thread ends the process when a rank is silent."""
 
     def __init__(self, rank: int, count: int, timeout: float):
         """Join the store that the ranks share. timeout: in seconds."""
-        # Its own connection, because the main thread may be waiting in that of the process group
+        # A separate connection: the main thread may be waiting in the connection of the process group
         self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=JOIN)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
         self.rank, self.timeout, self.keys = rank, timeout, [f"{attempt} lives {n}" for n in range(count)]
-        # For each rank: its last heartbeat, and the ticks since. Not seconds: these pass during Ctrl-Z too
+        # For each rank: its last heartbeat, and the ticks since then. Seconds would pass during Ctrl-Z too
         self.beats, self.silent = [b""] * count, [0] * count
         self.left, self.failed = threading.Event(), False
         self.listener = threading.Thread(target=self.listen, daemon=True)
@@ -71,7 +70,7 @@ class Watch:
         threading.Thread(target=self.judge, daemon=True).start()
 
     def listen(self) -> None:
-        """Send and receive heartbeats. Without the store, this stops: then all ranks seem silent."""
+        """Send and receive heartbeats. If the store is lost, this thread ends, and all ranks seem silent."""
         with suppress(RuntimeError):
             for number in numbers():
                 self.store.set(self.keys[self.rank], "left" if self.left.is_set() else str(number))

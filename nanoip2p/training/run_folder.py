@@ -32,7 +32,7 @@ def check_folder(run: Path) -> None:
         kind, is_link = "file" if path in single else "folder", path.is_symlink() and path != run
         if is_link or os.path.lexists(path) and not (path.is_file() if path in single else path.is_dir()):
             raise ValueError(f"{path} is {'a link' if is_link else 'no ' + kind}; a run writes a {kind} of "
-                             "this name, so move that away, or name another folder")
+                             f"this name; move {path.name} away, or name another folder")
 
 
 @contextmanager
@@ -104,7 +104,7 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict]:
 
 
 def read_log(run: Path) -> list[dict]:
-    """The rows of log.jsonl. ValueError for a row without a step, or with something that is no number."""
+    """The rows of log.jsonl. ValueError for a row without a step, or with a value that is not a number."""
     path = run / "log.jsonl"
     rows = checked_rows(path, {"step": (int, 0, LARGEST)})
     for number, row in enumerate(rows, 1):

@@ -1,7 +1,7 @@
 """Signals and closed streams during training: a run ends within seconds, and with a checkpoint.
 
-A signal sets a mark, which training reads before each micro-batch, and ends `interruptible` work. An
-unfinished step is dropped before it changes the weights. Only the third Ctrl-C ends the run immediately.
+A signal is added to SIGNALS, which training reads before each micro-batch. It also ends `interruptible` work.
+An unfinished step is dropped before it changes the weights. Only the third Ctrl-C ends the run immediately.
 """
 
 import io
@@ -12,12 +12,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-SIGNALS: list[int] = []  # those that came to this process since stop_between_steps began
-LOADERS: list = []        # the processes that load data
+SIGNALS: list[int] = []  # signals that came to this process since stop_between_steps began
+LOADERS: list = []       # the processes that load data
 
 
 class AtOnce(KeyboardInterrupt):
-    """The third Ctrl-C. What the run was writing or computing is lost."""
+    """The third Ctrl-C ends the run at once. Unfinished steps and half-written files are lost."""
 
 
 class Stop:
@@ -29,7 +29,7 @@ class Stop:
         return bool(SIGNALS)
 
     def press(self, number: int, _frame) -> None:
-        """The handler of the signals."""
+        """Handle a signal: record it, and interrupt `interruptible` work. The third Ctrl-C raises AtOnce."""
         SIGNALS.append(number)
         if SIGNALS.count(signal.SIGINT) > 2:  # torchrun forwards each Ctrl-C, so it counts twice
             raise AtOnce
@@ -69,7 +69,7 @@ def leave_signals_to_the_parent(_worker: int) -> None:
     """Ignore signals in a data loader: its parent process decides when it ends, see `ending_loaders`."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    sys.excepthook = lambda *_: None  # multiprocessing reports that the parent has left
+    sys.excepthook = lambda *_: None  # hides multiprocessing's traceback if the parent has ended
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def ending_loaders(batches: Iterator) -> Iterator[None]:
     try:
         yield
     finally:
-        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises when a loader is killed
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for a killed loader
         end_loaders()
         signal.signal(signal.SIGCHLD, handler)
 
@@ -123,7 +123,7 @@ class Lasting:
 
 @contextmanager
 def lasting_streams() -> Iterator[None]:
-    """Make standard output and error Lasting. Leaves a stream without a file, as in tests, as it is."""
+    """Wrap standard output and error in Lasting. A stream without a file, as in tests, stays unchanged."""
     before = sys.stdout, sys.stderr
     for name, stream in zip(("stdout", "stderr"), before):
         with suppress(io.UnsupportedOperation, AttributeError, ValueError):  # of a stream without a file

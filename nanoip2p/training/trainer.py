@@ -35,8 +35,8 @@ class Diverged(ValueError):
 class Trainer:
     """The trained UNet, the moving average of its weights, AdamW, and the frozen encoders.
 
-    With --lora, most weights of the UNet are frozen. The average and the teacher share these, and `model`
-    keeps the UNet that training began with, in float32 on the CPU.
+    With --lora, most weights of the UNet are frozen. The average and the teacher share the frozen ones, and
+    `model` keeps the UNet that training began with, in float32 on the CPU.
     """
 
     def __init__(self, config: TrainConfig, model: Model, ranks: Ranks, items: int):
@@ -74,9 +74,9 @@ class Trainer:
             encoder.requires_grad_(False).to("cpu" if self.config.cache else self.device)
 
     def base_of(self) -> str:
-        """Hashes of what a run needs but its checkpoints lack: the frozen weights and the teacher's scales.
+        """Hashes of the frozen weights and the teacher's scales, which a run needs but its checkpoints lack.
 
-        With --lora FILE, hashes the files, not the weights: their sum rounds differently on another machine.
+        With --lora FILE, hashes the files: the merged weights differ by rounding on other machines.
         """
         if not self.config.rank and not self.teacher:
             return ""
@@ -98,7 +98,7 @@ class Trainer:
         return copy.deepcopy(self.unet, memo).eval()
 
     def losses(self, unet: nn.Module, batch: dict, recompute: bool = False) -> Tensor:
-        """The loss of each sample of a batch from `to_device`, (B,): equation 1, or that of distill.py."""
+        """The loss (B,) of each sample of a batch from `to_device`: equation 1, or the loss of distill.py."""
         if self.teacher:
             batch = batch | {"timestep": on_grid(batch["timestep"], len(self.alphas))}
         given = model_input(batch, self.null, self.model.vae.scaling_factor, self.alphas,
@@ -135,7 +135,7 @@ class Trainer:
         """Take optimizer step number `step` (from 0). Returns this rank's mean loss, without min-SNR weights.
 
         stop: called before each micro-batch; if True, the step raises KeyboardInterrupt. Also raises
-        ValueError for a broken picture, and Diverged. After these, the weights are unchanged.
+        ValueError for a broken picture, and Diverged. After these errors, the weights are unchanged.
         """
         config, losses, names, stop = self.config, [], [], stop or Stop()
         for micro in range(config.accumulate):

@@ -61,7 +61,7 @@ class Pen:
                 for u, v in uv]
 
     def lit(self, colour: tuple, glow: bool) -> tuple:
-        """The colour under the scene's light. glow: the colour itself, as of a lamp."""
+        """The colour under the scene's light. glow: keep the colour, as for a lamp."""
         return colour if glow else tuple(round(c * part) for c, part in zip(colour, self.light))
 
     def polygon(self, colour: tuple, *uv: tuple[float, float], glow: bool = False) -> None:

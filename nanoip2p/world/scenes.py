@@ -111,7 +111,7 @@ class Scene:
             others = tuple(other for other in self.things if other is not thing)
             for kind, field, options in (("recolour", "colour", COLOURS), ("replace", "kind", KINDS)):
                 for new in options:
-                    if new != thing.colour and new not in kinds:  # kinds: no two things may share one
+                    if new != thing.colour and new not in kinds:  # no two things may share a kind
                         changed = replace(self, things=others + (replace(thing, **{field: new}),))
                         add(kind, changed, thing.kind, old=thing.kind, new=new)
             add("remove", replace(self, things=others), thing.kind, old=thing.kind)

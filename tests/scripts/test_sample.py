@@ -367,7 +367,7 @@ WRONG = {
     "beside a sweep": (one("--side-by-side", "--sweep"), "leave out --side-by-side"),
     "many to one": (["--input", "house.png", "boat.png", "--edit", "x", "--output", "o.png"], "2 inputs"),
     "grid to folder": (one("--grid", output="grids/"), "must end in .png"),
-    "sweep to folder": (one("--sweep", output="sweeps/"), "--sweep writes one picture, so --output sweeps/"),
+    "sweep to folder": (one("--sweep", output="sweeps/"), "--sweep writes one file: --output sweeps/"),
     "sweep of inputs": (one("--sweep", "--input", "boat.png"), "--sweep needs one --edit and one --input"),
     "sweep of edits": (one("--sweep", "--turns", "--edit", "red"), "--sweep needs one --edit"),
     "sweep of samples": (one("--sweep", "--n", "2"), "excludes --n"),

@@ -225,7 +225,7 @@ def test_a_link_or_another_kind_of_file_in_the_way_is_told(tmp_path, place):
                  lambda: path.symlink_to(tmp_path / "nowhere"),
                  path.mkdir if is_file else path.touch, lambda: os.mkfifo(path)):
         make()
-        with pytest.raises(ValueError, match="move that away") as error:
+        with pytest.raises(ValueError, match="away, or name another folder") as error:
             runs.check_folder(run)
         assert str(path) in str(error.value)
         path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
