@@ -137,16 +137,15 @@ def run_pairs(args: argparse.Namespace) -> None:
     settings = pair_settings(vars(args), checkpoint.source, checkpoint.defaults)
     dtype = job_dtype(args.out, args.dtype, device)
     if first:
-        print(f"opened {args.weights}: {checkpoint.description}; computes in {dtype}", file=sys.stderr)
-        print(f"{len(prompts)} prompts, {len(bad)} bad lines, {settings.n_samples} candidates per prompt",
-              file=sys.stderr)
+        cli.say(f"opened {args.weights}: {checkpoint.description}; computes in {dtype}",
+                f"{len(prompts)} prompts, {len(bad)} bad lines, {settings.n_samples} candidates per prompt")
     painter = TextToImage.load(checkpoint, device, tensors.DTYPES[dtype])
-    sys.stderr.writelines(f"{cli.one_line(line)}\n" for line in lora.apply_loras(painter, args.lora))
+    cli.say(*lora.apply_loras(painter, args.lora))
     painter.fill_defaults({key: getattr(settings, key) for key in ("steps", "resolution", "sampler")})
     judge = Judge.load(settings.clip, device)
     notes = {"weights": args.weights, "lora": args.lora, "clip": settings.clip, "dtype": dtype}
     positions = 2 * (settings.resolution // painter.vae.downsampling) ** 2  # of the latents of a pair
-    prepare = partial(speed_up, painter, args.fast, lambda line: print(cli.one_line(line), file=sys.stderr),
+    prepare = partial(speed_up, painter, args.fast, cli.say,
                       positions * settings.steps * settings.n_samples * len(prompts), injects=True,
                       attention=args.attention, verbose=args.verbose)
     make_pairs(prompts, args.out, painter, judge, settings, notes, progress=first, prepare=prepare)
@@ -222,9 +221,9 @@ def run_pair(args: argparse.Namespace) -> None:
     checkpoint = load.open_checkpoint(args.weights, args.vae, args.tokenizer, args.raw_weights)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    print(f"opened {args.weights}: {checkpoint.description}; computes in {dtype}", file=sys.stderr)
+    cli.say(f"opened {args.weights}: {checkpoint.description}; computes in {dtype}")
     painter = TextToImage.load(checkpoint, device, tensors.DTYPES[dtype])
-    sys.stderr.writelines(f"{cli.one_line(line)}\n" for line in lora.apply_loras(painter, args.lora))
+    cli.say(*lora.apply_loras(painter, args.lora))
     model = MeasuredPainter(painter, args.source, args.edit, args.inject, args.steps, args.sampler,
                             args.resolution, args.negative, reweight, windows, deep_every=args.deep_every,
                             blend="auto" if args.blend == ["auto"] else args.blend)

@@ -138,7 +138,7 @@ def parse(argv: list[str] | None) -> Settings:
         raise ValueError("--mask-invert is for a file; name it as --mask")
     if not all(edit.strip() for edit in settings.edit):
         raise ValueError('an instruction is empty; say what to change, such as --edit "make it night"')
-    sys.stderr.writelines(one_line(f"{settings.recipe} brings {word}") + "\n" for word in brought)
+    cli.say(*(f"{settings.recipe} brings {word}" for word in brought))
     return settings
 
 
@@ -234,7 +234,7 @@ def load_editor(settings: Settings) -> tuple:
     from nanoip2p.editing.recipes import read_recipe
     checkpoint = load.open_checkpoint(
         find_weights(settings.weights), settings.vae, settings.tokenizer, settings.raw_weights)
-    print(one_line(f"opened {settings.weights}: {checkpoint.description}"), file=sys.stderr)
+    cli.say(f"opened {settings.weights}: {checkpoint.description}")
     editor = Editor.load(checkpoint, settings.device, tensors.DTYPES[settings.dtype], settings.low_memory)
     if settings.raw_text:
         editor.tokenizer.clean = str
@@ -270,8 +270,7 @@ def run(settings: Settings, problems: list[str]) -> None:
         except ValueError as error:  # show it before the long work
             leave_out(error, path, problems, len(inputs))
     editor, hashes, notes = load_editor(settings)
-    notes += making.colour_notes(converted) + making.nano_notes(editor, settings.edit, sizes)
-    sys.stderr.writelines(f"{one_line(note)}\n" for note in notes)
+    cli.say(*notes, *making.colour_notes(converted), *making.nano_notes(editor, settings.edit, sizes))
     sampling = editor.fill_defaults({key: getattr(settings, key) for key in editor.defaults})
     for path, size in sizes.items():
         try:
@@ -282,8 +281,8 @@ def run(settings: Settings, problems: list[str]) -> None:
     if not settings.low_memory:
         area = sum(math.prod(fitted[picture.input[0]]) * len(picture.edit) for picture in pictures)
         latents = area * (making.SWEEP_EDITS if settings.sweep else 1) // editor.vae.downsampling**2
-        speed_up(editor, settings.fast, lambda line: print(one_line(line), file=sys.stderr),
-                 latents * sampling["steps"], attention=settings.attention, verbose=settings.verbose)
+        speed_up(editor, settings.fast, cli.say, latents * sampling["steps"], attention=settings.attention,
+                 verbose=settings.verbose)
     given = sampling | {key: getattr(settings, key) for key in ("negative", "low_memory", "deep_every")}
     given["progress"] = True
 
@@ -314,7 +313,7 @@ def main(argv: list[str] | None = None) -> int:
     code = cli.run(lambda: run(parse(argv), problems), "interrupted; the pictures named above are kept",
                    "try --low-memory, --batch 1 or a smaller --resolution")
     for problem in problems if code == 0 else []:
-        print(one_line(f"not made: {problem}"), file=sys.stderr)
+        cli.say(f"not made: {problem}")
     return code or min(len(problems), 1)
 
 

@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 
 from nanoip2p.common import cli
-from nanoip2p.common.cli import between, one_line
+from nanoip2p.common.cli import between, say
 from nanoip2p.common.files import find_weights
 
 MOST_BYTES = 50 * 2**20  # of an upload; its pixels are limited by images.MAX_MEGAPIXELS
@@ -29,6 +29,7 @@ def make_parser():
     cli.add_flags(parser)
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first that works")
     parser.add_argument("--dtype", choices=cli.DTYPES, default="fp32", help="as in sample.py")
+    parser.add_argument("--fast", action=cli.SWITCH, help="faster on a CPU; default: if it pays")
     parser.add_argument("--low-memory", action="store_true", help="as in sample.py")
     parser.add_argument("--port", type=between(0, 65535, int), default=7860, help="0: any free port")
     parser.add_argument("--listen", action="store_true",
@@ -71,9 +72,12 @@ def serve(args, folder: Path) -> None:
     from nanoip2p import Editor
     from nanoip2p.app.page import CSS, Page
     from nanoip2p.checkpoint import load, tensors
+    from nanoip2p.speed.fast import speed_up
     checkpoint = load.open_checkpoint(find_weights(args.weights), args.vae, args.tokenizer, args.raw_weights)
-    print(one_line(f"opened {args.weights}: {checkpoint.description}"), file=sys.stderr)
+    say(f"opened {args.weights}: {checkpoint.description}")
     editor = Editor.load(checkpoint, args.device, tensors.DTYPES[args.dtype], args.low_memory)
+    if editor.device.type == "cpu" and not args.low_memory:  # on CUDA, each thread would compile anew
+        speed_up(editor, args.fast, say)
     page = Page(editor, args.weights, folder, args.low_memory)
     page.blocks.queue(max_size=32).launch(
         server_name="0.0.0.0" if args.listen else "127.0.0.1", server_port=args.port or None,

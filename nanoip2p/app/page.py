@@ -159,7 +159,8 @@ class Page:
         """A picture to paint on, without paint."""
         if image is None:
             return None
-        return {"background": self.shown(ImageOps.contain(image, (CANVAS, CANVAS))), "layers": [], "composite": None}
+        background = self.shown(ImageOps.contain(image, (CANVAS, CANVAS)))
+        return {"background": background, "layers": [], "composite": None}
 
     def shown(self, image: Image.Image) -> Path:
         """A picture -> a new file. Gradio would write equal pictures to one file, even while it is loaded."""
@@ -192,7 +193,8 @@ class Page:
         with in_words():
             picture, given, n, mask = self.ask(visit, painted, instruction, locked, values)
             seeds = [given["seed"] + i for i in range(n)]
-            before, began, where = self.shown(given["images"]), time.monotonic(), ", only where painted" * bool(mask)
+            before, began = self.shown(given["images"]), time.monotonic()
+            where = ", only where painted" * bool(mask)
             for step, previews, results in watched(  # noqa: B007
                     self.editor, visit.stop, **given | {"seed": seeds, "batch": n}):
                 status = progress(step, given["steps"], began) + where

@@ -143,6 +143,11 @@ def one_line(message) -> str:
     return text if len(text) <= LETTERS else f"{text[:half]} … {text[-half:]}"  # messages end with advice
 
 
+def say(*messages) -> None:
+    """Print messages to stderr, each as one line."""
+    sys.stderr.writelines(f"{one_line(message)}\n" for message in messages)
+
+
 def run(work: Callable[[], None], interrupted: str, memory: str) -> int:
     """Do the work and return the exit code: 0, 130 after Ctrl-C, or 2 after an error that the user can fix.
 
@@ -150,7 +155,7 @@ def run(work: Callable[[], None], interrupted: str, memory: str) -> int:
     """
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: print(f"note: {one_line(message)}", file=sys.stderr)
+            warnings.showwarning = lambda message, *_: say(f"note: {message}")
             work()
         return 0
     except KeyboardInterrupt:

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from nanoip2p.common.files import replacing
+from nanoip2p.common.cli import one_line
+from nanoip2p.common.files import replacing, tidy
 
 
 def plot(path: Path, draw: Callable, size: tuple[float, float] = (8, 4.5), **labels: str) -> bool:
@@ -23,3 +24,9 @@ def plot(path: Path, draw: Callable, size: tuple[float, float] = (8, 4.5), **lab
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
     return True
+
+
+def label_of(weights: str, settings: str) -> str:
+    """A curve's label on one line: the name of the weights, then `settings`."""
+    name = tidy(Path(weights).name)[:100].replace("$", r"\$")  # matplotlib would read formulas between $
+    return one_line(f"{name}, {settings}")

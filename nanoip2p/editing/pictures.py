@@ -2,7 +2,6 @@
 
 import glob
 import os
-import sys
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from nanoip2p.common.cli import one_line
+from nanoip2p.common.cli import say
 from nanoip2p.common.grids import grid, wrap
 from nanoip2p.editing.masks import make_masks, to_size_of
 from nanoip2p.editor import Editor
@@ -52,7 +51,7 @@ def leave_out(error: ValueError, path: str, problems: list[str], of: int) -> Non
     problem = str(error) if path in str(error) else f"{path}: {error}"
     if len(problems) + 1 >= of:
         raise ValueError(problem) from None
-    print(one_line(f"left out: {problem}"), file=sys.stderr)
+    say(f"left out: {problem}")
     problems.append(problem)
 
 

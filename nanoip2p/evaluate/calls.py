@@ -9,19 +9,17 @@ import argparse
 from functools import partial
 from itertools import groupby, product
 from operator import itemgetter
-from pathlib import Path
 
 from nanoip2p.checkpoint.tensors import fingerprint
-from nanoip2p.common.cli import one_line
-from nanoip2p.common.files import append, tidy
-from nanoip2p.common.plots import plot
+from nanoip2p.common.files import append
+from nanoip2p.common.plots import label_of, plot
 from nanoip2p.common.schema import checked_rows
 from nanoip2p.diffusion import LCM_STEPS
 from nanoip2p.editor import Editor
 from nanoip2p.evaluate.scenes import choose_edits, rate, score_scenes, table
 
 SAMPLERS = ("euler_ancestral", "dpmpp_2m", "lcm")
-# The entries of a point, for checked_rows
+# The entries of a point
 KINDS = {"weights": (str,), "networks": (str,), "sampler": (str,), "calls": (int, 1), "n": (int, 1),
          "success": (float, 0, 1), "error": (float, 0, 1), "psnr": (float | None,)}
 
@@ -29,11 +27,6 @@ KINDS = {"weights": (str,), "networks": (str,), "sampler": (str,), "calls": (int
 def branches(cfg_text: float, cfg_image: float) -> int:
     """The number of network calls per step: the branches of equation 3 whose weight is not zero."""
     return sum(weight != 0 for weight in (cfg_text, cfg_image - cfg_text, 1 - cfg_image))
-
-
-def read_points(path: Path) -> list[dict]:
-    """The rows of calls.jsonl; [] if it is missing. ValueError for a row that `run` did not write."""
-    return checked_rows(path, KINDS)
 
 
 def run(args: argparse.Namespace) -> tuple[str, None]:
@@ -49,7 +42,7 @@ def run(args: argparse.Namespace) -> tuple[str, None]:
                 continue
             point = {"weights": str(weights), "networks": networks, "sampler": sampler,
                      "calls": steps * per_step, "n": args.n}
-            row = next((row for row in read_points(path) if point.items() <= row.items()), None)
+            row = next((row for row in checked_rows(path, KINDS) if point.items() <= row.items()), None)
             if row is None:
                 rows = score_scenes(editor, choose_edits(args.n), {"steps": steps, "sampler": sampler})
                 share, error = rate([row["success"] for row in rows])
@@ -70,7 +63,6 @@ def draw(points: list[dict], axes) -> None:
     """Draw a curve with error bars for each pair of weights and sampler."""
     for (weights, sampler), curve in groupby(points, itemgetter("weights", "sampler")):
         calls, success, error = zip(*map(itemgetter("calls", "success", "error"), curve))
-        name = tidy(Path(weights).name)[:100].replace("$", r"\$")  # matplotlib would read formulas between $
-        axes.errorbar(calls, success, error, marker=".", capsize=2, label=one_line(f"{name}, {sampler}"))
+        axes.errorbar(calls, success, error, marker=".", capsize=2, label=label_of(weights, sampler))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")

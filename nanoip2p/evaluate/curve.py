@@ -21,9 +21,8 @@ from tqdm import tqdm
 from nanoip2p.checkpoint import hub
 from nanoip2p.checkpoint.tensors import fingerprint
 from nanoip2p.clip_filter import Judge, similarities
-from nanoip2p.common.cli import one_line
-from nanoip2p.common.files import append, tidy
-from nanoip2p.common.plots import plot
+from nanoip2p.common.files import append
+from nanoip2p.common.plots import label_of, plot
 from nanoip2p.common.schema import checked, checked_rows
 from nanoip2p.dataset.layouts import Pair, load_picture, read_data
 from nanoip2p.dataset.rendered import EDITS_PER_SCENE, scene_pairs
@@ -83,8 +82,7 @@ def draw(rows: list[dict], axes) -> None:
         knob, keys = KNOBS[method], ("direction", "image", "image_error", "direction_error")
         curve.sort(key=itemgetter(knob))
         x, y, y_error, x_error = zip(*map(itemgetter(*keys), curve))
-        name = tidy(Path(weights).name)[:100].replace("$", r"\$")  # matplotlib would read formulas between $
-        label = one_line(f"{method}, {name}, cfg_text {cfg_text:g}, by {knob}")
+        label = f"{method}, {label_of(weights, f'cfg_text {cfg_text:g}, by {knob}')}"
         axes.errorbar(x, y, y_error, x_error, marker=".", capsize=2, label=label)
         for i in {0, len(curve) - 1}:
             axes.annotate(f"{curve[i][knob]:g}", (x[i], y[i]), (4, 4), fontsize=8, textcoords="offset points")

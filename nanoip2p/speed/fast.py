@@ -20,8 +20,8 @@ def speed_up(model: Model, fast: bool | None, say: Callable[[str], None], positi
              injects: bool = False, attention: str = "auto", verbose: bool = False) -> None:
     """Speed up the networks of a model in place, as its device allows. Load and hash the weights before.
 
-    fast None: decide, see `pays`. positions: latents' h * w, summed over pictures and steps. injects: most
-    calls of the UNet pass `attend`; then it is not compiled on CUDA, because each step would compile anew.
+    fast None: only on a CPU, and only if it saves more time than it takes. positions: latents' h * w, summed
+    over pictures and steps. injects: most calls of the UNet pass `attend`; CUDA then compiles nothing.
     attention, on CUDA: "auto" (measured, see tune.py), "sdpa" (torch's choice) or "ours" (where correct), for
     calls without gradients. say: called with a line of text before slow work, and more often if `verbose`.
     """
@@ -29,7 +29,8 @@ def speed_up(model: Model, fast: bool | None, say: Callable[[str], None], positi
     if model.device.type == "cpu":
         if attention == "ours":
             say("--attention ours: our kernel needs CUDA; using torch's kernel")
-        if fast is None and (fast := pays(unet, positions)):
+        large = unet.config.block_out_channels[0] >= WINOGRAD_CHANNELS
+        if fast is None and (fast := large and positions >= 4 * STEP):
             say("this job is long enough for --fast, faster convolutions (--no-fast leaves them out)")
         if fast or positions >= 2 * STEP:  # laying out takes as long as one step saves
             # The lowest levels have most of the weights, and Winograd's method saves little time there
@@ -50,12 +51,7 @@ def speed_up(model: Model, fast: bool | None, say: Callable[[str], None], positi
         say(f"--fast changes nothing on {model.device.type}")
 
 
-def pays(unet: UNet, positions: float) -> bool:
-    """Whether Winograd's method on a CPU saves more time than the transform of its weights takes."""
-    return unet.config.block_out_channels[0] >= WINOGRAD_CHANNELS and positions >= 4 * STEP
-
-
-def compile_unet(unet: UNet, say: Callable[[str], None]) -> UNet:
+def compile_unet(unet: UNet, say: Callable[[str], None]) -> None:
     """Compile the UNet at the second call of each input size. A call overwrites the last call's output.
 
     The first call runs without compiling, because tune.py cannot measure while torch.compile records.
@@ -73,4 +69,3 @@ def compile_unet(unet: UNet, say: Callable[[str], None]) -> UNet:
         return run(latents, timestep, context, *attend, deep=deep)
 
     unet.forward = forward
-    return unet

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from tiny_editor import write_tiny_editor
 
 from nanoip2p.app import __main__ as app
 
@@ -59,3 +60,17 @@ def test_a_port_in_use_is_one_line(capsys):
         port = taken.getsockname()[1]
         assert app.main(["--no-browser", "--port", str(port)]) == 2
     assert capsys.readouterr().err == f"error: port {port} is in use; give another --port, or --port 0\n"
+
+
+@pytest.mark.parametrize("words, fast", [([], None), (["--no-fast"], False), (["--fast"], True),
+                                         (["--low-memory"], "not called")])
+def test_a_cpu_gets_faster_layers_unless_memory_is_low(words, fast, tmp_path, monkeypatch):
+    pytest.importorskip("gradio", reason="the page needs pip install -e '.[app]'")
+    from nanoip2p.app import page
+    from nanoip2p.speed import fast as module
+    called = []
+    monkeypatch.setattr(module, "speed_up", lambda model, fast, say: called.append(fast))
+    monkeypatch.setattr(page, "Page", lambda *_: (_ for _ in ()).throw(ValueError("it would open now")))
+    assert app.main(["--no-browser", "--port", "0", "--device", "cpu", *words,
+                     "--weights", str(write_tiny_editor(tmp_path / "tiny"))]) == 2
+    assert (called or ["not called"]) == [fast]

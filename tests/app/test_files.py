@@ -24,8 +24,10 @@ def test_every_picture_is_a_file(tmp_path):
     page = Page(Editor.load(write_tiny_editor(tmp_path / "tiny"), "cpu"), "tiny", tmp_path, low_memory=False)
     Image.linear_gradient("L").resize((48, 40)).save(tmp_path / "a.png")
     visit, values = Visit(), {key: least for key, (_, least, _) in LIMITS.items()} | {"steps": 4, "n": 2}
-    asked = visit, None, "make it night", True, *[({"sampler": "euler"} | values)[key] for key in page.settings]
-    news = [page.take(visit, {"path": str(tmp_path / "a.png"), "orig_name": "a.png"}), *page.edit(*asked),
-            *page.edit(*asked), *page.sweep(*asked), page.go_on(visit), page.unpainted(visit), page.go_back(visit)]
+    values["sampler"] = "euler"
+    asked = visit, None, "make it night", True, *[values[key] for key in page.settings]
+    news = [page.take(visit, {"path": str(tmp_path / "a.png"), "orig_name": "a.png"})]
+    news += [*page.edit(*asked), *page.edit(*asked), *page.sweep(*asked)]
+    news += [page.go_on(visit), page.unpainted(visit), page.go_back(visit)]
     assert not found(news, Image.Image)
     assert all(Image.open(path).size for path in found(news, type(tmp_path)))

@@ -493,7 +493,7 @@ def write_calls(folder: Path) -> None:
 
 def read_calls(folder: Path) -> None:
     """The points, and the plot that is drawn from them."""
-    rows = calls.read_points(folder / "calls.jsonl")
+    rows = calls.checked_rows(folder / "calls.jsonl", calls.KINDS)
     calls.plot(folder / "calls.png", lambda axes: calls.draw(rows, axes))
 
 
