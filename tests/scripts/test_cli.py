@@ -125,3 +125,9 @@ def test_help_shows_a_default_of_zero_and_no_empty_one():
         parser.add_argument(name, default=default, help=f"the {name} one")
     text = parser.format_help()
     assert "the --seed one (default: 0)" in text and text.count("default") == 1
+
+
+def test_what_is_said_is_one_line_each(capsys):
+    cli.say("a\x1b[31m name", "two\nlines", "x" * 2000)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 3 and said.replace("\n", "").isprintable() and len(said) < 3 * cli.LETTERS
