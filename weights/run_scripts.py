@@ -25,8 +25,7 @@ def call(main: Callable[[list[str]], int], *words) -> None:
 def make_pairs(prompts: Path, count: int, out: Path, painter: Path, *flags) -> Path:
     """Write `count` triplets of the nano world to `prompts`, and make pairs from them. Returns `out`."""
     call(make_dataset.main, "captions", "--backend", "scenes", "--n", count, "--out", prompts)
-    call(make_dataset.main, "pairs", "--prompts", prompts, "--out", out, "--weights", painter,
-         "--dtype", "bf16", *flags)
+    call(make_dataset.main, "pairs", "--prompts", prompts, "--out", out, "--weights", painter, *flags)
     return out
 
 
