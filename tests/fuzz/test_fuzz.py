@@ -18,7 +18,7 @@ EXEMPT = {
     "__main__.py:add", "__main__.py:main", "__main__.py:make_parser",  # their own docstrings
     "files.py:append", "files.py:locked", "files.py:claim_folder", "files.py:mend_last_line",
     "finetune.py:start", "rendered.py:write_scenes", "tensors.py:write_tensors", "run_folder.py:flush",
-    "magicbrush.py:score", "magicbrush.py:run", "sample.py:run", "pictures.py:edit_batch",
+    "magicbrush.py:score", "magicbrush.py:run", "calls.py:run", "sample.py:run", "pictures.py:edit_batch",
     "pictures.py:sweep", "pipeline.py:as_image", "trainer.py:load", "signals.py:flush",
     "signals.py:lasting_streams", "train.py:train", "web_ui.py:model_hash", "tune.py:card",
     "names.py:unused", "page.py:read"}
