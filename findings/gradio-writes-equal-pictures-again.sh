@@ -7,7 +7,7 @@
 # The file is emptied first, in place. The server has then promised a length that it cannot send: the answer breaks off,
 # the browser shows a broken picture, and the log has "Too little data for declared Content-Length" with a traceback.
 # Every function that yields previews beside an unchanged picture can meet this. Returning paths avoids it.
-# Consequence for nanoip2p: the page writes its pictures itself and returns paths (nanoip2p/app/page.py, Page.shown).
+# Consequence for nanoip2p: the page writes its pictures itself and returns paths (nanoip2p/app/page.py, Page.stored).
 # Exit code 1: the behaviour has changed.
 set -eu
 folder=$(mktemp -d)

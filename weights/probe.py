@@ -17,7 +17,6 @@ pairs that show the edit ("shown"), that change nothing else ("alone"), and both
 probe on renders, in about ten minutes, and keeps it in runs/probe.
 """
 
-import json
 import re
 import sys
 from collections import defaultdict
@@ -25,7 +24,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -34,9 +32,9 @@ from train_vae import draw_scene, fit, picture
 
 from nanoip2p import TextToImage
 from nanoip2p.common import cli
-from nanoip2p.common.files import CHECKOUT
+from nanoip2p.common.files import CHECKOUT, read_json
 from nanoip2p.dataset.pairs import prompt_folders
-from nanoip2p.images import to_tensor
+from nanoip2p.images import open_image, to_tensor
 from nanoip2p.world.painting import COLOURS
 from nanoip2p.world.scenes import EDIT_KINDS, GROUNDS, KINDS, SLOTS, TIMES, WEATHERS, random_scene
 
@@ -69,7 +67,9 @@ class Probe(nn.Module):
 
 def content(caption: str) -> Tensor:
     """A caption of `Scene.caption` -> its content, (9,): what the probe should read."""
-    things, ground, when = re.fullmatch(r"(.+), on (\w+), (\w+ \w+)", caption).groups()
+    if not (match := re.fullmatch(r"(.+), on (\w+), (\w+ \w+)", caption)):
+        raise ValueError(f"the probe reads captions of the nano world only, and not: {caption}")
+    things, ground, when = match.groups()
     kinds, colours, (weather, time) = [NONE] * 3, [-100] * 3, when.split()
     for colour, kind, place in re.findall(rf"an? (\w+) (\w+) ({'|'.join(SLOTS)})", things):
         slot = SLOTS.index(place)
@@ -152,12 +152,12 @@ def read_pairs(probe: Probe, folder: Path) -> str:
     """Read all pairs of a folder of `make_dataset.py pairs`."""
     rows = defaultdict(list)
     for prompt in prompt_folders(folder):
-        record = json.loads((prompt / "prompt.json").read_text())
+        record = read_json(prompt / "prompt.json")
         wanted = torch.stack([content(record["input"]), content(record["output"])])              # (2, 9)
         edited = wanted[0] != wanted[1]
         for first in prompt.glob("*_0.jpg"):
             files = first, first.with_name(first.name.replace("_0.", "_1."))
-            found = probe.read(torch.stack([to_tensor(Image.open(file).convert("RGB")) for file in files]))
+            found = probe.read(torch.stack([to_tensor(open_image(file)) for file in files]))
             shown = ((found == wanted) | (wanted == -100))[:, edited].all()
             # The colour that the probe reads in an empty place means nothing
             same = ((found[0] == found[1]) | (wanted == -100).any(0))[~edited].all()

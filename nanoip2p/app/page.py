@@ -3,6 +3,7 @@
 import contextlib
 import html
 import random
+import shutil
 import tempfile
 import threading
 import time
@@ -21,7 +22,7 @@ from nanoip2p.images import fit, fit_size, open_image
 from nanoip2p.masks import fit_mask
 
 CANVAS, PAINT = 512, "#ff00aa"  # longer side of the picture to paint on, in pixels; colour of the brush
-MOST_TURNS = 50  # results that a visit keeps
+MOST_TURNS, SEEDS = 50, 1_000_000  # results that a visit keeps; random seeds, short enough to write down
 LABELS = {"cfg_text": "Follow the instruction (cfg_text)", "cfg_image": "Stay like the picture (cfg_image)",
           "steps": "Steps", "n": "Number of samples"}
 HINT = ("If too much changes, raise *cfg_image* first. If too little changes, raise *cfg_text* or lower "
@@ -50,7 +51,7 @@ class Page:
 
     def draw_input(self) -> None:
         """The left side: the picture, the mask, the instruction."""
-        self.visit = gr.State(Visit(), delete_callback=lambda visit: visit.stop.set())
+        self.visit = gr.State(Visit(), delete_callback=self.forget)
         self.picture = gr.Image(label="Picture", type="filepath", image_mode=None, format="png", height=360,
                                 sources=["upload", "clipboard", "webcam"], elem_id="picture")
         with gr.Accordion("Edit only a part", open=False):
@@ -122,7 +123,7 @@ class Page:
         self.again.click(self.go_on, self.visit, inputs)
         self.undo.click(self.go_back, self.visit, [*shown, *inputs])
         self.history.select(self.pick, self.visit, shown)
-        self.die.click(lambda: (new_seed(), True), None, [seed, self.locked])
+        self.die.click(lambda: (random.randrange(SEEDS), True), None, [seed, self.locked])
         seed.input(lambda: True, None, self.locked)
         self.cells.select(self.take_scales, self.visit, scales)
         self.opened.upload(self.reopen, self.opened, [self.instruction, self.locked, *self.settings.values()],
@@ -137,7 +138,7 @@ class Page:
                 visit.picture = Path(upload["path"])
         except (ValueError, OSError) as error:
             gr.Warning(html.escape(one_line(error)))
-        return self.given(gr.skip() if image else None, self.canvas(image))
+        return self.given(gr.skip() if image else None, self.canvas(visit, image))
 
     def given(self, picture, paint: dict | None) -> dict:
         """The updates that show an input, or no input. Without an input, the buttons that edit are off."""
@@ -153,26 +154,31 @@ class Page:
 
     def unpainted(self, visit: Visit) -> dict | None:
         """The input to paint on."""
-        return self.canvas(visit.picture and self.read(visit.picture))
+        return self.canvas(visit, visit.picture and self.read(visit.picture))
 
-    def canvas(self, image: Image.Image | None) -> dict | None:
+    def canvas(self, visit: Visit, image: Image.Image | None) -> dict | None:
         """A picture to paint on, without paint."""
-        if image is None:
-            return None
-        background = self.shown(ImageOps.contain(image, (CANVAS, CANVAS)))
-        return {"background": background, "layers": [], "composite": None}
+        background = image and self.stored(visit, ImageOps.contain(image, (CANVAS, CANVAS)))
+        return image and {"background": background, "layers": [], "composite": None}
 
-    def shown(self, image: Image.Image) -> Path:
+    def stored(self, visit: Visit, image: Image.Image) -> Path:
         """A picture -> a new file. Gradio would write equal pictures to one file, even while it is loaded."""
-        with tempfile.NamedTemporaryFile(suffix=".png", dir=self.folder, delete=False) as file:
+        visit.folder = visit.folder or Path(tempfile.mkdtemp(dir=self.folder))
+        with tempfile.NamedTemporaryFile(suffix=".png", dir=visit.folder, delete=False) as file:
             image.save(file)
         return Path(file.name)
+
+    def forget(self, visit: Visit) -> None:
+        """Stop a visit's edit and delete its files. Gradio calls this an hour after the tab was closed."""
+        visit.stop.set()
+        if visit.folder:
+            shutil.rmtree(visit.folder, ignore_errors=True)
 
     def ask(self, visit: Visit, painted: dict | None, instruction: str, locked: bool, values: tuple) -> tuple:
         """Check the page's values, and begin a run. Returns (input, Editor.edit's arguments, n, mask)."""
         given = dict(zip(self.settings, values))
         if not locked:
-            given["seed"] = new_seed()
+            given["seed"] = random.randrange(SEEDS)
         if not (picture := visit.picture):
             raise ValueError("There is no picture yet: drop, paste or choose one.")
         if not instruction.strip():
@@ -193,16 +199,15 @@ class Page:
         with in_words():
             picture, given, n, mask = self.ask(visit, painted, instruction, locked, values)
             seeds = [given["seed"] + i for i in range(n)]
-            before, began = self.shown(given["images"]), time.monotonic()
+            before, began = self.stored(visit, given["images"]), time.monotonic()
             where = ", only where painted" * bool(mask)
             for step, previews, results in watched(  # noqa: B007
                     self.editor, visit.stop, **given | {"seed": seeds, "batch": n}):
                 status = progress(step, given["steps"], began) + where
                 news = {self.settings["seed"]: seeds[0], self.status: status}
-                yield news | ({self.result: (before, self.shown(previews[0]))} if previews else {})
+                yield news | ({self.result: (before, self.stored(visit, previews[0]))} if previews else {})
             recipe = {"input": [picture.name], "edit": [instruction], "negative": "", "weights": self.weights}
             recipe |= {key: given[key] for key in ("cfg_text", "cfg_image", "steps", "sampler")}
-            visit.folder = visit.folder or Path(tempfile.mkdtemp(dir=self.folder))
             for seed, after in zip(seeds, results):
                 files = write_result(after, mask, visit.folder, recipe | {"seed": seed})
                 visit.turns.append(Turn(picture, before, files, f"{instruction} (seed {seed})"))
@@ -219,7 +224,7 @@ class Page:
             for cfg_text, cfg_image in scales:
                 *_, (_, _, after) = watched(
                     self.editor, visit.stop, **given | {"cfg_text": cfg_text, "cfg_image": cfg_image})
-                cells.append((self.shown(after), f"cfg_text {cfg_text:g}, cfg_image {cfg_image:g}"))
+                cells.append((self.stored(visit, after), f"cfg_text {cfg_text:g}, cfg_image {cfg_image:g}"))
                 visit.scales = scales
                 yield {self.cells: cells, self.settings["seed"]: given["seed"],
                        self.sweep_status: progress(len(cells), len(scales), began)}
@@ -279,11 +284,6 @@ def within(scales: tuple[float, float]) -> tuple[float, ...]:
     """cfg_text and cfg_image in the ranges of their sliders."""
     limits = work.LIMITS["cfg_text"], work.LIMITS["cfg_image"]
     return tuple(min(most, max(least, scale)) for scale, (_, least, most) in zip(scales, limits))
-
-
-def new_seed() -> int:
-    """A random seed, short enough to write down."""
-    return random.randrange(1_000_000)
 
 
 def progress(step: int, steps: int, began: float) -> str:

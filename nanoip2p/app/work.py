@@ -44,7 +44,7 @@ class Visit:
 
     def __init__(self):
         self.picture: Path | None = None
-        self.folder: Path | None = None                # of the results
+        self.folder: Path | None = None                # of its pictures
         self.turns: list[Turn] = []
         self.shown = -1                                # index into `turns`
         self.scales: list[tuple[float, float]] = []    # cfg_text and cfg_image of the sweep's cells

@@ -30,4 +30,7 @@ def test_every_picture_is_a_file(tmp_path):
     news += [*page.edit(*asked), *page.edit(*asked), *page.sweep(*asked)]
     news += [page.go_on(visit), page.unpainted(visit), page.go_back(visit)]
     assert not found(news, Image.Image)
-    assert all(Image.open(path).size for path in found(news, type(tmp_path)))
+    files = found(news, type(tmp_path))
+    assert all(Image.open(path).size and path.is_relative_to(tmp_path) for path in files)
+    page.visit.delete_callback(visit)  # the tab was closed
+    assert visit.stop.is_set() and {path for path in files if path.exists()} == {tmp_path / "a.png"}

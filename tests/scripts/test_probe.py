@@ -85,3 +85,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert head.split()[:3] == ["4", "pictures", "number"] and painted.startswith("nano-sd")
     assert renders.startswith("renders") and painted.split()[1:] == renders.split()[2:]
     assert probe.main(["--pairs", str(tmp_path / "none")]) == 2
+    (tmp_path / "0000000").mkdir()
+    (tmp_path / "0000000/prompt.json").write_text('{"input": "a dog", "output": "a cat"}')
+    assert probe.main(["--pairs", str(tmp_path)]) == 2
+    assert "captions of the nano world only" in capsys.readouterr().err
