@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nanoip2p.common.files import read_json
 from nanoip2p.editor import Editor
 from nanoip2p.images import open_image
 from nanoip2p.text_to_image import TextToImage
@@ -82,3 +83,12 @@ def test_a_stage_stopped_half_way_ends_in_the_same_weights(make_nano, tmp_path):
         fit(tmp_path / "halves", 500, stop=300)
     halves = fit(tmp_path / "halves", 500)
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
+
+
+def test_the_shipped_settings_are_those_of_the_recipe(make_nano):
+    shipped = SCRIPT.parent
+    assert read_json(shipped / "nano-sd/pairs.json") == make_nano.PAIRS
+    for name, wanted in (("nano-ip2p", make_nano.DEFAULTS), ("nano-sd", make_nano.SD_DEFAULTS),
+                         ("nano-ip2p-4step", make_nano.DEFAULTS | make_nano.STUDENT_DEFAULTS),
+                         ("nano-ip2p-paper", make_nano.PAPER_EDITOR_DEFAULTS)):
+        assert read_json(shipped / name / "defaults.json") == wanted, name
