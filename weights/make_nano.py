@@ -8,7 +8,7 @@ The stages:
 
     tokenizer     byte pairs of the nano world's sentences
     VAE           by train_vae.py, which then trains the decoder further
-    CLIP          by the function make_clip in this file
+    CLIP          by the function make_clip in this file; teach_wordings.py then teaches it more wordings
     nano-sd       the text-to-image model, by train.py
     paper editor  from nano-sd, on Prompt-to-Prompt pairs that pass the CLIP filter (by make_dataset.py)
     nano-ip2p     an editor trained on rendered pairs, by train.py
@@ -32,6 +32,7 @@ import demo
 import torch
 import torch.nn.functional as F
 from run_scripts import make_pairs, train_run
+from teach_wordings import FIRST, teach
 from train_tokenizer import train_tokenizer
 from train_vae import SIZE, fit, make_vae, picture, sharpen_vae
 
@@ -95,7 +96,7 @@ def make_tokenizer(folder: Path) -> None:
     generator, sentences = torch.Generator().manual_seed(0), []
     for index in range(TOKENIZER_SCENES):
         scene = random_scene("train", index)
-        sentences += [scene.caption(), *draw_edit(scene.edits(), generator).instructions[:-1]]
+        sentences += [scene.caption(), *draw_edit(scene.edits(), generator).instructions[:FIRST]]
     train_tokenizer(sentences, 1000, folder)
 
 
@@ -132,7 +133,8 @@ def make_clip(folder: Path, tokenizer_folder: Path, device: str, steps: int, bat
         pixels = torch.stack([picture(scene) for scene in scenes + after]).to(device)
         images = clip.encode_image(pixels)
         captions = clip.encode_text(ids_of([scene.caption() for scene in scenes + after]))
-        instructions = clip.encode_text(ids_of([pick(edit.instructions[:-1], generator) for edit in edits]))
+        told = [pick(edit.instructions[:FIRST], generator) for edit in edits]
+        instructions = clip.encode_text(ids_of(told))
         change = F.normalize(images[batch:] - images[:batch], dim=-1)
         loss_caption, hit_caption = agree(images, captions)
         loss_edit, hit_edit = agree(change, instructions)
@@ -143,11 +145,13 @@ def make_clip(folder: Path, tokenizer_folder: Path, device: str, steps: int, bat
     return clip
 
 
-def clip_folder(out: Path, device: str, steps: int) -> Path:
+def clip_folder(out: Path, device: str, steps: int, wording_steps: int) -> Path:
     """Train CLIP. Its folder also gets the tokenizer, and a preprocessor that scales pixels to [-1, 1]."""
     folder = out / "clip"
     if not (folder / "preprocessor_config.json").exists():
-        save_network(make_clip(out, out / "tokenizer", device, steps), folder)
+        clip = make_clip(out, out / "tokenizer", device, steps)
+        teach(clip, load_tokenizer(out / "tokenizer"), device, wording_steps, out)
+        save_network(clip, folder)
         for file in (out / "tokenizer").iterdir():
             shutil.copyfile(file, folder / file.name)
         half = [0.5, 0.5, 0.5]
@@ -208,7 +212,7 @@ def make(args: argparse.Namespace) -> None:
     check_writable(args.out / "tokenizer" / "vocab.json")
     if not (args.out / "tokenizer" / "tokenizer_config.json").exists():
         make_tokenizer(args.out / "tokenizer")
-    clip = clip_folder(args.out, device, args.clip_steps)
+    clip = clip_folder(args.out, device, args.clip_steps, args.wording_steps)
     vae = make_vae(args.out, device, args.vae_steps)
     stages = (args.out, sharpen_vae(vae, args.out, device, args.decoder_steps), clip)
     painter = start_folder(args.out / "sd-start", SD_UNET, SD_DEFAULTS, *stages)
@@ -238,6 +242,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--decoder-steps", type=at_least(1), default=5000,
                         help="more training steps of the VAE's decoder alone, 8 pictures each")
     parser.add_argument("--clip-steps", type=at_least(1), default=800, help="training steps, 32 edits each")
+    parser.add_argument("--wording-steps", type=at_least(1), default=4000,
+                        help="training steps of the text encoder on more wordings, 20 instructions each")
     parser.add_argument("--sd-steps", type=at_least(1), nargs=len(SD_RUNS), default=(9000,), metavar="STEPS",
                         help="training steps, 32 captioned pictures each")
     parser.add_argument("--captions", type=at_least(1), default=60_000, help="captioned renders for nano-sd")

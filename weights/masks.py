@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from nanoip2p.common import cli
 from nanoip2p.editing.masks import find_masks
 from nanoip2p.editor import Editor
-from nanoip2p.evaluate.scenes import BATCH, choose_edits, nearest_edit, rate, unchanged_psnr
+from nanoip2p.evaluate.scenes import BATCH, choose_edits, instruct, nearest_edit, rate, unchanged_psnr
 from nanoip2p.world.scenes import EDIT_KINDS
 
 
@@ -28,7 +28,7 @@ def score(editor: Editor, chosen: list) -> tuple[dict[str, list], list[tuple[str
     scores, overlaps = {"none": [], "auto": [], "true": [], "auto, blur 4": []}, []
     for i in tqdm(range(0, len(chosen), BATCH), desc=f"editing, {BATCH} at a time"):
         part = chosen[i : i + BATCH]
-        texts, seeds = [edit.instructions[-1] for _, edit in part], list(range(i, i + len(part)))
+        texts, seeds = instruct([edit for _, edit in part]), list(range(i, i + len(part)))
         before = [scene.render(editor.side) for scene, _ in part]
         after = [edit.scene.render(editor.side) for _, edit in part]
         changed = [(np.asarray(a) != np.asarray(b)).any(-1) for a, b in zip(before, after)]

@@ -34,7 +34,7 @@ def draw_scenes(n: int, seed: int) -> list[dict]:
         edits = training_edits(scene)
         if edits:
             edit = draw_edit(edits, generator)
-            rows[scene.caption(), pick(edit.instructions[:-1], generator), edit.caption] = None
+            rows[scene.caption(), pick(edit.seen_instructions, generator), edit.caption] = None
     return [dict(zip(("input", "edit", "output"), row)) for row in rows]
 
 
@@ -64,7 +64,7 @@ def scene_pairs(n: int, split: str = "train", weights: tuple[float, ...] = EQUAL
                              for kind, weight in zip(EDIT_KINDS, weights)])
         for kind in torch.multinomial(odds, EDITS_PER_SCENE, True, generator=generator) if odds.any() else ():
             edit = pick([edit for edit in edits if edit.kind == EDIT_KINDS[kind]], generator)
-            texts = pick(edit.instructions[:-1], generator), edit.scene, (scene.caption(), edit.caption)
+            texts = pick(edit.seen_instructions, generator), edit.scene, (scene.caption(), edit.caption)
             pairs.append(Pair(scene, *texts))
 
 

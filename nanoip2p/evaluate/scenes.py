@@ -1,13 +1,16 @@
 """Edit success and preservation on rendered scenes, for which the correct result is known.
 
-Training never uses these scenes or these phrasings of the instructions. --combinations held-out selects
-combinations of things, colours and edits that training leaves out (but weights/nano-ip2p trained on them).
+Training never uses these scenes. --combinations held-out selects combinations of things, colours and edits
+that training leaves out (but weights/nano-ip2p trained on them). --wordings selects the instructions:
+phrasings that training never uses (held-out), phrasings of training (seen), or these with synonyms,
+misspellings and missing articles (reworded).
 
 Success: among the renders of the scene and of all its single edits, the correct render has the smallest mean
 absolute difference to the edited picture. Preservation: PSNR over the pixels that the edit must not change.
 """
 
 import argparse
+import random
 from itertools import count
 
 import numpy as np
@@ -21,6 +24,7 @@ from nanoip2p.dataset.rendered import pick
 from nanoip2p.editor import Editor
 from nanoip2p.images import to_pil, to_tensor
 from nanoip2p.world.scenes import EDIT_KINDS, Edit, Scene, held_out, random_scene
+from nanoip2p.world.wordings import HELD_OUT, reword
 
 BATCH = 35  # edits that share a forward pass
 
@@ -38,6 +42,18 @@ def choose_edits(n: int, combinations: str = "seen") -> list[tuple[Scene, Edit]]
         edits = [edit for edit in scene.edits(kind) if held_out(scene, edit) == (combinations == "held-out")]
         if edits:
             chosen.append((scene, pick(edits, generator)))
+
+
+def instruct(edits: list[Edit], wordings: str = "held-out") -> list[str]:
+    """One instruction for each edit, equal on every machine. wordings: held-out, seen or reworded, see above.
+
+    The held-out phrasings of a kind take turns.
+    """
+    if wordings == "held-out":
+        return [edit.instructions[-1 - i // len(EDIT_KINDS) % HELD_OUT] for i, edit in enumerate(edits)]
+    rng = random.Random("nanoip2p wordings")
+    texts = [edit.seen_instructions[int(rng.random() * len(edit.seen_instructions))] for edit in edits]
+    return [reword(text, rng) for text in texts] if wordings == "reworded" else texts
 
 
 def nearest_edit(picture: Image.Image, scene: Scene) -> Scene:
@@ -67,23 +83,22 @@ def round_trip(editor: Editor, picture: Image.Image) -> Image.Image:
     return to_pil(editor.vae.decode(mean)[0])
 
 
-def score_scenes(editor: Editor, chosen: list[tuple[Scene, Edit]], settings: dict) -> list[dict]:
+def score_scenes(editor: Editor, chosen: list[tuple[Scene, Edit]], settings: dict,
+                 wordings: str = "held-out") -> list[dict]:
     """Make and score every edit. settings: for Editor.edit; a value None means the default.
 
-    Returns rows of kind, instruction, success, psnr, ceiling, pictures: (before, edited, correct render). The
-    instruction is the last phrasing of the edit, which training never uses. ceiling: the PSNR of the correct
-    render after the autoencoder alone, about the best that an edit can reach.
+    Returns rows of kind, instruction, success, psnr, ceiling, pictures: (before, edited, correct render).
+    ceiling: the PSNR of the correct render after the autoencoder alone, about the best an edit can reach.
     """
-    rows = []
+    texts, rows = instruct([edit for _, edit in chosen], wordings), []
     for i in tqdm(range(0, len(chosen), BATCH), desc=f"editing, {BATCH} at a time"):
         part = chosen[i : i + BATCH]
         inputs = [scene.render(editor.side) for scene, _ in part]
-        pictures = editor.edit(inputs, [edit.instructions[-1] for _, edit in part], seed=i,
-                               batch=BATCH, **settings)
-        for (scene, edit), before, picture in zip(part, inputs, pictures):
+        pictures = editor.edit(inputs, texts[i : i + BATCH], seed=i, batch=BATCH, **settings)
+        for (scene, edit), text, before, picture in zip(part, texts[i:], inputs, pictures):
             after = edit.scene.render(editor.side)
             rows.append({
-                "kind": edit.kind, "instruction": edit.instructions[-1],
+                "kind": edit.kind, "instruction": text,
                 "success": nearest_edit(picture, scene) == edit.scene,
                 "psnr": unchanged_psnr(picture, before, after),
                 "ceiling": unchanged_psnr(round_trip(editor, after), before, after),
@@ -121,7 +136,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict]:
     keys = "steps", "cfg_text", "cfg_image", "sampler", "deep_every"
     settings = {key: getattr(args, key) for key in keys}
     editor = Editor.load(args.weights, args.device)
-    rows = score_scenes(editor, choose_edits(args.n, args.combinations), settings)
+    rows = score_scenes(editor, choose_edits(args.n, args.combinations), settings, args.wordings)
     failed = [row for row in rows if not row["success"]][:16]
     if args.out and failed:
         labels = [["input", row["instruction"], "correct render"] for row in failed]

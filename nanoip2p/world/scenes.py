@@ -13,6 +13,7 @@ from itertools import product
 from PIL import Image
 
 from nanoip2p.world.painting import COLOURS, paint
+from nanoip2p.world.wordings import HELD_OUT, MISSPELLINGS, PHRASINGS, SYNONYMS
 
 TIMES = ("day", "sunset", "night")
 WEATHERS = ("clear", "cloudy", "rainy", "foggy")
@@ -22,24 +23,6 @@ SIZES = ("small", "medium", "large")
 
 KINDS = ("house", "tree", "car", "tent", "mushroom", "flower", "rocket", "balloon")
 
-# Templates of the instructions. Training never uses the last template of a kind. Each word of the last
-# template is also in another one, because a text encoder has to be trained on a word to understand it.
-PHRASINGS = {
-    "recolour": ("make the {old} {new}", "paint the {old} {new}", "turn the {old} {new}",
-                 "change the color of the {old} to {new}", "change the {old} to {new}"),
-    "replace": ("replace the {old} with a {new}", "turn the {old} into a {new}", "swap the {old} for a {new}",
-                "change the {old} into a {new}", "make the {old} into a {new}"),
-    "add": ("add {new} {where}", "put {new} {where}", "place {new} {where}", "{where}, add {new}",
-            "{where}, put {new}"),
-    "remove": ("remove the {old}", "delete the {old}", "take away the {old}", "erase the {old}",
-               "take the {old} away"),
-    "time": ("make it {new}", "change it to {new}", "turn the {old} into {new}", "set the time to {new}",
-             "change the {old} to {new}"),
-    "weather": ("make it {new}", "make the weather {new}", "change the weather to {new}", "turn it {new}",
-                "set the weather to {new}"),
-    "ground": ("turn the ground into {new}", "replace the {old} with {new}", "cover the ground with {new}",
-               "make the ground {new}", "change the ground to {new}"),
-}
 EDIT_KINDS = tuple(PHRASINGS)
 
 # Combinations that `training_edits` leaves out. Editors still see each part, in other combinations. nano-clip
@@ -69,13 +52,27 @@ class Thing:
 
 @dataclass(frozen=True)
 class Edit:
-    """One edit of a scene. All `instructions` are synonyms. Training never uses the last instruction."""
+    """One edit of a scene."""
 
     kind: str
     thing: str  # kind of the thing that is recoloured, replaced, added or removed; "" for other edits
-    instructions: tuple[str, ...]
-    caption: str
+    words: dict[str, str]  # what the instructions name: old, new, where
     scene: "Scene"
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """All phrasings of the edit, which mean the same. Training never uses the last HELD_OUT ones."""
+        return tuple(phrase.format(**self.words) for phrase in PHRASINGS[self.kind])
+
+    @property
+    def seen_instructions(self) -> tuple[str, ...]:
+        """The phrasings that training may use."""
+        return self.instructions[:-HELD_OUT]
+
+    @property
+    def caption(self) -> str:
+        """The caption of the edited picture."""
+        return self.scene.caption()
 
 
 @dataclass(frozen=True)
@@ -103,8 +100,7 @@ class Scene:
         found = []
 
         def add(kind: str, scene: Scene, thing: str = "", **words: str) -> None:
-            instructions = tuple(phrase.format(**words) for phrase in PHRASINGS[kind])
-            found.append(Edit(kind, thing, instructions, scene.caption(), scene))
+            found.append(Edit(kind, thing, words, scene))
 
         kinds = {thing.kind for thing in self.things}
         for thing in self.things:
@@ -132,11 +128,12 @@ class Scene:
 
 
 def unknown_words(text: str) -> list[str]:
-    """The distinct words of `text` that no instruction or caption of the nano world contains."""
+    """The distinct words of `text` that are in no caption or wording of the nano world."""
     blank = dict.fromkeys(("old", "new", "where"), "")
     said = [phrase.format(**blank) for phrases in PHRASINGS.values() for phrase in phrases]
+    said += [word for table in (SYNONYMS, MISSPELLINGS) for words in table.values() for word in words]
     said += [*KINDS, *COLOURS, *TIMES, *WEATHERS, *GROUNDS, *SLOTS, "a an empty place on and"]
-    known = set(re.findall(r"\w+", " ".join(said)))
+    known = set(re.findall(r"\w+", " ".join(said).lower()))
     return [word for word in dict.fromkeys(re.findall(r"\w+", text.lower())) if word not in known]
 
 

@@ -14,7 +14,15 @@ from tiny_editor import write_tiny_editor
 from nanoip2p.evaluate import __main__ as evaluate
 from nanoip2p.evaluate import captions, scenes
 from nanoip2p.evaluate.captions import distinct_scenes, ranked_first
-from nanoip2p.evaluate.scenes import choose_edits, nearest_edit, rate, score_scenes, table, unchanged_psnr
+from nanoip2p.evaluate.scenes import (
+    choose_edits,
+    instruct,
+    nearest_edit,
+    rate,
+    score_scenes,
+    table,
+    unchanged_psnr,
+)
 from nanoip2p.world.scenes import EDIT_KINDS, held_out, random_scene
 
 ASKED = choose_edits(21)
@@ -52,12 +60,22 @@ def perfect_autoencoder(monkeypatch):
 def test_perfect_editor_scores_everything(monkeypatch):
     monkeypatch.setattr(scenes, "BATCH", 8)
     rows = score_scenes(editor_that(lambda scene, edit: edit.scene.render(64)), ASKED, {})
-    assert [row["instruction"] for row in rows] == [edit.instructions[-1] for _, edit in ASKED]  # held out
+    used = {edit.instructions.index(row["instruction"]) for row, (_, edit) in zip(rows, ASKED)}
+    assert used == {10, 11}  # both held-out phrasings
     text, numbers = table(rows)
     assert numbers["all"]["success"] == 1 and numbers["all"]["n"] == 21 and "100.0%" in text
     assert "± 0.0%" not in text  # 21 of 21 leave room for doubt
     assert all(numbers[kind]["n"] == 3 for kind in EDIT_KINDS)
     assert numbers["all"]["psnr"] == numbers["all"]["ceiling"] > 70
+
+
+def test_wordings():
+    edits = [edit for _, edit in choose_edits(70)]
+    texts = {wordings: instruct(edits, wordings) for wordings in ("held-out", "seen", "reworded")}
+    assert texts == {wordings: instruct(edits, wordings) for wordings in texts}
+    assert all(text in edit.seen_instructions for text, edit in zip(texts["seen"], edits))
+    assert len({edit.instructions.index(text) for text, edit in zip(texts["seen"], edits)}) == 10
+    assert 10 < sum(a != b for a, b in zip(texts["seen"], texts["reworded"])) < 60
 
 
 def test_editor_that_does_nothing_scores_nothing():

@@ -1,6 +1,7 @@
 """The nano world: deterministic, unambiguous, and with held-out wordings that really are held out."""
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -8,11 +9,13 @@ import pytest
 from nanoip2p.world.painting import COLOURS
 from nanoip2p.world.scenes import (
     EDIT_KINDS,
+    GROUNDS,
     HELD_OUT_EDITS,
     HELD_OUT_THINGS,
     KINDS,
-    PHRASINGS,
     SLOTS,
+    TIMES,
+    WEATHERS,
     Scene,
     Thing,
     held_out,
@@ -20,6 +23,7 @@ from nanoip2p.world.scenes import (
     training_edits,
     unknown_words,
 )
+from nanoip2p.world.wordings import HELD_OUT, MISSPELLINGS, PHRASINGS, SYNONYMS, reword
 
 PINNED = "an orange balloon on the left and a blue flower in the middle, on dirt, foggy day"
 SAMPLE = [random_scene("test-scenes", index) for index in range(60)]
@@ -110,11 +114,41 @@ def test_no_two_things_share_a_kind_or_a_slot():
 
 
 def test_words_of_held_out_phrasings_are_known_from_others():
-    known = {word for phrases in PHRASINGS.values() for phrase in phrases[:-1]
-             for word in phrase.replace(",", "").split()}
+    known = {word for phrases in PHRASINGS.values() for phrase in phrases[:-HELD_OUT]
+             for word in re.findall(r"[\w'{}]+", phrase)}
     for phrases in PHRASINGS.values():
-        assert phrases[-1] not in phrases[:-1]
-        assert set(phrases[-1].replace(",", "").split()) <= known
+        assert len(set(phrases)) == 12
+        for phrase in phrases[-HELD_OUT:]:
+            assert set(re.findall(r"[\w'{}]+", phrase)) <= known
+
+
+def test_training_sees_all_phrasings_but_the_held_out_ones():
+    edit = random_scene("train", 0).edits("time")[0]
+    assert edit.seen_instructions == edit.instructions[:-HELD_OUT]
+    assert edit.instructions[0] == f"make it {edit.scene.time}"
+
+
+def test_rewording_keeps_the_meaning():
+    """Each new word belongs to one word of the world, so that no reworded instruction names another edit."""
+    words = {*KINDS, *COLOURS, *TIMES, *WEATHERS, *GROUNDS}
+    others = [word for table in (SYNONYMS, MISSPELLINGS) for words in table.values() for word in words]
+    assert len(set(others)) == len(others) and not words & set(others)
+    back = {other: word for table in (SYNONYMS, MISSPELLINGS) for word, found in table.items()
+            for other in found}
+    pattern = re.compile("|".join(rf"\b{re.escape(other)}\b" for other in sorted(back, key=len)[::-1]))
+
+    def plain(text):
+        return re.sub(r"\b(the|an?) ", "", text)
+
+    rng, reworded = random.Random(0), 0
+    for scene in SAMPLE[:10]:
+        for edit in scene.edits()[::5]:
+            for text in edit.instructions:
+                new = reword(text, rng)
+                assert plain(pattern.sub(lambda match: back[match[0]], new)) == plain(text)
+                assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", new) and unknown_words(new) == []
+                reworded += new != text
+    assert reworded > 100
 
 
 def test_unknown_words_are_those_of_no_sentence_of_the_world():

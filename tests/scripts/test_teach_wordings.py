@@ -1,0 +1,62 @@
+"""A text encoder learns wordings from itself: new sentences mean what known ones do, and those stay."""
+
+import copy
+import shutil
+from pathlib import Path
+
+import teach_wordings
+import torch
+
+from nanoip2p.checkpoint.folder import load_network
+from nanoip2p.clip import CLIP, TextEncoder
+from nanoip2p.tokenizer import load_tokenizer
+from nanoip2p.world.wordings import HELD_OUT, PHRASINGS
+
+WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
+
+
+def test_texts_are_known_ones_and_new_ones_of_equal_meaning():
+    reworded, plain, known = teach_wordings.draw_texts(torch.Generator().manual_seed(3), 200)
+    assert (reworded, plain, known) == teach_wordings.draw_texts(torch.Generator().manual_seed(3), 200)
+    firsts = [phrases[0].split("{")[0] for phrases in PHRASINGS.values()]
+    assert all(any(text.startswith(first) for first in firsts) for text in plain)
+    assert 50 < sum(a != b for a, b in zip(reworded, plain))
+    polite = [phrase for phrases in PHRASINGS.values() for phrase in phrases[teach_wordings.FIRST:-1]]
+    assert not [text for text in known if "please" in text] and [text for text in polite if "please" in text]
+    held = [phrases[-HELD_OUT].split("{")[0] for phrases in PHRASINGS.values()]
+    assert not [text for text in reworded if text.endswith(", please?") and text.startswith(tuple(held))]
+
+
+def test_teaching_moves_new_wordings_and_keeps_known_ones(tmp_path):
+    clip, tokenizer = load_network(CLIP, WEIGHTS / "nano-clip"), load_tokenizer(WEIGHTS / "nano-clip")
+    torch.manual_seed(0)
+    for weights in clip.text_model.embeddings.parameters():  # else the shipped encoder has nothing to learn
+        weights.data += 0.05 * torch.randn_like(weights)
+    before = copy.deepcopy(clip)
+    teach_wordings.teach(clip, tokenizer, "cpu", 8, tmp_path, batch=8)
+
+    def distance(model, texts, others, reference):
+        states, wanted = model.text_model(tokenizer(texts)), reference.text_model(tokenizer(others))
+        return float((states - wanted)[:, 40:].square().mean())  # the padding
+
+    with torch.no_grad():
+        reworded, plain, known = teach_wordings.draw_texts(torch.Generator().manual_seed(10**6), 32)
+        assert distance(clip, reworded, plain, before) < 0.9 * distance(before, reworded, plain, before)
+        assert distance(clip, known, known, before) < 0.5 * distance(clip, reworded, known, before)
+    pairs = zip(before.vision_model.parameters(), clip.vision_model.parameters())
+    assert all(torch.equal(a, b) for a, b in pairs)  # only the text encoder learns
+
+
+def test_shipping_replaces_the_text_encoders_and_leaves_links(tmp_path):
+    shutil.copytree(WEIGHTS, tmp_path / "w", symlinks=True, ignore=shutil.ignore_patterns("*.png", "*.webp"))
+    clip = load_network(CLIP, WEIGHTS / "nano-clip")
+    with torch.no_grad():
+        clip.text_model.final_layer_norm.bias += 1
+    teach_wordings.ship(clip, tmp_path / "w")
+    for name in ("nano-ip2p", "nano-sd", "nano-ip2p-paper", "nano-ip2p-4step"):
+        encoder = load_network(TextEncoder, tmp_path / "w" / name / "text_encoder")
+        bias = clip.text_model.final_layer_norm.bias
+        assert (encoder.text_model.final_layer_norm.bias - bias).abs().max() < 2e-3  # stored as fp16
+    assert (tmp_path / "w/nano-ip2p-paper/text_encoder/model.safetensors").is_symlink()
+    old, new = (load_network(CLIP, folder / "nano-clip").vision_model for folder in (WEIGHTS, tmp_path / "w"))
+    assert all(torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters()))

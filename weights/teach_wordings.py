@@ -1,0 +1,116 @@
+"""Teach a trained text encoder new wordings of the nano world's edits. For make_nano.py.
+
+    python weights/teach_wordings.py --out runs/wordings
+
+This continues an interrupted run. A UNet that was trained with the old text encoder (the teacher) keeps
+working with the new one (the student), without further training: the student encodes "could you paint the
+hosue violet please?" as the teacher encodes "make the house purple".
+
+Texts are padded to 77 tokens with the end token. The states of these tokens sum up the text, because
+attention is causal. So the loss compares the student's states of a new wording with the teacher's states of
+a known wording, at the end token and at the padding that both have. A second term keeps the states of
+captions and of instructions that the teacher knows.
+"""
+
+import copy
+import random
+import sys
+from pathlib import Path
+
+import torch
+from train_vae import fit
+
+from nanoip2p.checkpoint.folder import load_network, save_network
+from nanoip2p.clip import CLIP, TextEncoder
+from nanoip2p.common import cli
+from nanoip2p.common.cli import at_least
+from nanoip2p.common.device import pick_device
+from nanoip2p.common.files import CHECKOUT
+from nanoip2p.dataset.rendered import draw_edit
+from nanoip2p.tokenizer import load_tokenizer
+from nanoip2p.world.scenes import random_scene
+from nanoip2p.world.wordings import reword
+
+FIRST = 4  # the teacher knows the first four phrasings of each kind, and the last one
+SHORT = 48  # tokens that two of three steps use, to save time; no sentence here is longer
+KEEP = 4.0  # weight of the second term
+
+
+def draw_texts(generator: torch.Generator, batch: int) -> tuple[list[str], list[str], list[str]]:
+    """`batch` reworded instructions, the same in the teacher's words, and `batch` texts it knows."""
+    rng, rows = random.Random(generator.initial_seed()), []
+    for number in torch.randint(2**31, (batch,), generator=generator).tolist():
+        scene = random_scene("train", number)
+        edit = draw_edit(scene.edits(), generator)
+        known = rng.choice([*edit.instructions[:FIRST], edit.instructions[-1]])
+        rows.append((reword(rng.choice(edit.seen_instructions), rng), edit.instructions[0],
+                     known if rng.random() < 0.5 else scene.caption()))
+    return tuple(map(list, zip(*rows)))
+
+
+def teach(clip: CLIP, tokenizer, device: str, steps: int, out: Path, batch: int = 20) -> None:
+    """Train the text encoder of `clip`, in place. Continues from <out>/wordings-run.pt, as `fit` does."""
+    student, teacher = clip.text_model.to(device), copy.deepcopy(clip.text_model).to(device).eval()
+    eos, told = clip.config.text_config.eos_token_id, {}
+
+    def states_of(texts: list[str], length: int) -> torch.Tensor:
+        """The teacher's states (B, length, D). Those of each text are computed once."""
+        new = [text for text in dict.fromkeys(texts) if text not in told]
+        with torch.no_grad():
+            told.update(zip(new, teacher(tokenizer(new).to(device))) if new else ())
+        return torch.stack([told[text] for text in texts])[:, :length]
+
+    def loss_of_step(generator):
+        step = generator.initial_seed()
+        length = SHORT if step % 3 and step < 0.9 * steps else clip.config.text_config.max_position_embeddings
+        reworded, plain, known = draw_texts(generator, batch)
+        ids = tokenizer(reworded + known)[:, :length].to(device)
+        got, kept = student(ids).split(batch)
+        asked, before = states_of(plain, length), states_of(known, length)
+        ends, plain_ends = ((row == eos).int().argmax(1) for row in (ids[:batch],
+                                                                     tokenizer(plain).to(device)))
+        rows = torch.arange(batch, device=device)
+        end = (got[rows, ends] - asked[rows, plain_ends]).square().mean()
+        both = torch.arange(length, device=device) >= torch.maximum(ends, plain_ends)[:, None]  # (B, length)
+        padding = (got - asked)[both].square().mean()
+        keep = (kept - before).square().mean()
+        for text in known:
+            told.pop(text, None)  # captions hardly ever return
+        return end + padding + KEEP * keep, f"end {end:.3f} padding {padding:.3f} keep {keep:.4f}"
+
+    fit("wordings", student, loss_of_step, steps, 8e-4, out)
+
+
+def ship(clip: CLIP, weights: Path) -> None:
+    """Replace the text encoder in all models of the folder `weights`, and in its nano-clip."""
+    save_network(clip, weights / "nano-clip", torch.float16)
+    for name in ("nano-ip2p", "nano-sd"):  # the other models link to these
+        folder = weights / name / "text_encoder"
+        encoder = load_network(TextEncoder, folder)
+        encoder.text_model.load_state_dict(clip.text_model.state_dict())
+        save_network(encoder, folder, torch.float16)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command. Returns the exit code, see cli.run."""
+    parser = cli.make_parser(description=__doc__)
+    parser.add_argument("--clip", type=Path, default=CHECKOUT / "weights/nano-clip", help="the teacher")
+    parser.add_argument("--out", type=Path, default=CHECKOUT / "runs/wordings", help="folder of the result")
+    parser.add_argument("--steps", type=at_least(1), default=4000, help="training steps of 20 instructions")
+    parser.add_argument("--ship", type=Path, help="folder of the models whose text encoders are replaced")
+    parser.add_argument("--device", help="cuda, mps or cpu; default: the first that works")
+    args = parser.parse_args(argv)
+
+    def work() -> None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        clip = load_network(CLIP, args.clip)
+        teach(clip, load_tokenizer(args.clip), str(pick_device(args.device)), args.steps, args.out)
+        save_network(clip, args.out / "clip")
+        if args.ship:
+            ship(clip, args.ship)
+
+    return cli.run(work, "stopped; the same command continues", "try --device cpu")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
