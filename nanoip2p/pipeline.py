@@ -105,7 +105,7 @@ class Model:
         return [to_pil(picture) for picture in pixels]                                  # (3, H, W) each
 
     def _requests(self, seed: int | list[int] | None, **given) -> tuple[bool, list[list]]:
-        """Turn the arguments and the seed into lists of equal length. Returns (whether none was one, lists).
+        """Turn the arguments and seed into lists of one length. Returns (whether no argument was one, lists).
 
         A single value is repeated. A single seed s becomes s, s + 1, ...; None: s is random. Sets last_seed.
         """
