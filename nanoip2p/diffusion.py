@@ -55,7 +55,7 @@ class NoiseSchedule:
                 "clip_sample": False} | config  # diffusers' DDIM clips by default
 
     def alphas_cumprod(self) -> Tensor:
-        """a_t, the signal's fraction of the variance, at each timestep: (num_train_timesteps,) float32."""
+        """a_t at each timestep, the share of the signal in the variance: (num_train_timesteps,) float32."""
         p = 0.5 if self.beta_schedule == "scaled_linear" else 1  # linear in sqrt(beta), as in LDM
         betas = torch.linspace(self.beta_start**p, self.beta_end**p, self.num_train_timesteps) ** (1 / p)
         a = torch.cumprod(1.0 - betas, dim=0)
@@ -112,7 +112,7 @@ def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
         in_z = sampler in ("ddim", "lcm")  # diffusers computes these in z, not in x
         if in_z and timesteps[0] == n_train - 1 and schedule.prediction_type == "epsilon":
             raise ValueError(f"{sampler} cannot begin at zero terminal SNR with epsilon; use another sampler")
-        a[a == 0] = 1e-16 if in_z else 2.0**-24  # sigma 1e8 or 4096; diffusers: infinite or 4096
+        a[a == 0] = 1e-16 if in_z else 2.0**-24  # sigma = 1e8 or 4096; in diffusers, infinity or 4096
     table = np.sqrt((1 - a) / a)                                                # (n_train,) increasing
     sigmas = np.interp(timesteps, np.arange(n_train), table)                    # (n,)
     if schedule.use_karras_sigmas and sampler in ("euler", "dpmpp_2m"):

@@ -25,7 +25,7 @@ SWEEP_FACTORS = (0.4, 0.7, 1, 1.3, 1.6)      # multiply cfg_text
 SWEEP_STEPS = (-0.5, -0.25, 0, 0.25, 0.5)    # added to cfg_image
 SWEEP_EDITS = len(SWEEP_FACTORS) * len(SWEEP_STEPS)
 SUFFIXES = {".avif", ".heic", ".heif", ".hif"}  # found even if Pillow cannot read them: open_image says so
-# Nano weights have this resolution, and at most this vocabulary. Pictures with a side above PHOTO get a note
+# Nano weights have this resolution, and at most this vocabulary. Pictures larger than PHOTO get a note
 NANO_RESOLUTION, NANO_VOCABULARY, PHOTO = 64, 1000, 256
 
 
@@ -71,6 +71,7 @@ def edit_all(editor: Editor, pictures: list, sizes: dict, sampling: dict,
         batch = [pictures[i] for i in places]
         path, edit = batch[0].input[0], sweep if batch[0].sweep else edit_batch
         try:
+            # A sweep makes SWEEP_EDITS pairs from one picture; edit_batch makes one result for each picture
             yield from zip(places * SWEEP_EDITS, edit(editor, batch, sizes[path], sampling))
         except PictureError as error:
             if len(places) > 1:  # edit them one by one: only some may be unusable

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LEAST_CHANNELS = 16      # layers with fewer (such as conv_out) gain nothing
-SMALL_MAP = 2048         # B * h * w, up to which the layout of a weight takes much of a convolution's time
-WINOGRAD_CHANNELS = 256  # with fewer, Winograd's transforms take longer than the multiplications it saves
+LEAST_CHANNELS = 16      # layers with fewer channels (such as conv_out) gain nothing
+SMALL_MAP = 2048         # up to this B * h * w, laying out the weight takes much of a convolution's time
+WINOGRAD_CHANNELS = 256  # with fewer, Winograd's transforms take longer than the saved multiplications
 TILES_AT_ONCE = 256      # Winograd tiles per matrix product, few enough for the CPU's cache
-LARGE_TILES = 320        # channels up to which the larger weights of 4x4 tiles cost little memory
+LARGE_TILES = 320        # up to this number of channels, the larger weights of 4x4 tiles cost little memory
 # G, B^T and A^T of Winograd's F(m x m, 3 x 3), Lavin & Gray 1509.09308, sections 4.1 and 4.3: {m: matrices}
 MATRICES = {
     2: ([[1, 0, 0], [1/2, 1/2, 1/2], [1/2, -1/2, 1/2], [0, 0, 1]],
