@@ -124,7 +124,7 @@ class Layer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-def _layers(config: CLIPTextConfig | CLIPVisionConfig, causal: bool) -> nn.Sequential:
+def _encoder(config: CLIPTextConfig | CLIPVisionConfig, causal: bool) -> nn.Sequential:
     """The transformer layers of one encoder, text or vision. (B, T, D) -> (B, T, D)."""
     layers = (Layer(config, causal) for _ in range(config.num_hidden_layers))
     return nn.Sequential(OrderedDict(layers=nn.Sequential(*layers)))
@@ -170,7 +170,7 @@ class TextTransformer(nn.Module):
         super().__init__()
         self.eos_token_id = config.eos_token_id
         self.embeddings = TextEmbeddings(config)
-        self.encoder = _layers(config, causal=True)
+        self.encoder = _encoder(config, causal=True)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ class VisionTransformer(nn.Module):
         width = config.hidden_size
         self.embeddings = VisionEmbeddings(config)
         self.pre_layrnorm = nn.LayerNorm(width, eps=config.layer_norm_eps)  # published with this typo
-        self.encoder = _layers(config, causal=False)
+        self.encoder = _encoder(config, causal=False)
         self.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -105,9 +105,10 @@ class Model:
         return [to_pil(picture) for picture in pixels]                                  # (3, H, W) each
 
     def _requests(self, seed: int | list[int] | None, **given) -> tuple[bool, list[list]]:
-        """Turn the arguments and seed into lists of one length. Returns (whether no argument was one, lists).
+        """Turn the arguments and the seed into lists of equal length. Sets last_seed.
 
-        A single value is repeated. A single seed s becomes s, s + 1, ...; None: s is random. Sets last_seed.
+        Returns (True if no argument was a list, lists). A single value is repeated. A single seed s becomes
+        s, s + 1, ...; None stands for a random s.
         """
         given["seeds"] = seed = random.randrange(2**31) if seed is None else seed
         lengths = {name: len(value) for name, value in given.items() if isinstance(value, (list, tuple))}

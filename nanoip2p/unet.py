@@ -306,8 +306,8 @@ class UNet(nn.Module):
         `project_timesteps`; Karras sigmas have fractional timesteps. context may also be R texts from
         `project_context`; then the noise has R rows. attend: the attention of every layer. recompute:
         gradient checkpointing (Chen et al. 1604.06174), which takes a third more time and much less memory.
-        deep = True: also return the input (R, C, h, w) of the last two up blocks, the deep features. If a
-        later step passes them as `deep`, the UNet skips all deeper blocks, see guidance.make_denoiser.
+        deep = True: also return the input (R, C, h, w) of the last two blocks in up_blocks, as deep features.
+        A later step can pass them as `deep`. It then skips all deeper blocks, see guidance.make_denoiser.
         """
         assert isinstance(context, Projected) or len(context) == len(latents), "one text for each row"
         time = timestep if isinstance(timestep, dict) else self.time_embedding(timestep)    # (B, 4 C_0)
