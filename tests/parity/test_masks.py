@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_editor import picture
 from tiny_editor import write_tiny_editor
 
 from nanoip2p.diffusion import NoiseSchedule, plan
@@ -19,11 +20,6 @@ from nanoip2p.samplers import SAMPLERS, draw_noise
 @pytest.fixture(scope="module")
 def editor(tmp_path_factory):
     return Editor.load(write_tiny_editor(tmp_path_factory.mktemp("weights") / "tiny"), device="cpu")
-
-
-def picture(width, height, seed):
-    low = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(low).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def left_half(width, height, mode="L"):
