@@ -1,7 +1,4 @@
-"""Make the pictures that sample.py planned. Each is a `Settings` with one input, one seed and one edit.
-
-With --turns, its `edit` has all turns instead.
-"""
+"""Make planned pictures. A plan is a `Settings` of sample.py: one input, one seed, one edit or all turns."""
 
 import glob
 import os
@@ -60,10 +57,8 @@ def leave_out(error: ValueError, path: str, problems: list[str], of: int) -> Non
 
 def edit_all(editor: Editor, pictures: list, sizes: dict, sampling: dict,
              problems: list[str]) -> Iterator[tuple[int, tuple[Image.Image, ...]]]:
-    """Yield (index, result of edit_batch) for each picture, or (0, pair) for each edit of a sweep.
-
-    Leaves out a picture that comes out as NaN or whose mask has no white, see leave_out.
-    """
+    """Yield (index, result of edit_batch) for each picture, or (0, pair) for each edit of a sweep. Leaves out
+    a picture that comes out as NaN or whose mask has no white, see leave_out."""
     queue = same_size([sizes[picture.input[0]] for picture in pictures], pictures[0].batch)
     allowed = len(problems) + len(pictures)
     while queue:
