@@ -1,4 +1,4 @@
-"""The commands of nanoip2p. The first three, once installed, also have the names in the second column.
+"""The commands of nanoip2p. Once installed, the first three also have the names in the second column.
 
     sample.py         nanoip2p-edit        edit pictures by instruction
     make_dataset.py   nanoip2p-dataset     captions -> instructions -> pairs of pictures

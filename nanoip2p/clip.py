@@ -4,6 +4,7 @@ It computes the same as transformers' CLIP classes, with the same weight names. 
 encoder have the prefix `text_model.`; transformers 5 drops it. We read both and write the prefix.
 """
 
+from collections import OrderedDict
 from dataclasses import asdict, dataclass
 
 import torch
@@ -70,7 +71,7 @@ class CLIPConfig(_Config):
     logit_scale_init_value: float = 2.6592  # log(1 / 0.07)
 
 
-# transformers' defaults where they differ from SD 1.5's: the values of keys that a config.json omits
+# transformers' defaults, for keys that a config.json omits. Only the defaults that differ from SD 1.5's
 TEXT_DEFAULTS = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8,
                  "projection_dim": 512, "eos_token_id": 49407}
 
@@ -78,16 +79,17 @@ TEXT_DEFAULTS = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_h
 class Attention(nn.Module):
     """Multi-head self-attention. (B, T, D) -> (B, T, D)."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, causal: bool) -> Tensor:
-        return self.out_proj(attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, causal))
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return self.out_proj(attention(q, k, v, self.heads, self.causal))
 
 
 class MLP(nn.Module):
@@ -106,33 +108,26 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """A pre-norm transformer layer. (B, T, D) -> (B, T, D)."""
 
-    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig):
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, causal: bool):
         super().__init__()
         width, heads = config.hidden_size, config.num_attention_heads
         if width % heads or config.hidden_act not in ACTIVATIONS:
             raise ValueError(f"CLIP: hidden_size = {width} must be a multiple of {heads} heads, and "
                              f"hidden_act = {config.hidden_act!r} one of {sorted(ACTIVATIONS)}")
-        self.self_attn = Attention(width, heads)
+        self.self_attn = Attention(width, heads, causal)
         self.layer_norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.mlp = MLP(width, config.intermediate_size, config.hidden_act)
         self.layer_norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
-    def forward(self, x: Tensor, causal: bool) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x), causal)
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
 
-class Encoder(nn.Module):
+def _encoder(config: CLIPTextConfig | CLIPVisionConfig, causal: bool) -> nn.Sequential:
     """The transformer layers of one encoder, text or vision. (B, T, D) -> (B, T, D)."""
-
-    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig):
-        super().__init__()
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-
-    def forward(self, x: Tensor, causal: bool) -> Tensor:
-        for layer in self.layers:
-            x = layer(x, causal)
-        return x
+    layers = (Layer(config, causal) for _ in range(config.num_hidden_layers))
+    return nn.Sequential(OrderedDict(layers=nn.Sequential(*layers)))
 
 
 class TextEmbeddings(nn.Module):
@@ -157,7 +152,6 @@ class VisionEmbeddings(nn.Module):
         width, patch = config.hidden_size, config.patch_size
         if not 1 <= config.image_size // patch <= 128:
             raise ValueError(f"CLIP: image_size = {config.image_size} must be 1 to 128 patches of {patch}")
-        self.size = (config.image_size, config.image_size)
         self.class_embedding = nn.Parameter(nn.init.normal_(torch.empty(width), std=width**-0.5))
         self.patch_embedding = nn.Conv2d(config.num_channels, width, patch, stride=patch, bias=False)
         self.position_embedding = nn.Embedding((config.image_size // patch) ** 2 + 1, width)
@@ -176,11 +170,11 @@ class TextTransformer(nn.Module):
         super().__init__()
         self.eos_token_id = config.eos_token_id
         self.embeddings = TextEmbeddings(config)
-        self.encoder = Encoder(config)
+        self.encoder = _encoder(config, causal=True)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.final_layer_norm(self.encoder(self.embeddings(ids), causal=True))
+        return self.final_layer_norm(self.encoder(self.embeddings(ids)))
 
     def pool(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """The hidden state at the first end-of-text token: hidden (B, T, D), ids (B, T) -> (B, D)."""
@@ -197,11 +191,11 @@ class VisionTransformer(nn.Module):
         width = config.hidden_size
         self.embeddings = VisionEmbeddings(config)
         self.pre_layrnorm = nn.LayerNorm(width, eps=config.layer_norm_eps)  # published with this typo
-        self.encoder = Encoder(config)
+        self.encoder = _encoder(config, causal=False)
         self.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.encoder(self.pre_layrnorm(self.embeddings(pixels)), causal=False)
+        return self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
 
     def pool(self, hidden: Tensor) -> Tensor:
         """The class token after the last layer norm: hidden (B, 1 + patches, D) -> (B, D)."""

@@ -116,7 +116,7 @@ class Judge:
     def prepare(self, pictures: list[Image.Image]) -> Tensor:
         """RGB pictures of one size -> CLIP's input (B, 3, S, S), with S from its configuration."""
         pixels = torch.stack([to_tensor(picture) for picture in pictures]) / 2 + 0.5      # (B, 3, H, W)
-        size = self.clip.vision_model.embeddings.size
+        size = self.clip.config.vision_config.image_size
         # No antialiasing, unlike OpenAI's preprocessing: the paper's thresholds were chosen without it
         pixels = F.interpolate(pixels, size, mode="bicubic", align_corners=False)         # (B, 3, S, S)
         return (pixels - self.mean) / self.std

@@ -29,12 +29,12 @@ class NoiseSchedule:
     beta_end: float = 0.012
     beta_schedule: str = "scaled_linear"
     prediction_type: str = "epsilon"     # the UNet predicts eps, or v (see add_noise) for "v_prediction"
-    rescale_betas_zero_snr: bool = False  # zero terminal SNR: the last timestep is noise alone
+    rescale_betas_zero_snr: bool = False  # zero terminal SNR: z_t is noise alone at the last timestep
     timestep_spacing: str | None = None  # None: diffusers' default, "leading" for ddim, else "linspace"
     steps_offset: int = 1                # added to the timesteps, only with "leading"
-    set_alpha_to_one: bool = True        # ddim ends at sigma = 0; False: at the sigma of timestep 0
-    use_karras_sigmas: bool = False      # only for euler and dpmpp_2m, as in diffusers
-    final_sigmas_type: str = "zero"      # euler and dpmpp_2m end at sigma = 0, or at timestep 0's sigma
+    set_alpha_to_one: bool = True        # True: ddim ends at sigma = 0. False: at the sigma of timestep 0
+    use_karras_sigmas: bool = False      # only euler and dpmpp_2m use it, as in diffusers
+    final_sigmas_type: str = "zero"      # for euler and dpmpp_2m. "sigma_min": end at timestep 0's sigma
 
     def __post_init__(self):
         for key, choices in CHOICES.items():
@@ -55,7 +55,7 @@ class NoiseSchedule:
                 "clip_sample": False} | config  # diffusers' DDIM clips by default
 
     def alphas_cumprod(self) -> Tensor:
-        """a_t, the signal's fraction of the variance, at each timestep: (num_train_timesteps,) float32."""
+        """a_t at each timestep, the share of the signal in the variance: (num_train_timesteps,) float32."""
         p = 0.5 if self.beta_schedule == "scaled_linear" else 1  # linear in sqrt(beta), as in LDM
         betas = torch.linspace(self.beta_start**p, self.beta_end**p, self.num_train_timesteps) ** (1 / p)
         a = torch.cumprod(1.0 - betas, dim=0)
@@ -112,7 +112,7 @@ def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
         in_z = sampler in ("ddim", "lcm")  # diffusers computes these in z, not in x
         if in_z and timesteps[0] == n_train - 1 and schedule.prediction_type == "epsilon":
             raise ValueError(f"{sampler} cannot begin at zero terminal SNR with epsilon; use another sampler")
-        a[a == 0] = 1e-16 if in_z else 2.0**-24  # sigma 1e8 or 4096; diffusers: infinite or 4096
+        a[a == 0] = 1e-16 if in_z else 2.0**-24  # sigma = 1e8 or 4096; in diffusers, infinity or 4096
     table = np.sqrt((1 - a) / a)                                                # (n_train,) increasing
     sigmas = np.interp(timesteps, np.arange(n_train), table)                    # (n,)
     if schedule.use_karras_sigmas and sampler in ("euler", "dpmpp_2m"):
@@ -131,9 +131,8 @@ def plan(schedule: NoiseSchedule, sampler: str, steps: int) -> Plan:
     else:
         ends_clean = sampler in ("euler_ancestral", "lcm") or schedule.final_sigmas_type == "zero"
         following = np.append(sigmas[1:], 0.0 if ends_clean else table[0])
-    # The start noise is scaled by sigma for both Euler samplers without "leading", else by sqrt(sigma^2 + 1)
-    spacing = schedule.timestep_spacing or "linspace"
-    only_noise = sampler in ("euler", "euler_ancestral") and spacing != "leading"
+    # Start noise: scaled by sigma for both Euler samplers, unless "leading"; else by sqrt(sigma^2 + 1)
+    only_noise = sampler in ("euler", "euler_ancestral") and schedule.timestep_spacing != "leading"
     start_scale = float(sigmas[0]) if only_noise else float(np.sqrt(sigmas[0] ** 2 + 1))
     rows = torch.from_numpy(np.stack([sigmas, following, timesteps], axis=1)).float()      # (n, 3)
     return Plan(rows[:, 2].tolist(), rows, start_scale, schedule.prediction_type)

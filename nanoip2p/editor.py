@@ -36,8 +36,8 @@ class Editor(Model):
         images: one picture or a list. A picture is a path, a PIL image, an array (H, W, 3) or a tensor
         (3, H, W), of uint8 or of floats in [0, 1]. `images.fit_size` computes the size of the result.
         instructions: one for all pictures, or a list with one for each picture.
-        seed: a list with one for each picture, or one number (picture i then uses seed + i), or None for a
-        random seed. `last_seed` keeps the seed. Device and batch do not change the noise of a picture.
+        seed: a list with one number for each picture, or one number (picture i then uses seed + i), or None
+        for a random seed. `last_seed` keeps the seed. Device and batch do not change the noise of a picture.
 
         steps, cfg_text and cfg_image (s_T and s_I of the paper's equation 3), sampler and resolution (the
         approximate longer side, in pixels): None takes the default of the weights.
@@ -85,7 +85,7 @@ class Editor(Model):
         return edited[0] if single else edited
 
     def encode(self, keys: list[int], images: dict, known: dict, low_memory: bool) -> Tensor:
-        """Unscaled modes of the VAE's posterior (B, C, h, w). Pictures have one size. known: {key: mode}."""
+        """Modes of the VAE's posterior (B, C, h, w), unscaled, for pictures of one size. Adds to `known`."""
         if new := [key for key in dict.fromkeys(keys) if key not in known]:
             x = torch.stack([to_tensor(images[key]) for key in new]).to(self.unet.conv_in.weight.dtype)
             with self.on_device(self.vae, low_memory):

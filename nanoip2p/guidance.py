@@ -29,11 +29,11 @@ def make_denoiser(unet: UNet, levels: Plan, like: Tensor, batches: list[Batch],
                   attend_at: Callable[[float], Attend] = lambda _: attend, deep_every: int = 1) -> Denoise:
     """Make a sampler's denoise(x, sigma) -> z_0, both (B, C, h, w) float32. ValueError if deep_every < 1.
 
-    batches: the UNet runs once for each batch, in the dtype and on the device of `like`. combine: list of
-    outputs (B, C, h, w), one per branch -> guided output. attend_at: sigma -> the UNet's argument `attend`.
+    batches: the UNet runs once for each batch, in the dtype and on the device of `like`. combine: makes the
+    guided output from the outputs (B, C, h, w) of all branches. attend_at: sigma -> the UNet's `attend`.
 
-    deep_every = N: calls 0, N, 2 N, ... run the whole UNet. All other calls run only its outermost blocks, on
-    the deep features of the last full call, which change slowly (DeepCache, Ma et al. 2312.00858).
+    deep_every = N: calls 0, N, 2 N, ... run the whole UNet. The calls between run only its outermost blocks,
+    on the deep features of the last full call, which change slowly (DeepCache, Ma et al. 2312.00858).
     """
     if type(deep_every) is not int or deep_every < 1:
         raise ValueError(f"deep_every = {deep_every!r} should be a whole number, at least 1")
@@ -50,7 +50,7 @@ def make_denoiser(unet: UNet, levels: Plan, like: Tensor, batches: list[Batch],
             given = z_in, time_of[sigma], text, attend_at(sigma)
             noise = unet(*given) if deep_every == 1 else unet(*given, deep=whole or kept[i])
             if deep_every > 1 and whole:
-                noise, kept[i] = noise[0], noise[1].clone()  # a CUDA graph's next call overwrites its output
+                noise, kept[i] = noise[0], noise[1].clone()  # the next call of a CUDA graph overwrites it
             outputs.extend(noise.float().split(len(z)))
         if levels.prediction_type == "v_prediction":
             return x / scale**2 - sigma / scale * combine(outputs)

@@ -14,7 +14,7 @@ from nanoip2p.common.colours import scale_transparent_colour, to_rgb
 from nanoip2p.common.files import regular
 
 MAX_MEGAPIXELS = 100  # 300 MB as RGB; protects against decompression bombs
-# open_image reads only these formats: for a PostScript file named x.png, Pillow would start Ghostscript
+# The only formats that open_image reads. Pillow itself would start Ghostscript for a PostScript file
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's Orientation -> Image.Transpose
 with contextlib.suppress(ImportError):  # HEIC: pip install pillow-heif

@@ -12,7 +12,7 @@ from nanoip2p.samplers import Denoise
 
 
 def fit_mask(mask, image: Image.Image, size: tuple[int, int]) -> Image.Image | None:
-    """Fit a mask to `size` as its picture is fitted. Returns mode L, or None for None: edit everywhere.
+    """Scale and crop a mask to `size`, as its picture. Returns mode L. None stays None: edit everywhere.
 
     mask: a picture of any size as `as_image` takes it, or an array or tensor (H, W), also of bool. Raises
     PictureError if no pixel of the result is at least half white: nothing would be edited.
@@ -37,10 +37,10 @@ def keep_outside(denoise: Denoise, x: Tensor, z_kept: Tensor,
                  masks: list[Image.Image | None]) -> tuple[Denoise, Tensor]:
     """Change a sampler's denoiser and its first x, so that the sampler returns z_kept outside the masks.
 
-    x: the first noise. z_kept (B, C, h, w): scaled latents of the inputs. masks: B results of fit_mask, one
-    size. A latent is edited if a pixel of it is at least half white. Outside, the estimate of z_0 is z_kept.
-    Samplers move x = z_0 + sigma eps towards the estimate, so outside the masks x is the input, noised to
-    the sigma of each step: blended latent diffusion (Avrahami et al. 2206.02779).
+    x: the first noise. z_kept (B, C, h, w): scaled latents of the inputs. masks: B results of fit_mask, of
+    one size. A latent is inside if one of its pixels is at least half white. Outside, z_kept replaces the
+    estimate of z_0. Samplers move x = z_0 + sigma eps towards the estimate, so outside the masks x is the
+    input, noised to the sigma of each step: blended latent diffusion (Avrahami et al. 2206.02779).
     """
     if not any(masks):
         return denoise, x

@@ -35,7 +35,7 @@ def model_input(batch: dict, null: Tensor, scale: float, alphas: Tensor,
     mean, logvar = batch["after"].chunk(2, dim=1)                                    # (B, C, h, w) each
     latents = scale * (mean + (0.5 * logvar).exp() * batch["posterior"])
     z_image = batch["before"].chunk(2, dim=1)[0]                                     # the mean, not scaled
-    # One number in [0, 1) decides about both. Default: no text below 0.10, no picture from 0.05 to 0.15
+    # One number in [0, 1) drops both: by default, the text below 0.10 and the picture from 0.05 to 0.15
     drop, (text, both, image) = batch["drop"].view(-1, 1, 1), shares                 # (B, 1, 1)
     context = torch.where(drop < text + both, null, batch["text"])                   # (B, 77, D)
     z_image = z_image * ~((drop >= text) & (drop < text + both + image))[..., None]
@@ -48,7 +48,7 @@ def model_input(batch: dict, null: Tensor, scale: float, alphas: Tensor,
 
 def predict(unet: nn.Module, z_in: Tensor, timestep: Tensor, context: Tensor, dtype: torch.dtype,
             recompute: bool = False) -> Tensor:
-    """The output of the UNet for z_in (B, C_in, h, w): (B, C, h, w) float32. See prediction_losses."""
+    """Run the UNet on z_in (B, C_in, h, w). Returns (B, C, h, w) float32. See prediction_losses."""
     with torch.autocast(z_in.device.type, dtype, enabled=dtype != torch.float32):
         return unet(z_in, timestep, context, recompute=recompute).float()
 
@@ -57,8 +57,8 @@ def prediction_losses(unet: nn.Module, in_channels: int, inputs: dict, timestep:
                       recompute: bool = False) -> Tensor:
     """The mean squared error of the prediction of each sample, (B,) float32: equation 1 of the paper.
 
-    in_channels: of the UNet; a text-to-image model takes only the noised latents. inputs: from `model_input`.
-    dtype: autocast dtype; the weights stay in float32. recompute: use gradient checkpointing.
+    in_channels: of the UNet. A text-to-image model takes only the noised latents. inputs: from `model_input`.
+    dtype: of autocast; the weights stay in float32. recompute: use gradient checkpointing.
     """
     predicted = predict(unet, inputs["z_in"][:, :in_channels], timestep, inputs["context"], dtype, recompute)
     return (predicted - inputs["target"]).square().mean((1, 2, 3))

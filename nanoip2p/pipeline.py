@@ -86,7 +86,7 @@ class Model:
         return fit_size(resolution, resolution, resolution, self.multiple)[0]
 
     def fill_defaults(self, settings: dict) -> dict:
-        """Replace each None by the default of the weights. ValueError for a wrong type or unknown sampler."""
+        """Replace each None by the default of the weights. ValueError: a wrong type or an unknown sampler."""
         settings = {key: self.defaults[key] if value is None else value for key, value in settings.items()}
         for key, value in settings.items():
             wanted = type(PAPER_DEFAULTS[key])
@@ -99,15 +99,16 @@ class Model:
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, low_memory: bool = False) -> list[Image.Image]:
-        """Scaled latents (B, C, h, w) -> B pictures, or PictureError. low_memory: large pictures in tiles."""
+        """Scaled latents (B, C, h, w) -> B pictures. low_memory: in tiles if large. NaN: PictureError."""
         decode = self.vae.decode_low_memory if low_memory else self.vae.decode
         pixels = decode((latents / self.vae.scaling_factor).to(self.unet.conv_in.weight.dtype))
         return [to_pil(picture) for picture in pixels]                                  # (3, H, W) each
 
     def _requests(self, seed: int | list[int] | None, **given) -> tuple[bool, list[list]]:
-        """Turn the arguments and seed into lists of equal length. Returns (whether none was a list, lists).
+        """Turn the arguments and the seed into lists of equal length. Sets last_seed.
 
-        Repeats a single value. A single seed s becomes s, s + 1, ...; None draws s at random. Sets last_seed.
+        Returns (True if no argument was a list, lists). A single value is repeated. A single seed s becomes
+        s, s + 1, ...; None stands for a random s.
         """
         given["seeds"] = seed = random.randrange(2**31) if seed is None else seed
         lengths = {name: len(value) for name, value in given.items() if isinstance(value, (list, tuple))}

@@ -18,8 +18,8 @@ picture uses the attention maps A = softmax(q k^T / sqrt(d)) of the source (Hert
 Modes: "self" injects self-attention in every layer, in both guidance branches, as InstructPix2Pix's own code
 does (section 3.1.2). "cross" injects cross-attention in the branch with caption. "both" is the method of
 Hertz et al.: "cross", plus self-attention in the branch with caption, only in layers of at most 16 x 16
-positions (for latents of 64 x 64). "none" shares only the noise. Hertz et al. published two notebooks: the
-limit of 16 x 16 is from the first (second: 32 x 32), the delay of the local blend from the second.
+positions (for latents of 64 x 64). "none" shares only the noise. Hertz et al. published two notebooks. The
+limit of 16 x 16 is from the first (the second has 32 x 32), the delay of the local blend from the second.
 """
 
 import math
@@ -118,8 +118,8 @@ class PairPainter:
                words: list[Tensor] | None = None, bar: tqdm | None = None) -> tuple[Tensor, Tensor | None]:
         """Latents (2 B, C, h, w) of B pairs, [edits | sources], and heat maps (2 B, W, h', w') of `words`.
 
-        words: `columns` (T, W) of the source and of the edited caption, with columns of `blend` last. A map
-        is the attention to one word, averaged over heads, summed over steps and over layers of size `coarse`.
+        words: `columns` (T, W) of the source and of the edited caption. The columns of `blend` come last. A
+        map is the attention to one word, averaged over heads, summed over steps and layers of size `coarse`.
         """
         unet, device, pairs = self.painter.unet, self.null.device, len(seeds)
         # B rows each of: edits with caption, sources with caption, edits without, sources without
@@ -189,8 +189,8 @@ class Injection:
     heat: Tensor | None                 # (2 B, positions, W): heat maps, changed in place
     self_from: Tensor | None = None     # (4 B,) int32: for each row, the row whose self-attention map it uses
     self_limit: float = math.inf        # maximum positions of a layer that injects self-attention
-    source_weights: Tensor | None = None  # (B, T, T): M diag(a c), of the source's map, for the edits
-    own_weights: Tensor | None = None   # (B, T): of each token's own map, for the edits with caption
+    source_weights: Tensor | None = None  # (B, T, T): M diag(a c), factor of the source's map, for the edits
+    own_weights: Tensor | None = None   # (B, T): factor of each token's own map, for the edits with caption
 
     def __call__(self, layer: Attention, x: Tensor, context: Context) -> Tensor:
         """x (4 B, positions, C), or 2 B rows before the first cross-attention if `share_prefix`."""
@@ -225,10 +225,10 @@ class Injection:
 
 
 def hot_words(heat: Tensor, most: float = 1.0) -> Tensor:
-    """Where each of the heat maps (2 B, W, h', w') is high: bool, of the same shape.
+    """Where each of the heat maps (2 B, W, h', w') is hot: bool, of the same shape.
 
     As in the authors' code, a 3x3 max-pooling first grows the hot regions. Heat above BLEND_THRESHOLD times
-    the map's maximum is high. A map that is high in more than the fraction `most` counts as high nowhere.
+    the map's maximum is hot. A map that is hot in more than the fraction `most` counts as hot nowhere.
     """
     heat = F.max_pool2d(heat, 3, stride=1, padding=1)
     hot = heat > BLEND_THRESHOLD * heat.amax((2, 3), keepdim=True)
@@ -255,7 +255,7 @@ def align(source: list[int], edit: list[int]) -> list[tuple[range, range]]:
 
     A token common to both is a block of one position each. The tokens between common tokens form a block that
     was swapped, added (no source positions) or dropped (no edit positions). The alignment is Needleman-Wunsch
-    with 1 for a match and 0 for a gap. A mismatch never occurs: its score of -1 is below the 0 of two gaps.
+    with 1 for a match and 0 for a gap. It never pairs different tokens: such a pair scores -1, two gaps 0.
     """
     n, m = len(source), len(edit)
     common = [[0] * (m + 1) for _ in range(n + 1)]  # longest common subsequence of source[i:] and edit[j:]

@@ -23,11 +23,11 @@ from nanoip2p.common.schema import LONGEST, checked
 START, END = "<|startoftext|>", "<|endoftext|>"
 ROLES = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
 LENGTH = 77  # tokens per text, unless tokenizer_config.json has another number
-FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # of a special token
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # settings of a special token
 WORD_END = "</w>"
 # A word is a run of letters, one digit, or a run of other characters, as in OpenAI's simple_tokenizer.py
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-ENTITY = re.compile("&#?[0-9A-Za-z]{1,24};")  # of HTML
+ENTITY = re.compile("&#?[0-9A-Za-z]{1,24};")  # an entity of HTML
 # Code point -> its replacement. First: 0x80 to 0x9F as in cp1252, then ligatures and full-width letters
 FOLDED = {code: bytes([code]).decode("cp1252", "ignore") or chr(code) for code in range(0x80, 0xA0)}
 FOLDED |= {code: unicodedata.normalize("NFKC", chr(code)) for code in (
@@ -42,10 +42,10 @@ FOLDED |= dict.fromkeys((*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x20
 def clean(text: str) -> str:
     """Replace curly quotes, entities (&amp;), ligatures and full-width letters by plain characters.
 
-    Also drops control characters. OpenAI's tokenizer, and transformers 4.19 in the original, call ftfy for
-    this. Our table does not depend on installed packages. It gives the result of ftfy 6.3.1 without Unicode
-    NFC. A text with a "<" keeps its entities, as in ftfy. Unlike ftfy, `clean` does not repair mojibake, and
-    keeps &semi; and entities in capitals that HTML lacks (&EACUTE;).
+    Also drops control characters. OpenAI's tokenizer calls ftfy for this, as does transformers 4.19 in the
+    paper's code. Our table needs no further package. It gives the result of ftfy 6.3.1 without Unicode NFC. A
+    text with a "<" keeps its entities, as in ftfy. Unlike ftfy, `clean` does not repair mojibake, and keeps
+    &semi; and entities in capitals that HTML lacks (&EACUTE;).
     """
     before, entities = None, "<" not in text
     while before != text:

@@ -22,6 +22,7 @@ all. Each block of up_blocks pops one output and concatenates it to its own inpu
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -107,7 +108,7 @@ class TimeEmbedding(nn.Module):
 class ResnetBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut. (B, C_in, h, w) -> (B, C_out, h, w).
 
-    time is added between them: (B, time_width), or {block: projection (1, C_out)}. The VAE has no time.
+    Between them, adds `time`: (B, time_width), or {block: its projection (1, C_out)}. The VAE has no time.
     """
 
     def __init__(self, c_in: int, c_out: int, groups: int, eps: float, time_width: int = 0):
@@ -219,21 +220,15 @@ class SpatialTransformer(nn.Module):
         return repeat_rows(x, context) + self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
-class Resample(nn.Module):
-    """(B, C, h, w) -> (B, C, h/2, w/2) with stride 2. Stride 1: enlarge x to `size`, then convolve."""
-
-    def __init__(self, channels: int, stride: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride, padding=1)
-
-    def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
-        return self.conv(x if size is None else F.interpolate(x, size=size, mode="nearest"))
+def _resample(channels: int, stride: int) -> nn.Sequential:
+    """A 3x3 convolution: (B, C, h, w) -> (B, C, h/2, w/2) with stride 2, (B, C, h, w) with stride 1."""
+    return nn.Sequential(OrderedDict(conv=nn.Conv2d(channels, channels, 3, stride, padding=1)))
 
 
 class Level(nn.Module):
     """The blocks at one resolution: a row of the table above. Block i: (B, C_in, h, w) -> (R, C_out, h, w).
 
-    c_ins: input channels of each residual block. transformers: how many; transformer i follows block i.
+    c_ins: input channels of each residual block. transformers: their number; transformer i follows block i.
     """
 
     def __init__(self, c_ins: list[int], c_out: int, transformers: int, heads: int, resample: str | None,
@@ -242,8 +237,8 @@ class Level(nn.Module):
         settings = config.norm_num_groups, config.norm_eps, 4 * config.block_out_channels[0]
         self.resnets = nn.ModuleList(ResnetBlock(c_in, c_out, *settings) for c_in in c_ins)
         self.attentions = nn.ModuleList(SpatialTransformer(c_out, heads, config) for _ in range(transformers))
-        self.downsamplers = nn.ModuleList([Resample(c_out, 2)] if resample == "down" else [])
-        self.upsamplers = nn.ModuleList([Resample(c_out, 1)] if resample == "up" else [])
+        self.downsamplers = nn.ModuleList([_resample(c_out, 2)] if resample == "down" else [])
+        self.upsamplers = nn.ModuleList([_resample(c_out, 1)] if resample == "up" else [])
 
     def block(self, i: int, x: Tensor, time: Tensor | dict, context: Context, attend: Attend,
               recompute: bool = False) -> Tensor:
@@ -311,8 +306,8 @@ class UNet(nn.Module):
         `project_timesteps`; Karras sigmas have fractional timesteps. context may also be R texts from
         `project_context`; then the noise has R rows. attend: the attention of every layer. recompute:
         gradient checkpointing (Chen et al. 1604.06174), which takes a third more time and much less memory.
-        deep = True: also return the input (R, C, h, w) of the last two blocks in up_blocks. If a later step
-        passes this tensor as `deep`, the UNet skips all deeper blocks, see guidance.make_denoiser.
+        deep = True: also return the input (R, C, h, w) of the last two blocks in up_blocks, as deep features.
+        A later step can pass them as `deep`. It then skips all deeper blocks, see guidance.make_denoiser.
         """
         assert isinstance(context, Projected) or len(context) == len(latents), "one text for each row"
         time = timestep if isinstance(timestep, dict) else self.time_embedding(timestep)    # (B, 4 C_0)
@@ -341,6 +336,6 @@ class UNet(nn.Module):
                 x = torch.cat([x, repeat_rows(skips.pop(), context)], dim=1)
                 x = level.block(i, x, time, context, attend, recompute)
             for upsample in level.upsamplers:
-                x = upsample(x, skips[-1].shape[2:])                    # (B or R, C, size of skip)
+                x = upsample(F.interpolate(x, skips[-1].shape[2:], mode="nearest"))  # the skip's h and w
         noise = self.conv_out(F.silu(self.conv_norm_out(x)))
         return (noise, kept) if deep is True else noise

@@ -1,10 +1,11 @@
 """The variational autoencoder of latent diffusion (Rombach et al. 2112.10752): pixels <-> latents.
 
 It computes the same as diffusers' AutoencoderKL, with the same weight names. Unlike in the UNet, every
-GroupNorm uses eps 1e-6, and the encoder's strided convolutions pad only right and below.
+GroupNorm uses eps 1e-6, and the encoder's strided convolutions pad only on the right and at the bottom.
 """
 
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -41,6 +42,7 @@ class VAEConfig:
 
 
 def _fixed(levels: int) -> dict:
+    """The settings of which our code supports only one value."""
     return {"down_block_types": ("DownEncoderBlock2D",) * levels,
             "up_block_types": ("UpDecoderBlock2D",) * levels, **FIXED["vae"]}
 
@@ -74,75 +76,51 @@ class MidBlock(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-class Resample(nn.Module):
-    """down: a convolution to (B, C, H/2, W/2). Otherwise: enlarge to (B, C, 2 H, 2 W), then a convolution."""
-
-    def __init__(self, channels: int, down: bool):
-        super().__init__()
-        self.down = down
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2 if down else 1, padding=0 if down else 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, 1, 0, 1)) if self.down else F.interpolate(x, scale_factor=2.0, mode="nearest")
-        return self.conv(x)
+def resample(channels: int, down: bool) -> nn.Sequential:
+    """A convolution to (B, C, H/2, W/2) if `down`. Else: enlarge to (B, C, 2 H, 2 W), then convolve."""
+    first = nn.ZeroPad2d((0, 1, 0, 1)) if down else nn.Upsample(scale_factor=2.0)  # pads right and bottom
+    conv = nn.Conv2d(channels, channels, 3, stride=2 if down else 1, padding=0 if down else 1)
+    return nn.Sequential(OrderedDict(first=first, conv=conv))
 
 
-class Level(nn.Module):
-    """Residual blocks (B, C_in, H, W) -> (B, C_out, H, W), then Resample, except in the last level."""
-
-    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, resample: str | None):
-        super().__init__()
-        widths = [c_in] + [c_out] * layers
-        self.resnets = nn.ModuleList(ResnetBlock(a, b, groups, EPS) for a, b in zip(widths, widths[1:]))
-        self.downsamplers = nn.ModuleList([Resample(c_out, True)] if resample == "down" else [])
-        self.upsamplers = nn.ModuleList([Resample(c_out, False)] if resample == "up" else [])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in (*self.resnets, *self.downsamplers, *self.upsamplers):
-            x = block(x)
-        return x
+def _levels(widths: tuple[int, ...], blocks: int, groups: int, down: bool) -> nn.Sequential:
+    """One level for each width: `blocks` residual blocks, then `resample`, except in the last level."""
+    levels = nn.Sequential()
+    for i, (c_in, c_out) in enumerate(zip((widths[0], *widths), widths)):
+        resnets = [ResnetBlock(c, c_out, groups, EPS) for c in [c_in] + [c_out] * (blocks - 1)]
+        resamples = [resample(c_out, down)] if i < len(widths) - 1 else []
+        levels.append(nn.Sequential(OrderedDict({
+            "resnets": nn.Sequential(*resnets),
+            "downsamplers" if down else "upsamplers": nn.Sequential(*resamples)})))
+    return levels
 
 
-def _levels(widths: tuple[int, ...], layers: int, groups: int, resample: str) -> nn.ModuleList:
-    resamples = [resample] * (len(widths) - 1) + [None]
-    return nn.ModuleList(Level(c_in, c_out, layers, groups, change)
-                         for c_in, c_out, change in zip((widths[0], *widths), widths, resamples))
-
-
-class Encoder(nn.Module):
+class Encoder(nn.Sequential):
     """(B, C_in, H, W) -> mean and log variance, concatenated: (B, 2 * latent, H/f, W/f)."""
 
     def __init__(self, config: VAEConfig):
-        super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.down_blocks = _levels(widths, config.layers_per_block, groups, "down")
-        self.mid_block = MidBlock(widths[-1], groups)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in (self.conv_in, *self.down_blocks, self.mid_block):
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        super().__init__(OrderedDict(
+            conv_in=nn.Conv2d(config.in_channels, widths[0], 3, padding=1),
+            down_blocks=_levels(widths, config.layers_per_block, groups, down=True),
+            mid_block=MidBlock(widths[-1], groups),
+            conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=EPS),
+            silu=nn.SiLU(),
+            conv_out=nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)))
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Sequential):
     """(B, latent, h, w) -> (B, C_out, f*h, f*w). Each level has one block more than in the encoder."""
 
     def __init__(self, config: VAEConfig):
-        super().__init__()
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.mid_block = MidBlock(widths[0], groups)
-        self.up_blocks = _levels(widths, config.layers_per_block + 1, groups, "up")
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
-        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
-
-    def forward(self, z: Tensor) -> Tensor:
-        for block in (self.conv_in, self.mid_block, *self.up_blocks):
-            z = block(z)
-        return self.conv_out(F.silu(self.conv_norm_out(z)))
+        super().__init__(OrderedDict(
+            conv_in=nn.Conv2d(config.latent_channels, widths[0], 3, padding=1),
+            mid_block=MidBlock(widths[0], groups),
+            up_blocks=_levels(widths, config.layers_per_block + 1, groups, down=False),
+            conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=EPS),
+            silu=nn.SiLU(),
+            conv_out=nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)))
 
 
 class VAE(nn.Module):
@@ -175,7 +153,7 @@ class VAE(nn.Module):
 
     def encode_low_memory(self, image: Tensor) -> Tensor:
         """The mean from `encode`, with less memory: one picture at a time, large pictures in tiles. Tiles
-        change the result slightly, because norms and attention then cover one tile, not the picture."""
+        change the result slightly, because norms and attention then see one tile, not the whole picture."""
         return in_tiles(lambda part: self.encode(part)[0], image, self.downsampling, 1)
 
     def decode_low_memory(self, latents: Tensor) -> Tensor:
@@ -191,7 +169,7 @@ class VAE(nn.Module):
 
 
 def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, scale_in: int, scale_out: int) -> Tensor:
-    """Apply `function` to one picture at a time. Split large pictures into tiles; blend the results linearly.
+    """Apply `function` to one picture at a time. Splits large pictures into tiles, and blends the results.
 
     (B, C, h, w) -> (B, C', h', w'). scale_in, scale_out: pixels of x and of the result per latent position.
     """
@@ -220,6 +198,6 @@ def tile_starts(length: int) -> list[int]:
 
 
 def fade(length: int, width: int) -> Tensor:
-    """Blending weights (length,) of a tile's rows: a linear ramp of `width` rows at both ends, 1 between."""
+    """Blending weights (length,) along a side of a tile: 1, with a linear ramp of `width` at both ends."""
     rise = torch.arange(1, length + 1)
     return (torch.minimum(rise, rise.flip(0)) / width).clamp(max=1)

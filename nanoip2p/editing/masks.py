@@ -12,9 +12,9 @@ from nanoip2p.masks import fit_mask, paste
 from nanoip2p.pipeline import encode_texts
 from nanoip2p.samplers import draw_noise
 
-LEVELS = slice(5, 16, 3)  # of 20 noise levels: timesteps at about 3/4, 3/5, 2/5 and 1/4
-DRAWS = 2                 # of noise at each level
-THRESHOLD = 0.25          # of the largest change: in the nano world, as many edits succeed as without a mask
+LEVELS = slice(5, 16, 3)  # 4 of 20 noise levels: timesteps at about 3/4, 3/5, 2/5 and 1/4
+DRAWS = 2                 # draws of noise at each level
+THRESHOLD = 0.25  # share of the largest change. With it, as many nano edits succeed as without a mask
 
 
 def read_mask(given) -> Image.Image:
@@ -49,8 +49,8 @@ def find_masks(editor: Editor, images: list[Image.Image], instructions: list[str
                negative: str = "", low_memory: bool = False) -> list[Image.Image]:
     """Masks of mode L: white where the instruction changes the estimate of the picture. NaN: PictureError.
 
-    images: of one size, as fitted for `editor`. As DiffEdit does with two captions (Couairon et al.
-    2210.11427), noise the input to several levels, and compare the branches [text + image] and [image] there.
+    images: of one size, as fitted for `editor`. Noises them to several levels, and compares the branches
+    [text + image] and [image] there. DiffEdit (Couairon et al. 2210.11427) compares two captions.
     """
     with editor.on_device(editor.text_encoder, low_memory):
         states = encode_texts(editor.text_encoder, editor.tokenizer, [negative, *instructions])

@@ -1,4 +1,4 @@
-"""Make the pictures that sample.py planned: `Settings` with one input, one seed, one edit or all turns."""
+"""Make planned pictures. A plan is a `Settings` of sample.py: one input, one seed, one edit or all turns."""
 
 import glob
 import os
@@ -22,7 +22,7 @@ SWEEP_FACTORS = (0.4, 0.7, 1, 1.3, 1.6)      # multiply cfg_text
 SWEEP_STEPS = (-0.5, -0.25, 0, 0.25, 0.5)    # added to cfg_image
 SWEEP_EDITS = len(SWEEP_FACTORS) * len(SWEEP_STEPS)
 SUFFIXES = {".avif", ".heic", ".heif", ".hif"}  # found even if Pillow cannot read them: open_image says so
-# Nano weights have this resolution, and at most this vocabulary. Pictures with a side above PHOTO get a note
+# Nano weights have this resolution, and at most this vocabulary. Pictures larger than PHOTO get a note
 NANO_RESOLUTION, NANO_VOCABULARY, PHOTO = 64, 1000, 256
 
 
@@ -57,7 +57,7 @@ def leave_out(error: ValueError, path: str, problems: list[str], of: int) -> Non
 
 def edit_all(editor: Editor, pictures: list, sizes: dict, sampling: dict,
              problems: list[str]) -> Iterator[tuple[int, tuple[Image.Image, ...]]]:
-    """Yield (index, result of edit_batch) of each picture, or (0, pair) for all of a sweep. Leaves out
+    """Yield (index, result of edit_batch) for each picture, or (0, pair) for each edit of a sweep. Leaves out
     a picture that comes out as NaN or whose mask has no white, see leave_out."""
     queue = same_size([sizes[picture.input[0]] for picture in pictures], pictures[0].batch)
     allowed = len(problems) + len(pictures)
@@ -66,6 +66,7 @@ def edit_all(editor: Editor, pictures: list, sizes: dict, sampling: dict,
         batch = [pictures[i] for i in places]
         path, edit = batch[0].input[0], sweep if batch[0].sweep else edit_batch
         try:
+            # A sweep makes SWEEP_EDITS pairs from one picture; edit_batch makes one result for each picture
             yield from zip(places * SWEEP_EDITS, edit(editor, batch, sizes[path], sampling))
         except PictureError as error:
             if len(places) > 1:  # edit them one by one: only some may be unusable

@@ -1,8 +1,8 @@
-"""Faster layers for inference on a CPU. Each layer keeps its weight in a faster layout only.
+"""Faster layers for inference on a CPU. Each layer keeps its weight only in a faster layout.
 
-oneDNN computes with blocks of a weight. `F.conv2d` lays out the whole weight in blocks at each call, which on
-small feature maps takes longer than the convolution itself. `lay_out` does this once. Winograd's method
-multiplies less, but its weights are 16/9 to 4 times as large and it rounds more often.
+oneDNN needs a weight in blocks. `F.conv2d` lays out the whole weight in blocks at each call. On small feature
+maps, that takes longer than the convolution itself. `lay_out` lays out each weight once. Winograd's method
+multiplies less, but its weights are 16/9 to 4 times as large, and it rounds more often.
 """
 
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LEAST_CHANNELS = 16      # layers with fewer (such as conv_out) gain nothing
-SMALL_MAP = 2048         # B * h * w, up to which the layout of a weight takes much of a convolution's time
-WINOGRAD_CHANNELS = 256  # with fewer, Winograd's transforms take longer than the multiplications it saves
+LEAST_CHANNELS = 16      # layers with fewer channels (such as conv_out) gain nothing
+SMALL_MAP = 2048         # up to this B * h * w, laying out the weight takes much of a convolution's time
+WINOGRAD_CHANNELS = 256  # with fewer, Winograd's transforms take longer than the saved multiplications
 TILES_AT_ONCE = 256      # Winograd tiles per matrix product, few enough for the CPU's cache
-LARGE_TILES = 320        # channels up to which the larger weights of 4x4 tiles cost little memory
+LARGE_TILES = 320        # up to this number of channels, the larger weights of 4x4 tiles cost little memory
 # G, B^T and A^T of Winograd's F(m x m, 3 x 3), Lavin & Gray 1509.09308, sections 4.1 and 4.3: {m: matrices}
 MATRICES = {
     2: ([[1, 0, 0], [1/2, 1/2, 1/2], [1/2, -1/2, 1/2], [0, 0, 1]],
@@ -33,8 +33,9 @@ def lay_out(model: nn.Module, winograd: bool = False, direct: tuple[nn.Module, .
             least: int = WINOGRAD_CHANNELS) -> nn.Module:
     """Replace the layers of a network on the CPU in place, and return it. Results differ by rounding only.
 
-    winograd: use Winograd's method for 3x3 convolutions with at least `least` channels outside `direct`, and
-    for all in slow half precision. The network then only infers: its weights cannot be read, loaded or moved.
+    winograd: use Winograd's method for each 3x3 convolution with at least `least` channels that is not in
+    `direct`, and for every 3x3 convolution in a half precision that is slow here. The network is then only
+    for inference: its weights cannot be read, loaded or moved.
     """
     inside = {layer for module in direct for layer in module.modules()}
     for parent in list(model.modules()):
@@ -54,7 +55,7 @@ def lay_out(model: nn.Module, winograd: bool = False, direct: tuple[nn.Module, .
                 setattr(parent, name, Winograd(layer))
             elif channels >= LEAST_CHANNELS:
                 setattr(parent, name, Convolution(layer))
-    for weight in model.parameters():  # the rest: without a copy, a memory-mapped file stays in memory
+    for weight in model.parameters():  # of the other layers. Without a copy, a mapped file stays in memory
         weight.data = weight.data.clone()
     return model.requires_grad_(False)
 
@@ -66,7 +67,7 @@ class LaidOut(nn.Module):
         """Raises RuntimeError in place of saving, loading, copying and moving."""
         raise RuntimeError("a fast network holds no plain weights; do this before speed.fast.speed_up")
 
-    _save_to_state_dict = _load_from_state_dict = _apply = __reduce_ex__ = refuse  # deepcopy asks the last
+    _save_to_state_dict = _load_from_state_dict = _apply = __reduce_ex__ = refuse  # deepcopy calls the last
 
 
 def has_blocks(weight: Tensor) -> bool:
@@ -99,7 +100,8 @@ class Product(LaidOut):
 class Convolution(LaidOut):
     """Any other convolution. (B, C_in, h, w) -> (B, C_out, h', w').
 
-    The weight is laid out for the size of a small map: a layout for any size can take 5 times as long.
+    For a small map, the weight is laid out for exactly its size. With a layout for any size, the convolution
+    can take 5 times as long.
     """
 
     def __init__(self, layer: nn.Conv2d):

@@ -29,16 +29,17 @@ TILES = {  # (queries per block, keys per block, num_warps, num_stages), the lik
     "wide": [(64, 64, 4, 2), (64, 32, 4, 2), (128, 64, 8, 2)],  # heads that fill the shared memory
     "long": [(128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2)]}
 KERNELS = {"default": None} | BACKENDS | {str(tile): tile for some in TILES.values() for tile in some}
-BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # `error` allowed, or twice torch's
-MARGIN = 1.03    # a kernel has to be so many times as fast as the best kernel before it
-HOPELESS = 1.25  # a kernel that takes so many times as long as the fastest is not timed again
-SHORT = 0.03     # ms: Python needs about as long to call a Triton kernel, so ours cannot be faster
-ROUNDS = 4
+# The largest `error` allowed; or twice the error of torch's own choice, if that is larger
+BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+MARGIN = 1.03    # a kernel has to be this many times as fast as the best kernel before it
+HOPELESS = 1.25  # a kernel that takes this many times as long as the fastest is not timed again
+SHORT = 0.03     # ms: about the time in which Python calls a Triton kernel, so ours cannot be faster
+ROUNDS = 4       # how often each kernel is timed again
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def tiles(d: int, keys: int, dtype: torch.dtype) -> list[tuple[int, int, int, int]]:
-    """Our candidates for heads of width d. One takes about a second to build, once: Triton keeps it."""
+    """Our candidates for heads of width d. Triton builds each once, in about a second, and keeps it."""
     kind = "fp32" if dtype.itemsize > 2 else "text" if keys <= 128 else "wide" if d > 96 else "long"
     return [] if d % 8 or not 8 <= d <= 160 else TILES[kind]
 
@@ -69,7 +70,7 @@ class Tuner:
         half = q.dtype.itemsize == 2  # in float32, ours has no tensor cores and takes seconds to build
         kernels = (*ours, "default") if self.only_ours else ("default", *BACKENDS, *ours * half)
         kernel = self.recall(case, kernels, q.device)
-        # While torch.compile or a CUDA graph records, nothing can be measured; so fast.py calls once before
+        # Nothing can be measured while torch.compile or a CUDA graph records, so fast.py calls once before it
         if not (kernel or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()):
             kernel = self.choose(case, kernels, inputs)
         return self.run(kernel or "default", *inputs)
@@ -157,15 +158,15 @@ def milliseconds(run: Callable[[], Tensor], calls: int = 3) -> float:
 
 @cache
 def card(device: torch.device) -> str:
-    """The card and versions. Beside its case, a measurement depends on these."""
-    import triton  # here, because the benchmark needs none on a CPU
+    """The card and the versions, on which a measurement depends too."""
+    import triton  # here, because the benchmark runs on a CPU without triton
     driver = re.findall(r"\d+\.[\d.]+", DRIVER.read_text())[:1] if DRIVER.exists() else "?"
     return (f"{torch.cuda.get_device_name(device)}, driver {''.join(driver)}, torch {torch.__version__}, "
             f"triton {triton.__version__}, nanoip2p {__version__}")
 
 
 def read(path: Path | None, say: Callable[[str], None] = lambda line: None) -> dict[str, dict[str, str]]:
-    """{card: {case: kernel}} from the file. If it holds anything else: calls `say`, and returns {}."""
+    """{card: {case: kernel}} from the file. Calls `say` and returns {} if the file holds anything else."""
     try:
         table = read_json(path, missing={}) if path else {}
         if all(kernel in list(KERNELS) for cases in table.values() for kernel in cases.values()):

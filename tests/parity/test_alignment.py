@@ -1,4 +1,4 @@
-"""Token maps against the mappers of Prompt-to-Prompt's authors, as in hertz.py, and by property."""
+"""Token maps: compared with the mappers of Prompt-to-Prompt's authors (hertz.py), and checked by property."""
 
 import random
 from pathlib import Path
@@ -14,7 +14,7 @@ from nanoip2p.tokenizer import load_tokenizer
 NANO = Path(__file__).parents[2] / "weights" / "nano-ip2p" / "tokenizer"
 CLIP = Path(__file__).resolve().parents[3] / "shared" / "clip-tokenizer"
 WORDS = "a cat dog house red blue on the sofa skyscraper watercolour of extraordinarily photograph".split()
-S, E = 100, 101  # start and end
+S, E = 100, 101  # ids of the start and end tokens
 
 
 needs_clip = pytest.mark.skipif(not CLIP.is_dir(), reason="CLIP's vocabulary is not in the project")
@@ -22,7 +22,7 @@ needs_clip = pytest.mark.skipif(not CLIP.is_dir(), reason="CLIP's vocabulary is 
 
 @pytest.fixture(params=[NANO, pytest.param(CLIP, marks=needs_clip)], ids=["nano", "clip"])
 def tokenizers(request):
-    """Ours, and transformers' for the reference."""
+    """Our tokenizer, and transformers' tokenizer for the reference."""
     return load_tokenizer(request.param), transformers.CLIPTokenizer(
         vocab=str(request.param / "vocab.json"), merges=str(request.param / "merges.txt"),
         model_max_length=77)
@@ -37,7 +37,7 @@ def maps_of(ours, source, edit):
 
 
 def test_word_swaps_are_those_of_the_authors(tokenizers):
-    """Except for the words after a swap of unequal token counts: hertz.replacement_mapper says how."""
+    """Except the words after a swap of unequal token counts: see hertz.replacement_mapper."""
     ours, theirs = tokenizers
     lengths = set()
     for source, edit in (
@@ -64,7 +64,7 @@ def test_swaps_of_words_of_several_tokens(words):
 
 
 def test_added_and_dropped_words_are_those_of_the_authors_but_for_padding(tokenizers):
-    """Random captions, also with repeated words, and the same with words dropped.
+    """Random captions, some with repeated words, and the same captions with words dropped.
 
     In a shorter edited caption, the authors give the first padding tokens the maps of source words. Ours keep
     their own maps.
@@ -80,7 +80,7 @@ def test_added_and_dropped_words_are_those_of_the_authors_but_for_padding(tokeni
             taken = mapping.any(0).float()
             wanted, alpha = hertz.refinement_mapper(theirs, source, edit)
             begin, end = (len(hertz.tokens_of(theirs, text)) for text in (edit, source))
-            assert alpha[begin:].min() == 1 and not taken[begin:end].any()  # the deviation
+            assert alpha[begin:].min() == 1 and not taken[begin:end].any()  # only these maps differ
             alpha[begin:end] = 0
             assert torch.equal(taken, alpha), (source, edit)
             columns = torch.arange(77)[alpha > 0]
@@ -104,7 +104,7 @@ def test_alignment_by_hand(source, edit, cut):
 
 
 def longest_common(a, b):
-    """Length of the longest common subsequence, by its recursion, of short sequences."""
+    """Length of the longest common subsequence of two short sequences, by recursion."""
     if not a or not b:
         return 0
     return max(longest_common(a[1:], b), longest_common(a, b[1:]),
@@ -140,7 +140,7 @@ def test_token_map_by_hand(source, edit, ones, halves, added):
 
 
 def test_mass_and_identity():
-    """What is attended to in a block stays as much; equal texts change nothing."""
+    """The total attention to a block stays equal; equal texts change nothing."""
     draw = random.Random(2)
     for _ in range(200):
         a, b = ([draw.randrange(5) for _ in range(draw.randrange(11))] for _ in range(2))
@@ -156,7 +156,7 @@ def test_mass_and_identity():
         assert (mapping[: min(len(a) + 2, 11), padding:] == 0).all()
         common = max(len(a) + 2, padding)
         assert torch.equal(mapping[:, common:], torch.eye(12)[:, common:])
-        assert not mapping[:, padding:common].any()  # a word's map would be paid many times over
+        assert not mapping[:, padding:common].any()  # or padding would use a word's map many times
         assert torch.equal(token_map(row(*a), row(*a), E), torch.eye(12))
 
 

@@ -1,4 +1,4 @@
-"""`attention` against its specification, and the specification against a loop in float64."""
+"""`attention` against `attention_reference`, and both against a loop in float64."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ def draw(batch, queries, keys, heads, width, dtype=torch.float32):
 
 
 def by_hand(q, k, v, heads, causal):
-    """One head, one query at a time."""
+    """Attention computed for one head and one query at a time."""
     q, k, v = (x.double().numpy() for x in (q, k, v))
     width, out = q.shape[2] // heads, np.zeros_like(q)
     for b in range(q.shape[0]):

@@ -12,7 +12,7 @@ from tiny_configs import TINY_CLIP, TINY_TEXT
 from nanoip2p.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, TextEncoder, VisionTransformer
 
 TEXT, VISION = TINY_TEXT, TINY_CLIP.vision_config
-END = 999  # of the tiny vocabulary: the largest id, as CLIP's
+END = 999  # the end token of the tiny vocabulary: the largest id, as in CLIP
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def seed():
 
 
 def texts(count: int, length: int = 77) -> torch.Tensor:
-    """Ids of random texts of different lengths, ended and padded as the tokenizer does."""
+    """Ids of random texts of different lengths, with end token and padding as from the tokenizer."""
     ids = torch.randint(3, END, (count, length))
     for row in range(count):
         ids[row, length // (row + 2) :] = END
@@ -76,7 +76,7 @@ def test_text_is_read_from_left_to_right():
 @torch.no_grad()
 @pytest.mark.parametrize(
     "config",
-    [VISION, CLIPVisionConfig(56, 14, 3, 1024, 4096, 3, 16, 768)],  # all 24 are alike
+    [VISION, CLIPVisionConfig(56, 14, 3, 1024, 4096, 3, 16, 768)],  # 3 of the 24 equal layers
     ids=["tiny", "vit-l-14"],
 )
 def test_vision_encoder_equals_transformers(config):
@@ -96,7 +96,7 @@ def test_vision_encoder_equals_transformers(config):
 @torch.no_grad()
 @pytest.mark.parametrize("eos_token_id", [2, END, 500])
 def test_clip_equals_transformers(eos_token_id):
-    """2 is what configs of 2022 say; 500 is an end token that is not the largest id."""
+    """Configs of 2022 have the end token 2; 500 is an end token that is not the largest id."""
     config = replace(TINY_CLIP, text_config=replace(TEXT, eos_token_id=eos_token_id))
     theirs = their_clip(config)
     ours = CLIP.from_config(theirs.config.to_dict()).eval()
@@ -124,7 +124,7 @@ def test_clip_gradients_equal_transformers():
     torch.nn.functional.cross_entropy(logits, torch.arange(3)).backward()
     reference, compared = dict(theirs.named_parameters()), 0
     for name, parameter in ours.named_parameters():
-        if not name.endswith("k_proj.bias"):  # its gradient is zero but for rounding
+        if not name.endswith("k_proj.bias"):  # its gradient is zero, up to rounding
             assert relative_error(parameter.grad, reference[name].grad) <= 1e-4, name
             compared += 1
     assert compared == len(reference) - 4
@@ -136,7 +136,7 @@ def test_both_spellings_are_read_and_the_published_one_is_written():
     without = their_text(TEXT).state_dict()
     assert not any(name.startswith(prefix) for name in without), "transformers 5 writes no prefix"
     published = {prefix + name: tensor for name, tensor in without.items()}
-    published[prefix + "embeddings.position_ids"] = torch.arange(77)[None]  # as transformers 4 did
+    published[prefix + "embeddings.position_ids"] = torch.arange(77)[None]  # transformers 4 saved this
 
     networks = [TextEncoder(TEXT), TextEncoder(TEXT)]
     for network, weights in zip(networks, (without, published)):
@@ -155,7 +155,7 @@ def test_weights_of_another_network_are_not_taken():
 
 
 def test_reads_what_transformers_writes(tmp_path):
-    """transformers leaves out of nested configs whatever equals its own defaults, which are not ours."""
+    """In nested configs, transformers omits values that equal its own defaults. Ours differ."""
     transformers.CLIPConfig().save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     with torch.device("meta"):
@@ -165,7 +165,7 @@ def test_reads_what_transformers_writes(tmp_path):
 
 
 def test_reads_configs_of_2022():
-    """openai/clip-vit-large-patch14 holds generation settings, and its towers twice; `_dict` counts."""
+    """openai/clip-vit-large-patch14 has generation settings, and each tower twice; `_dict` is preferred."""
     old = {"do_sample": False, "top_k": 50, "length_penalty": 1.0, "pruned_heads": {}, "bad_words_ids": None}
     config = TINY_CLIP.to_json()
     config |= {"text_config_dict": config["text_config"] | old, "text_config": {"hidden_size": 8}}

@@ -33,13 +33,13 @@ def folder(tmp_path_factory):
 
 
 def pictures(count, size=48, seed=0):
-    """Noise, on which every way of shrinking gives another picture."""
+    """Pictures of noise: each way to shrink them gives another result."""
     pixels = np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
     return [Image.fromarray(picture) for picture in pixels]
 
 
 def prepared(images, settings, **how):
-    """What CLIP sees, as clip_similarity.py of the paper's code computes it from pixels in [0, 1]."""
+    """The input of CLIP, as clip_similarity.py of the paper's code computes it from pixels in [0, 1]."""
     pixels = torch.tensor(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 255
     small = torch.nn.functional.interpolate(pixels, size=32, mode="bicubic", align_corners=False, **how)
     mean, std = (torch.tensor(settings[f"image_{name}"])[None, :, None, None] for name in ("mean", "std"))
@@ -48,7 +48,7 @@ def prepared(images, settings, **how):
 
 @torch.no_grad()
 def peer_features(clip, images, texts, folder):
-    """transformers' features on the paper's pixels: of pictures (B, P) and texts (B, P)."""
+    """transformers' features of pictures (B, P), prepared as in the paper's code, and of texts (B, P)."""
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
     ids = tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt").input_ids
@@ -66,7 +66,7 @@ def test_features_and_similarities_equal_transformers(folder):
     image, text = peer_features(clip, before + after, CAPTIONS, folder)
     assert relative_error(judge.encode_pictures(before + after), image) <= 1e-5
     assert relative_error(judge.encode_texts(CAPTIONS), text) <= 1e-5
-    assert relative_error(image.roll(1, 0), image) > 1e-2  # they differ from each other
+    assert relative_error(image.roll(1, 0), image) > 1e-2  # the two pictures have different features
     image, text = image.double().numpy(), text.double().numpy()
     first, second, change = image[:3], image[3:], text[1] - text[0]
     expected = np.stack([cosine(first, text[0]), cosine(second, text[1]), cosine(second - first, change),
@@ -74,11 +74,11 @@ def test_features_and_similarities_equal_transformers(folder):
     rows = judge.score(before, after, judge.encode_texts(CAPTIONS))
     assert [tuple(row) for row in rows] == [SIMILARITIES] * 3
     np.testing.assert_allclose([list(row.values()) for row in rows], expected, atol=2e-5)
-    assert expected.std(axis=0).min() > 1e-3  # so that a mixed-up row or column shows
+    assert expected.std(axis=0).min() > 1e-3  # so a swapped row or column is noticed
 
 
 def test_reads_the_folder_that_transformers_writes(folder, tmp_path):
-    """transformers 5 drops prefixes and defaults, and writes a tokenizer.json; sizes come as objects."""
+    """transformers 5 drops prefixes and defaults, writes a tokenizer.json, and writes sizes as objects."""
     clip = transformers.CLIPModel.from_pretrained(folder)
     clip.save_pretrained(tmp_path)
     transformers.CLIPTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
@@ -89,7 +89,7 @@ def test_reads_the_folder_that_transformers_writes(folder, tmp_path):
 
 
 def test_pictures_are_shrunk_as_the_paper_did(folder):
-    """Bicubic without antialias: the thresholds were chosen with that."""
+    """Bicubic without antialiasing: the paper's thresholds were chosen with this method."""
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     ours = Judge.load(folder).prepare(pictures(2))
     assert ours.shape == (2, 3, 32, 32)
@@ -129,7 +129,7 @@ def test_no_change_has_no_direction():
 
 
 def scores(before=0.2, after=0.2, direction=0.2, image=0.7, seed=0):
-    """A pair just good enough."""
+    """The scores of a pair that just passes."""
     return dict(zip(SIMILARITIES, (before, after, direction, image))) | {"seed": seed}
 
 
@@ -174,7 +174,7 @@ def test_broken_folders_are_one_line(folder, tmp_path, damage, named):
 
 
 def test_only_what_is_read_is_fetched_from_the_hub(folder, monkeypatch):
-    """The library stands in for the Hub; test_hub.py tests the way there with other files."""
+    """A fake library replaces the Hub; test_hub.py tests the download itself."""
     wanted = {"config.json", "preprocessor_config.json", "model.safetensors", "vocab.json", "merges.txt",
               "tokenizer_config.json", "special_tokens_map.json"}
     assert set(hub.clip_files(PUBLISHED)) == wanted
@@ -196,7 +196,7 @@ def test_only_what_is_read_is_fetched_from_the_hub(folder, monkeypatch):
 
 
 def test_nano_clip_sees_which_way_an_edit_goes():
-    """True edits of the painted world against the same edits the wrong way round, and against no edit."""
+    """True edits of the nano world score higher than the reversed edits, and than no edit."""
     judge = Judge.load(NANO)
     forth, back = [], []
     for i in range(16):

@@ -1,7 +1,7 @@
 """deep_every (DeepCache) against a slow loop: whole networks of diffusers, whose deep features are exchanged.
 
-In each step the slow loop runs every block, branch by branch. In every N-th step, it keeps the deep half of
-the input of the last block but one (the other half is the skip connection), and puts it back in the others.
+In each step the slow loop runs every block, branch by branch. The input of the last block but one has two
+halves: deep features and a skip connection. Every N-th step stores the deep half; the other steps reuse it.
 """
 
 import itertools
@@ -22,12 +22,12 @@ from nanoip2p.samplers import SAMPLERS
 from nanoip2p.text_to_image import TextToImage
 from nanoip2p.unet import UNet
 
-CASES = [(sampler, 2, 7.5, 1.5, (7, 5)) for sampler in SAMPLERS] + [  # three branches, two, one
+CASES = [(sampler, 2, 7.5, 1.5, (7, 5)) for sampler in SAMPLERS] + [  # with three, two and one branches
     ("euler", 3, 3.0, 1.0, (9, 10)), ("ddim", STEPS + 1, 1.0, 1.0, (8, 8)), ("euler", 1, 7.5, 1.5, (8, 8))]
 
 
 def exchange(network, kept: dict, is_whole):
-    """Hook on `network`: keep the deep features in `kept` when is_whole(), else put the kept ones back."""
+    """Hook on `network`: store the deep features in `kept` if is_whole(), else take those in `kept`."""
     def hook(_, given):
         deep, skip = given[0].split([given[0].shape[1] - width, width], dim=1)
         if is_whole():
@@ -39,7 +39,7 @@ def exchange(network, kept: dict, is_whole):
 
 
 def slow(theirs, sampler, levels, x, branches, every):
-    """Latents from noise x, guided by branches of (weight, picture, text), each with features of its own."""
+    """Latents from noise x, guided by branches (weight, picture, text). Each branch has its own features."""
     numbers, kept = {sigma: i for i, sigma in enumerate(levels.sigmas[:, 0].tolist())}, [{} for _ in branches]
 
     def denoise(x, sigma):
@@ -85,7 +85,7 @@ def test_an_editor_equals_the_slow_loop(sampler, every, cfg_text, cfg_image, siz
 @pytest.mark.parametrize("name", [name for name in CONFIGS if CONFIGS[name].out_channels == 4
                                   and CONFIGS[name].in_channels == 4])
 def test_every_network_equals_the_slow_loop(name, size, every):
-    """Also those with cross-attention on top, where the latents of both branches are one until then."""
+    """Also networks with cross-attention in the first level. Before it, both branches share the latents."""
     ours, theirs = pair(name)
     levels = plan(NoiseSchedule(), "euler", STEPS)
     noise, _, text, null = inputs(ours.config, size)
@@ -99,7 +99,7 @@ def test_every_network_equals_the_slow_loop(name, size, every):
 @pytest.mark.parametrize("every, whole", [(1, 7), (2, 4), (3, 3), (100, 1)])
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_whole_steps_and_bits(tmp_path, every, whole, low_memory, monkeypatch):
-    """The lowest blocks run in the first and in every N-th step; at N = 1 nothing else changes either."""
+    """The lowest blocks run in the first and in every N-th step. N = 1 changes nothing."""
     editor, calls = Editor.load(write_tiny_editor(tmp_path)), []
     editor.unet.mid_block.resnets[0].register_forward_hook(lambda *_: calls.append(1))
     given = {"steps": 7, "seed": 3, "low_memory": low_memory, "callback": lambda _, z: seen.append(z)}
@@ -121,7 +121,7 @@ def test_one_picture_keeps_no_features_for_the_next(tmp_path):
 
 @pytest.mark.parametrize("strength", [None, 0.7])
 def test_a_painter_begins_with_a_whole_step(tmp_path, strength):
-    """SDEdit enters later, at a step whose number may be no multiple of N."""
+    """SDEdit starts at a later step, whose number may be no multiple of N."""
     painter = TextToImage.load(write_tiny_editor(tmp_path, in_channels=4))
     given = {"steps": 8, "seed": 3, "strength": strength, "images": strength and torch.rand(3, 48, 48)}
     whole, calls = painter.generate("a boat", **given), []
@@ -134,7 +134,7 @@ def test_a_painter_begins_with_a_whole_step(tmp_path, strength):
 @pytest.mark.parametrize("inject", ["self", "cross", "both"])
 @pytest.mark.parametrize("every", [2, STEPS + 1])
 def test_pairs_and_heat_equal_the_slow_loop(painters, net, inject, every, monkeypatch):  # noqa: F811
-    """The heat maps sum over the whole steps only; injection and blend act in every step."""
+    """The heat maps sum over the steps with the whole UNet. Injection and blend act in every step."""
     given = {"blend": ("house", "boat"), "deep_every": every}
     painter, captions = painters[net], CAPTIONS["swap"][:2]
     model = make(painter, captions, inject, **given)
@@ -168,7 +168,7 @@ def test_none_is_two_runs_with_kept_features(painters):  # noqa: F811
 
 @torch.no_grad()
 def test_features_outlive_the_memory_of_a_cuda_graph():
-    """A replayed graph writes its output where it wrote the last one."""
+    """A replayed graph overwrites its last output."""
     ours, _ = pair("editor, attention below")
     levels = plan(NoiseSchedule(), "euler", STEPS)
     noise, image, text, null = inputs(ours.config, (8, 8))

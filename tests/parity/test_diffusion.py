@@ -20,7 +20,7 @@ SCHEDULERS = {
 SOLVERS = ["DDPMScheduler", "DDPMParallelScheduler", "DDIMParallelScheduler", "DEISMultistepScheduler",
            "DPMSolverSinglestepScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler",
            "KDPM2AncestralDiscreteScheduler", "SASolverScheduler", "TCDScheduler",
-           "UniPCMultistepScheduler", "PNDMScheduler"]  # which we do not have
+           "UniPCMultistepScheduler", "PNDMScheduler"]  # we have none of these samplers
 STABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
@@ -44,7 +44,7 @@ def test_zero_terminal_snr(betas):
     theirs = diffusers.DDPMScheduler(**betas, rescale_betas_zero_snr=True).alphas_cumprod
     a = NoiseSchedule.from_config(betas | {"rescale_betas_zero_snr": True}).alphas_cumprod()
     assert a[-1] == theirs[-1] == 0 and a.dtype == torch.float32
-    torch.testing.assert_close(a[:-1], theirs[:-1], rtol=1e-4, atol=0)  # theirs rounds float32 1,000 times
+    torch.testing.assert_close(a[:-1], theirs[:-1], rtol=1e-4, atol=0)  # diffusers rounds 1,000 times
     with pytest.raises(ValueError, match="above 0, and lower than at the first"):
         NoiseSchedule(num_train_timesteps=1, rescale_betas_zero_snr=True).alphas_cumprod()
 
@@ -65,7 +65,7 @@ def test_timesteps_and_start_for_many_numbers_of_steps(sampler, spacing, offset)
     for steps in range(1, 51) if sampler == "lcm" else [*range(1, 151), 333, 500, 666, 999 - offset]:
         scheduler.set_timesteps(steps)
         ours = plan(schedule, sampler, steps)
-        # diffusers' own arange rounds up to one timestep too many (-1) for some steps with "trailing"
+        # With "trailing", diffusers' arange sometimes gives one timestep too many, -1, by rounding
         assert ours.timesteps == scheduler.timesteps[:steps].tolist()
         start = float(scheduler.init_noise_sigma)
         if sampler in ("ddim", "dpmpp_2m", "lcm"):  # these start at z = sqrt(a) x
@@ -75,12 +75,12 @@ def test_timesteps_and_start_for_many_numbers_of_steps(sampler, spacing, offset)
 
 @pytest.mark.parametrize("name", [*(scheduler.__name__ for scheduler in SCHEDULERS.values()), *SOLVERS])
 def test_reads_what_diffusers_saves(name, tmp_path):
-    """The noise of any scheduler, whatever settings its own solver has; then the steps of our samplers."""
+    """From any scheduler's file, we read the noise schedule. The steps are those of our own samplers."""
     for settings in ({}, {"prediction_type": "v_prediction"}):
         getattr(diffusers, name).from_config(STABLE | settings).save_config(tmp_path)
         config = json.loads((tmp_path / "scheduler_config.json").read_text())
         schedule = NoiseSchedule.from_config(config)
-        config.pop("algorithm_type", None)  # diffusers' DPM-Solver refuses that of DEIS and SA-Solver
+        config.pop("algorithm_type", None)  # DPM-Solver refuses that of DEIS and SA-Solver
         for sampler, cls in SCHEDULERS.items():
             scheduler = cls.from_config(config)
             scheduler.set_timesteps(20)
@@ -100,7 +100,7 @@ def test_settings_of_another_solver_change_nothing(setting):
 
 
 def test_reads_the_published_instruct_pix2pix_file():
-    """timbrooks/instruct-pix2pix keeps PNDM's settings under Euler ancestral's name, without a spacing."""
+    """timbrooks/instruct-pix2pix has PNDM's settings under the name of Euler ancestral, without a spacing."""
     schedule = NoiseSchedule.from_config({
         "_class_name": "EulerAncestralDiscreteScheduler", "_diffusers_version": "0.12.0.dev0",
         "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": False,
@@ -140,7 +140,7 @@ def test_a_thousand_steps_where_there_is_room():
 
 @pytest.mark.parametrize("steps", [10, 20, 50, 100])
 def test_sigmas_are_close_to_k_diffusions(steps):
-    """k-diffusion, which the original uses, interpolates log sigma where we, like diffusers, take sigma."""
+    """k-diffusion, which the paper's code uses, interpolates log sigma; we and diffusers, sigma."""
     alphas = NoiseSchedule().alphas_cumprod().double()
     logs = ((1 - alphas) / alphas).sqrt().log()
     timesteps = torch.linspace(999, 0, steps, dtype=torch.float64)

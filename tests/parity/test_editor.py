@@ -36,7 +36,7 @@ TEXTS = ["make it night", "turn the red house into a blue boat"]
 
 
 def picture(width, height, seed):
-    """Smooth, colourful and its own for each seed."""
+    """A smooth, colourful picture, another one for each seed."""
     low = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(low).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -68,12 +68,12 @@ def run_peer(folder, sampler, images, texts, seeds, steps, cfg_text, cfg_image, 
 
 
 def compare(folder, sampler, image, steps=12, cfg_text=7.5, cfg_image=1.5, negative=""):
-    """Same pictures within 1/255, from a reference that is shown to react to text, picture and seed."""
+    """Our pictures equal the reference's within 1/255. The reference reacts to text, picture and seed."""
     images = [image, image, image.transpose(Image.Transpose.ROTATE_180), image]
     texts = [TEXTS[0], TEXTS[1], TEXTS[0], TEXTS[0]]
     seeds = [7, 7, 7, 8]
     theirs = run_peer(folder, sampler, images, texts, seeds, steps, cfg_text, cfg_image, negative)
-    # A trained editor leaves little to chance, so another seed may change less than another text or picture
+    # With a trained editor, another seed may change the result less than another text or picture
     for changed, at_least in zip(theirs[1:], (20, 20, 5)):
         assert difference(changed, theirs[0]) > at_least
     clipped = np.isin(np.stack([np.asarray(image) for image in theirs]), (0, 255)).mean()
@@ -160,11 +160,11 @@ def test_each_text_is_encoded_once(editor, monkeypatch):
     monkeypatch.setattr(type(editor.text_encoder), "forward", lambda self, ids: (
         encoded.append(len(ids)), forward(self, ids))[1])
     editor.edit([picture(32, 32, i) for i in range(3)], ["a", "b", "a"], steps=1, batch=1)
-    assert encoded == [1, 1, 1]  # "", "a" and "b": alone, so that no text depends on the others
+    assert encoded == [1, 1, 1]  # "", "a" and "b", one by one: no text depends on the others
 
 
 def test_a_picture_is_encoded_once(editor, monkeypatch):
-    """Even when it occurs in several batches of a call."""
+    """Also if it occurs in several batches of a call."""
     images = [picture(48, 32, 0), picture(32, 48, 1), picture(48, 32, 2)]
     places, encoded, encode = [0, 1, 0, 2, 0, 0], [], type(editor.vae).encode
     monkeypatch.setattr(type(editor.vae), "encode", lambda self, pixels: (
@@ -224,7 +224,7 @@ def test_mistakes_are_value_errors(editor, wrong, message):
 
 
 def test_single_values_and_lists(editor):
-    """A single value counts for every picture, and only single values give a single picture."""
+    """A single value is for every picture. The result is a single picture only if no argument is a list."""
     images, settings = [picture(48, 32, 0), picture(48, 32, 1)], {"steps": 1, "seed": 3}
     both = editor.edit(images, TEXTS, **settings)
     single = editor.edit(images[0], TEXTS[0], **settings)
@@ -256,7 +256,7 @@ def test_a_random_seed_is_kept(editor):
 
 
 def test_a_callback_sees_every_step(editor):
-    """Its latents are estimates of the result: the last one is the result of samplers that end there."""
+    """Its latents are estimates of the result. Samplers that end at sigma = 0 return the last one."""
     seen = []
     images = [picture(48, 32, 0), picture(32, 48, 1), picture(48, 32, 2)]
     edited = editor.edit(images, TEXTS[0], steps=4, sampler="euler", seed=0,

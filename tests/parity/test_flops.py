@@ -1,4 +1,4 @@
-"""How many operations a step takes at Stable Diffusion 1.5's size, counted without doing them.
+"""The number of operations of a step at Stable Diffusion 1.5's size, counted without computing them.
 
 Runs the real loops on the meta device. A change that adds operations fails here, and so does a loop that
 reads a value back from the device, which would stall a GPU. One multiplication with its addition counts as
@@ -24,13 +24,13 @@ LEVELS = Plan([500.0], torch.tensor([[SIGMA, 0.0]]), 1.0)
 
 @pytest.fixture(scope="module")
 def unets() -> dict[int, UNet]:
-    """By the number of their channels: 8 for an editor."""
+    """UNets by their number of input channels: 8 for an editor."""
     with torch.device("meta"):
         return {channels: UNet(replace(UNetConfig(), in_channels=channels)) for channels in (4, 8)}
 
 
 def giga(run) -> float:
-    """GFLOP of run()."""
+    """The billions of operations of run()."""
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops() / 1e9
@@ -52,7 +52,7 @@ def edit_step(unet, *guidance):
 
 
 def plain_step(unet, rows):
-    """Of a UNet that shares nothing between rows, nor between steps."""
+    """The operations of a UNet that shares nothing between rows or between steps."""
     latents = meta(rows, unet.config.in_channels, SIDE, SIDE)
     with torch.no_grad():
         return giga(lambda: unet(latents, meta(1), meta(rows, 77, 768)))
@@ -61,7 +61,7 @@ def plain_step(unet, rows):
 def test_an_edit_step(unets):
     assert 2_350 < edit_step(unets[8], 7.5, 1.5) <= 2_360
     assert 2_409 < plain_step(unets[8], 3) < 2_411
-    assert edit_step(unets[8], 7.5, 1.0) < 1_561  # no third branch
+    assert edit_step(unets[8], 7.5, 1.0) < 1_561  # no third branch, because cfg_image = 1
 
 
 def test_a_text_to_picture_step(unets):
@@ -72,7 +72,7 @@ def test_a_text_to_picture_step(unets):
 
 
 class MetaPainter:
-    """As much of a TextToImage as a pair's loop asks for."""
+    """The parts of a TextToImage that the loop of a PairPainter uses."""
 
     def __init__(self, unet):
         self.unet = unet
@@ -83,7 +83,7 @@ class MetaPainter:
 
 def pair_step(unet, inject, share, **settings):
     """One step of PairPainter.sample, of both pictures and both halves of guidance."""
-    model = PairPainter.__new__(PairPainter)  # its texts are on the meta device as well
+    model = PairPainter.__new__(PairPainter)  # not __init__: the texts have to be on the meta device
     model.painter, model.inject, model.blend, model.share_prefix = MetaPainter(unet), inject, None, True
     model.deep_every = 1
     model.settings = {"resolution": 8 * SIDE, "sampler": "euler", "steps": 1}
@@ -100,15 +100,15 @@ def pair_step(unet, inject, share, **settings):
 def test_a_pair_step(unets):
     plain = pair_step(unets[4], "self", 0.0)
     assert 3_100 < plain <= 3_120 and 3_212 < plain_step(unets[4], 4) < 3_214
-    assert pair_step(unets[4], "self", 1.0) == plain  # with other rows' maps
+    assert pair_step(unets[4], "self", 1.0) == plain  # the maps of other rows cost nothing
     both = pair_step(unets[4], "both", 1.0)
-    assert plain < both < plain + 5  # the edits' text attention to two maps
+    assert plain < both < plain + 5  # cross-attention of the edits uses two maps
     assert 0 < pair_step(unets[4], "both", 1.0, words=[meta(77, 2)] * 2) - both < 3  # heat of five layers
 
 
 def test_a_training_sample(unets, monkeypatch):
-    """At 256 pixels, forward and backward."""
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which the meta device lacks
+    """The forward and the backward pass at 256 pixels."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # the meta device has no autocast
     given = {"z_in": meta(1, 8, 32, 32), "context": meta(1, 77, 768), "target": meta(1, 4, 32, 32)}
     timestep = torch.zeros(1, dtype=torch.long, device="meta")
     losses = lambda: prediction_losses(unets[8], 8, given, timestep, torch.float32)  # noqa: E731

@@ -1,4 +1,4 @@
-"""Equation 3, the branches it needs, and how often the UNet runs."""
+"""Equation 3, its branches, and how often the UNet runs."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ LEVELS = Plan([321.5], torch.tensor([[SIGMA, 0.0]]), 1.0)
 
 
 class FakeUNet(torch.nn.Module):
-    """Reacts to every input, and remembers them."""
+    """A fake UNet. Its output depends on every input, and it stores its inputs."""
 
     def __init__(self):
         super().__init__()
@@ -55,12 +55,12 @@ def equation_3(inputs, s_T, s_I):
     full = FakeUNet()(torch.cat([scaled, z_image], 1), 321.5, context)
     image = FakeUNet()(torch.cat([scaled, z_image], 1), 321.5, null)
     none = FakeUNet()(torch.cat([scaled, torch.zeros_like(z_image)], 1), 321.5, null)
-    assert min((full - image).abs().max(), (image - none).abs().max()) > 0.1  # the fake reacts to its inputs
+    assert min((full - image).abs().max(), (image - none).abs().max()) > 0.1  # the fake uses its inputs
     return x - SIGMA * (none + s_I * (image - none) + s_T * (full - image))
 
 
 @pytest.mark.parametrize("low_memory", [False, True])
-@pytest.mark.parametrize("cfg_text, cfg_image, branches, seen", [  # seen: the picture, none, or both
+@pytest.mark.parametrize("cfg_text, cfg_image, branches, seen", [  # seen: different z_in
     (7.5, 1.5, 3, 2), (7.5, 1.0, 2, 1), (1.5, 1.5, 2, 2), (1.0, 1.0, 1, 1), (0.0, 1.5, 2, 2),
     (0.0, 1.0, 1, 1), (0.0, 0.0, 1, 1), (0.5, 0.0, 3, 2)])
 def test_equation_3_with_no_branch_too_many(inputs, cfg_text, cfg_image, branches, seen, low_memory):
@@ -73,7 +73,7 @@ def test_equation_3_with_no_branch_too_many(inputs, cfg_text, cfg_image, branche
 @pytest.mark.parametrize("guidance, branches", [
     ([1.0, 1.0], 1), ([0.0, 0.0], 1), ([3.0, 1.0], 2), ([0.0, 7.5], 2)], ids=str)
 def test_one_condition(inputs, guidance, branches):
-    """Ho & Salimans' equation 6 for each picture, on latents that are there once."""
+    """Ho & Salimans' equation 6 for each picture. Both branches share one copy of the latents."""
     x, context, null = inputs[0].repeat(1, 2, 1, 1), *inputs[2:]
     s, scaled = torch.tensor(guidance), x / (SIGMA**2 + 1) ** 0.5
     full, none = FakeUNet()(scaled, 321.5, context), FakeUNet()(scaled, 321.5, null)
@@ -94,7 +94,7 @@ def test_inputs_of_each_branch(inputs):
     assert timestep == 321.5
     noised, images = latents[text.rows].chunk(2, dim=1)
     torch.testing.assert_close(noised, (x / (SIGMA**2 + 1) ** 0.5).repeat(3, 1, 1, 1))
-    assert torch.equal(images, torch.cat([z_image, z_image, torch.zeros_like(z_image)]))  # never scaled
+    assert torch.equal(images, torch.cat([z_image, z_image, torch.zeros_like(z_image)]))  # not scaled
     assert torch.equal(text.layers["text"], torch.cat([context, null, null]))
 
 

@@ -1,4 +1,4 @@
-"""Pictures of every kind that people have, and files that only claim to be pictures."""
+"""Pictures of many kinds, and files that are not the pictures they seem to be."""
 
 import hashlib
 import html
@@ -33,7 +33,7 @@ from nanoip2p.samplers import SAMPLERS
 
 
 def gradient(width=6, height=4, channels=3):
-    """A picture whose every pixel differs."""
+    """A picture in which all pixels differ."""
     count = width * height * channels
     pixels = np.linspace(0, 255, count).round().astype(np.uint8).reshape(height, width, channels)
     return Image.fromarray(pixels.squeeze())
@@ -126,7 +126,7 @@ def truncated(kind):
 
 
 def huge_png(width, height):
-    """A few bytes that claim to be a picture of any size."""
+    """A PNG of a few bytes whose header gives any size."""
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
@@ -178,7 +178,7 @@ def test_damaged_files_never_raise_anything_else(tmp_path):
 def test_absent_files_are_one_line(tmp_path):
     with pytest.raises(ValueError, match="no picture"):
         open_image(tmp_path / "absent.png")
-    os.mkfifo(tmp_path / "fifo.png")  # nobody writes to it: to open it would wait for ever
+    os.mkfifo(tmp_path / "fifo.png")  # without a writer, opening it would wait for ever
     for path in (tmp_path, tmp_path / "fifo.png", "/dev/zero"):
         for read in (open_image, read_recipe):
             with pytest.raises(ValueError, match="cannot be used: is not a regular file"):
@@ -186,7 +186,7 @@ def test_absent_files_are_one_line(tmp_path):
 
 
 def test_no_other_reader_of_pillow_is_asked(tmp_path, monkeypatch):
-    """Some start programs. The content decides, not the name."""
+    """Some of Pillow's other readers start programs. The content of the file decides, not its name."""
     gradient().save(tmp_path / "x.png", "PCX")
     gradient().save(tmp_path / "jpeg.png", "JPEG")
     asked = []
@@ -244,7 +244,7 @@ def test_heic_is_read_where_pillow_heif_is_installed(tmp_path):
 
 @pytest.mark.parametrize("size, resolution, multiple, expected", [
     ((512, 512), 512, 64, (512, 512)),
-    ((953, 711), 512, 64, (512, 384)),  # the original's floats make it 512x320
+    ((953, 711), 512, 64, (512, 384)),  # edit_cli.py makes it 512x320, by rounding
     ((711, 953), 512, 64, (384, 512)),
     ((1, 1), 512, 64, (512, 512)),
     ((4000, 3000), 512, 64, (512, 384)),
@@ -264,7 +264,7 @@ def test_fit_size_keeps_its_promises():
         multiple = chance.choice([8, 16, 64])
         resolution = chance.randint(multiple, 1024)
         if max(width, height) * multiple > min(width, height) * resolution:
-            continue  # too thin, see below
+            continue  # too thin, as tested below
         fitted = fit_size(width, height, resolution, multiple)
         assert all(side % multiple == 0 and side > 0 for side in fitted)
         assert fit_size(height, width, resolution, multiple) == fitted[::-1]
@@ -288,7 +288,7 @@ def test_fit_cuts_evenly_from_the_long_side():
     image.paste("blue", (10, 0, 90, 40))
     fitted = pixels_of(fit(image, (40, 20)))
     assert fitted.shape == (20, 40, 3)
-    # The 80 middle columns of 100 are left, all blue but for the red that Lanczos pulls in at the edges
+    # The crop has the 80 middle columns of 100: blue, except that Lanczos mixes in red at the edges
     assert (fitted[:, 4:36] == [0, 0, 255]).all() and np.abs(fitted - [0, 0, 255]).max() < 20
     assert fit(image, (100, 40)) is image
 
@@ -369,7 +369,7 @@ def test_recipe_round_trip(name, tmp_path):
         save_image(gradient(64, 48), tmp_path / "new folder" / name, recipe)
         assert read_recipe(tmp_path / "new folder" / name) == recipe
     assert [path.name for path in (tmp_path / "new folder").iterdir()] == [name]
-    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)  # no two pixels alike
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)  # does not compress
     save_image(Image.fromarray(noise), tmp_path / "new folder" / name, recipe)
     difference = np.abs(pixels_of(open_image(tmp_path / "new folder" / name)) - noise)
     assert difference.max() <= (30 if "j" in name.lower() else 0), "colours have the full resolution"
@@ -390,7 +390,7 @@ def written(tmp_path, name, edit, negative):
 def test_sd_parsers_reads_the_text(edit, negative, name, tmp_path, monkeypatch):
     parsers = pytest.importorskip("sd_parsers")
     path, texts = written(tmp_path, name, edit, negative)
-    # Version 0.6 keeps the last comment by id(image), which the next picture may have, too
+    # Version 0.6 caches the last comment by id(image), and the next picture may have the same id
     monkeypatch.setattr(sys.modules["sd_parsers.extractors._jpeg_usercomment"], "_image_id", None)
     found = parsers.ParserManager().parse(path)
     assert [found.full_prompt, found.full_negative_prompt] == texts
@@ -431,7 +431,7 @@ def test_files_say_that_they_are_srgb(name, tmp_path):
 
 
 def test_exiv2_and_exiftool_need_the_type_of_the_comment(tmp_path):
-    """A comment of type BYTE, as Pillow writes it, is shown as a list of numbers."""
+    """Both show a comment of type BYTE, as Pillow writes it, as a list of numbers."""
     save_image(gradient(), tmp_path / "a.jpg", RECIPE)
     assert struct.pack(">HH", 0x9286, 7) in Image.open(tmp_path / "a.jpg").info["exif"]
 
@@ -448,7 +448,7 @@ def test_what_a_jpeg_cannot_hold_is_left_out_with_a_warning(tmp_path):
     for name in ("a.png", "a.webp"):
         save_image(gradient(), tmp_path / name, long)
         assert read_recipe(tmp_path / name) == long
-    for size in range(65_450, 65_600, 7):  # around the limit
+    for size in range(65_450, 65_600, 7):  # around the size limit of a JPEG segment
         fill = size - len(recipes.to_xmp(RECIPE | {"input": [""]}))
         with warnings.catch_warnings(record=True) as caught:
             save_image(gradient(), tmp_path / "a.jpg", RECIPE | {"input": ["x" * fill]})
@@ -468,7 +468,7 @@ def test_a_picture_too_large_for_its_format_is_shrunk_with_a_warning(tmp_path):
 @pytest.mark.parametrize("form", ['<rdf:Description nanoip2p:recipe="{}"/>', "<x nanoip2p:recipe = '{}'/>",
                                   "<nanoip2p:recipe>{}</nanoip2p:recipe>"])
 def test_packets_that_other_programs_rewrote(form):
-    """exiftool 12.57 makes an element of the attribute, with its own quotes."""
+    """exiftool 12.57 turns the attribute into an element, and quotes in its own way."""
     recipe = {"edit": ["<a> & \"b\" 'c' &quot; é"]}
     for escape in (html.escape, lambda text: html.escape(text).replace("&#x27;", "&#39;")):
         packet = "<?xpacket?> xmlns:nanoip2p='urn:nanoip2p:' " + form.format(escape(json.dumps(recipe)))
@@ -490,7 +490,7 @@ def test_odd_packets_are_no_recipe(tmp_path):
 
 
 def test_wide_grids_wrap():
-    """Every picture and label is kept once and in order; the first of a row is on the left, once."""
+    """Every picture and label occurs once, in order. The first of a row occurs once, on the left."""
     chance = random.Random(0)
     for _ in range(200):
         width, group = chance.choice([16, 64, 300, 512, 3000]), chance.choice([1, 2, 3, 5, 40])
@@ -528,7 +528,7 @@ def test_labels_have_a_font_with_their_letters(monkeypatch):
     for one, other in (("ночь", "день"), ("größer", "größte"), ("νύχτα", "νύχτω"), ("ليلا", "ليلب")):
         assert not np.array_equal(label(one), label(other)), one
         assert grids._font(frozenset(one))[0].getname()[0] == "DejaVu Sans"
-    label("a\u0301 \u200b\ufe0fb")  # no warning of what has no shape of its own
+    label("a\u0301 \u200b\ufe0fb")  # no warning for characters without a shape
     with pytest.warns(UserWarning, match="no installed font has the letters にる夜: boxes stand"):
         grid([[Image.new("RGB", (200, 8))] * 2], [["夜に", "make it 夜る"]])
     monkeypatch.setattr(grids, "_font_files", lambda: [__file__, "/nowhere/x.ttf"])
@@ -588,7 +588,7 @@ def test_find_images(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     assert find_images(["."]) == ["a.PNG", "b.jpg", "odd[1].png"]
     assert find_images(["*.jpg", "b.jpg", "odd[1].png"]) == ["b.jpg", "odd[1].png"]
-    assert find_images(["notes.txt"]) == ["notes.txt"]  # open_image will say that it is no picture
+    assert find_images(["notes.txt"]) == ["notes.txt"]  # open_image reports later that it is no picture
     for pattern in ("absent.png", "*.bmp", "empty"):
         with pytest.raises(ValueError, match="there is no picture"):
             find_images([pattern])

@@ -1,4 +1,4 @@
-"""Edits inside a mask: against a plain loop of blended latent diffusion, and against edits without a mask."""
+"""Edits inside a mask, against a plain loop of blended latent diffusion, and against edits without a mask."""
 
 from dataclasses import replace
 from functools import partial
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_editor import picture
 from tiny_editor import write_tiny_editor
 
 from nanoip2p.diffusion import NoiseSchedule, plan
@@ -21,11 +22,6 @@ def editor(tmp_path_factory):
     return Editor.load(write_tiny_editor(tmp_path_factory.mktemp("weights") / "tiny"), device="cpu")
 
 
-def picture(width, height, seed):
-    low = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(low).resize((width, height), Image.Resampling.BICUBIC)
-
-
 def left_half(width, height, mode="L"):
     mask = Image.new("L", (width, height), 0)
     mask.paste(255, (0, 0, width // 2, height))
@@ -37,7 +33,7 @@ def pixels(image):
 
 
 def case(rows=2):
-    """A denoiser that reacts to all of x, latents to keep, noise, and masks of 2 x 2 pixels a latent."""
+    """A denoiser that depends on all of x, latents to keep, noise, and masks of 2 x 2 pixels per latent."""
     generator = torch.Generator().manual_seed(0)
     z_kept, target = (torch.randn(rows, 4, 6, 8, generator=generator) for _ in range(2))
 
@@ -45,7 +41,7 @@ def case(rows=2):
         return target + 0.3 * torch.tanh(x.roll(1, 3) / (1 + sigma)) + 0.1 * x.mean() / (1 + sigma)
 
     masks = [left_half(16, 12), Image.new("L", (16, 12), 0)][:rows]
-    masks[-1].paste(255, (5, 3, 6, 4))  # one pixel, so one latent
+    masks[-1].paste(255, (5, 3, 6, 4))  # one white pixel: one latent is inside
     inside = torch.zeros(rows, 1, 6, 8, dtype=torch.bool)
     inside[0, :, :, :4] = True
     inside[rows - 1, 0, 1, 2] = True
@@ -54,13 +50,13 @@ def case(rows=2):
 
 @pytest.mark.parametrize("sampler", ["euler", "euler_ancestral"])
 def test_equals_a_plain_loop_that_replaces_the_latents_in_each_step(sampler):
-    """Avrahami et al. 2206.02779, algorithm 1: outside, x is the input with noise of the step's sigma."""
+    """Avrahami et al. 2206.02779, algorithm 1: outside, x is the input, noised to the sigma of the step."""
     denoise, z_kept, noise, masks, inside = case()
     sigmas = plan(NoiseSchedule(), sampler, 7).sigmas
     blended, x = keep_outside(denoise, sigmas[0, 0] * noise, z_kept, masks)
     made = SAMPLERS[sampler](blended, x, sigmas, torch.Generator().manual_seed(5))
     generator, x = torch.Generator().manual_seed(5), sigmas[0, 0] * noise
-    eps = noise  # of the latents outside
+    eps = noise  # the noise in the latents outside
     for sigma, after, _ in sigmas.tolist():
         x = torch.where(inside, x, z_kept + sigma * eps)
         up = (after**2 * (sigma**2 - after**2) / sigma**2) ** 0.5 if sampler == "euler_ancestral" else 0
@@ -94,7 +90,7 @@ def test_every_sampler_ends_with_the_kept_latents_outside(sampler):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_pixels_outside_are_those_of_the_input(editor, sampler, low_memory):
-    """In a batch with a picture of another mask, and one without: each as if alone."""
+    """Pictures with different masks, or without one, give the same results in a batch as alone."""
     image = picture(70, 41, 1)
     given = dict(steps=3, seed=3, sampler=sampler, resolution=64, low_memory=low_memory)
     edit = partial(editor.edit, [image] * 3, "make it night", **given)
@@ -102,14 +98,14 @@ def test_pixels_outside_are_those_of_the_input(editor, sampler, low_memory):
     masked = edit(masks=[half, None, Image.new("L", (9, 9), 255)])
     assert masked[1] == plain[1] and masked[2] == plain[2]
     before, after, without = (pixels(one) for one in (fit(image, masked[0].size), masked[0], plain[0]))
-    right = masked[0].width // 2 + 3  # the mask was stretched, so its edge is soft
+    right = masked[0].width // 2 + 3  # stretching made the edge of the mask soft
     assert (after[:, right:] == before[:, right:]).all()
     assert (without[:, right:] != before[:, right:]).mean() > 0.5
     assert (after[:, : right - 6] != before[:, : right - 6]).mean() > 0.5
 
 
 def test_the_latents_outside_are_those_of_the_input(editor):
-    """Scaled, as the network sees them; a latent counts as inside from half white on."""
+    """The latents are scaled, as for the network. A latent is inside if a pixel is at least half white."""
     image, mask = picture(64, 64, 2), Image.new("L", (64, 64), 0)
     mask.paste(128, (0, 0, 4, 4))
     mask.paste(127, (4, 4, 8, 8))
@@ -123,7 +119,7 @@ def test_the_latents_outside_are_those_of_the_input(editor):
 
 
 def test_a_picture_of_the_right_size_keeps_its_own_pixels(editor):
-    """Also beside the mask's edge, where a latent is half inside; with a blur, only far from the edge."""
+    """Also beside the mask's edge, where a latent is half inside. With a blur: only far from the edge."""
     image, mask = picture(64, 64, 2), Image.new("L", (64, 64), 0)
     mask.paste(255, (11, 13, 30, 31))
     white = np.asarray(mask) > 0
@@ -152,10 +148,10 @@ def test_masks_of_any_size_and_type(mask):
 
 
 def test_a_mask_is_fitted_as_its_picture():
-    """Scaled and cropped alike, so that both stay aligned."""
+    """Mask and picture are scaled and cropped in the same way, so they stay aligned."""
     image = picture(200, 100, 0)
     mask = Image.new("L", (50, 50), 0)
-    mask.paste(255, (0, 0, 10, 50))  # the left fifth; a square result shows from a quarter on
+    mask.paste(255, (0, 0, 10, 50))  # the left fifth; a square crop begins at a quarter
     with pytest.raises(ValueError, match="no white"):
         fit_mask(mask, image, (64, 64))
     mask.paste(255, (0, 0, 25, 50))

@@ -1,4 +1,4 @@
-"""Section 3.2: the random numbers of a sample, the order of visits, the UNet's input, the loss."""
+"""Section 3.2: the random numbers of a sample, the order of the samples, the UNet's input, the loss."""
 
 import math
 from collections import Counter
@@ -37,7 +37,7 @@ SHAPE = (4, 2, 2)
 
 
 class Names:
-    """A source whose pictures are the names of their pair; names that begin with "bad" are broken."""
+    """A source that gives names in place of pictures. Names that begin with "bad" are broken pictures."""
 
     def get(self, pair, flip):
         if pair.edit.startswith("bad"):
@@ -46,7 +46,7 @@ class Names:
 
 
 def items_of(*sizes, bad=()):
-    """Items of so many pairs each; the edit of pair j of item i is "i.j"."""
+    """Items with these numbers of pairs. The edit of pair j of item i is "i.j"."""
     return [tuple(Pair(Path(f"{i}.{j}_0"), f"{'bad ' * (i in bad)}{i}.{j}", Path(f"{i}.{j}_1"))
                   for j in range(size)) for i, size in enumerate(sizes)]
 
@@ -90,7 +90,7 @@ def test_noise_has_the_moments_of_unit_normal_numbers_and_is_not_correlated(many
         assert abs(numbers.mean()) < bound and abs(numbers.var() - 1) < bound * 2**0.5
         assert abs((numbers**4).mean() - 3) < bound * 96**0.5
     flat = torch.cat([many[key].flatten(1) for key in ("posterior", "noise")], 1).double()
-    flat = torch.cat([flat[:-1], flat[1:]], 1)                  # a sample beside its neighbour
+    flat = torch.cat([flat[:-1], flat[1:]], 1)                  # each sample with the next one
     between = torch.corrcoef(flat.T) - torch.eye(flat.shape[1])
     assert between.abs().max() < 5.5 / len(flat) ** 0.5
 
@@ -99,7 +99,7 @@ def test_timesteps_are_uniform(many):
     timestep = many["timestep"]
     assert timestep.min() >= 0 and timestep.max() <= 999 and timestep.dtype == torch.int64
     counts = torch.bincount(timestep // 50, minlength=20).double()
-    assert ((counts - 200) ** 2 / 200).sum() < 45               # chi-squared of 19 degrees, 0.1% point 43.8
+    assert ((counts - 200) ** 2 / 200).sum() < 45               # 19 degrees of freedom: 43.8 at 0.1%
     seen = set(together([draw(0, number, (1, 1, 1), 3) for number in range(64)])["timestep"].tolist())
     assert seen == {0, 1, 2}
 
@@ -113,7 +113,7 @@ def test_the_other_draws_are_uniform_and_independent(many, key):
     assert torch.corrcoef(others)[0, 1:].abs().max() < 5 / 4000**0.5
 
 
-# Visits
+# The order of the samples
 
 @pytest.mark.parametrize("count", [1, 2, 24, 25])
 def test_every_epoch_visits_every_item_exactly_once_in_another_order(count):
@@ -138,7 +138,7 @@ def test_numbers_of_all_ranks_and_micro_batches_are_those_of_the_step(batch, acc
         taken = [n for own in theirs for micro in own[step * accumulate : (step + 1) * accumulate]
                  for n in micro]
         assert sorted(taken) == list(range(step * total, (step + 1) * total))
-    for rank, own in enumerate(theirs):                         # going on takes what the whole run would have
+    for rank, own in enumerate(theirs):                         # a resumed run takes the same samples
         assert list(sample_numbers(2, steps, accumulate, batch, rank, ranks)) == own[2 * accumulate :]
 
 
@@ -179,7 +179,7 @@ def test_each_epoch_draws_one_pair_of_each_item_and_in_the_end_all_of_them():
 def test_half_of_the_pairs_are_mirrored_when_it_is_asked_for():
     items = items_of(*[1] * 10)
     seen = [samples_of(items, flips=True)[number] for number in range(2000)]
-    for some in (seen, [one for one in seen if one["drop"] < 0.15]):    # whatever else is drawn
+    for some in (seen, [one for one in seen if one["drop"] < 0.15]):    # independent of `drop`
         flips = sum(one["text"].endswith("mirrored") for one in some)
         assert abs(flips - len(some) / 2) < 5 * (len(some) / 4) ** 0.5
     assert not any(samples_of(items)[number]["text"].endswith("mirrored") for number in range(200))
@@ -212,7 +212,7 @@ def test_a_broken_picture_is_named_or_the_next_item_takes_its_place():
 def test_pictures_are_opened_as_the_network_wants_them(tmp_path):
     for name, red in (("a.png", 0), ("b.png", 255)):
         image = Image.new("RGB", (16, 8), (red, 0, 0))
-        image.putpixel((4, 0), (0, 255, 0))                     # the corner, once the middle is cut out
+        image.putpixel((4, 0), (0, 255, 0))                     # the corner of the square crop
         image.save(tmp_path / name)
     get = partial(load_pair, 8, lambda texts: torch.tensor([[len(text) for text in texts]]))
     pair = Pair(tmp_path / "a.png", "four", tmp_path / "b.png")
@@ -231,15 +231,15 @@ def test_validation_is_the_same_every_time_and_spreads_its_timesteps():
         assert one["text"] == other["text"]
         assert all(torch.equal(one[key], other[key]) for key in ("noise", "posterior", "timestep", "drop"))
     assert torch.cat([batch["timestep"] for batch in first]).tolist() == list(range(50, 1000, 100))
-    assert all((batch["drop"] >= 0.15).all() for batch in first)                # nothing is dropped
-    whole = next(validation_batches(samples, 10, 10))           # whatever the batch
+    assert all((batch["drop"] >= 0.15).all() for batch in first)                # no condition is dropped
+    whole = next(validation_batches(samples, 10, 10))           # in one batch: the same
     assert torch.equal(whole["noise"], torch.cat([batch["noise"] for batch in first]))
 
 
 # The UNet's input
 
 def batch_of(count, logvar, seed=0):
-    """Moments whose mean is 1 + i/count before and 2 + i/count after; texts of 1 + i."""
+    """Moments with mean 1 + i/count before and 2 + i/count after the edit; texts filled with 1 + i."""
     drawn = together([draw(seed, number, SHAPE, 1000) for number in range(count)])
     mean = 1 + torch.arange(float(count)).view(-1, 1, 1, 1).expand(-1, *SHAPE) / count
     spread = torch.full_like(mean, logvar)
@@ -259,7 +259,7 @@ def test_text_and_picture_are_dropped_for_five_percent_each_and_both_for_five():
     assert torch.equal(no_text, (text == 0).any(1)) and torch.equal(no_image, (image == 0).any(1))
     for dropped in (no_text & ~no_image, no_image & ~no_text, no_text & no_image):
         assert abs(dropped.sum() - 200) < 5 * (4000 * 0.05 * 0.95) ** 0.5
-    assert (given["z_in"][:, :4].flatten(1) != 0).any(1).all()  # the target never is
+    assert (given["z_in"][:, :4].flatten(1) != 0).any(1).all()  # the noised latents are never dropped
 
 
 def test_each_share_of_what_is_dropped_may_be_another():
@@ -271,7 +271,7 @@ def test_each_share_of_what_is_dropped_may_be_another():
 
 
 def test_the_condition_is_the_mode_unscaled_and_the_target_the_scaled_sample_noised():
-    batch = batch_of(400, math.log(0.09))                       # a spread of 0.3
+    batch = batch_of(400, math.log(0.09))                       # standard deviation 0.3
     given, mean = seen(batch, 0.18215), batch["after"][:, :4]
     kept = batch["drop"] >= 0.15
     assert torch.equal(given["z_in"][kept, 4:], batch["before"][kept, :4])

@@ -1,4 +1,4 @@
-"""Prompt-to-Prompt without attention maps against a reference that has them (hertz.py), and by property."""
+"""Prompt-to-Prompt without stored maps, against a reference that stores them (hertz.py), and by property."""
 
 from collections import defaultdict
 
@@ -21,9 +21,9 @@ D, CD, U, CU = "DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpB
 DEEP = UNetConfig(  # the levels of Stable Diffusion 1.x
     block_out_channels=(8, 16, 24, 24), down_block_types=(CD, CD, CD, D), up_block_types=(U, CU, CU, CU),
     layers_per_block=1, attention_head_dim=2, cross_attention_dim=32, norm_num_groups=4)
-SIDE = {"deep": (64, 4), "flat": (48, 6)}  # resolution; side of the maps that are 16 x 16 in SD 1.x
+SIDE = {"deep": (64, 4), "flat": (48, 6)}  # resolution; side of the heat maps (16 in SD 1.x)
 STEPS = 5
-CAPTIONS = {  # the tokenizer knows these words but castle and small, which take several tokens
+CAPTIONS = {  # each word is one token, except castle and small
     "swap": ("turn the red house into a boat", "turn the blue house into a boat", hertz.replace),
     "swaps": ("the red house and a boat", "a blue boat and the boat", hertz.replace),
     "longer word": ("the red house into a boat", "the red castle into a boat", hertz.replace),
@@ -32,12 +32,12 @@ CAPTIONS = {  # the tokenizer knows these words but castle and small, which take
     "fewer words": ("make a small red house blue", "a red house", hertz.refine),
     "same": ("a red house into a boat", "a red house into a boat", hertz.refine),
 }
-SHARES, GUIDANCE, SEEDS = [0.3, 1.0, 0.6], [7.5, 1.0, 3.0], [5, 6, 7]  # of the pairs in one batch
+SHARES, GUIDANCE, SEEDS = [0.3, 1.0, 0.6], [7.5, 1.0, 3.0], [5, 6, 7]  # of the three pairs in a batch
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Random text-to-image models: one of SD 1.x's levels, one of two."""
+    """Random text-to-image models: one with the levels of SD 1.x, one with two levels."""
     found = {}
     for name in SIDE:
         folder = tmp_path_factory.mktemp("weights") / name
@@ -64,7 +64,7 @@ def make(painter, captions, inject, **settings):
 
 
 def watch_attention(network, run):
-    """What run() returns, and all outputs of each attention layer, a list over steps, while it runs."""
+    """The result of run(), and for each attention layer the list of its outputs, one per step."""
     outputs, hooks = defaultdict(list), []
     for name, module in network.named_modules():
         if name.endswith((".attn1", ".attn2")):
@@ -85,7 +85,7 @@ def rows_of(pairs):
 
 def compare(painter, peer, kind, inject, sampler="euler_ancestral", weights=None, windows=None, blend=None,
             negative="", shares=SHARES, steps=STEPS):
-    """Ours in one batch, the reference pair by pair: layers, latents and pictures agree."""
+    """We run all pairs in one batch, the reference runs one by one. Layers, latents and pictures agree."""
     source, edit, edit_text = CAPTIONS[kind]
     net = "deep" if len(painter.unet.config.block_out_channels) == 4 else "flat"
     resolution, side = SIDE[net]
@@ -117,7 +117,7 @@ def compare(painter, peer, kind, inject, sampler="euler_ancestral", weights=None
         assert len(steps_of_layer) == steps
         for step, output in enumerate(steps_of_layer):
             given = rows
-            if name == first and model.share_prefix:  # rows with a caption stand for those without as well
+            if name == first and model.share_prefix:  # rows with and without caption are still equal
                 given = [(j, row) for j, row in rows if row >= 2]
                 alike = [layers[j][name][step] for j in range(len(shares))]
                 assert all(relative_error(maps[:2], maps[2:]) < 1e-6 for maps in alike)
@@ -163,7 +163,7 @@ def test_equals_the_maps_of_hertz_with_v_prediction(tmp_path, inject):
     {"steps": 1}, {"shares": [0.0, 0.0, 0.0]}, {"shares": [0.5, 0.5, 0.51]}, {"shares": [1.1, 1.1, 1.1]},
 ], ids=str)
 def test_equals_the_maps_of_hertz_with_every_setting(painters, peers, settings, monkeypatch):
-    if "blend" in settings:  # random networks look everywhere, so that 0.3 of the maximum would be all
+    if "blend" in settings:  # in random networks, all heat exceeds 0.3 of the maximum
         monkeypatch.setattr(prompt_to_prompt, "BLEND_THRESHOLD", 0.9)
     compare(painters["flat"], peers["flat"], "more words", "both", **settings)
 
@@ -180,7 +180,7 @@ def test_equals_the_maps_of_hertz_with_settings_in_a_deep_network(
 
 @pytest.mark.parametrize("inject", ["self", "both"])
 def test_heat_is_the_sum_of_the_maps(painters, peers, inject):
-    """Of more words than a head is wide, so that they take several calls."""
+    """With more words than the width of a head, so that several calls are needed."""
     source, edit, edit_text = CAPTIONS["more words"]
     resolution, side = SIDE["deep"]
     model, peer = make(painters["deep"], (source, edit), inject, sampler="euler"), peers["deep"]
@@ -197,7 +197,7 @@ def test_heat_is_the_sum_of_the_maps(painters, peers, inject):
 
 
 def test_the_reference_reacts(peers):
-    """Without this, two that inject nothing, or ignore the text, would pass for equal."""
+    """Otherwise, two models that inject nothing or ignore the text would count as equal."""
     peer, (resolution, side) = peers["deep"], SIDE["deep"]
     peer.scheduler = hertz.SCHEDULERS["euler_ancestral"].from_config(peer.scheduler.config)
     red, blue, castle = "a red house", "a blue house", "a castle house"
@@ -230,8 +230,11 @@ def any_mode(request):
 
 @pytest.mark.parametrize("net", SIDE)
 def test_shared_rows_and_projected_texts_change_nothing(painters, any_mode, net, monkeypatch):
-    """The same with 4 B rows of latents and the plain text in every step. In the flat network "both" injects
-    in rows with a caption before the first text attention, where rows can therefore not be shared."""
+    """4 B rows of latents, with the plain text in every step, give the same result.
+
+    In the flat network, "both" injects before the first cross-attention, only in rows with a caption. So rows
+    cannot be shared there.
+    """
     settings = {} if any_mode == "self" else {
         "reweight": {"blue": 2.0}, "windows": {"small": (0.1, 0.6), "red": (0.5, 2.0)}}
     model = make(painters[net], CAPTIONS["more words"][:2], any_mode, blend=("house", "blue"), **settings)
@@ -268,7 +271,7 @@ def test_sources_are_untouched_and_no_share_is_no_injection(painters, any_mode, 
 
 
 def test_a_step_without_injection_is_an_ordinary_one(painters, any_mode, monkeypatch):
-    """Which is what speed.py makes quick."""
+    """It uses plain attention, which speed/fast.py can replace."""
     given, forward = [], UNet.forward
     monkeypatch.setattr(UNet, "forward", lambda self, z, t, text, given_attend: (
         given.append(given_attend is not attend), forward(self, z, t, text, given_attend))[1])
@@ -312,7 +315,7 @@ def test_paint_gives_source_and_edit_in_the_order_of_seeds(painters, any_mode):
 
 
 class Operations(TorchDispatchMode):
-    """Notes every operation and the shapes it makes."""
+    """Records every operation and the shapes of its results."""
 
     def __init__(self):
         super().__init__()
@@ -328,11 +331,11 @@ class Operations(TorchDispatchMode):
 
 
 def test_no_map_is_formed(painters, peers, any_mode):
-    """Latents of 24 x 24, so that no number of positions is also a width or a side."""
+    """Latents of 24 x 24: no number of positions is also the width of a layer or the side of a map."""
     settings = {"blend": ("house", "boat"), "steps": 3, "sampler": "euler", "resolution": 96}
     source, edit, edit_text = CAPTIONS["swaps"]
     model = PairPainter(painters["deep"], source, edit, any_mode, **settings)
-    sample = PairPainter.sample.__wrapped__  # inference mode would show attention from the outside only
+    sample = PairPainter.sample.__wrapped__  # inference mode hides operations inside attention
     with torch.no_grad(), Operations() as ours:
         sample(model, SEEDS[:2], [0.5, 0.9], GUIDANCE[:2], model.blend)
     with Operations() as theirs:
@@ -340,7 +343,7 @@ def test_no_map_is_formed(painters, peers, any_mode):
             any_mode, 0.5, 3, 36, edit_text(peers["deep"].tokenizer, source, edit)))
     positions = [(24 * 24), (12 * 12), (6 * 6), (3 * 3)]
     maps = {(rows, keys) for rows in positions for keys in (rows, 77)}
-    assert {shape[-2:] for shape in theirs.shapes} >= maps  # the watch can see them
+    assert {shape[-2:] for shape in theirs.shapes} >= maps  # the reference's maps are recorded
     assert not {shape[-2:] for shape in ours.shapes} & maps
     assert "_scaled_dot_product_flash_attention_for_cpu" in ours.names
     assert not any("softmax" in name for name in ours.names)
@@ -361,7 +364,7 @@ def test_a_text_is_projected_once_and_not_in_every_step(painters):
 
 
 def test_blend_by_hand():
-    """One hot spot for each: of the edit in a corner, of the source beside it; below 0.3 is cold."""
+    """Each picture has one hot spot: the edit in a corner, the source beside it. Heat below 0.3 is cold."""
     heat = torch.zeros(2, 1, 8, 8)
     heat[0, 0, 0, 0], heat[0, 0, 7, 7], heat[1, 0, 4, 4], heat[1, 0, 0, 7] = 1.0, 0.29, 10.0, 2.9
     x = torch.stack([torch.ones(3, 16, 16), torch.zeros(3, 16, 16)])
@@ -375,8 +378,8 @@ def test_blend_by_hand():
 
 
 def test_a_blend_of_several_words_is_the_union_of_those_that_point_somewhere():
-    """Of either caption. One that is hot in more than `most` does not count; without any, no blend."""
-    heat = torch.zeros(4, 3, 8, 8)  # of two pairs and three words
+    """Words of both captions count. A word that is hot in more than `most` is ignored. No word: no blend."""
+    heat = torch.zeros(4, 3, 8, 8)  # two pairs, three words
     heat[0, 0, 0, 0], heat[2, 1, 7, 7], heat[0, 2], heat[3, 2, :, :4] = 1, 1, 1, 1
     x = torch.cat([torch.ones(2, 3, 16, 16), torch.zeros(2, 3, 16, 16)])
     wanted = torch.zeros(16, 16)
@@ -422,8 +425,8 @@ def test_a_window_includes_its_beginning_and_not_its_end(painters):
                         windows={"blue": (0.25, 0.75)})
 
     def injecting(step):
-        """The tokens that take a map. p = 0: only the word with a window does."""
+        """The tokens that use the source's maps. With p = 0: only the word with a window."""
         own = model.injection(step / 4, torch.tensor([False])).own_weights[0].tolist()
         return [token for token, share in enumerate(own) if share == 0]
 
-    assert [injecting(step) for step in range(5)] == [[], [2], [2], [], []]  # after the start and "a"
+    assert [injecting(step) for step in range(5)] == [[], [2], [2], [], []]  # [2]: start token, "a", word

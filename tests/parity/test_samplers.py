@@ -25,7 +25,7 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 
 
 def fake_unet(x, t):
-    """An output that depends on x (mixing pixels) and on t, bounded as a real one is."""
+    """An output that depends on t and on all of x, and is bounded like that of a real UNet."""
     return torch.tanh(0.8 * x + 0.3 * x.roll(1, -1) - 0.4 * x.flip(1)) + 0.5 * torch.sin(0.01 * t + x)
 
 
@@ -34,7 +34,7 @@ def generators(seeds=(5, 6)):
 
 
 def peer(sampler, steps, config, eta=0.0):
-    """What diffusers feeds its UNet at every step, with the timesteps, and the latents it ends with."""
+    """diffusers' timesteps, the input of its UNet at every step, and its final latents."""
     unclipped = {"clip_sample": False} if sampler == "ddim" else {}
     scheduler = SCHEDULERS[sampler](**BETAS, **config, **unclipped)
     scheduler.set_timesteps(steps)
@@ -104,7 +104,7 @@ def test_karras_sigmas_with_zero_terminal_snr():
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_epsilon_with_zero_terminal_snr(sampler):
-    """diffusers' DDIM and LCM divide by zero there; its Euler and DPM-Solver put 2**-24 in place of zero."""
+    """diffusers' DDIM and LCM divide by zero here. Its Euler and DPM-Solver replace the zero by 2**-24."""
     config = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     if sampler in ("ddim", "lcm"):
         assert not peer(sampler, 20, config)[2].isfinite().any()
@@ -118,7 +118,7 @@ def test_epsilon_with_zero_terminal_snr(sampler):
 
 @pytest.mark.parametrize("timesteps", [50, 60, 999, 1000])
 def test_lcm_with_other_numbers_of_training_timesteps(timesteps):
-    """Its first sigma can be small, where c_skip counts: 0.2 at timestep 0."""
+    """The first sigma can be small, 0.2 at timestep 0. There, c_skip has an effect."""
     for steps in (*COUNTS["lcm"], 50):
         compare("lcm", steps, {"num_train_timesteps": timesteps}, most=2e-5 if steps == 50 else 1e-5)
     for n, steps in ((timesteps, 51), (49, 4)):
@@ -127,7 +127,7 @@ def test_lcm_with_other_numbers_of_training_timesteps(timesteps):
 
 
 def test_a_consistency_function_keeps_clean_latents():
-    """f(z, 0) = z, and c_skip falls from 1 to 0 as c_out rises: for timesteps of any type."""
+    """f(z, 0) = z. c_skip falls from 1 to 0 while c_out rises. Timesteps may have any type."""
     assert boundary(0) == (1, 0)
     c_skip, c_out = boundary(torch.arange(1000.0))
     assert (c_skip.diff() < 0).all() and c_out.diff().min() > -1e-6 and c_out[-1] == 1
@@ -188,7 +188,7 @@ def test_one_generator_may_serve_the_whole_batch():
 
 
 def test_noise_is_drawn_only_where_it_is_used():
-    """eta = 0 leaves the generator alone, and so does Euler ancestral's step to sigma = 0."""
+    """DDIM with eta = 0, and Euler ancestral's step to sigma = 0, do not use the generator."""
     drawn = torch.Generator().manual_seed(3)
     untouched = drawn.get_state()
     for sampler, steps in ((ddim, 3), (euler_ancestral, 1), (lcm, 1)):

@@ -36,10 +36,10 @@ def pictures():
 @pytest.mark.parametrize("sampler", ["euler_ancestral", "ddim"])
 def test_equals_diffusers(folder, pictures, sampler, strength):
     painter = TextToImage.load(folder, "cpu")
-    with torch.no_grad():  # theirs would draw a sample of the posterior
+    with torch.no_grad():  # the mode; diffusers would sample the posterior
         z = painter.vae.encode(torch.stack([to_tensor(picture) for picture in pictures]))[0]
     parts = hertz.open_peer(folder, sampler).components
-    parts["unet"].register_to_config(sample_size=64)  # without which theirs cannot be made
+    parts["unet"].register_to_config(sample_size=64)  # diffusers needs this setting
     peer = diffusers.StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
     peer.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
@@ -49,7 +49,7 @@ def test_equals_diffusers(folder, pictures, sampler, strength):
                 "sampler": sampler, "resolution": 32}
     ours = painter.generate(CAPTIONS, **settings)
     assert max(difference(a, b) for a, b in zip(ours, theirs)) <= 1
-    assert difference(theirs[0], theirs[2]) > 4  # the picture and the seed count
+    assert difference(theirs[0], theirs[2]) > 4  # the result depends on picture and seed
     assert difference(ours[0], painter.generate("turn the boat blue", **settings)[0]) > 4
 
 
@@ -75,5 +75,5 @@ def test_one_picture_for_many_captions_in_batches(folder, pictures):
     together = painter.generate(CAPTIONS, images=pictures[0], **settings,
                                 callback=lambda step, latents: steps.append(len(latents)))
     apart = painter.generate(CAPTIONS, images=pictures[:1] * 3, batch=2, **settings)
-    assert steps == [3] * 3  # half of the 6 steps that the weights name
+    assert steps == [3] * 3  # half of the 6 steps in the weights' defaults
     assert max(difference(a, b) for a, b in zip(together, apart)) <= 1

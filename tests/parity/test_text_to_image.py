@@ -1,4 +1,4 @@
-"""Text to picture against diffusers' StableDiffusionPipeline, and against itself."""
+"""TextToImage against diffusers' StableDiffusionPipeline, and against itself."""
 
 import hertz
 import pytest
@@ -26,7 +26,7 @@ def painter(folder):
 
 
 def compare(folder, sampler, cfg_text, steps=8, negative=""):
-    """Same pictures within 1/255, from a reference that is shown to react to text and seed."""
+    """Our pictures equal the reference's within 1/255. The reference reacts to text and seed."""
     theirs = hertz.open_peer(folder, sampler)(
         CAPTIONS, height=32, width=32, num_inference_steps=steps, guidance_scale=cfg_text,
         negative_prompt=[negative] * 4,

@@ -1,4 +1,4 @@
-"""nanoip2p.tokenizer against transformers' CLIPTokenizer, the same ids for any text; and against ftfy."""
+"""nanoip2p.tokenizer gives the ids of transformers' CLIPTokenizer for any text, and cleans as ftfy does."""
 
 import html
 import json
@@ -24,7 +24,7 @@ CLIP_FILES = Path(__file__).resolve().parents[3] / "shared" / "clip-tokenizer"
 needs_clip = pytest.mark.skipif(not CLIP_FILES.is_dir(), reason="CLIP's vocabulary is not in the project")
 SENTENCES = ["make the house red", "turn day to night, please", "it's a cat on a hill", "remove the tree"] * 2
 
-# What normalising, splitting or special tokens could get wrong
+# Pieces that are difficult for normalising, splitting and special tokens
 PIECES = """
 <|endoftext|> <|startoftext|> <|ENDOFTEXT|> <|endoftext |endoftext|> </w> cat</w> !
 make MAKE it's It'S we'LL he'd've 're don't rock'n'roll 'tis  ' ''
@@ -37,7 +37,7 @@ SPACES = [" ", "  ", "\t", "\n", "\r\n", "\x0b", "\x1c", "\x85", "\xa0", "\u1680
 
 
 def random_texts(count: int) -> list[str]:
-    """Texts of known traps, white space and characters from all of Unicode."""
+    """Random texts of difficult pieces, white space and characters from all of Unicode."""
     draw = random.Random(0)
 
     def piece() -> str:
@@ -54,14 +54,14 @@ def random_texts(count: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def nano(tmp_path_factory) -> Path:
-    """A folder with a small vocabulary of the nano world's kind."""
+    """A tokenizer folder with a small vocabulary, similar to the nano models'."""
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(SENTENCES, 540, folder)
     return folder
 
 
 def flags(token: str) -> dict:
-    """A special token as the settings of the published Stable Diffusion 1.5 folder describe it."""
+    """A special token with the flags that it has in the published Stable Diffusion 1.5 folder."""
     return {"content": token, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
 
 
@@ -74,7 +74,7 @@ def as_published(folder: Path) -> None:
 
 
 def listed_in_config(folder: Path) -> None:
-    """As transformers 4 from late 2023: the list says how a token is found, the roles only name it."""
+    """As written by transformers 4 since late 2023: the list has the flags, the roles only have names."""
     vocab = json.loads((folder / "vocab.json").read_text())
     listed = {vocab[token]: flags(token) | {"special": True} for token in (START, END)}
     config = {"added_tokens_decoder": listed, "bos_token": START, "eos_token": END, "pad_token": END}
@@ -82,7 +82,7 @@ def listed_in_config(folder: Path) -> None:
 
 
 def padded_otherwise(folder: Path) -> None:
-    """As Stable Diffusion 2 does, and with a shorter length."""
+    """The pad token of Stable Diffusion 2, and a shorter length."""
     special = {"bos_token": flags(START), "eos_token": flags(END), "unk_token": END, "pad_token": "!"}
     (folder / "special_tokens_map.json").write_text(json.dumps(special))
     (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 20}))
@@ -97,7 +97,7 @@ def saved_by_transformers(folder: Path) -> None:
 
 
 def with_more_tokens(folder: Path) -> None:
-    """Words added to the vocabulary, as textual inversion does."""
+    """Words added to the vocabulary, as for textual inversion."""
     theirs = transformers.CLIPTokenizer.from_pretrained(folder)
     theirs.add_tokens(["<my-cat>", transformers.AddedToken("X2Y", single_word=True, normalized=False)])
     theirs.save_pretrained(folder)
@@ -113,7 +113,7 @@ def with_named_tokens(folder: Path) -> None:
 
 
 def saved_by_transformers_4_57(folder: Path) -> None:
-    """What 4.57.3 writes for CLIPTokenizer.from_pretrained(folder, extra_special_tokens={...})."""
+    """The files that 4.57.3 writes for CLIPTokenizer.from_pretrained(folder, extra_special_tokens={...})."""
     vocab = json.loads((folder / "vocab.json").read_text())
     token = flags("<my-cat>") | {"normalized": False}
     ids = {vocab[START]: flags(START), vocab[END]: flags(END), len(vocab): token}
@@ -178,7 +178,7 @@ TYPED = """
 
 
 def fixed(text: str) -> str:
-    """By ftfy, in the form that the tokenizer's own steps give any text: composed, single spaces."""
+    """The text cleaned by ftfy, then normalised as our tokenizer does: composed (NFC), single spaces."""
     ftfy = pytest.importorskip("ftfy", "6.3")
     return " ".join(unicodedata.normalize("NFC", ftfy.fix_text(text)).split())
 
@@ -199,7 +199,7 @@ def test_typed_texts_are_cleaned_as_by_ftfy_and_as_by_openai():
     draw = random.Random(0)
     texts = [draw.choice(["", " "]).join(draw.choices(TYPED, k=draw.randrange(9))) for _ in range(5000)]
     assert [text for text in texts if folded(text) != fixed(text)] == []
-    for text in texts:  # OpenAI's basic_clean and whitespace_clean
+    for text in texts:  # as OpenAI's basic_clean and whitespace_clean do
         theirs = " ".join(html.unescape(html.unescape(fixed(text))).split())
         assert " ".join(unicodedata.normalize("NFC", clean_twice(text)).split()) == theirs, text
     assert [text for text in PLAIN if clean(text) != text or fixed(text) != text] == []
@@ -211,7 +211,7 @@ def test_typed_texts_are_cleaned_as_by_ftfy_and_as_by_openai():
     ("<b>&amp;</b>", "<b>&amp;</b>"), ("salt&pepper &copy", "salt&pepper &copy"), ("&EACUTE;", "&EACUTE;"),
     ("itâ€™s", "itâ€™s"), ("\x1b[31mred", "[31mred"), *[(text, text) for text in PLAIN]])
 def test_what_is_cleaned_and_what_is_not(typed, plain, nano):
-    """The last three cases before PLAIN are those that ftfy cleans, too."""
+    """The last three cases before PLAIN stay as they are, unlike in ftfy."""
     tokenizer = load_tokenizer(nano)
     assert clean(typed) == plain and clean(plain) == plain
     ids = tokenizer([typed])
@@ -220,7 +220,7 @@ def test_what_is_cleaned_and_what_is_not(typed, plain, nano):
 
 
 def test_words_are_found_by_their_cleaned_text(nano):
-    """As Prompt-to-Prompt looks for them: whichever quote was typed, in the caption or in the word."""
+    """Prompt-to-Prompt finds a word with any kind of quote, typed in the caption or in the word."""
     tokenizer = load_tokenizer(nano)
     for word in ("cat's", "cat’s", "cat&#39;s"):
         found = find_words(tokenizer, "“the” cat’s hill", word)

@@ -42,7 +42,7 @@ CONFIGS = {
 
 @cache
 def pair(name: str) -> tuple[UNet, UNet2DConditionModel]:
-    """Ours and theirs with the same random weights."""
+    """Our UNet and diffusers' UNet with the same random weights."""
     ours = randomise(UNet(CONFIGS[name]), seed=len(name))
     theirs = UNet2DConditionModel.from_config(CONFIGS[name].to_json()).eval()
     theirs.load_state_dict(ours.state_dict(), strict=True)
@@ -99,7 +99,7 @@ def test_every_kind_of_timestep(name, kind):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_reference_reacts_to_every_input(name):
-    """Without this, two networks that ignore the text would pass for equal."""
+    """Otherwise, two networks that ignore the text would count as equal."""
     _, theirs = pair(name)
     latents, context = inputs(CONFIGS[name], 8, 8)
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_samples_of_a_batch_do_not_mix():
 @pytest.mark.parametrize("rows", [[0, 1, 0, 1], [0, 0, 1, 1, 1], [1, 0, 0], [1, 0, 1, 1]], ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_projected_text_may_share_latents(name, rows):
-    """As the plain text with every row's own latents, to rounding; odd sizes bring odd skips."""
+    """Equal, up to rounding, to plain texts with latents for each row. Odd sizes give odd skips."""
     ours, _ = pair(name)
     latents, _ = inputs(ours.config, 7, 10)
     _, context = inputs(ours.config, 1, 1, batch=len(rows), seed=1)
@@ -135,8 +135,8 @@ def test_a_projected_text_may_share_latents(name, rows):
         assert relative_error(ours(latents[rows], 431.7, ours.project_context(context)), plain) < 1e-6
         shared = ours(latents, 431.7, ours.project_context(context, rows))
         assert relative_error(shared, plain) < 1e-5
-        assert relative_error(ours(latents[rows], 431.7, context.flip(0)), plain) > 1e-3  # the text counts
-        assert relative_error(plain[rows == 0][:1], plain[rows == 1][:1]) > 1e-2          # so do the latents
+        assert relative_error(ours(latents[rows], 431.7, context.flip(0)), plain) > 1e-3  # uses the text
+        assert relative_error(plain[rows == 0][:1], plain[rows == 1][:1]) > 1e-2          # and the latents
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -153,7 +153,7 @@ def test_projected_timesteps_are_those_of_each_step(name):
 
 
 def test_a_projected_text_needs_no_text_weights():
-    """And what a plain one needs is all there for training, at every layer, recomputed or not."""
+    """With a plain text, the text weights of every layer get gradients, with and without recomputing."""
     ours, _ = pair("like SD 1.5")
     latents, context = inputs(ours.config, 8, 8)
     texts = [weight for key, weight in ours.named_parameters() if "attn2.to_k" in key or "attn2.to_v" in key]
@@ -222,7 +222,7 @@ def test_wrong_shapes_are_named():
             ours(a, 1, b)
 
 
-# What unet/config.json of the published Stable Diffusion 1.5 says.
+# unet/config.json of the published Stable Diffusion 1.5
 PUBLISHED = {
     "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.6.0", "act_fn": "silu",
     "attention_head_dim": 8, "block_out_channels": [320, 640, 1280, 1280], "center_input_sample": False,
@@ -268,7 +268,7 @@ def test_what_we_do_not_compute_is_refused_by_name(key, value):
 @pytest.fixture(scope="module")
 def sd15_weights() -> dict:
     """Random weights of Stable Diffusion 1.5's size, 3.4 GB, that every model below shares."""
-    with torch.device("meta"):  # torch's own first weights would take as long as the test
+    with torch.device("meta"):  # drawing initial weights would take as long as the test
         model = UNet(UNetConfig())
     return randomise(model.to_empty(device="cpu"), seed=0).state_dict()
 

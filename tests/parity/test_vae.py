@@ -72,7 +72,7 @@ def test_gradients_equal_diffusers():
     reference = dict(theirs.named_parameters())
     compared = 0
     for name, parameter in ours.named_parameters():
-        if parameter.grad.norm() > 1e-6:  # a key's bias has gradient zero but for rounding
+        if parameter.grad.norm() > 1e-6:  # the gradient of a key's bias is zero, up to rounding
             assert relative_error(parameter.grad, reference[name].grad) <= 1e-4, name
             compared += 1
     assert compared >= len(reference) - 2
@@ -81,7 +81,7 @@ def test_gradients_equal_diffusers():
 @torch.no_grad()
 def test_log_variance_is_clamped():
     ours, theirs = twins(TINY_VAE)
-    theirs.quant_conv.weight.mul_(100)  # and so ours
+    theirs.quant_conv.weight.mul_(100)  # `ours` shares this weight
     image = torch.randn(2, 3, 8, 8)
     logvar = ours.encode(image)[1]
     assert logvar.min() == -30 and logvar.max() == 20
@@ -176,7 +176,7 @@ def test_tiles_of_a_trained_autoencoder_are_close_and_leave_no_seam(small_tiles)
     whole, tiled = vae.decode(mean), vae.decode_low_memory(mean)
     assert 1e-4 < relative_error(vae.encode_low_memory(image), mean) < 0.06
     assert 1e-4 < relative_error(tiled, whole) < 0.08
-    for dim in (2, 3):  # a seam would be a row or column of steps
+    for dim in (2, 3):  # a seam would be a row or column of large steps
         steps = (tiled - whole).diff(dim=dim).abs().mean(dim=(0, 1, 5 - dim))
         assert steps.max() < whole.diff(dim=dim).abs().mean()
 

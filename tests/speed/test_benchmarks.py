@@ -1,4 +1,4 @@
-"""The benchmarks run, and measure the same computation on both sides."""
+"""The benchmarks run, and both sides of a comparison compute the same."""
 
 import subprocess
 import sys
@@ -126,7 +126,7 @@ def test_attention_is_timed_by_each_kernel_of_torch(capsys):
 
 def test_a_start_is_compared_with_the_import_of_torch():
     """The aims of issue 20: 1.4 and 330 MB for an edit, 0.5 for --help. A busy machine can miss them."""
-    # A process of its own: a child's peak memory on Linux begins with that of the process that starts it
+    # In a new process: on Linux, the peak memory of a child starts at that of its parent
     out = subprocess.run([sys.executable, startup.__file__, "--repeat", "1"], capture_output=True, text=True,
                          check=True).stdout
     rows = [line.split()[-3:] for line in out.splitlines()[2:]]

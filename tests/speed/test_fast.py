@@ -1,4 +1,4 @@
-"""Faster networks against the plain ones: the same numbers, each weight in memory once."""
+"""Faster networks compute the same as the plain ones, with each weight in memory once."""
 
 import copy
 import gc
@@ -55,7 +55,7 @@ def test_equals_the_plain_network(unet, winograd, small, size, monkeypatch):
 
 @torch.no_grad()
 def test_sizes_may_change_from_call_to_call(unet, monkeypatch):
-    """Each change lays out the weights anew, from small maps to large ones and back: the same weights."""
+    """Each change between small and large maps lays out the weights anew. Their values stay the same."""
     monkeypatch.setattr(cpu, "SMALL_MAP", 100)
     made, small = lay_out(copy.deepcopy(unet)), {}
     layers = {name: layer for name, layer in made.named_modules() if isinstance(layer, Convolution)}
@@ -74,7 +74,7 @@ def test_sizes_may_change_from_call_to_call(unet, monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_other_dtypes(unet, dtype):
-    """oneDNN has no blocks of float64, and none of float16 that torch could reach; the layers work anyway."""
+    """oneDNN has no blocks for float64, and torch cannot use those for float16. The layers work anyway."""
     latents, step, text = inputs()
     wanted = copy.deepcopy(unet).double()(latents.double(), step, text.double())
     plain, given = copy.deepcopy(unet).to(dtype), (latents.to(dtype), step, text.to(dtype))
@@ -89,7 +89,7 @@ def test_other_dtypes(unet, dtype):
     ((1, 1), (3, 5), 2), ((5, 8), (4, 4), 1), ((33, 70), (6, 2), 3), ((2, 700), (2, 3), 1)], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_winograd_equals_convolution(size, channels, rows, layout):
-    """In float64 to its rounding: the same sum in another order. Large pictures are computed in strips."""
+    """In float64, equal up to rounding. Large pictures are computed in strips."""
     generator = torch.Generator().manual_seed(0)
     convolution = randomise(nn.Conv2d(*channels, 3, padding=1)).double()
     x = torch.randn(rows, channels[0], *size, generator=generator, dtype=torch.float64)
@@ -103,7 +103,7 @@ def test_winograd_equals_convolution(size, channels, rows, layout):
     (torch.float32, 320, 4), (torch.float32, 321, 2), (torch.bfloat16, 320, 2), (torch.float16, 8, 2)],
     ids=str)
 def test_large_tiles_of_winograd(dtype, channels, tile):
-    """Their weights are 4 times the plain ones, not 16/9, and they lose a digit that half precision needs."""
+    """Their weights are 4 times as large, not 16/9 times, and they lose a digit that half precision needs."""
     layer = Winograd(nn.Conv2d(channels, 640, 3, padding=1, dtype=dtype, device="cpu"))
     assert (len(layer.outputs), len(layer.held)) == (tile, (tile + 2)**2)
 
@@ -112,7 +112,8 @@ def test_large_tiles_of_winograd(dtype, channels, tile):
 @pytest.mark.parametrize("spreads", [0, 10, 100, 1000])
 @pytest.mark.parametrize("channels, size", [(16, (12, 8)), (64, (9, 9)), (320, (16, 16))], ids=str)
 def test_norm_keeps_its_digits_when_the_mean_is_large(spreads, channels, size):
-    """torch 2.13's GroupNorm is off by 2e-4 at 10 spreads and by 2e-2 at 100 in channels_last on a CPU."""
+    """In channels_last on a CPU, the error of torch 2.13's GroupNorm is 2e-4 if the mean is 10 standard
+    deviations, and 2e-2 if it is 100."""
     x = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0)) + spreads
     x = x.contiguous(memory_format=torch.channels_last)
     norm = randomise(nn.GroupNorm(4, channels))
@@ -123,7 +124,7 @@ def test_norm_keeps_its_digits_when_the_mean_is_large(spreads, channels, size):
 
 @torch.no_grad()
 def test_large_means_make_the_fast_network_hardly_farther_from_double_precision(unet):
-    """Shifted: the latents that flat pictures have, and every bias in front of a norm."""
+    """The test adds a large mean to the latents, as flat pictures have, and to every bias before a norm."""
     for name, bias in unet.named_parameters():
         if name.endswith(("conv_in.bias", "conv1.bias", "conv2.bias")):
             bias += 50
@@ -154,7 +155,7 @@ def kinds_of(model):
 
 @pytest.mark.parametrize("quick", [True, False])
 def test_which_layers_are_replaced(tmp_path, quick, monkeypatch):
-    """Winograd's weights are larger; in the lowest levels, where most weights are, they gain little."""
+    """Winograd's weights are larger. In the lowest levels, which have most weights, they save little time."""
     monkeypatch.setattr(fast, "lay_out", partial(lay_out, least=16))
     editor = Editor.load(write_tiny_editor(tmp_path), "cpu")
     editor.unet = randomise(UNet(UNetConfig(
@@ -177,13 +178,13 @@ def test_which_layers_are_replaced(tmp_path, quick, monkeypatch):
 
 
 def test_the_first_convolution_stays(unet):
-    """The pipeline asks its weight for dtype and device, also where it has 16 channels: latents of 8."""
+    """Its weight tells the pipeline the dtype and the device. This holds with 16 input channels too."""
     wide = UNet(replace(unet.config, in_channels=16))
     assert type(lay_out(wide, True, least=8).conv_in) is nn.Conv2d
 
 
 def test_in_half_precision_without_layouts_all_convolutions_use_winograd(unet):
-    """torch's own take ten times as long there, at any width. oneDNN has no layouts of float16."""
+    """torch's own convolutions take ten times as long, at any width. oneDNN has no layouts of float16."""
     lay_out(unet.half(), True, (unet.down_blocks[-1], unet.mid_block, unet.up_blocks[0]))
     kinds = kinds_of(unet)
     assert {kinds[name] for name in kinds if name.endswith(("conv1", "conv2", "conv_out"))} == {Winograd}
@@ -191,7 +192,7 @@ def test_in_half_precision_without_layouts_all_convolutions_use_winograd(unet):
 
 
 def test_a_fast_network_neither_trains_nor_takes_other_weights(unet):
-    """Nor does it hand out weights, move or copy them: it has none in the plain layout."""
+    """It does not save, move or copy its weights either, because it has none in the plain layout."""
     other = {name: weight + 1 for name, weight in unet.state_dict().items()}
     for winograd in (False, True):
         quick = lay_out(copy.deepcopy(unet), winograd, least=8)
@@ -205,7 +206,7 @@ def test_a_fast_network_neither_trains_nor_takes_other_weights(unet):
 
 @torch.no_grad()
 def test_no_layer_keeps_its_plain_weight_or_the_mapped_file(unet, tmp_path):
-    """Each weight in memory once: the layers drop the plain ones, and with the last the file is closed."""
+    """Each weight is in memory once: the layers drop the plain weights, and the last one closes the file."""
     save_network(unet, tmp_path)
     for winograd in (False, True):
         mapped = load_network(UNet, tmp_path)
@@ -236,13 +237,13 @@ def test_fast_is_chosen_where_it_pays(width, positions, chosen, tmp_path, monkey
 
 
 def test_an_edit_compiles_once_for_each_size(tmp_path, monkeypatch):
-    """Neither the timestep nor the text may be a constant of what is compiled."""
+    """The compiled network must not contain the timestep or the text as a constant."""
     graphs, real, lines = [], torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda f, dynamic, mode: real(
         f, dynamic=dynamic, fullgraph=True,
         backend=lambda graph, _: (graphs.append(graph), graph.forward)[1]))
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # `compile_unet` has to raise it
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # `compile_unet` has to raise this limit
     editor = Editor.load(write_tiny_editor(tmp_path), "cpu")
 
     def edit(side, text):
@@ -261,7 +262,7 @@ def test_an_edit_compiles_once_for_each_size(tmp_path, monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no Triton for others")
 @pytest.mark.parametrize("choice", ["auto", "sdpa", "ours"])
 def test_the_choice_of_attention(unet, choice, tmp_path, monkeypatch):
-    """On CUDA, which here is the CPU by another name."""
+    """On CUDA. In this test, the CPU pretends to be CUDA."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compiled, model = [], SimpleNamespace(unet=unet, device=torch.device("cuda:0"))
     monkeypatch.setattr(fast, "compile_unet", lambda unet, say: compiled.append(unet))
@@ -285,7 +286,7 @@ def test_a_cpu_needs_neither_triton_nor_the_tuner(tmp_path):
 
 
 def test_attention_is_measured_before_a_size_is_compiled(unet, monkeypatch):
-    """The first call of each size and number of texts is not compiled, and equals the others."""
+    """The first call of each size and number of texts is not compiled. All calls have equal results."""
     calls, recorded = [], []
 
     def chooses(q, k, v, heads, map_from=None):

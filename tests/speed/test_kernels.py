@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-if sys.platform == "linux":  # there is no Triton for others
+if sys.platform == "linux":  # Triton supports only Linux
 
     @pytest.mark.parametrize("file, interpret", [("kernel_cases.py", not torch.cuda.is_available()),
                                                  ("kernel_builds.py", False)])

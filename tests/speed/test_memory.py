@@ -1,4 +1,4 @@
-"""The memory that is counted without storage is the memory that a real step takes on the CPU."""
+"""The memory that `memory.py` counts without allocating is the memory of a real step on the CPU."""
 
 import functools
 

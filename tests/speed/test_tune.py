@@ -1,4 +1,4 @@
-"""The choice of attention kernels: with fake clocks, and kernels that fail or are wrong."""
+"""The choice of attention kernels, with a fake clock, and with kernels that fail or compute wrongly."""
 
 import json
 import sys
@@ -26,7 +26,7 @@ def right(q, k, v, heads, tile, map_from):
 
 
 class Bench:
-    """Tuners on a card that does not exist. times: milliseconds of a kernel. timed: what the clock saw."""
+    """Makes Tuners for a fake card. times: milliseconds of each kernel. timed: kernels that were timed."""
 
     def __init__(self, path):
         self.path, self.times, self.timed, self.lines, self.ran = path, {}, [], [], []
@@ -44,7 +44,7 @@ class Bench:
         return Tuner(kernel, only_ours, self.lines.append, verbose)
 
     def call(self, tuner, *given, **more):
-        """What the tuner computes, which is attention, and the kernel that it used at the second call."""
+        """Calls the tuner twice and checks the results. Returns the kernel of the second call."""
         given = given or inputs()
         wanted = attention_reference(*(x.double() for x in given[:3]), HEADS, map_from=more.get("map_from"))
         for _ in range(2):
@@ -62,7 +62,7 @@ def bench(tmp_path, monkeypatch):
     bench = Bench(tmp_path / "caches" / "nanoip2p" / "attention.json")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     monkeypatch.setattr(tune, "card", lambda device: "a card")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)  # an error without CUDA
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)  # raises without CUDA
     monkeypatch.setattr(tune, "milliseconds", bench.clock)
     return bench
 
@@ -84,7 +84,7 @@ def test_the_fastest_wins(bench):
 
 @pytest.mark.parametrize("noisy", ["default", SECOND])
 def test_a_first_measurement_that_is_slow_decides_nothing(bench, noisy, monkeypatch):
-    """Later rounds, in turns, correct it. Here torch's choice takes 1.0, and ours is 2% or 10% faster."""
+    """Later rounds correct it. Here torch's choice takes 1.0 ms, and ours is 2% or 10% faster."""
     bench.times[SECOND] = 0.98 if noisy == "default" else 0.9
     seen = set()
 
@@ -147,7 +147,7 @@ def test_a_kernel_that_fails_is_never_chosen(bench, failure, recwarn):
 
 @pytest.mark.parametrize("share, chosen", [(1.5, FIRST), (2.5, "torch's")])
 def test_twice_the_error_of_torchs_own_kernel_is_rounding(bench, share, chosen, monkeypatch):
-    """Where scores are so large that torch's own kernel is farther off than BOUNDS."""
+    """If scores are so large that the error of torch's own kernel exceeds BOUNDS."""
     monkeypatch.setattr(tune, "BOUNDS", {torch.bfloat16: 1e-6})
     given = inputs()
     wanted = tune.reference(*given, HEADS, None)
@@ -170,7 +170,7 @@ def test_a_second_process_neither_measures_nor_changes_the_choice(bench, monkeyp
 
 
 def test_a_case_is_everything_that_a_kernel_may_depend_on(bench):
-    """Another size, dtype, number of rows or kind is measured for itself."""
+    """Each size, dtype, number of rows and kind of attention is measured separately."""
     maps = torch.tensor([1, 1], dtype=torch.int32)
     calls = [(inputs(), {}), (inputs(rows=3), {}), (inputs(queries=25), {}), (inputs(keys=21), {}),
              (inputs(dtype=torch.float16), {}), (inputs(), {"map_from": maps}),
@@ -232,7 +232,7 @@ def test_a_broken_file_is_ignored_and_replaced(bench, content):
 
 
 def test_a_tile_that_we_would_not_try_here_is_measured_again(bench):
-    """It is one of ours, but for other cases: it may not fit into this card's shared memory."""
+    """A tile of ours for other cases may not fit into the shared memory of this card."""
     bench.path.parent.mkdir(parents=True)
     bench.path.write_text(json.dumps({"a card": {CASE: str(TILES["long"][3])}}))
     assert bench.call(bench.tuner()) == "torch's" and bench.timed
@@ -241,7 +241,7 @@ def test_a_tile_that_we_would_not_try_here_is_measured_again(bench):
 
 @pytest.mark.parametrize("obstacle", ["a folder", "a file in place of the folder"])
 def test_without_a_place_for_the_file_everything_works(bench, obstacle):
-    """With a line; the choice holds for this process."""
+    """It prints a line, and the choice holds for this process."""
     if obstacle == "a folder":
         bench.path.mkdir(parents=True)
     else:
@@ -337,7 +337,7 @@ def test_verbose_says_each_decision_in_a_line(bench):
 
 
 def test_all_cases_of_stable_diffusion_take_less_than_two_seconds(bench, monkeypatch):
-    """Three rows at 512 pixels on a card of 25 TFLOP/s. What Triton builds comes on top, once."""
+    """At 512 pixels on a card of 25 TFLOP/s. The time in which Triton builds kernels is not counted."""
     spent, tried = [], []
 
     def clock(run):
@@ -354,7 +354,7 @@ def test_all_cases_of_stable_diffusion_take_less_than_two_seconds(bench, monkeyp
     monkeypatch.setattr(tune, "error", lambda out, wanted: 0.0)
     tuner = bench.tuner()
     monkeypatch.setattr(tuner, "run", lambda *given: None, raising=False)
-    for rows in (2, 3):  # before the first text, two branches are one
+    for rows in (2, 3):  # 3 branches share 2 rows before the first cross-attention
         for queries, d in ((4096, 40), (1024, 80), (256, 160), (64, 160)):
             for keys in (queries, 77):
                 half = {"dtype": torch.bfloat16, "device": "meta"}
@@ -362,7 +362,7 @@ def test_all_cases_of_stable_diffusion_take_less_than_two_seconds(bench, monkeyp
                 tuner(q, k, k, 8)
     assert 100 < sum(spent) < 2000, sum(spent)
     assert len(bench.written()["a card"]) == 16
-    first = {str(some[0]) for kind, some in TILES.items() if kind != "fp32"}  # the others: only where d is 40
+    first = {str(some[0]) for kind, some in TILES.items() if kind != "fp32"}  # others: only for d = 40
     everywhere = {str(tile) for tile in TILES["long"] + TILES["text"]}
     assert set(tried) - {"default", *BACKENDS} == first | everywhere
 
@@ -380,7 +380,7 @@ def test_the_reference_is_computed_in_parts(monkeypatch):
 
 
 def test_a_compiled_network_uses_the_choice_and_is_not_compiled_again(bench):
-    """Neither is anything measured meanwhile, nor does a case that is measured later compile it anew."""
+    """Nothing is measured while it compiles. A case that is measured later does not compile it anew."""
     graphs = []
 
     def compiler(graph, _):

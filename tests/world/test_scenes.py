@@ -1,4 +1,4 @@
-"""The nano world: deterministic, unambiguous, and with held-out wordings that really are held out."""
+"""The nano world is deterministic and unambiguous, and training does not see what is held out."""
 
 import random
 import re
@@ -32,7 +32,7 @@ SAMPLE = [random_scene("test-scenes", index) for index in range(60)]
 def test_same_scene_every_time_and_streams_differ():
     assert [random_scene("test-scenes", index) for index in range(60)] == SAMPLE
     assert random_scene("train", 0) != random_scene("test", 0)
-    # Pinned: a new Python or a careless edit must not move the test set
+    # A new Python or a careless change must not change the test set
     assert random_scene("test", 0).caption() == PINNED
     assert len(set(SAMPLE)) == len(SAMPLE)
 
@@ -53,7 +53,7 @@ def test_world_is_as_rich_as_promised():
 
 @pytest.mark.parametrize("scene", SAMPLE[:20], ids=str)
 def test_every_edit_is_a_different_picture(scene):
-    """Otherwise "nearest render" could not name one winner."""
+    """Otherwise, two edits could be equally near to a result, and the evaluation could not choose."""
     results = [scene, *(edit.scene for edit in scene.edits())]
     pictures = {result.render(64).tobytes() for result in results}
     assert len(pictures) == len(results)
@@ -75,7 +75,7 @@ def test_edits_change_one_thing_and_say_so():
 
 
 def test_what_is_held_out_is_seen_in_other_company():
-    """Every held-out thing and edit shares its parts with what training sees, and nothing that it sees."""
+    """Training sees each part of a held-out thing or edit, but never the combination."""
     seen = [edit for scene in SAMPLE for edit in training_edits(scene)]
     shown = {(thing.kind, thing.colour) for edit in seen for thing in edit.scene.things}
     done = {(edit.kind, edit.thing) for edit in seen}
