@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# A Stable Diffusion 1.x checkpoint needs 8,000 reads. A far longer header would fill the memory
+# Reads of the header. Stable Diffusion 1.x needs 8,000; a far longer header would fill the memory
 MOST_READS = 100_000
 PACKED = torch.int8  # dtype of a Q8_0 tensor that was not unpacked; it is on the meta device
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from nanoip2p import __version__
 from nanoip2p.common.schema import checked, shown
 
-# Choices of flags: copies of the keys of tables in modules that import torch, which --help does not need
+# Choices of flags. They repeat keys of tables in modules that import torch: --help should not wait for torch
 SAMPLERS = ("ddim", "dpmpp_2m", "euler", "euler_ancestral", "lcm")
 DTYPES = ("bf16", "fp16", "fp32")
 MODES = ("self", "cross", "both", "none")
@@ -140,7 +140,7 @@ def one_line(message) -> str:
     text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in
                    " ".join(str(message).split()))
     half = LETTERS // 2 - 2
-    return text if len(text) <= LETTERS else f"{text[:half]} … {text[-half:]}"  # messages end with advice
+    return text if len(text) <= LETTERS else f"{text[:half]} … {text[-half:]}"  # advice is at the end
 
 
 def say(*messages) -> None:
