@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
             save.convert(checkpoint, args.target, dtype, args.ema_copy)
             print(f"wrote {args.target}")
             if args.target.suffix == ".safetensors":
-                print("a single file has no tokenizer: to load it, give that of the source as --tokenizer")
+                print("the file has no tokenizer; to load it, give the source's tokenizer as --tokenizer")
 
     return cli.run(work, "interrupted; nothing was written", "close other programs")
 

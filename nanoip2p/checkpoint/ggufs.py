@@ -42,7 +42,7 @@ def read_gguf(path: Path, prefix: str | None = "") -> dict[str, Tensor]:
     kinds = {tensor.tensor_type.name for tensor in reader.tensors}
     if unknown := kinds - {"F32", "F16", "BF16", "Q8_0"}:
         raise ValueError(f"{path} holds {', '.join(sorted(unknown))}; nanoip2p reads F32, F16, BF16, Q8_0; "
-                         "take a file of one of these")
+                         "use a file in one of these formats")
 
     def read(tensor) -> Tensor:
         shape, kind = tensor.shape.tolist()[::-1], tensor.tensor_type.name

@@ -27,7 +27,7 @@ from nanoip2p.common.schema import LONGEST, checked, shown
 from nanoip2p.pipeline import Model
 
 METADATA = "lora_adapter_metadata"  # diffusers' key of peft's settings, as JSON: {"unet.lora_alpha": 8, ...}
-TENSOR = re.compile(  # groups: layer, kind, "alpha"; a name that we do not know has neither of the last two
+TENSOR = re.compile(  # groups: layer, kind, "alpha"; an unknown name has only the first group
     r"(.*?)(?:[._]lora(?:_linear_layer)?[._](down|up|mid|A|B)(?:\.[^.]+)?\.weight|\.(alpha))?", re.DOTALL)
 PREFIX = re.compile(r"^(base_model_model_|lora_)?(unet_|te_|text_encoder_)?(text_model_)?|_processor")
 

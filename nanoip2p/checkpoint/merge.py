@@ -78,4 +78,4 @@ def traits(checkpoint: Checkpoint) -> dict:
     return {"prediction_type": noise.prediction_type, "noise levels": noise.alphas_cumprod().tolist()} | {
         f"{key} of the {part}": value for part, network in checkpoint.networks.items()
         for key, value in vars(network.model.config).items()
-        if key not in ("projection_dim", "eos_token_id")}  # used only for pooled text embeddings, unlike here
+        if key not in ("projection_dim", "eos_token_id")}  # for pooled text embeddings, unused here

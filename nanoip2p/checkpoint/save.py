@@ -38,7 +38,7 @@ def save_parts(
     write_json(scheduler_config, folder / "scheduler" / "scheduler_config.json")
     for name in TOKENIZER_FILES:
         source, target = Path(tokenizer_folder) / name, folder / "tokenizer" / name
-        if source.exists() and source.resolve() != target.resolve():
+        if source.exists():
             with replacing(target) as temporary:
                 shutil.copyfile(source, temporary)
     write_json(defaults, folder / "defaults.json")

@@ -26,7 +26,7 @@ PREFIXES = {UNet: "model.diffusion_model.", VAE: "first_stage_model.",
 CONV_IN = PREFIXES[UNet] + "input_blocks.0.0.weight"
 Read = Callable[..., dict[str, Tensor]]  # reads the tensors of a file, see tensors.read_tensors
 SD15 = {"unet": UNetConfig().to_json(), "vae": VAEConfig().to_json(),
-        "text_encoder": CLIPTextConfig().to_json()}  # of original files; editors have in_channels 8
+        "text_encoder": CLIPTextConfig().to_json()}  # of original files; an editor's UNet has in_channels 8
 # Our name -> original name. UNET_LAYERS: layers of the UNet's residual blocks. VAE_NAMES: parts of a name
 UNET_LAYERS = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
               "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}

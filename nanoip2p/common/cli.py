@@ -24,7 +24,7 @@ SWITCH = argparse.BooleanOptionalAction  # adds --no-FLAG beside --FLAG, to over
 
 
 def import_torch():
-    """Import torch and return it. The import takes seconds. Ctrl-C then ends the process without a traceback.
+    """Import torch and return it. This takes seconds; Ctrl-C ends the process without a traceback.
 
     The signal handler exits, because torch's C code, which imports numpy, loses a KeyboardInterrupt. The
     garbage collector ignores torch's many objects, which stay until the end. This saves half a second.
@@ -81,7 +81,7 @@ def path(text: str) -> Path:
 
 
 def flag(help: str, default=None, **options):
-    """A dataclass field for add_settings. options: for add_argument; `group`: begin a group of this name."""
+    """A dataclass field for add_settings. options: for add_argument, and `group`, which begins a group."""
     return dataclasses.field(default=default, metadata={"help": help, **options})
 
 

@@ -75,5 +75,5 @@ def read_config(cls: type, config: dict, fixed: dict, ignored: set[str]):
         elif key in fixed and (tuple(value) if isinstance(value, list) else value) != fixed[key]:
             raise ValueError(f"{name} = {shown(value)} is not supported, only {fixed[key]!r}")
         elif value and not (key in fixed or key in ignored or key.startswith("_")):
-            raise ValueError(f"{name} = {shown(value)} is not supported: no setting of Stable Diffusion 1.x")
+            raise ValueError(f"{name} = {shown(value)} is not supported: unknown in Stable Diffusion 1.x")
     return cls(**supported)

@@ -92,7 +92,7 @@ def check_writable(path: str | Path) -> None:
 
 
 def unique_stems(paths: list[str]) -> list[str]:
-    """Stems of output files, unique even without case: a/house.png, b/House.jpg -> house, House-2."""
+    """Stems of output files, unique even if case is ignored: a/house.png, b/House.jpg -> house, House-2."""
     stems = {}
     for stem in (Path(path).stem for path in paths):
         names = (stem if k == 1 else f"{stem}-{k}" for k in count(1))

@@ -56,7 +56,7 @@ def beside(images: list[Image.Image]) -> Image.Image:
 
 
 def wrap(rows: list[list], labels: list[list[str]], groups: tuple[int, ...] = (1,)) -> tuple[list, list]:
-    """Break rows for `grid` that are wider than WIDTH. The first column then has the row's first picture.
+    """Break rows for `grid` that are wider than WIDTH. The left column keeps only the row's first picture.
 
     groups: numbers of pictures to keep together; the first number that fits is used.
     """
