@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-# The tensors may take MOST_UNPACKED bytes per byte of the file, plus FREE. Weights hardly compress; a small
-# file of zeros could fill the memory
+# Most bytes of tensors per byte of the file, plus FREE bytes. A small file of zeros could fill the memory
 MOST_UNPACKED, FREE = 20, 100 * 2**20
 
 

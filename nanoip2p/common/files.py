@@ -18,7 +18,6 @@ from typing import BinaryIO
 
 CHECKOUT = Path(__file__).resolve().parents[2]  # root of the repository, which holds the nano weights
 LONGEST_LINE = 2**20  # bytes in a line of a JSONL, CSV or text file; a caption with its edit needs 5,000
-
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters and surrogates
 
 

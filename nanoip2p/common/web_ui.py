@@ -16,8 +16,7 @@ def web_text(recipe: dict, size: tuple[int, int]) -> str:
     """The text `parameters` of a picture, from a recipe of sample.py. size: (width, height) of the picture.
 
     Programs split the texts at "Negative prompt:" and at line breaks, and the values at commas and colons. So
-    texts lose line breaks and the colon of "Negative prompt:", and the model's name loses commas, colons and
-    quotes.
+    texts lose line breaks and the colon of "Negative prompt:"; the name loses commas, colons and quotes.
     """
     prompt, negative = (re.sub("Negative prompt:+", "Negative prompt", tidy(text)) for text in (
         ", then ".join(recipe["edit"]), recipe["negative"]))
