@@ -3,10 +3,13 @@
     python -m nanoip2p.checkpoint instruct-pix2pix-00-22000.ckpt           # list the networks
     python -m nanoip2p.checkpoint in.ckpt out-folder/                      # single file -> diffusers folder
     python -m nanoip2p.checkpoint out-folder/ single.safetensors --dtype fp16
-    python -m nanoip2p.checkpoint merge --help                             # A + (B - C), and weighted sums
+    python -m nanoip2p.checkpoint merge A --add B --minus C out-folder/    # add difference: A + M (B - C)
+    python -m nanoip2p.checkpoint merge A --with B --weight 0.3 out.safetensors    # sum: (1 - M) A + M B
+
+M is --weight. `merge` merges all networks, as the web UIs do. A + M (B - C) makes an editor from the model B:
+A is an editor, and C is the base of A and B. `merge --help` lists the flags.
 """
 
-import ast
 import signal
 import sys
 from pathlib import Path
@@ -18,17 +21,15 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command and return the exit code, see cli.run."""
     words = sys.argv[1:] if argv is None else argv
     merging = words[:1] == ["merge"]
-    merge = Path(__file__).with_name("merge.py").read_text(encoding="utf-8")
-    parser = cli.make_parser(prog="python -m nanoip2p.checkpoint" + " merge" * merging,
-                             description=ast.get_docstring(ast.parse(merge), False) if merging else __doc__)
+    parser = cli.make_parser(prog="python -m nanoip2p.checkpoint" + " merge" * merging, description=__doc__)
     parser.add_argument("source", help="a folder, a single file, or a name on the Hub")
     parser.add_argument("target", type=Path, nargs=None if merging else "?",
                         help="a new folder or .safetensors file; default: only inspect the source")
     if merging:
         either = parser.add_mutually_exclusive_group(required=True)
-        either.add_argument("--add", metavar="B", help="model to add, less the model of --minus")
-        either.add_argument("--with", metavar="B", dest="other", help="model for a weighted sum")
-        parser.add_argument("--minus", metavar="C", help="base of B, for --add")
+        either.add_argument("--add", metavar="B", help="model B of A + M (B - C)")
+        either.add_argument("--with", metavar="B", dest="other", help="model B of (1 - M) A + M B")
+        parser.add_argument("--minus", metavar="C", help="model C, the base of B")
         parser.add_argument("--weight", metavar="M", type=cli.finite, help="default: 1; 0.5 with --with")
     parser.add_argument("--dtype", choices=cli.DTYPES, help="dtype of written weights; default: unchanged")
     parser.add_argument("--ema-copy", action="store_true",
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
             save.convert(checkpoint, args.target, dtype, args.ema_copy)
             print(f"wrote {args.target}")
             if args.target.suffix == ".safetensors":
-                print("a single file has no tokenizer: to load it, give the source's as --tokenizer")
+                print("the file has no tokenizer; to load it, give the source's tokenizer as --tokenizer")
 
     return cli.run(work, "interrupted; nothing was written", "close other programs")
 

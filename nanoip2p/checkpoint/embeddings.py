@@ -1,4 +1,4 @@
-"""Textual inversions (Gal et al. 2208.01618): files with the vectors of one new word of the text encoder."""
+"""Textual inversions (Gal et al. 2208.01618): files with the token embeddings of one new word."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -30,10 +30,10 @@ def add_embedding(model: Model, path: str | Path) -> str:
     n = max(1, min(len(vectors), tokenizer.length - 2))  # at most as many as fit into a text
     check_tensors({word: vectors}, {word: torch.empty(n, width, device="meta")}, path)
     tokens = [word, *(f"{word}_{i}" for i in range(1, n))]
-    base, _, number = word.rpartition("_")  # beside <x> and <x>_1, a word <x>_2 would be their third token
+    base, _, number = word.rpartition("_")  # with <x> and <x>_1, <x>_2 would be their third token
     before = base if number == "1" else f"{base}_{int(number) - 1}" if number.isdecimal() else None
     added = {token.content.lower() for token in tokenizer.backend.get_added_tokens_decoder().values()}
-    taken = {token.lower() for token in tokenizer.backend.get_vocab()}  # capitals do not matter in a text
+    taken = {token.lower() for token in tokenizer.backend.get_vocab()}  # case does not matter in a text
     if not word or before and before.lower() in added or taken & {x.lower() for x in (f"{word}_1", *tokens)}:
         raise ValueError(f"{path}: its word {word!r} is empty, known, or would share tokens with a known "
                          f"word; rename {'the file' if unnamed else 'its tensor'}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nanoip2p.checkpoint.tensors import FLOAT8, cast, check_tensors, find_weights, write_tensors
+from nanoip2p.checkpoint.tensors import FLOAT8, cast, check_tensors, read_weights, write_tensors
 from nanoip2p.clip import CLIP, TextEncoder
 from nanoip2p.common.files import read_json, write_json
 from nanoip2p.common.schema import checked, shown
@@ -18,7 +18,7 @@ from nanoip2p.vae import VAE
 # Our class -> the class that reads the same folder in diffusers or transformers
 CLASS_NAMES = {UNet: "UNet2DConditionModel", VAE: "AutoencoderKL", TextEncoder: "CLIPTextModel",
                CLIP: "CLIPModel"}
-DRAWS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
+DRAWS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)  # they draw initial values
 MOST_PARAMETERS = 10**10  # of one network: ten times the UNet of Stable Diffusion 1.x
 
 
@@ -27,7 +27,7 @@ class StoredNetwork:
     """A network whose weights are still on disk."""
 
     model: nn.Module  # on torch's meta device, without weights
-    read: Callable[[], dict[str, Tensor]]  # maps the file at each call; a kept mapping fills the memory
+    read: Callable[[], dict[str, Tensor]]  # maps the file at each call: a kept mapping would fill the memory
     path: Path  # the file or folder, for error messages
 
     def load(self, dtype: torch.dtype | None) -> nn.Module:
@@ -45,7 +45,7 @@ class StoredNetwork:
 
 
 class Undrawn(TorchFunctionMode):
-    """Skips random initial values. Drawing them on the meta device imports torch._dynamo, sympy and FSDP."""
+    """Skips the functions DRAWS. On the meta device, they would import torch._dynamo, sympy and FSDP."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return kwargs["tensor"] if func in DRAWS else func(*args, **kwargs or {})
@@ -64,7 +64,7 @@ def build_without_memory(cls: type, config: dict, path: Path) -> nn.Module:
 
 
 def open_network(cls: type, folder: str | Path, raw: bool = False) -> StoredNetwork:
-    """Read config.json. The weights are found later, by find_weights. ValueError for an unsuitable config."""
+    """Read config.json. `read_weights` reads the weights later. ValueError for an unsuitable config."""
     folder, wanted = Path(folder), CLASS_NAMES[cls]
     config = read_json(folder / "config.json")
     architectures = checked(config.get("architectures") or [wanted], list[str], f"{folder}: architectures")
@@ -73,7 +73,7 @@ def open_network(cls: type, folder: str | Path, raw: bool = False) -> StoredNetw
         raise ValueError(f"{folder} holds a {shown(stored)}, not the {wanted} needed here")
     model = build_without_memory(cls, config, folder / "config.json")
     published_names = getattr(cls, "published_names", dict)
-    return StoredNetwork(model, lambda: published_names(find_weights(folder, raw)), folder)
+    return StoredNetwork(model, lambda: published_names(read_weights(folder, raw)), folder)
 
 
 def load_network(cls: type, folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:

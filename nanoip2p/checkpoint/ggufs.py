@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# A Stable Diffusion 1.x checkpoint needs 8,000 reads. A far longer header would fill the memory
+# Reads of the header. Stable Diffusion 1.x needs 8,000; a far longer header would fill the memory
 MOST_READS = 100_000
 PACKED = torch.int8  # dtype of a Q8_0 tensor that was not unpacked; it is on the meta device
 
@@ -42,7 +42,7 @@ def read_gguf(path: Path, prefix: str | None = "") -> dict[str, Tensor]:
     kinds = {tensor.tensor_type.name for tensor in reader.tensors}
     if unknown := kinds - {"F32", "F16", "BF16", "Q8_0"}:
         raise ValueError(f"{path} holds {', '.join(sorted(unknown))}; nanoip2p reads F32, F16, BF16, Q8_0; "
-                         "take a file of one of these")
+                         "use a file in one of these formats")
 
     def read(tensor) -> Tensor:
         shape, kind = tensor.shape.tolist()[::-1], tensor.tensor_type.name

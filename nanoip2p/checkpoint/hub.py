@@ -43,7 +43,7 @@ def fetch_clip(name: str) -> Path:
 
 
 def is_cached(name: str) -> bool:
-    """Whether the Hub's cache has files of this model, because the user asked for it before."""
+    """Whether the Hub's cache has files of this model, from an earlier download."""
     from huggingface_hub.constants import HF_HUB_CACHE
     match = NAME.fullmatch(name)
     return bool(match) and Path(HF_HUB_CACHE, f"models--{match[1].replace('/', '--')}").is_dir()
@@ -115,7 +115,7 @@ def _folder_of(choose: Callable[[list[str]], list[str]], root: Path) -> Path | N
 
 
 def _fetch(name: str, choose: Callable[[list[str]], list[str]], needs: str) -> Path:
-    """Download the files that `choose` returns; return their cache folder. needs: the files, for an error."""
+    """Download the files that `choose` returns; return their cache folder. needs: these files in words."""
     from huggingface_hub import HfApi, snapshot_download
 
     match = NAME.fullmatch(name)
@@ -125,7 +125,7 @@ def _fetch(name: str, choose: Callable[[list[str]], list[str]], needs: str) -> P
     try:
         info = HfApi().model_info(repo, revision=revision, timeout=TIMEOUT)
         files, problem = choose([file.rfilename for file in info.siblings]), None
-    except Exception as error:  # any HTTP client's error, or an error from parsing a Wi-Fi login page
+    except Exception as error:  # of any HTTP client, or from parsing a Wi-Fi login page
         files, problem = None, error
     if files == []:
         raise ValueError(f"{name} on the Hub holds no {needs}")
@@ -137,7 +137,7 @@ def _fetch(name: str, choose: Callable[[list[str]], list[str]], needs: str) -> P
     except Exception as error:
         problem = problem or error
     kind = type(problem).__name__
-    if kind == "HfHubHTTPError" and problem.response.status_code in (401, 403):  # as some mirrors answer
+    if kind == "HfHubHTTPError" and problem.response.status_code in (401, 403):  # some mirrors answer so
         kind = "RepositoryNotFoundError"
     first_line = str(problem).partition("\n")[0]
     unknown = f"it is neither in the Hub's cache nor can it be fetched ({kind}: {first_line})"

@@ -62,7 +62,7 @@ def open_checkpoint(name: str | Path, vae: str | Path | None = None, tokenizer: 
     vae: a file or folder with another autoencoder. tokenizer: a tokenizer's folder or name on the Hub.
     raw_weights: whether to use the raw weights of a checkpoint that also has averaged (EMA) ones; None: only
     if the EMA cannot be their average, see single_file.is_average. Raises ValueError if `name` is no Stable
-    Diffusion 1.x checkpoint; the message says what it holds.
+    Diffusion 1.x checkpoint; the message says what the file holds.
     """
     source = Path(name) if Path(name).exists() else fetch_weights(str(name), raw_weights is True)
     own_vae = None if vae is None else _open_vae(Path(vae))
@@ -75,7 +75,7 @@ def open_checkpoint(name: str | Path, vae: str | Path | None = None, tokenizer: 
                          f"the text encoder returns {text.hidden_size}")
     if unet.in_channels not in (latent, 2 * latent) or unet.out_channels != latent:
         raise ValueError(f"{source}: the UNet has {unet.in_channels} input and {unet.out_channels} output "
-                         f"channels; only {latent} (editor: {2 * latent}) and {latent} are supported")
+                         f"channels, instead of {latent} (editor: {2 * latent}) and {latent}")
     if not autoencoder.in_channels == autoencoder.out_channels == 3:
         raise ValueError(f"{source}: the autoencoder's pictures have {autoencoder.in_channels} and "
                          f"{autoencoder.out_channels} colours, not 3")

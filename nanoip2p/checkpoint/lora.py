@@ -27,7 +27,7 @@ from nanoip2p.common.schema import LONGEST, checked, shown
 from nanoip2p.pipeline import Model
 
 METADATA = "lora_adapter_metadata"  # diffusers' key of peft's settings, as JSON: {"unet.lora_alpha": 8, ...}
-TENSOR = re.compile(  # groups: layer, kind, "alpha"; a name that we do not know has neither of the last two
+TENSOR = re.compile(  # groups: layer, kind, "alpha"; an unknown name has only the first group
     r"(.*?)(?:[._]lora(?:_linear_layer)?[._](down|up|mid|A|B)(?:\.[^.]+)?\.weight|\.(alpha))?", re.DOTALL)
 PREFIX = re.compile(r"^(base_model_model_|lora_)?(unet_|te_|text_encoder_)?(text_model_)?|_processor")
 
@@ -50,7 +50,7 @@ def apply_loras(model: Model, given: list[str]) -> list[str]:
         seen.append(path.resolve())
         for place, (scale, factors) in layers.items():
             changes.setdefault(place, []).append((weight * scale, factors))
-    for change_them in (False, True):  # first only check: results of all layers may not fit into memory
+    for change_them in (False, True):  # the first pass only checks: all results may not fit into memory
         for (network, name), summands in changes.items():
             layer = network.get_submodule(name)
             merged = layer.weight.detach().float().clone()  # not in place: it may be mapped from a file
@@ -108,12 +108,13 @@ def read_lora(model: Model, path: Path) -> tuple[dict, str]:
         raise
     layout = {"base": "peft", "lora": "kohya"}.get(next(iter(tensors))[:4], "diffusers")
     own = path.with_name("adapter_config.json")
-    said = read_json(own, {}) if layout == "peft" else files.json_metadata(path, METADATA)
+    settings = read_json(own, {}) if layout == "peft" else files.json_metadata(path, METADATA)
     layers, alphas, notes = {}, [], []
     for (network, name), factors in fitted.items():
         part = "" if layout == "peft" else "unet." if network is model.unet else "text_encoder."
-        stored, power = found[network, name].get("alpha"), 0.5 if said.get(f"{part}use_rslora") is True else 1
-        alpha = _alpha(said, part, name, path) if stored is None else stored.squeeze().tolist()
+        stored = found[network, name].get("alpha")
+        power = 0.5 if settings.get(f"{part}use_rslora") is True else 1
+        alpha = _alpha(settings, part, name, path) if stored is None else stored.squeeze().tolist()
         alpha = checked(alpha, float | None, f"{path}: alpha of {name}", 1e-9)
         alphas += [] if alpha is None else [alpha]
         layers[network, name] = 1.0 if alpha is None else alpha / len(factors["down"]) ** power, factors
@@ -147,11 +148,11 @@ def _fit(network: nn.Module, name: str, parts: dict[str, Tensor], path: Path) ->
     return factors
 
 
-def _alpha(said: dict, part: str, name: str, path: Path) -> float | None:
-    """The alpha of one layer in peft's settings `said`; None if they have no alpha."""
-    alpha = said.get(f"{part}lora_alpha")
-    patterns = checked(said.get(f"{part}alpha_pattern") or {}, dict, f"{path}: alpha_pattern")
-    for pattern in reversed(patterns):  # the first match wins. For peft these are regular expressions
+def _alpha(settings: dict, part: str, name: str, path: Path) -> float | None:
+    """The alpha of one layer in peft's settings; None if they have no alpha."""
+    alpha = settings.get(f"{part}lora_alpha")
+    patterns = checked(settings.get(f"{part}alpha_pattern") or {}, dict, f"{path}: alpha_pattern")
+    for pattern in reversed(patterns):  # reversed: the first match wins. peft reads regular expressions
         bare = pattern.removeprefix("^")
         if len(patterns) > LONGEST or not re.fullmatch(r"[\w.]+", bare):
             raise ValueError(f"{path}: alpha_pattern has {shown(pattern)}; only names of layers are read")
@@ -173,6 +174,6 @@ def write_lora(path: Path, layers: dict[str, tuple[Tensor, Tensor]], alpha: floa
         tensors |= {f"{begin}.alpha": torch.tensor(float(alpha))} if kohya else {}
         up = up.reshape(*up.shape[:2], *[1] * (down.ndim - 2))
         tensors |= {f"{begin}.{a}.weight": down, f"{begin}.{b}.weight": up}
-    said = {"unet.r": max(ranks.values()), "unet.lora_alpha": alpha, "unet.target_modules": [*layers],
+    settings = {"unet.r": max(ranks.values()), "unet.lora_alpha": alpha, "unet.target_modules": [*layers],
             "unet.rank_pattern": {f"^{name}": rank for name, rank in ranks.items()}}
-    files.write_tensors(tensors, path, metadata=None if kohya else {METADATA: json.dumps(said)})
+    files.write_tensors(tensors, path, metadata=None if kohya else {METADATA: json.dumps(settings)})

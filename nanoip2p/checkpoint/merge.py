@@ -1,10 +1,4 @@
-"""Merge all networks of two or three checkpoints, as the web UIs do. M is --weight.
-
-    python -m nanoip2p.checkpoint merge A --add B --minus C out-folder/    # add difference: A + M (B - C)
-    python -m nanoip2p.checkpoint merge A --with B --weight 0.3 out.safetensors    # sum: (1 - M) A + M B
-
-The first command makes an editor from the model B: A is an editor, and C is the base of A and B.
-"""
+"""Merge all networks of two or three checkpoints, as the web UIs do: see checkpoint/__main__.py."""
 
 from dataclasses import replace
 from functools import partial
@@ -34,7 +28,7 @@ class Merged(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
-        if operation is torch.ops.aten.detach.default:  # a module detaches its weights
+        if operation is torch.ops.aten.detach.default:  # modules detach weights; this needs no numbers
             return cls(*args[0].recipe)
         return operation(*tree_map_only(cls, lambda one: merge_tensors(*one.recipe), args), **(kwargs or {}))
 
@@ -42,7 +36,7 @@ class Merged(Tensor):
 def merge_tensors(name: str, share: float, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
     """Merge A and B, or A, B and C, in at least float32, then round to `dtype`.
 
-    Input channels that B or C lacks stay as in A: if only A is an editor, the picture's channels of conv_in.
+    Input channels that B or C lacks stay as in A: in conv_in, only an editor has channels for the picture.
     Unchanged numbers keep their bits, even the sign of zero. ValueError if a number is too large for float16.
     """
     result = tensors[0].to(torch.promote_types(tensors[0].dtype, torch.float32), copy=True)
@@ -57,8 +51,8 @@ def merge_tensors(name: str, share: float, tensors: list[Tensor], dtype: torch.d
 def merge(opened: list[Checkpoint], names: list[str], share: float, dtype: torch.dtype | None) -> Checkpoint:
     """The weighted sum of two checkpoints, or A + share (B - C) of three. The settings come from A.
 
-    names: of the checkpoints, for the formula. dtype: None keeps the dtypes of A. The networks of the result
-    read Merged tensors. Raises ValueError if the checkpoints do not fit together.
+    names: the checkpoints' names, for the formula. dtype: None keeps the dtypes of A. The networks of the
+    result read Merged tensors. Raises ValueError if the checkpoints do not fit together.
     """
     (a, b, *c), (ours, *others), width = map(tidy, names), map(traits, opened), "in_channels of the unet"
     for name, theirs in zip((b, *c), others):
@@ -84,4 +78,4 @@ def traits(checkpoint: Checkpoint) -> dict:
     return {"prediction_type": noise.prediction_type, "noise levels": noise.alphas_cumprod().tolist()} | {
         f"{key} of the {part}": value for part, network in checkpoint.networks.items()
         for key, value in vars(network.model.config).items()
-        if key not in ("projection_dim", "eos_token_id")}  # they only affect pooled texts, unused here
+        if key not in ("projection_dim", "eos_token_id")}  # for pooled text embeddings, unused here

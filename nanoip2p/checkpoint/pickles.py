@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-# The tensors may take MOST_UNPACKED bytes per byte of the file, plus FREE: weights hardly compress, zeros do
+# Most bytes of tensors per byte of the file, plus FREE bytes. A small file of zeros could fill the memory
 MOST_UNPACKED, FREE = 20, 100 * 2**20
 
 
@@ -31,10 +31,10 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     """Read a file of torch.save. Returns its named tensors, or the tensors of its innermost "state_dict".
 
     The tensors are on the CPU, need no gradients, and are memory-mapped (unless the file is compressed or
-    older than PyTorch 1.6). Raises ValueError if the file has another format (TorchScript, tar), is
-    truncated, has no named tensors, or unpacks to much more than its size. Also raises ValueError for a
-    non-empty dict or list of an unknown class, and for any unknown class in a file older than PyTorch 1.6:
-    torch.load cannot read these. Raises ValueError for every pickle before torch 2.10.
+    older than PyTorch 1.6). Raises ValueError with torch older than 2.10, and for a file that has another
+    format (TorchScript, tar), is truncated, has no named tensors, or unpacks to much more than its size. Also
+    raises ValueError for content that torch.load cannot read: a non-empty dict or list of an unknown class,
+    and any unknown class in a file older than PyTorch 1.6.
     """
     if torch.__version__ < (2, 10):
         raise ValueError(f"{path} is a pickle, which torch {torch.__version__} does not read safely; update "
@@ -49,9 +49,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")
             content = torch.load(path, "cpu", weights_only=True, mmap=mapped)
         while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-            content = content.pop("state_dict")  # pop, so that it ends if a dict contains itself
+            content = content.pop("state_dict")  # pop: the loop ends even if a dict contains itself
         if isinstance(content, dict) and "string_to_param" in content:  # a textual inversion
-            words = content["string_to_param"]  # files of 2022 have a ParameterDict, read as _Inert
+            words = content["string_to_param"]  # in files of 2022 a ParameterDict, which is read as _Inert
             words = words if isinstance(words, dict) else words.state[0]["_parameters"]
             content = {f"string_to_param.{word}": vectors for word, vectors in words.items()}
         tensors = {name: value.detach()

@@ -30,7 +30,7 @@ def save_parts(
     merged_from: see load.Checkpoint.
     """
     folder, resolution = Path(folder), (PAPER_DEFAULTS | defaults)["resolution"]
-    if defaults.get("sampler") == "lcm":  # so that diffusers needs only few steps, too
+    if defaults.get("sampler") == "lcm":  # so that diffusers uses this sampler too
         scheduler_config = scheduler_config | {"_class_name": "LCMScheduler"}
     save_network(unet, folder / "unet", dtype, sample_size=resolution // vae.downsampling)
     save_network(vae, folder / "vae", dtype, sample_size=resolution)
@@ -38,7 +38,7 @@ def save_parts(
     write_json(scheduler_config, folder / "scheduler" / "scheduler_config.json")
     for name in TOKENIZER_FILES:
         source, target = Path(tokenizer_folder) / name, folder / "tokenizer" / name
-        if source.exists() and source.resolve() != target.resolve():
+        if source.exists():
             with replacing(target) as temporary:
                 shutil.copyfile(source, temporary)
     write_json(defaults, folder / "defaults.json")
@@ -64,8 +64,8 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None = No
     Holds one tensor in memory at a time. Raises ValueError for a bad checkpoint or target.
     """
     single, target = target.suffix == ".safetensors", target.resolve()
-    occupied = target.exists() and (checkpoint.merged_from or not target.is_file() if single else
-                                    not target.is_dir() or any(target.iterdir()))
+    occupied = target.exists() and ((checkpoint.merged_from or not target.is_file()) if single else
+                                    (not target.is_dir() or any(target.iterdir())))
     if occupied or target.suffix in (".ckpt", ".pt", ".bin"):
         raise ValueError(f"{target} exists, or is neither a folder nor a .safetensors file; name a new one")
     if target == checkpoint.source.resolve():

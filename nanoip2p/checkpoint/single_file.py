@@ -26,7 +26,7 @@ PREFIXES = {UNet: "model.diffusion_model.", VAE: "first_stage_model.",
 CONV_IN = PREFIXES[UNet] + "input_blocks.0.0.weight"
 Read = Callable[..., dict[str, Tensor]]  # reads the tensors of a file, see tensors.read_tensors
 SD15 = {"unet": UNetConfig().to_json(), "vae": VAEConfig().to_json(),
-        "text_encoder": CLIPTextConfig().to_json()}  # of original files; editors have in_channels 8
+        "text_encoder": CLIPTextConfig().to_json()}  # of original files; an editor's UNet has in_channels 8
 # Our name -> original name. UNET_LAYERS: layers of the UNet's residual blocks. VAE_NAMES: parts of a name
 UNET_LAYERS = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
               "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
@@ -41,7 +41,7 @@ IGNORED = re.compile(
     r"|first_stage_model\.(loss|model_ema)\..+"
     r"|cond_stage_model\.(logit_scale|.+\.position_ids|.+projection.*)")
 # A kind of file that we do not read -> a pattern for "name (shape)" of its tensors. ADDITIONS: files to use
-# with a model; a complete checkpoint may hold some of their tensors. SHAPES: same UNet names as SD 1.x
+# with a model; a complete checkpoint may hold some of their tensors. SHAPES: UNets with the names of SD 1.x
 ADDITIONS = {
     "a LoRA (add it to a model with --lora)": r"lora",
     "a ControlNet": r"^(control_model\.|controlnet_|input_hint_block\.)",
@@ -122,7 +122,7 @@ def ema_name(name: str) -> str:
 
 
 def is_projection(name: str) -> bool:
-    """Whether an original name is a 1x1 convolution of the VAE's attention (here: a linear layer)."""
+    """Whether an original name belongs to a 1x1 convolution in the VAE's attention. We use a linear layer."""
     return ".mid.attn_1." in name and name.endswith("weight") and not name.endswith("norm.weight")
 
 
@@ -238,7 +238,7 @@ def find_vae(read: Read, path: Path, config: dict | None = None) -> StoredNetwor
 
 
 def normalised(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Drop IGNORED tensors and scalars (the three networks have none), and normalise the names.
+    """Drop IGNORED tensors and scalars (no network has a scalar), and normalise the names.
 
     Some programs add `state_dict.` before names or omit `text_model.`. Raises ValueError if two names of the
     file become the same name.

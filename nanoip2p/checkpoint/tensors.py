@@ -66,7 +66,7 @@ def json_metadata(path: Path, key: str) -> dict:
         raise ValueError(f"{path}: its metadata is broken ({error})") from None
 
 
-def find_weights(folder: Path, raw: bool = False) -> dict[str, Tensor]:
+def read_weights(folder: Path, raw: bool = False) -> dict[str, Tensor]:
     """Read the files that hub.weight_files selects, else the non_ema files. ValueError: see read_tensors."""
     names = [path.name for path in folder.glob("*")]
     files = weight_files(names, raw=raw) or weight_files(names, raw=True)
@@ -115,7 +115,7 @@ def _is_finite(tensor: Tensor) -> bool:
 def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """Convert to `dtype`. Raises ValueError if a number exceeds the maximum of float16 (65504)."""
     result = tensor.to(dtype)
-    if dtype == torch.float16 != tensor.dtype and not _is_finite(result):
+    if dtype == torch.float16 and tensor.dtype != dtype and not _is_finite(result):
         raise ValueError(f"{name} holds numbers beyond the range of fp16; use bf16 or fp32")
     return result
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from nanoip2p import __version__
 from nanoip2p.common.schema import checked, shown
 
-# Choices of flags: copies of the keys of tables in modules that import torch, which --help does not need
+# Choices of flags. They repeat keys of tables in modules that import torch: --help should not wait for torch
 SAMPLERS = ("ddim", "dpmpp_2m", "euler", "euler_ancestral", "lcm")
 DTYPES = ("bf16", "fp16", "fp32")
 MODES = ("self", "cross", "both", "none")
@@ -24,7 +24,7 @@ SWITCH = argparse.BooleanOptionalAction  # adds --no-FLAG beside --FLAG, to over
 
 
 def import_torch():
-    """Import torch and return it. The import takes seconds. Ctrl-C then ends the process without a traceback.
+    """Import torch and return it. This takes seconds; Ctrl-C ends the process without a traceback.
 
     The signal handler exits, because torch's C code, which imports numpy, loses a KeyboardInterrupt. The
     garbage collector ignores torch's many objects, which stay until the end. This saves half a second.
@@ -81,7 +81,7 @@ def path(text: str) -> Path:
 
 
 def flag(help: str, default=None, **options):
-    """A dataclass field for add_settings. options: for add_argument; `group`: begin a group of this name."""
+    """A dataclass field for add_settings. options: for add_argument, and `group`, which begins a group."""
     return dataclasses.field(default=default, metadata={"help": help, **options})
 
 
@@ -140,7 +140,7 @@ def one_line(message) -> str:
     text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in
                    " ".join(str(message).split()))
     half = LETTERS // 2 - 2
-    return text if len(text) <= LETTERS else f"{text[:half]} … {text[-half:]}"  # messages end with advice
+    return text if len(text) <= LETTERS else f"{text[:half]} … {text[-half:]}"  # advice is at the end
 
 
 def say(*messages) -> None:

@@ -10,12 +10,12 @@ from PIL import Image, ImageCms
 
 
 def scale_transparent_colour(image: Image.Image, file: BinaryIO) -> None:
-    """Scale a PNG's transparent grey from the file's depth to 8 bits. For 16-bit RGB, set alpha instead."""
+    """Scale the grey that a PNG declares transparent to 8 bits. For 16-bit RGB, add an alpha channel."""
     colour, (*place, raw) = image.info["transparency"], image.tile[0]
     if image.mode == "L":
         top = {"L;2": 3, "L;4": 15}.get(raw, 255)  # by the PNG standard, higher bits are ignored
         image.info["transparency"] = (colour & top) * 255 // top
-    elif raw == "RGB;16B":  # Pillow reads the high byte of each 16 bits, and as RGB;16L the low byte
+    elif raw == "RGB;16B":  # Pillow reads the high byte of each 16 bits; as RGB;16L, the low byte
         high, low = np.divmod(np.array(colour, np.uint16), 256)
         same = (np.asarray(image) == high).all(-1)                                      # (H, W)
         with Image.open(file, formats=["PNG"]) as lower:
@@ -58,8 +58,8 @@ def _to_srgb(image: Image.Image, grey: bool, info: dict) -> Image.Image:
             image.info = {"converted": name}
             return image
     image = image.convert("RGB")  # a copy if it is RGB already
-    other = isinstance(gamma, float) and gamma > 0.01 and abs(gamma * 2.2 - 1) > 0.05  # 5% as in libpng
-    if other and not {"icc_profile", "srgb"} & info.keys():
+    unusual = isinstance(gamma, float) and gamma > 0.01 and abs(gamma * 2.2 - 1) > 0.05  # 5% as in libpng
+    if unusual and not {"icc_profile", "srgb"} & info.keys():
         light = np.linspace(0, 1, 256) ** (1 / gamma)
         level = np.where(light < 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
         image = image.point((level * 255).round().astype(int).tolist() * 3)
@@ -69,8 +69,8 @@ def _to_srgb(image: Image.Image, grey: bool, info: dict) -> Image.Image:
 
 @lru_cache(maxsize=8)  # the pictures of a dataset share few profiles
 def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform, str] | None:
-    """(mode, transform from it to sRGB, name). None if the profile is broken or has no effect."""
-    with contextlib.suppress(Exception):  # ignore a broken profile. Some builds of Pillow lack ImageCms
+    """(mode of the profile, transform to sRGB, its name). None if the profile is broken or has no effect."""
+    with contextlib.suppress(Exception):  # ignores a broken profile; some builds of Pillow lack ImageCms
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
         mode = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.profile.xcolor_space]
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
@@ -78,7 +78,7 @@ def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform, str] | 
         sample = Image.fromarray(colours.astype(np.uint8)).convert(mode)
         change = np.asarray(transform.apply(sample)).astype(int) - np.asarray(sample.convert("RGB"))
         name = " ".join((source.profile.profile_description or "an unnamed profile").split())[:80]
-        return (mode, transform, name) if np.abs(change).max() > 2 else None  # sRGB itself, up to rounding
+        return (mode, transform, name) if np.abs(change).max() > 2 else None  # no effect but rounding
 
 
 @lru_cache
@@ -86,5 +86,5 @@ def srgb_profile() -> bytes | None:
     """An ICC profile of sRGB (588 bytes), for files. None if Pillow lacks ImageCms."""
     with contextlib.suppress(ImportError):
         profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-        return profile[:24] + bytes(12) + profile[36:]  # without the date: the same picture is the same file
+        return profile[:24] + bytes(12) + profile[36:]  # no date: the same picture gives the same file
     return None

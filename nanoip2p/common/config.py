@@ -18,7 +18,7 @@ LIMITS = {
     "image_size": (1, 2048), "patch_size": (1, 2048), "max_position_embeddings": (1, 2048),
     "num_train_timesteps": (1, 100_000), "steps_offset": (0, 100_000), "beta_start": (1e-7, 0.999),
     "beta_end": (1e-7, 0.999)}
-WIDTHS, LEVELS = (1, 2**16), 6  # each level after the first doubles the sides of the smallest picture
+WIDTHS, LEVELS = (1, 2**16), 6  # levels of a network; each one doubles the sides of the smallest picture
 FIXED = {
     "unet": {
         "act_fn": "silu", "center_input_sample": False, "downsample_padding": 1, "mid_block_scale_factor": 1,
@@ -75,5 +75,5 @@ def read_config(cls: type, config: dict, fixed: dict, ignored: set[str]):
         elif key in fixed and (tuple(value) if isinstance(value, list) else value) != fixed[key]:
             raise ValueError(f"{name} = {shown(value)} is not supported, only {fixed[key]!r}")
         elif value and not (key in fixed or key in ignored or key.startswith("_")):
-            raise ValueError(f"{name} = {shown(value)} is not supported: no setting of Stable Diffusion 1.x")
+            raise ValueError(f"{name} = {shown(value)} is not supported: unknown in Stable Diffusion 1.x")
     return cls(**supported)

@@ -35,9 +35,9 @@ def pick_dtype(name: str | None, device: torch.device) -> str:
 def bf16_is_fast_on_this_cpu() -> bool:
     """Whether a small convolution takes less time in bf16 than in fp32.
 
-    Measures the times (in 0.01 s; 0.1 s if bf16 is slow), because torch's flags do not show the speed: in
-    torch 2.13, `mkldnn._is_mkldnn_bf16_supported()` is True on every AVX-512 CPU. Without bf16 instructions,
-    bf16 takes twice the time of fp32 on AVX-512, and 30 times on AVX2.
+    The measurement takes 0.01 s, or 0.1 s if bf16 is slow. torch has no flag for the speed: in torch 2.13,
+    `mkldnn._is_mkldnn_bf16_supported()` is True on every AVX-512 CPU. But without bf16 instructions, bf16
+    takes twice the time of fp32 on AVX-512, and 30 times the time of fp32 on AVX2.
     """
     def seconds(dtype: torch.dtype) -> float:
         x, weight = (torch.ones(shape, dtype=dtype) for shape in ((2, 128, 16, 16), (128, 128, 3, 3)))

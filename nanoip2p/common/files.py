@@ -1,4 +1,4 @@
-"""Atomic writes, readers that report a bad file as a one-line ValueError, and where weights lie."""
+"""Atomic writes, readers that report a bad file as a one-line ValueError, and the search for weights."""
 
 import csv
 import errno
@@ -17,17 +17,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 CHECKOUT = Path(__file__).resolve().parents[2]  # root of the repository, which holds the nano weights
-LONGEST_LINE = 2**20  # bytes in a line of a JSONL, CSV or text file; 200 times a caption with its edit
-
+LONGEST_LINE = 2**20  # bytes in a line of a JSONL, CSV or text file; a caption with its edit needs 5,000
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters and surrogates
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`. If the block succeeds, the file or folder there replaces `path`.
+    """Yield a temporary path beside `path`. The file or folder that the block writes there replaces `path`.
 
-    Creates missing folders. Raises ValueError if `path` is a folder or a device; an OSError that names `path`
-    if the disk is full.
+    If the block fails, `path` is unchanged. Creates missing folders. Raises ValueError if `path` is a folder
+    or a device. If the disk is full, raises an OSError that names `path`.
     """
     path = regular(path, "name another output")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,14 +41,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def _hidden(path: Path) -> str:
-    """The beginning of the names of temporary files of `path` on this machine."""
-    # The same folder: a rename is atomic only within a file system. The leading dot: *.png does not match.
-    # The host name: processes on two machines that share a disk can have the same process id.
+    """The names of this machine's temporary files of `path` begin with this text."""
+    # With the leading dot, *.png does not match the file. With the host name, two machines that share a disk
+    # write different files, even if their processes have the same id
     return f".{path.name[:60]}.{os.uname().nodename[:20]}."
 
 
 def remove_leftovers(path: Path) -> None:
-    """Delete temporary files of `replacing(path)` in killed processes of this machine."""
+    """Delete temporary files of `replacing(path)` that killed processes of this machine left."""
     for temporary in path.parent.glob(f"{glob.escape(_hidden(path))}*.tmp"):
         try:
             os.kill(int(temporary.name.split(".")[-2]), 0)  # signal 0 only checks that the process exists
@@ -62,19 +61,19 @@ def remove_leftovers(path: Path) -> None:
 
 @contextmanager
 def full_disk_named(path: Path) -> Iterator[None]:
-    """Add the path, and the folder to clear, to the error of a full disk."""
+    """Name the path, and the folder that needs room, in the error of a full disk."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         full = OSError(f"{path} cannot be written: {os.strerror(error.errno)}; make room in {path.parent}")
-        full.errno = error.errno  # an outer `replacing` then names its own path
+        full.errno = error.errno  # an outer `replacing` checks it, and then names its own path
         raise full from None
 
 
 def regular(path: str | Path, advice: str = "save its content to a file first") -> Path:
-    """The path. ValueError if it exists but is no regular file: reading a FIFO or a device may never end."""
+    """Return the path. ValueError if it is a folder, FIFO or device: reading one of these may never end."""
     path = Path(path)
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a regular file; {advice}")
@@ -146,7 +145,7 @@ def read_rows(path: Path, kind: str | None = None, problems: list[str] | None = 
 
     kind: ".jsonl", ".csv" or ".txt" (each line becomes {"input": line}); default: the file's suffix.
     problems: a list to which each bad line adds a message. If None, a bad line raises ValueError. An
-    unreadable file raises it always. appended: skip an incomplete last line, which a killed `append` leaves.
+    unreadable file always raises it. appended: skip an incomplete last line, which a killed `append` leaves.
     """
     kind = (kind or path.suffix).lower()
     try:
@@ -160,14 +159,15 @@ def read_rows(path: Path, kind: str | None = None, problems: list[str] | None = 
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yield the lines of a file with their ends. Yields only the end of a line far above LONGEST_LINE."""
+    """Yield lines with their line breaks. Of a line far longer than LONGEST_LINE, yields only the end."""
     rest = b""
     while block := file.read(LONGEST_LINE):
         *lines, rest = (rest + block).splitlines(keepends=True)
         yield from lines
         if len(rest) > 2 * LONGEST_LINE:  # _text will refuse it: keep the end only, to save memory
             rest = rest[-LONGEST_LINE - 1 :]
-    yield from (rest,) if rest else ()
+    if rest:
+        yield rest
 
 
 def _text(line: bytes) -> str:
@@ -215,7 +215,7 @@ def mend_last_line(path: Path) -> None:
 
 
 def _is_cut(line: bytes) -> bool:
-    """Whether this is the first part of a row that `append` began to write."""
+    """Whether this line is an incomplete row, which a killed `append` left."""
     if line.endswith(b"\n") or not b'{"'.startswith(line[:2]):
         return False
     try:
@@ -232,7 +232,7 @@ def append(path: Path, row: dict) -> None:
 
 
 def claim_folder(folder: Path, marker: str, job: dict, flag: str, notes: dict | None = None) -> None:
-    """Reserve a folder for one job: write `job` as JSON to folder/marker, or compare `job` with that file.
+    """Reserve a folder for one job: write `job` as JSON to folder/marker, or compare it if that file exists.
 
     flag: the command-line flag of the folder. notes: further entries of the file, which are not compared.
     Several processes of one job may call this at once. Raises ValueError if the folder holds another job, or
@@ -280,8 +280,8 @@ def locked(path: Path, wait: bool = False) -> Iterator[bool]:
 def inside(root: Path, name: str) -> Path:
     """The path root/name, where `name` comes from data. Raises ValueError if the path leads out of `root`.
 
-    `root` itself may be a link. Links inside may point to other places inside. In the Hub's cache, where all
-    files are links, they may also point into the cache folder of that repository.
+    `root` itself may be a link. Links in `root` may point to other places in it. In the Hub's cache, where
+    all files are links, they may also point into the cache folder of that repository.
     """
     path, parts = root / name, Path(name).parts
     if not parts or "//" in f"/{name}" or ".." in parts or CONTROL.search(name):

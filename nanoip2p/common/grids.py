@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 LABEL_WIDTH = 192  # pixels; a grid enlarges narrower pictures so that their labels fit
 LABEL_SIZE, LABEL_LETTERS = 14, 200  # font size in pixels; maximum number of characters
 GAP = 8  # pixels between the pictures of a grid
-WIDTH = 1300  # pixels; `wrap` breaks wider rows, but leaves at least four pictures in one
+WIDTH = 1300  # pixels; `wrap` breaks wider rows, but leaves at least four pictures in each
 FONTS = ("~/.local/share/fonts", "~/.fonts", "~/Library/Fonts", "/usr/local/share/fonts", "/usr/share/fonts",
          "/Library/Fonts", "/System/Library/Fonts")
 
@@ -56,7 +56,7 @@ def beside(images: list[Image.Image]) -> Image.Image:
 
 
 def wrap(rows: list[list], labels: list[list[str]], groups: tuple[int, ...] = (1,)) -> tuple[list, list]:
-    """Break rows for `grid` that are wider than WIDTH. Only the first picture of a row is in the left column.
+    """Break rows for `grid` that are wider than WIDTH. The left column keeps only the row's first picture.
 
     groups: numbers of pictures to keep together; the first number that fits is used.
     """
@@ -79,7 +79,7 @@ def _scale(image: Image.Image) -> int:
 
 
 def _wrap(text: str, width: int) -> tuple[list[str], ImageFont.FreeTypeFont, set[str]]:
-    """(lines of at most `width` pixels, font, letters it lacks). Truncates to LABEL_LETTERS characters."""
+    """(lines of at most `width` pixels, font, its missing letters). Truncates to LABEL_LETTERS characters."""
     text = text if len(text) <= LABEL_LETTERS else text[: LABEL_LETTERS - 1] + "…"
     font, lacking = _font(frozenset(text))
     for columns in range(max(len(text), 1), 0, -1):
@@ -95,7 +95,7 @@ def _font(letters: frozenset[str]) -> tuple[ImageFont.FreeTypeFont, set[str]]:
     best = None
     for font in _fonts():
         with suppress(OSError):  # a damaged font
-            box = _drawn(font, "\U0010fffe")  # no character: fonts draw the same for letters that they lack
+            box = _drawn(font, "\U0010fffe")  # no character: shows the box for missing letters
             lacking = {letter for letter in letters if unicodedata.category(letter)[0] in "LNPS"
                        and _drawn(font, letter) == box}
             best = min(best or (font, lacking), (font, lacking), key=lambda found: len(found[1]))

@@ -4,7 +4,7 @@ import html
 import json
 import re
 
-KEY = "nanoip2p"  # of the text chunk of a PNG
+KEY = "nanoip2p"  # name of the text chunk of a PNG
 KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # formats that we write
 LONGEST_PACKET = 2**20  # bytes of XMP that we read; a JPEG holds 64 KB
 HEADER = b"http://ns.adobe.com/xap/1.0/\0"  # begins the APP1 segment of a JPEG that holds XMP
@@ -19,8 +19,8 @@ def to_xmp(recipe: dict) -> bytes:
 
 
 def from_xmp(packet: bytes) -> str:
-    """The JSON text in a packet, also after other programs rewrote it. Raises ValueError if there is none."""
-    rest = packet[:LONGEST_PACKET].partition(b"nanoip2p:recipe")[2]  # an XML parser would expand entities
+    """The JSON text in a packet, even if another program rewrote the packet. ValueError if there is none."""
+    rest = packet[:LONGEST_PACKET].partition(b"nanoip2p:recipe")[2]  # XML parsers would expand entities
     found = re.match(rb"""\s*(?:=\s*"([^"]*)"|=\s*'([^']*)'|>([^<]*)<)""", rest)
     if not found:
         raise ValueError("no recipe")

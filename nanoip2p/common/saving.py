@@ -11,7 +11,7 @@ from nanoip2p.common.colours import srgb_profile
 from nanoip2p.common.files import replacing
 from nanoip2p.common.web_ui import to_exif, web_text
 
-LARGEST = {"PNG": 2**31 - 1, "JPEG": 65_500, "WEBP": 16_383}  # pixels of a side
+LARGEST = {"PNG": 2**31 - 1, "JPEG": 65_500, "WEBP": 16_383}  # maximum side in pixels
 
 
 def save_png(image: Image.Image, path: str | Path, recipe: dict, web: bool = False) -> None:
@@ -31,7 +31,7 @@ def save_image(image: Image.Image, path: str | Path, recipe: dict) -> None:
     WebP is lossless. Shrinks a picture that is too large for the format, and leaves out a recipe that is too
     long for a JPEG. Warns of both instead of raising an error, because the picture took long to make.
     """
-    kind, metadata = recipes.KINDS[Path(path).suffix.lower()], {}
+    kind = recipes.KINDS[Path(path).suffix.lower()]
     if max(image.size) > (most := LARGEST[kind]):
         warnings.warn(f"{path}: shrunk to {most} pixels, the most that {kind} holds", stacklevel=2)
         image = ImageOps.contain(image, (most, most))
@@ -40,7 +40,7 @@ def save_image(image: Image.Image, path: str | Path, recipe: dict) -> None:
     metadata = {"exif": to_exif(web_text(recipe, image.size)), "xmp": recipes.to_xmp(recipe)}
     how = {"lossless": True}
     if kind == "JPEG":
-        room = 65_533 - len(recipes.HEADER)  # of a segment
+        room = 65_533 - len(recipes.HEADER)  # bytes in a segment
         if left_out := [name for name, content in metadata.items() if len(content) > room]:
             warnings.warn(f"{path}: {' and '.join(left_out)} left out, as a JPEG holds 64 KB of settings; "
                           ".png and .webp hold all", stacklevel=2)

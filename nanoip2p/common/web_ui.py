@@ -16,7 +16,7 @@ def web_text(recipe: dict, size: tuple[int, int]) -> str:
     """The text `parameters` of a picture, from a recipe of sample.py. size: (width, height) of the picture.
 
     Programs split the texts at "Negative prompt:" and at line breaks, and the values at commas and colons. So
-    we drop this colon and the line breaks from texts, and commas, colons and quotes from the model's name.
+    texts lose line breaks and the colon of "Negative prompt:"; the name loses commas, colons and quotes.
     """
     prompt, negative = (re.sub("Negative prompt:+", "Negative prompt", tidy(text)) for text in (
         ", then ".join(recipe["edit"]), recipe["negative"]))
@@ -31,7 +31,7 @@ def web_text(recipe: dict, size: tuple[int, int]) -> str:
 def to_exif(text: str) -> bytes:
     """EXIF with the text as UserComment, where the web UI keeps it in JPEG and WebP, and ColorSpace sRGB.
 
-    Pillow 13.0 would write this comment as numbers (type BYTE), which exiv2 and its viewers do not show.
+    Built by hand: Pillow 13.0 would give this comment the type BYTE, which viewers with exiv2 do not show.
     """
     comment = b"UNICODE\0" + text.encode("utf-16-be")
     header = struct.pack(">2sHI HHHII I", b"MM", 42, 8, 1, 0x8769, 4, 1, 26, 0)        # the entry: IFD at 26
@@ -40,7 +40,7 @@ def to_exif(text: str) -> bytes:
 
 
 def model_hash(weights: str) -> str:
-    """The web UI's old, short hash of a file of weights. The new one takes 8 s for 4 GB. "" for a folder."""
+    """The web UI's old, short hash of a weights file (its new hash takes 8 s for 4 GB); "" for a folder."""
     if not os.path.isfile(weights):
         return ""
     with open(weights, "rb") as file:

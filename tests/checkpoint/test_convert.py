@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def single(folder, tmp_path_factory):
-    """The same in a single file, its tokenizer beside it."""
+    """The same editor as a single file, with its tokenizer beside it."""
     target = tmp_path_factory.mktemp("single") / "tiny.safetensors"
     convert(open_checkpoint(folder), target)
     shutil.copytree(folder / "tokenizer", target.parent / "tokenizer")
@@ -77,7 +77,7 @@ def test_folder_to_file_to_folder_is_bit_exact(folder, single, tmp_path):
 def test_conversion_rounds_once(dtype, folder, tmp_path):
     convert(open_checkpoint(folder), tmp_path / "half.safetensors", dtype)
     shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
-    convert(open_checkpoint(tmp_path / "half.safetensors"), tmp_path / "half")  # as it is: still half
+    convert(open_checkpoint(tmp_path / "half.safetensors"), tmp_path / "half")  # keeps the dtype
     whole, half = load_model(folder), load_model(tmp_path / "half")
     for part in PARTS:
         weights = getattr(whole, part).state_dict()
@@ -88,7 +88,7 @@ def test_conversion_rounds_once(dtype, folder, tmp_path):
 
 @pytest.mark.parametrize("layout", ["folder", "single file"])
 def test_a_half_precision_file_is_let_go_before_the_next_network(layout, folder, tmp_path, monkeypatch):
-    """Pages of a mapped file are memory as long as anything holds the mapping."""
+    """A mapped file fills memory until the last reference to the mapping is gone."""
     path, opened = tmp_path / ("new" if layout == "folder" else "new.safetensors"), []
     convert(open_checkpoint(folder), path, torch.float16)
     shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
@@ -106,7 +106,7 @@ def test_a_half_precision_file_is_let_go_before_the_next_network(layout, folder,
 
 
 def test_a_lightning_file_of_2022(tmp_path, monkeypatch):
-    """Averaged weights, tables, counters and callbacks of a class that is not installed, pickled together."""
+    """A pickle of averaged weights, noise tables, counters, and callbacks whose class is not installed."""
     class ModelCheckpoint:
         best = 3
 
@@ -116,7 +116,7 @@ def test_a_lightning_file_of_2022(tmp_path, monkeypatch):
         "vae": VAEConfig(block_out_channels=(32, 32, 32), layers_per_block=1),
         "text_encoder": CLIPTextConfig(600, 64, 64, 2, 1, projection_dim=64)}
     for part, config in configs.items():
-        monkeypatch.setitem(SD15, part, config.to_json())  # or the file would take 4 GB
+        monkeypatch.setitem(SD15, part, config.to_json())  # at SD15's widths, the file would take 4 GB
     models = {part: randomise(PARTS[part](config)) for part, config in configs.items()}
     names = to_original(models["unet"], ema=True)
     for part, model in models.items():
@@ -145,7 +145,7 @@ def test_the_same_picture_from_every_layout(folder, single):
     pictures = [Editor.load(path, "cpu").edit(image, "make it night", resolution=48, seed=0)
                 for path in (folder, single)]
     one, other = (np.asarray(picture).astype(int) for picture in pictures)
-    assert np.abs(one - other).max() <= 1  # weights are equal, but where they lie in memory changes last bits
+    assert np.abs(one - other).max() <= 1  # equal weights; their alignment in memory changes the last bits
     assert np.asarray(pictures[0]).std() > 1
 
 
@@ -162,7 +162,7 @@ def test_a_pickle_opens_like_the_safetensors(single, tmp_path):
 
 
 def with_ema(single, tmp_path):
-    """A file whose averaged weights are a little larger than its raw ones, and which counts its updates."""
+    """A file with EMA weights, a little larger than its raw weights, and with the counters of an EMA."""
     convert(open_checkpoint(single), tmp_path / "ema.safetensors", ema=True)
     metadata = read_metadata(tmp_path / "ema.safetensors")
     tensors = {name: 1.125 * tensor if name.startswith("model_ema.") else tensor
@@ -363,7 +363,7 @@ def test_sigterm_clears_up_at_once(name, folder, tmp_path, monkeypatch, capsys):
 
 
 def test_every_name_of_the_full_size_there_and_back_is_bit_exact(folder, tmp_path):
-    """Stable Diffusion 1.5's names, levels and blocks through both layouts on disk, at small widths."""
+    """A narrow network with the names, levels and blocks of Stable Diffusion 1.5 passes both layouts."""
     full = {"unet": UNetConfig(in_channels=8), "vae": VAEConfig(), "text_encoder": CLIPTextConfig()}
     widths = (32, 64, 128, 128)
     slim = {"unet": UNetConfig(8, block_out_channels=widths, cross_attention_dim=64),

@@ -1,4 +1,4 @@
-"""diffusers, called without sizes on folders that we ship or write, makes the same pictures as nanoip2p."""
+"""diffusers makes the same pictures as nanoip2p from the folders that we ship or write, without a size."""
 
 import json
 import warnings
@@ -37,7 +37,7 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pipeline(folder):
-    """diffusers' pipeline of the folder; every complaint about its configuration fails the test."""
+    """Open a folder with diffusers. A warning about its configuration fails the test."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         opened = diffusers.DiffusionPipeline.from_pretrained(folder)
@@ -56,7 +56,7 @@ def test_sizes_are_written(folder):
 def test_the_default_call_gives_our_picture(sampler, folder, pipeline):
     edits = "InstructPix2Pix" in type(pipeline).__name__
     model, generator = load_model(folder, edits=edits), torch.Generator().manual_seed(7)
-    if sampler == "ddim":  # spaced by "leading", the one spacing that adds steps_offset
+    if sampler == "ddim":  # its spacing "leading" is the only one that adds steps_offset
         scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
     else:
         scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(pipeline.scheduler.config)

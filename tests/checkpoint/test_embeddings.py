@@ -28,18 +28,18 @@ def vectors(count, seed=0):
 
 
 def web_ui(path, content):
-    """As AUTOMATIC1111's Embedding.save. diffusers takes the word from "name", web UIs the file's."""
+    """As AUTOMATIC1111's Embedding.save. diffusers reads the word in "name", web UIs the file's name."""
     torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": content}, "name": path.stem,
                 "step": 9, "sd_checkpoint": None, "sd_checkpoint_name": None}, path)
 
 
 def of_2022(path, content):
-    """As textual_inversion/ldm/modules/embedding_manager.py: a module, and a tensor for the token."""
+    """As textual_inversion/ldm/modules/embedding_manager.py: vectors in a module, the token as a tensor."""
     torch.save({"string_to_token": {"sks": torch.tensor(265)}, "name": path.stem,
                 "string_to_param": nn.ParameterDict({"sks": nn.Parameter(content)})}, path)
 
 
-FILES = {  # name of the file -> how it is written
+FILES = {  # name of the file -> function that writes it
     "sks-toy.pt": web_ui,
     "EasyThing.pt": of_2022,
     "learned_embeds.bin": lambda path, content: torch.save({"<cat-toy>": content}, path),
@@ -72,9 +72,9 @@ def test_ids_states_and_pictures_are_diffusers(name, count, tiny, tmp_path):
     word = {"learned_embeds": "<cat-toy>"}.get(path.stem, path.stem)
     editor, peer = Editor.load(tiny, device="cpu"), open_peer(tiny)
     assert add_embedding(editor, path).endswith(f"its word is {word} ({count} vector{'s' * (count > 1)})")
-    if name == "EasyThing.pt":  # diffusers cannot unpickle a module: it gets the tensor
+    if name == "EasyThing.pt":  # diffusers cannot unpickle a module: give it the tensor
         peer.load_textual_inversion({word: vectors(count)})
-    else:  # it would call the nameless one emb_params
+    else:  # without a name, diffusers would call the word emb_params
         peer.load_textual_inversion(str(path), token="web-ui" if path.stem == "web-ui" else None)
     for text in (f"make {word} night", f"{word}{word}, a{word}b", f"{word}_1 {word}_2", "make it night",
                  f"the {word} " * 40):
@@ -90,7 +90,7 @@ def test_ids_states_and_pictures_are_diffusers(name, count, tiny, tmp_path):
 
 
 def test_folders_saved_with_textual_inversions_paint_as_in_diffusers(tmp_path):
-    """Also after a round through a single file, and with words that match other than they are written."""
+    """Also after conversion to a single file, and for words in other capitals."""
     peer = open_peer(write_tiny_painter(tmp_path / "plain"), diffusers.StableDiffusionPipeline)
     peer.load_textual_inversion({"<x>": vectors(3)})
     peer.load_textual_inversion({"<y>": vectors(1, seed=1)})
@@ -121,7 +121,7 @@ def test_words_that_begin_alike_stay_apart(tiny, tmp_path):
     add_embedding(editor, tmp_path / "x.safetensors")
     peer.load_textual_inversion(str(tmp_path / "x.safetensors"))
     assert peer.maybe_convert_prompt("<x>, <x>_1", peer.tokenizer) == "<x> <x>_1, <x> <x>_1_1"
-    assert peer.maybe_convert_prompt("<X>", peer.tokenizer) == "<X>"  # one vector of two
+    assert peer.maybe_convert_prompt("<X>", peer.tokenizer) == "<X>"  # only one of the two vectors
     assert editor.tokenizer(["<X>"]).tolist() == editor.tokenizer(["<x>"]).tolist()
     first, second = (editor.tokenizer.backend.token_to_id(word) for word in ("<x>", "<x>_1"))
     ids = editor.tokenizer(["<x> boat <x>_1"])[0].tolist()

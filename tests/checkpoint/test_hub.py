@@ -39,7 +39,7 @@ DECOYS = {
 CLIP = "openai/clip-vit-large-patch14"
 CLIP_FILES = {"vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"}
 GATED, BROKEN, SILENT = "gated/model", "broken/model", "silent/model"
-ANSWERS = {  # to questions about a repository, and for its files: status and X-Error-Code, where not as usual
+ANSWERS = {  # repository -> (status, X-Error-Code) for its description and for its files; None: as usual
     "private/model": ((401, ""), None), BROKEN: ((500, ""), None), "portal/login-page": ((200, ""), None),
     GATED: (None, (403, "GatedRepo")),
 }
@@ -107,7 +107,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """Serves folders and writes down what it was asked for: [(GET or HEAD, repository, file or "")]."""
+    """Serves folders and records the requests as `asked`: [(GET or HEAD, repository, file or "")]."""
     served = tmp_path_factory.mktemp("served")
     tiny = write_tiny_editor(served / "tiny")
     small = served / "small"
@@ -118,7 +118,7 @@ def server(tmp_path_factory):
     for root, names in ((tiny, DECOYS), (clip, {*CLIP_FILES, "tokenizer.json", "model.safetensors"})):
         for name in names:
             (root / name).parent.mkdir(exist_ok=True, parents=True)
-            (root / name).write_text(name)  # equal contents would be fetched once
+            (root / name).write_text(name)  # no equal contents: these would be fetched only once
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     main, v1 = COMMITS.values()
     server.folders = {"tiny/editor": {main: tiny, v1: small}, CLIP: {main: clip}, GATED: {main: tiny},
@@ -134,12 +134,12 @@ def server(tmp_path_factory):
 def ask(server, home: Path, *calls: tuple, **environment) -> list[tuple[str, str]]:
     """fetch_weights(name), or find_tokenizer(checkpoint, name), in a process -> [(folder, complaint)].
 
-    server: None for one that is down. home: of the cache. A minute of retries is an error.
+    server: None stands for a server that is down. home: the folder of the cache. A minute of retries fails.
     """
     if server:
         server.asked.clear()
     mine = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    port = server.server_port if server else 9  # nobody has listened there in thirty years
+    port = server.server_port if server else 9  # the discard port: nothing listens there
     mine |= {"HF_HOME": str(home), "HF_ENDPOINT": f"http://127.0.0.1:{port}", "NO_PROXY": "127.0.0.1",
              "PYTHONPATH": os.pathsep.join([str(HUB), os.environ.get("PYTHONPATH", "")])}
     calls = json.dumps([(*call, None)[:2] for call in calls])
@@ -177,7 +177,7 @@ def test_fetches_what_is_needed_once_then_uses_the_cache(server, tmp_path):
     assert server.asked == []
 
     link = Path(folder) / "unet" / "diffusion_pytorch_model.safetensors"
-    link.resolve().unlink()  # as if the power had failed before it came
+    link.resolve().unlink()  # as after a power failure during the download
     link.unlink()
     [(_, complaint)] = ask(server, tmp_path, ("tiny/editor",), HF_HUB_OFFLINE="1")
     assert "lacks files of the model" in complaint
@@ -208,7 +208,7 @@ def test_complaints_name_the_model_and_the_remedy(server, tmp_path):
         assert complaint.startswith(start)
         assert ("HF_TOKEN" in complaint) == (name in ("weights/nope", "private/model", GATED))
     assert fetched(server) == []
-    assert server.asked.count(("GET", BROKEN, "")) == 1  # which is not made to wait by asking again and again
+    assert server.asked.count(("GET", BROKEN, "")) == 1  # one request, no retries
 
 
 def test_out_of_reach_and_not_cached(server, tmp_path):
@@ -245,7 +245,7 @@ def test_tokenizer_of_a_single_file(server, tmp_path):
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").touch()
     assert find_tokenizer(checkpoint, None) == tmp_path / "tokenizer"
-    (tmp_path / "vocab.json").touch()  # half a vocabulary is none
+    (tmp_path / "vocab.json").touch()  # without merges.txt, it is no tokenizer
     assert find_tokenizer(checkpoint, None) == tmp_path / "tokenizer"
     (tmp_path / "merges.txt").touch()
     assert find_tokenizer(checkpoint, None) == tmp_path
@@ -270,7 +270,7 @@ def test_one_set_of_weights_per_network(network):
          f"{stem}-00002-of-00002.safetensors"},
         {f"{stem}.fp16.safetensors"},
         {f"{stem}.safetensors.index.fp16.json", f"{stem}.fp16-00001-of-00002.safetensors",
-         f"{stem}-00002-of-00002.fp16.safetensors"},  # both spellings are met
+         f"{stem}-00002-of-00002.fp16.safetensors"},  # both spellings occur
         {f"{network}/{'pytorch_model' if network == 'text_encoder' else STEMS[network]}.bin"},
         {f"{stem}.bin.index.json", f"{stem}-00001-of-00002.bin", f"{stem}-00002-of-00002.bin"},
         {f"{stem}.fp16.bin"},

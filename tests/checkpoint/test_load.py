@@ -149,7 +149,7 @@ def test_diffusers_loads_the_folder_without_being_told_anything(intact, tmp_path
     pipeline = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path / "half")
     assert pipeline.safety_checker is None and pipeline.config.requires_safety_checker is False
     assert type(pipeline.scheduler) is diffusers.EulerAncestralDiscreteScheduler
-    # In half precision here and single there the pipeline would stop, or give another picture
+    # With networks of different precisions, the pipeline would fail or give another picture
     assert {pipeline.unet.dtype, pipeline.vae.dtype, pipeline.text_encoder.dtype} == {torch.float32}
     text = "make it night"
     ids = pipeline.tokenizer(text, padding="max_length", return_tensors="pt").input_ids

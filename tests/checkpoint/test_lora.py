@@ -43,7 +43,7 @@ def layers_of(model, only=""):
 
 
 def draw(model, only="", ranks=(2, 3, 4), alphas=(2.0,), seed=0):
-    """A random LoRA: (part, name) -> (down, up, alpha). Weights have a deviation of 1 / sqrt(fan-in)."""
+    """A random LoRA: (part, name) -> (down, up, alpha). The standard deviation is 1 / sqrt(fan-in)."""
     generator, drawn = torch.Generator().manual_seed(seed), {}
     for (place, layer), rank, alpha in zip(layers_of(model, only).items(), cycle(ranks), cycle(alphas)):
         down = torch.randn(rank, *layer.weight.shape[1:], generator=generator)
@@ -53,7 +53,7 @@ def draw(model, only="", ranks=(2, 3, 4), alphas=(2.0,), seed=0):
 
 
 def kohya(lora, config=None):
-    """config: of the UNet, for its original names."""
+    """Name a LoRA as kohya. config: the UNet's config, if its layers have their original names."""
     tensors = {}
     for (part, name), (down, up, alpha) in lora.items():
         if config and part == "unet":
@@ -65,7 +65,7 @@ def kohya(lora, config=None):
 
 
 def named(lora, rename=lambda part, name: name, kinds=("lora_A", "lora_B")):
-    """Without alpha: as diffusers, or as its older versions."""
+    """Name a LoRA as diffusers or its older versions, without alpha."""
     tensors = {}
     for (part, name), (down, up, _) in lora.items():
         base = rename(part, f"{part}.{name}")
@@ -202,7 +202,7 @@ def test_written_tensors_come_back(kohya_layout, seed, folders, tmp_path):
 def test_alpha_of_each_layer_counts_and_no_layer_is_needed(only, folders, tmp_path):
     """diffusers 0.42.1 gives all attention layers of a kohya file the commonest alpha.
 
-    It refuses text encoders without out_proj, or ignores their attention if they have an mlp.
+    diffusers refuses text encoders without out_proj, or ignores their attention if they have an mlp.
     """
     ours, path = open_ours(folders, 4), tmp_path / "l.safetensors"
     before, drawn = states(ours), draw(ours, only, alphas=(1.0, 2.0, 8.0, 0.5))
@@ -299,7 +299,7 @@ def test_every_spelling_of_a_layer_is_its_own_at_the_size_of_stable_diffusion():
         assert len(set(found.values())) == len(layers_of(model))
         for (part, name) in layers_of(model):
             assert found[name.removeprefix("text_model.").replace(".", "_")] == (getattr(model, part), name)
-        for weight in model.unet.state_dict():  # original names are of the same layer
+        for weight in model.unet.state_dict():  # the original name leads to the same layer
             name = weight.removesuffix(".weight")
             if ("unet", name) in layers_of(model):
                 original = unet_name(weight, model.unet.config).removesuffix(".weight").replace(".", "_")

@@ -56,7 +56,7 @@ def whole(tmp_path_factory):
 
 
 def write(whole, path, metadata, tensors, text=None):
-    """A file as another program writes it, but for the sizes of its networks."""
+    """A file as another program writes it, except that its networks are small."""
     parts = {key: value for key, value in whole[1].items() if key != "schedule"}
     save_file(whole[0] | tensors, path, {"format": "pt", "nanoip2p": json.dumps(parts)} | metadata)
     shutil.copytree(whole[2] / "tokenizer", path.parent / "tokenizer", dirs_exist_ok=True)
@@ -77,7 +77,7 @@ def test_every_mark_is_read_and_kept(name, whole, tmp_path):
     convert(open_checkpoint(tmp_path / "folder"), tmp_path / "again.safetensors")
     for copy in (tmp_path / "folder", tmp_path / "again.safetensors"):
         assert load_model(copy).schedule == wanted
-    # What other programs see in our file, and a merger that drops the metadata
+    # Other programs read these marks in our file; the last line: after a merge that drops the metadata
     tensors = load_file(tmp_path / "again.safetensors")
     assert ("v_pred" in tensors, "ztsnr" in tensors) == (wanted != NoiseSchedule(), wanted == ZERO_SNR)
     with safe_open(tmp_path / "again.safetensors", "pt") as file:

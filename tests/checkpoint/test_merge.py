@@ -1,4 +1,4 @@
-"""Merges: the numbers of networks of diffusers merged by hand; exact where nothing changes; by tensor."""
+"""Merges equal merged networks of diffusers, change no bit without need, and hold one tensor at a time."""
 
 import json
 import re
@@ -58,7 +58,7 @@ def merged(target, *words):
 @pytest.mark.parametrize("layout", ["", ".safetensors"])
 @pytest.mark.parametrize("kind", ["difference", "sum", "sum of editors"])
 def test_equals_the_arithmetic_on_the_networks_of_diffusers(kind, layout, models, tmp_path, capsys):
-    """Also: diffusers reads the result, and does not complain about what the merge wrote into it."""
+    """diffusers also reads the result, without a warning about the merge's metadata."""
     load = diffusers.DiffusionPipeline.from_pretrained
     other = "E" if kind == "sum of editors" else "B"
     flags = ["--with", models / f"{other}{layout}", "--weight", 0.3]
@@ -83,7 +83,7 @@ def test_equals_the_arithmetic_on_the_networks_of_diffusers(kind, layout, models
 
 
 def with_zeros_and_extremes(folder):
-    """Both zeros, and numbers so different in size that (A + B) - B is not A."""
+    """Both zeros, and numbers of such different sizes that (A + B) - B is not A."""
     for path in folder.rglob("*.safetensors"):
         tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
         for tensor in tensors.values():
@@ -121,7 +121,7 @@ def test_double_precision_is_kept():
 
 
 def test_half_precision_is_merged_in_single(models, tmp_path):
-    """fp16 sources, fp32 result: what is rounded is only the sources."""
+    """From fp16 sources to an fp32 result, only the sources are rounded."""
     for name in "ABC":
         convert(open_checkpoint(models / name), tmp_path / name, torch.float16)
     a, b, c = (tensors_of(tmp_path / name) for name in "ABC")
@@ -165,7 +165,7 @@ def test_one_tensor_at_a_time_is_in_memory(models, tmp_path, monkeypatch):
     total = sum(tensor.nbytes for tensor in tensors_of(models / "A").values())
     for name in ("out", "out.safetensors"):
         merged(tmp_path / name, models / "A", "--with", models / "E")
-        views = 8 * 16 * 16 * 4  # the VAE's attention as convolutions, which a single file views
+        views = 8 * 16 * 16 * 4  # of the VAE's attention as convolutions, for a single file
         assert len(most) > 500 and max(most) <= largest + views < total / 5, (max(most), largest, total)
         assert not alive
         most.clear()
@@ -253,7 +253,7 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(misfit, place, models,
 
 
 def test_settings_without_effect_may_differ(models, tmp_path):
-    """How samplers step, and the size of a pooled text, which files of one family spell in different ways."""
+    """Settings of samplers and of the pooled text embedding, which differ between files of one family."""
     other = shutil.copytree(models / "C", tmp_path / "other")
     rewrite(other / "text_encoder/config.json", projection_dim=16, eos_token_id=599)
     rewrite(other / "scheduler/scheduler_config.json", timestep_spacing="leading", steps_offset=0,

@@ -69,7 +69,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-AVERAGES = {  # of raw weights w -> whether it can be one
+AVERAGES = {  # (function of raw weights w, whether its result can be their average)
     "our --ema-copy": (lambda w: w, True), "near": (lambda w: w + noise(w, 0.003), True),
     "half precision": (lambda w: w.half(), True), "a tenth smaller": (lambda w: 0.9 * w, True),
     "zeros": (torch.zeros_like, False), "another network": (lambda w: noise(w, 0.2), False),
@@ -106,7 +106,7 @@ def test_averages_of_trainings_are_accepted(lr, decay, warm):
         optimizer.zero_grad()
         share = 1 - (min(decay, (1 + n) / (10 + n)) if warm else decay)
         average.lerp_(layer.weight.detach(), share)
-        if n in (1, 10, 100) and (warm or lr * n <= 0.01):  # from scratch, the start is no average
+        if n in (1, 10, 100) and (warm or lr * n <= 0.01):  # else the EMA is still the random start
             assert is_average({"w": layer.weight.detach()}, {"w": average}), n
     assert not is_average({"w": layer.weight.detach()}, {"w": torch.zeros(64, 64)})
 
@@ -182,7 +182,7 @@ def test_a_unet_alone_is_called_one(whole, written):
 
 
 def save_average(base, target):
-    """Three steps of diffusers' average, in `target`; returns the averaged weights."""
+    """Write three steps of diffusers' EMA to `target`. Returns the averaged weights."""
     unet = diffusers.UNet2DConditionModel.from_pretrained(base / "unet")
     average = EMAModel(unet.parameters(), decay=0.9999, model_cls=diffusers.UNet2DConditionModel,
                        model_config=unet.config)

@@ -48,7 +48,7 @@ def same(a, b):
 
 
 def edit(path, change, at=3):
-    """Pass a file's pickle through `change`; of a legacy file's five, the one at that place."""
+    """Pass the pickle of a file through `change`. at: index in the five pickles of a legacy file."""
     file = io.BytesIO(content := path.read_bytes())
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as old, zipfile.ZipFile(path, "w") as new:
@@ -62,7 +62,7 @@ def edit(path, change, at=3):
 
 
 def inject(path, opcodes, at=3):
-    """Let a pickle of a dict do something more and keep the outcome; a legacy file's others drop it."""
+    """Add opcodes to a pickle. A pickled dict keeps their result; other pickles of a legacy file drop it."""
     if zipfile.is_zipfile(path) or at == 3:
         edit(path, lambda content: content[:-1] + push("outcome") + opcodes + b"s.", at)
     else:
@@ -82,7 +82,7 @@ def test_numbers_stay_in_the_file_until_used(tmp_path):
     tensors = {"a": torch.randn(1000), "b": torch.randn(1000)}
     path = save(tensors, tmp_path / "x.ckpt", "zip")
     content = path.read_bytes()
-    with torch.device("meta"):  # where new tensors would go
+    with torch.device("meta"):  # new tensors would be there
         read = read_pickle(path)
     begin = {name: content.index(tensor.numpy().tobytes()) for name, tensor in tensors.items()}
     assert read["b"].data_ptr() - read["a"].data_ptr() == begin["b"] - begin["a"]
@@ -115,7 +115,7 @@ def function(): pass
 
 @pytest.fixture
 def lightning(monkeypatch):
-    """A module that is there while a file is written, and no longer when it is read."""
+    """A module that exists while a file is written, but no longer when the file is read."""
     module = types.ModuleType("pytorch_lightning.callbacks")
     exec(FOREIGN, module.__dict__)
     with monkeypatch.context() as context:
@@ -176,7 +176,7 @@ def test_a_file_that_unpacks_to_much_more_than_its_size_is_refused_before_that(k
 
 
 class Opcodes(bytes):
-    """A program for the pickle machine. Those below, if run, leave a file "ran" in the working folder."""
+    """A program for the pickle machine. Each program below leaves a file "ran" in the working folder."""
 
 
 class Evil:
@@ -185,7 +185,7 @@ class Evil:
 
 
 def push(value):
-    """Opcodes for a value, of a tuple for each of its parts."""
+    """Opcodes for a value; for a tuple, the opcodes for each of its parts."""
     if isinstance(value, tuple):
         return b"(" + b"".join(map(push, value)) + b"t"
     return value if isinstance(value, Opcodes) else pickle.dumps(value, 2)[2:-1]
@@ -230,7 +230,7 @@ GADGETS = {
     "EXT1": call(Opcodes(b"\x82\xe0"), "touch ran"), "EXT2": call(Opcodes(b"\x83\xe0\0"), "touch ran"),
     "EXT4": call(Opcodes(b"\x84\xe0\0\0\0"), "touch ran"),
 }
-SILENT = {  # these leave no file, but the interpreter tells
+SILENT = {  # these leave no file, but the interpreter reports them
     "webbrowser": call("webbrowser open", "http://localhost:9/"), "pip": call("pip main", ["--version"]),
     "a module that prints": named("this s"), "print": call("builtins print", "ran"), "Python 2": b"U\1\xff",
     "warning": call("warnings warn", "ran"), "socket": call("socket create_connection", ("localhost", 9)),
@@ -242,7 +242,7 @@ READ = {"Popen", "open", "eval", "exec", "__import__", "runpy", "pickle.loads", 
 
 @pytest.fixture
 def baits(tmp_path, monkeypatch):
-    """A working folder with what the gadgets reach for; os.system has the number 0xE0."""
+    """A working folder with the files that the gadgets use. os.system gets the extension code 0xE0."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("bait.py", "hubconf.py"):
@@ -264,7 +264,7 @@ def test_the_bait_is_live(name, baits):
 
 
 EVENTS, LISTENERS = set(), []
-"x".encode("cp437")  # imported here, or zipfile would when it first reads a name
+"x".encode("cp437")  # imports the codec now; else zipfile would, at its first name
 
 
 @sys.addaudithook
@@ -274,7 +274,7 @@ def listen(event, args):
 
 
 def watched(path):
-    """What read_pickle gives or says, and what the interpreter did meanwhile."""
+    """The result or message of read_pickle, and the interpreter's events meanwhile."""
     EVENTS.clear()
     LISTENERS.append(path)
     try:
@@ -290,7 +290,7 @@ def test_nothing_runs(name, baits, capfd, recwarn):
     path = Path("x.ckpt")
     innocent = {event for kind in FORMATS for event in watched(save(LITTLE, path, kind))[1]}
     for kind, at in [("zip", 0), *(("legacy", at) for at in range(5))]:
-        assert pickle.loads(b"\x80\x02\x82\xe0.") is os.system  # which every unpickler now knows by number
+        assert pickle.loads(b"\x80\x02\x82\xe0.") is os.system  # unpicklers know the code
         files, modules = sorted(os.listdir()), set(sys.modules)
         inject(save(LITTLE, path, kind), (GADGETS | SILENT)[name], at)
         read, events = watched(path)

@@ -32,7 +32,7 @@ FULL = {"unet": UNetConfig(), "vae": VAEConfig(), "text_encoder": CLIPTextConfig
 
 
 def published(name):
-    """The tensors of a famous file, as shapes without memory."""
+    """The tensors of a published file, on the meta device."""
     path = LISTS / f"{name}-single-file.tsv"
     if not path.exists():
         pytest.skip(f"{path} is not here")
@@ -50,7 +50,7 @@ def empty(config):
 
 
 def holding(config, tensors):
-    """The network with these tensors for its weights."""
+    """The network with these tensors as weights."""
     model = empty(config)
     model.load_state_dict(tensors, assign=True)
     return model
@@ -62,7 +62,7 @@ def named(config, tensors, ema=False):
 
 
 def open_networks(tensors, raw_weights=False, configs=()):
-    """What a file of these tensors holds: in words, configs and tensors."""
+    """Open a file of these tensors: its description, configs and tensors."""
     configs = {part: config.to_json() for part, config in zip(PARTS, configs)}
     found, networks = find_networks(lambda *_: tensors, Path("x"), raw_weights, configs)
     return found, {part: (network.model.config, network.read()) for part, network in networks.items()}
@@ -74,7 +74,7 @@ def open_vae(tensors):
 
 
 def single(*configs):
-    """A file of 2022 with these networks, as shapes without memory."""
+    """The tensors of a file of 2022 with these networks, on the meta device."""
     return {name: tensor for config in configs for name, tensor in to_original(empty(config)).items()}
 
 
@@ -217,11 +217,11 @@ def test_a_wide_kernel_is_no_matrix():
     tensors = to_original(empty(config))
     tensors = {key: torch.zeros(64, 64, 3, 3) if ".attn_1.q.weight" in key else tensor
                for key, tensor in tensors.items()}
-    assert from_original(empty(config), tensors)[name].shape == (64, 576)  # which checking refuses
+    assert from_original(empty(config), tensors)[name].shape == (64, 576)  # check_tensors refuses this
 
 
 def marked(config):
-    """Our tensors, each filled with its own number, which is in memory only once."""
+    """Our tensors: the tensor with index i is filled with i, and needs memory for one number only."""
     return {name: torch.tensor(float(i)).expand(tensor.shape)
             for i, (name, tensor) in enumerate(empty(config).state_dict().items())}
 
@@ -244,7 +244,7 @@ def test_diffusers_takes_the_averaged_weights_from_where_we_put_them():
     config = tiny_unet(8)
     tensors = named(config, marked(config)) | named(config, marked(config), ema=True)
     tensors = {name: tensor + 1000 * name.startswith("model_ema") for name, tensor in tensors.items()}
-    tensors |= {f"filler{i}": torch.zeros(1) for i in range(101)}  # it looks into large files only
+    tensors |= {f"filler{i}": torch.zeros(1) for i in range(101)}  # diffusers finds EMA in large files only
     converted = single_file_utils.convert_ldm_unet_checkpoint(
         tensors, {**config.to_json(), "class_embed_type": None}, extract_ema=True)
     assert all((tensor >= 1000).all() for tensor in converted.values()) and len(converted) > 50

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from nanoip2p.checkpoint.tensors import (
     check_tensors,
-    find_weights,
     read_metadata,
     read_tensors,
+    read_weights,
     write_tensors,
 )
 
@@ -36,7 +36,7 @@ def test_the_library_reads_what_we_write(tmp_path):
     content = path.read_bytes()
     length = struct.unpack("<Q", content[:8])[0]
     for name, entry in json.loads(content[8:8 + length]).items():
-        if name != "__metadata__":  # others map the file and need each number where its size divides
+        if name != "__metadata__":  # readers map the file, so each offset is a multiple of the item size
             assert (8 + length + entry["data_offsets"][0]) % TENSORS[name].itemsize == 0
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt", "who": "we"} == read_metadata(path)
@@ -56,7 +56,7 @@ def test_what_is_read_can_be_written_over(tmp_path):
     tensors = read_tensors(path)
     write_tensors({"a": 2 * tensors["a"]}, path)
     assert tensors["a"].sum() == 1000 and read_tensors(path)["a"].sum() == 2000
-    tensors["a"].zero_()  # a copy of our own, not the file
+    tensors["a"].zero_()  # changes our copy, not the file
     assert read_tensors(path)["a"].sum() == 2000
 
 
@@ -82,19 +82,19 @@ def test_weights_are_found_in_every_form(names, tmp_path):
         torch.save(tensors, tmp_path / names[0])
     else:
         save_file(tensors, tmp_path / names[0])
-    assert same(find_weights(tmp_path), tensors)
+    assert same(read_weights(tmp_path), tensors)
 
 
 def test_full_precision_goes_before_half(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "model.fp16.safetensors")
-    assert find_weights(tmp_path)["a"] == 1
+    assert read_weights(tmp_path)["a"] == 1
 
 
 def test_a_missing_shard_is_named(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
     with pytest.raises(ValueError, match="model-1.safetensors is missing"):
-        find_weights(tmp_path)
+        read_weights(tmp_path)
 
 
 def test_an_index_names_files_of_its_own_folder_only(tmp_path):
@@ -103,7 +103,7 @@ def test_an_index_names_files_of_its_own_folder_only(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../other.safetensors"}}')
     with pytest.raises(ValueError, match="unet/other.safetensors is missing"):
-        find_weights(folder)
+        read_weights(folder)
 
 
 ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -195,4 +195,4 @@ def test_a_safetensors_file_by_another_name_and_a_broken_index(tmp_path):
     for content in ("[]", "{}", '{"weight_map": 5}', '{"weight_map": {"a": ["x"]}}'):
         (tmp_path / "model.safetensors.index.json").write_text(content)
         with pytest.raises(ValueError, match="index.json"):
-            find_weights(tmp_path)
+            read_weights(tmp_path)

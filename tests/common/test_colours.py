@@ -212,7 +212,7 @@ def test_profiles_of_transparent_pictures_and_palettes():
 
 
 def test_a_second_conversion_changes_nothing():
-    """The editor converts each PIL image that it is given; that of open_image has been converted."""
+    """The editor converts each PIL image that it gets, even if open_image has already converted it."""
     colours = png([[1, 64, 128]], 8, 2, (b"gAMA", struct.pack(">I", 100_000)))
     adobe = rgb_profile("adobe rgb")
     cmyk = saved(Image.fromarray(COLOURS).convert("CMYK"), "TIFF", icc_profile=adobe)
@@ -286,7 +286,7 @@ def test_srgb_pictures_keep_their_bits_and_a_profile_is_read_once(monkeypatch):
 
 
 def test_profiles_that_round_srgb_otherwise_change_nothing():
-    """Most cameras and programs write such a one in place of the exact numbers."""
+    """Most cameras and programs write a profile of sRGB with rounded numbers."""
     near = {f"{letter}XYZ": b"XYZ \0\0\0\0" + fixed(*(np.array(xyz) + 0.0002))
             for letter, xyz in zip("rgb", PRIMARIES["srgb"])}
     near = profile(b"RGB ", **near, **{f"{letter}TRC": SRGB_CURVE for letter in "rgb"})

@@ -1,4 +1,4 @@
-"""Without --dtype, the precision in which the device computes faster is chosen."""
+"""Without --dtype, nanoip2p chooses the precision in which the device computes faster."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ def test_the_measurement_decides_on_a_cpu(fast, dtype, monkeypatch):
 
 @pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
 def test_a_cpu_without_bf16_arithmetic_gets_fp32(isa):
-    """oneDNN is told to leave newer instructions alone, and computes as on such a CPU."""
+    """A setting of oneDNN forbids newer instructions, so that it computes as on such a CPU."""
     code = ("import torch; from nanoip2p.common.device import pick_dtype;"
             "print(pick_dtype(None, torch.device('cpu')))")
     env = os.environ | {"ONEDNN_MAX_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}

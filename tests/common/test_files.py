@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nanoip2p.checkpoint.load import open_checkpoint
-from nanoip2p.checkpoint.tensors import find_weights, read_metadata, read_tensors
+from nanoip2p.checkpoint.tensors import read_metadata, read_tensors, read_weights
 from nanoip2p.common import files
 from nanoip2p.common.files import (
     append,
@@ -156,7 +156,7 @@ def test_other_broken_files_are_refused_and_left_alone(content, tmp_path):
 @pytest.mark.parametrize("read", [
     read_json, read_jsonl, mend_last_line, read_tensors, read_metadata, open_checkpoint,
     lambda path: list(read_rows(path, ".csv")), lambda path: append(path, {}),
-    lambda path: find_weights(path.parent), lambda path: load_tokenizer(path.parent)])
+    lambda path: read_weights(path.parent), lambda path: load_tokenizer(path.parent)])
 def test_a_fifo_or_a_device_is_refused_at_once(read, tmp_path):
     for name in ("vocab.json", "model.safetensors"):
         os.mkfifo(tmp_path / name)

@@ -29,7 +29,7 @@ from nanoip2p.checkpoint.load import load_model, open_checkpoint
 from nanoip2p.checkpoint.lora import apply_loras, file_hash, write_lora
 from nanoip2p.checkpoint.marks import marked_schedule
 from nanoip2p.checkpoint.save import convert
-from nanoip2p.checkpoint.tensors import find_weights, read_metadata, read_tensors
+from nanoip2p.checkpoint.tensors import read_metadata, read_tensors, read_weights
 from nanoip2p.clip import CLIPTextConfig, TextEncoder
 from nanoip2p.clip_filter import SIMILARITIES, Judge
 from nanoip2p.common.files import append, regular
@@ -512,11 +512,11 @@ def read_scores(folder: Path) -> None:
 READERS = {
     "editor": (write_tiny_editor, read_editor), "painter": (write_painter, read_painter),
     "single file": (write_single, read_single), "marks": (write_marks, read_marks),
-    "pickle": (write_pickle, find_weights),
-    "packed": (write_packed, find_weights), "tokenizer": (write_fast_tokenizer, read_tokenizer),
+    "pickle": (write_pickle, read_weights),
+    "packed": (write_packed, read_weights), "tokenizer": (write_fast_tokenizer, read_tokenizer),
     "embeddings": (write_embeddings, read_embeddings),
     "loras": (write_loras, read_loras),
-    "shards": (write_shards, find_weights), "clip": (write_tiny_clip, read_judge),
+    "shards": (write_shards, read_weights), "clip": (write_tiny_clip, read_judge),
     "pictures": (write_pictures, read_pictures), "recipe": (write_recipe, read_recipe_and_plan),
     "texts": (write_texts, read_texts), "answer": (write_answer, read_answer),
     "verdict": (write_verdict, read_verdict), "attention": (write_attention, read_attention),

@@ -15,7 +15,7 @@ OPENING = {
     "loads", "safe_open", "load_file", "ParquetFile", "read_bytes", "read_text", "DictReader", "open"}
 # These read nothing that comes from outside, or hand a file on unread
 EXEMPT = {
-    "__main__.py:add", "__main__.py:main", "__main__.py:make_parser",  # their own docstrings
+    "__main__.py:add", "__main__.py:make_parser",  # their own docstrings
     "files.py:append", "files.py:locked", "files.py:claim_folder", "files.py:mend_last_line",
     "finetune.py:start", "rendered.py:write_scenes", "tensors.py:write_tensors", "run_folder.py:flush",
     "magicbrush.py:score", "magicbrush.py:run", "calls.py:run", "sample.py:run", "pictures.py:edit_batch",
