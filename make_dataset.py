@@ -35,7 +35,7 @@ def add_captions(subparsers) -> None:
                         help="output file; captions in this file or in its .dropped.jsonl are skipped")
     parser.add_argument("--backend", choices=("openai", "scenes"), default="openai",
                         help="openai: a language model; scenes: the grammar of the nano world")
-    parser.add_argument("--n", type=at_least(1), help="number of captions (default: all, scenes: 1000)")
+    parser.add_argument("--n", type=at_least(1), help="number of captions (default: all; of scenes: 1000)")
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the scenes")
     cli.add_settings(parser, Settings)
     parser.set_defaults(run=run_captions)

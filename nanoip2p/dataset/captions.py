@@ -103,8 +103,7 @@ class Job:
         """Process all captions. Processes the first caption alone, to report a wrong key or model only once.
 
         After Ctrl-C or SIGTERM, starts no new caption, and waits up to GRACE seconds for open requests. A
-        second signal ends the wait. A third signal ends the process, even during a DNS look-up, which cannot
-        be cancelled.
+        second signal ends the wait. A third signal ends the process, even during a DNS look-up.
         """
         loop, whole = asyncio.get_running_loop(), asyncio.current_task()
 

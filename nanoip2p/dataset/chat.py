@@ -99,8 +99,8 @@ def connect(timeout: float = Settings.timeout, total: float | None = None) -> As
     try:
         client = AsyncOpenAI(max_retries=SERVER_RETRIES, timeout=timeout,
                              http_client=Client(total or timeout))
-        if not client.api_key.strip() or not client.api_key.isascii():  # openai may accept such a key
-            raise openai.OpenAIError("the key is empty, or has letters that no header can hold")
+        if not client.api_key.strip() or not client.api_key.isascii():  # no header can hold such a key
+            raise openai.OpenAIError
         return client
     except openai.OpenAIError:
         raise ValueError("set OPENAI_API_KEY to your key, or to any word if the server needs none") from None
