@@ -14,7 +14,6 @@ in these must stay in their folder.
 
 import re
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
@@ -82,9 +81,9 @@ def told(counts: dict[str, int]) -> str:
     return ", ".join(f"{reason}: {count}" for reason, count in counts.items() if count)
 
 
-def _survey(source: str | Path, split: str, skip_bad: bool,
+def _survey(source: str | Path, split: str | None, skip_bad: bool,
             columns: Sequence[str] | None) -> tuple[list[Item], dict[str, int], list[str]]:
-    """The sound items of a split, the numbers left out by reason, and a message for each problem."""
+    """The sound items of a split (None: all), the numbers left out by reason, a message for each problem."""
     rows = _read(Path(source), split, skip_bad, columns and tuple(columns))
     bad = [row for row in rows if isinstance(row, ValueError)]
     cut_off = sum(isinstance(row, FileError) for row in bad)
@@ -107,7 +106,7 @@ def without(items: list[Item], bad: Set[Picture]) -> list[Item]:
     return [item for item in kept if item]
 
 
-def _read(source: Path, split: str, skip_bad: bool, columns: Names | None) -> list[Item | ValueError]:
+def _read(source: Path, split: str | None, skip_bad: bool, columns: Names | None) -> list[Item | ValueError]:
     """Find the layout, and read the rows of a split: their items and, with skip_bad, also their errors."""
     if not source.exists():
         raise ValueError(f"there is no {source} to read training pairs from")
@@ -131,7 +130,7 @@ def _read(source: Path, split: str, skip_bad: bool, columns: Names | None) -> li
     own = [OWN_SPLIT.search(file.relative_to(source).as_posix()) for file in files]
     if any(own):
         splits = ["train" if not match else "validation" if match[1] else "test" for match in own]
-        files = [file for file, its_split in zip(files, splits) if its_split == split]
+        files = [file for file, its_split in zip(files, splits) if split in (its_split, None)]
     rows = [row for file in files for row in _made(reader(file, columns, split), skip_bad)]
     return rows if any(own) or reader is _original else _cut(rows, split)
 
@@ -164,8 +163,8 @@ def _captions(row, keys: tuple[str, str], where: str) -> tuple[str, str] | None:
     return tuple(_text(row, key, where) for key in keys) if found else None
 
 
-def _cut(rows: list, split: str) -> list:
-    begin, end = SPLITS[split]
+def _cut(rows: list, split: str | None) -> list:
+    begin, end = SPLITS[split] if split else (0, 1)
     return rows[int(begin * len(rows)) : int(end * len(rows))]
 
 
@@ -268,12 +267,8 @@ def broken_pictures(source: str | Path, resolution: int, columns: Sequence[str] 
     Returns the numbers of pictures and of sound pairs, the numbers left out by reason, messages, and the
     broken pictures.
     """
-    items, counts, problems, broken = [], Counter(), [], {}
-    for split in SPLITS:
-        more, left_out, messages = _survey(source, split, True, columns)
-        items, problems = items + more, problems + messages
-        counts.update(left_out)
-    pictures = _pictures(items)
+    items, counts, problems = _survey(source, None, True, columns)
+    pictures, broken = _pictures(items), {}
     for picture in tqdm(pictures, desc="opening pictures", unit="picture"):
         try:
             load_picture(picture, resolution)
