@@ -25,7 +25,7 @@ from nanoip2p.text_to_image import TextToImage
 from nanoip2p.tokenizer import Tokenizer
 
 MOST = 0.4  # measured in the nano world, see docs/datasets.md
-# Words for nothing that a picture shows. They count as changed only if no other word changed
+# Words that name nothing in a picture. They count as changed only if no other word changed
 FILLERS = set("a an the this that its and or but of in on at to by with from for into onto over under near "
               "is are as".split())
 

@@ -99,7 +99,7 @@ def connect(timeout: float = Settings.timeout, total: float | None = None) -> As
     try:
         client = AsyncOpenAI(max_retries=SERVER_RETRIES, timeout=timeout,
                              http_client=Client(total or timeout))
-        if not client.api_key.strip() or not client.api_key.isascii():  # no header can hold such a key
+        if not client.api_key.strip() or not client.api_key.isascii():  # no use as a header
             raise openai.OpenAIError
         return client
     except openai.OpenAIError:

@@ -210,7 +210,7 @@ def _from_row(row: tuple[str, dict] | ValueError, path: Path, columns: Names | N
         raise row
     where, row = row
     names = tables.chosen(tuple(row), columns) or columns or COLUMNS[-1]
-    # A table in our format: the user wrote it, so its pictures may lie outside its folder
+    # A pairs.jsonl, or a table like it: the user wrote it, so its pictures may lie outside its folder
     own = names == COLUMNS[-1] and path.suffix == ".jsonl" and path.stem != "metadata"
     pictures, edit = [], names[1]
     for name in names[::2]:
