@@ -35,7 +35,7 @@ def add_captions(subparsers) -> None:
                         help="output file; captions in this file or in its .dropped.jsonl are skipped")
     parser.add_argument("--backend", choices=("openai", "scenes"), default="openai",
                         help="openai: a language model; scenes: the grammar of the nano world")
-    parser.add_argument("--n", type=at_least(1), help="number of captions (default: all) or scenes (1000)")
+    parser.add_argument("--n", type=at_least(1), help="number of captions (default: all; of scenes: 1000)")
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the scenes")
     cli.add_settings(parser, Settings)
     parser.set_defaults(run=run_captions)
@@ -53,7 +53,7 @@ def add_captions(subparsers) -> None:
 
 
 def run_captions(args: argparse.Namespace) -> None:
-    """Ask a language model to edit the captions, or draw random scenes with their edits."""
+    """Ask a language model for edits of the captions, or draw random scenes and edits of them."""
     if args.backend == "scenes":
         check_writable(args.out)
         from nanoip2p.dataset.rendered import write_scenes
@@ -66,11 +66,11 @@ def run_captions(args: argparse.Namespace) -> None:
     captions, repeats = read_captions(args.input, args.column)
     print(f"{args.input}: {len(captions)} captions, {repeats} repeats left out")
     given = {key: value for key, value in vars(args).items() if key in Settings.__dataclass_fields__}
-    print(ask_all(captions, Settings(**given), args.out, args.n))
+    print(ask_all(captions[: args.n], Settings(**given), args.out))
 
 
 def run_prepare(args: argparse.Namespace) -> None:
-    """Turn hand-written triplets into training data for a chat model."""
+    """Convert hand-written triplets to training data for a chat model."""
     from nanoip2p.dataset import finetune
     out = args.chats or args.human.with_suffix(".chat.jsonl")
     print(f"{finetune.prepare(args.human, out)} chats written to {out}")
@@ -95,9 +95,9 @@ def add_pairs(subparsers) -> None:
                                                          ".safetensors or .ckpt file, or a name on the Hub")
     parser.add_argument("--skip-bad", action="store_true", help="skip bad lines of --prompts")
     parser.add_argument("--fast", action=cli.SWITCH,
-                        help="faster, equal up to rounding; works as --fast of sample.py")
+                        help="faster, and equal up to rounding; see --fast of sample.py")
     parser.add_argument("--attention", choices=("auto", "sdpa", "ours"), default="auto",
-                        help="kernels with --fast on CUDA, as in sample.py")
+                        help="attention kernels of --fast on CUDA, as in sample.py")
     parser.add_argument("--verbose", action="store_true", help="say what --attention measures and decides")
     add_device(parser)
     cli.add_settings(parser, PairSettings)
@@ -144,7 +144,7 @@ def run_pairs(args: argparse.Namespace) -> None:
     painter.fill_defaults({key: getattr(settings, key) for key in ("steps", "resolution", "sampler")})
     judge = Judge.load(settings.clip, device)
     notes = {"weights": args.weights, "lora": args.lora, "clip": settings.clip, "dtype": dtype}
-    positions = 2 * (settings.resolution // painter.vae.downsampling) ** 2  # of the latents of a pair
+    positions = 2 * (settings.resolution // painter.vae.downsampling) ** 2  # in the latents of a pair
     prepare = partial(speed_up, painter, args.fast, cli.say,
                       positions * settings.steps * settings.n_samples * len(prompts), injects=True,
                       attention=args.attention, verbose=args.verbose)
@@ -181,12 +181,13 @@ def add_pair(subparsers) -> None:
                         help="attention maps that the edited picture takes from the source")
     parser.add_argument("--p", type=finite, default=0.5, help="share of the steps with injection")
     parser.add_argument("--blend", nargs="+", metavar="WORD",
-                        help="a word of each caption: change pixels only where attention to either is high; "
-                             "or auto: the words that differ")
+                        help="a word of each caption, or auto (the words that differ): change pixels only "
+                             "where the attention to one of these words is high")
     parser.add_argument("--reweight", nargs=2, action="append", default=[], metavar=("WORD", "FACTOR"),
                         help="for cross and both: scale the attention to a word of the edited caption")
     parser.add_argument("--window", nargs=3, action="append", default=[], metavar=("WORD", "FROM", "TO"),
-                        help="for cross and both: inject a word between two shares of the steps (0 to 1)")
+                        help="for cross and both: inject the attention to a word only in these steps, "
+                             "given as shares of all steps (0 to 1)")
     parser.add_argument("--cfg-text", type=finite, help="guidance scale (default: from the weights)")
     parser.add_argument("--steps", type=at_least(1), help="denoising steps (default: from the weights)")
     parser.add_argument("--resolution", type=pixels, help="side in pixels (default: from the weights)")

@@ -1,4 +1,4 @@
-"""Ask a language model for the instruction and edited caption of each caption (section 3.1.1 of the paper).
+"""Ask a language model for an instruction and an edited caption for each caption (section 3.1.1).
 
 Any server with OpenAI's chat API works. An ordinary model gets the examples of fewshot.json and answers in
 JSON, under a schema. A model named "ft:..." was fine-tuned by finetune.py and gets only the caption.
@@ -47,20 +47,19 @@ def read_captions(path: Path, column: str | None = None) -> tuple[list[str], int
     """Read .txt (one caption per line), .jsonl or .csv.
 
     Returns lines of the form "caption TAB url", and the number of repeats. column: the key or column of the
-    caption. Skips empty captions, and repeats: rows with the caption or URL of an earlier row. Raises
-    ValueError for a row without a text under that key.
+    caption. Skips empty captions and repeats. A repeat has the caption or the URL of an earlier row. Raises
+    ValueError for a row without a caption.
     """
     keys = (column,) if column else ("input", "caption")
     captions, repeats = [], 0
-    known = set()  # hashes take less memory than texts. Among 10^6, two are equal with probability 10^-8
+    known = set()  # hashes take less memory than texts. Two of 10^6 hashes are equal with probability 10^-8
     for number, row in files.read_rows(path):
         text = next((row[key] for key in keys if key in row), None)
         if not isinstance(text, str):
             raise ValueError(f"{path}, line {number}: no text under {' or '.join(keys)} (--column); there is "
                              f"{', '.join(row) or 'nothing'}")
-        url = str(row.get("url") or row.get("URL") or "")[:LONGEST]
-        text, url = tidy(checked(text, str, f"{path}, line {number}: caption")), url and tidy(url)
-        folded = fold(text)
+        text = tidy(checked(text, str, f"{path}, line {number}: caption"))
+        url, folded = tidy(str(row.get("url") or row.get("URL") or "")[:LONGEST]), fold(text)
         if not folded:
             continue
         marks = {hash(folded), hash(f"url {url}")} if url else {hash(folded)}
@@ -70,12 +69,6 @@ def read_captions(path: Path, column: str | None = None) -> tuple[list[str], int
         else:
             repeats += 1
     return captions, repeats
-
-
-def row_of(line: str) -> dict:
-    """{"input", "url"} of a line of `read_captions`. "url" is in the row only if the caption has one."""
-    text, _, url = line.partition("\t")
-    return {"input": text, **({"url": url} if url else {})}
 
 
 def make_request(caption: str, settings: Settings) -> dict:
@@ -101,25 +94,24 @@ class Job:
         self.client, self.settings, self.todo, self.out, self.bar = client, settings, todo, out, bar
         self.counts, self.used = Counter(), Counter()  # outcomes; input and output tokens
         self.reserved = 0    # upper bound on the tokens of the open requests
-        self.shared = 0      # input tokens of the first request: an upper bound on prompt and examples
+        self.shared = 0      # input tokens of the first request: a bound for system prompt and examples
         self.failures = 0    # number of captions in a row without an answer
         self.problem: Exception | None = None  # the error that ends the run
-        self.interrupted = False  # by Ctrl-C or SIGTERM
+        self.signals = 0     # number of times that Ctrl-C or SIGTERM came
 
     async def run(self) -> None:
         """Process all captions. Processes the first caption alone, to report a wrong key or model only once.
 
         After Ctrl-C or SIGTERM, starts no new caption, and waits up to GRACE seconds for open requests. A
-        second signal ends the wait. The third ends the process, even in a look-up of the server's name.
+        second signal ends the wait. A third signal ends the process, even during a DNS look-up.
         """
-        loop, whole, signals = asyncio.get_running_loop(), asyncio.current_task(), []
+        loop, whole = asyncio.get_running_loop(), asyncio.current_task()
 
         def stop() -> None:
-            signals.append(1)
-            if len(signals) > 2:
+            self.signals += 1
+            if self.signals > 2:
                 os._exit(130)
-            loop.call_later(0 if self.interrupted else GRACE, whole.cancel)
-            self.interrupted = True
+            loop.call_later(GRACE if self.signals == 1 else 0, whole.cancel)
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop)
@@ -132,12 +124,12 @@ class Job:
     async def work(self, most: int) -> None:
         """Process at most `most` captions, one after another. Returns early when the run has to stop."""
         for _ in range(most):
-            if not self.todo or self.interrupted or self.problem:
+            if not self.todo or self.signals or self.problem:
                 return
             line = self.todo.popleft()
             try:
-                await self.ask(row_of(line))
-            except OverBudget:  # other tasks may take this caption: open requests can use less than reserved
+                await self.ask(line)
+            except OverBudget:  # another task may ask it, once open requests have used less than reserved
                 self.todo.appendleft(line)
                 return
             except openai.APIError as error:
@@ -145,14 +137,14 @@ class Job:
                 self.failures += 1
                 fatal = FATAL if self.used else (*FATAL, openai.APIConnectionError)
                 if isinstance(error, fatal) or self.failures >= MAX_FAILURES:
-                    self.problem = error
+                    self.problem = ValueError(chat.explain(error, self.client))
             except Exception as error:  # the disk is full, for example
                 self.problem = error
             self.bar.update()
 
-    async def ask(self, caption: dict) -> None:
+    async def ask(self, line: str) -> None:
         """Ask for an edit of one caption, at most 1 + RETRIES times, and append the outcome to a file."""
-        text, moderate, reason = caption["input"], self.settings.moderate, "flagged"
+        (text, _, url), moderate, reason = line.partition("\t"), self.settings.moderate, "flagged"
         attempts = 0 if moderate and await self.flagged([text]) else 1 + RETRIES
         for attempt in range(attempts):
             try:
@@ -163,7 +155,8 @@ class Job:
                 reason = str(error)
                 self.counts[f"retried {reason}"] += attempt < RETRIES
                 continue
-            files.append(self.out, {"input": text, "edit": edit, "output": output, **caption})
+            row = {"input": text, "edit": edit, "output": output}
+            files.append(self.out, row | {"url": url} if url else row)
             self.counts["written"] += 1
             return
         files.append(dropped_path(self.out), {"input": text, "why": reason})
@@ -177,7 +170,7 @@ class Job:
         reserved, limit = tokens_in + ANSWER_TOKENS, self.settings.max_tokens
         if limit is not None and self.used.total() + self.reserved + reserved > limit:
             raise OverBudget
-        if not self.shared:  # first request: fail early if the server does not run
+        if not self.shared:  # first request: fail early if the server is down
             client = client.with_options(max_retries=2)
         self.reserved += reserved
         try:
@@ -220,7 +213,7 @@ def dropped_path(out: Path) -> Path:
 
 
 def known_captions(out: Path) -> set[int]:
-    """The hashes of the captions in OUT.jsonl and OUT.dropped.jsonl. Raises ValueError for other files."""
+    """The hashes of the captions in OUT.jsonl and OUT.dropped.jsonl. ValueError if these hold other rows."""
     known = set()
     for path, keys in ((out, ("input", "edit", "output")), (dropped_path(out), ("input", "why"))):
         for number, row in files.read_rows(path, ".jsonl", appended=True) if path.exists() else ():
@@ -230,34 +223,32 @@ def known_captions(out: Path) -> set[int]:
     return known
 
 
-def ask_all(captions: list[str], settings: Settings, out: Path, most: int | None = None) -> str:
+def ask_all(captions: list[str], settings: Settings, out: Path) -> str:
     """Process every caption that is not yet in OUT.jsonl or OUT.dropped.jsonl; return a summary.
 
-    captions: from `read_captions`. most: maximum number to take. Needs OPENAI_API_KEY (and OPENAI_BASE_URL)
-    in the environment. ValueError if the server fails, or if `out` cannot be written. KeyboardInterrupt after
-    Ctrl-C or SIGTERM, see Job.run.
+    captions: from `read_captions`. Needs OPENAI_API_KEY (and OPENAI_BASE_URL) in the environment. Raises
+    ValueError if the server fails or `out` cannot be written, and KeyboardInterrupt after Ctrl-C or SIGTERM
+    (see Job.run).
     """
     files.check_writable(out)
     try:
-        with files.locked(out.with_name(f".{out.stem}.lock")) as held:  # `out` itself may be replaced
+        # Not a lock on `out` itself: another program could replace that file
+        with files.locked(out.with_name(f".{out.stem}.lock")) as held:
             if not held:
                 raise ValueError(f"{out} is being written by another process; wait for it, or stop it")
             known = known_captions(out)
             for path in (out, dropped_path(out)):
                 files.mend_last_line(path)
-            captions = captions[:most]
-            todo = deque(line for line in captions if hash(fold(row_of(line)["input"])) not in known)
+            todo = deque(line for line in captions if hash(fold(line.partition("\t")[0])) not in known)
             client, done = chat.connect(settings.timeout), len(captions) - len(todo)
             with tqdm(total=len(captions), initial=done, desc="captions", unit="caption") as bar:
                 job = Job(client, settings, todo, out, bar)
                 asyncio.run(job.run())
-            if job.interrupted:
+            if job.signals:
                 raise KeyboardInterrupt
-            if isinstance(job.problem, openai.APIError):
-                raise ValueError(chat.explain(job.problem, client)) from None
             if job.problem:
                 raise job.problem
             return job.summary()
     except OSError as error:
         raise ValueError(f"{out} cannot be written: {error.strerror or error}; if its disk is full, free "
-                         "space. Finished captions stay, and the same command goes on from there") from None
+                         "space. Finished captions stay, and the same command continues from there") from None

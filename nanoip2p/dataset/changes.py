@@ -1,13 +1,15 @@
-"""Which words a pair of captions changes, and how much else changed in the pictures. Not in the paper.
+"""Find the words that differ between two captions, and measure how much else changed in their pictures.
 
-The region of an edit is where the attention to a changed word is high, as the local blend of Prompt-to-Prompt
-finds it (prompt_to_prompt.hot_words). A word with high attention in more than MOST of the picture is ignored.
-For an edit of the whole picture (time, weather, style), no word is left: no region, no blend, no leakage.
+This is not in the paper. The region of an edit is where the attention to a changed word is high, as in the
+local blend of Prompt-to-Prompt (prompt_to_prompt.hot_words). A word with high attention in more than MOST of
+the picture is ignored. If no word is left, as in an edit of the whole picture (time, weather, style), the
+pair has no region, no blend and no leakage.
 
     leakage = mean |after - before| outside the region / mean |after - before| inside     (8-bit RGB pixels)
 
-0: nothing else changed; 1: everything changed alike. The attention maps are from the second lowest level
-(16 x 16 at 512 pixels), summed over all steps. After a blend, leakage is near 0, even if the region is wrong.
+0 means that nothing else changed, 1 that everything changed alike. The attention maps are from the second
+lowest level (16 x 16 at 512 pixels), summed over all steps. After a blend, leakage is near 0, even if the
+region is wrong.
 """
 
 from itertools import zip_longest
@@ -23,15 +25,16 @@ from nanoip2p.text_to_image import TextToImage
 from nanoip2p.tokenizer import Tokenizer
 
 MOST = 0.4  # measured in the nano world, see docs/datasets.md
-# Words that show nothing. They count only if nothing else changed
+# Words that name nothing in a picture. They count as changed only if no other word changed
 FILLERS = set("a an the this that its and or but of in on at to by with from for into onto over under near "
               "is are as".split())
 
 
 def changed_words(tokenizer: Tokenizer, source: str, edit: str) -> list[list[tuple[str, list[int]]]]:
-    """The words of `source` that `align` does not find in `edit`, and the reverse, with token positions.
+    """The words of `source` that `edit` lacks, then the words of `edit` that `source` lacks, by `align`.
 
-    Aligns words, as words of several tokens can share tokens by chance. Drops words beyond the token limit.
+    Each word has its token positions. Aligns words instead of tokens, because different words can share
+    tokens. Drops words beyond the token limit.
     """
     texts = [split_words(tokenizer, text) for text in (source, edit)]
     names = [[word.lower() for word, _ in words] for words in texts]
@@ -43,7 +46,7 @@ def changed_words(tokenizer: Tokenizer, source: str, edit: str) -> list[list[tup
 
 
 def leakage(before: Image.Image, after: Image.Image, region: Tensor) -> float | None:
-    """Change outside the region (1, H, W) bool over change inside, >= 0. None if either is empty."""
+    """Mean change outside the region (1, H, W), bool, over mean change inside. None if either is empty."""
     change = (to_tensor(after) - to_tensor(before)).abs().mean(0, keepdim=True).cpu()       # (1, H, W)
     if region.all() or not region.any():
         return None
@@ -51,12 +54,12 @@ def leakage(before: Image.Image, after: Image.Image, region: Tensor) -> float | 
 
 
 class MeasuredPainter(PairPainter):
-    """A PairPainter that also measures leakage, and whose `blend` may be "auto": the words that differ."""
+    """A PairPainter that also measures leakage. Its `blend` may be "auto": the words that differ."""
 
     def __init__(self, painter: TextToImage, source: str, edit: str, *settings, blend=None, **more):
         """Arguments: as for PairPainter."""
         words = list(zip_longest(*changed_words(painter.tokenizer, source, edit), fillvalue=("", [])))
-        self.words = list(zip(*words)) or [[("", [])]] * 2  # of each caption, equally many
+        self.words = list(zip(*words)) or [[("", [])]] * 2  # of each caption, padded to the same number
         tokens = [[tokens for _, tokens in side] for side in self.words]
         self.auto = blend == "auto"
         super().__init__(painter, source, edit, *settings, **more, blend=tokens if self.auto else blend,
@@ -66,9 +69,9 @@ class MeasuredPainter(PairPainter):
     @torch.inference_mode()
     def measure(self, seeds: list[int], shares: list[float], cfg_text: list[float], bar: tqdm | None = None,
                 ) -> tuple[list[tuple[Image.Image, Image.Image]], list[dict]]:
-        """`paint`, and the leakage of each pair. With "auto", also the words of each caption that it blended.
+        """Paint pairs as `paint` does. Returns the pairs, and a note {"leakage": number or None} for each.
 
-        The notes are {"leakage": number or None, "blend": [words, words] or None}.
+        With blend "auto", a note also has "blend": the words of each caption that the blend used, or None.
         """
         words = self.changed
         if self.blend:

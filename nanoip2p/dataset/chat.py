@@ -16,15 +16,15 @@ from nanoip2p.common.files import fold, tidy
 from nanoip2p.common.schema import checked
 from nanoip2p.dataset.config import Settings
 
-SERVER_RETRIES = 5  # by the client, after 429, 5xx or a bad answer
+SERVER_RETRIES = 5  # by the openai package, after status 429 or 5xx, or a bad answer
 ANSWER_TOKENS = 256  # token limit of an answer, as in the original
 DELIMITER = "\n%%\n"  # between instruction and caption, in the answers of a fine-tuned model
 LONGEST_ANSWER = 2**20  # bytes; the answer to a caption has about 1,000
-HTTP = sys.modules[openai.DefaultAsyncHttpxClient.__base__.__module__.split(".")[0]]  # httpx, or httpx2
+HTTP = sys.modules[openai.DefaultAsyncHttpxClient.__base__.__module__.split(".")[0]]  # httpx or httpx2
 
 
 class Unusable(Exception):
-    """The answer is not an edit. The message: "refused", "malformed", "unchanged" or "flagged"."""
+    """The answer is not an edit. The message is "refused", "malformed", "unchanged" or "flagged"."""
 
 
 class Client(openai.DefaultAsyncHttpxClient):
@@ -37,9 +37,9 @@ class Client(openai.DefaultAsyncHttpxClient):
         self.seconds, self.home = seconds, None
 
     async def send(self, request, **options):
-        """Send a request and read its whole answer: a JSON object, or any answer whose status is an error.
+        """Send a request and read its whole answer: a JSON object, unless the status is an error.
 
-        Limits the time of all this, because a timeout of the HTTP library starts again with each byte.
+        Limits the total time, because the timeout of the HTTP library starts again with each byte.
         """
         try:
             response = await asyncio.wait_for(super().send(request, **options), self.seconds)
@@ -52,7 +52,7 @@ class Client(openai.DefaultAsyncHttpxClient):
             raise HTTP.RemoteProtocolError(str(error)) from None
 
     async def check_host(self, request) -> None:
-        """Before each request: refuse a redirect to another host or port. Allow one from http to https."""
+        """Before each request: refuse a redirect to another host or port. From http to https is allowed."""
         url = request.url
         self.home = self.home or url
         same = (url.scheme, url.port) == (self.home.scheme, self.home.port)
@@ -61,9 +61,9 @@ class Client(openai.DefaultAsyncHttpxClient):
             raise HTTP.RemoteProtocolError(f"the answer is a redirect to {url}, which is not followed")
 
     async def limit_size(self, response) -> None:
-        """After the header of each answer: limit its body."""
+        """After the headers of each answer: limit the size of its body."""
         if response.headers.get("content-encoding", "identity") not in ("identity", "gzip"):
-            raise HTTP.DecodingError("the answer is compressed, though we asked for a plain one")
+            raise HTTP.DecodingError("the answer is compressed, although we asked for no compression")
         pieces = response.aiter_bytes()
 
         async def limited():
@@ -86,9 +86,9 @@ def read_object(content: bytes | str) -> dict:
 
 
 async def ask(resource, **request) -> dict:
-    """Create a chat completion or another resource of the client. Returns the answer, a JSON object."""
+    """Create a chat completion or another resource. Returns the answer, a JSON object (see Client.send)."""
     response = await resource.with_raw_response.create(**request)
-    return read_object(response.http_response.content)
+    return response.http_response.json()
 
 
 def connect(timeout: float = Settings.timeout, total: float | None = None) -> AsyncOpenAI:
@@ -99,8 +99,8 @@ def connect(timeout: float = Settings.timeout, total: float | None = None) -> As
     try:
         client = AsyncOpenAI(max_retries=SERVER_RETRIES, timeout=timeout,
                              http_client=Client(total or timeout))
-        if not client.api_key.strip() or not client.api_key.isascii():  # openai may accept such a key
-            raise openai.OpenAIError("the key is empty, or has letters that no header can hold")
+        if not client.api_key.strip() or not client.api_key.isascii():  # no use as a header
+            raise openai.OpenAIError
         return client
     except openai.OpenAIError:
         raise ValueError("set OPENAI_API_KEY to your key, or to any word if the server needs none") from None
@@ -109,13 +109,13 @@ def connect(timeout: float = Settings.timeout, total: float | None = None) -> As
 
 
 def explain(error: openai.APIError, client: AsyncOpenAI) -> str:
-    """The server's error and its remedy in one line. Hides the API key if it has 8 or more characters."""
+    """The server's error with a hint, in one line. Hides the API key if it has 8 or more characters."""
     message, key = error.message, client.api_key.strip()
     if isinstance(error, openai.APIConnectionError):
         message += f" ({error.__cause__}); does OPENAI_BASE_URL name the right server, and does it run?"
     elif isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
         message += "; is OPENAI_API_KEY right for this server?"
-    if len(key) >= 8:  # a shorter key is a placeholder, and may be part of a word
+    if len(key) >= 8:  # a shorter key is a placeholder, which can be part of an ordinary word
         message = message.replace(key, "***")
     return f"{client.base_url} says: {message}"
 
@@ -128,9 +128,9 @@ def read_answer(reply: dict, caption: str) -> tuple[str, str]:
         if message.get("refusal") or choice.get("finish_reason") == "content_filter":
             raise Unusable("refused")
         content = checked(message.get("content"), str, "content")
-        if choice.get("finish_reason") == "length":  # cut off; without JSON, no parser would notice
+        if choice.get("finish_reason") == "length":  # cut off, which is not visible in a text without JSON
             raise ValueError
-        if DELIMITER in content:  # never in JSON: its strings have no line breaks
+        if DELIMITER in content:  # never in JSON, whose strings have no line breaks
             edit, output = map(tidy, content.split(DELIMITER))
         else:
             answer = read_object(content)
@@ -145,7 +145,7 @@ def read_answer(reply: dict, caption: str) -> tuple[str, str]:
 
 
 def spent_tokens(reply: dict, most_in: int) -> Counter:
-    """The tokens of a completion by the server's count; if that is missing or impossible, the upper bound."""
+    """The tokens of a completion as the server counts them. Upper bounds replace missing or odd counts."""
     usage, spent = reply.get("usage"), Counter({"in": most_in, "out": ANSWER_TOKENS})
     for way, key in (("in", "prompt_tokens"), ("out", "completion_tokens")):
         with suppress(ValueError):
@@ -154,7 +154,7 @@ def spent_tokens(reply: dict, most_in: int) -> Counter:
 
 
 def read_flags(reply: dict, n: int) -> list[bool]:
-    """Parse the moderation of `n` texts: whether it objects to each. Raises ValueError for another reply."""
+    """Parse the moderation of `n` texts: whether it objects to each. Raises ValueError for other replies."""
     results = checked(reply.get("results"), list[dict], "results")
     if len(results) != n:
         raise ValueError(f"the server judged {len(results)} texts, not {n}")

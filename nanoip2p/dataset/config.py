@@ -14,7 +14,7 @@ class Settings:
     model: str = flag("model to ask; ft:... is a model that `finetune` made", "gpt-4o-mini",
                       group="asking a language model")
     temperature: float = flag("sampling temperature", 0.7, type=finite)
-    concurrency: int = flag("concurrent requests", 8, type=at_least(1))
+    concurrency: int = flag("number of concurrent requests", 8, type=at_least(1))
     moderate: bool = flag("apply OpenAI's moderation to captions and answers, as the original does", False)
     max_tokens: int | None = flag("limit on the input plus output tokens of this run", type=at_least(0))
     timeout: int = flag("seconds for each whole answer of the server", 120, type=at_least(1))
@@ -27,12 +27,12 @@ class PairSettings:
     n_samples: int = flag("number of candidates", 100, type=at_least(1), group="candidates of each prompt")
     early_stop: int = flag("stop after N passing candidates; 0: never", 0, type=at_least(0), metavar="N")
     inject: str = flag("attention maps that the edited picture takes from the source", "self", choices=MODES)
-    blend: str = flag("auto: change pixels only where attention to the words that differ is high",
+    blend: str = flag("auto: change pixels only where the attention to the differing words is high",
                       "none", choices=("none", "auto"))
     min_p2p: float = flag("minimum of p, the share of the steps with injection", 0.1, type=finite)
     max_p2p: float = flag("maximum of p", 0.9, type=finite)
-    min_cfg: float = flag("minimum text guidance", 7.5, type=finite)
-    max_cfg: float = flag("maximum text guidance", 15.0, type=finite)
+    min_cfg: float = flag("minimum scale of the text guidance", 7.5, type=finite)
+    max_cfg: float = flag("maximum scale of the text guidance", 15.0, type=finite)
     steps: int | None = flag("denoising steps (default: from the weights)", type=at_least(1))
     sampler: str | None = flag("sampler (default: from the weights)", choices=SAMPLERS)
     resolution: int | None = flag("width and height in pixels (default: from the weights)", type=pixels)
@@ -42,8 +42,8 @@ class PairSettings:
                                  group="the CLIP filter")
     clip_dir_threshold: float = flag("minimum directional similarity", 0.2, type=finite)
     clip_img_threshold: float = flag("minimum similarity of the two pictures", 0.7, type=finite)
-    leakage_threshold: float | None = flag("maximum change elsewhere, as a share of the change at the words "
-                                           "that differ (default: none)", type=between(0))
+    leakage_threshold: float | None = flag("maximum change outside the region of the differing words, over "
+                                           "the change inside (default: no limit)", type=between(0))
     max_out_samples: int = flag("maximum number of pairs to keep per prompt", 4, type=at_least(1))
     clip: str = flag("folder of the CLIP model, or its name on the Hub", hub.CLIP)
     batch: int = flag("candidates in one batch", 8, type=at_least(1), group="running")

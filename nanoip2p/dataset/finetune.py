@@ -26,7 +26,7 @@ def prepare(human: Path, out: Path) -> int:
     """
     prompts, bad = read_prompts(human)
     if bad:
-        raise ValueError(f"{human}, {bad[0]}; a line is {{input, edit, output}}, three texts")
+        raise ValueError(f"{human}, {bad[0]}; each line needs three texts: input, edit, output")
     if len(prompts) < FEWEST:
         raise ValueError(f"{human} holds {len(prompts)} triplets; fine-tuning needs {FEWEST} or more")
     with replacing(out) as temporary, temporary.open("w", encoding="utf-8") as file:

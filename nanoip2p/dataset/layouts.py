@@ -5,7 +5,7 @@
                       with captions of both pictures, "input_caption" and "output_caption"
     *.parquet         (or data/*.parquet) with the columns of a dataset on the Hub, see tables.COLUMNS
     edit_turns.json   (or in train/, dev/, test/) MagicBrush, with its images/<id>/ beside the file
-    *.tar             (or data/*.tar) of webdataset: x.input.jpg, x.edit.txt, x.output.jpg, or as in COLUMNS
+    *.tar             (or data/*.tar) of webdataset: x.input.jpg, x.edit.txt, x.output.jpg (or see COLUMNS)
     metadata.jsonl    (.csv or .parquet; or in train/, test/) an image folder of `datasets`
 
 Users write pairs.jsonl themselves, so its paths may lead anywhere. Users download the other layouts, so paths
@@ -14,7 +14,6 @@ in these must stay in their folder.
 
 import re
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +35,7 @@ OWN_SPLIT = re.compile(r"(?:^|/)(?:(dev|val|validation)|(test))[-./]")  # dev/..
 
 Picture = Path | Scene | Cell | Member
 UNREADABLE, CUT_OFF = "rows that cannot be read", "files that cannot be read to their end"
-LACKING = "pairs that lack a picture"
+LACKING = "pairs that lack a picture"  # as the other two, a reason to leave out data
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Pair:
 
 
 class FileError(ValueError):
-    """A file cannot be read, or can be read only up to some row."""
+    """A file cannot be read, or only its first rows can be read."""
 
 
 Item = tuple[Pair, ...]  # the pairs of one prompt; each epoch draws one pair, as in the original
@@ -62,19 +61,18 @@ def read_data(source: str | Path, split: str = "train", skip_bad: bool = False,
 
     A dataset with separate dev or test files keeps its splits. Other datasets are cut into contiguous splits.
     Raises ValueError for an unknown layout, a broken file, a missing text, column or picture, and an empty
-    train split. skip_bad: leave out rows that cannot be read and pairs with a missing picture, and warn how
-    many there are. columns: names of input, edit and output in a table, in place of COLUMNS.
+    train split. skip_bad: leave out rows that cannot be read and pairs with a missing picture, and warn of
+    their number. columns: names of input, edit and output in a table, in place of COLUMNS.
     """
     items, counts, problems = _survey(source, split, skip_bad, columns)
     if problems and not skip_bad:
-        count = counts[LACKING]
-        raise ValueError(f"{problems[0]} ({LACKING}: {count}); --skip-bad leaves them out")
+        raise ValueError(f"{problems[0]} ({told(counts)}); --skip-bad leaves them out")
     if problems:
         warnings.warn(f"left out of the {split} split ({told(counts)}); the first: {problems[0]}",
                       stacklevel=2)
     if not items and split == "train":
-        raise ValueError("; ".join([f"{source} has no pairs in its train split (its train files, or the "
-                                    "first 90% of at least 2 pairs)", *problems[:1]]))
+        raise ValueError("; ".join([f"{source} has no pairs in its train split, which is its train files or, "
+                                    "without these, the first 90% of at least 2 pairs", *problems[:1]]))
     return items
 
 
@@ -83,9 +81,9 @@ def told(counts: dict[str, int]) -> str:
     return ", ".join(f"{reason}: {count}" for reason, count in counts.items() if count)
 
 
-def _survey(source: str | Path, split: str, skip_bad: bool,
+def _survey(source: str | Path, split: str | None, skip_bad: bool,
             columns: Sequence[str] | None) -> tuple[list[Item], dict[str, int], list[str]]:
-    """The sound items of a split, the numbers left out by reason, and a message for each problem."""
+    """The sound items of a split (None: all), the numbers left out by reason, a message for each problem."""
     rows = _read(Path(source), split, skip_bad, columns and tuple(columns))
     bad = [row for row in rows if isinstance(row, ValueError)]
     cut_off = sum(isinstance(row, FileError) for row in bad)
@@ -108,7 +106,8 @@ def without(items: list[Item], bad: Set[Picture]) -> list[Item]:
     return [item for item in kept if item]
 
 
-def _read(source: Path, split: str, skip_bad: bool, columns: Names | None) -> list[Item | ValueError]:
+def _read(source: Path, split: str | None, skip_bad: bool, columns: Names | None) -> list[Item | ValueError]:
+    """Find the layout, and read the rows of a split: their items and, with skip_bad, also their errors."""
     if not source.exists():
         raise ValueError(f"there is no {source} to read training pairs from")
     for layout in ((_original, "seeds.json"), (_table, "pairs.jsonl"),
@@ -121,8 +120,8 @@ def _read(source: Path, split: str, skip_bad: bool, columns: Names | None) -> li
     else:
         reader, files = _table, [source]
         if source.suffix not in (".jsonl", ".csv", ".parquet", ".tar"):
-            raise ValueError(f"{source} is no training data: that is a .jsonl, .csv, .parquet or .tar file, "
-                             "or a folder with seeds.json, pairs.jsonl, *.parquet or *.tar (also in data/), "
+            raise ValueError(f"{source} is no training data; give a .jsonl, .csv, .parquet or .tar file, or "
+                             "a folder with seeds.json, pairs.jsonl, *.parquet or *.tar (also in data/), "
                              "edit_turns.json or metadata.jsonl, .csv or .parquet (these also in train/ and "
                              f"dev/); {listing(source)}")
     if columns and reader is not _table:
@@ -131,40 +130,41 @@ def _read(source: Path, split: str, skip_bad: bool, columns: Names | None) -> li
     own = [OWN_SPLIT.search(file.relative_to(source).as_posix()) for file in files]
     if any(own):
         splits = ["train" if not match else "validation" if match[1] else "test" for match in own]
-        files = [file for file, its_split in zip(files, splits) if its_split == split]
+        files = [file for file, its_split in zip(files, splits) if split in (its_split, None)]
     rows = [row for file in files for row in _made(reader(file, columns, split), skip_bad)]
     return rows if any(own) or reader is _original else _cut(rows, split)
 
 
 def _made(rows: Iterator[Callable[[], Item]], skip_bad: bool) -> Iterator[Item | ValueError]:
-    """Yield the item of each row. skip_bad: yield the ValueError of a bad row, or of a bad file's rest."""
-    make = True
-    while make:
-        make = None
-        try:
-            if make := next(rows, None):
+    """Yield the item of each row. skip_bad: yields errors of rows and of the file instead of raising them."""
+    try:
+        for make in rows:
+            try:
                 yield make()
-        except ValueError as error:
-            if not skip_bad:
-                raise
-            yield error if make else FileError(error)
+            except ValueError as error:
+                if not skip_bad:
+                    raise
+                yield error
+    except ValueError as error:
+        if not skip_bad:
+            raise
+        yield FileError(error)
 
 
-def _texts(row, keys: tuple[str, ...], where: str) -> list[str]:
+def _text(row, key: str, where: str) -> str:
     row = row if isinstance(row, dict) else {}
-    for key in keys:
-        if not isinstance(row.get(key), str):
-            raise ValueError(f'{where}: no text under "{key}"; it has {", ".join(row) or "nothing"}')
-    return [checked(row[key], str, f"{where}: {key}") for key in keys]
+    if not isinstance(row.get(key), str):
+        raise ValueError(f'{where}: no text under "{key}"; it has {", ".join(row) or "nothing"}')
+    return checked(row[key], str, f"{where}: {key}")
 
 
 def _captions(row, keys: tuple[str, str], where: str) -> tuple[str, str] | None:
     found = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in keys)
-    return tuple(_texts(row, keys, where)) if found else None
+    return tuple(_text(row, key, where) for key in keys) if found else None
 
 
-def _cut(rows: list, split: str) -> list:
-    begin, end = SPLITS[split]
+def _cut(rows: list, split: str | None) -> list:
+    begin, end = SPLITS[split] if split else (0, 1)
     return rows[int(begin * len(rows)) : int(end * len(rows))]
 
 
@@ -178,7 +178,7 @@ def _original(path: Path, _columns: None, split: str) -> Iterator[Callable[[], I
             return ()
         where = folder / "prompt.json"
         prompt = read_json(where)
-        edit, = _texts(prompt, ("edit",), where)
+        edit = _text(prompt, "edit", where)
         captions = _captions(prompt, ("input" if "input" in prompt else "caption", "output"), where)
         return tuple(Pair(inside(path.parent, f"{entry[0]}/{s}_0.jpg"), edit,
                           inside(path.parent, f"{entry[0]}/{s}_1.jpg"), captions) for s in seeds)
@@ -190,7 +190,7 @@ def _magicbrush(path: Path, _columns: None, _split: str) -> Iterator[Callable[[]
     descriptions = read_json(path.with_name("global_descriptions.json"), missing={})
 
     def item(row, where: str) -> Item:
-        before, edit, after = _texts(row, ("input", "instruction", "output"), where)
+        before, edit, after = (_text(row, key, where) for key in ("input", "instruction", "output"))
         name = before.split("-")[0]  # 242679-input.png is in images/242679
         captions = _captions(descriptions.get(name), (before, after), where)
         pictures = [inside(path.parent, f"images/{name}/{picture}") for picture in (before, after)]
@@ -201,37 +201,35 @@ def _magicbrush(path: Path, _columns: None, _split: str) -> Iterator[Callable[[]
 
 
 def _table(path: Path, columns: Names | None, _split: str) -> Iterator[Callable[[], Item]]:
-    own = path.suffix == ".jsonl" and path.stem != "metadata"
-    return (partial(_from_row, row, path, columns, own) for row in tables.table_rows(path, columns))
+    return (partial(_from_row, row, path, columns) for row in tables.table_rows(path, columns))
 
 
-def _from_row(row: tuple[str, dict] | ValueError, path: Path, columns: Names | None, own: bool) -> Item:
-    """The pairs of a row of a table: one for each wording of the edit, and one for an inverse edit.
-
-    own: whether the user wrote the table. Its `input` and `output` may then be outside of its folder.
-    """
+def _from_row(row: tuple[str, dict] | ValueError, path: Path, columns: Names | None) -> Item:
+    """The pairs of a row of a table: one for each wording of the edit, and one for an inverse edit."""
     if isinstance(row, ValueError):
         raise row
     where, row = row
     names = tables.chosen(tuple(row), columns) or columns or COLUMNS[-1]
-    own, pictures, edit = own and names == COLUMNS[-1], [], names[1]
+    # A pairs.jsonl, or a table like it: the user wrote it, so its pictures may lie outside its folder
+    own = names == COLUMNS[-1] and path.suffix == ".jsonl" and path.stem != "metadata"
+    pictures, edit = [], names[1]
     for name in names[::2]:
         if isinstance(row.get(name), (Cell, Member)):
             pictures.append(row[name])
             continue
-        if not own and path.suffix.lower() == ".tar":
+        if path.suffix.lower() == ".tar":
             raise ValueError(f'{where}: no picture "{name}"; it has {", ".join(row)}')
-        picture, = _texts(row, (name,), where)
+        picture = _text(row, name, where)
         try:
             pictures.append(path.parent / picture if own else tables.beside(path, picture))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
     several = isinstance(row.get(edit), list) and row[edit]
-    edits = checked(row[edit], list[str], f"{where}: {edit}") if several else _texts(row, (edit,), where)
+    edits = checked(row[edit], list[str], f"{where}: {edit}") if several else [_text(row, edit, where)]
     captions = next((_captions(row, keys, where) for keys in tables.CAPTIONS if keys[0] in row), None)
     pairs = [Pair(pictures[0], text, pictures[1], captions) for text in edits]
     if isinstance(row.get(f"inverse_{edit}"), str):  # of HQ-Edit
-        inverse, = _texts(row, (f"inverse_{edit}",), where)
+        inverse = _text(row, f"inverse_{edit}", where)
         pairs.append(Pair(pictures[1], inverse, pictures[0], captions and captions[::-1]))
     return tuple(pairs)
 
@@ -269,12 +267,8 @@ def broken_pictures(source: str | Path, resolution: int, columns: Sequence[str] 
     Returns the numbers of pictures and of sound pairs, the numbers left out by reason, messages, and the
     broken pictures.
     """
-    items, counts, problems, broken = [], Counter(), [], {}
-    for split in SPLITS:
-        more, left_out, messages = _survey(source, split, True, columns)
-        items, problems = items + more, problems + messages
-        counts.update(left_out)
-    pictures = _pictures(items)
+    items, counts, problems = _survey(source, None, True, columns)
+    pictures, broken = _pictures(items), {}
     for picture in tqdm(pictures, desc="opening pictures", unit="picture"):
         try:
             load_picture(picture, resolution)

@@ -1,6 +1,7 @@
 """Make picture pairs from caption pairs, and filter them with CLIP (section 3.1.2), in the original layout.
 
-    out/job.json, seeds.json       settings of this job; the prompts with kept pairs, and the pairs' seeds
+    out/job.json                   settings of this job
+    out/seeds.json                 the prompts with kept pairs, and the seeds of these pairs
     out/0000000/prompt.json        the first prompt; the folder appears when the prompt is finished
     out/0000000/<seed>_0.jpg, <seed>_1.jpg, metadata.jsonl       the kept pairs and their scores
     out/0000000/candidates.jsonl   the scores of all candidates
@@ -12,7 +13,6 @@ The original draws p and the guidance from torch's generator, so its seeds give 
 
 import hashlib
 import json
-import os
 import random
 import shutil
 import typing
@@ -78,8 +78,8 @@ def read_prompts(path: Path) -> tuple[list[Prompt], list[str]]:
 def pair_settings(flags: dict, weights: Path, painter_defaults: dict) -> PairSettings:
     """Take each setting from `flags`, else from pairs.json in the weights folder, else from the defaults.
 
-    `clip` in pairs.json is a path in the weights folder: only the user decides which model is downloaded.
-    ValueError for an invalid setting.
+    `clip` in pairs.json is a path relative to the weights folder, so that only the user decides which model
+    is downloaded. Raises ValueError for an invalid setting.
     """
     kinds, path = typing.get_type_hints(PairSettings), weights / "pairs.json"
     settings = {key: painter_defaults[key] for key in ("steps", "resolution", "sampler")}
@@ -96,7 +96,7 @@ def pair_settings(flags: dict, weights: Path, painter_defaults: dict) -> PairSet
 
 
 def candidate(prompt: Prompt, k: int, settings: PairSettings) -> dict:
-    """Seed, p and guidance of candidate k, under the keys of metadata.jsonl. The seed fixes the other two."""
+    """The seed of candidate k, and p and guidance drawn from it, under the keys of metadata.jsonl."""
     name = f"nanoip2p pair {settings.seed} {prompt.number} {k}"
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")  # 48 bits: repeats are unlikely
     uniform = random.Random(f"nanoip2p pair {seed}").random  # the same numbers in every version of Python
@@ -109,8 +109,8 @@ def make_candidates(prompt: Prompt, painter: TextToImage, judge: Judge,
                     settings: PairSettings) -> tuple[list[dict], list[tuple[dict, tuple]]]:
     """Generate and score the candidates of one prompt.
 
-    Returns a row for each candidate in order, and the best (row, (before, after)). With early_stop, the rows
-    end at the early_stop-th passing candidate, for any batch size.
+    Returns the rows of all candidates in order, and (row, (before, after)) of the candidates to keep, best
+    first. With early_stop, the rows end at the early_stop-th passing candidate, for any batch size.
     """
     pair_painter = MeasuredPainter(painter, prompt.source, prompt.output, settings.inject, settings.steps,
                                    settings.sampler, settings.resolution, deep_every=settings.deep_every,
@@ -124,7 +124,7 @@ def make_candidates(prompt: Prompt, painter: TextToImage, judge: Judge,
         drawn = candidates[begin : begin + settings.batch]
         try:
             pairs, notes = pair_painter.measure(*zip(*(row.values() for row in drawn)))
-        except ValueError as error:  # half precision can end in NaN
+        except ValueError as error:  # NaN in half precision: the message says to try another --dtype
             raise ValueError(f"prompt {prompt.folder}: {error}, and a new --out") from None
         for row, pair, note, scores in zip(drawn, pairs, notes, judge.score(*zip(*pairs), captions)):
             rows.append(row | scores | note)
@@ -174,11 +174,11 @@ def make_pairs(prompts: list[Prompt], out: Path, painter: TextToImage, judge: Ju
             finish_job(out, prompts)
     except OSError as error:
         raise ValueError(f"{out} cannot be written: {error.strerror or error}; finished prompts stay, and "
-                         "the same command goes on from there") from None
+                         "the same command continues from there") from None
 
 
 def job_of(painter: TextToImage, judge: Judge, settings: PairSettings) -> dict:
-    """All that affects the result, except prompts. Without `batch` (rounding) and `clip` (in "networks")."""
+    """All that determines the result, but not the prompts, `batch` (rounding) and `clip` (in "networks")."""
     fixed = (painter.schedule, painter.vae.scaling_factor, judge.mean.tolist(), judge.std.tolist())
     tokenizers = [model.tokenizer.backend.to_str() for model in (painter, judge)]
     networks = fingerprint(painter.unet, painter.vae, painter.text_encoder, judge.clip,
@@ -221,7 +221,7 @@ def claimed(out: Path, name: str) -> Iterator[Path | None]:
 
 
 def finish_job(out: Path, prompts: list[Prompt]) -> None:
-    """Write seeds.json under a lock, so that the last process lists all. Cleans up after a finished job."""
+    """Write seeds.json under a lock, so that the last process lists all prompts. Tidy up a finished job."""
     with locked(out / "job.json", wait=True):
         write_json(list_seeds(out), out / "seeds.json")
         if all((out / prompt.folder).exists() for prompt in prompts):
@@ -232,11 +232,11 @@ def finish_job(out: Path, prompts: list[Prompt]) -> None:
 
 def prompt_folders(root: Path) -> list[Path]:
     """The folders of finished prompts, in order."""
-    return [root / name for name in sorted(os.listdir(root)) if name.isdigit()]
+    return sorted(folder for folder in root.iterdir() if folder.name.isdigit())
 
 
 def list_seeds(root: Path) -> list[tuple[str, list[str]]]:
     """The content of seeds.json: the name of each prompt with kept pairs, and the pairs' seeds as strings."""
-    found = [(folder.name, sorted(path.name[:-len("_0.jpg")] for path in folder.glob("*_0.jpg")))
+    found = [(folder.name, sorted(path.name.removesuffix("_0.jpg") for path in folder.glob("*_0.jpg")))
              for folder in prompt_folders(root)]
     return [(name, seeds) for name, seeds in found if seeds]

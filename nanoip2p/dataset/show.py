@@ -1,4 +1,4 @@
-"""Inspect a folder of pairs (from pairs.py or the paper): statistics, a contact sheet, heat maps."""
+"""Statistics and a contact sheet of a folder of pairs (ours or the paper's), and heat maps of one pair."""
 
 import random
 from collections import Counter
@@ -17,14 +17,14 @@ from nanoip2p.images import open_image
 from nanoip2p.prompt_to_prompt import PairPainter, split_words
 
 SCORE_NAMES = dict(zip(SIMILARITIES, ("caption before", "caption after", "direction", "pictures")))
-COSINES = dict.fromkeys(SIMILARITIES, (float, -1.01, 1.01))  # with room for rounding
-SCORES = COSINES | {"leakage": (float | None, 0)}  # older files, and files of the original, lack leakage
+SCORES = dict.fromkeys(SIMILARITIES, (float, -1.01, 1.01))  # cosines, with room for rounding
+SCORES |= {"leakage": (float | None, 0)}  # None: older files and the original's files lack it
 KEPT = {"seed": (int, 0, 2**63), "p2p_threshold": (float, 0, 1)} | SCORES  # of a row of metadata.jsonl
 BAR = 40  # length of the histogram's longest bar, in characters
 
 
 def read_pairs(root: Path) -> list[dict]:
-    """All kept pairs by prompt, best first: texts, the keys of metadata.jsonl, and "folder", "pictures"."""
+    """The kept pairs of each prompt, best first: texts, keys of metadata.jsonl, "folder" and "pictures"."""
     if not root.is_dir() or not prompt_folders(root):
         raise ValueError(f"{root}: there is no such folder, or no finished prompt (0000000, ...) in it")
     pairs = []
@@ -40,7 +40,7 @@ def read_pairs(root: Path) -> list[dict]:
 
 
 def statistics(root: Path, pairs: list[dict]) -> str:
-    """A text: number, mean scores and p of the kept pairs; candidates too, if pairs.py listed them."""
+    """A text: number, mean scores and p of the kept pairs; the candidates too, if they are listed."""
     folders, with_survivors = prompt_folders(root), len({pair["folder"] for pair in pairs})
     lines = [("prompts", f"{len(folders)} finished, {with_survivors} of them with kept pairs"),
              ("kept pairs", f"{len(pairs)}, {len(pairs) / len(folders):.2f} a prompt")]
@@ -48,9 +48,9 @@ def statistics(root: Path, pairs: list[dict]) -> str:
     job = checked(read_json(path, missing={}).get("job"), dict | None, f"{path}: job")
     rows = [row for folder in folders for row in checked_rows(folder / "candidates.jsonl", SCORES, False)]
     if job and rows:
-        kinds = {f"clip_{name}threshold": float for name in ("img_", "dir_", "")}
-        thresholds = Thresholds(*(checked(job.get(key), kind, f"{path}: {key}") for key, kind in
-                                  (kinds | {"leakage_threshold": float | None}).items()))
+        kinds = {"clip_img_threshold": float, "clip_dir_threshold": float, "clip_threshold": float,
+                 "leakage_threshold": float | None}
+        thresholds = Thresholds(*(checked(job.get(key), kinds[key], f"{path}: {key}") for key in kinds))
         passed = sum(not thresholds.reasons(row) for row in rows)
         lines.append(("candidates", f"{len(rows)}, {passed / len(rows):.1%} pass, "
                                     f"{len(pairs) / len(rows):.1%} are kept"))

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from io import BytesIO
-from itertools import chain
+from itertools import chain, groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from threading import Lock
 
@@ -32,8 +33,8 @@ COLUMNS = (  # picture before, instruction, picture after
 CAPTIONS = (("original_prompt", "edited_prompt"), ("source_caption", "target_caption"),
             ("input_caption", "output_caption"))  # of the first dataset, UltraEdit and pairs.jsonl
 MOST_ROWS = 5_000_000  # of a file: the largest dataset of edits has 4 million. A row takes 0.7 kB
-# Bytes of a parquet row group before compression: 1 GB, or this multiple of the file, because pictures do not
-# compress further. A file that claims more is a decompression bomb
+# The most bytes of a parquet row group before compression: 1 GB, or 10 times the size of the file. Pictures
+# hardly compress further, so a file that claims more is a decompression bomb
 GROUP_BYTES, GROUP_MULTIPLE = 2**30, 10
 READ_LOCK = Lock()  # without the lock, threads that need the same row group would each read it
 MOST_PARTS = 100  # members of a .tar that make a row
@@ -74,12 +75,12 @@ def chosen(names: tuple[str, ...], columns: Names | None) -> Names | None:
     `x_file_name` stands for `x`, as in the image folders of `datasets`.
     """
     found = {name.removesuffix("_file_name"): name for name in names} | {name: name for name in names}
-    return next((tuple(found[name] for name in wanted) for wanted in ([columns] if columns else COLUMNS)
-                 if found.keys() >= set(wanted)), None)
+    there = (wanted for wanted in ([columns] if columns else COLUMNS) if found.keys() >= set(wanted))
+    return next((tuple(found[name] for name in wanted) for wanted in there), None)
 
 
 def beside(file: Path, name: str) -> Path:
-    """The path of a picture that a table names, in the table's folder. ValueError if it is elsewhere."""
+    """The path of a picture that a table names. Raises ValueError if it is outside the table's folder."""
     if os.path.isabs(name):  # `datasets` writes absolute paths
         relative = os.path.relpath(name, os.path.realpath(file.parent))
         name = name if relative.split(os.sep)[0] == os.pardir else relative  # `inside` refuses absolute names
@@ -87,7 +88,7 @@ def beside(file: Path, name: str) -> Path:
 
 
 def table_rows(path: Path, columns: Names | None) -> Iterator[tuple[str, dict] | ValueError]:
-    """Yield (place, values) for each row, or the ValueError of a bad row. The place is for messages.
+    """Yield (place for messages, values) of each row, or the ValueError of a bad row.
 
     A picture is a Cell, a Member, or a text with its path. Raises ValueError for a bad file.
     """
@@ -118,11 +119,11 @@ def _parquet_rows(path: Path, columns: Names | None) -> Iterator[tuple[str, dict
             about = file.metadata.row_group(group)
             nulls = {leaf.path_in_schema: leaf.statistics and leaf.statistics.null_count
                      for leaf in map(about.column, range(about.num_columns))}
-            # Read only cells that may hold a path in place of bytes: cells with bytes would take too long
+            # Of the pictures, read only columns that may hold paths in place of bytes: bytes take too long
             paths = {name for name in cells if name not in nulls and nulls.get(f"{name}.bytes") != 0}
             texts = [name for name in schema.names if name in wanted | paths]
             table = _read_group(file, path, group, texts).columns
-            for row, values in enumerate(zip(*table)):  # one by one: all texts together can take many GB
+            for row, values in enumerate(zip(*table)):  # one by one, as all texts together can take many GB
                 found = dict(zip(texts, [value.as_py() for value in values]))
                 for name in cells:
                     cell = found.get(name) if isinstance(found.get(name), dict) else {}
@@ -133,40 +134,40 @@ def _parquet_rows(path: Path, columns: Names | None) -> Iterator[tuple[str, dict
 
 
 def _tar_rows(path: Path) -> Iterator[tuple[str, dict] | ValueError]:
-    """Neighbouring members with the same key are a row, as for webdataset."""
-    path, last, parts, count = regular(path), None, [], 0
+    """Neighbouring members with the same key make a row, as in webdataset."""
+    for key, members in groupby(_members(path), itemgetter(0)):
+        yield _unpacked(path, key, [member[1:] for member in islice(members, MOST_PARTS + 1)])
+
+
+def _members(path: Path) -> Iterator[tuple[str, str, bytes | Member]]:
+    """Yield (key, extension, content) of each file in a .tar. ValueError if the .tar is damaged."""
+    path, count = regular(path), 0
     try:
         with tarfile.open(path, "r:") as file:
             while member := file.next():
                 file.members.clear()  # to save memory: tarfile would keep all of them
                 count += 1
                 if member.size < 0 or member.sparse is not None or count > MOST_ROWS:
-                    raise tarfile.ReadError(f"the last is damaged or sparse, or there are over {MOST_ROWS}")
+                    raise tarfile.ReadError("the last member is damaged or sparse, or there are over "
+                                            f"{MOST_ROWS}")
                 match = MEMBER.fullmatch(member.name)
-                if not match or member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                if not match or not member.isreg():
                     continue
-                if match[1] != last and parts:
-                    yield _unpacked(path, last, parts)
-                    parts = []
-                if len(parts) > MOST_PARTS:
-                    continue
-                last, text = match[1], match[2].lower().endswith(("txt", "json"))
-                content = file.extractfile(member).read(LONGEST_LINE + 1) if text else Member(
-                    path, member.offset_data, member.size, member.name)
-                parts.append((match[2].lower(), content))
-            file.fileobj.seek(file.offset)  # tarfile ends without an error at a damaged header too
+                content = Member(path, member.offset_data, member.size, member.name)
+                if match[2].lower().endswith(("txt", "json")):
+                    content = file.extractfile(member).read(LONGEST_LINE + 1)
+                yield match[1], match[2].lower(), content
+            file.fileobj.seek(file.offset)  # at a damaged header, too, tarfile ends without an error
             blocks = iter(partial(file.fileobj.read, 2**20), b"")
             if next(blocks, b"cut off").strip(b"\0") or any(block.strip(b"\0") for block in blocks):
                 raise tarfile.ReadError("there is no end mark")
-            if parts:
-                yield _unpacked(path, last, parts)
     except (OSError, tarfile.TarError, ValueError, ArithmeticError, LookupError, MemoryError) as error:
         raise ValueError(f"{path} cannot be read as .tar, or is cut off or damaged after {count} members: "
                          f"{error}; unpack .gz first, or fetch it again") from None
 
 
 def _unpacked(path: Path, key: str, parts: list[tuple]) -> tuple[str, dict] | ValueError:
-    """(place, row) of a key, or a ValueError. x.input.jpg is in the row as `input` and as `input.jpg`."""
+    """(place, row) of a key, or a ValueError. The row has x.input.jpg as `input` and as `input.jpg`."""
     row, where = {}, f"{path}: {key}"
     if len(parts) > MOST_PARTS:
         return ValueError(f"{where} has more than {MOST_PARTS} members")
@@ -206,7 +207,7 @@ def _open_parquet(path: Path) -> Iterator:
         if about.num_rows > MOST_ROWS or largest > most:
             raise ValueError(f"{path} has {about.num_rows} rows and {largest} bytes in a row group; at most "
                              f"{MOST_ROWS} rows and {most} bytes are read; split it")
-        # A value that repeats stays in its dictionary: written out for each row, it could take many GB
+        # Repeated values stay in a dictionary: written out for each row, they could take many GB
         texts = [i for i in range(about.num_columns) if about.schema.column(i).physical_type == "BYTE_ARRAY"]
         with parquet.ParquetFile(path, memory_map=True, metadata=about, read_dictionary=texts) as file:
             yield file
@@ -219,8 +220,8 @@ def _read_group(file, path: Path, group: int, columns: list[str]):
     try:
         table = file.read_row_group(group, columns, use_threads=False)
     except OSError as error:
-        # The column's encoding has no dictionary, so pyarrow cannot read it with read_dictionary. The
-        # metadata lists the encodings, but pyarrow 26 aborts the process if that list is broken
+        # pyarrow cannot read a column of this encoding with read_dictionary. We do not look it up in the
+        # metadata, because pyarrow 26 aborts the process if its list of encodings is broken
         if "DeltaLengthByteArray" not in str(error):
             raise
         with type(file)(path, memory_map=True, metadata=file.metadata) as plain:
@@ -238,7 +239,7 @@ def _column(path: Path, group: int, column: str):
 
 
 def content(picture: Cell | Member) -> BytesIO:
-    """The bytes of a picture. ValueError if the parquet file cannot be read."""
+    """The bytes of a picture. Raises ValueError if the parquet file cannot be read."""
     if isinstance(picture, Member):
         with picture.file.open("rb") as file:
             file.seek(picture.offset)

@@ -10,11 +10,11 @@ from nanoip2p.common import cli
 from nanoip2p.common.cli import at_least, finite
 from nanoip2p.common.files import check_writable, write_json
 
-DEFAULT = "as in sample.py; the weights define the default"
+DEFAULT = "as in sample.py (default: from the weights)"
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the five commands. It stores the name of the chosen one as `command`."""
+    """The parser of the five commands. Its result has the name of the chosen one as `command`."""
     parser = cli.make_parser(prog="python -m nanoip2p.evaluate", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND",
                                      parser_class=cli.make_parser)
@@ -26,30 +26,32 @@ def make_parser() -> argparse.ArgumentParser:
         several = "+" if isinstance(weights, list) else None
         command.add_argument("--weights", default=weights, nargs=several, help="as in sample.py")
         command.add_argument("--out", type=Path, **out)
-        command.add_argument("--n", type=at_least(1), default=n, help="number of edits, captions or sessions")
-        command.add_argument("--device", help="cuda, mps or cpu; default: the first that works")
+        unit = {"captions": "captions", "magicbrush": "sessions (default: all)"}.get(name, "edits")
+        command.add_argument("--n", type=at_least(1), default=n, help=f"number of {unit}")
+        command.add_argument("--device", help="cuda, mps or cpu (default: the first available)")
         if name != "calls":
             command.add_argument("--steps", type=at_least(1), help=DEFAULT)
-            command.add_argument("--cfg-text", type=finite, help=f"{DEFAULT} (curve: 7.5; nano weights: 2)")
+            command.add_argument("--cfg-text", type=finite, help=DEFAULT if name != "curve" else (
+                "as in sample.py (default: 7.5; for nano weights: 2)"))
             command.add_argument("--sampler", choices=cli.SAMPLERS, help=DEFAULT)
         return command.add_argument
 
     flag = add("scenes", "weights/nano-ip2p", 500, help="folder for scores and pictures of failures")
-    flag("--combinations", choices=("seen", "held-out"), default="seen", help="which scenes, see above")
+    flag("--combinations", choices=("seen", "held-out"), default="seen", help="which edits, see above")
     flag("--wordings", choices=("held-out", "seen", "reworded"), default="held-out",
          help="which instructions, see above")
     flag("--deep-every", type=at_least(1), default=1, metavar="N", help="as in sample.py")
     flag("--cfg-image", type=finite, help=DEFAULT)
 
     flag = add("captions", "weights/nano-sd", 320, help="folder for scores.json")
-    flag("--clip", default="weights/nano-clip", help="folder or Hub name")
+    flag("--clip", default="weights/nano-clip", help="CLIP model: a folder or a name on the Hub")
 
     flag = add("curve", "weights/nano-ip2p", 300, default=Path("runs/curve"), help="folder for points, plot")
     flag("--sdedit", type=Path, metavar="WEIGHTS", help="text-to-image model for the SDEdit baseline")
     flag("--data", default="scenes", help="as in train.py; both pictures of a pair need captions")
     flag("--split", choices=("train", "validation", "test"), default="test", help="split to measure on")
     flag("--clip", help=f"CLIP model (default: {hub.CLIP}; nano: weights/nano-clip)")
-    flag("--cfg-images", type=finite, nargs="+", metavar="CFG", help="default: 1 to 2.2 (nano: 0.2 to 2)")
+    flag("--cfg-images", type=finite, nargs="+", metavar="CFG", help="default: 1 to 2.2; nano: 0.2 to 2")
     flag("--strengths", type=finite, nargs="+", metavar="SHARE", help="strengths of SDEdit",
          default=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9))
     flag("--seed", type=at_least(0), default=0, help="edit i has seed + i")
@@ -62,7 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     flag = add("magicbrush", "weights/nano-ip2p", None, required=True, help="folder for scores and pictures")
     flag("--data", type=Path, required=True, help="folder of a split, with edit_turns.json")
-    flag("--clip", default="openai/clip-vit-base-patch32", help="as in MagicBrush; folder or Hub name")
+    flag("--clip", default="openai/clip-vit-base-patch32", help="CLIP model, as in MagicBrush")
     flag("--cfg-image", type=finite, help=DEFAULT)
     flag("--seed", type=at_least(0), default=0, help="seed of every edit, as in MagicBrush")
     return parser

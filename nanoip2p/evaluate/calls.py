@@ -2,7 +2,7 @@
 
 A step of an editor makes one call for each guidance branch (2 or 3); a step without guidance makes one call.
 Each of --weights is scored as in `scenes`, with each sampler, at its own guidance scales. Each point is a
-line of <out>/calls.jsonl. A later run does not measure this point again.
+line of <out>/calls.jsonl. Later runs do not measure it again.
 """
 
 import argparse
@@ -25,7 +25,7 @@ KINDS = {"weights": (str,), "networks": (str,), "sampler": (str,), "calls": (int
 
 
 def branches(cfg_text: float, cfg_image: float) -> int:
-    """The number of network calls per step: the branches of equation 3 whose weight is not zero."""
+    """The number of network calls per step: one for each branch of equation 3 whose weight is not zero."""
     return sum(weight != 0 for weight in (cfg_text, cfg_image - cfg_text, 1 - cfg_image))
 
 

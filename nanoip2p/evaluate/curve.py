@@ -4,9 +4,9 @@ Each point has one cfg_image of the editor or, with --sdedit, one strength of SD
 directional similarity (Gal et al. 2021): the cosine between the change of the pictures and the change of
 their captions. The y axis is the cosine between edited picture and input. Larger is better on both axes.
 
-Each point is a line of <out>/curve.jsonl. A later call does not measure this point again. The plot shows all
-points with the same data, CLIP, --n, --steps, --sampler and --seed: a second call with other --weights and
-the same --out adds a curve.
+Each point is a line of <out>/curve.jsonl. Later runs do not measure it again. The plot shows all points with
+the same data, CLIP, --n, --steps, --sampler and --seed. So a run with other --weights and the same --out adds
+a curve.
 """
 
 import argparse
@@ -38,7 +38,7 @@ KINDS = {"method": (str,), "weights": (str,), "networks": (str,), "cfg_text": (f
 
 
 def examples(data: str, split: str, n: int) -> list[Pair]:
-    """Up to n pairs with captions, one per item or scene. ValueError for fewer than two pairs."""
+    """Up to n pairs with captions, one per item or scene. Raises ValueError for fewer than two pairs."""
     pairs = scene_pairs(n * EDITS_PER_SCENE, split)[::EDITS_PER_SCENE] if data == "scenes" else [
         item[0] for item in read_data(data, split) if item[0].captions]
     if len(pairs[:n]) < 2:
@@ -62,7 +62,7 @@ def measure(pairs: list[Pair], judge: Judge, resolution: int, batch: int, seed: 
 
 
 def read_points(path: Path) -> list[dict]:
-    """The rows of curve.jsonl; [] if it is missing. ValueError for a row that `run` did not write."""
+    """The rows of curve.jsonl, or [] if it is missing. Raises ValueError for a row that is not a point."""
     rows = checked_rows(path, KINDS)
     for number, row in enumerate(rows, 1):
         if row["method"] not in KNOBS:

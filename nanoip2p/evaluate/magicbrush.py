@@ -6,8 +6,8 @@ edits the output of the turn before, and the scores are means over the last turn
 
     L1, L2    mean absolute and squared difference of pixels in [0, 1], at the target's size
     CLIP-I    cosine of the CLIP features of the edited picture and the target
-    CLIP-T    cosine of the CLIP features of the edited picture and the target's caption; the column "of
-              truth" is this cosine for the target and its caption
+    CLIP-T    cosine of the CLIP features of the edited picture and the target's caption
+    of truth  cosine of the CLIP features of the target and its caption
 """
 
 import argparse
@@ -27,7 +27,7 @@ COLUMNS = {"l1": "L1", "l2": "L2", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "clip
 
 
 def read_sessions(data: Path) -> dict[str, list[Pair]]:
-    """Session (folder name) -> turns. ValueError: see read_data; also for a missing caption."""
+    """{folder of a session: its turns}. Raises ValueError as read_data does, and for a missing caption."""
     sessions = {}
     for pair in (item[0] for split in SPLITS for item in read_data(data, split)):
         if not pair.captions:

@@ -1,9 +1,9 @@
 """Edit success and preservation on rendered scenes, for which the correct result is known.
 
 Training never uses these scenes. --combinations held-out selects combinations of things, colours and edits
-that training leaves out (but weights/nano-ip2p trained on them). --wordings selects the instructions:
-phrasings that training never uses (held-out), phrasings of training (seen), or these with synonyms,
-misspellings and missing articles (reworded).
+that no training pair shows (but weights/nano-ip2p, which is older than this rule, was trained on them).
+--wordings selects the instructions: phrasings that training never uses (held-out), phrasings of training
+(seen), or these with synonyms, misspellings and missing articles (reworded).
 
 Success: among the renders of the scene and of all its single edits, the correct render has the smallest mean
 absolute difference to the edited picture. Preservation: PSNR over the pixels that the edit must not change.
@@ -30,7 +30,7 @@ BATCH = 35  # edits that share a forward pass
 
 
 def choose_edits(n: int, combinations: str = "seen") -> list[tuple[Scene, Edit]]:
-    """`n` distinct scenes with one edit each, equal on every machine. The kinds of edits alternate.
+    """`n` distinct scenes with one edit each, the same on every machine. The kinds of edits alternate.
 
     combinations: "held-out" selects edits for which `held_out` is True, "seen" selects all other edits.
     """

@@ -21,7 +21,8 @@ from nanoip2p.world.wordings import HELD_OUT, PHRASINGS
 
 
 def rows_in(lines):
-    return [captions.row_of(line) for line in lines]
+    pairs = [line.split("\t") for line in lines]
+    return [{"input": text, "url": url} if url else {"input": text} for text, url in pairs]
 
 
 def test_captions_in_every_form(tmp_path):
