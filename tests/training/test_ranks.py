@@ -1,9 +1,8 @@
-"""Several processes give the weights of one process, at equal samples a step, also after restarts."""
+"""Several processes train the same weights as one process with as many samples a step, also when resumed."""
 
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -49,7 +48,7 @@ def told(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def out(start, folder, server, told, tmp_path_factory):
-    """Runs of three steps of 8 samples, by 1, 2 and 4 ranks, on pictures with flips."""
+    """Runs with 1, 2 and 4 ranks: three steps of 8 samples, on pictures with flips."""
     root = tmp_path_factory.mktemp("runs")
     more = ("--steps", 3, "--save-every", 2, *MORE)
     halves = ["--batch-size", 2, "--accumulate", 2]
@@ -63,7 +62,7 @@ def out(start, folder, server, told, tmp_path_factory):
 
 
 def assert_same(one, other):
-    """Weights, averages and losses to 1e-6, Adam's moments to 1e-5, relative to the norm of each tensor."""
+    """Weights, averages and losses agree to 1e-6, Adam's moments to 1e-5, relative to each tensor's norm."""
     folders, loose = [path / runs.CHECKPOINTS / "0000003" for path in (one, other)], {}
     for part in STATE:
         a, b = (load_file(path / f"{part}.safetensors") for path in folders)
@@ -104,7 +103,7 @@ def test_ranks_fill_a_cache_together(start, folder, out, server, tmp_path):
 
 @pytest.mark.parametrize("name, ranks", [("two", 1), ("one", 2)])
 def test_a_run_goes_on_with_other_ranks(out, server, told, tmp_path, name, ranks):
-    """From its second step. The number of micro-batches changes with the number of ranks."""
+    """The run is resumed from its second step. Other ranks mean another number of micro-batches."""
     run = shutil.copytree(out / name, tmp_path / "run")
     shutil.rmtree(run / runs.CHECKPOINTS / "0000003")
     [codes] = server({"argv": ["--resume", str(run)], "ranks": ranks, "err": str(told / f"from {name}")})
@@ -113,14 +112,14 @@ def test_a_run_goes_on_with_other_ranks(out, server, told, tmp_path, name, ranks
 
 
 def own_lines(told):
-    """What train.py said, without what torchrun adds about its children."""
+    """The last lines of train.py, without torchrun's messages."""
     return [line for line in told.splitlines() if line.startswith(("error: ", "stopped;"))]
 
 
 def test_a_broken_picture_on_one_rank_stops_all_with_one_line_each(start, folder, server, tmp_path):
     data = shutil.copytree(folder, tmp_path / "data")
     first, second = (order(0, epoch, 10).tolist() for epoch in (0, 1))      # 8 samples in a step
-    item = next(item for item in first[8:] if item not in second[2:6])      # not in step 0, nor of rank 1
+    item = next(item for item in first[8:] if item not in second[2:6])      # only rank 0 reads it, in step 1
     for picture in (data / f"{item:07d}").glob("*_1.jpg"):
         picture.write_bytes(b"no picture")
     argv, told = words(start, tmp_path / "run", "--steps", 4, data=data), tmp_path / "told"
@@ -135,62 +134,35 @@ def test_a_broken_picture_on_one_rank_stops_all_with_one_line_each(start, folder
 
 # Under torchrun itself
 
-class Torchrun:
-    """Two processes of train.py; output lines as they come."""
-
-    def __init__(self, *argv, script="train.py"):
-        start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port",
-                 train_jobs.free_port(), script, *argv]
-        self.process = subprocess.Popen(
-            [str(word) for word in start], cwd=train_jobs.ROOT, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"})
-
-    def until(self, begins):
-        return next(line for line in self.process.stdout if line.startswith(begins))
-
-    def end(self):
-        """Exit code and the rest of the output; a hang fails the test."""
-        try:
-            told, _ = self.process.communicate(timeout=60)
-        finally:
-            self.process.kill()
-        return self.process.returncode, told
+def under_torchrun(start, folder, server, out, *more, **job):
+    """Exit code and output of a run with two ranks. Its first steps are those of the run "two" of `out`."""
+    told = out.with_name("told")
+    argv = words(start, out, "--steps", 3000, "--save-every", 1, *MORE, *more, data=folder)
+    [[code]] = server({"argv": argv, "ranks": 2, "torchrun": True, "err": str(told), **job})
+    return code, told.read_text()
 
 
-def test_sigterm_to_torchrun_saves_and_the_run_goes_on(start, folder, server, tmp_path):
-    more = (*MORE, "--log-every", 1, "--validate-every", 0)
-    job = Torchrun(*words(start, tmp_path / "run", "--steps", 3000, *more, data=folder))
-    job.until("step 2:")
-    job.process.send_signal(signal.SIGTERM)
-    code, told = job.end()
+def test_sigterm_to_torchrun_saves_and_the_run_goes_on(start, folder, out, server, tmp_path):
+    run = tmp_path / "run"
+    code, told = under_torchrun(start, folder, server, run, "--validate-every", 1, signal=signal.SIGTERM,
+                                parent=True, **{"in": "validate", "of": 1})
     assert code != 0 and len(own_lines(told)) == 2 and all("--resume" in line for line in own_lines(told))
-    step = runs.newest_checkpoint(tmp_path / "run")[1]["step"]
-    assert step >= 2 and step == rows(tmp_path / "run")[-1]["step"]
-    more_steps = ["--resume", str(tmp_path / "run"), "--steps", str(step + 1)]
-    assert server({"argv": more_steps, "ranks": 2}) == [[0, 0]]
-    plain = words(start, tmp_path / "plain", "--steps", step + 1, *more, data=folder)
-    assert server({"argv": plain, "ranks": 2}) == [[0, 0]]
-    assert state(tmp_path / "run") == state(tmp_path / "plain")
+    assert runs.newest_checkpoint(run)[1]["step"] == 2 == rows(run)[-1]["step"]
+    assert server({"argv": ["--resume", str(run), "--steps", "3"], "ranks": 2}) == [[0, 0]]
+    assert state(run) == state(out / "two")
 
 
 def test_a_rank_that_dies_ends_the_job_and_the_run_goes_on(start, folder, out, server, tmp_path):
-    more = (*MORE, "--log-every", 1, "--validate-every", 0, "--save-every", 2)
-    job = Torchrun(*words(start, tmp_path / "run", "--steps", 3000, *more, data=folder))
-    job.until("step 3:")
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(job.process.pid)], capture_output=True,
-                              text=True, check=True).stdout.split()
-    os.kill(int(children[1]), signal.SIGKILL)
-    code, told = job.end()
+    run = tmp_path / "run"
+    code, told = under_torchrun(start, folder, server, run, "--timeout", 5, signal=signal.SIGKILL,
+                                **{"in": "step", "of": 1})
     assert code != 0 and "SIGKILL" in told
-    step = runs.newest_checkpoint(tmp_path / "run")[1]["step"] + 2
-    [codes] = server({"argv": ["--resume", str(tmp_path / "run"), "--steps", str(step)], "ranks": 2})
-    assert codes == [0, 0]
-    plain = words(start, tmp_path / "plain", "--steps", step, *more, data=folder)
-    assert server({"argv": plain, "ranks": 2}) == [[0, 0]]
-    assert state(tmp_path / "run") == state(tmp_path / "plain")
+    assert runs.newest_checkpoint(run)[1]["step"] in (1, 2)
+    assert server({"argv": ["--resume", str(run), "--steps", "3"], "ranks": 2}) == [[0, 0]]
+    assert state(run) == state(out / "two")
 
 
-# A rank that is missing
+# A rank that is stopped, killed or slow
 
 MISSING = [{"signal": number, "in": place, "of": lost} for number, place, lost in [
     (signal.SIGSTOP, "step", 0), (signal.SIGSTOP, "validate", 1), (signal.SIGKILL, "step", 1),
@@ -235,10 +207,9 @@ def test_a_rank_that_works_for_long_is_waited_for(start, folder, server, tmp_pat
 
 
 def test_ctrl_c_works_while_a_rank_is_stopped(start, folder, server, tmp_path):
-    """Pressed three times. The timeout is far away."""
+    """It is pressed three times, long before the timeout."""
     argv = words(start, tmp_path / "run", "--steps", 3000, "--timeout", 300, data=folder)
     told = tmp_path / "told"
-    job = {"argv": argv, "ranks": 2, "err": str(told), "signal": signal.SIGSTOP, "in": "step", "of": 1,
-           "pressed": 3}
-    [codes] = server(job)
+    [codes] = server({"argv": argv, "ranks": 2, "err": str(told), "signal": signal.SIGSTOP, "in": "step",
+                      "of": 1, "pressed": 3})
     assert codes == [130, "stopped"] and "Traceback" not in told.read_text()
