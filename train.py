@@ -2,7 +2,7 @@
 
     python train.py --weights <Stable Diffusion 1.x> --data data/pairs --out runs/ip2p
     torchrun --nproc-per-node 8 train.py --preset paper ...      # several GPUs
-    python train.py --resume runs/ip2p                           # ends as if it had not been interrupted
+    python train.py --resume runs/ip2p                           # same result as without interruption
     python train.py --check --data my-pairs                      # checks the data, prints the plan
     python train.py --text-to-image --data scenes ...            # a text-to-image model from captions
     python train.py --distill runs/ip2p/weights --data data/pairs --out runs/4step    # to edit in four steps

@@ -69,8 +69,7 @@ class Cache:
     def fill(self, model: Model, rank: int = 0, ranks: int = 1) -> None:
         """Write the missing files of this rank: files number rank, rank + ranks, ...
 
-        Raises ValueError if an encoding exceeds the range of float16, or if a picture is broken. With
-        skip_bad, the row of a broken picture is NaN instead.
+        ValueError if an encoding exceeds float16, or if a picture is broken (with skip_bad, its row is NaN).
         """
         def moments(images: Tensor) -> Tensor:
             images = images.to(model.vae.quant_conv.weight)                          # (B, 3, R, R)

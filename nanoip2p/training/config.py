@@ -57,7 +57,7 @@ class TrainConfig:
                                         (1.0,) * len(EDIT_KINDS), type=between(0), nargs=len(EDIT_KINDS))
     text_to_image: bool = flag("train a text-to-image model on the captions of --data scenes", False)
     cache: Path | None = flag("encode all pictures and texts once, into this folder", type=Path)
-    columns: Sequence[str] | None = flag("column names of --data, if they are of no known dataset", nargs=3,
+    columns: Sequence[str] | None = flag("column names of --data; not needed for known datasets", nargs=3,
                                          metavar=("INPUT", "EDIT", "OUTPUT"))
     skip_bad: bool = flag("leave out pairs that are missing, broken or unreadable", False)
     out: Path | None = flag("folder of this run", type=Path)
@@ -68,13 +68,13 @@ class TrainConfig:
     preset: str | None = flag("a set of defaults for other flags", choices=PRESETS, group="recipe")
     steps: int = flag("number of optimizer steps", 10_000, type=at_least(1))
     batch_size: int = flag("samples per micro-batch on each device", 16, type=at_least(1, MOST_SAMPLES))
-    accumulate: int | None = flag("micro-batches per step (default: 1024 samples in all)", type=at_least(1))
+    accumulate: int | None = flag("micro-batches per step (default: 1024 samples per step)", type=at_least(1))
     lr: float = flag("learning rate", 1e-4, type=between(0))
     warmup: int = flag("number of warm-up steps of the learning rate", 0, type=at_least(0))
     cooldown: float = flag("last fraction of the steps, where lr falls to 0", 0.0, type=between(0, 1))
     clip: float = flag("clip the gradient to this norm; 0: off, as in the original", 1.0, type=between(0))
     snr_gamma: float = flag("min-SNR weighting of the loss, often 5; 0: off", 0.0, type=between(0))
-    drop: Sequence[float] = flag("fractions of samples that lose the text, text and picture, the picture",
+    drop: Sequence[float] = flag("fractions of samples that lose only the text, both, only the picture",
                                 DROP, type=between(0, 1), nargs=3, metavar=("TEXT", "BOTH", "IMAGE"))
     cfg_text: Sequence[float] | None = flag("--distill: range of the teacher's scale s_T (default: from the "
                                             "teacher)", type=finite, nargs=2, metavar=("MIN", "MAX"))
@@ -89,7 +89,7 @@ class TrainConfig:
     device: str | None = flag("cuda, mps or cpu (default: the first that works)", group="running")
     workers: int | None = flag("processes that load data (default: 4 with CUDA, else 0)",
                                type=at_least(0, MOST_WORKERS))
-    timeout: float = flag("the other ranks end if a rank is silent for so many seconds", 30.0,
+    timeout: float = flag("end all ranks if one of them is silent for so many seconds", 30.0,
                           type=between(1))
     recompute: bool = flag("gradient checkpointing: slower, but needs less memory", False, action=SWITCH)
     ema_device: str = flag("device of the averaged (EMA) weights", "same", choices=("same", "cpu"))

@@ -1,4 +1,4 @@
-"""The ranks (processes) of a training run: one per device under torchrun, otherwise one in all.
+"""The ranks (processes) of a training run: one per device under torchrun, otherwise only one.
 
 Each rank has all weights and trains on its own micro-batches. DistributedDataParallel averages the gradients.
 """
@@ -27,7 +27,7 @@ TICKS = 10                    # number of heartbeats of a rank within --timeout
 
 @dataclass(frozen=True)
 class Ranks:
-    """The number of this process from 0, the number of all processes, and the device of this process."""
+    """The number of this process (from 0), the number of all processes, and the device of this process."""
 
     rank: int
     count: int
@@ -62,8 +62,7 @@ class Watch:
         self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=JOIN)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
         self.rank, self.timeout, self.keys = rank, timeout, [f"{attempt} lives {n}" for n in range(count)]
-        # For each rank: its last heartbeat, and the ticks since then. We count ticks, because seconds would
-        # also pass while Ctrl-Z stops this process
+        # For each rank: its last heartbeat, and the ticks since then. Ctrl-Z stops ticks, but not seconds
         self.beats, self.silent = [b""] * count, [0] * count
         self.left, self.failed = threading.Event(), False
         self.listener = threading.Thread(target=self.listen, daemon=True)
@@ -107,7 +106,7 @@ class Watch:
 def started(device: str | None, timeout: float) -> Iterator[Ranks]:
     """Join the process group if torchrun started this process. With CUDA, each rank uses its own GPU.
 
-    timeout: the other ranks end when a rank sends no heartbeat for so many seconds.
+    timeout: if a rank sends no heartbeat for so many seconds, the other ranks end.
     """
     count, chosen = int(os.environ.get("WORLD_SIZE", 1)), pick_device(device)
     if count == 1:

@@ -48,26 +48,20 @@ def write_checkpoint(run: Path, step: int, content: dict[str, dict[str, Tensor]]
                      keep: int) -> None:
     """Write <run>/checkpoints/<step>/ with <name>.safetensors for each of `content`, and state.json.
 
-    Writes to a temporary folder, and renames it when all files are on disk. Then deletes all checkpoints but
-    the newest `keep`.
+    The folder gets its name when all files are on disk. Then deletes all checkpoints but the newest `keep`.
     """
     folder = run / CHECKPOINTS / f"{step:07d}"
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with files.full_disk_named(folder):
-        try:
-            temporary.mkdir(parents=True)
-            for name, tensors in content.items():
-                write_tensors(tensors, temporary / f"{name}.safetensors")
-            files.write_json({"step": step, **state}, temporary / "state.json")
-            for path in (*temporary.iterdir(), temporary):
-                flush(path)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(temporary, folder)
-            flush(folder.parent)
-            flush(run)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    for broken in (folder, *folder.parent.glob(".*.tmp")):  # left by a run that was killed, or damaged
+        shutil.rmtree(broken, ignore_errors=True)
+    with files.replacing(folder) as temporary:
+        temporary.mkdir()
+        for name, tensors in content.items():
+            write_tensors(tensors, temporary / f"{name}.safetensors")
+        files.write_json({"step": step, **state}, temporary / "state.json")
+        for path in (*temporary.iterdir(), temporary):
+            flush(path)
+    flush(folder.parent)
+    flush(run)
     # Delete checkpoints of later steps too: they are damaged, else the run would have resumed from them
     stay = [path for path in checkpoints(run) if path.name <= folder.name][-keep:]
     for other in set(checkpoints(run)) - set(stay):

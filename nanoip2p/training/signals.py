@@ -1,8 +1,7 @@
 """Signals and closed streams during training: a run ends within seconds, and saves a checkpoint.
 
-The signal handler adds to SIGNALS, which training reads before each micro-batch, and ends `interruptible`
-work. Training drops an unfinished step before it changes the weights. Only the third Ctrl-C ends the run at
-once.
+The handler adds a signal to SIGNALS, which training reads before each micro-batch, and ends `interruptible`
+work. Training drops an unfinished step before it changes the weights. The third Ctrl-C ends the run at once.
 """
 
 import io
@@ -129,7 +128,7 @@ def lasting_streams() -> Iterator[None]:
     for name, stream in zip(("stdout", "stderr"), before):
         with suppress(io.UnsupportedOperation, AttributeError, ValueError):  # no file descriptor, as in tests
             if stream is None:  # it was closed when the process began
-                stream = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+                stream = open(os.devnull, "w")  # noqa: SIM115
             stream.fileno()
             setattr(sys, name, Lasting(stream))
     try:

@@ -71,7 +71,7 @@ class Trainer:
         self.skipped, self.lr, self.norm = set(), 0.0, 0.0
 
     def place_encoders(self) -> None:
-        """Freeze the encoders. Move them to the device, or with a cache, which replaces them, to the CPU."""
+        """Freeze the encoders, and move them to the device, or to the CPU if a cache replaces them."""
         for encoder in (self.model.vae, self.model.text_encoder):
             encoder.requires_grad_(False).to("cpu" if self.config.cache else self.device)
 

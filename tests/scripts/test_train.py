@@ -45,13 +45,6 @@ def folder(tmp_path_factory):
     return write_pictures(tmp_path_factory.mktemp("pictures") / "data")
 
 
-@pytest.fixture(scope="module")
-def server():
-    server = train_jobs.Server()
-    yield server
-    server.close()
-
-
 def run(start, out, *more, data="scenes"):
     return train.main(words(start, out, *more, data=data))
 
@@ -108,18 +101,18 @@ def test_with_and_without_cache_losses_are_the_same_to_rounding(straight):
         assert one[name] != other[name] and one[name] == pytest.approx(other[name], rel=3e-4), name
 
 
-def test_killed_before_a_write_and_resumed_it_ends_where_it_would_have(start, server, tmp_path):
+def test_killed_before_a_write_and_resumed_it_ends_where_it_would_have(start, launch, tmp_path):
     """A process dies before its 3rd flush or rename, the next before its 10th, and so on to the end.
 
     tests/training/test_run_folder.py ends a write at each of its operations.
     """
     plain = {"argv": words(start, tmp_path / "plain", "--steps", 4, "--save-every", 2, "--seed", 5)}
-    assert server(plain) == [[0]]
+    assert launch(plain) == [[0]]
     out, wanted, told, codes = tmp_path / "run", state(tmp_path / "plain"), tmp_path / "told", []
     again = words(start, out, "--steps", 4, "--save-every", 2, "--seed", 5)
     for event in range(3, 150, 7):
         argv = ["--resume", str(out)] if runs.checkpoints(out) else again
-        [[code]] = server({"argv": argv, "event": event, "err": str(told)})
+        [[code]] = launch({"argv": argv, "event": event, "err": str(told)})
         codes.append(code)
         if code != -signal.SIGKILL:
             break
@@ -129,21 +122,21 @@ def test_killed_before_a_write_and_resumed_it_ends_where_it_would_have(start, se
     assert state(out) == wanted
 
 
-def test_killed_at_random_moments_and_resumed_it_ends_where_it_would_have(start, folder, server, tmp_path):
+def test_killed_at_random_moments_and_resumed_it_ends_where_it_would_have(start, folder, launch, tmp_path):
     outs, draw = [tmp_path / name for name in ("online", "cache")], random.Random(3)
     flags = [["--workers", 2], ["--cache", tmp_path / "latents", "--accumulate", 2]]
     begin = [words(start, out, "--steps", 5, "--save-every", 1, *more, data=folder)
              for out, more in zip(outs, flags)]
     plain = [words(start, tmp_path / f"plain{i}", "--steps", 5, *more, data=folder)
              for i, more in enumerate(flags)]
-    assert server(*({"argv": argv} for argv in plain)) == [[0], [0]]
+    assert launch(*({"argv": argv} for argv in plain)) == [[0], [0]]
     kills, finished = [0, 0], [False, False]
     for attempt in range(40):
         jobs = [{"argv": ["--resume", str(out), "--cache", str(tmp_path / "latents")][: 2 + 2 * i]
                  if runs.checkpoints(out) else argv,
                  "seconds": draw.uniform(0.1, 0.4) * 1.2**attempt, "err": str(tmp_path / "told")}
                 for i, (out, argv) in enumerate(zip(outs, begin))]
-        for i, [code] in enumerate(server(*jobs)):
+        for i, [code] in enumerate(launch(*jobs)):
             assert code in (0, -signal.SIGALRM)
             finished[i] |= code == 0
             kills[i] += code != 0
@@ -197,12 +190,12 @@ SIGNALS = [{"signal": int(number), "in": place, "pipe": pipe, "workers": workers
 
 
 def test_any_signal_ends_a_run_whatever_its_streams_with_a_checkpoint_and_no_process_left(
-        start, folder, server, tmp_path):
+        start, folder, launch, tmp_path):
     more = ("--steps", 3000, "--validate-every", 2, "--log-every", 1)
     jobs = [job | {"argv": words(start, tmp_path / str(i), *more, "--workers", job["workers"], data=folder),
                    "err": str(tmp_path / f"told{i}")} for i, job in enumerate(SIGNALS)]
     began = time.monotonic()
-    codes = server(*jobs)
+    codes = launch(*jobs)
     assert codes == [[130]] * len(jobs) and time.monotonic() - began < 60  # nine runs share the processors
     for i, job in enumerate(jobs):
         step = runs.newest_checkpoint(tmp_path / str(i))[1]["step"]
@@ -211,11 +204,11 @@ def test_any_signal_ends_a_run_whatever_its_streams_with_a_checkpoint_and_no_pro
         assert "Traceback" not in told and ("stopped; go on" in told) == (job["pipe"] is None)
 
 
-def test_a_run_goes_on_without_its_readers_and_without_streams(start, whole, server, tmp_path,
+def test_a_run_goes_on_without_its_readers_and_without_streams(start, whole, launch, tmp_path,
                                                                 monkeypatch):
     argv = words(start, tmp_path / "run", "--steps", 6, "--log-every", 2, "--validate-every", 3)
     job = {"argv": argv, "signal": signal.SIGWINCH, "in": "step", "pipe": "closed"}  # a signal without effect
-    assert server(job) == [[0]] and state(tmp_path / "run") == state(whole)
+    assert launch(job) == [[0]] and state(tmp_path / "run") == state(whole)
     monkeypatch.setattr(sys, "stdout", None)  # as in Python with closed streams
     monkeypatch.setattr(sys, "stderr", None)
     assert resume(tmp_path / "run", "--steps", 7) == 0

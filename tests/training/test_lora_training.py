@@ -9,7 +9,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-import train_jobs
 from comparing import randomise, relative_error
 from safetensors.torch import load_file, save_file
 from tiny_configs import tiny_unet
@@ -270,16 +269,13 @@ def test_the_average_and_the_teacher_share_the_frozen_weights(start, tmp_path):
 
 
 @pytest.mark.parametrize("dtype, close", [("fp32", 1e-5), ("bf16", 0.1)])
-def test_ranks_train_what_one_would(start, tmp_path, dtype, close):
-    server, told = train_jobs.Server(), tmp_path / "told"
-    try:
-        for name, ranks, accumulate in (("one", 1, 2), ("two", 2, 1)):
-            argv = words(start, tmp_path / name, "--steps", 3, "--lora", 3, "--accumulate", accumulate,
-                         "--dtype", dtype)
-            [codes] = server({"argv": argv, "ranks": ranks, "err": str(told)})
-            assert codes == [0] * ranks, told.read_text()[-3000:]
-    finally:
-        server.close()
+def test_ranks_train_what_one_would(start, launch, tmp_path, dtype, close):
+    told = tmp_path / "told"
+    for name, ranks, accumulate in (("one", 1, 2), ("two", 2, 1)):
+        argv = words(start, tmp_path / name, "--steps", 3, "--lora", 3, "--accumulate", accumulate,
+                     "--dtype", dtype)
+        [codes] = launch({"argv": argv, "ranks": ranks, "err": str(told)})
+        assert codes == [0] * ranks, told.read_text()[-3000:]
     for part in STATE:
         one, two = (load_file(runs.newest_checkpoint(tmp_path / name)[0] / f"{part}.safetensors")
                     for name in ("one", "two"))
