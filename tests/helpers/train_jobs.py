@@ -203,8 +203,8 @@ class Server:
         return json.loads(self.process.stdout.readline())
 
     def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+        with self.process:  # which then waits, and closes the pipes
+            self.process.kill()  # Python's own clean-up would take seconds
 
 
 if __name__ == "__main__":
