@@ -6,7 +6,7 @@
     python train.py --check --data my-pairs                      # checks the data, prints the plan
     python train.py --text-to-image --data scenes ...            # a text-to-image model from captions
     python train.py --distill runs/ip2p/weights --data data/pairs --out runs/4step    # to edit in four steps
-    python train.py --lora 16 --weights <editor> --data my-pairs --out runs/style     # on a small card
+    python train.py --lora 16 --weights <editor> --data my-pairs --out runs/style     # needs less memory
 
 Writes to --out: checkpoints/, weights/ (the EMA weights), log.jsonl, loss.png and samples-*.png; with --lora
 RANK also lora.safetensors (diffusers' layout) and lora-kohya.safetensors.
@@ -34,7 +34,7 @@ VALIDATION_SAMPLES, SHEET_COLUMNS = 64, 8
 
 
 def parse(argv: list[str] | None) -> TrainConfig:
-    """Read the flags, which override --preset or the resumed run's settings. ValueError for bad flags."""
+    """Read the flags. They override --preset, or the settings of a resumed run. ValueError for bad flags."""
     parser = cli.make_parser(description=__doc__)
     cli.add_settings(parser, TrainConfig)
     given = vars(parser.parse_args(argv))
@@ -63,9 +63,9 @@ def parse(argv: list[str] | None) -> TrainConfig:
 
 
 def resumed(parser: ArgumentParser, given: dict) -> TrainConfig:
-    """The settings of a run, changed by the given flags. ValueError for flags that cannot change.
+    """The settings of a run, changed by the given flags. ValueError for a flag that cannot change.
 
-    state.json may come from a stranger. It cannot cause a write outside its run, or a download.
+    state.json may come from a stranger, so it cannot cause a write outside its run, or a download.
     """
     cli.import_torch()
     from nanoip2p.training import run_folder as runs
@@ -94,9 +94,9 @@ def resumed(parser: ArgumentParser, given: dict) -> TrainConfig:
 
 
 def read_items(config: TrainConfig, broken: Set = frozenset()) -> tuple[list, list]:
-    """Training and validation items, without the pairs whose pictures are in `broken`.
+    """Items for training and for validation, without the pairs that have a picture in `broken`.
 
-    If there is no validation split, validates on training items.
+    If there is no validation split, training items are used for validation too.
     """
     from nanoip2p.dataset.layouts import read_data, without
     from nanoip2p.dataset.rendered import captioned_scenes, scene_pairs
@@ -115,7 +115,7 @@ def read_items(config: TrainConfig, broken: Set = frozenset()) -> tuple[list, li
 
 
 def fill_in(config: TrainConfig, ranks, items: int) -> TrainConfig:
-    """Fill in `accumulate` and `dtype`. ValueError if items or batch differ from the resumed run."""
+    """Set `accumulate` and `dtype`. ValueError if the resumed run had other numbers of items or samples."""
     from nanoip2p.common.device import pick_dtype
     from nanoip2p.training import run_folder as runs
     state = runs.newest_checkpoint(config.out)[1] if config.resume else {"batch": PAPER_BATCH}
@@ -128,7 +128,7 @@ def fill_in(config: TrainConfig, ranks, items: int) -> TrainConfig:
 
 
 def print_plan(config: TrainConfig, items: list, validation: list, ranks: int, description: str) -> None:
-    """Print the plan of the run. description: the text after "weights"."""
+    """Print the plan of the run. description: of the weights. ranks: number of ranks."""
     batch = config.batch_size * config.accumulate * ranks
     samples, held_out = config.steps * batch, 0 if validation[0] in items else len(validation)
     data = cli.one_line(config.data)
@@ -144,7 +144,7 @@ def print_plan(config: TrainConfig, items: list, validation: list, ranks: int, d
 
 
 def check_data(config: TrainConfig) -> Set:
-    """Print the problems of the data, by reason, and return the broken pictures.
+    """Print the problems of the data, and return the broken pictures.
 
     Raises ValueError if no pair is sound, or if any pair is bad without --skip-bad.
     """
@@ -179,7 +179,7 @@ def run(config: TrainConfig) -> None:
         config, model, description = fill_in(config, ranks, len(items)), None, "none"
         if config.weights:
             checkpoint = open_checkpoint(config.weights, config.vae, config.tokenizer, config.raw_weights)
-            keeps = config.text_to_image or config.distill  # a teacher has to take the picture already
+            keeps = config.text_to_image or config.distill  # a teacher must be an editor already
             checkpoint = checkpoint if keeps else widen(checkpoint)
             model = load_model(checkpoint, edits=not config.text_to_image)
             description = "; ".join([f"{config.weights}: {checkpoint.description}",
@@ -196,7 +196,7 @@ def run(config: TrainConfig) -> None:
 
 
 def train(config: TrainConfig, model, items: list, validation_items: list, ranks) -> None:
-    """Fill the cache, set up the trainer and the data loader, load the checkpoint, run the loop."""
+    """Fill the cache, prepare trainer and data loader, load the checkpoint, and run the loop."""
     from torch.utils.data import DataLoader
 
     from nanoip2p.training import run_folder as runs
@@ -246,7 +246,7 @@ def loop(trainer, batches: Iterator[dict], validation: list[dict], columns: list
     config, ranks, recent, saved = trainer.config, trainer.ranks, [], first
     log = runs.Log(config.out, first, config.tensorboard) if ranks.rank == 0 else None
     bar = tqdm(total=config.steps * trainer.batch, initial=first * trainer.batch, unit=" samples",
-               disable=None if log else True)  # None: no bar unless in a terminal
+               disable=None if log else True)  # None: a bar only in a terminal
     began, begun_at = time.perf_counter(), first
 
     def due(every: int, done: int) -> bool:

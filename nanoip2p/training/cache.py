@@ -1,10 +1,10 @@
-"""A cache of encoded pictures and texts: each is encoded once, before training. Training reads the rows.
+"""A cache of encoded pictures and texts. Each is encoded once, before training. Training reads the rows.
 
     cache.json                    hashes of the data and of the encoders
     texts-00000.safetensors       hidden states (n, 77, D) float16; row 0 of this file is the empty text
     pictures-00000.safetensors    moments (n, F, 2C, h, w) float16: mean and log variance, unscaled.
                                   F = 2 with flips: the picture and its mirror image
-Each distinct text and picture has one row, in order of first use. Files are written atomically.
+Each distinct text and picture has one row. Rows are in order of first use. Files are written atomically.
 """
 
 import hashlib
@@ -31,13 +31,15 @@ Shard = namedtuple("Shard", "path tensor items shape")  # path, name of the tens
 class Cache:
     """A cache folder. `fill` writes its files, `open` checks them, `get` reads the rows of a pair.
 
-    A DataLoader worker can get the open cache by fork or by pickle. A worker reads only the rows it needs.
-    skip_bad: allows broken pictures; `get` raises ValueError for them.
+    A DataLoader worker can receive the open cache by fork or by pickle. It reads only the rows it needs.
     """
 
     def __init__(self, folder: Path, pairs: list[Pair], model: Model, resolution: int, flips: bool,
                  skip_bad: bool = False):
-        """Reserve the folder. flips, skip_bad: see above. ValueError if it caches other data or encoders."""
+        """Reserve the folder. ValueError if the folder holds a cache of other data or other encoders.
+
+        flips: also encode mirror images. skip_bad: allow broken pictures; `get` raises ValueError for them.
+        """
         vae, text_encoder, tokenizer = model.vae, model.text_encoder, model.tokenizer
         texts = list(dict.fromkeys(["", *(pair.edit for pair in pairs)]))
         pictures = list(dict.fromkeys(picture for pair in pairs for picture in (pair.before, pair.after)))
@@ -49,7 +51,7 @@ class Cache:
             "text encoder": fingerprint(text_encoder, begin=repr(begin).encode()),
             "dataset": hashlib.sha256(repr(content).encode()).hexdigest()[:16],
             "resolution": resolution, "flips": flips,
-            "reading": 2}, "--cache")  # increase it when pictures or texts are read in another way
+            "reading": 2}, "--cache")  # a version: increase it when the code reads its input differently
         side = resolution // vae.downsampling
         kinds = (("texts", "texts", texts, [tokenizer.length, text_encoder.config.hidden_size]),
                  ("pictures", "moments", pictures, [1 + flips, 2 * vae.config.latent_channels, side, side]))
@@ -67,7 +69,7 @@ class Cache:
     def fill(self, model: Model, rank: int = 0, ranks: int = 1) -> None:
         """Write the missing files of this rank: files number rank, rank + ranks, ...
 
-        Raises ValueError for an encoding beyond float16, and for a broken picture (skip_bad: its row is NaN).
+        ValueError if an encoding exceeds float16, or if a picture is broken (with skip_bad, its row is NaN).
         """
         def moments(images: Tensor) -> Tensor:
             images = images.to(model.vae.quant_conv.weight)                          # (B, 3, R, R)
@@ -115,7 +117,7 @@ class Cache:
         return self
 
     def get(self, pair: Pair, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Moments of both pictures (2C, h, w) and hidden states of the text (77, D): float32, on the CPU."""
+        """Moments of both pictures, (2C, h, w) each, and hidden states of the text (77, D), in float32."""
         return self.row(pair.before, int(flip)), self.row(pair.after, int(flip)), self.row(pair.edit)
 
     def row(self, item: str | Picture, *within: int) -> Tensor:

@@ -14,7 +14,7 @@ from nanoip2p.world.scenes import EDIT_KINDS
 DROP = (0.05, 0.05, 0.05)  # probabilities of dropping only the text, both text and image, only the image
 PAPER_BATCH = 1024  # samples per optimizer step
 PAPER_VISITS = 10_000 * PAPER_BATCH / (0.9 * 313_010)  # steps x batch / training prompts: 36 epochs
-# For GPUs: batch sizes, raised to 1024 samples per step by accumulation. For the nano world: a short run
+# Presets for GPUs set a batch size; accumulation makes it 1024 samples per step. "nano": a short, small run
 PRESETS = {
     "paper": {"batch_size": 32, "clip": 0.0},  # 8 GPUs with batch size 32 each
     "48gb": {"batch_size": 64},
@@ -25,7 +25,7 @@ PRESETS = {
 }
 # --distill: the averaged weights compute the target, so they have to follow the student closely
 DISTILL = {"ema_decay": 0.95, "ema_device": "same", "lr": 1e-4, "snr_gamma": 0.0}
-# Patterns for names of layers that get a LoRA: only layers of attention, as in diffusers' scripts, or all
+# Patterns of the names of layers that get a LoRA: attention only, as in diffusers' scripts, or all layers
 LAYERS = {"attention": re.compile(r"\.(to_[qkv]|to_out\.0)$"), "all": re.compile("")}
 # Settings that may change when a run is resumed
 MAY_CHANGE = {
@@ -34,9 +34,9 @@ MAY_CHANGE = {
     "out", "resume", "check", "timeout"}
 # Not stored: `accumulate` follows from "batch" in state.json, and `out` is the folder that holds state.json
 NOT_STORED = {"accumulate", "preset", "resume", "check", "out"}
-# Limits beyond what any machine can hold; a rendered pair takes 1 kB of memory
+# Limits against absurd values in files: no machine can hold more. A rendered pair takes 1 kB of memory
 MOST_PAIRS, MOST_SAMPLES, MOST_WORKERS, MOST_RANK = 10**7, 2**16, 1000, 1024
-NUMBER = re.compile(r"[+-]?\d{1,99}")  # in --lora, everything else is a file
+NUMBER = re.compile(r"[+-]?\d{1,99}")  # a value of --lora that is a rank; any other value is a file
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class TrainConfig:
     vae: str | None = flag("use this autoencoder instead of the checkpoint's: a file or folder")
     tokenizer: str | None = flag("tokenizer of a single-file checkpoint: a folder or Hub name")
     raw_weights: bool | None = flag("use raw weights, not averaged (EMA) ones", action=SWITCH)
-    lora: Sequence[str] | None = flag("train a LoRA of this rank, not all weights; or add this LoRA file to "
-                                      "the weights first (may be repeated)", action="append",
-                                      metavar="RANK|FILE[:WEIGHT]")
+    lora: Sequence[str] | None = flag("train a LoRA of this rank instead of all weights; or add this LoRA "
+                                      "file to the weights before training (may be repeated)",
+                                      action="append", metavar="RANK|FILE[:WEIGHT]")
     lora_layers: str = flag("layers that get the LoRA", "attention", choices=LAYERS)
     data: str | None = flag("pairs: a folder, a pairs.jsonl or parquet file; 'scenes' renders pairs")
     pairs: int = flag("number of pairs that --data scenes renders", 20_000, type=at_least(1, MOST_PAIRS))
@@ -57,7 +57,7 @@ class TrainConfig:
                                         (1.0,) * len(EDIT_KINDS), type=between(0), nargs=len(EDIT_KINDS))
     text_to_image: bool = flag("train a text-to-image model on the captions of --data scenes", False)
     cache: Path | None = flag("encode all pictures and texts once, into this folder", type=Path)
-    columns: Sequence[str] | None = flag("column names of --data, if no known dataset has them", nargs=3,
+    columns: Sequence[str] | None = flag("column names of --data; not needed for known datasets", nargs=3,
                                          metavar=("INPUT", "EDIT", "OUTPUT"))
     skip_bad: bool = flag("leave out pairs that are missing, broken or unreadable", False)
     out: Path | None = flag("folder of this run", type=Path)
@@ -68,13 +68,13 @@ class TrainConfig:
     preset: str | None = flag("a set of defaults for other flags", choices=PRESETS, group="recipe")
     steps: int = flag("number of optimizer steps", 10_000, type=at_least(1))
     batch_size: int = flag("samples per micro-batch on each device", 16, type=at_least(1, MOST_SAMPLES))
-    accumulate: int | None = flag("micro-batches per step (default: for 1024 samples)", type=at_least(1))
+    accumulate: int | None = flag("micro-batches per step (default: 1024 samples per step)", type=at_least(1))
     lr: float = flag("learning rate", 1e-4, type=between(0))
     warmup: int = flag("number of warm-up steps of the learning rate", 0, type=at_least(0))
     cooldown: float = flag("last fraction of the steps, where lr falls to 0", 0.0, type=between(0, 1))
     clip: float = flag("clip the gradient to this norm; 0: off, as in the original", 1.0, type=between(0))
     snr_gamma: float = flag("min-SNR weighting of the loss, often 5; 0: off", 0.0, type=between(0))
-    drop: Sequence[float] = flag("fractions of samples without text, without both, without picture",
+    drop: Sequence[float] = flag("fractions of samples that lose only the text, both, only the picture",
                                 DROP, type=between(0, 1), nargs=3, metavar=("TEXT", "BOTH", "IMAGE"))
     cfg_text: Sequence[float] | None = flag("--distill: range of the teacher's scale s_T (default: from the "
                                             "teacher)", type=finite, nargs=2, metavar=("MIN", "MAX"))
@@ -89,7 +89,7 @@ class TrainConfig:
     device: str | None = flag("cuda, mps or cpu (default: the first that works)", group="running")
     workers: int | None = flag("processes that load data (default: 4 with CUDA, else 0)",
                                type=at_least(0, MOST_WORKERS))
-    timeout: float = flag("seconds without a heartbeat after which the other ranks end", 30.0,
+    timeout: float = flag("end all ranks if one of them is silent for so many seconds", 30.0,
                           type=between(1))
     recompute: bool = flag("gradient checkpointing: slower, but needs less memory", False, action=SWITCH)
     ema_device: str = flag("device of the averaged (EMA) weights", "same", choices=("same", "cpu"))

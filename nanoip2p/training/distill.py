@@ -1,7 +1,7 @@
 """Consistency distillation (Luo et al. 2310.04378, algorithm 1): an editor learns to edit in a few steps.
 
-The teacher is an editor, guided by picture and text with equation 3 of the paper. The student begins as the
-teacher. It makes one network call, without guidance, and learns a consistency function
+The teacher is an editor, guided by picture and text with equation 3 of the paper. The student begins as a
+copy of the teacher. It makes one network call per step, without guidance, and learns a consistency function
 
     f(z_t, t) = c_skip(t) z_t + c_out(t) z_0(z_t, t)                      c_skip, c_out: samplers.boundary
 
@@ -9,7 +9,7 @@ where z_0(z_t, t) is the network's estimate of the clean latents. f should have 
 the teacher takes from noise to picture. So the loss compares two points of such a path, 20 timesteps apart:
 
     z_s = one DDIM step of the teacher, from z_t at timestep t to s = t - 20
-    loss = | f(z_t, t) - f*(z_s, s) |^2                                   f*: the average of the student
+    loss = | f(z_t, t) - f*(z_s, s) |^2                     f*: f with the averaged weights of the student
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from nanoip2p.diffusion import LCM_STEPS, add_noise
 from nanoip2p.objective import predict
 from nanoip2p.samplers import boundary
 
-# Editing with a student uses these settings, which turn guidance off
+# A student edits with these settings. A scale of 1 turns guidance off
 STUDENT_DEFAULTS = {"sampler": "lcm", "steps": 4, "cfg_text": 1.0, "cfg_image": 1.0}
 
 
@@ -42,7 +42,7 @@ class Teacher:
 
     def __init__(self, unet: nn.Module, null: Tensor, alphas: Tensor, prediction_type: str,
                  cfg_text: Sequence[float], cfg_image: Sequence[float], dtype: torch.dtype):
-        """unet: frozen. null (77, D): hidden states of the empty text. alphas: a_t of every timestep.
+        """unet: frozen. null (77, D): hidden states of the empty text. alphas: `alphas_cumprod()`.
 
         cfg_text, cfg_image: (smallest, largest) s_T and s_I of equation 3. dtype: autocast dtype.
         """
@@ -54,7 +54,7 @@ class Teacher:
         """One guided DDIM step (Song et al. 2020, eta = 0) from `timestep` to `before`: z_s (B, C, h, w).
 
         z_in (B, 2C, h, w), or (B, C, h, w) of a text-to-image model; context (B, 77, D); timesteps (B,).
-        share (B,) in [0, 1): place of both scales between smallest and largest.
+        share (B,) in [0, 1) sets both scales: 0 is the smallest value, 1 the largest.
         """
         s_t, s_i = ((low + share * (high - low)).view(-1, 1, 1, 1)                      # (B, 1, 1, 1)
                     for low, high in self.scales)
@@ -83,7 +83,7 @@ class Teacher:
 
     def losses(self, student: nn.Module, average: nn.Module, z_in: Tensor, timestep: Tensor, context: Tensor,
                share: Tensor, recompute: bool = False) -> Tensor:
-        """The loss (B,) of each sample. average: the averaged student. Other arguments: see `step`."""
+        """The loss (B,) of each sample. average: the UNet with f*'s weights. Other arguments: see `step`."""
         before = (timestep - len(self.alphas) // LCM_STEPS).clamp(min=0)
         z_s = self.step(z_in, timestep, before, context, share)
         with torch.no_grad():

@@ -4,9 +4,9 @@ A layer with the frozen weight W (out, in) and the input x computes
 
     x W^T + (x down^T) up^T            down (r, in), up (out, r), with the rank r far below in and out
 
-In a convolution, `down` has its kernel (r, in, k, k) and its stride, and `up` is a convolution of 1x1. `up`
-starts at zero. Gradients, Adam's moments and the average exist for the thin matrices only. Alpha equals the
-rank, as in diffusers' scripts: the factor alpha / r is 1.
+In a convolution, `down` (r, in, k, k) has the kernel size and the stride of the layer; `up` is a 1x1
+convolution. `up` starts at zero. Gradients, Adam's moments and the average exist for the thin matrices only.
+Alpha equals the rank, as in diffusers' scripts: the factor alpha / r is 1.
 """
 
 import copy
@@ -20,13 +20,13 @@ from nanoip2p.unet import UNet
 
 
 def is_blind(unet: UNet) -> bool:
-    """Whether the input picture has no effect: an editor that load.widen made of a text-to-image model."""
+    """Whether the input picture has no effect. True for an editor that load.widen made."""
     of_picture = unet.conv_in.weight[:, unet.config.out_channels :]
     return of_picture.numel() > 0 and not of_picture.any()
 
 
 def freeze(unet: UNet, dtype: torch.dtype) -> UNet:
-    """A frozen copy, with linear layers and convolutions in `dtype`. Shares weights that need no change."""
+    """A frozen copy, its linear layers and convolutions in `dtype`. Weights that do not change are shared."""
     frozen = {}
     for layer in unet.modules():
         for weight in layer.parameters(recurse=False):
@@ -38,8 +38,8 @@ def freeze(unet: UNet, dtype: torch.dtype) -> UNet:
 def attach(unet: UNet, rank: int, layers: str, seed: int, conv_in: Tensor | None = None) -> None:
     """Add `lora_down` and `lora_up` to the chosen layers of a frozen UNet, in place.
 
-    layers: a key of LAYERS. seed: of the random `down`, drawn as in peft and kohya. conv_in: the weight of
-    this layer, if it is to be trained in full.
+    layers: a key of LAYERS. seed: of the random `down`, drawn as in peft and kohya. conv_in: the weight
+    from which the layer conv_in is trained in full; None: do not train it in full.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, layer in unet.named_modules():
@@ -64,8 +64,8 @@ def add_low_rank(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Ten
 def layers_of(unet: UNet, base: UNet, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Name of a layer -> (down, up) on the CPU, as `write_lora` takes them with alpha = rank.
 
-    unet: with LoRA. base: the UNet before training. A conv_in that was trained in full becomes an exact LoRA:
-    `down` is the identity, which copies the numbers under the kernel, and `up` is the change of the weight.
+    unet: the UNet with a LoRA. base: the UNet before training. A conv_in that was trained in full becomes a
+    LoRA of full rank: `down` is the identity, `up` is the change of the weight.
     """
     layers = {name: (layer.lora_down.detach().cpu(), layer.lora_up.detach().cpu())
               for name, layer in unet.named_modules() if hasattr(layer, "lora_down")}

@@ -1,4 +1,4 @@
-"""The ranks (processes) of a training run: one per device under torchrun, otherwise a single one.
+"""The ranks (processes) of a training run: one per device under torchrun, otherwise only one.
 
 Each rank has all weights and trains on its own micro-batches. DistributedDataParallel averages the gradients.
 """
@@ -20,19 +20,19 @@ import torch.distributed as dist
 from nanoip2p.common.device import pick_device
 from nanoip2p.training.signals import SIGNALS, AtOnce, end_loaders
 
-MAX_WAIT = timedelta(days=1)  # how long a rank waits for a rank that encodes data or samples pictures
-JOIN = timedelta(minutes=5)   # how long the first ranks wait for the last: imports from a cold disk take long
+MAX_WAIT = timedelta(days=1)  # how long a rank waits for another one, which may encode data or draw samples
+JOIN = timedelta(minutes=5)   # how long ranks wait for the last one to start: a cold disk makes imports slow
 TICKS = 10                    # number of heartbeats of a rank within --timeout
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The number of this process, the count of all processes, and the device of this process."""
+    """The number of this process (from 0), the number of all processes, and the device of this process."""
 
     rank: int
     count: int
     device: torch.device
-    group: object = None  # a gloo group: small messages travel by CPU, and no GPU waits for them
+    group: object = None  # of gloo, for small messages: they stay on the CPU, so no GPU waits
 
     def largest(self, number: int) -> int:
         """The maximum of `number` over all ranks. Every rank has to call this: it is also a barrier."""
@@ -46,14 +46,14 @@ class Ranks:
         reduced = torch.tensor(number, dtype=torch.float64)
         if self.count > 1:
             work = dist.all_reduce(reduced, operation, group=self.group, async_op=True)
-            while not work.is_completed():  # `wait` would block the signal handlers
+            while not work.is_completed():  # `wait` alone would delay the signal handlers
                 time.sleep(0.001)
             work.wait()
         return reduced.item()
 
 
 class Watch:
-    """Two threads. One exchanges heartbeats with the other ranks, even while the main thread is busy. The
+    """Two threads that work while the main thread is busy. One exchanges heartbeats with the other ranks. The
     other thread ends the process when a rank is silent."""
 
     def __init__(self, rank: int, count: int, timeout: float):
@@ -62,7 +62,7 @@ class Watch:
         self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=JOIN)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
         self.rank, self.timeout, self.keys = rank, timeout, [f"{attempt} lives {n}" for n in range(count)]
-        # For each rank: its last heartbeat, and the ticks since then. Seconds would pass during Ctrl-Z too
+        # For each rank: its last heartbeat, and the ticks since then. Ctrl-Z stops ticks, but not seconds
         self.beats, self.silent = [b""] * count, [0] * count
         self.left, self.failed = threading.Event(), False
         self.listener = threading.Thread(target=self.listen, daemon=True)
@@ -87,14 +87,14 @@ class Watch:
             for rank, beat in enumerate(self.beats):
                 self.silent[rank] += (TICKS if self.failed else 0) if beat == b"left" else 1
             lost = [f"rank {rank}" for rank, ticks in enumerate(self.silent) if ticks >= TICKS - 2]
-            if f"rank {self.rank}" in lost:  # the process that hosts the store has ended
+            if f"rank {self.rank}" in lost:  # the store is lost, because the process that hosts it has ended
                 lost = ["rank 0" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" else "torchrun"]
             if lost and not self.left.is_set():
                 SIGNALS.append(signal.SIGTERM)  # so that Lasting does not wait for a full pipe
                 print(f"error: {', '.join(lost)} ended or was stopped (--timeout {self.timeout:g} s); "
                       "go on with --resume, from the last checkpoint", file=sys.stderr)
                 end_loaders()
-                os._exit(2)  # sys.exit would not end the main thread, which may wait in a library for ever
+                os._exit(2)  # sys.exit would end only this thread; the main thread may wait for ever
 
     def leave(self) -> None:
         """Tell the other ranks that this rank ends, and stop watching them."""
@@ -106,7 +106,7 @@ class Watch:
 def started(device: str | None, timeout: float) -> Iterator[Ranks]:
     """Join the process group if torchrun started this process. With CUDA, each rank uses its own GPU.
 
-    timeout: seconds without a heartbeat of a rank, after which the other ranks end.
+    timeout: if a rank sends no heartbeat for so many seconds, the other ranks end.
     """
     count, chosen = int(os.environ.get("WORLD_SIZE", 1)), pick_device(device)
     if count == 1:
@@ -128,7 +128,7 @@ def started(device: str | None, timeout: float) -> Iterator[Ranks]:
     try:
         yield Ranks(rank, count, chosen, group)
         watch.leave()
-    except AtOnce:  # a normal exit would wait for threads of the group, which may wait for a stopped rank
+    except AtOnce:  # a normal exit would wait for the group's threads, and these for a stopped rank
         print("stopped; go on with --resume, from the last checkpoint", file=sys.stderr)
         os._exit(130)
     except (KeyboardInterrupt, ValueError):

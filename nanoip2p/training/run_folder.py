@@ -18,11 +18,11 @@ from nanoip2p.common.schema import checked, checked_rows
 CHECKPOINTS = "checkpoints"
 FILES = ("unet", "ema", "exp_avg", "exp_avg_sq")  # raw and averaged weights, Adam's two moments
 STATE = {"step": int, "batch": int, "items": int, "settings": dict}  # of state.json
-LARGEST = 2**53  # float64 and JSON's readers keep whole numbers exact up to here
+LARGEST = 2**53  # up to here, float64 and all JSON readers keep whole numbers exact
 
 
 def check_folder(run: Path) -> None:
-    """Raise ValueError if a path that a run writes is a link, or is a folder where a file belongs."""
+    """Raise ValueError if a path that a run writes is a link, or of the wrong kind (file or folder)."""
     single = [run / ".lock", run / "log.jsonl", run / "loss.png", run / "lora.safetensors",
               run / "lora-kohya.safetensors", *run.glob("samples-*.png")]
     weights, saved = run / "weights", run / CHECKPOINTS
@@ -48,26 +48,21 @@ def write_checkpoint(run: Path, step: int, content: dict[str, dict[str, Tensor]]
                      keep: int) -> None:
     """Write <run>/checkpoints/<step>/ with <name>.safetensors for each of `content`, and state.json.
 
-    Writes to a temporary folder, renames it when all files are on disk, then keeps the newest `keep` only.
+    The folder gets its name when all files are on disk. Then deletes all checkpoints but the newest `keep`.
     """
     folder = run / CHECKPOINTS / f"{step:07d}"
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with files.full_disk_named(folder):
-        try:
-            temporary.mkdir(parents=True)
-            for name, tensors in content.items():
-                write_tensors(tensors, temporary / f"{name}.safetensors")
-            files.write_json({"step": step, **state}, temporary / "state.json")
-            for path in (*temporary.iterdir(), temporary):
-                flush(path)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(temporary, folder)
-            flush(folder.parent)
-            flush(run)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    # Delete newer checkpoints too: they are damaged, or the run would have resumed from them
+    for broken in (folder, *folder.parent.glob(".*.tmp")):  # left by a run that was killed, or damaged
+        shutil.rmtree(broken, ignore_errors=True)
+    with files.replacing(folder) as temporary:
+        temporary.mkdir()
+        for name, tensors in content.items():
+            write_tensors(tensors, temporary / f"{name}.safetensors")
+        files.write_json({"step": step, **state}, temporary / "state.json")
+        for path in (*temporary.iterdir(), temporary):
+            flush(path)
+    flush(folder.parent)
+    flush(run)
+    # Delete checkpoints of later steps too: they are damaged, else the run would have resumed from them
     stay = [path for path in checkpoints(run) if path.name <= folder.name][-keep:]
     for other in set(checkpoints(run)) - set(stay):
         shutil.rmtree(other)
@@ -104,7 +99,7 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict]:
 
 
 def read_log(run: Path) -> list[dict]:
-    """The rows of log.jsonl. ValueError for a row without a step, or with a value that is not a number."""
+    """The rows of log.jsonl. ValueError if a row has no step, or a value that is no number."""
     path = run / "log.jsonl"
     rows = checked_rows(path, {"step": (int, 0, LARGEST)})
     for number, row in enumerate(rows, 1):
@@ -115,10 +110,10 @@ def read_log(run: Path) -> list[dict]:
 
 
 class Log:
-    """Writes log.jsonl, one row per step with something to log, and optionally a TensorBoard log."""
+    """Writes log.jsonl and optionally a TensorBoard log. Only steps with something to log have a row."""
 
     def __init__(self, run: Path, first: int, tensorboard: bool = False):
-        """Open the log. first: the step from which the run continues; deletes the rows of later steps."""
+        """Open the log, and delete the rows of steps after `first`, from which the run continues."""
         self.path = run / "log.jsonl"
         rows = [row for row in read_log(run) if row["step"] <= first]
         with files.replacing(self.path) as temporary:

@@ -19,7 +19,7 @@ from nanoip2p.tokenizer import Tokenizer
 
 @lru_cache(maxsize=2)
 def order(seed: int, epoch: int, count: int) -> Tensor:
-    """The order in which an epoch visits `count` items: (count,) int64."""
+    """The order in which an epoch visits the items: a permutation (count,) of 0 ... count - 1."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(count, generator=generator)
 
@@ -78,7 +78,7 @@ class Samples(Dataset):
 
 
 def collate(samples: list[dict]) -> dict:
-    """Stack samples to tensors (B, ...), and join their `skipped` lists; or return the first error dict."""
+    """Stack samples to tensors (B, ...), and join their `skipped` lists. If one is an error, return it."""
     if errors := [sample for sample in samples if "error" in sample]:
         return errors[0]
     skipped = [reason for sample in samples for reason in sample.pop("skipped")]

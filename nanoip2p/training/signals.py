@@ -1,7 +1,7 @@
-"""Signals and closed streams during training: a run ends within seconds, and with a checkpoint.
+"""Signals and closed streams during training: a run ends within seconds, and saves a checkpoint.
 
-A signal is added to SIGNALS, which training reads before each micro-batch. It also ends `interruptible` work.
-An unfinished step is dropped before it changes the weights. Only the third Ctrl-C ends the run immediately.
+The handler adds a signal to SIGNALS, which training reads before each micro-batch, and ends `interruptible`
+work. Training drops an unfinished step before it changes the weights. The third Ctrl-C ends the run at once.
 """
 
 import io
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-SIGNALS: list[int] = []  # signals that came to this process since stop_between_steps began
+SIGNALS: list[int] = []  # signals that this process has received since stop_between_steps began
 LOADERS: list = []       # the processes that load data
 
 
@@ -37,7 +37,7 @@ class Stop:
             raise KeyboardInterrupt
 
     def interruptible(self, work: Callable, *given):
-        """work(*given), or None if a signal came before its end: for long work that changes nothing."""
+        """work(*given), or None if a signal came before its end. For long work without side effects."""
         try:
             try:
                 self.waiting = True
@@ -52,7 +52,7 @@ class Stop:
 
 @contextmanager
 def stop_between_steps() -> Iterator[Stop]:
-    """Yield a Stop. Until the end of the block, signals do not end the process; the third Ctrl-C does."""
+    """Yield a Stop. Within the block, signals do not end the process, except the third Ctrl-C."""
     stop, numbers = Stop(), [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
         numbers.append(signal.SIGHUP)
@@ -60,16 +60,16 @@ def stop_between_steps() -> Iterator[Stop]:
     previous = {number: signal.signal(number, stop.press) for number in numbers}
     try:
         yield stop
-    finally:  # SIGNALS is not cleared: the last messages must not wait for a full pipe
+    finally:  # SIGNALS stays: Lasting must not wait for a full pipe, even for the last messages
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def leave_signals_to_the_parent(_worker: int) -> None:
-    """Ignore signals in a data loader: its parent process decides when it ends, see `ending_loaders`."""
+    """Ignore signals in a process that loads data: its parent ends it, see `ending_loaders`."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    sys.excepthook = lambda *_: None  # hides multiprocessing's traceback if the parent has ended
+    sys.excepthook = lambda *_: None  # no traceback of multiprocessing when the parent has ended
 
 
 @contextmanager
@@ -92,8 +92,8 @@ def end_loaders() -> None:
 
 
 class Lasting:
-    """A text stream that drops text if its pipe is closed. After a signal, it also drops text if the pipe is
-    full, instead of waiting."""
+    """A text stream that drops its text if the pipe is closed. After a signal, it also drops the text if the
+    pipe is full; before, it waits."""
 
     def __init__(self, stream):
         self.stream, self.text = stream, ""
@@ -118,17 +118,17 @@ class Lasting:
             self.stream.flush()
         except OSError:
             with open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), self.stream.fileno())  # also for the text in its buffer
+                os.dup2(nowhere.fileno(), self.stream.fileno())  # drops the text in the buffer too
 
 
 @contextmanager
 def lasting_streams() -> Iterator[None]:
-    """Wrap standard output and error in Lasting. A stream without a file, as in tests, stays unchanged."""
+    """Wrap standard output and error in Lasting. A stream without a file descriptor stays unchanged."""
     before = sys.stdout, sys.stderr
     for name, stream in zip(("stdout", "stderr"), before):
-        with suppress(io.UnsupportedOperation, AttributeError, ValueError):  # of a stream without a file
+        with suppress(io.UnsupportedOperation, AttributeError, ValueError):  # no file descriptor, as in tests
             if stream is None:  # it was closed when the process began
-                stream = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+                stream = open(os.devnull, "w")  # noqa: SIM115
             stream.fileno()
             setattr(sys, name, Lasting(stream))
     try:

@@ -35,12 +35,12 @@ class Diverged(ValueError):
 class Trainer:
     """The trained UNet, the moving average of its weights, AdamW, and the frozen encoders.
 
-    With --lora, most weights of the UNet are frozen. The average and the teacher share the frozen ones, and
-    `model` keeps the UNet that training began with, in float32 on the CPU.
+    With --lora, most weights of the UNet are frozen. The average and the teacher share the frozen weights.
+    `model` keeps the UNet from which training began, in float32 on the CPU.
     """
 
     def __init__(self, config: TrainConfig, model: Model, ranks: Ranks, items: int):
-        """config: `accumulate` and `dtype` must be set. items: number of items, to save in checkpoints."""
+        """config: `accumulate` and `dtype` are not None. items: number of items, stored in checkpoints."""
         self.config, self.model, self.ranks, self.device = config, model, ranks, ranks.device
         self.items, self.batch = items, config.batch_size * config.accumulate * ranks.count
         with torch.no_grad():
@@ -59,13 +59,15 @@ class Trainer:
             self.unet.to(self.device, memory_format=layout)
         self.trained = {name: weight for name, weight in self.unet.named_parameters() if weight.requires_grad}
         self.average = self.twin("cpu" if config.ema_device == "cpu" else self.device)
+        averages = dict(self.average.named_parameters())
+        self.averages = {name: averages[name] for name in self.trained}
         self.optimizer = torch.optim.AdamW(self.trained.values(), config.lr, betas=(0.9, 0.999),
                                            weight_decay=0.01, fused=True)
         self.parallel = self.unet if ranks.count == 1 else nn.parallel.DistributedDataParallel(
             self.unet, gradient_as_bucket_view=True)
         self.forward = torch.compile(self.parallel) if config.compile else self.parallel
         self.base = self.base_of()
-        # Reasons for skipped pairs, to warn of each once; learning rate and gradient norm of the last step
+        # Reasons for skipped pairs, to warn once of each; learning rate and gradient norm of the last step
         self.skipped, self.lr, self.norm = set(), 0.0, 0.0
 
     def place_encoders(self) -> None:
@@ -74,9 +76,9 @@ class Trainer:
             encoder.requires_grad_(False).to("cpu" if self.config.cache else self.device)
 
     def base_of(self) -> str:
-        """Hashes of the frozen weights and the teacher's scales, which a run needs but its checkpoints lack.
+        """Hashes of what a resumed run needs but checkpoints lack: frozen weights and the teacher's scales.
 
-        With --lora FILE, hashes the files: the merged weights differ by rounding on other machines.
+        With --lora FILE, hashes the files, because merged weights differ by rounding on other machines.
         """
         if not self.config.rank and not self.teacher:
             return ""
@@ -92,13 +94,13 @@ class Trainer:
                        *scales, DTYPES[self.config.dtype])
 
     def twin(self, device: str | torch.device) -> UNet:
-        """A copy of the UNet in eval mode, its trained weights on `device`. It shares the frozen weights."""
+        """A copy of the UNet in eval mode. Its trained weights are on `device`; it shares frozen weights."""
         memo = {id(weight): nn.Parameter(weight.detach().to(device, copy=True), False)
                 if weight.requires_grad else weight for weight in self.unet.parameters()}
         return copy.deepcopy(self.unet, memo).eval()
 
     def losses(self, unet: nn.Module, batch: dict, recompute: bool = False) -> Tensor:
-        """The loss (B,) of each sample of a batch from `to_device`: equation 1, or the loss of distill.py."""
+        """The losses (B,) of a batch from `to_device`: equation 1 of the paper, or the loss of distill.py."""
         if self.teacher:
             batch = batch | {"timestep": on_grid(batch["timestep"], len(self.alphas))}
         given = model_input(batch, self.null, self.model.vae.scaling_factor, self.alphas,
@@ -113,7 +115,7 @@ class Trainer:
     def to_device(self, batch: dict, stop: bool = False) -> dict:
         """Move a batch of `collate` to the device, and encode its pictures and texts if there is no cache.
 
-        All ranks raise ValueError if any rank has a broken picture, KeyboardInterrupt if any rank has `stop`.
+        If any rank has a broken picture, all raise ValueError; if any has `stop`, KeyboardInterrupt.
         """
         verdict = self.ranks.largest(2 if "error" in batch else int(stop))
         if verdict == 2:
@@ -141,7 +143,7 @@ class Trainer:
         for micro in range(config.accumulate):
             batch = self.to_device(stop.interruptible(next, batches) or {}, stop())
             exchange = micro == config.accumulate - 1 or self.ranks.count == 1
-            with nullcontext() if exchange else self.parallel.no_sync():  # ranks exchange gradients only once
+            with nullcontext() if exchange else self.parallel.no_sync():  # exchange gradients once a step
                 loss = self.losses(self.forward, batch, config.recompute)                # (B,)
                 weight = loss_weight(batch["timestep"], self.alphas, config.snr_gamma,
                                      self.model.schedule.prediction_type)
@@ -167,14 +169,8 @@ class Trainer:
     def update_average(self, n: int) -> None:
         """After optimizer step n = 1, 2, ...: update the average with decay min(ema_decay, (1+n)/(10+n))."""
         share = 1 - min(self.config.ema_decay, (1 + n) / (10 + n))
-        average = self.averages()
-        raw = [weight.to(average[name].device) for name, weight in self.trained.items()]
-        torch._foreach_lerp_(list(average.values()), raw, share)
-
-    def averages(self) -> dict[str, Tensor]:
-        """The averages of the trained weights, by name."""
-        average = dict(self.average.named_parameters())
-        return {name: average[name] for name in self.trained}
+        raw = [weight.to(self.averages[name].device) for name, weight in self.trained.items()]
+        torch._foreach_lerp_(list(self.averages.values()), raw, share)
 
     def averaged_unet(self) -> UNet:
         """The UNet with the averaged weights, on the training device."""
@@ -191,19 +187,18 @@ class Trainer:
                 for name, unet in networks.items()}
 
     def load(self) -> int:
-        """Load the newest checkpoint of the run. Returns the number of steps it was trained for."""
+        """Load the newest checkpoint of the run. Returns its number of steps."""
         checkpoint, state = runs.newest_checkpoint(self.config.out)
         if state.get("base", self.base) != self.base:
-            raise ValueError(f"{self.config.weights}, its scales or a file of --lora have changed since "
-                             f"{self.config.out} began; put the old ones back, or begin another run")
+            raise ValueError(f"{self.config.weights}, its guidance scales or a file of --lora have changed "
+                             f"since {self.config.out} began; restore them, or begin another run")
         unet, average, first, second = files = [read_tensors(checkpoint / f"{name}.safetensors")
                                                 for name in runs.FILES]
         for name, tensors in zip(runs.FILES, files):
             check_tensors(tensors, self.trained, checkpoint / f"{name}.safetensors")
-        averages = self.averages()
         for name, weight in self.trained.items():
             weight.data.copy_(unet[name])
-            averages[name].copy_(average[name])
+            self.averages[name].copy_(average[name])
             self.optimizer.state[weight] = {  # empty_like: the moments need the weight's memory format
                 "step": torch.tensor(float(state["step"]), device=self.device),
                 "exp_avg": torch.empty_like(weight).copy_(first[name]),
@@ -211,7 +206,7 @@ class Trainer:
         return state["step"]
 
     def save(self, step: int) -> None:
-        """On rank 0: write the averaged model to <out>/weights, then the checkpoint of `step` steps.
+        """On rank 0: write the averaged model to <out>/weights, then the checkpoint of this step.
 
         With --lora, <out> also gets the LoRA, in the layouts of diffusers and of kohya.
         """
@@ -227,13 +222,13 @@ class Trainer:
                    model.tokenizer_folder, model.schedule.to_json(), model.defaults)
         moments = [{name: self.optimizer.state[weight][key] for name, weight in self.trained.items()}
                    for key in ("exp_avg", "exp_avg_sq")]
-        files = dict(zip(runs.FILES, (self.trained, self.averages(), *moments)))
+        files = dict(zip(runs.FILES, (self.trained, self.averages, *moments)))
         state = {"batch": self.batch, "items": self.items, "settings": self.config.to_json()}
         state |= {"base": self.base} if self.base else {}
         runs.write_checkpoint(out, step, files, state, self.config.keep)
 
     def sample_sheet(self, columns: list[Column]) -> Image.Image:
-        """Draw a column per pair: the input (of an editor), the averaged model's output, the target."""
+        """Draw a column per pair: input (if the model is an editor), output of the averaged model, target."""
         model, settings = copy.copy(self.model), {"seed": 0, "resolution": self.config.resolution}
         model.unet = self.averaged_unet()
         model.to(self.device)
@@ -247,7 +242,7 @@ class Trainer:
 
 
 def columns_of(items: list[Item], resolution: int, skip_bad: bool) -> list[Column]:
-    """The first pair of each item as a column. skip_bad: skip a pair with a broken picture."""
+    """A column for the first pair of each item. skip_bad: leave out a pair with a broken picture."""
     columns = []
     for [pair, *_] in items:
         with suppress(ValueError) if skip_bad else nullcontext():

@@ -13,6 +13,15 @@ def little_validation():
         yield
 
 
+@pytest.fixture(scope="session")
+def launch():
+    """launch(job, ...) runs train.py, see train_jobs.Server. All tests share the server: it starts slowly."""
+    from train_jobs import Server
+    server = Server()
+    yield server
+    server.close()
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """The editor from which runs begin."""

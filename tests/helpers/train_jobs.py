@@ -1,14 +1,18 @@
-"""A process that starts train.py, as many ranks as are asked for, and ends some at a chosen moment.
+"""A process that runs train.py in forked processes, the ranks, and ends ranks at a chosen moment.
 
-It reads a JSON list of jobs a line, forks the ranks of each, all at once, and prints their exit codes.
-Importing once and forking takes milliseconds where a new Python takes seconds. A job is
-    {"argv": of train.py, "ranks": how many, with the environment that torchrun gives them,
-     "err": file for what they print, "seconds": after which a timer kills rank 0,
+Each input line is a JSON list of jobs. The process runs them at once, and prints the exit codes of their
+ranks. It imports torch once, which takes seconds; a fork takes milliseconds. A job is
+    {"argv": the flags of train.py,
+     "ranks": number of ranks, which get the environment that torchrun would give them (default: 1),
+     "torchrun": true: torchrun's own code forks the ranks; the job has one exit code, torchrun's,
+     "err": file for all output,
+     "seconds": time after which a timer kills rank 0,
      "event": number of the flush or rename before which rank 0 kills itself,
-     "signal": number of a signal that rank job["of"] sends to itself once, in its second call of job["in"],
-     "step" or "validate"; in "validate", it then sleeps "seconds_in" seconds,
-     "pressed": how often rank 0 gets Ctrl-C, beginning four seconds after its start,
-     "pipe": "closed" or "full", the state of standard output and error from then on}
+     "signal": number of a signal that rank job["of"] (default: 0) sends once, in its second step or
+         validation, as job["in"] says. In a validation, the rank then sleeps "seconds_in" seconds,
+     "parent": true: the signal goes to torchrun; otherwise to the rank itself,
+     "pipe": "closed" or "full", the state of standard output and error from the signal on,
+     "pressed": how many Ctrl-C rank 0 gets after the signal}
 A rank that ends by itself, but leaves processes behind, has the code "left".
 """
 
@@ -26,6 +30,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
+from torch.distributed import run as torchrun
 
 import train
 from nanoip2p.training import run_folder as runs
@@ -55,7 +60,7 @@ def die_before(event: int) -> None:
 
 
 def spoil_streams(pipe: str) -> None:
-    """Standard output and error become a pipe whose reader has gone, or does not read."""
+    """Replace standard output and error by a pipe whose reader has closed it, or does not read."""
     reading, writing = os.pipe()
     if pipe == "closed":
         os.close(reading)
@@ -70,16 +75,19 @@ def spoil_streams(pipe: str) -> None:
     os.dup2(writing, 2)
 
 
-def send_in(job: dict) -> None:
-    """Send the signal in the second step, or in a validation that would take long."""
+def send_in(job: dict, first: int) -> None:
+    """Let rank job["of"] send the signal in its second step, or in a validation that takes long."""
     name = {"step": "update_average", "validate": "validate"}[job["in"]]
     plain, count = getattr(Trainer, name), iter(range(1, 10**9))
 
     def sending(*args):
-        if next(count) == 2:
+        if next(count) == 2 and int(os.environ.get("RANK", 0)) == job.get("of", 0):
             if job.get("pipe"):
                 spoil_streams(job["pipe"])
-            os.kill(os.getpid(), job["signal"])
+            if job.get("pressed"):
+                presses = "sleep 1; " + f"kill -INT {first}; sleep 0.3; " * job["pressed"]
+                subprocess.Popen(presses, shell=True, start_new_session=True)
+            os.kill(os.getppid() if job.get("parent") else os.getpid(), job["signal"])
             if job["in"] == "validate":
                 time.sleep(job.get("seconds_in", 60))
         return plain(*args)
@@ -87,33 +95,36 @@ def send_in(job: dict) -> None:
     setattr(Trainer, name, sending)
 
 
-def run(job: dict, rank: int, port: int) -> int:
-    """In the child, whose standard output is not for the codes."""
+def run(job: dict, rank: int, port: int, first: int) -> int:
+    """Run a rank of a job, or torchrun, in a forked process. first: process id of rank 0."""
     os.setpgid(0, 0)
     told = os.open(job.get("err", os.devnull), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(told, 1)
     os.dup2(told, 2)
+    if job.get("signal"):
+        send_in(job, first)
+    if "event" not in job:
+        runs.plot_log = lambda run: True  # loss.png takes as long as a short run
+    if job.get("torchrun"):
+        torchrun.main(["--nproc-per-node", str(job["ranks"]), "--master-port", str(port), "--start-method",
+                       "fork", "--run-path", str(ROOT / "train.py"), *job["argv"]])
+        return 0
     if job.get("ranks", 1) > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["ranks"]),
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if job.get("seconds") and rank == 0:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, job["seconds"])    # whose signal ends a process at once
+        signal.setitimer(signal.ITIMER_REAL, job["seconds"])  # SIGALRM then ends the process
     if job.get("event") and rank == 0:
         die_before(job["event"])
-    if job.get("pressed") and rank == 0:
-        presses = "sleep 4; " + f"kill -INT {os.getpid()}; sleep 0.3; " * job["pressed"]
-        subprocess.Popen(presses, shell=True, start_new_session=True)
-    if job.get("signal") and rank == job.get("of", 0):
-        send_in(job)
     return train.main(job["argv"])
 
 
-STOPPED = []  # ranks that a signal has stopped, which are killed when the others have ended
+STOPPED = []  # ranks that a signal has stopped; `main` kills them when the other ranks have ended
 
 
 def ended(child: int) -> int | str:
-    """Wait until a rank ends or is stopped, and return how."""
+    """Wait until a rank ends or is stopped. Returns its exit code, "left" or "stopped"."""
     status = os.waitpid(child, os.WUNTRACED)[1]
     if os.WIFSTOPPED(status):
         STOPPED.append(child)
@@ -123,13 +134,13 @@ def ended(child: int) -> int | str:
         os.killpg(child, 0)
     except ProcessLookupError:
         return code
-    return "left" if code >= 0 else code  # those of a killed rank end some seconds later
+    return "left" if code >= 0 else code  # the children of a killed rank end some seconds later
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    torch.nn.Embedding(1, 1, device="meta")  # the first of its kind imports for seconds, as those below
-    for name in ("torch._dynamo", "torch.distributed.optim", "matplotlib.pyplot"):
+    torch.nn.Embedding(1, 1, device="meta")  # the first one imports modules for seconds, as the next line
+    for name in ("torch._dynamo", "torch.distributed.optim"):
         importlib.import_module(name)
     train.VALIDATION_SAMPLES = 8
     for line in sys.stdin:
@@ -137,12 +148,12 @@ def main() -> None:
         for job in json.loads(line):
             port = free_port()
             children.append([])
-            for rank in range(job.get("ranks", 1)):
+            for rank in range(1 if job.get("torchrun") else job.get("ranks", 1)):
                 children[-1].append(os.fork())
                 if children[-1][-1] == 0:
                     code = 1
                     try:
-                        code = run(job, rank, port)
+                        code = run(job, rank, port, children[-1][0] or os.getpid())
                     except BaseException:
                         traceback.print_exc()
                     finally:
@@ -168,7 +179,7 @@ with runs.occupied(Path(sys.argv[1])):
 
 @contextmanager
 def occupying(folder: Path):
-    """A process that holds a run's folder, with a child as those that load data; both end with the block."""
+    """A process that occupies a run's folder. It has a child, like a data loader; both end with the block."""
     process = subprocess.Popen([sys.executable, "-c", OCCUPY, folder], cwd=ROOT, text=True,
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
@@ -180,7 +191,7 @@ def occupying(folder: Path):
 
 
 class Server:
-    """The other end: `server(job, ...)` returns the exit codes of the ranks of each job."""
+    """The client of this process: `server(job, ...)` returns the exit codes of the ranks of each job."""
 
     def __init__(self):
         self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, text=True,
@@ -192,8 +203,8 @@ class Server:
         return json.loads(self.process.stdout.readline())
 
     def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+        with self.process:  # which then waits, and closes the pipes
+            self.process.kill()  # Python's own clean-up would take seconds
 
 
 if __name__ == "__main__":

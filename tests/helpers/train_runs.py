@@ -1,4 +1,4 @@
-"""Small runs of train.py, and what they leave."""
+"""Flags for small runs of train.py, and readers of the files of a run."""
 
 import json
 
@@ -10,7 +10,7 @@ UNET = "weights/unet/diffusion_pytorch_model.safetensors"
 
 
 def write_pictures(root, count=12):
-    """The original's layout: prompts of one or two pairs each."""
+    """Write pairs in the layout of the original data: one or two pairs per prompt."""
     seeds, before = [], None
     for i in range(count):
         path, names = root / f"{i:07d}", [str(100 + i), str(200 + i)][: 1 + i % 2]
@@ -33,7 +33,7 @@ def words(start, out, *more, data="scenes"):
 
 
 def state(out):
-    """The bytes of everything that goes on: weights, averages and moments, and the exported model."""
+    """The bytes from which a run resumes (weights, averages, moments), and of the exported model."""
     newest, about = runs.newest_checkpoint(out)
     files = {name: (newest / f"{name}.safetensors").read_bytes() for name in STATE}
     return files | {"step": about["step"], "export": (out / UNET).read_bytes()}

@@ -1,4 +1,4 @@
-"""train.py: a stopped, killed and resumed run gives the same result, and every error is one line."""
+"""train.py: a run that is stopped or killed, then resumed, gives the same result; each error is one line."""
 
 import io
 import json
@@ -45,13 +45,6 @@ def folder(tmp_path_factory):
     return write_pictures(tmp_path_factory.mktemp("pictures") / "data")
 
 
-@pytest.fixture(scope="module")
-def server():
-    server = train_jobs.Server()
-    yield server
-    server.close()
-
-
 def run(start, out, *more, data="scenes"):
     return train.main(words(start, out, *more, data=data))
 
@@ -66,7 +59,7 @@ def errors(capsys):
 
 @pytest.fixture(scope="module")
 def whole(start, tmp_path_factory):
-    """Six steps on scenes without a stop, everything written."""
+    """A run of six steps on scenes, without a stop, which logs, validates and draws a sample sheet."""
     out = tmp_path_factory.mktemp("run") / "whole"
     assert run(start, out, "--steps", 6, "--sample-every", 6, "--log-every", 2, "--validate-every", 3) == 0
     return out
@@ -76,7 +69,7 @@ def whole(start, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def straight(start, folder, tmp_path_factory):
-    """state of six steps without a stop, for each (cache, accumulate), made when it is first asked for."""
+    """A function of (cache, accumulate): state and log of six steps without a stop. Each trains only once."""
     made = {}
 
     def get(cache, accumulate):
@@ -108,18 +101,18 @@ def test_with_and_without_cache_losses_are_the_same_to_rounding(straight):
         assert one[name] != other[name] and one[name] == pytest.approx(other[name], rel=3e-4), name
 
 
-def test_killed_before_a_write_and_resumed_it_ends_where_it_would_have(start, server, tmp_path):
+def test_killed_before_a_write_and_resumed_it_ends_where_it_would_have(start, launch, tmp_path):
     """A process dies before its 3rd flush or rename, the next before its 10th, and so on to the end.
 
     tests/training/test_run_folder.py ends a write at each of its operations.
     """
     plain = {"argv": words(start, tmp_path / "plain", "--steps", 4, "--save-every", 2, "--seed", 5)}
-    assert server(plain) == [[0]]
+    assert launch(plain) == [[0]]
     out, wanted, told, codes = tmp_path / "run", state(tmp_path / "plain"), tmp_path / "told", []
     again = words(start, out, "--steps", 4, "--save-every", 2, "--seed", 5)
     for event in range(3, 150, 7):
         argv = ["--resume", str(out)] if runs.checkpoints(out) else again
-        [[code]] = server({"argv": argv, "event": event, "err": str(told)})
+        [[code]] = launch({"argv": argv, "event": event, "err": str(told)})
         codes.append(code)
         if code != -signal.SIGKILL:
             break
@@ -129,21 +122,21 @@ def test_killed_before_a_write_and_resumed_it_ends_where_it_would_have(start, se
     assert state(out) == wanted
 
 
-def test_killed_at_random_moments_and_resumed_it_ends_where_it_would_have(start, folder, server, tmp_path):
+def test_killed_at_random_moments_and_resumed_it_ends_where_it_would_have(start, folder, launch, tmp_path):
     outs, draw = [tmp_path / name for name in ("online", "cache")], random.Random(3)
     flags = [["--workers", 2], ["--cache", tmp_path / "latents", "--accumulate", 2]]
     begin = [words(start, out, "--steps", 5, "--save-every", 1, *more, data=folder)
              for out, more in zip(outs, flags)]
     plain = [words(start, tmp_path / f"plain{i}", "--steps", 5, *more, data=folder)
              for i, more in enumerate(flags)]
-    assert server(*({"argv": argv} for argv in plain)) == [[0], [0]]
+    assert launch(*({"argv": argv} for argv in plain)) == [[0], [0]]
     kills, finished = [0, 0], [False, False]
     for attempt in range(40):
         jobs = [{"argv": ["--resume", str(out), "--cache", str(tmp_path / "latents")][: 2 + 2 * i]
                  if runs.checkpoints(out) else argv,
                  "seconds": draw.uniform(0.1, 0.4) * 1.2**attempt, "err": str(tmp_path / "told")}
                 for i, (out, argv) in enumerate(zip(outs, begin))]
-        for i, [code] in enumerate(server(*jobs)):
+        for i, [code] in enumerate(launch(*jobs)):
             assert code in (0, -signal.SIGALRM)
             finished[i] |= code == 0
             kills[i] += code != 0
@@ -197,13 +190,13 @@ SIGNALS = [{"signal": int(number), "in": place, "pipe": pipe, "workers": workers
 
 
 def test_any_signal_ends_a_run_whatever_its_streams_with_a_checkpoint_and_no_process_left(
-        start, folder, server, tmp_path):
+        start, folder, launch, tmp_path):
     more = ("--steps", 3000, "--validate-every", 2, "--log-every", 1)
     jobs = [job | {"argv": words(start, tmp_path / str(i), *more, "--workers", job["workers"], data=folder),
                    "err": str(tmp_path / f"told{i}")} for i, job in enumerate(SIGNALS)]
     began = time.monotonic()
-    codes = server(*jobs)
-    assert codes == [[130]] * len(jobs) and time.monotonic() - began < 60  # nine at once, on a busy machine
+    codes = launch(*jobs)
+    assert codes == [[130]] * len(jobs) and time.monotonic() - began < 60  # nine runs share the processors
     for i, job in enumerate(jobs):
         step = runs.newest_checkpoint(tmp_path / str(i))[1]["step"]
         assert step == {"step": 2, "validate": 4}[job["in"]]
@@ -211,12 +204,12 @@ def test_any_signal_ends_a_run_whatever_its_streams_with_a_checkpoint_and_no_pro
         assert "Traceback" not in told and ("stopped; go on" in told) == (job["pipe"] is None)
 
 
-def test_a_run_goes_on_without_its_readers_and_without_streams(start, whole, server, tmp_path,
+def test_a_run_goes_on_without_its_readers_and_without_streams(start, whole, launch, tmp_path,
                                                                 monkeypatch):
     argv = words(start, tmp_path / "run", "--steps", 6, "--log-every", 2, "--validate-every", 3)
     job = {"argv": argv, "signal": signal.SIGWINCH, "in": "step", "pipe": "closed"}  # a signal without effect
-    assert server(job) == [[0]] and state(tmp_path / "run") == state(whole)
-    monkeypatch.setattr(sys, "stdout", None)  # as Python does when they are closed at its start
+    assert launch(job) == [[0]] and state(tmp_path / "run") == state(whole)
+    monkeypatch.setattr(sys, "stdout", None)  # as in Python with closed streams
     monkeypatch.setattr(sys, "stderr", None)
     assert resume(tmp_path / "run", "--steps", 7) == 0
 
@@ -256,7 +249,7 @@ def test_the_third_ctrl_c_ends_at_once_and_saves_no_half_step(start, tmp_path, m
     assert run(start, tmp_path / "run", "--steps", 6) == 130 and not runs.checkpoints(tmp_path / "run")
 
 
-# What goes wrong on the way
+# Errors during training
 
 def test_a_loss_that_is_not_finite_is_told_before_weights_change(start, tmp_path, monkeypatch, capsys):
     ninth, get = scene_pairs(24)[order(0, 0, 24)[9]], Cache.get
@@ -335,7 +328,7 @@ def test_a_disk_that_is_full_loses_no_checkpoint(start, tmp_path, monkeypatch, c
     assert resume(tmp_path / "run") == 0
 
 
-# What a run leaves
+# The files of a run
 
 def test_the_log_has_a_row_an_event_and_all_there_is_to_see(whole):
     found = rows(whole)
@@ -368,7 +361,7 @@ def test_the_model_opens_here_and_in_diffusers_and_is_the_average(whole):
 
 
 def test_the_average_is_that_of_the_original(start, tmp_path):
-    """Once a step, however many batches it has, with the decay min(0.9, (1 + n) / (10 + n)) of step n."""
+    """One update per step, also with --accumulate. The decay of step n is min(0.9, (1 + n) / (10 + n))."""
     more = ("--accumulate", 2, "--save-every", 1, "--keep", 9)
     assert run(start, tmp_path / "run", "--steps", 3, *more) == 0
     begin = load_file(start / UNET.removeprefix("weights/"))
@@ -429,7 +422,7 @@ def test_recomputing_and_an_average_on_the_cpu_change_nothing(start, whole, tmp_
     assert max(relative_error(weights[name], wanted[name]) for name in wanted) < 1e-5
 
 
-# Looking only
+# --check
 
 def test_check_opens_all_the_data_and_writes_nothing(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -455,7 +448,7 @@ def test_check_opens_all_the_data_and_writes_nothing(folder, tmp_path, capsys, m
 
 
 def test_check_says_why_nothing_is_sound(folder, tmp_path, capsys):
-    """Not that there are no pairs; and no advice to use a flag that was used, or that would not help."""
+    """The error names the reason, and does not advise a flag that is in use or would not help."""
     data = shutil.copytree(folder, tmp_path / "data")
     argv = ["--check", "--data", str(data), "--resolution", "64", "--batch-size", "4"]
     for text, reason in (("no picture", "pairs with a broken picture: 18"),
@@ -562,7 +555,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(start, whole, capsys):
         assert "another process" in errors(capsys)[0] and state(whole) == before
         other.kill()
         other.wait()
-        with runs.occupied(whole):  # at once, though the child of the other is still there
+        with runs.occupied(whole):  # free at once, although the child of the other process still runs
             pass
     assert resume(whole, "--steps", 3) == 2
     assert "is at step 6 already" in errors(capsys)[0]
@@ -698,7 +691,7 @@ def test_a_run_goes_on_with_as_many_samples_a_step(start, tmp_path, capsys):
     assert resume(tmp_path / "run", "--steps", 3, "--accumulate", 1) == 2
 
 
-# What a run folder says is not believed
+# Run folders from strangers
 
 def restate(out, **changed):
     """Change state.json of the newest checkpoint."""
@@ -718,7 +711,7 @@ BAD = [None, True, -1, 0.5, 10**400, float("nan"), "x", "--", "--check", "-h", [
 
 @pytest.mark.parametrize("key", sorted(vars(TrainConfig()).keys() - NOT_STORED))
 def test_the_flags_check_every_stored_setting(copy, key):
-    """A bad value is refused and named, or it is a value that the flag takes too."""
+    """A bad value raises an error that names it, unless the flag accepts the same value."""
     for value in BAD:
         restate(copy, settings={key: value})
         try:
@@ -756,7 +749,7 @@ def test_a_cache_outside_of_the_run_needs_its_flag_again(start, folder, tmp_path
         restate(Path("elsewhere"), settings={"cache": cache})
         assert resume("elsewhere", "--steps", 3) == 2
         assert "--cache" in errors(capsys)[0]
-    for path in ("runs/b", "elsewhere"):  # as runs of older versions: paths from where train.py was started
+    for path in ("runs/b", "elsewhere"):  # older versions: paths relative to the working directory
         restate(Path("runs/a"), settings={"out": "runs/a", "cache": f"{path}/latents"})
         assert resume("runs/a", "--steps", 3) == 2
         restate(Path("runs/a"), settings={"out": path, "cache": f"{path}/latents"})
@@ -843,7 +836,7 @@ def test_paths_of_a_run_survive_json(whole):
     assert settings["cache"] == "latents"
 
 
-# What a run says about itself
+# The output of a run
 
 class Terminal(io.StringIO):
     def isatty(self):

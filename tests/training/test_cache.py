@@ -102,7 +102,7 @@ def test_killed_and_started_again_it_is_the_same_and_encodes_only_what_was_missi
 
     def replace(*paths):
         if next(left, None) is None:
-            os._exit(9)                                         # at once, as by a kill
+            os._exit(9)                                         # without clean-up, like a kill
         replace_file(*paths)
 
     child = os.fork()
@@ -196,7 +196,7 @@ def test_a_cache_of_something_else_is_refused_and_says_what(model, pairs, tmp_pa
 @pytest.mark.parametrize("edit, refused", [("swap it’s colours &amp; sky", True), ("swap colours", False)])
 def test_a_cache_of_texts_as_they_were_typed_is_refused_where_cleaning_changes_them(
         model, pairs, tmp_path, edit, refused):
-    """Caches from before texts were cleaned stay valid for plain texts."""
+    """Old versions cached texts without cleaning. Such a cache stays valid if cleaning changes no text."""
     pairs = [*pairs[:-1], replace(pairs[-1], edit=edit)]
     model.tokenizer.clean, clean = str, model.tokenizer.clean
     Cache(tmp_path / "cache", pairs, model, 32, True)
@@ -312,7 +312,7 @@ class Visits(Dataset):
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_workers_read_the_same_rows(model, pairs, tmp_path, start):
     visits = Visits(opened(tmp_path / "cache", pairs, model), pairs)
-    visits.cache.get(pairs[0], False)  # so that a mapping is there when workers are made
+    visits.cache.get(pairs[0], False)  # the file is mapped before the workers start
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python warns of forks in general
         batches = list(DataLoader(visits, 4, num_workers=2, multiprocessing_context=start))
@@ -336,12 +336,12 @@ def test_only_the_rows_asked_for_are_read(model, tmp_path):
     cache = opened(tmp_path / "cache", pairs, model, resolution=256)
     path = tmp_path / "cache" / "pictures-00000.safetensors"
     size = path.stat().st_size / 1024
-    assert size > 4000 and resident(path) <= size / 4  # the kernel maps some pages around
+    assert size > 4000 and resident(path) <= size / 4  # the kernel maps a few pages in advance
     cache.get(pairs[16], True)
     assert 0 < resident(path) < size / 2
-    with torch.no_grad():  # of the second batch that was encoded
+    with torch.no_grad():  # a picture of the second batch
         reference = torch.cat(model.vae.encode(to_tensor(load_picture(pairs[-1].after, 256))[None]), 1)[0]
     assert relative_error(cache.get(pairs[-1], False)[1], reference) < HALF
-    for pair in pairs:  # the measure does see all that is read
+    for pair in pairs:  # `resident` counts the whole file once all rows are read
         cache.get(pair, False), cache.get(pair, True)
     assert resident(path) > 0.9 * size

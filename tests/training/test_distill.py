@@ -1,4 +1,4 @@
-"""Consistency distillation against what diffusers' UNet, DDIM and LCM schedulers compute, and as a run."""
+"""Consistency distillation: the loss against diffusers' UNet, DDIM and LCM schedulers, and whole runs."""
 
 import json
 import shutil
@@ -99,7 +99,7 @@ def test_every_timestep_of_the_sampler_is_drawn_equally_often(n_train):
 
 
 def test_a_network_that_is_consistent_has_no_loss():
-    """With a teacher of noise 0, z_s and z_t lie on one path of which both networks know the end."""
+    """If the teacher predicts no noise, z_s and z_t lie on one path, and both networks know its end."""
     class Silent(torch.nn.Module):
         config = tiny_unet(in_channels=8)
 
@@ -109,7 +109,7 @@ def test_a_network_that_is_consistent_has_no_loss():
     z_in, context, null, timestep, share = tensors(8)
     ours = Teacher(Silent(), null, NoiseSchedule().alphas_cumprod(), "epsilon", (3, 3), (1, 1), torch.float32)
     losses = ours.losses(Silent(), Silent(), z_in, timestep, context, share)
-    # At timestep 0, f is the identity, which is z_0 but for the noise that is left at timestep 0
+    # At timestep 0, f is the identity, so f(z_0, 0) still has the noise of timestep 0
     assert (losses[1:] < 1e-6).all() and losses[0] < 1e-5 * z_in[0, :4].square().mean() + 1e-2
 
 

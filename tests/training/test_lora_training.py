@@ -1,4 +1,4 @@
-"""train.py --lora: the steps of diffusers and peft, exact resume, and files that others read."""
+"""train.py --lora: the steps are those of diffusers and peft, resume is exact, diffusers reads the files."""
 
 import json
 import shutil
@@ -9,7 +9,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-import train_jobs
 from comparing import randomise, relative_error
 from safetensors.torch import load_file, save_file
 from tiny_configs import tiny_unet
@@ -43,7 +42,7 @@ def painter(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wide(painter, tmp_path_factory):
-    """The editor that training from the text-to-image model begins with."""
+    """The editor from which training begins if --weights is the text-to-image model."""
     model, folder = load_model(widen(open_checkpoint(painter))), tmp_path_factory.mktemp("wide")
     save_parts(folder, model.unet, model.vae, model.text_encoder, model.tokenizer_folder,
                model.schedule.to_json(), DEFAULTS)
@@ -59,7 +58,7 @@ def errors(capsys):
 
 
 def everything(out):
-    """The bytes of all that goes on, and of the LoRA files."""
+    """The bytes of `state` and of the LoRA files."""
     return state(out) | {name: (out / name).read_bytes() for name in FILES}
 
 
@@ -75,7 +74,7 @@ def made(start, painter, tmp_path_factory):
 
 
 def a_batch(count, side, width, text=77):
-    """Stored latents and random numbers of a micro-batch, as the loader yields them."""
+    """A micro-batch as the loader yields it, with cached latents and texts."""
     g = torch.Generator().manual_seed(1)
     drawn = [draw(0, number, (4, side, side), 1000) for number in range(count)]
     batch = {key: torch.stack([torch.as_tensor(one[key]) for one in drawn]) for key in drawn[0]}
@@ -84,7 +83,7 @@ def a_batch(count, side, width, text=77):
                     "text": torch.randn(count, text, width, generator=g)}
 
 
-# The same as others
+# The same as in diffusers and peft
 
 @pytest.mark.parametrize("layers", LAYERS)
 def test_steps_are_those_of_diffusers_and_peft(start, tmp_path, layers):
@@ -180,7 +179,7 @@ def a_unet(dtype, layers="all", rank=4):
 
 @pytest.mark.parametrize("layers", LAYERS)
 def test_frozen_weights_in_bf16_give_the_bits_of_autocast(layers):
-    """So that they need half the memory: losses and gradients are those of frozen weights in float32."""
+    """Losses and gradients are those of frozen weights in float32, which need twice the memory."""
     def gradients(dtype):
         unet = a_unet(dtype, layers)
         with torch.no_grad():
@@ -202,7 +201,7 @@ def test_frozen_weights_in_bf16_give_the_bits_of_autocast(layers):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_sheet_shows_what_the_weights_do(made, start, tmp_path, dtype):
-    """Drawn beside the frozen weights, which may be in bf16: to save memory, not from merged weights."""
+    """The sheet uses the thin matrices beside frozen weights, maybe in bf16; <out>/weights are merged."""
     config = TrainConfig(lora=["3"], accumulate=1, dtype=dtype, resolution=48, out=made["attention", 8])
     trainer = Trainer(config, load_model(start), Ranks(0, 1, torch.device("cpu")), 4)
     trainer.load()
@@ -219,7 +218,7 @@ def test_the_sheet_shows_what_the_weights_do(made, start, tmp_path, dtype):
     ["--lora-layers", "all", "--compile"], ["--text-to-image"], ["--distill"]], ids=lambda more: more[-1])
 def test_a_resumed_run_equals_one_that_never_stopped(start, painter, tmp_path, monkeypatch, more):
     base, taught = painter if more[0] == "--text-to-image" else start, more == ["--distill"]
-    monkeypatch.setattr(torch, "compile", lambda network: network)  # torch's own, seconds of C++ each time
+    monkeypatch.setattr(torch, "compile", lambda network: network)  # compiling takes seconds
     argv = words(base, "", "--lora", 3, "--lr", 0.02, *([] if taught else more))
     argv[0] = "--distill" if taught else "--weights"
     place = argv.index("--out") + 1
@@ -270,16 +269,13 @@ def test_the_average_and_the_teacher_share_the_frozen_weights(start, tmp_path):
 
 
 @pytest.mark.parametrize("dtype, close", [("fp32", 1e-5), ("bf16", 0.1)])
-def test_ranks_train_what_one_would(start, tmp_path, dtype, close):
-    server, told = train_jobs.Server(), tmp_path / "told"
-    try:
-        for name, ranks, accumulate in (("one", 1, 2), ("two", 2, 1)):
-            argv = words(start, tmp_path / name, "--steps", 3, "--lora", 3, "--accumulate", accumulate,
-                         "--dtype", dtype)
-            [codes] = server({"argv": argv, "ranks": ranks, "err": str(told)})
-            assert codes == [0] * ranks, told.read_text()[-3000:]
-    finally:
-        server.close()
+def test_ranks_train_what_one_would(start, launch, tmp_path, dtype, close):
+    told = tmp_path / "told"
+    for name, ranks, accumulate in (("one", 1, 2), ("two", 2, 1)):
+        argv = words(start, tmp_path / name, "--steps", 3, "--lora", 3, "--accumulate", accumulate,
+                     "--dtype", dtype)
+        [codes] = launch({"argv": argv, "ranks": ranks, "err": str(told)})
+        assert codes == [0] * ranks, told.read_text()[-3000:]
     for part in STATE:
         one, two = (load_file(runs.newest_checkpoint(tmp_path / name)[0] / f"{part}.safetensors")
                     for name in ("one", "two"))

@@ -32,7 +32,7 @@ def hidden(run):
 
 
 def newest(run):
-    """The step of the newest checkpoint, whether its files are those of that step, and the warnings."""
+    """The step of the newest checkpoint, and the warnings. Checks that its files are of that step."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         folder, state = runs.newest_checkpoint(run)
@@ -51,7 +51,7 @@ def test_a_checkpoint_holds_what_it_was_given_and_the_newest_stay(tmp_path):
 
 
 class Crash(BaseException):
-    """As a power cut: nothing in nanoip2p may catch it and go on."""
+    """A power cut: no code of nanoip2p may catch this."""
 
 
 OPERATIONS = [(runs, "write_tensors"), (runs, "flush"), (os, "fsync"), (os, "replace"),
@@ -63,7 +63,7 @@ OPERATIONS = [(runs, "write_tensors"), (runs, "flush"), (os, "fsync"), (os, "rep
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_an_interrupted_write_leaves_a_whole_checkpoint_or_the_one_before(
         tmp_path, monkeypatch, owner, name, after, error):
-    """It ends before or after the 1st, 2nd, ... call of each operation, until there is no such call."""
+    """The write fails before or after the 1st, 2nd, ... call of an operation, until it makes no such call."""
     plain = getattr(owner, name)
     for ends_at in range(1, 99):
         run = tmp_path / str(ends_at)
@@ -97,7 +97,7 @@ def test_an_interrupted_write_leaves_a_whole_checkpoint_or_the_one_before(
 
 
 def test_nothing_gets_its_name_before_it_is_on_the_disk(tmp_path, monkeypatch):
-    """The order of things: every file and the folder flushed, the rename, the folder above flushed."""
+    """The order: flush every file and the folder, rename the folder, flush the folder above."""
     events, replace = [], os.replace
     monkeypatch.setattr(runs, "flush", lambda path: events.append(path.name))
     monkeypatch.setattr(os, "replace", lambda a, b: events.append(f"-> {b.name}") or replace(a, b))
@@ -105,12 +105,12 @@ def test_nothing_gets_its_name_before_it_is_on_the_disk(tmp_path, monkeypatch):
     for name in FILES:
         assert events.index(f"-> {name}") < events.index(name)
     renamed = events.index("-> 0000007")
-    assert {*FILES, "state.json", ".0000007.tmp"} <= set(events[:renamed])
-    assert events[renamed - 1] == ".0000007.tmp" and events[renamed + 1 :] == ["checkpoints", tmp_path.name]
+    assert {*FILES, "state.json"} <= set(events[:renamed]) and events[renamed - 1].startswith(".0000007.")
+    assert events[renamed + 1 :] == ["checkpoints", tmp_path.name]
 
 
 def cut(path):
-    path.write_bytes(path.read_bytes()[:-2])  # the last may be a line break
+    path.write_bytes(path.read_bytes()[:-2])  # two bytes: the last may be a line break
 
 
 def text(content):
@@ -143,7 +143,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(tmp_path, damag
 
 
 def test_damaged_checkpoints_do_not_push_out_sound_ones(tmp_path):
-    """A run that went back behind a damaged checkpoint writes one of an earlier step: it has to stay."""
+    """After a damaged checkpoint, a run writes a checkpoint of an earlier step, which has to stay."""
     write(tmp_path, 2)
     write(tmp_path, 6)
     cut(tmp_path / runs.CHECKPOINTS / "0000006" / FILES[0])
