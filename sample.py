@@ -57,19 +57,19 @@ class Settings:
     sampler: str | None = flag("sampling method", choices=cli.SAMPLERS)
     deep_every: int = flag("compute the whole network only every N-th step", 1, type=at_least(1), metavar="N")
     seed: int | None = flag("seed of the noise (default: random)", type=at_least(0))
-    mask: str | None = flag("edit only where this picture is white; auto: where the instruction acts",
+    mask: str | None = flag("edit only where this picture is white; auto: only where the instruction acts",
                             metavar="FILE|auto", group="what to keep")
     mask_invert: bool = flag("edit where the mask is black", False)
     mask_blur: float = flag("blur the edge of the mask, in pixels", 4, type=between(0, 1000))
     show_mask: bool = flag("with --grid: also draw the masks", False)
-    output: str | None = flag("a .png, .jpg or .webp file, or a folder (default: out/INPUT-EDIT.png, with a "
-                              "number instead of over another file)", group="what to write")
+    output: str | None = flag("a .png, .jpg or .webp file, or a folder (default: out/INPUT-EDIT.png; if this "
+                              "file exists, with a number)", group="what to write")
     keep_size: bool = flag("scale the result to the size of the input", False)
-    side_by_side: bool = flag("write the input beside its result (with --turns, all of them)", False)
+    side_by_side: bool = flag("write the input beside its result (with --turns, beside all turns)", False)
     grid: bool = flag("write one labelled picture: input | edits", False)
     sweep: bool = flag("write one labelled picture: one edit at 5 x 5 guidance scales, around --cfg-text "
                        "(rows) and --cfg-image (columns)", False)
-    recipe: str | None = flag("a picture that sample.py wrote: use its settings, except where flags differ")
+    recipe: str | None = flag("use the settings that made this picture, except where flags differ")
     weights: str = flag("a diffusers folder, a .safetensors or .ckpt file, or a name on the Hub",
                         "weights/nano-ip2p", group="weights and device")
     vae: str | None = flag("use this autoencoder instead of the checkpoint's: a file or folder")
@@ -82,11 +82,12 @@ class Settings:
     batch: int = flag("maximum number of pictures, of one size, in a forward pass", 8, type=at_least(1))
     low_memory: bool = flag("compute one guidance branch at a time, keep one network on the device, and use "
                             "VAE tiles above 768 pixels (full size), which change pictures slightly", False)
-    fast: bool | None = flag("faster, equal up to rounding. CPU: Winograd's convolutions, with a fifth more "
-                             "memory (default: with SD's widths, from 4 steps at 256 x 256 pixels on). CUDA: "
-                             "channels last and CUDA graphs, after a minute of compiling", action=cli.SWITCH)
-    attention: str = flag("kernels with --fast on CUDA: auto measures each size once and keeps the fastest; "
-                          "sdpa is torch's choice; ours, our own", "auto", choices=("auto", "sdpa", "ours"))
+    fast: bool | None = flag("faster, equal up to rounding. On a CPU: Winograd's convolutions, with a fifth "
+                             "more memory (default: on for full-size weights, from 4 steps at 256 x 256 "
+                             "pixels). On CUDA: channels last and CUDA graphs, after a minute of compiling "
+                             "(default: off)", action=cli.SWITCH)
+    attention: str = flag("attention kernel of --fast on CUDA. auto: the fastest, measured once for each "
+                          "size; sdpa: torch's; ours: our own", "auto", choices=("auto", "sdpa", "ours"))
     verbose: bool = flag("say what --attention measures and decides", False)
 
     @property
@@ -102,7 +103,7 @@ def make_parser() -> argparse.ArgumentParser:
              "weathers": scenes.WEATHERS, "grounds": scenes.GROUNDS, "places": scenes.SLOTS,
              "edits": edits.values()}
     lines = ["The default (nano) weights know no photographs, only a small painted world with these words.",
-             "They often add a thing in the wrong place."]
+             "They sometimes add a thing in the wrong place."]
     lines += [textwrap.fill(f"  {name:<11}{', '.join(known)}", 100, subsequent_indent=" " * 13)
               for name, known in words.items()]
     parser = cli.make_parser(description=__doc__, epilog="\n".join(lines))
@@ -249,15 +250,14 @@ def load_editor(settings: Settings) -> tuple:
 
 
 def run(settings: Settings, problems: list[str]) -> None:
-    """Check all inputs and outputs, edit, write each batch when finished. `problems`: see leave_out."""
+    """Check all inputs and outputs, edit, write each finished batch. `problems`: see pictures.leave_out."""
     torch = cli.import_torch()
     from nanoip2p.common.grids import beside
     from nanoip2p.common.saving import save_image
     from nanoip2p.editing import pictures as making
-    from nanoip2p.editing.pictures import edit_all, find_images, leave_out
     from nanoip2p.images import fit_size, open_image
     from nanoip2p.speed.fast import speed_up
-    inputs = find_images(settings.input)
+    inputs = making.find_images(settings.input)
     pictures = plan_pictures(settings, inputs)
     if settings.mask_file:
         open_image(settings.mask_file)  # raises before the long work
@@ -268,7 +268,7 @@ def run(settings: Settings, problems: list[str]) -> None:
             sizes[path] = image.size
             converted |= {path: image.info["converted"]} if "converted" in image.info else {}
         except ValueError as error:  # show it before the long work
-            leave_out(error, path, problems, len(inputs))
+            making.leave_out(error, path, problems, len(inputs))
     editor, hashes, notes = load_editor(settings)
     cli.say(*notes, *making.colour_notes(converted), *making.nano_notes(editor, settings.edit, sizes))
     sampling = editor.fill_defaults({key: getattr(settings, key) for key in editor.defaults})
@@ -276,7 +276,7 @@ def run(settings: Settings, problems: list[str]) -> None:
         try:
             fitted[path] = fit_size(*size, sampling["resolution"], editor.multiple)
         except ValueError as error:
-            leave_out(error, path, problems, len(inputs))
+            making.leave_out(error, path, problems, len(inputs))
     pictures = [picture for picture in pictures if picture.input[0] in fitted]
     if not settings.low_memory:
         area = sum(math.prod(fitted[picture.input[0]]) * len(picture.edit) for picture in pictures)
@@ -295,7 +295,7 @@ def run(settings: Settings, problems: list[str]) -> None:
 
     made = []
     try:
-        for i, stages in edit_all(editor, pictures, fitted, given, problems):
+        for i, stages in making.edit_all(editor, pictures, fitted, given, problems):
             if settings.grid or settings.sweep:
                 made.append((i, stages))
             else:
@@ -312,8 +312,8 @@ def main(argv: list[str] | None = None) -> int:
     problems = []
     code = cli.run(lambda: run(parse(argv), problems), "interrupted; the pictures named above are kept",
                    "try --low-memory, --batch 1 or a smaller --resolution")
-    for problem in problems if code == 0 else []:
-        cli.say(f"not made: {problem}")
+    if code == 0:
+        cli.say(*(f"not made: {problem}" for problem in problems))
     return code or min(len(problems), 1)
 
 

@@ -1,1 +1,1 @@
-"""A page in the browser on which to edit, made with gradio (pip install 'nanoip2p[app]')."""
+"""A page in the browser for editing pictures, made with gradio (pip install 'nanoip2p[app]')."""

@@ -1,4 +1,4 @@
-"""Open a page in the browser on which to edit pictures.
+"""Edit pictures on a page in the browser.
 
     python -m nanoip2p.app
     python -m nanoip2p.app --weights instruct-pix2pix-00-22000.safetensors
@@ -29,24 +29,19 @@ def make_parser():
     cli.add_flags(parser)
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first that works")
     parser.add_argument("--dtype", choices=cli.DTYPES, default="fp32", help="as in sample.py")
-    parser.add_argument("--fast", action=cli.SWITCH, help="faster on a CPU; default: if it pays")
+    parser.add_argument("--fast", action=cli.SWITCH, help="faster on a CPU; default: only full-size weights")
     parser.add_argument("--low-memory", action="store_true", help="as in sample.py")
-    parser.add_argument("--port", type=between(0, 65535, int), default=7860, help="0: any free port")
+    parser.add_argument("--port", type=between(0, 65535, int), default=7860, help="port; 0: any free one")
     parser.add_argument("--listen", action="store_true",
                         help="let other machines use the page; default: only this machine can use it")
-    parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask for this name and password")
-    parser.add_argument("--no-browser", action="store_true", help="only print the address")
+    parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask visitors for this name and password")
+    parser.add_argument("--no-browser", action="store_true", help="only print the address of the page")
     return parser
 
 
-class Policy:
+def guarded(app):
     """ASGI middleware: sends POLICY with every answer, and keeps gradio from fetching other addresses."""
-
-    def __init__(self, app):
-        self.app = app
-
-    async def __call__(self, scope, receive, send):
-        """Pass a request on, and add a header to its answer."""
+    async def guard(scope, receive, send):
         if scope["type"] == "http" and "=http" in scope["path"]:  # gradio would fetch this address itself
             scope = scope | {"path": "/none", "raw_path": b"/none"}
 
@@ -54,7 +49,8 @@ class Policy:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
             await send(message)
-        await self.app(scope, receive, answer)
+        await app(scope, receive, answer)
+    return guard
 
 
 def serve(args, folder: Path) -> None:
@@ -76,7 +72,7 @@ def serve(args, folder: Path) -> None:
     checkpoint = load.open_checkpoint(find_weights(args.weights), args.vae, args.tokenizer, args.raw_weights)
     say(f"opened {args.weights}: {checkpoint.description}")
     editor = Editor.load(checkpoint, args.device, tensors.DTYPES[args.dtype], args.low_memory)
-    if editor.device.type == "cpu" and not args.low_memory:  # on CUDA, each thread would compile anew
+    if editor.device.type == "cpu" and not args.low_memory:  # on CUDA, each picture size would compile anew
         speed_up(editor, args.fast, say)
     page = Page(editor, args.weights, folder, args.low_memory)
     page.blocks.queue(max_size=32).launch(
@@ -85,12 +81,12 @@ def serve(args, folder: Path) -> None:
         inbrowser=not (args.listen or args.no_browser), prevent_thread_lock=True, quiet=True, show_error=True,
         share=False, ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, run_history=False,
         footer_links=[], theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-        css=CSS, app_kwargs={"middleware": [Middleware(Policy)]})
-    print(f"open {page.blocks.local_url} in a browser; Ctrl-C ends it")
+        css=CSS, app_kwargs={"middleware": [Middleware(guarded)]})
+    print(f"open {page.blocks.local_url} in a browser; Ctrl-C ends it", flush=True)
     if args.listen:
         print(f"every machine that reaches this one can use the page, at port {page.blocks.server_port}" +
-              (", with the name and password" if args.auth else "; --auth asks for a name and a password"))
-    sys.stdout.flush()
+              (", with the name and password" if args.auth else "; --auth asks for a name and a password"),
+              flush=True)
     try:
         threading.Event().wait()
     finally:
@@ -104,12 +100,10 @@ def main(argv: list[str] | None = None) -> int:
         args = make_parser().parse_args(argv)
         if args.auth is not None and not all(args.auth.partition(":")):
             raise ValueError("--auth needs a name and a password: USER:PASSWORD")
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", args.port))
-            except OSError:
-                raise ValueError(f"port {args.port} is in use; give another --port, or --port 0") from None
+        try:
+            socket.create_server(("", args.port)).close()
+        except OSError:
+            raise ValueError(f"port {args.port} is in use; give another --port, or --port 0") from None
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM ends the page as Ctrl-C does
         with tempfile.TemporaryDirectory(prefix="nanoip2p-") as folder:
             serve(args, Path(folder))

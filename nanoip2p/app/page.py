@@ -42,10 +42,7 @@ class Page:
                 with gr.Column():
                     self.draw_input()
                 with gr.Column():
-                    with gr.Tab("Edit"):
-                        self.draw_result()
-                    with gr.Tab("Sweep"):
-                        self.draw_sweep()
+                    self.draw_results()
             self.draw_settings()
             self.connect()
 
@@ -65,25 +62,25 @@ class Page:
             self.start = gr.Button("Edit", variant="primary", interactive=False, elem_id="edit")
             self.stop = gr.Button("Stop", elem_id="stop")
 
-    def draw_result(self) -> None:
-        """The right side: before and after, and the results of this visit."""
-        self.result = gr.ImageSlider(label="Before and after", format="png", elem_id="result")
-        self.status = gr.HTML(elem_id="status")
-        with gr.Row():
-            self.again = gr.Button("Continue from the result", elem_id="continue")
-            self.undo = gr.Button("Undo", elem_id="undo")
-            self.download = gr.DownloadButton("Download", interactive=False, elem_id="download")
-            self.mask = gr.DownloadButton("Download its mask", visible=False, elem_id="mask")
-        self.history = gr.Gallery(
-            label="Results of this visit", columns=6, height=160, format="png", fit_columns=False,
-            object_fit="contain", allow_preview=False, interactive=False, elem_id="history")
-
-    def draw_sweep(self) -> None:
-        """The tab Sweep on the right side: one edit at 5 x 5 scales."""
-        self.sweep_start = gr.Button("Edit at 5 x 5 scales", interactive=False, elem_id="sweep")
-        self.sweep_status = gr.HTML()
-        self.cells = gr.Gallery(label="Click on one to take its scales", columns=len(SWEEP_STEPS), height=560,
-                                format="png", allow_preview=False, interactive=False, elem_id="cells")
+    def draw_results(self) -> None:
+        """The right side: one tab with the results of this visit, one with an edit at 5 x 5 scales."""
+        with gr.Tab("Edit"):
+            self.result = gr.ImageSlider(label="Before and after", format="png", elem_id="result")
+            self.status = gr.HTML(elem_id="status")
+            with gr.Row():
+                self.again = gr.Button("Continue from the result", elem_id="continue")
+                self.undo = gr.Button("Undo", elem_id="undo")
+                self.download = gr.DownloadButton("Download", interactive=False, elem_id="download")
+                self.mask = gr.DownloadButton("Download its mask", visible=False, elem_id="mask")
+            self.history = gr.Gallery(
+                label="Results of this visit", columns=6, height=160, format="png", fit_columns=False,
+                object_fit="contain", allow_preview=False, interactive=False, elem_id="history")
+        with gr.Tab("Sweep"):
+            self.sweep_start = gr.Button("Edit at 5 x 5 scales", interactive=False, elem_id="sweep")
+            self.sweep_status = gr.HTML()
+            self.cells = gr.Gallery(
+                label="Click on one to take its scales", columns=len(SWEEP_STEPS), height=560, format="png",
+                allow_preview=False, interactive=False, elem_id="cells")
 
     def draw_settings(self) -> None:
         """The settings at the bottom, with the defaults of the weights."""
@@ -131,35 +128,33 @@ class Page:
 
     def take(self, visit: Visit, upload: dict | None) -> dict:
         """A new input, or None. Refuses a bad file."""
-        visit.picture, image = None, None
+        visit.picture = upload and Path(upload["path"])
         try:
-            if upload:
-                image = self.read(Path(upload["path"]), upload["orig_name"])
-                visit.picture = Path(upload["path"])
+            return self.given(visit) | {self.picture: gr.skip()}  # the browser shows it already
         except (ValueError, OSError) as error:
+            visit.picture = None
             gr.Warning(html.escape(one_line(error)))
-        return self.given(gr.skip() if image else None, self.canvas(visit, image))
+            return self.given(visit)
 
-    def given(self, picture, paint: dict | None) -> dict:
-        """The updates that show an input, or no input. Without an input, the buttons that edit are off."""
-        ready = gr.Button(interactive=bool(paint))
-        return {self.picture: picture, self.paint: paint, self.start: ready, self.sweep_start: ready}
+    def given(self, visit: Visit) -> dict:
+        """The updates that show the input, or none. Without an input, the buttons that edit are off."""
+        ready = gr.Button(interactive=bool(visit.picture))
+        return {self.picture: visit.picture, self.paint: self.unpainted(visit), self.start: ready,
+                self.sweep_start: ready}
 
-    def read(self, path: Path, name: str | None = None) -> Image.Image:
-        """Read an upload or a result as sample.py does, with the limits of open_image. name: for errors."""
+    def read(self, path: Path) -> Image.Image:
+        """Read an upload or a result as sample.py does, with the limits of open_image."""
         if not path.resolve().is_relative_to(self.folder):  # gradio checks this in part only
             raise ValueError("This file was not uploaded here")
         with path.open("rb") as file:
-            return open_image(name or path.name, file)
+            return open_image(path.name, file)
 
     def unpainted(self, visit: Visit) -> dict | None:
-        """The input to paint on."""
-        return self.canvas(visit, visit.picture and self.read(visit.picture))
-
-    def canvas(self, visit: Visit, image: Image.Image | None) -> dict | None:
-        """A picture to paint on, without paint."""
-        background = image and self.stored(visit, ImageOps.contain(image, (CANVAS, CANVAS)))
-        return image and {"background": background, "layers": [], "composite": None}
+        """The input to paint on, without paint. None without an input."""
+        if not visit.picture:
+            return None
+        background = self.stored(visit, ImageOps.contain(self.read(visit.picture), (CANVAS, CANVAS)))
+        return {"background": background, "layers": [], "composite": None}
 
     def stored(self, visit: Visit, image: Image.Image) -> Path:
         """A picture -> a new file. Gradio would write equal pictures to one file, even while it is loaded."""
@@ -247,9 +242,8 @@ class Page:
         """The shown result becomes the input."""
         if not visit.turns:
             raise gr.Error("There is no result yet.", print_exception=False)
-        turn = visit.turns[visit.shown]
-        visit.picture = turn.files[0]
-        return self.given(turn.files[0], self.unpainted(visit))
+        visit.picture = visit.turns[visit.shown].files[0]
+        return self.given(visit)
 
     def go_back(self, visit: Visit) -> dict:
         """Drop the last result, and show its input again. The paint stays if the input is still the same."""
@@ -259,7 +253,7 @@ class Page:
         news = self.show(visit)
         if visit.picture != turn.picture:
             visit.picture = turn.picture
-            news |= self.given(turn.picture, self.unpainted(visit))
+            news |= self.given(visit)
         return news
 
     def take_scales(self, visit: Visit, chosen: gr.SelectData) -> tuple[float, float]:
@@ -269,7 +263,7 @@ class Page:
     def reopen(self, upload: dict) -> list:
         """The settings in the recipe of a result. They include its seed, so the seed is kept."""
         with in_words():
-            found, others = read_settings(upload["path"], upload["orig_name"])
+            found, others = read_settings(Path(upload["path"]))
             if others:
                 gr.Warning(f"This picture was made with {', '.join(others)}, which the page leaves out.")
             return [found["edit"], True, *(found.get(key, gr.skip()) for key in self.settings)]

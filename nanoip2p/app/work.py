@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ MASK_BLUR = 4.0  # pixels, as in sample.py
 # The ranges of the page's sliders, which also limit the values from a browser: kind, least, most
 LIMITS = {"cfg_text": (float, 0, 30), "cfg_image": (float, 0, 10), "steps": (int, 1, 200), "n": (int, 1, 8),
           "seed": (int, 0, 2**50)}
-ONE_AT_A_TIME = threading.Lock()  # edits of this process
+ONE_AT_A_TIME = ThreadPoolExecutor(1)  # its only thread makes all edits of this process
 
 
 class Stopped(Exception):
@@ -72,26 +73,14 @@ def watched(editor: Editor, stop: threading.Event, **given) -> Iterator[tuple[in
                 previews = editor.decode(latents, low_memory)
         news.put((step + 1, previews, None))
 
-    def work() -> None:
-        try:
-            with ONE_AT_A_TIME:
-                news.put((steps, [], editor.edit(callback=callback, **given)))
-        except Exception as error:
-            news.put(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
+    run = ONE_AT_A_TIME.submit(editor.edit, callback=callback, **given)
+    run.add_done_callback(lambda _: news.put(None))
     try:
-        results = None
-        while results is None:
-            item = news.get()
-            if isinstance(item, Exception):
-                raise item
-            *_, results = item
-            yield item
+        yield from iter(news.get, None)
+        yield steps, [], run.result()
     finally:
         left.set()
-        thread.join()
+        wait([run])
 
 
 def mask_of(painted: dict | None) -> Image.Image | None:
@@ -117,13 +106,13 @@ def write_result(image: Image.Image, mask: Image.Image | None, folder: Path, rec
     return [Path(path), mask_path] if mask else [Path(path)]
 
 
-def read_settings(path: Path, name: str) -> tuple[dict, list[str]]:
-    """The settings of a recipe that the page shows, and names of the rest. name: of the file, for errors.
+def read_settings(path: Path) -> tuple[dict, list[str]]:
+    """The settings of a recipe that the page shows, and names of the rest.
 
     The page shows the keys of LIMITS without n, `sampler`, and the first instruction as `edit`. Raises
     ValueError, in one line, for a file without a recipe, and for values that the page cannot show.
     """
-    recipe = read_recipe(path)
+    recipe, name = read_recipe(path), path.name
     found = {key: checked(recipe[key], kind, f"{name}: {key}", least, most)
              for key, (kind, least, most) in LIMITS.items() if key in recipe and key != "n"}
     edits = checked(recipe.get("edit", []), list[str], f"{name}: edit")
