@@ -16,8 +16,9 @@ SETTINGS = {"sampler": "dpmpp_2m", "steps": 4}  # as good as 20 steps of the def
 WEIGHTS = Path(__file__).resolve().with_name("nano-ip2p")
 EDITS = {
     "house": ("make it night", "turn the house blue", "replace the house with a tree"),
-    "car": ("paint the car yellow", "add a pink balloon in the middle", "make it rainy"),
-    "balloon": ("make it sunset", "turn the ground into grass", "add a red car on the left"),
+    "car": ("could you paint the automobile yellow please?", "add a pink balloon in the middle",
+            "make it rainy"),
+    "balloon": ("I want it to be dusk", "turn the ground into grass", "add a red car on the left"),
     "rocket": ("remove the tent", "turn the rocket into a mushroom", "make it day"),
 }
 
