@@ -222,6 +222,8 @@ def test_our_rows_are_those_of_webdataset(tmp_path):
 @pytest.mark.parametrize("members, told", [
     ([("a.input.png", png(1)), ("a.edit.txt", b"x")], 'a: no picture "output"; it has'),
     ([("a.input.png", png(1)), ("a.input.png", png(1))], "a.input.png is there twice"),
+    ([("house.1.input.png", png(1)), ("house.1.txt", b"x"), ("house.2.txt", b"y")],  # keys with a dot
+     'house: no picture "input"; it has 1.input, 1.input.png, 1, 1.txt, 2, 2.txt'),
     ([("a.json", b"{")], "a.json cannot be read"),
     ([("a.txt", b"x" * (2**20 + 1))], "a.txt cannot be read: longer than 1,048,576 bytes"),
     ([("a.txt", b"\xff")], "a.txt cannot be read"),
