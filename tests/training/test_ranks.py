@@ -3,9 +3,11 @@
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +22,7 @@ from nanoip2p.training import signals
 from nanoip2p.training.ranks import TICKS, Watch
 from nanoip2p.training.samples import order
 
+ROOT = Path(__file__).resolve().parents[2]
 MORE = ("--lr", 1e-4, "--log-every", 2, "--validate-every", 2, "--keep", 9)
 # The number of ranks and the flags of runs with the same samples
 RUNS = {"one": (1, "--accumulate", 2), "two": (2,), "halves": (2, "--batch-size", 2, "--accumulate", 2),
@@ -81,6 +84,16 @@ def test_only_one_rank_prints(run_of, told):
     run_of("two")
     text = (told / "two").read_text()
     assert text.count("batch     ") == text.count("step 2: ") == 1 and "2 devices = 8" in text
+
+
+def test_the_command_that_users_type(start, folder, tmp_path):
+    """Other tests let torchrun's code fork the ranks, which is quick. Here it starts Python for each rank."""
+    argv = words(start, tmp_path / "run", "--steps", 1, *MORE, data=folder)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, "train.py", *argv], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("batch     ") == 1 and "2 devices" in done.stdout
+    assert runs.newest_checkpoint(tmp_path / "run")[1]["batch"] == 4 * 2
 
 
 def test_ranks_fill_a_cache_together(start, folder, launch, tmp_path):
