@@ -69,7 +69,7 @@ SD_RUNS = (["--lr", 1e-3, "--text-to-image"],)  # the shipped nano-sd: with --dt
 EDITOR_RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--kind-weights", 1.2, 2, 2, 1, 0.8, 1, 0.8],
                ["--lr", 8e-4, "--dtype", "fp32", "--kind-weights", 1.6, 2, 2, 1.6, 0.5, 0.7, 0.6])
 # The editor made as in the paper starts from nano-sd and trains on fewer pairs, painted by nano-sd
-PAPER_EDITOR_RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--no-flip"],)
+PAPER_EDITOR_RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--no-flip"],) * 2
 # The student of the editor, see training/distill.py
 DISTILL_RUN = ["--preset", "nano", "--lr", 2e-4, "--dtype", "fp32",
                "--kind-weights", 1.2, 2, 2, 1, 0.8, 1, 0.8]
@@ -247,9 +247,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sd-steps", type=at_least(1), nargs=len(SD_RUNS), default=(9000,), metavar="STEPS",
                         help="training steps, 32 captioned pictures each")
     parser.add_argument("--captions", type=at_least(1), default=60_000, help="captioned renders for nano-sd")
-    parser.add_argument("--prompts", type=at_least(40), default=877, help="captions to make pairs from")
-    parser.add_argument("--paper-steps", type=at_least(1), nargs=len(PAPER_EDITOR_RUNS), default=(2400,),
-                        metavar="STEPS", help="training steps, 32 filtered pairs each")
+    parser.add_argument("--prompts", type=at_least(40), default=1091, help="captions to make pairs from")
+    parser.add_argument("--paper-steps", type=at_least(1), nargs=len(PAPER_EDITOR_RUNS),
+                        default=(2400, 3700), metavar="STEPS",
+                        help="training steps of the paper editor's two runs, 32 filtered pairs each")
     parser.add_argument("--editor-steps", type=at_least(1), nargs=len(EDITOR_RUNS), default=(3700, 7400),
                         metavar="STEPS", help="training steps of the editor's two runs, 32 pairs each")
     parser.add_argument("--distill-steps", type=at_least(1), default=1600,

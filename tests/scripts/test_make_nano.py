@@ -37,7 +37,7 @@ def test_from_nothing_to_folders_that_edit(make_nano, tmp_path, monkeypatch):
         code = make_nano.main([str(word) for word in (
             "--out", tmp_path / "runs", "--ship", folder.parent, "--vae-steps", 2, "--decoder-steps", 1,
             "--clip-steps", 1, "--wording-steps", 1, "--sd-steps", 1, "--captions", 32, "--editor-steps",
-            *editor_steps, "--pairs", 32, "--prompts", 40, "--paper-steps", 1, "--distill-steps", 1,
+            *editor_steps, "--pairs", 32, "--prompts", 40, "--paper-steps", 1, 1, "--distill-steps", 1,
             "--device", "cpu")])
         assert code == 0
         return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
