@@ -48,6 +48,17 @@ def draw_texts(generator: torch.Generator, batch: int) -> tuple[list[str], list[
     return tuple(map(list, zip(*rows)))
 
 
+def distances(got: torch.Tensor, asked: torch.Tensor, ends: torch.Tensor, asked_ends: torch.Tensor) -> tuple:
+    """Mean squared difference of the states at the end tokens, and at the padding that both texts have.
+
+    got, asked: the student's and the teacher's states (B, T, D). ends, asked_ends: the end tokens (B,).
+    """
+    rows, places = torch.arange(len(got), device=got.device), torch.arange(got.shape[1], device=got.device)
+    end = (got[rows, ends] - asked[rows, asked_ends]).square().mean()
+    both = places >= torch.maximum(ends, asked_ends)[:, None]                                      # (B, T)
+    return end, (got - asked)[both].square().mean()
+
+
 def teach(clip: CLIP, tokenizer, device: str, steps: int, out: Path, batch: int = 20) -> None:
     """Train the text encoder of `clip`, in place. Continues from <out>/wordings-run.pt, as `fit` does."""
     student, teacher = clip.text_model.to(device), copy.deepcopy(clip.text_model).to(device).eval()
@@ -66,13 +77,10 @@ def teach(clip: CLIP, tokenizer, device: str, steps: int, out: Path, batch: int 
         reworded, plain, known = draw_texts(generator, batch)
         ids = tokenizer(reworded + known)[:, :length].to(device)
         got, kept = student(ids).split(batch)
-        asked, before = states_of(plain, length), states_of(known, length)
+        before = states_of(known, length)
         ends, plain_ends = ((row == eos).int().argmax(1) for row in (ids[:batch],
                                                                      tokenizer(plain).to(device)))
-        rows = torch.arange(batch, device=device)
-        end = (got[rows, ends] - asked[rows, plain_ends]).square().mean()
-        both = torch.arange(length, device=device) >= torch.maximum(ends, plain_ends)[:, None]  # (B, length)
-        padding = (got - asked)[both].square().mean()
+        end, padding = distances(got, states_of(plain, length), ends, plain_ends)
         keep = (kept - before).square().mean()
         for text in known:
             told.pop(text, None)  # captions hardly ever return

@@ -2,8 +2,8 @@
 
 Training never uses these scenes. --combinations held-out selects combinations of things, colours and edits
 that no training pair shows (but weights/nano-ip2p, which is older than this rule, was trained on them).
---wordings selects the instructions: phrasings that training never uses (held-out), phrasings of training
-(seen), or these with synonyms, misspellings and missing articles (reworded).
+--wordings selects the instructions: phrasings that training never uses (held-out), only the plainest of these
+(plain), phrasings of training (seen), or these with synonyms, misspellings, missing articles (reworded).
 
 Success: among the renders of the scene and of all its single edits, the correct render has the smallest mean
 absolute difference to the edited picture. Preservation: PSNR over the pixels that the edit must not change.
@@ -45,12 +45,10 @@ def choose_edits(n: int, combinations: str = "seen") -> list[tuple[Scene, Edit]]
 
 
 def instruct(edits: list[Edit], wordings: str = "held-out") -> list[str]:
-    """One instruction for each edit, equal on every machine. wordings: held-out, seen or reworded, see above.
-
-    The held-out phrasings of a kind take turns.
-    """
-    if wordings == "held-out":
-        return [edit.instructions[-1 - i // len(EDIT_KINDS) % HELD_OUT] for i, edit in enumerate(edits)]
+    """One instruction for each edit, equal on every machine. Held-out phrasings take turns."""
+    if wordings in ("held-out", "plain"):
+        turns = HELD_OUT if wordings == "held-out" else 1
+        return [edit.instructions[-1 - i // len(EDIT_KINDS) % turns] for i, edit in enumerate(edits)]
     rng = random.Random("nanoip2p wordings")
     texts = [edit.seen_instructions[int(rng.random() * len(edit.seen_instructions))] for edit in edits]
     return [reword(text, rng) for text in texts] if wordings == "reworded" else texts

@@ -71,8 +71,9 @@ def test_perfect_editor_scores_everything(monkeypatch):
 
 def test_wordings():
     edits = [edit for _, edit in choose_edits(70)]
-    texts = {wordings: instruct(edits, wordings) for wordings in ("held-out", "seen", "reworded")}
+    texts = {wordings: instruct(edits, wordings) for wordings in ("held-out", "plain", "seen", "reworded")}
     assert texts == {wordings: instruct(edits, wordings) for wordings in texts}
+    assert texts["plain"] == [edit.instructions[-1] for edit in edits]
     assert all(text in edit.seen_instructions for text, edit in zip(texts["seen"], edits))
     assert len({edit.instructions.index(text) for text, edit in zip(texts["seen"], edits)}) == 10
     assert 10 < sum(a != b for a, b in zip(texts["seen"], texts["reworded"])) < 60

@@ -93,3 +93,12 @@ def test_the_shipped_settings_are_those_of_the_recipe(make_nano):
                          ("nano-ip2p-4step", make_nano.DEFAULTS | make_nano.STUDENT_DEFAULTS),
                          ("nano-ip2p-paper", make_nano.PAPER_EDITOR_DEFAULTS)):
         assert read_json(shipped / name / "defaults.json") == wanted, name
+
+
+def test_the_default_steps_are_one_number_for_each_run(make_nano, monkeypatch):
+    asked = []
+    monkeypatch.setattr(make_nano, "make", asked.append)
+    assert make_nano.main([]) == 0
+    for name in ("sd", "editor", "paper_editor"):
+        steps = getattr(asked[0], f"{name.removesuffix('_editor')}_steps")
+        assert len(steps) == len(getattr(make_nano, f"{name.upper()}_RUNS"))

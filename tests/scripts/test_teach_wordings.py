@@ -4,6 +4,7 @@ import copy
 import shutil
 from pathlib import Path
 
+import pytest
 import teach_wordings
 import torch
 
@@ -25,6 +26,25 @@ def test_texts_are_known_ones_and_new_ones_of_equal_meaning():
     assert not [text for text in known if "please" in text] and [text for text in polite if "please" in text]
     held = [phrases[-HELD_OUT].split("{")[0] for phrases in PHRASINGS.values()]
     assert not [text for text in reworded if text.endswith(", please?") and text.startswith(tuple(held))]
+
+
+def test_only_end_tokens_and_common_padding_are_compared():
+    asked, ends, asked_ends = torch.randn(2, 9, 4), torch.tensor([3, 6]), torch.tensor([5, 2])
+    got = torch.randn(2, 9, 4)
+    for row, begin in ((0, 5), (1, 6)):                     # both texts have ended
+        got[row, begin:] = asked[row, begin:]
+        got[row, ends[row]] = asked[row, asked_ends[row]]
+    end, padding = teach_wordings.distances(got, asked, ends, asked_ends)
+    assert end == 0 and padding == pytest.approx(float((got - asked)[1, 6].square().sum() / (7 * 4)))
+    got[0, 3] += 1
+    assert teach_wordings.distances(got, asked, ends, asked_ends) == (pytest.approx(0.5), padding)
+
+
+def test_no_sentence_is_longer_than_the_short_steps():
+    tokenizer = load_tokenizer(WEIGHTS / "nano-clip")
+    texts = [text for seed in range(30) for part in
+             teach_wordings.draw_texts(torch.Generator().manual_seed(seed), 40) for text in part]
+    assert (tokenizer(texts)[:, teach_wordings.SHORT - 1] == tokenizer([""])[0, -1]).all()
 
 
 def test_teaching_moves_new_wordings_and_keeps_known_ones(tmp_path):

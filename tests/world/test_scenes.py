@@ -140,7 +140,7 @@ def test_rewording_keeps_the_meaning():
     def plain(text):
         return re.sub(r"\b(the|an?) ", "", text)
 
-    rng, reworded = random.Random(0), 0
+    rng, reworded, bare = random.Random(0), 0, 0
     for scene in SAMPLE[:10]:
         for edit in scene.edits()[::5]:
             for text in edit.instructions:
@@ -148,7 +148,8 @@ def test_rewording_keeps_the_meaning():
                 assert plain(pattern.sub(lambda match: back[match[0]], new)) == plain(text)
                 assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", new) and unknown_words(new) == []
                 reworded += new != text
-    assert reworded > 100
+                bare += plain(text) != text and plain(new) == new
+    assert reworded > 100 and bare > 20
 
 
 def test_unknown_words_are_those_of_no_sentence_of_the_world():
