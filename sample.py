@@ -147,7 +147,7 @@ def as_flags(path: str, given: dict) -> list[str]:
     """Turn the recipe of a picture into command-line flags, so that the parser checks the ranges.
 
     Leaves out the settings `given` and the defaults. Raises ValueError for settings that only the user may
-    choose: other than the shipped weights, which may be fetched; inputs that are no files; large numbers.
+    choose: weights that are not shipped and might be downloaded; inputs that are not files; large numbers.
     """
     cli.import_torch()
     from nanoip2p.editing.recipes import read_recipe
