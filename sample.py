@@ -34,7 +34,7 @@ from nanoip2p.world import scenes
 NOT_IN_RECIPE = ("output", "recipe", "device", "fast", "attention", "verbose", "batch")
 # A recipe comes from strangers: larger numbers, or longer lists, need the user's own flag
 MOST = {"n": 16, "steps": 1000, "resolution": 2048, "edit": 64, "input": 100, "embedding": 16, "lora": 16}
-LOADED = ("weights", "vae", "tokenizer", "embedding", "lora")  # a recipe names only files in weights/
+LOADED = ("weights", "vae", "tokenizer", "embedding", "lora")  # a recipe may only name files in weights/
 MOST_PICTURES = 10**6  # of one command; planning them takes 1 minute and 0.6 GB
 
 

@@ -61,7 +61,7 @@ class UNetConfig:
         for key, known in (("down_block_types", DOWN_TYPES), ("up_block_types", UP_TYPES)):
             names = getattr(self, key)
             if len(names) != levels or not set(names) <= set(known):
-                raise ValueError(f"UNetConfig: {key} = {names} must be {levels} of {sorted(known)}")
+                raise ValueError(f"UNetConfig: {key} = {names} must be {levels} names from {sorted(known)}")
         if any(width % self.norm_num_groups for width in widths) or widths[0] % 2 or widths[0] < 4:
             raise ValueError(f"UNetConfig: norm_num_groups must divide block_out_channels = {widths}, "
                              "the first of which must be even and at least 4")
