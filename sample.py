@@ -34,7 +34,7 @@ from nanoip2p.world import scenes
 NOT_IN_RECIPE = ("output", "recipe", "device", "fast", "attention", "verbose", "batch")
 # A recipe comes from strangers: larger numbers, or longer lists, need the user's own flag
 MOST = {"n": 16, "steps": 1000, "resolution": 2048, "edit": 64, "input": 100, "embedding": 16, "lora": 16}
-LOADED = ("weights", "vae", "tokenizer", "embedding", "lora")  # a recipe names only files in weights/
+LOADED = ("weights", "vae", "tokenizer", "embedding", "lora")  # a recipe may only name files in weights/
 MOST_PICTURES = 10**6  # of one command; planning them takes 1 minute and 0.6 GB
 
 
@@ -147,7 +147,7 @@ def as_flags(path: str, given: dict) -> list[str]:
     """Turn the recipe of a picture into command-line flags, so that the parser checks the ranges.
 
     Leaves out the settings `given` and the defaults. Raises ValueError for settings that only the user may
-    choose: other than the shipped weights, which may be fetched; inputs that are no files; large numbers.
+    choose: weights that are not shipped and might be downloaded; inputs that are not files; large numbers.
     """
     cli.import_torch()
     from nanoip2p.editing.recipes import read_recipe

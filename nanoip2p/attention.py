@@ -16,7 +16,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False,
     q (B, Tq, heads * d), k and v (B, Tk, heads * d) -> (B, Tq, heads * d). The last axis concatenates the
     heads. The map is softmax(q k^T / sqrt(d)), (Tq, Tk) for each head of each batch row. causal: position i
     attends only to positions 0..i; needs Tq = Tk. map_from (N,) int32, for Prompt-to-Prompt: v and the result
-    have N rows, and the weights of row i of v are the map of row map_from[i] of q and k.
+    have N rows. Row i of the result is row i of v, weighted by the map of row map_from[i] of q and k.
     """
     q, k, v = _prepare(q, k, v, heads, causal, map_from)
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)

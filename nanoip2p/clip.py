@@ -151,7 +151,7 @@ class VisionEmbeddings(nn.Module):
         super().__init__()
         width, patch = config.hidden_size, config.patch_size
         if not 1 <= config.image_size // patch <= 128:
-            raise ValueError(f"CLIP: image_size = {config.image_size} must be 1 to 128 patches of {patch}")
+            raise ValueError(f"CLIP: image_size = {config.image_size} must hold 1 to 128 patches of {patch}")
         self.class_embedding = nn.Parameter(nn.init.normal_(torch.empty(width), std=width**-0.5))
         self.patch_embedding = nn.Conv2d(config.num_channels, width, patch, stride=patch, bias=False)
         self.position_embedding = nn.Embedding((config.image_size // patch) ** 2 + 1, width)

@@ -90,7 +90,7 @@ class Editor(Model):
             x = torch.stack([to_tensor(images[key]) for key in new]).to(self.unet.conv_in.weight.dtype)
             with self.on_device(self.vae, low_memory):
                 encode = self.vae.encode_low_memory if low_memory else lambda x: self.vae.encode(x)[0]
-                known |= zip(new, encode(x.to(self.device)))                            # (N, 3, H, W)
+                known |= zip(new, encode(x.to(self.device)))                            # (C, h, w) each
         return torch.stack([known[key] for key in keys])
 
     @contextmanager

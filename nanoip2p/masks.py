@@ -12,10 +12,10 @@ from nanoip2p.samplers import Denoise
 
 
 def fit_mask(mask, image: Image.Image, size: tuple[int, int]) -> Image.Image | None:
-    """Scale and crop a mask to `size`, as its picture. Returns mode L. None stays None: edit everywhere.
+    """Stretch a mask over its picture `image`, then scale and crop it to `size` by `fit`. Returns mode L.
 
-    mask: a picture of any size as `as_image` takes it, or an array or tensor (H, W), also of bool. Raises
-    PictureError if no pixel of the result is at least half white: nothing would be edited.
+    mask: a picture of any size as `as_image` takes it, or an array or tensor (H, W), also of bool, or None:
+    edit everywhere. PictureError if no pixel of the result is at least half white: nothing would be edited.
     """
     if mask is None:
         return None
@@ -24,7 +24,7 @@ def fit_mask(mask, image: Image.Image, size: tuple[int, int]) -> Image.Image | N
         mask = (mask.float() if mask.dtype == torch.bool else mask).expand(3, -1, -1)      # (3, H, W)
     mask = fit(as_image(mask).convert("L").resize(image.size, Image.Resampling.BILINEAR), size)
     if mask.getextrema()[1] < 128:
-        raise PictureError("scaled and cropped like its picture, the mask has no white left: nothing to edit")
+        raise PictureError("the mask, scaled and cropped like its picture, has no white: nothing to edit")
     return mask
 
 

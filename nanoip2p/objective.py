@@ -35,7 +35,7 @@ def model_input(batch: dict, null: Tensor, scale: float, alphas: Tensor,
     mean, logvar = batch["after"].chunk(2, dim=1)                                    # (B, C, h, w) each
     latents = scale * (mean + (0.5 * logvar).exp() * batch["posterior"])
     z_image = batch["before"].chunk(2, dim=1)[0]                                     # the mean, not scaled
-    # One number in [0, 1) drops both: by default, the text below 0.10 and the picture from 0.05 to 0.15
+    # `drop` is uniform in [0, 1). By default, below 0.10 drops the text, 0.05 to 0.15 drops the picture
     drop, (text, both, image) = batch["drop"].view(-1, 1, 1), shares                 # (B, 1, 1)
     context = torch.where(drop < text + both, null, batch["text"])                   # (B, 77, D)
     z_image = z_image * ~((drop >= text) & (drop < text + both + image))[..., None]

@@ -133,7 +133,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise ValueError(f"{folder}: {files} is missing or broken: {error}") from None
     missing = {roles[role] for role in ("bos_token", "eos_token", "unk_token")} - vocab.keys()
     ids = [backend.token_to_id(roles[role]) for role in ("bos_token", "eos_token", "pad_token")]
-    if missing or None in ids:  # a special token is not in the vocabulary, for example an empty one
+    if missing or None in ids:  # the vocabulary lacks a special token, for example one of empty text
         raise ValueError(f"{folder}: the vocabulary lacks {min(missing, default='')!r}, so it is not CLIP's")
     return Tokenizer(backend, *ids, int(length))
 

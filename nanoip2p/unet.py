@@ -61,7 +61,7 @@ class UNetConfig:
         for key, known in (("down_block_types", DOWN_TYPES), ("up_block_types", UP_TYPES)):
             names = getattr(self, key)
             if len(names) != levels or not set(names) <= set(known):
-                raise ValueError(f"UNetConfig: {key} = {names} must be {levels} of {sorted(known)}")
+                raise ValueError(f"UNetConfig: {key} = {names} must be {levels} names from {sorted(known)}")
         if any(width % self.norm_num_groups for width in widths) or widths[0] % 2 or widths[0] < 4:
             raise ValueError(f"UNetConfig: norm_num_groups must divide block_out_channels = {widths}, "
                              "the first of which must be even and at least 4")
@@ -108,7 +108,7 @@ class TimeEmbedding(nn.Module):
 class ResnetBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut. (B, C_in, h, w) -> (B, C_out, h, w).
 
-    Between them, adds `time`: (B, time_width), or {block: its projection (1, C_out)}. The VAE has no time.
+    Between the convolutions, adds a projection of time (B, time_width), or time[self] if time is a dict.
     """
 
     def __init__(self, c_in: int, c_out: int, groups: int, eps: float, time_width: int = 0):
@@ -123,7 +123,7 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor | dict | None = None) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        if time is not None:
+        if time is not None:  # the VAE has no time
             h = h + (time[self] if isinstance(time, dict) else self.time_emb_proj(time))[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         return self.conv_shortcut(x) + h
@@ -146,7 +146,7 @@ def repeat_rows(x: Tensor, context: Context) -> Tensor:
 
 
 def attend(layer: "Attention", x: Tensor, context: Context) -> Tensor:
-    """Ordinary attention: every row of x (B, T, C) attends to its own row of the context. -> (R, T, C)."""
+    """Ordinary attention: row i of x, after `repeat_rows`, attends to text i. (B, T, C) -> (R, T, C)."""
     return layer.attention(repeat_rows(layer.to_q(x), context), *layer.project(context), layer.heads)
 
 
@@ -163,7 +163,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def project(self, context: Context) -> tuple[Tensor, Tensor]:
-        """The keys and values of the context: (B, L, C) each."""
+        """The keys and values of the context: (B, L, C) each, or (R, L, C) if it is Projected."""
         projected = isinstance(context, Projected)
         return context.layers[self] if projected else (self.to_k(context), self.to_v(context))
 

@@ -14,7 +14,7 @@ from nanoip2p.samplers import draw_noise
 
 LEVELS = slice(5, 16, 3)  # 4 of 20 noise levels: timesteps at about 3/4, 3/5, 2/5 and 1/4
 DRAWS = 2                 # draws of noise at each level
-THRESHOLD = 0.25  # share of the largest change. With it, as many nano edits succeed as without a mask
+THRESHOLD = 0.25  # share of the largest change. At 0.25, as many nano edits succeed as without a mask
 
 
 def read_mask(given) -> Image.Image:

@@ -21,7 +21,7 @@ from nanoip2p.world import scenes
 SWEEP_FACTORS = (0.4, 0.7, 1, 1.3, 1.6)      # multiply cfg_text
 SWEEP_STEPS = (-0.5, -0.25, 0, 0.25, 0.5)    # added to cfg_image
 SWEEP_EDITS = len(SWEEP_FACTORS) * len(SWEEP_STEPS)
-SUFFIXES = {".avif", ".heic", ".heif", ".hif"}  # found even if Pillow cannot read them: open_image says so
+SUFFIXES = {".avif", ".heic", ".heif", ".hif"}  # found even if unreadable here: open_image reports it
 # Nano weights have this resolution, and at most this vocabulary. Pictures larger than PHOTO get a note
 NANO_RESOLUTION, NANO_VOCABULARY, PHOTO = 64, 1000, 256
 

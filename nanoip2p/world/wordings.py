@@ -1,8 +1,8 @@
 """How people word an edit of the nano world: phrasings, synonyms, misspellings, missing articles.
 
 The tables are in wordings.json. Each kind of edit has twelve phrasings: templates with gaps for words. Each
-word of the held-out phrasings is also in another one, because a text encoder has to be trained on a word to
-understand it.
+word of a held-out phrasing is also in a phrasing of training (of any kind), because a text encoder has to be
+trained on a word to understand it.
 """
 
 import json

@@ -1005,7 +1005,7 @@ def test_masks_that_are_found_depend_on_the_seed_only(run):
 @pytest.mark.parametrize("more, message", [
     (["--mask", "missing.png"], "there is no picture missing.png"),
     (["--mask", "notes.txt"], "notes.txt cannot be used"),
-    (["--mask", "black.png"], "house.png: scaled and cropped like its picture, the mask has no white left"),
+    (["--mask", "black.png"], "house.png: the mask, scaled and cropped like its picture, has no white"),
     (["--mask-invert"], "--mask-invert is for a file"),
     (["--mask", "auto", "--mask-invert"], "--mask-invert is for a file"),
     (["--mask", "auto", "--show-mask"], "add --mask and --grid"),
