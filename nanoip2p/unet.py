@@ -1,4 +1,4 @@
-"""The denoising U-Net of Stable Diffusion 1.x (Rombach et al. 2112.10752, section 3.3).
+"""The denoising UNet of Stable Diffusion 1.x (Rombach et al. 2112.10752, section 3.3).
 
 It computes what diffusers' UNet2DConditionModel computes, with the same weight names. InstructPix2Pix
 (2211.09800, section 3.2) only adds 4 input channels to conv_in, for the latents of the input picture.
@@ -41,7 +41,7 @@ UP_TYPES = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Config of the U-Net: names as in diffusers' config.json, default values as in SD 1.5."""
+    """Config of the UNet: names as in diffusers' config.json, default values as in SD 1.5."""
 
     in_channels: int = 4  # 8 for an editor: noised latents, then the input picture's latents
     out_channels: int = 4

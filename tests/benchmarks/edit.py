@@ -4,7 +4,7 @@
     python tests/benchmarks/edit.py --width full --latents 64 --steps 100 --dtype bf16      # on a GPU
     OMP_NUM_THREADS=1 python tests/benchmarks/edit.py --width full --steps 20 --repeat 1 --deep-every 2 3 5
 
-A U-Net like Stable Diffusion 1.5's with random weights runs as an Editor and as diffusers' own pipeline. The
+A UNet like Stable Diffusion 1.5's with random weights runs as an Editor and as diffusers' own pipeline. The
 autoencoder and the text encoder are so small that they hardly count. First the pictures are compared: in fp32
 they must agree with diffusers' to one level of 255; in half precision our error against fp32 may be at most
 1.25 times diffusers' error plus one level. Then the runs alternate. "matrix": operations a second, relative

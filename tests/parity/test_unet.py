@@ -1,4 +1,4 @@
-"""The U-Net against diffusers' UNet2DConditionModel, whose outputs are computed here."""
+"""The UNet against diffusers' UNet2DConditionModel, whose outputs are computed here."""
 
 from dataclasses import replace
 from functools import cache
