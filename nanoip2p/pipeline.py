@@ -117,7 +117,7 @@ class Model:
             raise ValueError(f"{counts}: give lists of equal length, or a single value for all pictures")
         n = max(lengths.values(), default=1)
         *lists, seeds = (list(value) if name in lengths else [value] * n for name, value in given.items())
-        if not all(isinstance(value, int) for value in seeds):
+        if not all(type(value) is int for value in seeds):
             raise ValueError(f"seed {seed!r} is neither an integer nor a list of integers")
         self.last_seed = seed
         return not lengths, [*lists, seeds if "seeds" in lengths else [seed + i for i in range(n)]]

@@ -208,6 +208,7 @@ def test_half_precision_stays_near_single(editor, tiny):
     ({"instructions": []}, "0 instructions"), ({"instructions": [3]}, "a text is a string, not int"),
     ({"instructions": None}, "not NoneType"), ({"negative": None}, "a text is a string, not NoneType"),
     ({"seed": "7"}, "seed '7' is neither an integer"),
+    ({"seed": True}, "seed True is neither an integer"),
     ({"images": 5}, "int cannot be used; give a path"),
     ({"images": [Image.new("F", (32, 32))]}, "floating-point pixels"),
     ({"steps": "5"}, "steps = '5' should be of type int"), ({"steps": 5.5}, "should be of type int"),
