@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> None:
         parser = cli.make_parser(description=__doc__)
         parser.add_argument("--seed", type=cli.at_least(0), default=0)
-        parser.add_argument("--n", type=cli.at_least(1), default=24, help="local prompts; as many global")
+        parser.add_argument("--n", type=cli.at_least(1), default=24, help="local prompts, and as many global")
         args = parser.parse_args(argv)
         painter, prompts = TextToImage.load(WEIGHTS), draw_prompts(args.seed, args.n)
         settings = pair_settings({"seed": args.seed}, WEIGHTS, painter.defaults)

@@ -78,8 +78,8 @@ def read_prompts(path: Path) -> tuple[list[Prompt], list[str]]:
 def pair_settings(flags: dict, weights: Path, painter_defaults: dict) -> PairSettings:
     """Take each setting from `flags`, else from pairs.json in the weights folder, else from the defaults.
 
-    `clip` in pairs.json is a path relative to the weights folder, so that only the user decides which model
-    is downloaded. Raises ValueError for an invalid setting.
+    `clip` in pairs.json is a path relative to the weights folder, or hub.CLIP: only the user decides which
+    other model is downloaded. Raises ValueError for an invalid setting.
     """
     kinds, path = typing.get_type_hints(PairSettings), weights / "pairs.json"
     settings = {key: painter_defaults[key] for key in ("steps", "resolution", "sampler")}
@@ -185,7 +185,7 @@ def job_of(painter: TextToImage, judge: Judge, settings: PairSettings) -> dict:
                            begin=repr((fixed, tokenizers)).encode())
     return {"networks": networks,
             **{key: value for key, value in asdict(settings).items() if key not in ("batch", "clip")},
-            "deep_every": settings.deep_every if settings.deep_every > 1 else None,  # older jobs lack these
+            "deep_every": settings.deep_every if settings.deep_every > 1 else None,  # older jobs lack both
             "blend": settings.blend if settings.blend != "none" else None}
 
 
