@@ -35,7 +35,7 @@ def add_captions(subparsers) -> None:
                         help="output file; captions in this file or in its .dropped.jsonl are skipped")
     parser.add_argument("--backend", choices=("openai", "scenes"), default="openai",
                         help="openai: a language model; scenes: the grammar of the nano world")
-    parser.add_argument("--n", type=at_least(1), help="number of captions (default: all; of scenes: 1000)")
+    parser.add_argument("--n", type=at_least(1), help="number of captions (default: all, or 1000 scenes)")
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the scenes")
     cli.add_settings(parser, Settings)
     parser.set_defaults(run=run_captions)
@@ -43,7 +43,7 @@ def add_captions(subparsers) -> None:
     below = parser.add_subparsers(title="fine-tuning, as in the paper", parser_class=cli.make_parser)
     prepare = below.add_parser("prepare-finetune", help="hand-written triplets -> training data")
     prepare.add_argument("human", type=Path, help=".jsonl of input, edit, output; the paper used 700 of them")
-    prepare.add_argument("--chats", type=Path, help="file to write (default: human, with suffix .chat.jsonl)")
+    prepare.add_argument("--chats", type=Path, help="output (default: the same name, ending in .chat.jsonl)")
     prepare.set_defaults(run=run_prepare)
     tune = below.add_parser("finetune", help="upload training data, start a job, print the job id")
     tune.add_argument("chats", type=Path, help="the file that prepare-finetune wrote")
@@ -80,7 +80,7 @@ def run_finetune(args: argparse.Namespace) -> None:
     """Start a fine-tuning job and print its id as the last line."""
     from nanoip2p.dataset import finetune
     job = asyncio.run(finetune.start(args.chats, args.model, args.epochs))
-    print("started; when the job is finished, give its model to captions --model ft:...", file=sys.stderr)
+    print("started; when the job is done, use its model: captions --model ft:...", file=sys.stderr)
     print(job)
 
 
@@ -88,14 +88,14 @@ def add_pairs(subparsers) -> None:
     """Add `pairs`: section 3.1.2 of the paper."""
     parser = subparsers.add_parser("pairs", help="caption pairs -> picture pairs that pass the CLIP filter",
                                    description="A file pairs.json in the weights folder can set other "
-                                               "defaults for the flags from --n-samples on.")
+                                               "defaults for --n-samples and all flags below it.")
     parser.add_argument("--prompts", type=Path, required=True, help="JSONL of input, edit and output")
-    parser.add_argument("--out", type=Path, required=True, help="output folder; continues a stopped job")
+    parser.add_argument("--out", type=Path, required=True, help="output folder; continues its stopped job")
     parser.add_argument("--weights", required=True, help="a text-to-image model: a diffusers folder, a "
                                                          ".safetensors or .ckpt file, or a name on the Hub")
     parser.add_argument("--skip-bad", action="store_true", help="skip bad lines of --prompts")
     parser.add_argument("--fast", action=cli.SWITCH,
-                        help="faster, and equal up to rounding; see --fast of sample.py")
+                        help="faster, with equal results up to rounding; see --fast of sample.py")
     parser.add_argument("--attention", choices=("auto", "sdpa", "ours"), default="auto",
                         help="attention kernels of --fast on CUDA, as in sample.py")
     parser.add_argument("--verbose", action="store_true", help="say what --attention measures and decides")
@@ -184,10 +184,10 @@ def add_pair(subparsers) -> None:
                         help="a word of each caption, or auto (the words that differ): change pixels only "
                              "where the attention to one of these words is high")
     parser.add_argument("--reweight", nargs=2, action="append", default=[], metavar=("WORD", "FACTOR"),
-                        help="for cross and both: scale the attention to a word of the edited caption")
+                        help="for --inject cross or both: scale attention to a word of the edited caption")
     parser.add_argument("--window", nargs=3, action="append", default=[], metavar=("WORD", "FROM", "TO"),
-                        help="for cross and both: inject the attention to a word only in these steps, "
-                             "given as shares of all steps (0 to 1)")
+                        help="for --inject cross or both: inject the attention to a word only in these "
+                             "steps, given as shares of all steps (0 to 1)")
     parser.add_argument("--cfg-text", type=finite, help="guidance scale (default: from the weights)")
     parser.add_argument("--steps", type=at_least(1), help="denoising steps (default: from the weights)")
     parser.add_argument("--resolution", type=pixels, help="side in pixels (default: from the weights)")

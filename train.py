@@ -179,13 +179,13 @@ def run(config: TrainConfig) -> None:
         config, model, description = fill_in(config, ranks, len(items)), None, "none"
         if config.weights:
             checkpoint = open_checkpoint(config.weights, config.vae, config.tokenizer, config.raw_weights)
-            keeps = config.text_to_image or config.distill  # a teacher must be an editor already
+            keeps = config.text_to_image or config.distill  # not widened: a teacher is an editor already
             checkpoint = checkpoint if keeps else widen(checkpoint)
             model = load_model(checkpoint, edits=not config.text_to_image)
             description = "; ".join([f"{config.weights}: {checkpoint.description}",
                                      *apply_loras(model, config.lora_files)])
             if model.defaults["sampler"] == "lcm" and not config.distill:
-                description += "; it loses its ability to edit in few steps, but keeps the sampler lcm"
+                description += "; the model loses its ability to edit in few steps, but keeps sampler lcm"
         if model and config.resolution % model.multiple:
             raise ValueError(f"--resolution {config.resolution}: not a multiple of {model.multiple}")
         if ranks.rank == 0:

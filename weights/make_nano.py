@@ -64,7 +64,7 @@ SD_UNET = UNET | dict(in_channels=4, block_out_channels=(64, 112, 112))
 # ten times the paper's, see below), min-SNR weights, an EMA with a smaller decay
 RECIPE = ["--resolution", SIZE, "--batch-size", 32, "--accumulate", 1, "--warmup", 200, "--cooldown", 0.4,
           "--snr-gamma", 1, "--ema-decay", 0.999]
-SD_RUNS = (["--lr", 1e-3, "--text-to-image"],)  # the shipped nano-sd: with --dtype bf16
+SD_RUNS = (["--lr", 1e-3, "--text-to-image"],)  # the shipped nano-sd was trained in bf16
 # The second run starts from the weights of the first. Kinds of edits that still failed have larger odds
 EDITOR_RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--kind-weights", 1.2, 2, 2, 1, 0.8, 1, 0.8],
                ["--lr", 8e-4, "--dtype", "fp32", "--kind-weights", 1.6, 2, 2, 1.6, 0.5, 0.7, 0.6])
@@ -224,7 +224,7 @@ def make(args: argparse.Namespace) -> None:
         args.out / "paper-editor", painter, args.paper_steps, PAPER_EDITOR_RUNS, args.pairs, device, pairs)
     editor = start_folder(args.out / "start", UNET, DEFAULTS, *stages)
     editor = trained(args.out / "editor", editor, args.editor_steps, EDITOR_RUNS, args.pairs, device)
-    of = "-".join(map(str, args.editor_steps))  # a student goes on with the same teacher only
+    of = "-".join(map(str, args.editor_steps))  # a student's run resumes only with the same teacher
     student = train_run(args.out / f"4step-of-{of}", editor, args.distill_steps, *DISTILL_RUN, "--pairs",
                         min(args.pairs, 20_000), "--device", device, "--data", "scenes", begin="--distill")
     ship = args.ship or args.out / "ship"

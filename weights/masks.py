@@ -2,9 +2,9 @@
 
     python weights/masks.py --n 140
 
-Prints, for edits without a mask, inside the mask that `--mask auto` finds, and inside the true region: how
-many edits succeed, and the PSNR of the pixels that must not change (both as `python -m nanoip2p.evaluate
-scenes` measures them). Also the IoU (intersection over union) of the found masks with the true region.
+Prints how many edits succeed, and the PSNR of the pixels that must not change (as in `python -m
+nanoip2p.evaluate scenes`): without a mask, inside the mask that `--mask auto` finds (sharp, or blurred by 4)
+and inside the true region. Also the IoU (intersection over union) of found masks and true region.
 """
 
 import sys

@@ -99,7 +99,7 @@ def trained_probe(folder: Path) -> Probe:
 
 
 def mistakes(found: Tensor, wanted: Tensor) -> set[str]:
-    """The kinds of mistakes of a picture whose content is `found` (9,), not `wanted` (9,)."""
+    """The kinds of mistakes of a picture that shows `found` (9,) and should show `wanted` (9,)."""
     pairs = [list(zip(row[:3].tolist(), row[3:6].tolist())) for row in (found, wanted)]
     things = [sorted(pair for pair in row if pair[0] != NONE) for row in pairs]
     kinds = [[kind for kind, _ in row] for row in things]

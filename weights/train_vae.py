@@ -1,4 +1,4 @@
-"""Train the nano world's VAE; and `fit`, the training loop of VAE and CLIP. For make_nano.py."""
+"""Train the nano world's VAE, for make_nano.py; and `fit`, a training loop for small networks."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -98,7 +98,7 @@ def sharpen_vae(start: Path, out: Path, device: str, steps: int) -> Path:
     """Train the decoder of a VAE further, and return the folder of the result.
 
     The encoder stays as it is, so networks that were trained on its latents stay valid. The loss is the
-    squared error plus its logarithm, the PSNR up to a factor. The logarithm gives easy pictures their weight.
+    squared error plus its logarithm (the PSNR, up to a factor). The logarithm adds weight to easy pictures.
     """
     folder = out / "vae-sharp"
     if (folder / "config.json").exists():

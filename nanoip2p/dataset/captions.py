@@ -94,7 +94,7 @@ class Job:
         self.client, self.settings, self.todo, self.out, self.bar = client, settings, todo, out, bar
         self.counts, self.used = Counter(), Counter()  # outcomes; input and output tokens
         self.reserved = 0    # upper bound on the tokens of the open requests
-        self.shared = 0      # input tokens of the first request: a bound for system prompt and examples
+        self.shared = 0      # input tokens of the first request: no less than system prompt and examples
         self.failures = 0    # number of captions in a row without an answer
         self.problem: Exception | None = None  # the error that ends the run
         self.signals = 0     # number of times that Ctrl-C or SIGTERM came
@@ -129,7 +129,7 @@ class Job:
             line = self.todo.popleft()
             try:
                 await self.ask(line)
-            except OverBudget:  # another task may ask it, once open requests have used less than reserved
+            except OverBudget:  # another task asks this caption if open requests use less than reserved
                 self.todo.appendleft(line)
                 return
             except openai.APIError as error:
@@ -163,7 +163,7 @@ class Job:
         self.counts[f"dropped {reason}"] += 1
 
     async def reply(self, text: str) -> dict:
-        """Send one request; return the completion. Raises OverBudget if it could exceed --max-tokens."""
+        """Send a request; return the completion. OverBudget if the request could exceed --max-tokens."""
         request, client = make_request(text, self.settings), self.client
         # A token has at least one byte, so the number of bytes is an upper bound
         tokens_in = self.shared + len(text.encode()) if self.shared else len(str(request).encode())

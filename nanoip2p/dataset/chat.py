@@ -61,7 +61,7 @@ class Client(openai.DefaultAsyncHttpxClient):
             raise HTTP.RemoteProtocolError(f"the answer is a redirect to {url}, which is not followed")
 
     async def limit_size(self, response) -> None:
-        """After the headers of each answer: limit the size of its body."""
+        """After the headers of each answer: limit its unpacked size. Refuse compression other than gzip."""
         if response.headers.get("content-encoding", "identity") not in ("identity", "gzip"):
             raise HTTP.DecodingError("the answer is compressed, although we asked for no compression")
         pieces = response.aiter_bytes()
@@ -99,7 +99,7 @@ def connect(timeout: float = Settings.timeout, total: float | None = None) -> As
     try:
         client = AsyncOpenAI(max_retries=SERVER_RETRIES, timeout=timeout,
                              http_client=Client(total or timeout))
-        if not client.api_key.strip() or not client.api_key.isascii():  # no use as a header
+        if not client.api_key.strip() or not client.api_key.isascii():  # not valid in a header
             raise openai.OpenAIError
         return client
     except openai.OpenAIError:
@@ -128,7 +128,7 @@ def read_answer(reply: dict, caption: str) -> tuple[str, str]:
         if message.get("refusal") or choice.get("finish_reason") == "content_filter":
             raise Unusable("refused")
         content = checked(message.get("content"), str, "content")
-        if choice.get("finish_reason") == "length":  # cut off, which is not visible in a text without JSON
+        if choice.get("finish_reason") == "length":  # cut off; a text without JSON does not show this
             raise ValueError
         if DELIMITER in content:  # never in JSON, whose strings have no line breaks
             edit, output = map(tidy, content.split(DELIMITER))

@@ -42,8 +42,8 @@ class PairSettings:
                                  group="the CLIP filter")
     clip_dir_threshold: float = flag("minimum directional similarity", 0.2, type=finite)
     clip_img_threshold: float = flag("minimum similarity of the two pictures", 0.7, type=finite)
-    leakage_threshold: float | None = flag("maximum change outside the region of the differing words, over "
-                                           "the change inside (default: no limit)", type=between(0))
+    leakage_threshold: float | None = flag("maximum leakage: change outside the region of the differing "
+                                           "words / change inside (default: no limit)", type=between(0))
     max_out_samples: int = flag("maximum number of pairs to keep per prompt", 4, type=at_least(1))
     clip: str = flag("folder of the CLIP model, or its name on the Hub", hub.CLIP)
     batch: int = flag("candidates in one batch", 8, type=at_least(1), group="running")

@@ -78,8 +78,8 @@ def read_prompts(path: Path) -> tuple[list[Prompt], list[str]]:
 def pair_settings(flags: dict, weights: Path, painter_defaults: dict) -> PairSettings:
     """Take each setting from `flags`, else from pairs.json in the weights folder, else from the defaults.
 
-    `clip` in pairs.json is a path relative to the weights folder, so that only the user decides which model
-    is downloaded. Raises ValueError for an invalid setting.
+    `clip` in pairs.json is a path relative to the weights folder, or hub.CLIP: only the user decides which
+    other model is downloaded. Raises ValueError for an invalid setting.
     """
     kinds, path = typing.get_type_hints(PairSettings), weights / "pairs.json"
     settings = {key: painter_defaults[key] for key in ("steps", "resolution", "sampler")}
@@ -178,14 +178,14 @@ def make_pairs(prompts: list[Prompt], out: Path, painter: TextToImage, judge: Ju
 
 
 def job_of(painter: TextToImage, judge: Judge, settings: PairSettings) -> dict:
-    """All that determines the result, but not the prompts, `batch` (rounding) and `clip` (in "networks")."""
+    """What determines the result, except the prompts, `batch` (only rounding), `clip` (in "networks")."""
     fixed = (painter.schedule, painter.vae.scaling_factor, judge.mean.tolist(), judge.std.tolist())
     tokenizers = [model.tokenizer.backend.to_str() for model in (painter, judge)]
     networks = fingerprint(painter.unet, painter.vae, painter.text_encoder, judge.clip,
                            begin=repr((fixed, tokenizers)).encode())
     return {"networks": networks,
             **{key: value for key, value in asdict(settings).items() if key not in ("batch", "clip")},
-            "deep_every": settings.deep_every if settings.deep_every > 1 else None,  # older jobs lack these
+            "deep_every": settings.deep_every if settings.deep_every > 1 else None,  # older jobs lack both
             "blend": settings.blend if settings.blend != "none" else None}
 
 

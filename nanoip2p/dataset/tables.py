@@ -119,7 +119,7 @@ def _parquet_rows(path: Path, columns: Names | None) -> Iterator[tuple[str, dict
             about = file.metadata.row_group(group)
             nulls = {leaf.path_in_schema: leaf.statistics and leaf.statistics.null_count
                      for leaf in map(about.column, range(about.num_columns))}
-            # Of the pictures, read only columns that may hold paths in place of bytes: bytes take too long
+            # Read a picture column only if it may hold paths: reading pictures takes too long here
             paths = {name for name in cells if name not in nulls and nulls.get(f"{name}.bytes") != 0}
             texts = [name for name in schema.names if name in wanted | paths]
             table = _read_group(file, path, group, texts).columns
@@ -157,7 +157,7 @@ def _members(path: Path) -> Iterator[tuple[str, str, bytes | Member]]:
                 if match[2].lower().endswith(("txt", "json")):
                     content = file.extractfile(member).read(LONGEST_LINE + 1)
                 yield match[1], match[2].lower(), content
-            file.fileobj.seek(file.offset)  # at a damaged header, too, tarfile ends without an error
+            file.fileobj.seek(file.offset)  # tarfile stops at a damaged header without an error
             blocks = iter(partial(file.fileobj.read, 2**20), b"")
             if next(blocks, b"cut off").strip(b"\0") or any(block.strip(b"\0") for block in blocks):
                 raise tarfile.ReadError("there is no end mark")
@@ -220,8 +220,8 @@ def _read_group(file, path: Path, group: int, columns: list[str]):
     try:
         table = file.read_row_group(group, columns, use_threads=False)
     except OSError as error:
-        # pyarrow cannot read a column of this encoding with read_dictionary. We do not look it up in the
-        # metadata, because pyarrow 26 aborts the process if its list of encodings is broken
+        # pyarrow cannot read a column of this encoding with read_dictionary. The metadata names the encoding,
+        # but a broken list of encodings in it makes pyarrow 26 abort the process
         if "DeltaLengthByteArray" not in str(error):
             raise
         with type(file)(path, memory_map=True, metadata=file.metadata) as plain:

@@ -14,7 +14,7 @@ DEFAULT = "as in sample.py (default: from the weights)"
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the five commands. Its result has the name of the chosen one as `command`."""
+    """The parser of the five commands. `command` of its result is the name of the chosen command."""
     parser = cli.make_parser(prog="python -m nanoip2p.evaluate", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND",
                                      parser_class=cli.make_parser)

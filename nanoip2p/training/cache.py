@@ -1,4 +1,4 @@
-"""A cache of encoded pictures and texts. Each is encoded once, before training. Training reads the rows.
+"""A cache of encoded pictures and texts. Each is encoded once, before training, which reads only the cache.
 
     cache.json                    hashes of the data and of the encoders
     texts-00000.safetensors       hidden states (n, 77, D) float16; row 0 of this file is the empty text

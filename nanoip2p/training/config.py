@@ -32,9 +32,9 @@ MAY_CHANGE = {
     "steps", "lr", "batch_size", "accumulate", "recompute", "compile", "device", "ema_device", "workers",
     "cache", "skip_bad", "save_every", "keep", "sample_every", "validate_every", "log_every", "tensorboard",
     "out", "resume", "check", "timeout"}
-# Not stored: `accumulate` follows from "batch" in state.json, and `out` is the folder that holds state.json
+# Not stored: `accumulate` follows from "batch" in state.json; --resume names the folder `out`
 NOT_STORED = {"accumulate", "preset", "resume", "check", "out"}
-# Limits against absurd values in files: no machine can hold more. A rendered pair takes 1 kB of memory
+# Limits against absurd values in files. A rendered pair takes 1 kB of memory
 MOST_PAIRS, MOST_SAMPLES, MOST_WORKERS, MOST_RANK = 10**7, 2**16, 1000, 1024
 NUMBER = re.compile(r"[+-]?\d{1,99}")  # a value of --lora that is a rank; any other value is a file
 

@@ -65,7 +65,7 @@ def layers_of(unet: UNet, base: UNet, rank: int) -> dict[str, tuple[Tensor, Tens
     """Name of a layer -> (down, up) on the CPU, as `write_lora` takes them with alpha = rank.
 
     unet: the UNet with a LoRA. base: the UNet before training. A conv_in that was trained in full becomes a
-    LoRA of full rank: `down` is the identity, `up` is the change of the weight.
+    LoRA of full rank: `down` is the identity, `up` the change of the weight times r / rank.
     """
     layers = {name: (layer.lora_down.detach().cpu(), layer.lora_up.detach().cpu())
               for name, layer in unet.named_modules() if hasattr(layer, "lora_down")}

@@ -1,7 +1,7 @@
 """Signals and closed streams during training: a run ends within seconds, and saves a checkpoint.
 
-The handler adds a signal to SIGNALS, which training reads before each micro-batch, and ends `interruptible`
-work. Training drops an unfinished step before it changes the weights. The third Ctrl-C ends the run at once.
+The handler ends `interruptible` work, and adds the signal to SIGNALS. Training reads SIGNALS before each
+micro-batch, and ends without the unfinished step. The third Ctrl-C ends the run at once.
 """
 
 import io
@@ -60,7 +60,7 @@ def stop_between_steps() -> Iterator[Stop]:
     previous = {number: signal.signal(number, stop.press) for number in numbers}
     try:
         yield stop
-    finally:  # SIGNALS stays: Lasting must not wait for a full pipe, even for the last messages
+    finally:  # keep SIGNALS, so that Lasting does not wait for a full pipe at the end either
         for number, handler in previous.items():
             signal.signal(number, handler)
 
