@@ -32,7 +32,7 @@ PAINTER = CHECKOUT / "weights" / "nano-sd"
 PAIRS = {
     "both": [], "self": ["--inject", "self"], "cross": ["--inject", "cross"], "none": ["--inject", "none"],
     "unfiltered": ["--n-samples", 4, "--clip-threshold", -1, "--clip-dir-threshold", -1,
-                   "--clip-img-threshold", -1],
+                   "--clip-img-threshold", -1, "--leakage-threshold", 1e9],
 }
 MEASURES = {  # flags of `evaluate scenes`
     "edits": [], "unseen combinations": ["--combinations", "held-out"], "cfg_image 1.5": ["--cfg-image", 1.5],

@@ -2,7 +2,8 @@
 
     python weights/teach_wordings.py --out runs/wordings
 
-This continues an interrupted run. A UNet that was trained with the old text encoder (the teacher) keeps
+This continues an interrupted run. The shipped CLIP already knows the wordings of today, so add yours to
+nanoip2p/world/wordings.json first. A UNet that was trained with the old text encoder (the teacher) keeps
 working with the new one (the student), without further training: the student encodes "could you paint the
 hosue violet please?" as the teacher encodes "make the house purple".
 
