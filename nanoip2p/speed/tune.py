@@ -70,7 +70,7 @@ class Tuner:
         half = q.dtype.itemsize == 2  # in float32, ours has no tensor cores and takes seconds to build
         kernels = (*ours, "default") if self.only_ours else ("default", *BACKENDS, *ours * half)
         kernel = self.recall(case, kernels, q.device)
-        # Nothing can be measured while torch.compile or a CUDA graph records, so fast.py calls once before it
+        # No measuring while torch.compile or a CUDA graph records; fast.py runs the network once before that
         if not (kernel or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()):
             kernel = self.choose(case, kernels, inputs)
         return self.run(kernel or "default", *inputs)
@@ -146,7 +146,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, heads: int, map_from: Tensor | No
 
 
 def milliseconds(run: Callable[[], Tensor], calls: int = 3) -> float:
-    """Time of a call on the GPU, with its waits for Python if the kernel is small."""
+    """Time of a call on the GPU. For a small kernel, it includes the GPU's waits for Python."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(calls):
