@@ -127,7 +127,7 @@ class Page:
                            preprocess=False)
 
     def take(self, visit: Visit, upload: dict | None) -> dict:
-        """A new input, or None. Refuses a bad file."""
+        """Take a new input, or remove it (None). Refuses a bad file."""
         visit.picture = upload and Path(upload["path"])
         try:
             return self.given(visit) | {self.picture: gr.skip()}  # the browser shows it already
@@ -137,7 +137,7 @@ class Page:
             return self.given(visit)
 
     def given(self, visit: Visit) -> dict:
-        """The updates that show the input, or none. Without an input, the buttons that edit are off."""
+        """The updates that show the input. If there is none, the buttons that edit are off."""
         ready = gr.Button(interactive=bool(visit.picture))
         return {self.picture: visit.picture, self.paint: self.unpainted(visit), self.start: ready,
                 self.sweep_start: ready}
@@ -289,7 +289,7 @@ def progress(step: int, steps: int, began: float) -> str:
 
 @contextlib.contextmanager
 def in_words():
-    """Show errors that the user can mend, in one line on the page. Ends the block after Stop was pressed."""
+    """Show errors that the user can mend, in one line on the page. `Stopped` ends the block silently."""
     try:
         yield
     except Stopped:

@@ -41,7 +41,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def _hidden(path: Path) -> str:
-    """The names of this machine's temporary files of `path` begin with this text."""
+    """How the names of this machine's temporary files of `path` begin."""
     # With the leading dot, *.png does not match the file. With the host name, two machines that share a disk
     # write different files, even if their processes have the same id
     return f".{path.name[:60]}.{os.uname().nodename[:20]}."
@@ -145,7 +145,7 @@ def read_rows(path: Path, kind: str | None = None, problems: list[str] | None = 
 
     kind: ".jsonl", ".csv" or ".txt" (each line becomes {"input": line}); default: the file's suffix.
     problems: a list to which each bad line adds a message. If None, a bad line raises ValueError. An
-    unreadable file always raises it. appended: skip an incomplete last line, which a killed `append` leaves.
+    unreadable file or .csv line always does. appended: skip an incomplete last line, of a killed `append`.
     """
     kind = (kind or path.suffix).lower()
     try:

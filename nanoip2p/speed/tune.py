@@ -32,7 +32,7 @@ KERNELS = {"default": None} | BACKENDS | {str(tile): tile for some in TILES.valu
 # The largest `error` allowed; or twice the error of torch's own choice, if that is larger
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 MARGIN = 1.03    # a kernel has to be this many times as fast as the best kernel before it
-HOPELESS = 1.25  # a kernel that takes this many times as long as the fastest is not timed again
+HOPELESS = 1.25  # times the fastest: such a kernel is not timed again; if it is ours, no later tile is tried
 SHORT = 0.03     # ms: about the time in which Python calls a Triton kernel, so ours cannot be faster
 ROUNDS = 4       # how often each kernel is timed again
 DRIVER = Path("/proc/driver/nvidia/version")
