@@ -145,7 +145,7 @@ def read_rows(path: Path, kind: str | None = None, problems: list[str] | None = 
 
     kind: ".jsonl", ".csv" or ".txt" (each line becomes {"input": line}); default: the file's suffix.
     problems: a list to which each bad line adds a message. If None, a bad line raises ValueError. An
-    unreadable file or .csv line always does. appended: skip an incomplete last line, of a killed `append`.
+    unreadable file or .csv line always does. appended: skip an incomplete last line of a killed `append`.
     """
     kind = (kind or path.suffix).lower()
     try:
