@@ -100,7 +100,7 @@ class Page:
                                           elem_id="open")
 
     def connect(self) -> None:
-        """Say which method each button calls. Edits and sweeps wait in one queue."""
+        """Connect each button with its method. Edits and sweeps wait in one queue."""
         asked = [self.visit, self.paint, self.instruction, self.locked, *self.settings.values()]
         scales = [self.settings["cfg_text"], self.settings["cfg_image"]]
         shown = [self.result, self.status, self.download, self.mask, self.history]
@@ -127,7 +127,7 @@ class Page:
                            preprocess=False)
 
     def take(self, visit: Visit, upload: dict | None) -> dict:
-        """A new input, or None. Refuses a bad file."""
+        """Take a new input, or remove it (None). Refuses a bad file."""
         visit.picture = upload and Path(upload["path"])
         try:
             return self.given(visit) | {self.picture: gr.skip()}  # the browser shows it already
@@ -137,7 +137,7 @@ class Page:
             return self.given(visit)
 
     def given(self, visit: Visit) -> dict:
-        """The updates that show the input, or none. Without an input, the buttons that edit are off."""
+        """The updates that show the input. If there is none, the buttons that edit are off."""
         ready = gr.Button(interactive=bool(visit.picture))
         return {self.picture: visit.picture, self.paint: self.unpainted(visit), self.start: ready,
                 self.sweep_start: ready}
@@ -157,7 +157,7 @@ class Page:
         return {"background": background, "layers": [], "composite": None}
 
     def stored(self, visit: Visit, image: Image.Image) -> Path:
-        """A picture -> a new file. Gradio would write equal pictures to one file, even while it is loaded."""
+        """A picture -> a new file. Gradio would overwrite an equal picture's file as a browser loads it."""
         visit.folder = visit.folder or Path(tempfile.mkdtemp(dir=self.folder))
         with tempfile.NamedTemporaryFile(suffix=".png", dir=visit.folder, delete=False) as file:
             image.save(file)
@@ -170,7 +170,7 @@ class Page:
             shutil.rmtree(visit.folder, ignore_errors=True)
 
     def ask(self, visit: Visit, painted: dict | None, instruction: str, locked: bool, values: tuple) -> tuple:
-        """Check the page's values, and begin a run. Returns (input, Editor.edit's arguments, n, mask)."""
+        """Check the page's values. Return (input, Editor.edit's arguments, n, mask). Renew the stop event."""
         given = dict(zip(self.settings, values))
         if not locked:
             given["seed"] = random.randrange(SEEDS)
@@ -289,7 +289,7 @@ def progress(step: int, steps: int, began: float) -> str:
 
 @contextlib.contextmanager
 def in_words():
-    """Show errors that the user can mend, in one line on the page. Ends the block after Stop was pressed."""
+    """Show errors that the user can mend, in one line on the page. `Stopped` ends the block silently."""
     try:
         yield
     except Stopped:

@@ -41,7 +41,7 @@ class Turn:
 
 
 class Visit:
-    """The state of one browser tab. Events change it in place, as an edit may end after a later event."""
+    """The state of one browser tab. Page changes it in place, as an edit may end after later clicks."""
 
     def __init__(self):
         self.picture: Path | None = None
@@ -109,7 +109,7 @@ def write_result(image: Image.Image, mask: Image.Image | None, folder: Path, rec
 def read_settings(path: Path) -> tuple[dict, list[str]]:
     """The settings of a recipe that the page shows, and names of the rest.
 
-    The page shows the keys of LIMITS without n, `sampler`, and the first instruction as `edit`. Raises
+    The page shows `sampler`, the first instruction as `edit`, and the keys of LIMITS except n. Raises
     ValueError, in one line, for a file without a recipe, and for values that the page cannot show.
     """
     recipe, name = read_recipe(path), path.name

@@ -30,7 +30,7 @@ def add_embedding(model: Model, path: str | Path) -> str:
     n = max(1, min(len(vectors), tokenizer.length - 2))  # at most as many as fit into a text
     check_tensors({word: vectors}, {word: torch.empty(n, width, device="meta")}, path)
     tokens = [word, *(f"{word}_{i}" for i in range(1, n))]
-    base, _, number = word.rpartition("_")  # with <x> and <x>_1, <x>_2 would be their third token
+    base, _, number = word.rpartition("_")  # if <x>_1 is known, <x>_2 would be the third vector of <x>
     before = base if number == "1" else f"{base}_{int(number) - 1}" if number.isdecimal() else None
     added = {token.content.lower() for token in tokenizer.backend.get_added_tokens_decoder().values()}
     taken = {token.lower() for token in tokenizer.backend.get_vocab()}  # case does not matter in a text

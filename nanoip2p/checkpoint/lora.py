@@ -152,7 +152,7 @@ def _alpha(settings: dict, part: str, name: str, path: Path) -> float | None:
     """The alpha of one layer in peft's settings; None if they have no alpha."""
     alpha = settings.get(f"{part}lora_alpha")
     patterns = checked(settings.get(f"{part}alpha_pattern") or {}, dict, f"{path}: alpha_pattern")
-    for pattern in reversed(patterns):  # reversed: the first match wins. peft reads regular expressions
+    for pattern in reversed(patterns):  # the first match wins, as in peft, which reads regular expressions
         bare = pattern.removeprefix("^")
         if len(patterns) > LONGEST or not re.fullmatch(r"[\w.]+", bare):
             raise ValueError(f"{path}: alpha_pattern has {shown(pattern)}; only names of layers are read")

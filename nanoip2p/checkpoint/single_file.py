@@ -80,7 +80,7 @@ def unet_places(config: UNetConfig) -> dict[str, str]:
               "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
               "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
               "mid_block.resnets.1": "middle_block.2"}
-    numbers = config.layers_per_block + 1  # per level. Down: blocks and a downsampler; up: one block more
+    numbers = config.layers_per_block + 1  # of a level. Down: blocks, a downsampler. Up: one block more
     for i, up in enumerate(config.up_block_types):
         for j in range(numbers):
             places[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{1 + i * numbers + j}.0"

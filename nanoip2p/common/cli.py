@@ -27,7 +27,7 @@ def import_torch():
     """Import torch and return it. This takes seconds; Ctrl-C ends the process without a traceback.
 
     The signal handler exits, because torch's C code, which imports numpy, loses a KeyboardInterrupt. The
-    garbage collector ignores torch's many objects, which stay until the end. This saves half a second.
+    garbage collector skips torch's objects, because they stay until the process ends. This saves 0.5 s.
     """
     if "torch" not in sys.modules:
         before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see --help)")
 
     def parse_known_args(self, args=None, namespace=None):
-        """Parse the words of a parser or subparser."""
+        """Parse the words of a command line. Refuses `--` as the value of a flag, and a second `--`."""
         words = sys.argv[1:] if args is None else args
         odd = [word for word in words if word[:1] == "-" and word.partition("=")[2] == "--"]
         if odd or words.count("--") > 1:  # argparse would turn the value "--" into an empty list
@@ -81,7 +81,7 @@ def path(text: str) -> Path:
 
 
 def flag(help: str, default=None, **options):
-    """A dataclass field for add_settings. options: for add_argument, and `group`, which begins a group."""
+    """A dataclass field for add_settings. options: for add_argument; `group`: title of a group to begin."""
     return dataclasses.field(default=default, metadata={"help": help, **options})
 
 
@@ -176,4 +176,4 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae", help="use this autoencoder instead of the checkpoint's: a file or folder")
     parser.add_argument("--tokenizer", help="tokenizer of a single-file checkpoint: a folder or Hub name")
     parser.add_argument("--raw-weights", action=SWITCH,
-                        help="use raw, not averaged (EMA) weights; default: only if EMA is not their average")
+                        help="use raw, not averaged (EMA) weights; default: only if EMA is no average of raw")

@@ -10,7 +10,7 @@ from PIL import Image, ImageCms
 
 
 def scale_transparent_colour(image: Image.Image, file: BinaryIO) -> None:
-    """Scale the grey that a PNG declares transparent to 8 bits. For 16-bit RGB, add an alpha channel."""
+    """A PNG can name one transparent colour. Grey: scale it to 8 bits. 16-bit RGB: add an alpha channel."""
     colour, (*place, raw) = image.info["transparency"], image.tile[0]
     if image.mode == "L":
         top = {"L;2": 3, "L;4": 15}.get(raw, 255)  # by the PNG standard, higher bits are ignored

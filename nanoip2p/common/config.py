@@ -18,7 +18,7 @@ LIMITS = {
     "image_size": (1, 2048), "patch_size": (1, 2048), "max_position_embeddings": (1, 2048),
     "num_train_timesteps": (1, 100_000), "steps_offset": (0, 100_000), "beta_start": (1e-7, 0.999),
     "beta_end": (1e-7, 0.999)}
-WIDTHS, LEVELS = (1, 2**16), 6  # levels of a network; each one doubles the sides of the smallest picture
+WIDTHS, LEVELS = (1, 2**16), 6  # most levels of a network; each level after the first halves the maps
 FIXED = {
     "unet": {
         "act_fn": "silu", "center_input_sample": False, "downsample_padding": 1, "mid_block_scale_factor": 1,

@@ -17,7 +17,7 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} does not work here ({reason}); omit it to pick one") from None
+        raise ValueError(f"device {name!r} does not work here ({reason}); omit it for the default") from None
 
 
 def pick_dtype(name: str | None, device: torch.device) -> str:

@@ -41,7 +41,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def _hidden(path: Path) -> str:
-    """The names of this machine's temporary files of `path` begin with this text."""
+    """How the names of this machine's temporary files of `path` begin."""
     # With the leading dot, *.png does not match the file. With the host name, two machines that share a disk
     # write different files, even if their processes have the same id
     return f".{path.name[:60]}.{os.uname().nodename[:20]}."
@@ -73,7 +73,7 @@ def full_disk_named(path: Path) -> Iterator[None]:
 
 
 def regular(path: str | Path, advice: str = "save its content to a file first") -> Path:
-    """Return the path. ValueError if it is a folder, FIFO or device: reading one of these may never end."""
+    """Return the path. ValueError if it is no plain file: reading a FIFO or a device may never end."""
     path = Path(path)
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a regular file; {advice}")
@@ -145,7 +145,7 @@ def read_rows(path: Path, kind: str | None = None, problems: list[str] | None = 
 
     kind: ".jsonl", ".csv" or ".txt" (each line becomes {"input": line}); default: the file's suffix.
     problems: a list to which each bad line adds a message. If None, a bad line raises ValueError. An
-    unreadable file always raises it. appended: skip an incomplete last line, which a killed `append` leaves.
+    unreadable file or .csv line always does. appended: skip an incomplete last line of a killed `append`.
     """
     kind = (kind or path.suffix).lower()
     try:
@@ -240,7 +240,7 @@ def claim_folder(folder: Path, marker: str, job: dict, flag: str, notes: dict | 
     """
     path, job = folder / marker, json.loads(json.dumps(job))  # tuples become lists, as in the file
     foreign = sorted(entry.name for entry in folder.glob("[!.]*"))
-    if not path.exists():  # check after the glob: between them, another process of this job may write files
+    if not path.exists():  # check after the glob, or files of another process of this job look foreign
         if foreign:
             raise ValueError(f"{folder} holds {foreign[0]} but no {marker}; choose another {flag}")
         write_json((notes or {}) | job, path)

@@ -56,7 +56,7 @@ def beside(images: list[Image.Image]) -> Image.Image:
 
 
 def wrap(rows: list[list], labels: list[list[str]], groups: tuple[int, ...] = (1,)) -> tuple[list, list]:
-    """Break rows for `grid` that are wider than WIDTH. The left column keeps only the row's first picture.
+    """Break rows wider than WIDTH. The left column is white below a row's first picture.
 
     groups: numbers of pictures to keep together; the first number that fits is used.
     """
@@ -91,7 +91,7 @@ def _wrap(text: str, width: int) -> tuple[list[str], ImageFont.FreeTypeFont, set
 
 @lru_cache(maxsize=1024)
 def _font(letters: frozenset[str]) -> tuple[ImageFont.FreeTypeFont, set[str]]:
-    """The first font that has most of the letters, and the letters that it lacks."""
+    """The font that lacks the fewest of the letters (the first such font), and the letters that it lacks."""
     best = None
     for font in _fonts():
         with suppress(OSError):  # a damaged font

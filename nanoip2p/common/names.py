@@ -19,9 +19,9 @@ def slug(text: str, empty: str) -> str:
 
 @contextmanager
 def unused(path: str) -> Iterator[str]:
-    """Yield the first name that no file or process has: `path`, or `path` with -2, -3 ... after its stem.
+    """Yield the first free name: `path`, or `path` with -2, -3 ... after its stem.
 
-    An empty file holds the name until the block replaces it. If the block fails, that file is deleted.
+    An empty file reserves the name until the block replaces it. If the block fails, that file is deleted.
     """
     for k in count(1):
         free = Path(path) if k == 1 else Path(path).with_stem(f"{Path(path).stem}-{k}")

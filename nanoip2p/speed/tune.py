@@ -32,7 +32,7 @@ KERNELS = {"default": None} | BACKENDS | {str(tile): tile for some in TILES.valu
 # The largest `error` allowed; or twice the error of torch's own choice, if that is larger
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 MARGIN = 1.03    # a kernel has to be this many times as fast as the best kernel before it
-HOPELESS = 1.25  # a kernel that takes this many times as long as the fastest is not timed again
+HOPELESS = 1.25  # times the fastest: such a kernel is not timed again; if it is ours, no later tile is tried
 SHORT = 0.03     # ms: about the time in which Python calls a Triton kernel, so ours cannot be faster
 ROUNDS = 4       # how often each kernel is timed again
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -70,7 +70,7 @@ class Tuner:
         half = q.dtype.itemsize == 2  # in float32, ours has no tensor cores and takes seconds to build
         kernels = (*ours, "default") if self.only_ours else ("default", *BACKENDS, *ours * half)
         kernel = self.recall(case, kernels, q.device)
-        # Nothing can be measured while torch.compile or a CUDA graph records, so fast.py calls once before it
+        # No measuring while torch.compile or a CUDA graph records; fast.py runs the network once before that
         if not (kernel or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()):
             kernel = self.choose(case, kernels, inputs)
         return self.run(kernel or "default", *inputs)
@@ -146,7 +146,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, heads: int, map_from: Tensor | No
 
 
 def milliseconds(run: Callable[[], Tensor], calls: int = 3) -> float:
-    """Time of a call on the GPU, with its waits for Python if the kernel is small."""
+    """Time of a call on the GPU. For a small kernel, it includes the GPU's waits for Python."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(calls):
