@@ -102,8 +102,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("--auth needs a name and a password: USER:PASSWORD")
         try:
             socket.create_server(("", args.port)).close()
-        except OSError:
-            raise ValueError(f"port {args.port} is in use; give another --port, or --port 0") from None
+        except OSError as error:
+            raise ValueError(f"port {args.port}: {error.strerror}; give another --port, or --port 0") from None
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM ends the page as Ctrl-C does
         with tempfile.TemporaryDirectory(prefix="nanoip2p-") as folder:
             serve(args, Path(folder))

@@ -59,7 +59,7 @@ def test_a_port_in_use_is_one_line(capsys):
         taken.listen()
         port = taken.getsockname()[1]
         assert app.main(["--no-browser", "--port", str(port)]) == 2
-    assert capsys.readouterr().err == f"error: port {port} is in use; give another --port, or --port 0\n"
+    assert capsys.readouterr().err == f"error: port {port}: Address already in use; give another --port, or --port 0\n"
 
 
 @pytest.mark.parametrize("words, fast", [([], None), (["--no-fast"], False), (["--fast"], True),
