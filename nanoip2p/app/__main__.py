@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             socket.create_server(("", args.port)).close()
         except OSError as error:
-            raise ValueError(f"port {args.port}: {error.strerror}; give another --port, or --port 0") from None
+            raise ValueError(f"--port {args.port}: {os.strerror(error.errno)}; give another, or 0") from None
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM ends the page as Ctrl-C does
         with tempfile.TemporaryDirectory(prefix="nanoip2p-") as folder:
             serve(args, Path(folder))

@@ -1,5 +1,7 @@
 """The extra `app` gets gradio 6, not the gradio 3 that pip takes beside a newer Pillow."""
 
+import errno
+import os
 import re
 import socket
 import sys
@@ -59,7 +61,8 @@ def test_a_port_in_use_is_one_line(capsys):
         taken.listen()
         port = taken.getsockname()[1]
         assert app.main(["--no-browser", "--port", str(port)]) == 2
-    assert capsys.readouterr().err == f"error: port {port}: Address already in use; give another --port, or --port 0\n"
+    reason = os.strerror(errno.EADDRINUSE)
+    assert capsys.readouterr().err == f"error: --port {port}: {reason}; give another, or 0\n"
 
 
 @pytest.mark.parametrize("words, fast", [([], None), (["--no-fast"], False), (["--fast"], True),
