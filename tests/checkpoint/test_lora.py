@@ -129,7 +129,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout, channels", zip([*LAYOUTS, "kohya, original names"], cycle(PEERS)))
+@pytest.mark.parametrize("layout, channels", [*zip([*LAYOUTS, "kohya, original names"], cycle(PEERS))])
 def test_weights_and_outputs_are_diffusers(layout, channels, folders, tmp_path):
     ours, peer, path = open_ours(folders, channels), open_peer(folders, channels), tmp_path / "l.safetensors"
     before, config = outputs(ours, channels), ours.unet.config
