@@ -15,7 +15,7 @@ from nanoip2p.checkpoint.load import load_model, open_checkpoint
 from nanoip2p.checkpoint.save import convert
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
-STEPS, TEXT = 5, "make it night"
+STEPS, TEXT = 3, "make it night"
 SIZES = {"nano-sd": (16, 64), "nano-ip2p": (16, 64), "nano-ip2p-paper": (16, 64),
          "nano-ip2p-4step": (16, 64),
          "painter": (12, 48), "editor": (12, 48)}
@@ -52,8 +52,13 @@ def test_sizes_are_written(folder):
     assert json.loads((folder / "scheduler/scheduler_config.json").read_text())["steps_offset"] == 1
 
 
-@pytest.mark.parametrize("sampler", ["euler_ancestral", "ddim"])
-def test_the_default_call_gives_our_picture(sampler, folder, pipeline):
+def test_the_default_call_gives_our_picture(folder, pipeline):
+    compare("euler_ancestral", folder, pipeline)
+    if folder.name in ("nano-ip2p", "painter"):  # all folders have the same steps_offset
+        compare("ddim", folder, pipeline)
+
+
+def compare(sampler, folder, pipeline):
     edits = "InstructPix2Pix" in type(pipeline).__name__
     model, generator = load_model(folder, edits=edits), torch.Generator().manual_seed(7)
     if sampler == "ddim":  # its spacing "leading" is the only one that adds steps_offset

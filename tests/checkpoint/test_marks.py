@@ -66,12 +66,19 @@ def write(whole, path, metadata, tensors, text=None):
 
 
 @pytest.mark.parametrize("name", MARKS)
-def test_every_mark_is_read_and_kept(name, whole, tmp_path):
+def test_every_mark_is_read(name, whole, tmp_path):
     *given, wanted = MARKS[name]
-    path = write(whole, tmp_path / "marked.safetensors", *given)
-    opened = open_checkpoint(path)
+    opened = open_checkpoint(write(whole, tmp_path / "marked.safetensors", *given))
     assert ("v-prediction" in opened.description) == (wanted.prediction_type == "v_prediction")
     assert ("zero terminal SNR" in opened.description) == wanted.rescale_betas_zero_snr
+    assert NoiseSchedule.from_config(opened.schedule) == wanted
+
+
+@pytest.mark.parametrize("name", ["none", "sd-scripts", "ComfyUI, zero SNR"])
+def test_every_schedule_is_kept(name, whole, tmp_path):
+    """Through a folder and a new file. These depend on the schedule that was read, not on its mark."""
+    *given, wanted = MARKS[name]
+    opened = open_checkpoint(write(whole, tmp_path / "marked.safetensors", *given))
     assert load_model(opened).schedule == wanted
     convert(opened, tmp_path / "folder")
     convert(open_checkpoint(tmp_path / "folder"), tmp_path / "again.safetensors")

@@ -30,10 +30,22 @@ def models(tmp_path_factory):
     """Folders: an editor A, a painter B, its base C, another editor E; a single file of each beside it."""
     root = tmp_path_factory.mktemp("models")
     for seed, (name, channels) in enumerate({"A": 8, "B": 4, "C": 4, "E": 8}.items()):
-        write_tiny_editor(root / name, seed=10 * seed, in_channels=channels)
+        write_tiny_editor(root / name, seed=10 * seed, in_channels=channels, small=True)
         convert(open_checkpoint(root / name), root / f"{name}.safetensors")
     shutil.copytree(root / "A" / "tokenizer", root / "tokenizer")
     return root
+
+
+@pytest.fixture(scope="module")
+def peers(models):
+    """(model, network) -> the network's weights, as diffusers reads them from the folders."""
+    return {(name, part): weights for name in "ABCE"
+            for part, weights in weights_of_peer(models / name).items()}
+
+
+def weights_of_peer(folder):
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    return {part: getattr(pipeline, part).state_dict() for part in PARTS}
 
 
 def tensors_of(path):
@@ -50,28 +62,31 @@ def same_bits(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def merged(target, *words):
+def merge(target, *words):
     assert main(["merge", *map(str, words), str(target)]) == 0
+
+
+def merged(target, *words):
+    merge(target, *words)
     return tensors_of(target)
 
 
-@pytest.mark.parametrize("layout", ["", ".safetensors"])
-@pytest.mark.parametrize("kind", ["difference", "sum", "sum of editors"])
-def test_equals_the_arithmetic_on_the_networks_of_diffusers(kind, layout, models, tmp_path, capsys):
+@pytest.mark.parametrize("kind, layout", [
+    ("difference", ""), ("sum", ".safetensors"), ("sum of editors", "")])
+def test_equals_the_arithmetic_on_the_networks_of_diffusers(kind, layout, models, peers, tmp_path, capsys):
     """diffusers also reads the result, without a warning about the merge's metadata."""
-    load = diffusers.DiffusionPipeline.from_pretrained
     other = "E" if kind == "sum of editors" else "B"
     flags = ["--with", models / f"{other}{layout}", "--weight", 0.3]
     if kind == "difference":
         flags = ["--add", models / f"B{layout}", "--minus", models / f"C{layout}", "--weight", 0.7]
-    merged(tmp_path / "out", models / f"A{layout}", *flags)
+    merge(tmp_path / "out", models / f"A{layout}", *flags)
     capsys.readouterr()
-    result = load(tmp_path / "out")
+    result = weights_of_peer(tmp_path / "out")
     assert "_merged_from" not in capsys.readouterr().err
     for part in PARTS:
-        a, b, c = (getattr(load(models / name), part).state_dict() for name in ("A", other, "C"))
+        a, b, c = (peers[name, part] for name in ("A", other, "C"))
         assert len(a) > 10
-        for name, tensor in getattr(result, part).state_dict().items():
+        for name, tensor in result[part].items():
             n = b[name].shape[1] if name == CONV_IN else None
             here, there = (a[name][:, :n], b[name]) if n else (a[name], b[name])
             expected = here + 0.7 * (there - c[name]) if kind == "difference" else 0.7 * here + 0.3 * there
@@ -93,25 +108,30 @@ def with_zeros_and_extremes(folder):
     return folder
 
 
+NEUTRAL = {  # dtype -> merges that change nothing. The arithmetic is the same for all, and then rounds
+    "fp32": (["--add", "B", "--minus", "B"], ["--with", "B", "--weight", 0],
+             ["--with", "E", "--weight", -0.0]),
+    "fp16": (["--add", "E", "--minus", "E", "--weight", -1.7], ["--with", "A", "--weight", 0.3]),
+    "bf16": (["--add", "A", "--minus", "A"], ["--add", "B", "--minus", "C", "--weight", 0]),  # C: fp32
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nothing_changes_where_nothing_should(dtype, models, tmp_path):
-    for name in ("A", "B", "E"):
+def test_nothing_changes_where_nothing_should(dtype, models, tmp_path, monkeypatch):
+    for name in "ABE":
         convert(open_checkpoint(models / name), tmp_path / name, DTYPES[dtype])
-    a, b, e = tmp_path / "A", tmp_path / "B", tmp_path / "E"
+    shutil.copytree(models / "C", tmp_path / "C")
+    monkeypatch.chdir(tmp_path)
+    a, b = tmp_path / "A", tmp_path / "B"
     before = tensors_of(with_zeros_and_extremes(a))
     assert {tensor.dtype for tensor in before.values()} == {DTYPES[dtype]}
-    for i, flags in enumerate((
-            ["--add", b, "--minus", b], ["--add", e, "--minus", e, "--weight", -1.7],
-            ["--add", b, "--minus", models / "C", "--weight", 0], ["--add", a, "--minus", a],
-            ["--with", b, "--weight", 0], ["--with", e, "--weight", -0.0], ["--with", a, "--weight", 0.3])):
+    for i, flags in enumerate(NEUTRAL[dtype]):
         assert same_bits(merged(tmp_path / f"same{i}", a, *flags), before), flags
     other = tensors_of(b)
     for name, tensor in merged(tmp_path / "one", a, "--with", b, "--weight", 1).items():
         expected = torch.cat([other[name], before[name][:, 4:]], 1) if name[1] == CONV_IN else other[name]
         assert torch.equal(tensor, expected) and not torch.equal(tensor, before[name]), name
-    grafted = merged(tmp_path / "graft", a, "--add", b, "--minus", models / "C")
-    assert not same_bits(grafted, before) and grafted.keys() == before.keys()
-    assert {tensor.dtype for tensor in grafted.values()} == {DTYPES[dtype]}
+        assert tensor.dtype == DTYPES[dtype]
 
 
 def test_double_precision_is_kept():
@@ -136,19 +156,14 @@ def test_half_precision_is_merged_in_single(models, tmp_path):
 
 def test_merging_and_converting_commute(models, tmp_path):
     """Folders and single files, in and out, have the same bits."""
-    ends, written = ("", ".safetensors"), []
-    for i, end in enumerate(ends):
-        for out in ("folder", "single.safetensors"):
-            target = tmp_path / f"{i}{out}"
-            written.append(merged(target, models / f"A{end}", "--add", models / f"B{ends[i - 1]}",
-                                  "--minus", models / f"C{end}"))
-            assert same_bits(written[-1], written[0])
-    convert(open_checkpoint(tmp_path / "0folder", tokenizer=str(models / "tokenizer")),
-            tmp_path / "again.safetensors")
-    assert same_bits(tensors_of(tmp_path / "again.safetensors"), written[0])
-    editor = load_model(tmp_path / "0folder")
-    assert editor.defaults == load_model(models / "A").defaults
-    assert load_file(tmp_path / "0single.safetensors").keys() == load_file(models / "A.safetensors").keys()
+    folder, single, end = tmp_path / "folder", tmp_path / "single.safetensors", ".safetensors"
+    written = merged(folder, models / "A", "--add", models / f"B{end}", "--minus", models / "C")
+    assert same_bits(written, merged(single, models / f"A{end}", "--add", models / "B",
+                                     "--minus", models / f"C{end}"))
+    convert(open_checkpoint(folder), tmp_path / "again.safetensors")
+    assert same_bits(tensors_of(tmp_path / "again.safetensors"), written)
+    assert load_model(folder).defaults == load_model(models / "A").defaults
+    assert load_file(single).keys() == load_file(models / "A.safetensors").keys()
 
 
 def test_one_tensor_at_a_time_is_in_memory(models, tmp_path, monkeypatch):
@@ -164,9 +179,9 @@ def test_one_tensor_at_a_time_is_in_memory(models, tmp_path, monkeypatch):
     largest = max(tensor.nbytes for tensor in tensors_of(models / "A").values())
     total = sum(tensor.nbytes for tensor in tensors_of(models / "A").values())
     for name in ("out", "out.safetensors"):
-        merged(tmp_path / name, models / "A", "--with", models / "E")
+        merge(tmp_path / name, models / "A", "--with", models / "E")
         views = 8 * 16 * 16 * 4  # of the VAE's attention as convolutions, for a single file
-        assert len(most) > 500 and max(most) <= largest + views < total / 5, (max(most), largest, total)
+        assert len(most) > 250 and max(most) <= largest + views < total / 5, (max(most), largest, total)
         assert not alive
         most.clear()
 
@@ -192,8 +207,8 @@ def test_the_result_says_of_what_it_was_merged(models, tmp_path, monkeypatch):
     odd = shutil.copytree(models / "B", tmp_path / "my \n “model”")
     monkeypatch.chdir(models / "C")
     words = models / "A.safetensors", "--add", odd, "--minus", ".", "--weight", 0.5
-    merged(tmp_path / "out", *words)
-    merged(tmp_path / "out.safetensors", *words, "--ema-copy")
+    merge(tmp_path / "out", *words)
+    merge(tmp_path / "out.safetensors", *words, "--ema-copy")
     formula = "A.safetensors + 0.5 (my “model” - C)"
     assert json.loads((tmp_path / "out" / "model_index.json").read_text())["_merged_from"] == formula
     assert read_metadata(tmp_path / "out.safetensors")["modelspec.merged_from"] == formula
@@ -238,14 +253,18 @@ MISFITS = {
 }
 
 
-@pytest.mark.parametrize("place", ["--with", "--add", "--minus"])
-@pytest.mark.parametrize("misfit", MISFITS)
+PLACES = ("--with", "--add", "--minus")
+
+
+@pytest.mark.parametrize("misfit, place", [  # each misfit, each place, and two misfits in all places
+    *zip(MISFITS, PLACES * 3), ("heads", "--add"), ("heads", "--minus"),
+    ("NaN", "--add"), ("NaN", "--minus")])
 def test_what_does_not_fit_is_one_line_and_leaves_nothing(misfit, place, models, tmp_path, capsys):
     spoil, message = MISFITS[misfit]
     spoil(other := shutil.copytree(models / "B", tmp_path / "other"))
     flags = {"--with": ["--with", other], "--add": ["--add", other, "--minus", models / "C"],
              "--minus": ["--add", models / "C", "--minus", other]}[place]
-    for target in ("out", "out.safetensors"):
+    for target in ("out", "out.safetensors")[: 2 if misfit == "NaN" else 1]:  # found while it is written
         assert main(["merge", str(models / "A"), *map(str, flags), str(tmp_path / target)]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and re.search(message, error) and "other" in error, error
@@ -284,7 +303,7 @@ def test_settings_without_effect_may_differ(models, tmp_path):
 def test_bad_words_are_one_line_and_leave_nothing(words, message, models, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(models)
-    for target in ("out", "out.safetensors"):
+    for target in ("out", "out.safetensors")[: 2 if "conv_in" in message else 1]:  # found while it is written
         assert main(["merge", *words, str(tmp_path / target)]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and re.search(message, error), error

@@ -25,7 +25,7 @@ PREFIX = "model.diffusion_model."
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_tiny_editor(tmp_path_factory.mktemp("peers") / "tiny")
+    return write_tiny_editor(tmp_path_factory.mktemp("peers") / "tiny", small=True)
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,12 @@ def whole(folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("single") / "tiny.safetensors"
     convert(open_checkpoint(folder), path)
     return load_file(path), read_metadata(path)
+
+
+@pytest.fixture(scope="module")
+def raw(folder):
+    """The weights of the UNet."""
+    return unet_of(folder)
 
 
 @pytest.fixture
@@ -78,18 +84,18 @@ AVERAGES = {  # (function of raw weights w, whether its result can be their aver
 
 
 @pytest.mark.parametrize("kind", AVERAGES)
-def test_an_ema_that_is_no_average_is_left_out(whole, written, kind):
+def test_an_ema_that_is_no_average_is_left_out(whole, raw, written, kind):
     change, fits = AVERAGES[kind]
     tensors = whole[0]
     path = written(tensors | ema_of(tensors, change))
-    raw = unet_of(written(tensors, "raw.safetensors"))
-    found = open_checkpoint(path).description
+    opened = open_checkpoint(path)
+    found = opened.description
     assert ("EMA weights" in found) == fits and ("raw weights" in found) != fits
     assert ("no average of them; --no-raw-weights uses it" in found) != fits
     assert same(unet_of(path, raw_weights=True), raw)
     averaged = unet_of(path, raw_weights=False)
     assert kind in ("NaN", "our --ema-copy") or not same(averaged, raw)
-    assert kind == "NaN" or same(unet_of(path), averaged if fits else raw)
+    assert kind == "NaN" or same(opened.networks["unet"].read(), averaged if fits else raw)
 
 
 @pytest.mark.parametrize("lr", [1e-4, 1e-3])
@@ -125,7 +131,7 @@ def test_an_ema_of_other_shapes_is_no_average(whole, written):
         open_checkpoint(path, raw_weights=False).networks["unet"].load(None)
 
 
-def test_a_file_with_ema_weights_only_and_one_with_a_part_of_them(whole, written):
+def test_a_file_with_ema_weights_only_and_one_with_a_part_of_them(whole, raw, written):
     tensors = whole[0]
     averaged = ema_of(tensors, lambda w: 1.1 * w)
     others = {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
@@ -139,7 +145,7 @@ def test_a_file_with_ema_weights_only_and_one_with_a_part_of_them(whole, written
     assert same(unet_of(torn), unet_of(only))
     part = written(tensors | dict(list(averaged.items())[:-1]), "part.safetensors")
     assert "raw weights (the EMA copy is incomplete)" in open_checkpoint(part).description
-    assert same(unet_of(part), unet_of(written(tensors, "raw.safetensors")))
+    assert same(unet_of(part), raw)
 
 
 STRAYS = ["lora_unet_x.lora_up.weight", "control_model.input_blocks.0.0.weight", "emb_params", "<cat-toy>",
@@ -147,11 +153,11 @@ STRAYS = ["lora_unet_x.lora_up.weight", "control_model.input_blocks.0.0.weight",
 
 
 @pytest.mark.parametrize("stray", STRAYS)
-def test_a_whole_checkpoint_with_a_leftover_opens_and_says_so(whole, written, stray):
+def test_a_whole_checkpoint_with_a_leftover_opens_and_says_so(whole, raw, written, stray):
     tensors = whole[0]
     found = open_checkpoint(written(tensors | {stray: torch.ones(3)}))
     assert f"ignoring {shown(stray)}" in found.description
-    assert same(found.networks["unet"].read(), unet_of(written(tensors, "raw.safetensors")))
+    assert same(found.networks["unet"].read(), raw)
     lacking = dict(list(tensors.items())[1:])
     with pytest.raises(ValueError, match="this is|has unknown"):
         open_checkpoint(written(lacking | {stray: torch.ones(3)}))
@@ -194,8 +200,7 @@ def save_average(base, target):
     return load_file(target / "diffusion_pytorch_model.safetensors")
 
 
-def test_the_average_of_diffusers_training_goes_before_the_raw_weights(base):
-    raw = unet_of(base)
+def test_the_average_of_diffusers_training_goes_before_the_raw_weights(base, raw):
     averaged = save_average(base, base / "unet_ema")
     assert "optimization_step" in (base / "unet_ema" / "config.json").read_text()
     assert not same(averaged, raw)
@@ -265,12 +270,12 @@ def test_float8_is_read_as_the_same_numbers_in_float16(whole, written, base, tmp
 
 
 def test_float8_can_be_widened_and_is_checked(tmp_path):
-    painter = write_tiny_editor(tmp_path / "painter", in_channels=4)
+    painter = write_tiny_editor(tmp_path / "painter", in_channels=4, small=True)
     path = painter / "unet" / "diffusion_pytorch_model.safetensors"
     named = {name: tensor.to(torch.float8_e5m2) for name, tensor in load_file(path).items()}
     save_file(named, path)
     assert widen(open_checkpoint(painter)).networks["unet"].load(None).conv_in.weight.shape[1] == 8
-    save_file(named | {"conv_in.bias": torch.full((16,), torch.nan).to(torch.float8_e5m2)}, path)
+    save_file(named | {"conv_in.bias": torch.full((32,), torch.nan).to(torch.float8_e5m2)}, path)
     with pytest.raises(ValueError, match="NaN or infinity in conv_in.bias"):
         open_checkpoint(painter).networks["unet"].load(None)
 
@@ -306,8 +311,9 @@ def test_gguf_holds_the_three_networks(folder, whole, tmp_path, kind, said, bits
     found, networks = open_gguf(path, folder)
     assert found.startswith("an InstructPix2Pix checkpoint") and said in found
     for part, network in open_checkpoint(folder).networks.items():
+        stored = network.read()
         for name, tensor in networks[part].load(torch.float32).state_dict().items():
-            wanted = network.read()[name]
+            wanted = stored[name]
             assert (tensor - wanted).abs().max() <= wanted.abs().max() * 2.0**-bits, name
     assert path.stat().st_size < 4.5 * 1.1 * sum(tensor.numel() for tensor in whole[0].values())
 

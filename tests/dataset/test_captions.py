@@ -348,7 +348,7 @@ def test_the_third_ctrl_c_ends_even_the_look_up_of_a_name(tmp_path):
     (tmp_path / "texts.txt").write_text("a house\n")
     code = ("import os, signal, socket, sys, threading, time\n"
             "def press():\n"
-            "    for _ in range(3): time.sleep(0.3); os.kill(os.getpid(), signal.SIGINT)\n"
+            "    for _ in range(3): time.sleep(0.1); os.kill(os.getpid(), signal.SIGINT)\n"
             "def slow(*_, **__): threading.Thread(target=press, daemon=True).start(); time.sleep(60)\n"
             "socket.getaddrinfo = slow\n"
             "import make_dataset; sys.exit(make_dataset.main(sys.argv[1:]))")

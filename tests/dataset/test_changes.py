@@ -22,7 +22,7 @@ CLIP = Path(__file__).resolve().parents[3] / "shared" / "clip-tokenizer"
 SEEDS, SHARES, GUIDANCE = [5, 6, 7], [0.3, 1.0, 0.6], [7.5, 1.0, 3.0]
 
 
-@pytest.fixture(params=[NANO, pytest.param(CLIP, marks=pytest.mark.skipif(
+@pytest.fixture(scope="module", params=[NANO, pytest.param(CLIP, marks=pytest.mark.skipif(
     not CLIP.is_dir(), reason="CLIP's vocabulary is not in the project"))], ids=["nano", "clip"])
 def tokenizer(request):
     return load_tokenizer(request.param)

@@ -147,11 +147,11 @@ def test_killed_at_any_moment_and_started_again_it_is_the_same(finished, weights
     began = time.perf_counter()
     start({"argv": argv(weights, prompts, tmp_path / "timed")})
     whole, draw, kills, n = time.perf_counter() - began, random.Random(0), 0, 0
-    while kills < 12 or n == 0:
+    while kills < 6 or n == 0:
         job = {"argv": argv(weights, prompts, tmp_path / str(n))}
         killed = start(job | {"seconds": draw.uniform(0.3, 1.0) * whole}) != [0]
         kills += killed
-        if not killed or kills == 12:
+        if not killed or kills == 6:
             assert start(job) == [0] and content(tmp_path / str(n)) == content(finished)
             n += 1
 
@@ -182,14 +182,14 @@ def test_processes_share_the_prompts_and_may_die(start, tmp_path):
     """While none dies, no prompt is made twice; the last one to end lists the work of all."""
     assert start({"fake": {"out": str(tmp_path / "whole"), "count": 9}}) == [0]
     expected, draw = content(tmp_path / "whole"), random.Random(0)
-    for n in range(18):
+    for n in range(12):
         out, log = tmp_path / str(n), tmp_path / f"{n}.log"
         job = {"fake": {"out": str(out), "count": 9, "log": str(log)}}
-        if n >= 5:
+        if n >= 3:
             codes = start(*(job | {"event": draw.randrange(1, 150)} for _ in range(4)))
             assert set(codes) <= {0, -9}
         assert start(*[job] * draw.choice((2, 3))) and content(out) == expected
-        if n < 5:
+        if n < 3:
             painted = log.read_text().splitlines()
             assert len(painted) == len(set(painted)) == 9 * 5
 

@@ -1,8 +1,10 @@
 """A test server with OpenAI's API that also gives bad answers, and a fixture that runs `captions` on it."""
 
 import contextlib
+import functools
 import gzip
 import json
+import ssl
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,6 +17,7 @@ import make_dataset
 KEY = "sk-secret-of-mine"
 TEXTS = [f"A picture of {number} boats." for number in range(12)]
 TOKENS = {"prompt_tokens": 1500, "completion_tokens": 40}
+make_context = functools.cache(ssl.create_default_context)  # each client reads all root certificates
 
 
 def edit_of(text: str) -> tuple[str, str]:
@@ -198,6 +201,7 @@ def server(monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.001)
+    monkeypatch.setattr(ssl, "create_default_context", make_context)
     yield server
     server.closing.set()
     server.shutdown()

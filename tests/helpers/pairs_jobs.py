@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,6 +118,8 @@ def run(job: dict) -> int:
 def main() -> None:
     torch.set_num_threads(1)
     torch.nn.Embedding(1, 1, device="meta")  # the first of its kind imports for seconds
+    with tempfile.TemporaryDirectory() as folder:
+        fake_job(folder, 1)  # what is first imported in a child, each child would import
     for line in sys.stdin:
         children = []
         for job in json.loads(line):
