@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 NORMS = (nn.GroupNorm, nn.LayerNorm)
+PERIOD = 2**18 + 3  # a prime: no two rows of a matrix are the same numbers
 
 
 @torch.no_grad()
@@ -13,12 +14,15 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     Weights have a standard deviation of 1/sqrt(fan_in), so that signals keep their size through deep
     networks; norms scale by 1 + 0.1 randn and biases are 0.1 randn, so that forgetting either one shows.
     Embeddings get a deviation of 1, other bare parameters (a class token, a temperature) keep their size.
+    Large parameters repeat their first PERIOD numbers: to draw all those of Stable Diffusion takes 8 seconds.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(parameter: Tensor, scale: float, offset: float = 0.0) -> None:
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.copy_(offset + scale * noise)
+        first, *others = parameter.view(-1).split(PERIOD)
+        first.copy_(offset + scale * torch.randn(first.shape, generator=generator))
+        for part in others:
+            part.copy_(first[: len(part)])
 
     for layer in module.modules():
         for name, parameter in layer.named_parameters(recurse=False):

@@ -170,9 +170,15 @@ class Processor:
         return attn.to_out[0]((maps @ v).transpose(1, 2).flatten(2))
 
 
+def open_scheduler(folder, sampler: str):
+    """Another scheduler than that of the folder, with its settings."""
+    saved = diffusers.EulerAncestralDiscreteScheduler.from_pretrained(folder / "scheduler")
+    return SCHEDULERS[sampler].from_config(saved.config)
+
+
 def open_peer(folder, sampler: str) -> diffusers.StableDiffusionPipeline:
     peer = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
-    peer.scheduler = SCHEDULERS[sampler].from_config(peer.scheduler.config)
+    peer.scheduler = open_scheduler(folder, sampler)
     peer.set_progress_bar_config(disable=True)
     return peer
 

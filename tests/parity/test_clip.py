@@ -28,13 +28,25 @@ def texts(count: int, length: int = 77) -> torch.Tensor:
     return ids
 
 
+def without_initial_weights(network: type, config) -> transformers.PreTrainedModel:
+    """To draw them takes longer than the comparison. The only buffers are the numbers of the positions."""
+    with torch.device("meta"):
+        model = network(config)
+    model.to_empty(device="cpu")
+    for name, buffer in model.named_buffers():
+        assert name.endswith("position_ids")
+        buffer.copy_(torch.arange(buffer.numel()))
+    return randomise(model)
+
+
 def their_text(config: CLIPTextConfig) -> transformers.CLIPTextModel:
     settings = config.to_json() | {"bos_token_id": 0, "pad_token_id": 1}
-    return randomise(transformers.CLIPTextModel(transformers.CLIPTextConfig(**settings)))
+    return without_initial_weights(transformers.CLIPTextModel, transformers.CLIPTextConfig(**settings))
 
 
 def their_vision(config: CLIPVisionConfig) -> transformers.CLIPVisionModel:
-    return randomise(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**config.to_json())))
+    config = transformers.CLIPVisionConfig(**config.to_json())
+    return without_initial_weights(transformers.CLIPVisionModel, config)
 
 
 def their_clip(config: CLIPConfig) -> transformers.CLIPModel:
@@ -55,10 +67,10 @@ def test_text_encoder_equals_transformers(config):
         ours = TextEncoder.from_config(theirs.config.to_dict()).eval()
     assert ours.config == config
     ours.load_state_dict(TextEncoder.published_names(theirs.state_dict()), strict=True, assign=True)
-    ids = texts(3)
+    ids = texts(2)
     reference = theirs(ids).last_hidden_state
     assert relative_error(ours(ids), reference) <= 1e-5
-    assert relative_error(theirs(ids.roll(1, 1)).last_hidden_state, reference) > 0.1
+    assert relative_error(theirs(ids[:1].roll(1, 1)).last_hidden_state, reference[:1]) > 0.1
     assert relative_error(ours(ids[:, :20]), theirs(ids[:, :20]).last_hidden_state) <= 1e-5
 
 

@@ -1,12 +1,14 @@
 """SDEdit against diffusers' StableDiffusionImg2ImgPipeline."""
 
+from functools import cache
+
 import diffusers
 import hertz
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_editor import difference
+from test_editor import difference, with_schedule
 from tiny_editor import write_tiny_editor
 
 from nanoip2p.diffusion import NoiseSchedule
@@ -16,13 +18,10 @@ from nanoip2p.text_to_image import TextToImage
 CAPTIONS, SEEDS = ["a red house at night", "turn the boat blue", "a red house at night"], [3, 3, 4]
 
 
-def write(folder, **settings):
-    return write_tiny_editor(folder, NoiseSchedule(steps_offset=1, **settings).to_json(), in_channels=4)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("weights") / "tiny")
+    return write_tiny_editor(
+        tmp_path_factory.mktemp("weights") / "tiny", NoiseSchedule(steps_offset=1).to_json(), in_channels=4)
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +34,22 @@ def pictures():
 @pytest.mark.parametrize("strength", [0.25, 0.6, 1.0])
 @pytest.mark.parametrize("sampler", ["euler_ancestral", "ddim"])
 def test_equals_diffusers(folder, pictures, sampler, strength):
+    compare(folder, folder, pictures, sampler, strength)
+
+
+@cache
+def networks_of(folder):
+    """Diffusers' networks and tokenizer, read once for all schedules."""
+    parts = hertz.open_peer(folder, "ddim").components
+    parts["unet"].register_to_config(sample_size=64)  # diffusers needs this setting
+    return parts
+
+
+def compare(networks, folder, pictures, sampler, strength):
     painter = TextToImage.load(folder, "cpu")
     with torch.no_grad():  # the mode; diffusers would sample the posterior
         z = painter.vae.encode(torch.stack([to_tensor(picture) for picture in pictures]))[0]
-    parts = hertz.open_peer(folder, sampler).components
-    parts["unet"].register_to_config(sample_size=64)  # diffusers needs this setting
+    parts = networks_of(networks) | {"scheduler": hertz.open_scheduler(folder, sampler)}
     peer = diffusers.StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
     peer.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
@@ -54,11 +64,12 @@ def test_equals_diffusers(folder, pictures, sampler, strength):
 
 
 @pytest.mark.parametrize("strength", [0.6, 1.0])
-def test_equals_diffusers_with_v_prediction(tmp_path, pictures, strength):
-    folder = write(tmp_path, prediction_type="v_prediction", rescale_betas_zero_snr=True,
-                   timestep_spacing="trailing")
+def test_equals_diffusers_with_v_prediction(folder, tmp_path, pictures, strength):
+    schedule = NoiseSchedule(steps_offset=1, prediction_type="v_prediction", rescale_betas_zero_snr=True,
+                             timestep_spacing="trailing")
+    with_v = with_schedule(folder, tmp_path, schedule.to_json())
     for sampler in ("euler_ancestral", "ddim"):
-        test_equals_diffusers(folder, pictures, sampler, strength)
+        compare(folder, with_v, pictures, sampler, strength)
 
 
 def test_a_strength_that_is_no_share_is_refused(folder, pictures):

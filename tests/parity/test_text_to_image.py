@@ -1,9 +1,11 @@
 """TextToImage against diffusers' StableDiffusionPipeline, and against itself."""
 
+from functools import cache
+
 import hertz
 import pytest
 import torch
-from test_editor import PUBLISHED, difference
+from test_editor import PUBLISHED, difference, with_schedule
 from tiny_editor import write_tiny_editor
 
 from nanoip2p.diffusion import NoiseSchedule
@@ -20,20 +22,34 @@ def folder(tmp_path_factory):
         tmp_path_factory.mktemp("weights") / "tiny", NoiseSchedule(steps_offset=1).to_json(), in_channels=4)
 
 
-@pytest.fixture(scope="module")
-def painter(folder):
+@cache
+def open_painter(folder):
     return TextToImage.load(folder, "cpu")
 
 
-def compare(folder, sampler, cfg_text, steps=8, negative=""):
-    """Our pictures equal the reference's within 1/255. The reference reacts to text and seed."""
-    theirs = hertz.open_peer(folder, sampler)(
+@pytest.fixture(scope="module")
+def painter(folder):
+    return open_painter(folder)
+
+
+@pytest.fixture(scope="module")
+def peer(folder):
+    return hertz.open_peer(folder, "euler")
+
+
+def compare(peer, folder, sampler, cfg_text, steps=5, negative=""):
+    """Our pictures equal the reference's within 1/255. The reference reacts to text and seed.
+
+    The reference takes from `folder` only the schedule. Its networks are the same.
+    """
+    peer.scheduler = hertz.open_scheduler(folder, sampler)
+    theirs = peer(
         CAPTIONS, height=32, width=32, num_inference_steps=steps, guidance_scale=cfg_text,
         negative_prompt=[negative] * 4,
         generator=[torch.Generator().manual_seed(seed) for seed in SEEDS]).images
     for other in theirs[1:]:
         assert difference(theirs[0], other) > 4
-    ours = TextToImage.load(folder, "cpu").generate(
+    ours = open_painter(folder).generate(
         CAPTIONS, steps, cfg_text, SEEDS, sampler, resolution=32, negative=negative)
     levels = [difference(a, b) for a, b in zip(ours, theirs)]
     assert max(levels) <= 1, f"{levels} of 255 levels apart"
@@ -42,25 +58,25 @@ def compare(folder, sampler, cfg_text, steps=8, negative=""):
 
 @pytest.mark.parametrize("cfg_text", [7.5, 1.0])
 @pytest.mark.parametrize("sampler", hertz.SCHEDULERS)
-def test_equals_diffusers(folder, sampler, cfg_text):
-    compare(folder, sampler, cfg_text)
+def test_equals_diffusers(peer, folder, sampler, cfg_text):
+    compare(peer, folder, sampler, cfg_text)
 
 
 @pytest.mark.parametrize("sampler", ["euler_ancestral", "ddim"])
-def test_equals_diffusers_with_the_published_schedule(sampler, tmp_path):
-    compare(write_tiny_editor(tmp_path, PUBLISHED, in_channels=4), sampler, 3.0)
+def test_equals_diffusers_with_the_published_schedule(peer, folder, sampler, tmp_path):
+    compare(peer, with_schedule(folder, tmp_path, PUBLISHED), sampler, 3.0)
 
 
 @pytest.mark.parametrize("sampler", hertz.SCHEDULERS)
-def test_equals_diffusers_with_v_prediction(sampler, tmp_path):
+def test_equals_diffusers_with_v_prediction(peer, folder, sampler, tmp_path):
     schedule = NoiseSchedule(prediction_type="v_prediction", rescale_betas_zero_snr=True,
                              timestep_spacing="trailing")
-    compare(write_tiny_editor(tmp_path, schedule.to_json(), in_channels=4), sampler, 5.0)
+    compare(peer, with_schedule(folder, tmp_path, schedule.to_json()), sampler, 5.0)
 
 
-def test_equals_diffusers_with_a_negative_prompt(folder):
-    ours = compare(folder, "euler_ancestral", 5.0, negative="a blue boat")
-    assert difference(ours[0], compare(folder, "euler_ancestral", 5.0)[0]) > 5
+def test_equals_diffusers_with_a_negative_prompt(peer, folder):
+    ours = compare(peer, folder, "euler_ancestral", 5.0, negative="a blue boat")
+    assert difference(ours[0], compare(peer, folder, "euler_ancestral", 5.0)[0]) > 5
 
 
 def test_a_picture_does_not_depend_on_its_batch(painter):

@@ -155,12 +155,13 @@ def test_equals_transformers(layout, vocabulary, nano, tmp_path):
     layout(folder)
     ours, theirs = load_tokenizer(folder), transformers.CLIPTokenizer.from_pretrained(folder)
     assert ours.backend.get_vocab_size() == len(theirs)
-    texts = ["", " ", "a photo of a cat", "<my-cat> X2Y x2y style_token", *SENTENCES, *random_texts(1000)]
+    count = 1000 if layout is bare else 300  # the layouts differ in special tokens, not in cleaning
+    texts = ["", " ", "a photo of a cat", "<my-cat> X2Y x2y style_token", *SENTENCES, *random_texts(count)]
     cleaned = ours(texts)
     ours.clean = str
     ids = ours(texts)
     plain = torch.tensor([clean(text) == text for text in texts])
-    assert plain.sum() > 100 and torch.equal(ids[plain], cleaned[plain])
+    assert plain.sum() > count / 10 and torch.equal(ids[plain], cleaned[plain])
     assert ids.shape == (len(texts), 20 if layout is padded_otherwise else 77) and ids.dtype == torch.int64
     reference = theirs(texts, padding="max_length", truncation=True, max_length=ours.length)["input_ids"]
     different = [text for text, a, b in zip(texts, ids.tolist(), reference) if a != b]
@@ -187,12 +188,18 @@ def folded(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", clean(text)).split())
 
 
+def lines(words) -> list[str]:
+    """Texts of 32 words each: ftfy takes as long for one as for one word."""
+    words = list(words)
+    return [" ".join(words[i : i + 32]) for i in range(0, len(words), 32)]
+
+
 def test_every_character_and_every_entity_is_cleaned_as_by_ftfy():
-    codes = (*range(0x3100), *range(0xF900, 0x10000), *range(0x10000, 0x110000, 101))  # all: 30 seconds
-    letters = [chr(code) for code in codes]
-    assert [hex(ord(letter)) for letter in letters if folded(letter) != fixed(letter)] == []
-    names = {f"a&{name}b" for name in html5 if name.endswith(";")} | {f"&#{code};" for code in range(0x2100)}
-    assert [name for name in sorted(names) if folded(name) != fixed(name)] == ["a&semi;b"]
+    codes = (*range(0x300, 0x3100), *range(0xF900, 0x10000), *range(0x10000, 0x110000, 101))  # all: slow
+    texts = [chr(code) for code in range(0x300)] + lines(map(chr, codes))
+    texts += [f"a&{name}b" for name in html5 if name.endswith(";")]
+    texts += [f"&#{code};" for code in range(0x300)] + lines(f"&#{code};" for code in range(0x300, 0x2100))
+    assert [text for text in texts if folded(text) != fixed(text)] == ["a&semi;b"]
 
 
 def test_typed_texts_are_cleaned_as_by_ftfy_and_as_by_openai():

@@ -30,7 +30,9 @@ def seed():
 
 def twins(config: VAEConfig) -> tuple[VAE, AutoencoderKL]:
     """Our network and diffusers' with the same random weights, which they share."""
-    theirs = randomise(AutoencoderKL.from_config(config.to_json()))
+    with torch.device("meta"):  # drawing initial weights would take as long as the comparison
+        theirs = AutoencoderKL.from_config(config.to_json())
+    randomise(theirs.to_empty(device="cpu"))
     with torch.device("meta"):
         ours = VAE.from_config(dict(theirs.config)).eval()
     assert ours.config == config
@@ -49,12 +51,12 @@ def test_equals_diffusers(name):
     assert mean.shape == (2, config.latent_channels, 4, 6)
     assert relative_error(mean, posterior.mean) <= 1e-5
     assert relative_error(logvar, posterior.logvar) <= 1e-5
-    assert relative_error(theirs.encode(image.flip(0)).latent_dist.mean, posterior.mean) > 0.1
+    assert relative_error(posterior.mean.flip(0), posterior.mean) > 0.1
 
     latents = torch.randn(2, config.latent_channels, 4, 6)
     reference = theirs.decode(latents).sample
     assert relative_error(ours.decode(latents), reference) <= 1e-5
-    assert relative_error(theirs.decode(latents.flip(0)).sample, reference) > 0.1
+    assert relative_error(reference.flip(0), reference) > 0.1
 
 
 @torch.no_grad()
