@@ -34,13 +34,12 @@ def choose_edits(n: int, combinations: str = "seen") -> list[tuple[Scene, Edit]]
 
     combinations: "held-out" selects edits for which `held_out` is True, "seen" selects all other edits.
     """
-    generator, chosen = torch.Generator().manual_seed(0), []
+    generator, chosen, held = torch.Generator().manual_seed(0), [], combinations == "held-out"
     for index in count():
         if len(chosen) == n:
             return chosen
         scene, kind = random_scene("test", index), EDIT_KINDS[len(chosen) % len(EDIT_KINDS)]
-        edits = [edit for edit in scene.edits(kind) if held_out(scene, edit) == (combinations == "held-out")]
-        if edits:
+        if edits := [edit for edit in scene.edits(kind) if held_out(scene, edit) == held]:
             chosen.append((scene, pick(edits, generator)))
 
 
@@ -56,10 +55,9 @@ def instruct(edits: list[Edit], wordings: str = "held-out") -> list[str]:
 
 def nearest_edit(picture: Image.Image, scene: Scene) -> Scene:
     """The scene (this one or after one edit) whose render has the smallest mean absolute difference."""
-    candidates = [scene, *(edit.scene for edit in scene.edits())]
-    renders = np.stack([np.asarray(candidate.render(picture.width), np.int16) for candidate in candidates])
-    distances = np.abs(renders - np.asarray(picture, np.int16)).mean((1, 2, 3))
-    return candidates[int(distances.argmin())]
+    pixels = np.asarray(picture, np.int16)
+    return min([scene, *(edit.scene for edit in scene.edits())],
+               key=lambda one: np.abs(np.asarray(one.render(picture.width)) - pixels).mean())
 
 
 def unchanged_psnr(picture: Image.Image, before: Image.Image, after: Image.Image) -> float | None:
@@ -131,8 +129,7 @@ def rate(hits: list[bool]) -> tuple[float, float]:
 
 def run(args: argparse.Namespace) -> tuple[str, dict]:
     """Return scores as text and as numbers. Draw some failures to <out>/failed.png. args: see __main__.py."""
-    keys = "steps", "cfg_text", "cfg_image", "sampler", "deep_every"
-    settings = {key: getattr(args, key) for key in keys}
+    settings = {key: vars(args)[key] for key in ("steps", "cfg_text", "cfg_image", "sampler", "deep_every")}
     editor = Editor.load(args.weights, args.device)
     rows = score_scenes(editor, choose_edits(args.n, args.combinations), settings, args.wordings)
     failed = [row for row in rows if not row["success"]][:16]

@@ -16,6 +16,8 @@ from live import Live
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+MATRIX = {"cuda": 8192, "mps": 2048, "cpu": 2048}  # rows and columns of a large matrix
+COPIED = 1 << 28  # bytes of a large copy
 CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:  # torch counts CUDA's only
                  lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
 
@@ -75,14 +77,14 @@ def work(run) -> tuple[int, int]:
 
 def matrix_rate(device: str, dtype: torch.dtype) -> float:
     """Operations a second of one large product, the best of six."""
-    side = 8192 if device == "cuda" else 2048
+    side = MATRIX[device]
     a = torch.randn(side, side, device=device).to(dtype)
     return 2 * side**3 / min(seconds(lambda: a @ a, device) for _ in range(6))
 
 
 def copy_rate(device: str) -> float:
     """Bytes a second, read and written, of a copy that no cache holds; the best of six."""
-    a = torch.empty(1 << 28, dtype=torch.uint8, device=device)
+    a = torch.empty(COPIED, dtype=torch.uint8, device=device)
     b = a.clone()
     return 2 * a.nbytes / min(seconds(lambda: b.copy_(a), device) for _ in range(6))
 

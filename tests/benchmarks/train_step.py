@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 
+import measure  # noqa: E402
 from comparing import randomise  # noqa: E402
 from live import Live  # noqa: E402
 
@@ -225,17 +226,6 @@ def flops(run) -> int:
     return counter.get_total_flops()
 
 
-def matrix_rate(device: str, dtype: torch.dtype) -> float:
-    """Operations a second of one large product, the best of five."""
-    side = 8192 if device == "cuda" else 2048
-    a = torch.randn(side, side, device=device, dtype=dtype)
-
-    class Product:
-        def step(self):
-            return a @ a
-    return 2 * side**3 / min(seconds(Product(), 10 if device == "cuda" else 1, device) for _ in range(6))
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", choices=WIDTHS, default="tiny")
@@ -271,7 +261,7 @@ def report(args: argparse.Namespace, sides: dict) -> None:
     work = {name: flops(side.step) for name, side in sides.items()} if not args.compile else {}
     rounds = [{name: seconds(side, args.steps, args.device) for name, side in sides.items()}
               for _ in range(args.repeat)]
-    rate = matrix_rate(args.device, DTYPES[args.dtype])
+    rate = measure.matrix_rate(args.device, DTYPES[args.dtype])
     cpu = f"CPU, threads: {torch.get_num_threads()}"
     where = torch.cuda.get_device_name() if args.device == "cuda" else cpu
     how = ", compiled" * args.compile + ", recompute" * args.recompute

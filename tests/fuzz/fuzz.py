@@ -105,6 +105,7 @@ class Fuzzer:
     """The valid inputs, written once, and the mutations of them."""
 
     def __init__(self, root: Path, only: list[str] | None = None):
+        signal.signal(signal.SIGALRM, expire)
         self.root, self.readers = root, {name: READERS[name] for name in only or READERS}
         for i, (write, _) in enumerate(self.readers.values()):
             (root / f"valid-{i}").mkdir()
@@ -129,15 +130,13 @@ class Fuzzer:
         return problem_of(self.readers[name][1], folder)
 
 
-def fuzz(n: int, seed: int, root: Path, only: list[str] | None = None, progress: bool = False) -> list[tuple]:
+def fuzz(n: int, seed: int, fuzzer: Fuzzer, progress: bool = False) -> list[tuple]:
     """Try `n` inputs, the readers in turn. Returns (reader, seed, what went wrong) of the failures."""
     torch.set_num_threads(1)
     if "hooked" not in watch:
         sys.addaudithook(hook)
         watch["hooked"] = True
-    signal.signal(signal.SIGALRM, expire)
-    fuzzer, failures = Fuzzer(root, only), []
-    names = list(fuzzer.readers)
+    failures, names = [], list(fuzzer.readers)
     for k in range(n):  # without a bar: tqdm moves the bars of readers below it
         if progress and k % 1000 == 0:
             print(f"{k} of {n} inputs, {len(failures)} failures", file=sys.stderr)
@@ -155,7 +154,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=READERS)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
-        failures = fuzz(args.n, args.seed, Path(root), args.only, True)
+        failures = fuzz(args.n, args.seed, Fuzzer(Path(root), args.only), True)
     kinds, first = Counter(), {}
     for name, seed, problem in failures:
         lines = problem.strip().splitlines()

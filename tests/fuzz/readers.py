@@ -16,15 +16,17 @@ from pathlib import Path
 
 import ablate
 import torch
+from comparing import randomise
 from PIL import Image, ImageCms, features
 from safetensors.torch import save_file
-from tiny_editor import write_tiny_clip, write_tiny_editor, write_tiny_painter
+from tiny_editor import write_tiny_clip, write_tiny_editor
 from train_tokenizer import train_tokenizer
 
 import make_dataset
 import sample
 import train
 from nanoip2p.checkpoint.embeddings import add_embedding
+from nanoip2p.checkpoint.folder import save_network
 from nanoip2p.checkpoint.load import load_model, open_checkpoint
 from nanoip2p.checkpoint.lora import apply_loras, file_hash, write_lora
 from nanoip2p.checkpoint.marks import marked_schedule
@@ -74,9 +76,19 @@ def read_editor(folder: Path) -> None:
     edit(folder)
 
 
+def write_small(folder: Path, in_channels: int) -> None:
+    """A tiny model whose UNet has one level: most of the time goes into building networks."""
+    write_tiny_editor(folder, in_channels=in_channels)
+    unet = UNet(UNetConfig(
+        in_channels, block_out_channels=(16,), layers_per_block=1, attention_head_dim=2, norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+        cross_attention_dim=32))
+    save_network(randomise(unet), folder / "unet")
+
+
 def write_painter(folder: Path) -> None:
     """A text-to-image model with pairs.json."""
-    write_tiny_painter(folder)
+    write_small(folder, 4)
     (folder / "clip").mkdir()
     (folder / "pairs.json").write_text(json.dumps({"n_samples": 2, "inject": "self", "clip": "clip",
                                                    "min_p2p": 0.1, "max_cfg": 9.0, "steps": 3, "batch": 2}))
@@ -93,18 +105,17 @@ def read_painter(folder: Path) -> None:
 
 def write_single(folder: Path) -> None:
     """A safetensors file with our metadata, and the tokenizer beside it."""
-    write_tiny_editor(folder / "tiny")
+    write_small(folder / "tiny", 8)
     convert(open_checkpoint(folder / "tiny"), folder / "single.safetensors")
     shutil.move(folder / "tiny" / "tokenizer", folder / "tokenizer")
     shutil.rmtree(folder / "tiny")
 
 
 def read_single(folder: Path) -> None:
-    """A single file, its autoencoder in another checkpoint, and its conversion."""
+    """A single file, and its conversion with the autoencoder of another checkpoint."""
     path = folder / "single.safetensors"
     edit(path)
-    open_checkpoint(path, vae=path).networks["vae"].load(None)
-    convert(open_checkpoint(path), folder / "new")
+    convert(open_checkpoint(path, vae=path), folder / "new")
     shutil.rmtree(folder / "new")
 
 

@@ -2,8 +2,10 @@
 
 import ast
 import sys
+from functools import partial
 from pathlib import Path
 
+import mutators
 import pytest
 from fuzz import Fuzzer, fuzz, problem_of
 from readers import READERS
@@ -29,31 +31,51 @@ def fuzzer(tmp_path_factory):
     return Fuzzer(tmp_path_factory.mktemp("fuzz"))
 
 
-@pytest.mark.parametrize("name", READERS)
-def test_the_valid_input_is_read(name, fuzzer):
-    READERS[name][1](fuzzer.folder(name))
-    assert problem_of(READERS[name][1], fuzzer.folder(name)) is None
+@pytest.fixture(scope="module")
+def valid(fuzzer):
+    """What is wrong with each valid input, and all functions (file:name) that read these inputs."""
+    called = set()
 
+    def trace(frame, *_):
+        called.add((frame.f_code.co_filename, frame.f_code.co_name))
 
-def test_every_input_is_read_or_refused_in_one_line(tmp_path):
-    failures = fuzz(2000, 0, tmp_path)
-    assert not failures, "\n\n".join(f"{name}, seed {seed!r}: {text}" for name, seed, text in failures[:5])
-
-
-def test_every_function_that_reads_is_reached_by_a_reader(fuzzer):
-    reached = set()
-
-    def trace(frame, event, _):
-        if event == "call":
-            reached.add(f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}")
-
-    for name, (_, read) in READERS.items():
-        folder = fuzzer.folder(name)
-        sys.setprofile(trace)
+    def read(name, folder):
+        sys.settrace(trace)
         try:
-            read(folder)
+            READERS[name][1](folder)
+        except ValueError as error:  # problem_of allows it
+            raise AssertionError("a valid input is refused") from error
         finally:
-            sys.setprofile(None)
+            sys.settrace(None)
+
+    problems = {name: problem_of(partial(read, name), fuzzer.folder(name)) for name in READERS}
+    return problems, {f"{Path(file).name}:{name}" for file, name in called}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_the_valid_input_is_read(name, valid):
+    assert valid[0][name] is None
+
+
+def test_every_input_is_read_or_refused_in_one_line(fuzzer, monkeypatch):
+    """20 inputs for each reader. `make fuzz` tries more."""
+    met, structured = set(), dict(mutators.STRUCTURED)
+
+    def noting(change):
+        return lambda rng, content: met.add(change) or change(rng, content)
+
+    for suffix, change in structured.items():
+        monkeypatch.setitem(mutators.STRUCTURED, suffix, noting(change))
+    others = mutators.raw, mutators.recipe
+    for change in others:
+        monkeypatch.setattr(mutators, change.__name__, noting(change))
+    failures = fuzz(20 * len(READERS), 0, fuzzer)
+    assert not failures, "\n\n".join(f"{name}, seed {seed!r}: {text}" for name, seed, text in failures[:5])
+    assert met == {*structured.values(), *others}
+
+
+def test_every_function_that_reads_is_reached_by_a_reader(valid):
+    reached = valid[1]
     files = [*(ROOT / "nanoip2p").rglob("*.py"), *ROOT.glob("*.py")]
     readers = set()
     for path in files:

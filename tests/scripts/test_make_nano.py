@@ -1,6 +1,7 @@
 """The recipe of the shipped weights runs from nothing, and goes on where it was stopped."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from nanoip2p.common.files import read_json
 from nanoip2p.editor import Editor
 from nanoip2p.images import open_image
 from nanoip2p.text_to_image import TextToImage
+from nanoip2p.unet import UNetConfig
 
 SCRIPT = Path(__file__).resolve().parents[2] / "weights" / "make_nano.py"
 
@@ -27,17 +29,21 @@ def test_from_nothing_to_folders_that_edit(make_nano, tmp_path, monkeypatch):
     folder = tmp_path / "ship" / "nano-ip2p"
     least = {f"clip_{name}threshold": -1.0 for name in ("", "dir_", "img_")}  # nothing is learned in a step
     monkeypatch.setattr(make_nano, "PAIRS", make_nano.PAIRS | least | {"n_samples": 1, "steps": 1})
-    monkeypatch.setattr(make_nano, "RECIPE", [*make_nano.RECIPE, "--sample-every", 0, "--validate-every", 0])
-    monkeypatch.setattr(make_nano, "DISTILL_RUN", [*make_nano.DISTILL_RUN, "--validate-every", 0])
+    few = ["--batch-size", 2, "--sample-every", 0, "--validate-every", 0]
+    monkeypatch.setattr(make_nano, "RECIPE", [*make_nano.RECIPE, *few])
+    monkeypatch.setattr(make_nano, "DISTILL_RUN", [*make_nano.DISTILL_RUN, *few])
+    for name, widths in (("UNET", (16, 32, 32)), ("SD_UNET", (16, 16, 16))):
+        monkeypatch.setattr(make_nano, name, getattr(make_nano, name) | {"block_out_channels": widths})
     monkeypatch.setattr(make_nano, "TOKENIZER_SCENES", 100)
+    monkeypatch.setattr("train.VALIDATION_SAMPLES", 2)
     monkeypatch.setattr("train_vae.SCALE_PICTURES", 16)
     monkeypatch.setattr(make_nano.demo, "EDITS", {"house": ("make it night",)})
 
     def make(*editor_steps):
         code = make_nano.main([str(word) for word in (
             "--out", tmp_path / "runs", "--ship", folder.parent, "--vae-steps", 2, "--decoder-steps", 1,
-            "--clip-steps", 1, "--wording-steps", 1, "--sd-steps", 1, "--captions", 32, "--editor-steps",
-            *editor_steps, "--pairs", 32, "--prompts", 40, "--paper-steps", 1, 1, "--distill-steps", 1,
+            "--clip-steps", 1, "--wording-steps", 1, "--sd-steps", 1, "--captions", 4, "--editor-steps",
+            *editor_steps, "--pairs", 4, "--prompts", 40, "--paper-steps", 1, 1, "--distill-steps", 1,
             "--device", "cpu")])
         assert code == 0
         return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
@@ -93,6 +99,12 @@ def test_the_shipped_settings_are_those_of_the_recipe(make_nano):
                          ("nano-ip2p-4step", make_nano.DEFAULTS | make_nano.STUDENT_DEFAULTS),
                          ("nano-ip2p-paper", make_nano.PAPER_EDITOR_DEFAULTS)):
         assert read_json(shipped / name / "defaults.json") == wanted, name
+        settings = make_nano.SD_UNET if name == "nano-sd" else make_nano.UNET
+        if name == "nano-ip2p-paper":  # starts from nano-sd
+            settings = make_nano.SD_UNET | {"in_channels": 8}
+        config = json.loads(json.dumps(UNetConfig(**settings).to_json()))  # lists for tuples
+        assert {key: value for key, value in read_json(shipped / name / "unet/config.json").items()
+                if key in config} == config
 
 
 def test_the_default_steps_are_one_number_for_each_run(make_nano, monkeypatch):

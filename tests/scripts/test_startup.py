@@ -24,59 +24,61 @@ SUBCOMMANDS = {
     "make_dataset.py": ["", "captions", "captions prepare-finetune", "captions finetune", "pairs", "pair",
                         "show"],
     "nanoip2p/evaluate/__main__.py": ["", "scenes", "captions", "curve", "calls", "magicbrush"]}
-COMMANDS = [[script, *words.split()] for script, several in SUBCOMMANDS.items() for words in several]
 NEEDLESS = {"torch._dynamo", "torch._inductor", "torch.distributed.fsdp", "sympy", "openai", "matplotlib",
             "pyarrow", "gguf", "huggingface_hub", "triton"}
-# Runs argv as `python script` or `python -m` do; the last line of its output lists the modules
+# Runs each argv as `python script` or `python -m` do; the last line of its output lists codes and modules
 PROBE = """
 import json, runpy, sys
-sys.argv = sys.argv[1:]
+commands, codes = json.loads(sys.argv[1]), []
 sys.path.insert(0, "")
-try:
-    code = runpy.run_path(sys.argv[0], run_name="__main__")
-except SystemExit as error:
-    code = error.code
+for sys.argv in commands:
+    try:
+        codes.append(runpy.run_path(sys.argv[0], run_name="__main__"))
+    except SystemExit as error:
+        codes.append(error.code)
 print()
-print(json.dumps([code, list(sys.modules)]))
+print(json.dumps([codes, list(sys.modules)]))
 """
 
 
-def modules(*words):
-    """The exit code of a command, and the names of all modules that it imported."""
-    done = subprocess.run([sys.executable, "-c", PROBE, *map(str, words)], cwd=ROOT, capture_output=True,
+def modules(*commands):
+    """The exit codes of commands that run one after another, and the names of all modules they imported."""
+    words = json.dumps([list(map(str, command)) for command in commands])
+    done = subprocess.run([sys.executable, "-c", PROBE, words], cwd=ROOT, capture_output=True,
                           text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    code, names = json.loads(done.stdout.splitlines()[-1])
-    return code, set(names)
+    codes, names = json.loads(done.stdout.splitlines()[-1])
+    return codes, set(names)
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_help_and_wrong_flags_need_no_torch(command):
-    for flag, expected in (("--help", 0), ("--version", 0), ("--no-such-flag", 2)):
-        code, names = modules(*command, flag)
-        assert code == expected
-        assert not names & {"torch", "openai", "tokenizers", "safetensors"}, flag
+@pytest.mark.parametrize("script", SUBCOMMANDS)
+def test_help_and_wrong_flags_need_no_torch(script):
+    commands = [[script, *words.split(), flag] for words in SUBCOMMANDS[script]
+                for flag in ("--help", "--version", "--no-such-flag")]
+    codes, names = modules(*commands)
+    assert codes == [0, 0, 2] * len(SUBCOMMANDS[script]), commands
+    assert not names & {"torch", "openai", "tokenizers", "safetensors"}
 
 
 def test_an_edit_imports_what_it_needs(tmp_path):
-    code, names = modules("sample.py", "--input", "weights/nano-ip2p/examples/house.png", "--edit", "red",
-                          "--steps", 1, "--device", "cpu", "--output", tmp_path / "night.png")
-    assert (code, (tmp_path / "night.png").exists()) == (0, True)
+    codes, names = modules(["sample.py", "--input", "weights/nano-ip2p/examples/house.png", "--edit", "red",
+                            "--steps", 1, "--device", "cpu", "--output", tmp_path / "night.png"])
+    assert (codes, (tmp_path / "night.png").exists()) == ([0], True)
     assert "torch" in names and not names & NEEDLESS
 
 
 def test_a_check_of_training_imports_what_it_needs():
-    code, names = modules("train.py", "--check", "--data", "scenes", "--pairs", 40, "--device", "cpu",
-                          "--weights", "weights/nano-sd")
-    assert code == 0 and "torch" in names and not names & NEEDLESS
+    codes, names = modules(["train.py", "--check", "--data", "scenes", "--pairs", 40, "--device", "cpu",
+                            "--weights", "weights/nano-sd"])
+    assert codes == [0] and "torch" in names and not names & NEEDLESS
 
 
 def test_pairs_import_what_they_need(tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"input": "a red house", "edit": "paint it blue", "output": "a blue house"}')
-    code, names = modules("make_dataset.py", "pairs", "--prompts", prompts, "--out", tmp_path / "out",
-                          "--weights", "weights/nano-sd", "--n-samples", 1, "--steps", 1, "--dtype", "fp32",
-                          "--device", "cpu")
-    assert code == 0 and (tmp_path / "out" / "0000000").exists() and not names & NEEDLESS
+    codes, names = modules(["make_dataset.py", "pairs", "--prompts", prompts, "--out", tmp_path / "out",
+                            "--weights", "weights/nano-sd", "--n-samples", 1, "--steps", 1, "--dtype", "fp32",
+                            "--device", "cpu"])
+    assert codes == [0] and (tmp_path / "out" / "0000000").exists() and not names & NEEDLESS
 
 
 def test_the_names_in_flags_are_those_of_the_tables():

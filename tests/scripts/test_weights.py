@@ -1,5 +1,6 @@
 """The shipped nano weights: their size, opening by diffusers and transformers, the README's edits."""
 
+from functools import partialmethod
 from pathlib import Path
 
 import demo
@@ -42,7 +43,8 @@ def test_nano_sd_paints_what_nano_clip_reads_and_what_diffusers_paints():
     chosen = pair_settings({}, WEIGHTS / "nano-sd", painter.defaults)
     scenes = distinct_scenes(32)
     args = evaluate.make_parser().parse_args(
-        ["captions", "--clip", str(chosen.clip), "--n", "32", "--steps", "8", "--device", "cpu"])
+        ["captions", "--clip", str(chosen.clip), "--n", "32", "--steps", "4", "--sampler", "dpmpp_2m",
+         "--device", "cpu"])
     assert captions.run(args)[1]["generated"] * 32 >= 28
 
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(WEIGHTS / "nano-sd")
@@ -74,11 +76,14 @@ def test_the_editor_reads_with_nano_clips_text_tower():
     assert clip.keys() == text.keys() and all(torch.equal(clip[key], text[key]) for key in clip)
 
 
-@pytest.mark.parametrize("name, least, steps", [
-    ("nano-ip2p", 0.5, 10), ("nano-ip2p-4step", 0.5, 4), ("nano-ip2p-paper", 0.3, 10)])
-def test_editors_edit_scenes_they_never_saw(name, least, steps):
+QUICK = {"steps": 4, "sampler": "dpmpp_2m"}  # as good as the defaults, see docs/results.md
+
+
+@pytest.mark.parametrize("name, least, settings", [
+    ("nano-ip2p", 0.5, QUICK), ("nano-ip2p-4step", 0.5, {}), ("nano-ip2p-paper", 0.3, QUICK)])
+def test_editors_edit_scenes_they_never_saw(name, least, settings):
     """Doing nothing scores 0; the README has the figures for 490."""
-    numbers = table(score_scenes(Editor.load(WEIGHTS / name, "cpu"), choose_edits(21), {"steps": steps}))[1]
+    numbers = table(score_scenes(Editor.load(WEIGHTS / name, "cpu"), choose_edits(14), settings))[1]
     assert numbers["all"]["success"] > least
 
 
@@ -105,7 +110,8 @@ def test_demo_without_weights_is_one_line(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "demo.png").exists()
 
 
-def test_masks_are_measured(capsys):
+def test_masks_are_measured(capsys, monkeypatch):
+    monkeypatch.setattr(Editor, "edit", partialmethod(Editor.edit, **QUICK))
     assert masks.main(["--n", "7"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line[5:19].strip() for line in lines[:4]] == ["none", "auto", "true", "auto, blur 4"]

@@ -33,6 +33,13 @@ def unet():
     return randomise(UNet(replace(tiny_unet(in_channels=8), block_out_channels=(16, 32))))
 
 
+def middle_unet(width):
+    """One level, with attention in the middle only: torch.compile traces it in a third of the time."""
+    return randomise(UNet(UNetConfig(
+        8, block_out_channels=(16,), layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), cross_attention_dim=width)))
+
+
 def inputs(height=12, width=8, rows=3):
     generator = torch.Generator().manual_seed(0)
     return (torch.randn(rows, 8, height, width, generator=generator), torch.tensor([431.5]),
@@ -40,10 +47,10 @@ def inputs(height=12, width=8, rows=3):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("winograd", [True, False])
 @pytest.mark.parametrize("small", [0, cpu.SMALL_MAP], ids=["plain convolutions", "laid out convolutions"])
 @pytest.mark.parametrize("size", [(12, 8), (7, 9), (2, 2), (40, 30)], ids=str)
-def test_equals_the_plain_network(unet, winograd, small, size, monkeypatch):
+def test_equals_the_plain_network(unet, small, size, monkeypatch):
+    winograd = (small == 0) == (size in [(12, 8), (2, 2)])  # each of four ways at two sizes
     monkeypatch.setattr(cpu, "SMALL_MAP", small)
     given = inputs(*size)
     plain = unet(*given)
@@ -245,6 +252,7 @@ def test_an_edit_compiles_once_for_each_size(tmp_path, monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # `compile_unet` has to raise this limit
     editor = Editor.load(write_tiny_editor(tmp_path), "cpu")
+    editor.unet = middle_unet(32)
 
     def edit(side, text):
         return editor.edit([Image.new("RGB", (side, side), "red")], [text], 3, resolution=side, seed=0)[0]
@@ -285,9 +293,9 @@ def test_a_cpu_needs_neither_triton_nor_the_tuner(tmp_path):
     assert done.returncode == 0 and "needs CUDA" in done.stdout, done.stderr
 
 
-def test_attention_is_measured_before_a_size_is_compiled(unet, monkeypatch):
+def test_attention_is_measured_before_a_size_is_compiled(monkeypatch):
     """The first call of each size and number of texts is not compiled. All calls have equal results."""
-    calls, recorded = [], []
+    unet, calls, recorded = middle_unet(12), [], []
 
     def chooses(q, k, v, heads, map_from=None):
         (recorded if torch.compiler.is_compiling() else calls).append(len(v))
