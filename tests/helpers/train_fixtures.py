@@ -5,12 +5,16 @@ from tiny_editor import write_tiny_editor
 
 
 @pytest.fixture(scope="module")
-def little_validation():
-    """Runs validate on 8 samples."""
+def quick_runs():
+    """Runs validate on 8 samples, and draw no loss.png, which takes longer than a short run. Yields the
+    function that draws it."""
     import train
+    from nanoip2p.training import run_folder as runs
+    plot_log = runs.plot_log
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "VALIDATION_SAMPLES", 8)
-        yield
+        patch.setattr(runs, "plot_log", lambda run: True)
+        yield plot_log
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
+from PIL import Image
 from torch.distributed import run as torchrun
 
 import train
@@ -140,8 +141,9 @@ def ended(child: int) -> int | str:
 def main() -> None:
     torch.set_num_threads(1)
     torch.nn.Embedding(1, 1, device="meta")  # the first one imports modules for seconds, as the next line
-    for name in ("torch._dynamo", "torch.distributed.optim"):
+    for name in ("torch._dynamo", "torch.distributed.optim", "nanoip2p.training.cache"):
         importlib.import_module(name)
+    Image.init()  # imports what reads each kind of picture
     train.VALIDATION_SAMPLES = 8
     for line in sys.stdin:
         children = []
@@ -169,8 +171,8 @@ def main() -> None:
 OCCUPY = """
 import os, sys
 from pathlib import Path
-from nanoip2p.training import run_folder as runs
-with runs.occupied(Path(sys.argv[1])):
+from nanoip2p.common import files
+with files.locked(Path(sys.argv[1]) / ".lock"):
     if os.fork():
         print("at it", flush=True)
     sys.stdin.read()
@@ -179,7 +181,10 @@ with runs.occupied(Path(sys.argv[1])):
 
 @contextmanager
 def occupying(folder: Path):
-    """A process that occupies a run's folder. It has a child, like a data loader; both end with the block."""
+    """A process that locks a run's folder. It has a child, like a data loader; both end with the block.
+
+    It locks as run_folder.occupied does, but does not import torch, which takes seconds.
+    """
     process = subprocess.Popen([sys.executable, "-c", OCCUPY, folder], cwd=ROOT, text=True,
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:

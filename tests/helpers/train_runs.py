@@ -1,7 +1,12 @@
-"""Flags for small runs of train.py, and readers of the files of a run."""
+"""Flags and data for small runs of train.py, and readers of the files of a run."""
 
 import json
 
+import torch
+from PIL import Image
+
+from nanoip2p.dataset.layouts import Pair
+from nanoip2p.dataset.rendered import scene_pairs
 from nanoip2p.training import run_folder as runs
 from nanoip2p.world.scenes import random_scene
 
@@ -23,6 +28,14 @@ def write_pictures(root, count=12):
         seeds.append([path.name, names])
     (root / "seeds.json").write_text(json.dumps(seeds))
     return root
+
+
+def write_pairs(folder):
+    """10 pairs of 12 or more pictures: scenes, and files of an odd size."""
+    for i in range(2):
+        noise = torch.randint(256, (41, 57, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
+        Image.fromarray(noise.numpy()).save(folder / f"{i}.png")
+    return [*scene_pairs(9), Pair(folder / "0.png", "swap the colours", folder / "1.png")]
 
 
 def words(start, out, *more, data="scenes"):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from comparing import relative_error
-from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_editor import write_tiny_editor
 from torch.utils.data import DataLoader, Dataset
+from train_runs import write_pairs
 
 from nanoip2p.checkpoint.load import load_model
 from nanoip2p.dataset.layouts import Pair, load_picture
@@ -25,13 +25,9 @@ HALF = 2e-3  # relative: float16 has 11 bits, so this leaves room for sums in an
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return write_tiny_editor(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture
-def model(tiny):
-    return load_model(tiny)
+def model(start):
+    """No test changes it."""
+    return load_model(start)
 
 
 def filled(folder, pairs, model, resolution=32, flips=True, skip_bad=False, rank=0, ranks=1):
@@ -46,13 +42,18 @@ def opened(*about, **settings):
 
 
 @pytest.fixture
-def pairs(tmp_path, monkeypatch):
-    """10 pairs of 12 or more pictures: scenes, and files of an odd size, in shards of 4."""
-    monkeypatch.setattr(module, "SHARD", 4)
-    for i in range(2):
-        noise = torch.randint(256, (41, 57, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
-        Image.fromarray(noise.numpy()).save(tmp_path / f"{i}.png")
-    return [*scene_pairs(9), Pair(tmp_path / "0.png", "swap the colours", tmp_path / "1.png")]
+def pairs(tmp_path):
+    return write_pairs(tmp_path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def whole_cache(model, tmp_path_factory):
+    """Pairs and the folder of their cache. No test changes them. In this module, files have up to 4 rows."""
+    root = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "SHARD", 4)
+        filled(root / "cache", pairs := write_pairs(root), model)
+        yield pairs, root / "cache"
 
 
 def files(folder):
@@ -184,9 +185,10 @@ def changed(name, model, pairs):
     ("autoencoder", "autoencoder"), ("text encoder", "text encoder"), ("tokenizer", "text encoder"),
     ("file", "dataset"), ("pairs", "dataset"), ("text", "dataset"), ("resolution", "resolution = 32, not 16"),
     ("flips", "flips = True, not False")])
-def test_a_cache_of_something_else_is_refused_and_says_what(model, pairs, tmp_path, name, message):
-    folder = tmp_path / "cache"
-    filled(folder, pairs, model)
+def test_a_cache_of_something_else_is_refused_and_says_what(start, pairs, tmp_path, name, message):
+    folder, model = tmp_path / "cache", load_model(start)
+    Cache(folder, pairs, model, 32, True)
+    (folder / "texts-00000.safetensors").touch()
     before, other = files(folder), changed(name, model, pairs)
     error = one_line(message, lambda: Cache(folder, *other))
     assert str(folder) in error and "--cache" in error
@@ -220,9 +222,8 @@ def test_a_folder_of_other_things_is_refused(model, pairs, tmp_path):
 @pytest.mark.parametrize("breakage", [
     lambda content: content[:-100], lambda content: b"", lambda content: b"\0" * len(content),
     lambda content: content.replace(b'"moments"', b'"momentS"')])
-def test_a_damaged_file_is_named_with_a_remedy_that_works(model, pairs, tmp_path, breakage):
-    folder = tmp_path / "cache"
-    filled(folder, pairs, model)
+def test_a_damaged_file_is_named_with_a_remedy_that_works(model, whole_cache, tmp_path, breakage):
+    pairs, folder = whole_cache[0], shutil.copytree(whole_cache[1], tmp_path / "cache")
     shard, whole = folder / "pictures-00001.safetensors", files(folder)
     shard.write_bytes(breakage(shard.read_bytes()))
     assert shard.read_bytes() != whole[shard.name]
@@ -237,19 +238,19 @@ def test_a_damaged_file_is_named_with_a_remedy_that_works(model, pairs, tmp_path
     lambda rows: rows.float(), lambda rows: rows[1:], lambda rows: rows[..., 1:], lambda rows: rows[:, None],
     lambda rows: torch.cat([rows, rows])])
 @pytest.mark.parametrize("name", ["texts-00000", "pictures-00001"])
-def test_stored_rows_of_another_shape_or_dtype_are_named(model, pairs, tmp_path, name, change):
-    filled(tmp_path / "cache", pairs, model)
-    path = tmp_path / "cache" / f"{name}.safetensors"
+def test_stored_rows_of_another_shape_or_dtype_are_named(model, whole_cache, tmp_path, name, change):
+    pairs, folder = whole_cache[0], shutil.copytree(whole_cache[1], tmp_path / "cache")
+    path = folder / f"{name}.safetensors"
     (key, rows), = load_file(path).items()
     save_file({key: change(rows).contiguous()}, path)
-    one_line(f"{path} is damaged .*delete that file", lambda: opened(tmp_path / "cache", pairs, model))
+    one_line(f"{path} is damaged .*delete that file", lambda: opened(folder, pairs, model))
 
 
-def test_an_infinite_row_is_no_row(model, pairs, tmp_path):
-    filled(tmp_path / "cache", pairs, model)
-    path = tmp_path / "cache" / "texts-00000.safetensors"
+def test_an_infinite_row_is_no_row(model, whole_cache, tmp_path):
+    pairs, folder = whole_cache[0], shutil.copytree(whole_cache[1], tmp_path / "cache")
+    path = folder / "texts-00000.safetensors"
     save_file({"texts": load_file(path)["texts"].fill_(torch.inf)}, path)
-    one_line("was broken", lambda: opened(tmp_path / "cache", pairs, model).row(""))
+    one_line("was broken", lambda: opened(folder, pairs, model).row(""))
 
 
 def test_broken_pictures_are_named_or_left_out(model, pairs, tmp_path):
@@ -265,7 +266,8 @@ def test_broken_pictures_are_named_or_left_out(model, pairs, tmp_path):
     assert sum(row.isnan().all() for path in folder.glob("p*") for row in load_file(path)["moments"]) == 1
 
 
-def test_numbers_beyond_float16_are_an_error(model, pairs, tmp_path):
+def test_numbers_beyond_float16_are_an_error(start, pairs, tmp_path):
+    model = load_model(start)
     with torch.no_grad():
         model.vae.quant_conv.bias[0] = 7e4
     one_line("float16", lambda: filled(tmp_path / "cache", pairs, model, skip_bad=True))
@@ -288,8 +290,8 @@ def test_finished_files_stay_when_the_disk_is_full(model, pairs, tmp_path, monke
     opened(folder, pairs, model)
 
 
-def test_networks_in_bfloat16_are_used_as_they_are(model, pairs, tmp_path):
-    rows = []
+def test_networks_in_bfloat16_are_used_as_they_are(start, pairs, tmp_path):
+    model, rows = load_model(start), []
     for name, dtype in (("a", torch.float32), ("b", torch.bfloat16)):
         model.vae.to(dtype)
         model.text_encoder.to(dtype)
@@ -309,13 +311,13 @@ class Visits(Dataset):
         return self.cache.get(self.pairs[i // 2], bool(i % 2))
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_workers_read_the_same_rows(model, pairs, tmp_path, start):
+@pytest.mark.parametrize("how, count", [("fork", 2), ("spawn", 1)])  # a spawned one takes seconds to start
+def test_workers_read_the_same_rows(model, pairs, tmp_path, how, count):
     visits = Visits(opened(tmp_path / "cache", pairs, model), pairs)
     visits.cache.get(pairs[0], False)  # the file is mapped before the workers start
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python warns of forks in general
-        batches = list(DataLoader(visits, 4, num_workers=2, multiprocessing_context=start))
+        batches = list(DataLoader(visits, 4, num_workers=count, multiprocessing_context=how))
     for i, columns in enumerate(zip(*[torch.cat(column) for column in zip(*batches)])):
         assert all(torch.equal(a, b) for a, b in zip(columns, visits[i]))
 
@@ -331,16 +333,17 @@ def resident(path):
     return total
 
 
-def test_only_the_rows_asked_for_are_read(model, tmp_path):
-    pairs = scene_pairs(32)
-    cache = opened(tmp_path / "cache", pairs, model, resolution=256)
+def test_only_the_rows_asked_for_are_read(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SHARD", 256)
+    pairs = scene_pairs(60)
+    cache = opened(tmp_path / "cache", pairs, model, resolution=128)
     path = tmp_path / "cache" / "pictures-00000.safetensors"
     size = path.stat().st_size / 1024
-    assert size > 4000 and resident(path) <= size / 4  # the kernel maps a few pages in advance
+    assert size > 2000 and resident(path) <= size / 4  # the kernel maps a few pages in advance
     cache.get(pairs[16], True)
     assert 0 < resident(path) < size / 2
     with torch.no_grad():  # a picture of the second batch
-        reference = torch.cat(model.vae.encode(to_tensor(load_picture(pairs[-1].after, 256))[None]), 1)[0]
+        reference = torch.cat(model.vae.encode(to_tensor(load_picture(pairs[-1].after, 128))[None]), 1)[0]
     assert relative_error(cache.get(pairs[-1], False)[1], reference) < HALF
     for pair in pairs:  # `resident` counts the whole file once all rows are read
         cache.get(pair, False), cache.get(pair, True)

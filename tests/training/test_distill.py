@@ -19,6 +19,7 @@ from nanoip2p.training.distill import STUDENT_DEFAULTS, Teacher, on_grid
 from nanoip2p.unet import UNet
 
 LATENTS, TEXT = (6, 4, 6, 10), (6, 5, 12)
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 def networks(in_channels):
@@ -29,6 +30,12 @@ def networks(in_channels):
         twin = diffusers.UNet2DConditionModel.from_config(config.to_json())
         twin.load_state_dict(ours.state_dict())
         yield ours, twin.eval()
+
+
+@pytest.fixture(scope="module")
+def trios():
+    """The networks by `in_channels`. No test changes them."""
+    return {in_channels: list(networks(in_channels)) for in_channels in (8, 4)}
 
 
 def tensors(in_channels):
@@ -43,11 +50,11 @@ def tensors(in_channels):
 @pytest.mark.parametrize("cfg_text, cfg_image", [
     ((3, 9), (1.2, 1.8)), ((7.5, 7.5), (1, 1)), ((1, 1), (1, 1))])
 @torch.no_grad()
-def test_the_loss_is_that_of_diffusers_parts(prediction, cfg_text, cfg_image, in_channels):
+def test_the_loss_is_that_of_diffusers_parts(trios, prediction, cfg_text, cfg_image, in_channels):
     """Guided DDIM step of the teacher, consistency functions of student and average, their distance."""
     if in_channels == 4:
         cfg_image = (1, 1)  # a text-to-image model has no picture to be guided by
-    (teacher, peer), (student, peer_student), (average, peer_average) = networks(in_channels)
+    (teacher, peer), (student, peer_student), (average, peer_average) = trios[in_channels]
     z_in, context, null, timestep, share = tensors(in_channels)
     schedule = NoiseSchedule(prediction_type=prediction)
     ours = Teacher(teacher, null, schedule.alphas_cumprod(), prediction, cfg_text, cfg_image, torch.float32)
@@ -119,17 +126,16 @@ def distilled(teacher, out, *more):
     return train.main(argv)
 
 
-def test_a_run_resumes_exactly_and_writes_an_editor_of_four_steps(tmp_path, capsys):
-    teacher = write_tiny_editor(tmp_path / "teacher")
-    assert distilled(teacher, tmp_path / "whole", "--steps", 4) == 0
-    assert distilled(teacher, tmp_path / "run", "--steps", 2) == 0
+def test_a_run_resumes_exactly_and_writes_an_editor_of_four_steps(start, tmp_path, capsys):
+    assert distilled(start, tmp_path / "whole", "--steps", 4) == 0
+    assert distilled(start, tmp_path / "run", "--steps", 2) == 0
     half = state(tmp_path / "run")
     assert train.main(["--resume", str(tmp_path / "run"), "--steps", "4"]) == 0
     wanted = state(tmp_path / "whole")
     assert state(tmp_path / "run") == wanted != half
     folder = tmp_path / "whole" / "weights"
     defaults = json.loads((folder / "defaults.json").read_text())
-    assert defaults == json.loads((teacher / "defaults.json").read_text()) | STUDENT_DEFAULTS
+    assert defaults == json.loads((start / "defaults.json").read_text()) | STUDENT_DEFAULTS
     editor = Editor.load(folder, device="cpu")
     peer = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(folder)
     assert type(peer.scheduler) is diffusers.LCMScheduler
@@ -156,9 +162,8 @@ def test_a_text_to_image_model_is_distilled_too(tmp_path):
     (["--snr-gamma", 5], "--snr-gamma"), (["--ema-device", "cpu"], "--ema-device"),
     (["--cfg-text", "much", 2], "much"), (["--cfg-image", "nan", 2], "nan"),
     (["--cfg-image", 2, 1], "--cfg-image 2.0 1.0"), (["--drop", 0.5, 0.1, 0.1], "--drop has no effect")])
-def test_what_does_not_go_with_a_teacher_is_told(tmp_path, capsys, more, named):
-    teacher = write_tiny_editor(tmp_path / "teacher")
-    assert distilled(teacher, tmp_path / "run", *more) == 2
+def test_what_does_not_go_with_a_teacher_is_told(start, tmp_path, capsys, more, named):
+    assert distilled(start, tmp_path / "run", *more) == 2
     assert named in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
@@ -169,9 +174,9 @@ def test_a_teacher_takes_pictures(tmp_path, capsys):
 
 @pytest.mark.parametrize("more", [[], ["--lora", 2]])
 @pytest.mark.parametrize("changed", ["weights", "scales"])
-def test_a_run_does_not_go_on_with_another_teacher(tmp_path, capsys, changed, more):
-    teacher, out = write_tiny_editor(tmp_path / "teacher"), tmp_path / "run"
-    argv = words(teacher, out, "--steps", 1, *more)
+def test_a_run_does_not_go_on_with_another_teacher(start, tmp_path, capsys, changed, more):
+    teacher, out = shutil.copytree(start, tmp_path / "teacher"), tmp_path / "run"
+    argv = words(teacher, out, "--steps", 1, "--validate-every", 0, *more)
     argv[argv.index("--weights")] = "--distill"
     assert train.main(argv) == 0
     before = state(out) if not more else None

@@ -32,7 +32,7 @@ from nanoip2p.world.scenes import random_scene
 
 FILES = ("lora.safetensors", "lora-kohya.safetensors")
 LAYERS = ("attention", "all")
-pytestmark = pytest.mark.usefixtures("little_validation")
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 @pytest.fixture(scope="module")
@@ -145,20 +145,27 @@ def test_the_files_are_the_change_of_the_weights(made, start, wide, channels, la
     assert wanted["conv_in.weight"][:, 4:].abs().amin() > 0
 
 
+@pytest.fixture(scope="module")
+def pipes(start, wide):
+    """The pipelines of diffusers for the two bases of `made`."""
+    load = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained
+    return {8: load(start), 4: load(wide)}
+
+
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("channels", [8, 4])
-def test_diffusers_reads_the_files(made, start, wide, channels, layers, file):
+def test_diffusers_reads_the_files(made, pipes, channels, layers, file):
     """And predicts what the run's weights predict."""
     pytest.importorskip("peft")
-    base, out = wide if channels == 4 else start, made[layers, channels]
-    pipe = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(base)
-    pipe.load_lora_weights(out, weight_name=file)
+    pipe, out = pipes[channels], made[layers, channels]
     latents, text = torch.randn(2, 8, 8, 8), torch.randn(2, 5, 32)
     with torch.no_grad():
+        unchanged = pipe.unet(latents, 500, text).sample
+        pipe.load_lora_weights(out, weight_name=file)
         theirs = pipe.unet(latents, 500, text).sample
+        pipe.unload_lora_weights()
         ours = load_model(out / "weights").unet(latents, 500, text)
-        unchanged = load_model(base).unet(latents, 500, text)
     assert relative_error(ours, theirs) < 1e-5 < 0.01 < relative_error(unchanged, theirs)
 
 
@@ -214,8 +221,9 @@ def test_the_sheet_shows_what_the_weights_do(made, start, tmp_path, dtype):
 
 
 @pytest.mark.parametrize("more", [
-    ["--accumulate", 2], ["--ema-device", "cpu", "--recompute"], ["--dtype", "bf16", "--snr-gamma", 5],
-    ["--lora-layers", "all", "--compile"], ["--text-to-image"], ["--distill"]], ids=lambda more: more[-1])
+    ["--accumulate", 2, "--ema-device", "cpu", "--recompute"],
+    ["--dtype", "bf16", "--snr-gamma", 5, "--lora-layers", "all", "--compile"],
+    ["--text-to-image"], ["--distill"]], ids=lambda more: more[-1])
 def test_a_resumed_run_equals_one_that_never_stopped(start, painter, tmp_path, monkeypatch, more):
     base, taught = painter if more[0] == "--text-to-image" else start, more == ["--distill"]
     monkeypatch.setattr(torch, "compile", lambda network: network)  # compiling takes seconds
@@ -271,11 +279,10 @@ def test_the_average_and_the_teacher_share_the_frozen_weights(start, tmp_path):
 @pytest.mark.parametrize("dtype, close", [("fp32", 1e-5), ("bf16", 0.1)])
 def test_ranks_train_what_one_would(start, launch, tmp_path, dtype, close):
     told = tmp_path / "told"
-    for name, ranks, accumulate in (("one", 1, 2), ("two", 2, 1)):
-        argv = words(start, tmp_path / name, "--steps", 3, "--lora", 3, "--accumulate", accumulate,
-                     "--dtype", dtype)
-        [codes] = launch({"argv": argv, "ranks": ranks, "err": str(told)})
-        assert codes == [0] * ranks, told.read_text()[-3000:]
+    jobs = [{"argv": words(start, tmp_path / name, "--steps", 3, "--lora", 3, "--accumulate", accumulate,
+                           "--dtype", dtype), "ranks": ranks, "err": str(told)}
+            for name, ranks, accumulate in (("one", 1, 2), ("two", 2, 1))]
+    assert launch(*jobs) == [[0], [0, 0]], told.read_text()[-3000:]
     for part in STATE:
         one, two = (load_file(runs.newest_checkpoint(tmp_path / name)[0] / f"{part}.safetensors")
                     for name in ("one", "two"))

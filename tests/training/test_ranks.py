@@ -88,7 +88,7 @@ def test_only_one_rank_prints(run_of, told):
 
 def test_the_command_that_users_type(start, folder, tmp_path):
     """Other tests let torchrun's code fork the ranks, which is quick. Here it starts Python for each rank."""
-    argv = words(start, tmp_path / "run", "--steps", 1, *MORE, data=folder)
+    argv = words(start, tmp_path / "run", "--steps", 1, "--validate-every", 0, data=folder)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*torchrun, "train.py", *argv], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -97,12 +97,13 @@ def test_the_command_that_users_type(start, folder, tmp_path):
 
 
 def test_ranks_fill_a_cache_together(start, folder, launch, tmp_path):
-    outs, filled = [tmp_path / name for name in ("one", "halves")], []
+    outs, jobs = [tmp_path / name for name in ("one", "halves")], []
     for out in outs:
         ranks, *flags = RUNS[out.name]
         argv = words(start, out, "--steps", 3, *MORE, *flags, "--cache", out / "latents", data=folder)
-        assert launch({"argv": argv, "ranks": ranks}) == [[0] * ranks]
-        filled.append({path.name: path.read_bytes() for path in (out / "latents").iterdir()})
+        jobs.append({"argv": argv, "ranks": ranks})
+    assert launch(*jobs) == [[0], [0, 0]]
+    filled = [{path.name: path.read_bytes() for path in (out / "latents").iterdir()} for out in outs]
     assert_same(*outs)
     assert len(filled[0]) == 3 and filled[0] == filled[1]
 
@@ -160,7 +161,7 @@ def test_sigterm_to_torchrun_saves_and_the_run_goes_on(start, folder, run_of, la
 
 def test_a_rank_that_dies_ends_the_job_and_the_run_goes_on(start, folder, run_of, launch, tmp_path):
     run = tmp_path / "run"
-    code, told = under_torchrun(start, folder, launch, run, "--timeout", 5, signal=signal.SIGKILL,
+    code, told = under_torchrun(start, folder, launch, run, "--timeout", 3, signal=signal.SIGKILL,
                                 **{"in": "step", "of": 1})
     assert code != 0 and "SIGKILL" in told
     assert runs.newest_checkpoint(run)[1]["step"] in (1, 2)
