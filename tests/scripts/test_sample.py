@@ -1087,7 +1087,7 @@ def test_a_mask_without_white_in_one_crop_leaves_that_picture_out(run, capsys):
     white.save("mask.png")
     Image.open("house.png").resize((100, 30)).save("flat.png")
     assert run("--input", "house.png", "flat.png", "--edit", "red", *SHARP, "--output", "a/") == 1
-    assert files("a") == ["house.png"] and "not made: flat.png: scaled" in capsys.readouterr().err
+    assert files("a") == ["house.png"] and "not made: flat.png: the mask" in capsys.readouterr().err
 
 
 def test_a_mask_smaller_than_its_blur_still_edits(run):
