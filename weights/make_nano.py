@@ -31,7 +31,7 @@ from pathlib import Path
 import demo
 import torch
 import torch.nn.functional as F
-from run_scripts import make_pairs, train_run
+from run_scripts import call, make_dataset, train_run
 from teach_wordings import FIRST, teach
 from train_tokenizer import train_tokenizer
 from train_vae import SIZE, fit, make_vae, picture, sharpen_vae
@@ -43,8 +43,8 @@ from nanoip2p.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Te
 from nanoip2p.common import cli
 from nanoip2p.common.cli import at_least
 from nanoip2p.common.device import pick_device
-from nanoip2p.common.files import CHECKOUT, check_writable, write_json
-from nanoip2p.dataset.rendered import draw_edit, pick
+from nanoip2p.common.files import CHECKOUT, check_writable, replacing, write_json
+from nanoip2p.dataset.rendered import draw_edit, draw_scenes, pick
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.tokenizer import load_tokenizer
 from nanoip2p.training.distill import STUDENT_DEFAULTS
@@ -69,12 +69,12 @@ SD_RUNS = (["--lr", 1e-3, "--text-to-image"],)  # the shipped nano-sd was traine
 EDITOR_RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--kind-weights", 1.2, 2, 2, 1, 0.8, 1, 0.8],
                ["--lr", 8e-4, "--dtype", "fp32", "--kind-weights", 1.6, 2, 2, 1.6, 0.5, 0.7, 0.6])
 # The editor made as in the paper starts from nano-sd and trains on fewer pairs, painted by nano-sd
-PAPER_EDITOR_RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--no-flip"],) * 2
+PAPER_EDITOR_RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--no-flip"],) * 3
 # The student of the editor, see training/distill.py
 DISTILL_RUN = ["--preset", "nano", "--lr", 2e-4, "--dtype", "fp32",
                "--kind-weights", 1.2, 2, 2, 1, 0.8, 1, 0.8]
 DEFAULTS = {"resolution": 64, "steps": 20, "cfg_text": 2.0, "cfg_image": 1.0, "sampler": "euler_ancestral"}
-PAPER_EDITOR_DEFAULTS = DEFAULTS | {"cfg_image": 1.5}
+PAPER_EDITOR_DEFAULTS = DEFAULTS | {"cfg_image": 1.5, "cfg_text": 3.0}
 SD_DEFAULTS = DEFAULTS | {"cfg_text": 3.0}
 # Defaults of `make_dataset.py pairs` for nano-sd; nano CLIP's similarities are larger than CLIP's. 76% of the
 # candidates pass, so four passing pairs of each prompt cost a third of the best four of 20
@@ -175,6 +175,20 @@ def start_folder(folder: Path, unet_settings: dict, defaults: dict, out: Path, v
     return folder
 
 
+def paper_prompts(path: Path, count: int, local: int) -> Path:
+    """Write `count` triplets with all kinds of edits, then `local` triplets that only edit a thing.
+
+    Few pairs teach edits of the ground, the weather and the time; edits of a thing need more. A caption names
+    the things before its first comma.
+    """
+    rows = draw_scenes(count + 4 * local, 0)
+    things = [row for row in rows[count:]
+              if row["input"].partition(",")[2] == row["output"].partition(",")[2]]
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows[:count] + things[:local]))
+    return path
+
+
 def trained(run: Path, weights: Path, steps: list[int], recipes: tuple, pairs: int, device: str,
             data: str | Path = "scenes") -> Path:
     """Train in one run for each of `steps`, from the weights of the run before. Returns the last weights."""
@@ -218,8 +232,10 @@ def make(args: argparse.Namespace) -> None:
     painter = start_folder(args.out / "sd-start", SD_UNET, SD_DEFAULTS, *stages)
     painter = trained(args.out / "sd", painter, args.sd_steps, SD_RUNS, args.captions, device)
     write_json(PAIRS | {"clip": str(clip.resolve())}, painter / "pairs.json")
-    pairs = make_pairs(
-        args.out / "prompts.jsonl", args.prompts, args.out / "pairs", painter, "--device", device)
+    prompts = paper_prompts(args.out / "prompts.jsonl", args.prompts, args.local_prompts)
+    pairs = args.out / "pairs"
+    call(make_dataset.main, "pairs", "--prompts", prompts, "--out", pairs, "--weights", painter,
+         "--device", device)
     paper_editor = trained(
         args.out / "paper-editor", painter, args.paper_steps, PAPER_EDITOR_RUNS, args.pairs, device, pairs)
     editor = start_folder(args.out / "start", UNET, DEFAULTS, *stages)
@@ -248,9 +264,11 @@ def main(argv: list[str] | None = None) -> int:
                         help="training steps, 32 captioned pictures each")
     parser.add_argument("--captions", type=at_least(1), default=60_000, help="captioned renders for nano-sd")
     parser.add_argument("--prompts", type=at_least(40), default=1091, help="captions to make pairs from")
+    parser.add_argument("--local-prompts", type=at_least(0), default=850,
+                        help="more such captions, only with edits of a thing")
     parser.add_argument("--paper-steps", type=at_least(1), nargs=len(PAPER_EDITOR_RUNS),
-                        default=(2400, 3700), metavar="STEPS",
-                        help="training steps of the paper editor's two runs, 32 filtered pairs each")
+                        default=(2400, 3700, 1600), metavar="STEPS",
+                        help="training steps of the paper editor's three runs, 32 filtered pairs each")
     parser.add_argument("--editor-steps", type=at_least(1), nargs=len(EDITOR_RUNS), default=(3700, 7400),
                         metavar="STEPS", help="training steps of the editor's two runs, 32 pairs each")
     parser.add_argument("--distill-steps", type=at_least(1), default=1600,

@@ -43,8 +43,8 @@ def test_from_nothing_to_folders_that_edit(make_nano, tmp_path, monkeypatch):
         code = make_nano.main([str(word) for word in (
             "--out", tmp_path / "runs", "--ship", folder.parent, "--vae-steps", 2, "--decoder-steps", 1,
             "--clip-steps", 1, "--wording-steps", 1, "--sd-steps", 1, "--captions", 4, "--editor-steps",
-            *editor_steps, "--pairs", 4, "--prompts", 40, "--paper-steps", 1, 1, "--distill-steps", 1,
-            "--device", "cpu")])
+            *editor_steps, "--pairs", 4, "--prompts", 40, "--local-prompts", 3,
+            "--paper-steps", 1, 1, 1, "--distill-steps", 1, "--device", "cpu")])
         assert code == 0
         return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
 
@@ -69,6 +69,13 @@ def test_from_nothing_to_folders_that_edit(make_nano, tmp_path, monkeypatch):
     assert (folder / "demo.png").exists()
     vocabularies = [folder / "tokenizer" / "vocab.json", folder.parent / "nano-clip" / "vocab.json"]
     assert vocabularies[0].read_text() == vocabularies[1].read_text()
+
+
+def test_the_last_prompts_only_edit_things(make_nano, tmp_path):
+    rows = [json.loads(line) for line in make_nano.paper_prompts(tmp_path / "p.jsonl", 40, 30).open()]
+    rest = [[row[key].split(", ", 1)[1] for key in ("input", "output")] for row in rows]
+    assert len(rows) == 70 and all(before == after for before, after in rest[40:])
+    assert {before == after for before, after in rest[:40]} == {True, False}
 
 
 def test_a_stage_stopped_half_way_ends_in_the_same_weights(make_nano, tmp_path):
