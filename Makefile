@@ -68,7 +68,7 @@ reproduce: .venv/test
 test test-fast fuzz bench: export OMP_NUM_THREADS = 1
 
 test: .venv/test
-	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 test-fast: .venv/test
 	.venv/bin/python -m pytest tests/parity -m "not full"
