@@ -223,8 +223,8 @@ def train(config: TrainConfig, model, items: list, validation_items: list, ranks
     loader = DataLoader(samples, batch_sampler=numbers, num_workers=workers, collate_fn=collate,
                         pin_memory=cuda, worker_init_fn=signals.leave_signals_to_the_parent)
     fixed = Samples(validation_items, get, 0, False, shape, timesteps, config.skip_bad)
-    count = VALIDATION_SAMPLES if config.validate_every else 0
-    validation = [trainer.to_device(batch) for batch in validation_batches(fixed, count, config.batch_size)]
+    held = validation_batches(fixed, VALIDATION_SAMPLES, config.batch_size) if config.validate_every else ()
+    validation = [trainer.to_device(batch) for batch in held]
     chosen = validation_items[:: max(1, len(validation_items) // SHEET_COLUMNS)][:SHEET_COLUMNS]
     columns = columns_of(chosen, config.resolution, config.skip_bad)
     lock = runs.occupied(config.out) if ranks.rank == 0 else nullcontext()

@@ -195,10 +195,9 @@ class Page:
             picture, given, n, mask = self.ask(visit, painted, instruction, locked, values)
             seeds = [given["seed"] + i for i in range(n)]
             before, began = self.stored(visit, given["images"]), time.monotonic()
-            where = ", only where painted" * bool(mask)
             for step, previews, results in watched(  # noqa: B007
                     self.editor, visit.stop, **given | {"seed": seeds, "batch": n}):
-                status = progress(step, given["steps"], began) + where
+                status = progress(step, given["steps"], began) + ", only where painted" * bool(mask)
                 news = {self.settings["seed"]: seeds[0], self.status: status}
                 yield news | ({self.result: (before, self.stored(visit, previews[0]))} if previews else {})
             recipe = {"input": [picture.name], "edit": [instruction], "negative": "", "weights": self.weights}

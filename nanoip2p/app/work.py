@@ -76,7 +76,9 @@ def watched(editor: Editor, stop: threading.Event, **given) -> Iterator[tuple[in
     run = ONE_AT_A_TIME.submit(editor.edit, callback=callback, **given)
     run.add_done_callback(lambda _: news.put(None))
     try:
-        yield from iter(news.get, None)
+        yield from (done for done in iter(news.get, None) if not stop.is_set())
+        if stop.is_set():
+            raise Stopped  # the page may show steps later than they are made, or the edit may be over
         yield steps, [], run.result()
     finally:
         left.set()
@@ -100,8 +102,7 @@ def write_result(image: Image.Image, mask: Image.Image | None, folder: Path, rec
         mask_path = Path(path).with_stem(f"{Path(path).stem}-mask")
         if mask:
             mask.save(mask_path)
-            hashed = file_hash(str(mask_path))
-            recipe |= {"mask": mask_path.name, "mask_blur": MASK_BLUR, "mask_hash": hashed}
+            recipe |= {"mask": mask_path.name, "mask_blur": MASK_BLUR, "mask_hash": file_hash(str(mask_path))}
         save_png(image, path, recipe, web=True)
     return [Path(path), mask_path] if mask else [Path(path)]
 

@@ -24,9 +24,9 @@ def pick_dtype(name: str | None, device: torch.device) -> str:
     """The dtype `name`; if it is None: "bf16" if `device` computes faster in bf16, else "fp32"."""
     if name is not None:
         return name
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else (
-        device.type == "cpu" and bf16_is_fast_on_this_cpu())
-    return "bf16" if fast else "fp32"
+    on_cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    on_cpu = device.type == "cpu" and bf16_is_fast_on_this_cpu()
+    return "bf16" if on_cuda or on_cpu else "fp32"
 
 
 @cache

@@ -95,7 +95,7 @@ def sample_numbers(first: int, last: int, accumulate: int, batch: int, rank: int
 
 def validation_batches(samples: Samples, count: int, batch: int) -> Iterator[dict]:
     """Yield batches of samples 0 ... count - 1, with evenly spaced timesteps and no dropped conditions."""
-    for numbers in torch.arange(count).split(batch) if count else ():
+    for numbers in torch.arange(count).split(batch):
         timesteps = (numbers + 0.5) * samples.timesteps / count
         yield collate([samples[number] for number in numbers.tolist()]) | {
             "drop": torch.ones(len(numbers)), "timestep": timesteps.long()}

@@ -65,6 +65,20 @@ def test_stop_ends_an_edit_within_a_step(editor, monkeypatch):
     assert calls.count(True) <= 3 and len(calls) < 400  # the three branches of the step that ran
 
 
+@pytest.mark.parametrize("shown", [1, 3, 5])
+def test_stop_counts_even_if_the_edit_is_over_before_its_steps_are_shown(editor, shown):
+    """A slow browser shows them later than they are made."""
+    given = GIVEN | {"images": drawing(48, 48), "instructions": "a", "steps": 5, "seed": 0}
+    stop, seen = threading.Event(), []
+    run = watched(editor, stop, **given)
+    seen += [next(run) for _ in range(shown)]
+    work.ONE_AT_A_TIME.submit(lambda: None).result()  # its one thread has ended the edit
+    stop.set()
+    with pytest.raises(Stopped):
+        seen += run
+    assert len(seen) == shown
+
+
 def test_who_leaves_stops_the_edit(editor, monkeypatch):
     calls = []
     monkeypatch.setattr(editor.unet, "forward", lambda *args, forward=editor.unet.forward, **kw: (

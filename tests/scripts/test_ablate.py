@@ -16,6 +16,7 @@ import make_dataset
 import train
 from nanoip2p.checkpoint.load import load_model
 from nanoip2p.common.files import read_rows
+from nanoip2p.dataset.config import PairSettings
 from nanoip2p.dataset.layouts import read_data
 from nanoip2p.evaluate import __main__ as evaluate
 
@@ -51,6 +52,12 @@ def asked(monkeypatch):
 
 def evaluated(*flags) -> str:
     return ablate.run(ablate.make_parser().parse_args([*map(str, flags)]))
+
+
+def test_unfiltered_pairs_meet_no_limit():
+    """pairs.json of the weights sets all of these."""
+    names = [field.name.replace("_", "-") for field in fields(PairSettings) if "threshold" in field.name]
+    assert len(names) == 4 and {f"--{name}" for name in names} <= set(ablate.PAIRS["unfiltered"])
 
 
 def test_every_variant_differs_from_the_first_by_one_choice():

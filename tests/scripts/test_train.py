@@ -295,6 +295,11 @@ def test_a_gradient_that_is_not_finite_is_never_saved(start, tmp_path, monkeypat
         assert all(tensor.isfinite().all() for tensor in load_file(path).values())
 
 
+def test_a_run_that_never_validates_encodes_no_sample_for_it(start, tmp_path, monkeypatch):
+    monkeypatch.setattr("nanoip2p.training.samples.validation_batches", lambda *_: pytest.fail("encoded"))
+    assert run(start, tmp_path / "run", "--steps", 1, "--validate-every", 0) == 0
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_picture_stops_the_run_which_goes_on_without_it(start, folder, tmp_path, capsys, workers):
     data = shutil.copytree(folder, tmp_path / "data")
