@@ -197,11 +197,12 @@ def test_a_mask_keeps_what_is_not_painted(tab, tmp_path):
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] * 0.4
     page.mouse.move(x - 50, y)
     page.mouse.down()
-    for step in range(11):
-        page.mouse.move(x - 50 + 10 * step, y)
+    for step in range(6):
+        page.mouse.move(x - 50 + 20 * step, y)
     page.mouse.up()
     page.wait_for_timeout(1000)
     say(page, "make it night")
+    fill(page, "steps", 4)
     page.click("#edit")
     wait_for_results(page, 1)
     download(page).save_as(tmp_path / "night.png")
@@ -256,7 +257,11 @@ def test_stop_while_waiting(tab):
     second.click("#edit")
     second.get_by_text(re.compile(r"queue: 1/1")).first.wait_for()
     second.click("#stop")
-    wait_for_results(first, 8)  # the other edit goes on
+    playwright.expect(second.locator("#status")).to_have_text("Stopped.", timeout=SECONDS * 1000)
+    shown = first.inner_text("#status")
+    playwright.expect(first.locator("#status")).not_to_have_text(shown)  # the other edit goes on
+    first.click("#stop")
+    playwright.expect(first.locator("#status")).to_have_text("Stopped.", timeout=SECONDS * 1000)
     second.wait_for_timeout(2000)
     assert second.locator("#history img").count() == 0 and second.inner_text("#status") == "Stopped."
 
