@@ -73,15 +73,15 @@ class Settings:
     weights: str = flag("a diffusers folder, a .safetensors or .ckpt file, or a name on the Hub",
                         "weights/nano-ip2p", group="weights and device")
     vae: str | None = flag("use this autoencoder instead of the checkpoint's: a file or folder")
-    tokenizer: str | None = flag("tokenizer of a single file of weights: a folder or a name on the Hub")
+    tokenizer: str | None = flag("tokenizer of a single-file checkpoint: a folder or a name on the Hub")
     embedding: list[str] | None = flag("a textual inversion file; may be repeated", action="append")
     lora: list[str] | None = flag("a LoRA file, or FILE:WEIGHT; may be repeated", action="append")
     raw_weights: bool | None = flag("use raw weights, not averaged ones", action=cli.SWITCH)
     device: str | None = flag("cuda, cuda:1, mps or cpu (default: the first available)")
     dtype: str = flag("half precision is faster on a GPU", "fp32", choices=cli.DTYPES)
     batch: int = flag("maximum number of pictures, of one size, in a forward pass", 8, type=at_least(1))
-    low_memory: bool = flag("compute one guidance branch at a time, keep one network on the device, and use "
-                            "VAE tiles above 768 pixels (full size), which change pictures slightly", False)
+    low_memory: bool = flag("one guidance branch at a time, one network on the device, and VAE tiles above "
+                            "768 pixels (with full-size weights), which change pictures slightly", False)
     fast: bool | None = flag("faster, equal up to rounding. On a CPU: Winograd's convolutions, with a fifth "
                              "more memory (default: on for full-size weights, from 4 steps at 256 x 256 "
                              "pixels). On CUDA: channels last and CUDA graphs, after a minute of compiling "
@@ -97,7 +97,7 @@ class Settings:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """A parser with all flags of Settings. Its help ends with the world of the nano weights."""
+    """A parser with all flags of Settings. Its help ends with the words that the nano weights know."""
     edits = {edit.kind: edit.instructions[0] for edit in scenes.random_scene("train", 0).edits()}
     words = {"things": scenes.KINDS, "colours": scenes.COLOURS, "times": scenes.TIMES,
              "weathers": scenes.WEATHERS, "grounds": scenes.GROUNDS, "places": scenes.SLOTS,
@@ -136,7 +136,7 @@ def parse(argv: list[str] | None) -> Settings:
     if settings.side_by_side and (settings.grid or settings.sweep):
         raise ValueError("--grid and --sweep show the input already; leave out --side-by-side")
     if settings.mask_invert and not settings.mask_file:
-        raise ValueError("--mask-invert is for a file; name it as --mask")
+        raise ValueError("--mask-invert is for a file; give a file as --mask")
     if not all(edit.strip() for edit in settings.edit):
         raise ValueError('an instruction is empty; say what to change, such as --edit "make it night"')
     cli.say(*(f"{settings.recipe} brings {word}" for word in brought))
@@ -151,7 +151,7 @@ def as_flags(path: str, given: dict) -> list[str]:
     """
     cli.import_torch()
     from nanoip2p.editing.recipes import read_recipe
-    recipe, argv = {"raw_text": True} | read_recipe(path), []  # the first recipes are older than raw_text
+    recipe, argv = {"raw_text": True} | read_recipe(path), []  # before raw_text, no text was cleaned
     for key, kind in typing.get_type_hints(Settings).items():
         value, name = recipe.get(key), "--" + key.replace("_", "-")
         fixed = key in (*NOT_IN_RECIPE, *given) or (key == "mask_invert" and "mask" in given)

@@ -31,7 +31,7 @@ SIMILARITIES = ("clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image")  #
 
 @dataclass(frozen=True)
 class Thresholds:
-    """The minimum similarities, in [-1, 1]: between pictures, directional, and of each caption.
+    """The minimum similarities, in [-1, 1]: of both pictures, directional, of each caption and its picture.
 
     leakage: the maximum of "leakage" (see dataset/changes.py), or None. The paper has no such threshold.
     """

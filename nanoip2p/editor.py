@@ -85,7 +85,7 @@ class Editor(Model):
         return edited[0] if single else edited
 
     def encode(self, keys: list[int], images: dict, known: dict, low_memory: bool) -> Tensor:
-        """Modes of the VAE's posterior (B, C, h, w), unscaled, for pictures of one size. Adds to `known`."""
+        """VAE posterior modes of images[key], (B, C, h, w), unscaled. Encodes the keys that `known` lacks."""
         if new := [key for key in dict.fromkeys(keys) if key not in known]:
             x = torch.stack([to_tensor(images[key]) for key in new]).to(self.unet.conv_in.weight.dtype)
             with self.on_device(self.vae, low_memory):

@@ -14,8 +14,8 @@ from nanoip2p.samplers import Denoise
 def fit_mask(mask, image: Image.Image, size: tuple[int, int]) -> Image.Image | None:
     """Stretch a mask over its picture `image`, then scale and crop it to `size` by `fit`. Returns mode L.
 
-    mask: a picture of any size as `as_image` takes it, or an array or tensor (H, W), also of bool, or None:
-    edit everywhere. PictureError if no pixel of the result is at least half white: nothing would be edited.
+    mask: what `as_image` takes, of any size; or an array or tensor (H, W), which may be bool; or None, which
+    means everywhere. PictureError if no pixel of the result is at least half white: nothing to edit.
     """
     if mask is None:
         return None

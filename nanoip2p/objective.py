@@ -76,7 +76,7 @@ def loss_weight(timestep: Tensor, alphas: Tensor, gamma: float, prediction_type:
 
 
 def learning_rate(step: int, steps: int, lr: float, warmup: int, cooldown: float) -> float:
-    """Rise linearly over `warmup` steps, stay at `lr`, fall linearly to 0 in the last fraction `cooldown`."""
+    """Linear rise in `warmup` steps, then `lr`, then linear fall to 0 in the last `cooldown` of the steps."""
     warm = min(1.0, (step + 1) / max(1, warmup))
     cool = min(1.0, (steps - step) / (cooldown * steps)) if cooldown else 1.0
     return lr * warm * cool

@@ -71,8 +71,8 @@ class TextToImage(Model):
         share = 1 if strength is None else strength
         taken = int(settings["steps"] * share)  # as in diffusers
         if taken < 1 or share > 1:
-            raise ValueError(f"a strength of {strength} cannot be used: it must be at most 1, and enough "
-                             f"for one of the {settings['steps']} steps")
+            raise ValueError(f"a strength of {strength} cannot be used: with {settings['steps']} steps, it "
+                             f"must be from 1/{settings['steps']} to 1")
         sigmas = levels.sigmas[-taken:]
         text_states = encode_texts(self.text_encoder, self.tokenizer, [negative, *captions])
         parts = [range(len(captions))[i : i + batch] for i in range(0, len(captions), batch)]

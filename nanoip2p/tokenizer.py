@@ -43,8 +43,8 @@ def clean(text: str) -> str:
     """Replace curly quotes, entities (&amp;), ligatures and full-width letters by plain characters.
 
     Also drops control characters. OpenAI's tokenizer calls ftfy for this, as does transformers 4.19 in the
-    paper's code. Our table needs no further package. It gives the result of ftfy 6.3.1 without Unicode NFC. A
-    text with a "<" keeps its entities, as in ftfy. Unlike ftfy, `clean` does not repair mojibake, and keeps
+    paper's code. Our table needs no further package. A text with a "<" keeps its entities, as in ftfy. The
+    result is that of ftfy 6.3.1 without Unicode NFC, except that `clean` does not repair mojibake, and keeps
     &semi; and entities in capitals that HTML lacks (&EACUTE;).
     """
     before, entities = None, "<" not in text

@@ -154,7 +154,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=at_least(1), default=600, help="training steps of 32 pairs")
     parser.add_argument("--seeds", type=int, choices=range(1, SEEDS + 1), default=3, metavar="1 … 10",
                         help="editors per variant")
-    parser.add_argument("--n", type=at_least(1), default=210, help="edits that score each editor")
+    parser.add_argument("--n", type=at_least(1), default=210, help="number of edits for each score")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT",
                         help="variants to train")
     return parser

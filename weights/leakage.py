@@ -6,9 +6,9 @@ Each prompt is a caption of two things with an edit of one thing ("local") or of
 Prints, for each mode of injection, without and with `--blend auto`:
 
     elsewhere   mean |after - before| in the other two thirds over its mean in the edit's third: mean, median
-    kept        number of candidates that pass the CLIP filter of pairs.json, then of those that also pass
-                each of LIMITS (without a leakage, a candidate passes); in brackets, the shares of them that
-                change another third by more than 5 and by more than 8 levels of 255 on average
+    kept        number of candidates that pass the CLIP filter of pairs.json; then, of these, the number whose
+                leakage is at most 0.2, at most 0.3, at most 0.5, or unknown. In brackets, the shares of them
+                that change another third by more than 5 and by more than 8 levels of 255 on average
     rank        Spearman's correlation of `leakage` and "elsewhere", over candidates that have leakage
     region      share of candidates with a region, for local and global edits; then CPU seconds per candidate
 """
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> None:
         parser = cli.make_parser(description=__doc__)
         parser.add_argument("--seed", type=cli.at_least(0), default=0)
-        parser.add_argument("--n", type=cli.at_least(1), default=24, help="local prompts, and as many global")
+        parser.add_argument("--n", type=cli.at_least(1), default=24, help="number of prompts of each kind")
         args = parser.parse_args(argv)
         painter, prompts = TextToImage.load(WEIGHTS), draw_prompts(args.seed, args.n)
         settings = pair_settings({"seed": args.seed}, WEIGHTS, painter.defaults)

@@ -16,7 +16,7 @@ The stages:
     export        copies of the models in half precision
 
 Each stage reads the results of earlier stages from --out, and does nothing if its own result is complete.
-Only the exported copies and nano-sd's pairs.json are written each time.
+Only the exported copies, prompts.jsonl and nano-sd's pairs.json are written each time.
 Random numbers depend only on seed and step: a resumed run gives the same weights as an uninterrupted run. The
 repository does not contain these runs. In a fresh clone, `python train.py --weights weights/nano-ip2p --data
 scenes ...` trains the shipped editor further.
@@ -76,8 +76,8 @@ DISTILL_RUN = ["--preset", "nano", "--lr", 2e-4, "--dtype", "fp32",
 DEFAULTS = {"resolution": 64, "steps": 20, "cfg_text": 2.0, "cfg_image": 1.0, "sampler": "euler_ancestral"}
 PAPER_EDITOR_DEFAULTS = DEFAULTS | {"cfg_image": 1.5, "cfg_text": 3.0}
 SD_DEFAULTS = DEFAULTS | {"cfg_text": 3.0}
-# Defaults of `make_dataset.py pairs` for nano-sd; nano CLIP's similarities are larger than CLIP's. 76% of the
-# candidates pass, so four passing pairs of each prompt cost a third of the best four of 20
+# Defaults of `make_dataset.py pairs` for nano-sd. nano-clip's similarities are larger than CLIP's. 76% of the
+# candidates pass, so the first four that pass take a third of the time of the best four of 20
 PAIRS = {"clip": "../nano-clip", "clip_threshold": 0.8, "clip_dir_threshold": 0.7, "clip_img_threshold": 0.5,
          "min_cfg": 2.0, "max_cfg": 5.0, "n_samples": 20, "early_stop": 4, "batch": 6, "steps": 10,
          "inject": "both", "blend": "auto", "leakage_threshold": 0.3}

@@ -2,9 +2,9 @@
 
     python weights/masks.py --n 140
 
-Prints how many edits succeed, and the PSNR of the pixels that must not change (as in `python -m
-nanoip2p.evaluate scenes`): without a mask, inside the mask that `--mask auto` finds (sharp, or blurred by 4)
-and inside the true region. Also the IoU (intersection over union) of found masks and true region.
+Edits without a mask, with the mask that `--mask auto` finds (sharp, or blurred by 4), and with the true mask.
+For each, prints how many edits succeed, and the PSNR of the pixels that must not change, as in `python -m
+nanoip2p.evaluate scenes`. Also prints the IoU (intersection over union) of found and true masks.
 """
 
 import sys

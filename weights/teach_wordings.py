@@ -2,10 +2,10 @@
 
     python weights/teach_wordings.py --out runs/wordings
 
-This continues an interrupted run. The shipped CLIP already knows the wordings of today, so add yours to
-nanoip2p/world/wordings.json first. A UNet that was trained with the old text encoder (the teacher) keeps
-working with the new one (the student), without further training: the student encodes "could you paint the
-hosue violet please?" as the teacher encodes "make the house purple".
+The same command continues an interrupted run. The shipped CLIP already knows all wordings in
+nanoip2p/world/wordings.json, so first add new ones there. A UNet that was trained with the old text encoder
+(the teacher) keeps working with the new one (the student), without further training: the student encodes
+"could you paint the hosue violet please?" as the teacher encodes "make the house purple".
 
 Texts are padded to 77 tokens with the end token. The states of these tokens sum up the text, because
 attention is causal. So the loss compares the student's states of a new wording with the teacher's states of
@@ -32,13 +32,15 @@ from nanoip2p.tokenizer import load_tokenizer
 from nanoip2p.world.scenes import random_scene
 from nanoip2p.world.wordings import reword
 
-FIRST = 4  # the teacher knows the first four phrasings of each kind, and the last one
-SHORT = 48  # tokens that two of three steps use, to save time; no sentence here is longer
+# The teacher was trained on the first four phrasings of each kind, and knows all words of the last one. The
+# second term uses these five. So the text encoder is trained on one of the two held-out phrasings
+FIRST = 4
+SHORT = 48  # tokens per text in two of three steps, to save time; no text is longer. The last 10% use all 77
 KEEP = 4.0  # weight of the second term
 
 
 def draw_texts(generator: torch.Generator, batch: int) -> tuple[list[str], list[str], list[str]]:
-    """`batch` reworded instructions, the same in the teacher's words, and `batch` texts it knows."""
+    """`batch` reworded instructions, the first phrasing of these edits, and texts that the teacher knows."""
     rng, rows = random.Random(generator.initial_seed()), []
     for number in torch.randint(2**31, (batch,), generator=generator).tolist():
         scene = random_scene("train", number)

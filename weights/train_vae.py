@@ -24,7 +24,7 @@ def picture(scene) -> torch.Tensor:
 
 
 def draw_scene(generator):
-    """Draw a training scene. Half of the scenes have one edit applied: only edits make empty places."""
+    """Draw a training scene. Half of them have an edit applied: only an edit can remove all things."""
     scene = random_scene("train", int(torch.randint(2**31, (), generator=generator)))
     return draw_edit(scene.edits(), generator).scene if torch.rand((), generator=generator) < 0.5 else scene
 

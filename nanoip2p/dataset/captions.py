@@ -94,7 +94,7 @@ class Job:
         self.client, self.settings, self.todo, self.out, self.bar = client, settings, todo, out, bar
         self.counts, self.used = Counter(), Counter()  # outcomes; input and output tokens
         self.reserved = 0    # upper bound on the tokens of the open requests
-        self.shared = 0      # input tokens of the first request: no less than system prompt and examples
+        self.shared = 0      # input tokens of the first request: an upper bound for prompt and examples
         self.failures = 0    # number of captions in a row without an answer
         self.problem: Exception | None = None  # the error that ends the run
         self.signals = 0     # number of times that Ctrl-C or SIGTERM came
@@ -218,7 +218,7 @@ def known_captions(out: Path) -> set[int]:
     for path, keys in ((out, ("input", "edit", "output")), (dropped_path(out), ("input", "why"))):
         for number, row in files.read_rows(path, ".jsonl", appended=True) if path.exists() else ():
             if not all(isinstance(row.get(key), str) for key in keys):
-                raise ValueError(f"{path}, line {number} is not {{{', '.join(keys)}}}; name another --out")
+                raise ValueError(f"{path}, line {number} lacks one of {', '.join(keys)}; name another --out")
             known.add(hash(fold(row["input"])))
     return known
 
@@ -226,9 +226,9 @@ def known_captions(out: Path) -> set[int]:
 def ask_all(captions: list[str], settings: Settings, out: Path) -> str:
     """Process every caption that is not yet in OUT.jsonl or OUT.dropped.jsonl; return a summary.
 
-    captions: from `read_captions`. Needs OPENAI_API_KEY (and OPENAI_BASE_URL) in the environment. Raises
-    ValueError if the server fails or `out` cannot be written, and KeyboardInterrupt after Ctrl-C or SIGTERM
-    (see Job.run).
+    captions: from `read_captions`. Needs OPENAI_API_KEY in the environment; OPENAI_BASE_URL names a server
+    other than OpenAI's. Raises ValueError if the server fails or `out` cannot be written, and
+    KeyboardInterrupt after Ctrl-C or SIGTERM (see Job.run).
     """
     files.check_writable(out)
     try:

@@ -94,7 +94,7 @@ async def ask(resource, **request) -> dict:
 def connect(timeout: float = Settings.timeout, total: float | None = None) -> AsyncOpenAI:
     """Make the client. Raises ValueError for a missing key or an invalid OPENAI_BASE_URL.
 
-    timeout: seconds without a byte. total: seconds for a request and its whole answer; default: timeout.
+    timeout: maximum seconds without a byte. total: maximum seconds for a whole answer; default: timeout.
     """
     try:
         client = AsyncOpenAI(max_retries=SERVER_RETRIES, timeout=timeout,

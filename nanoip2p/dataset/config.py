@@ -17,7 +17,7 @@ class Settings:
     concurrency: int = flag("number of concurrent requests", 8, type=at_least(1))
     moderate: bool = flag("apply OpenAI's moderation to captions and answers, as the original does", False)
     max_tokens: int | None = flag("limit on the input plus output tokens of this run", type=at_least(0))
-    timeout: int = flag("seconds for each whole answer of the server", 120, type=at_least(1))
+    timeout: int = flag("seconds to wait for a complete answer of the server", 120, type=at_least(1))
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ OWN_SPLIT = re.compile(r"(?:^|/)(?:(dev|val|validation)|(test))[-./]")  # dev/..
 
 Picture = Path | Scene | Cell | Member
 UNREADABLE, CUT_OFF = "rows that cannot be read", "files that cannot be read to their end"
-LACKING = "pairs that lack a picture"  # the third reason to leave out data
+LACKING = "pairs that lack a picture"  # these three are the reasons to leave out data
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ def read_data(source: str | Path, split: str = "train", skip_bad: bool = False,
         warnings.warn(f"left out of the {split} split ({told(counts)}); the first: {problems[0]}",
                       stacklevel=2)
     if not items and split == "train":
-        raise ValueError("; ".join([f"{source} has no pairs in its train split: the train files or, without "
-                                    "dev or test files, the first 90% of at least 2 pairs", *problems[:1]]))
+        raise ValueError("; ".join([f"{source} has no pairs in its train split. Without dev or test files, "
+                                    "this is the first 90%, so give at least 2 pairs", *problems[:1]]))
     return items
 
 

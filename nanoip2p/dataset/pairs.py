@@ -34,7 +34,7 @@ from nanoip2p.text_to_image import TextToImage
 
 UNFINISHED = ".unfinished"  # folder in `out`, removed when all prompts are finished
 PROMPTS = 10**7  # the maximum number of prompts: names of folders have 7 digits
-MOST = 10_000  # the largest number in pairs.json, except the seed. The paper's largest is 100 candidates
+MOST = 10_000  # the largest number that pairs.json may have, except the seed; the paper has at most 100
 
 
 @dataclass(frozen=True)
@@ -178,15 +178,15 @@ def make_pairs(prompts: list[Prompt], out: Path, painter: TextToImage, judge: Ju
 
 
 def job_of(painter: TextToImage, judge: Judge, settings: PairSettings) -> dict:
-    """What determines the result, except the prompts, `batch` (only rounding), `clip` (in "networks")."""
+    """What determines the result, without the prompts, `batch` (rounding only) and `clip` (in "networks")."""
     fixed = (painter.schedule, painter.vae.scaling_factor, judge.mean.tolist(), judge.std.tolist())
     tokenizers = [model.tokenizer.backend.to_str() for model in (painter, judge)]
     networks = fingerprint(painter.unet, painter.vae, painter.text_encoder, judge.clip,
                            begin=repr((fixed, tokenizers)).encode())
     return {"networks": networks,
             **{key: value for key, value in asdict(settings).items() if key not in ("batch", "clip")},
-            "deep_every": settings.deep_every if settings.deep_every > 1 else None,  # older jobs lack both
-            "blend": settings.blend if settings.blend != "none" else None}
+            "deep_every": settings.deep_every if settings.deep_every > 1 else None,
+            "blend": settings.blend if settings.blend != "none" else None}  # older jobs lack these two keys
 
 
 def is_finished(out: Path, prompt: Prompt) -> bool:

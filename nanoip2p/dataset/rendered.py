@@ -39,7 +39,7 @@ def draw_scenes(n: int, seed: int) -> list[dict]:
 
 
 def write_scenes(out: Path, n: int, seed: int) -> None:
-    """Write the triplets of `draw_scenes`. ValueError unless `out` is missing or holds the first lines."""
+    """Write the triplets of `draw_scenes`. ValueError if `out` holds anything but their first lines."""
     text = "".join(json.dumps(row) + "\n" for row in draw_scenes(n, seed)).encode()
     if out.exists() and (out.stat().st_size > len(text) or not text.startswith(out.read_bytes())):
         raise ValueError(f"{out} holds more or other captions than these {n} of --seed {seed}; name another "
@@ -71,7 +71,7 @@ def scene_pairs(n: int, split: str = "train", weights: tuple[float, ...] = EQUAL
 def captioned_scenes(n: int, split: str = "train") -> list[Pair]:
     """`n` rendered pictures with captions, to train a text-to-image model, which ignores a Pair's `before`.
 
-    Every second scene has an edit applied, so that training includes results of edits, such as empty places.
+    Every second scene has an edit applied, because only an edit can remove all things.
     """
     scenes = []
     for index in range(n):

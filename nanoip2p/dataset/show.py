@@ -40,7 +40,7 @@ def read_pairs(root: Path) -> list[dict]:
 
 
 def statistics(root: Path, pairs: list[dict]) -> str:
-    """A text: number, mean scores and p of the kept pairs; the candidates too, if they are listed."""
+    """A text: number, mean scores and p of the kept pairs; the share of candidates that pass, if known."""
     folders, with_survivors = prompt_folders(root), len({pair["folder"] for pair in pairs})
     lines = [("prompts", f"{len(folders)} finished, {with_survivors} of them with kept pairs"),
              ("kept pairs", f"{len(pairs)}, {len(pairs) / len(folders):.2f} a prompt")]

@@ -216,7 +216,7 @@ def _open_parquet(path: Path) -> Iterator:
 
 
 def _read_group(file, path: Path, group: int, columns: list[str]):
-    """Read columns of a row group as a pyarrow.Table whose values exist and are valid."""
+    """Read columns of a row group as a pyarrow.Table. Raises an error for missing rows or invalid values."""
     try:
         table = file.read_row_group(group, columns, use_threads=False)
     except OSError as error:

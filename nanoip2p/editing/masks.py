@@ -25,7 +25,7 @@ def read_mask(given) -> Image.Image:
 
 def make_masks(editor: Editor, given, originals: list[Image.Image], fitted: list[Image.Image],
                instructions: list[str], seeds: list[int], sampling: dict) -> list[Image.Image] | None:
-    """Masks for `fitted`, pictures that were scaled and cropped from `originals`. given: Settings."""
+    """Masks for `fitted`, which were scaled and cropped from `originals`, or None. given: Settings."""
     if given.mask == "auto":
         return find_masks(editor, fitted, instructions, seeds, sampling["negative"], sampling["low_memory"])
     mask = given.mask_file and read_mask(given)

@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
             write_json(numbers, args.out / "scores.json")
         print(text)
 
-    return cli.run(work, "interrupted; files in --out are complete", "try a smaller --n or --device cpu")
+    return cli.run(work, "interrupted; finished files in --out stay", "try a smaller --n or --device cpu")
 
 
 if __name__ == "__main__":

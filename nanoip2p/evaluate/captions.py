@@ -23,7 +23,7 @@ def distinct_scenes(n: int) -> list[Scene]:
 
 
 def ranked_first(judge: Judge, pictures: list[Image.Image], captions: list[str]) -> list[bool]:
-    """For each picture: is its own caption the most similar (by CLIP) of the GROUP captions around it?"""
+    """For each picture: whether CLIP ranks its own caption first of the GROUP captions in its batch."""
     hits = []
     for i in range(0, len(pictures), GROUP):
         images = judge.encode_pictures(pictures[i : i + GROUP])                  # (32, P)

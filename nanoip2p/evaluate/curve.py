@@ -5,8 +5,8 @@ directional similarity (Gal et al. 2021): the cosine between the change of the p
 their captions. The y axis is the cosine between edited picture and input. Larger is better on both axes.
 
 Each point is a line of <out>/curve.jsonl. Later runs do not measure it again. The plot shows all points with
-the same data, CLIP, --n, --steps, --sampler and --seed. So a run with other --weights and the same --out adds
-a curve.
+the same --data, --split, CLIP, --n, --steps, --sampler and --seed. So a run with other --weights and the same
+--out adds a curve.
 """
 
 import argparse

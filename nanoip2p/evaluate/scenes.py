@@ -2,8 +2,8 @@
 
 Training never uses these scenes. --combinations held-out selects combinations of things, colours and edits
 that no training pair shows (but weights/nano-ip2p, which is older than this rule, was trained on them).
---wordings selects the instructions: phrasings that training never uses (held-out), only the plainest of these
-(plain), phrasings of training (seen), or these with synonyms, misspellings, missing articles (reworded).
+--wordings selects the instructions. held-out: two phrasings of each kind, which no training pair has. plain:
+the simpler of these. seen: the other ten. reworded: these ten, with synonyms, misspellings, missing articles.
 
 Success: among the renders of the scene and of all its single edits, the correct render has the smallest mean
 absolute difference to the edited picture. Preservation: PSNR over the pixels that the edit must not change.

@@ -38,7 +38,7 @@ def paint(scene, pixels: int) -> Image.Image:
 
 @lru_cache(maxsize=2)
 def paint_landscape(pixels: int, time: str, weather: str, ground: str, landscape: int) -> Image.Image:
-    """Paint a scene without things. Keeps the picture, because most edits of a scene change only things."""
+    """Paint sky, hills and ground. Cached, because most edits of a scene change only things."""
     pen = Pen(pixels, time, weather)
     paint_sky(pen, time, weather, landscape)
     paint_ground(pen, ground)
@@ -51,7 +51,7 @@ def mix(a: tuple, b: tuple, share: float) -> tuple:
 
 
 class Pen:
-    """Fills shapes on a square canvas, lit by the time of day. Coordinates: u right, v up (see `at`)."""
+    """Fills shapes on a square canvas, in the light of time and weather. u points right, v up (see `at`)."""
 
     def __init__(self, pixels: int, time: str, weather: str):
         self.pixels, self.time = pixels, time

@@ -61,12 +61,12 @@ class Edit:
 
     @property
     def instructions(self) -> tuple[str, ...]:
-        """All phrasings of the edit, which mean the same. Training never uses the last HELD_OUT ones."""
+        """All phrasings of the edit, which mean the same. No training pair has one of the last HELD_OUT."""
         return tuple(phrase.format(**self.words) for phrase in PHRASINGS[self.kind])
 
     @property
     def seen_instructions(self) -> tuple[str, ...]:
-        """The phrasings that training may use."""
+        """The phrasings that training pairs may have."""
         return self.instructions[:-HELD_OUT]
 
     @property

@@ -10,7 +10,7 @@ import random
 import re
 from pathlib import Path
 
-HELD_OUT = 2  # training never uses the last two phrasings of a kind, which test new phrasings
+HELD_OUT = 2  # no training pair has one of the last two phrasings of a kind; evaluation uses them
 PHRASINGS, SYNONYMS, MISSPELLINGS = json.loads(
     Path(__file__).with_suffix(".json").read_text(encoding="utf-8")).values()
 

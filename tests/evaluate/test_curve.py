@@ -122,7 +122,7 @@ def test_sdedit_paints_in_the_size_of_the_editor(weights, tmp_path):
 
 @pytest.mark.parametrize("strength", [0, 0.4, 1.5])
 def test_a_bad_strength_is_an_error(weights, tmp_path, strength):
-    with pytest.raises(ValueError, match=f"strength of {strength}.* the 2 steps"):
+    with pytest.raises(ValueError, match=f"strength of {strength}.* with 2 steps"):
         measured(weights, tmp_path, "--sdedit", weights.painter, "--strengths", strength, "--cfg-images", 1)
 
 

@@ -74,7 +74,7 @@ def test_equals_diffusers_with_v_prediction(folder, tmp_path, pictures, strength
 
 def test_a_strength_that_is_no_share_is_refused(folder, pictures):
     for strength in (0.1, 1.1):
-        with pytest.raises(ValueError, match="of the 8 steps"):
+        with pytest.raises(ValueError, match="with 8 steps, it must be from 1/8 to 1"):
             TextToImage.load(folder, "cpu").generate(
                 CAPTIONS, images=pictures, strength=strength, steps=8, resolution=32)
 
