@@ -3,12 +3,12 @@
 # make dataset   make captions, pairs of pictures and a contact sheet, in the nano world -> data/nano
 # make train     train an editor from the nano text-to-image model, or resume this run -> runs/first
 # make test      run the whole test suite, on two cores
-# make test-fast compare the core at small widths with diffusers and transformers, under a minute
+# make test-fast compare the core with diffusers and transformers at small widths; less than a minute
 # make docs      draw every picture of README.md and docs/ again; half an hour on one core
 # make reproduce repeat the paper in the nano world: weights, data, scores, figure 8, ablations -> runs
 # make fuzz      100,000 mutated inputs for everything that reads files; an hour on one core
 # make bench     run the benchmarks at sizes for a CPU; tests/benchmarks/RESULTS.md has results
-# make bench-gpu run those that want a GPU, on one: all figures that RESULTS.md calls "not measured"
+# make bench-gpu run the benchmarks that need a GPU, for the figures that RESULTS.md calls "not measured"
 # make lint      run ruff
 # Each target first sets up .venv, if it is missing or older than pyproject.toml or constraints.txt.
 
@@ -99,7 +99,7 @@ bench-gpu: .venv/test
 lint: .venv/test
 	.venv/bin/ruff check
 
-# Several stamps, because a demo needs neither diffusers nor gradio
+# Several stamp files, because a demo needs neither diffusers nor gradio
 .venv/runtime: pyproject.toml constraints.txt
 	@echo "Setting up .venv (some minutes, mostly for torch)"
 	$(PYTHON) -m venv .venv

@@ -65,7 +65,7 @@ def parse(argv: list[str] | None) -> TrainConfig:
 def resumed(parser: ArgumentParser, given: dict) -> TrainConfig:
     """The settings of a run, changed by the given flags. ValueError for a flag that cannot change.
 
-    state.json may come from a stranger, so it cannot cause a write outside its run, or a download.
+    state.json may come from a stranger: it causes no write outside its run, and no download of a new model.
     """
     cli.import_torch()
     from nanoip2p.training import run_folder as runs

@@ -6,7 +6,7 @@
 # 10 times in 20 calls. Heun calls the UNet 39 times and computes the deep part once, in the first call, as with an
 # interval of 100. Interval 3 computes it 13 times, and its latents are nearer to the exact ones. There is no warning.
 # DeepCache finds the number of a call by looking its timestep up in the scheduler's list. Heun's list has each timestep
-# but the first twice. The look-up returns the first of the two places, which is always odd: 0, 1, 1, 3, 3, 5, 5, ...
+# but the first twice. The look-up returns the first of the two places: 0, 1, 1, 3, 3, 5, ... No number after 0 is even.
 # Consequence for nanoip2p: --deep-every counts the calls (nanoip2p/guidance.py, make_denoiser).
 # Exit code 1: the behaviour has changed.
 set -eu

@@ -4,7 +4,7 @@
 # Expected: tRNS names one grey, or one colour, in the depth of the file. Pixels of this colour are transparent, so
 # convert("RGBA") gives them the alpha 0, as it does in grey of 1 and 8 bits and in RGB of 8 bits.
 # Seen with Pillow 13.0.0: grey of 2 and 4 bits is scaled to 8 bits, the transparent grey is not. So the named grey
-# stays opaque: 1 of 2 bits is read as 85, and compared with 1. RGB of 16 bits keeps its high bytes only, and these
+# stays opaque: level 1 of 2 bits becomes 85, and is compared with 1. RGB of 16 bits keeps only its high bytes, which
 # are compared with the 16 bits of the colour. Grey of 16 bits is "I;16", whose conversion leaves tRNS out.
 # No warning; image.info["transparency"] looks right in every case.
 # Consequence for nanoip2p: open_image scales the colour itself (nanoip2p/common/colours.py).

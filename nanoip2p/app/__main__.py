@@ -25,12 +25,12 @@ POLICY = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; 
 def make_parser():
     """The parser of the command."""
     parser = cli.make_parser(prog="python -m nanoip2p.app", description=__doc__)
-    parser.add_argument("--weights", default="weights/nano-ip2p", help="as in sample.py")
+    parser.add_argument("--weights", default="weights/nano-ip2p", help="a folder, a file or a Hub name")
     cli.add_flags(parser)
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first that works")
-    parser.add_argument("--dtype", choices=cli.DTYPES, default="fp32", help="as in sample.py")
-    parser.add_argument("--fast", action=cli.SWITCH, help="faster on a CPU; default: only full-size weights")
-    parser.add_argument("--low-memory", action="store_true", help="as in sample.py")
+    parser.add_argument("--dtype", choices=cli.DTYPES, default="fp32", help="fp16, bf16: faster on a GPU")
+    parser.add_argument("--fast", action=cli.SWITCH, help="faster on a CPU; default: for full-size weights")
+    parser.add_argument("--low-memory", action="store_true", help="needs less memory, but more time")
     parser.add_argument("--port", type=between(0, 65535, int), default=7860, help="port; 0: any free one")
     parser.add_argument("--listen", action="store_true",
                         help="let other machines use the page; default: only this machine can use it")
@@ -82,7 +82,7 @@ def serve(args, folder: Path) -> None:
         share=False, ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, run_history=False,
         footer_links=[], theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         css=CSS, app_kwargs={"middleware": [Middleware(guarded)]})
-    print(f"open {page.blocks.local_url} in a browser; Ctrl-C ends it", flush=True)
+    print(f"open {page.blocks.local_url} in a browser; Ctrl-C ends the page", flush=True)
     if args.listen:
         print(f"every machine that reaches this one can use the page, at port {page.blocks.server_port}" +
               (", with the name and password" if args.auth else "; --auth asks for a name and a password"),

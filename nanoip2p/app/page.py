@@ -159,7 +159,7 @@ class Page:
         return {"background": background, "layers": [], "composite": None}
 
     def stored(self, visit: Visit, image: Image.Image) -> Path:
-        """A picture -> a new file. Gradio would overwrite an equal picture's file as a browser loads it."""
+        """A picture -> a new file. Gradio would write an equal picture again as a browser loads its file."""
         visit.folder = visit.folder or Path(tempfile.mkdtemp(dir=self.folder))
         with tempfile.NamedTemporaryFile(suffix=".png", dir=visit.folder, delete=False) as file:
             image.save(file)

@@ -50,7 +50,7 @@ def apply_loras(model: Model, given: list[str]) -> list[str]:
         seen.append(path.resolve())
         for place, (scale, factors) in layers.items():
             changes.setdefault(place, []).append((weight * scale, factors))
-    for change_them in (False, True):  # the first pass only checks: all results may not fit into memory
+    for change_them in (False, True):  # the first pass only checks: memory may not hold all results at once
         for (network, name), summands in changes.items():
             layer = network.get_submodule(name)
             merged = layer.weight.detach().float().clone()  # not in place: it may be mapped from a file

@@ -50,7 +50,7 @@ def save_parts(
         "scheduler": ["diffusers", scheduler_config.get("_class_name", "EulerAncestralDiscreteScheduler")],
         "requires_safety_checker": False,
         "safety_checker": [None, None], "feature_extractor": [None, None], "image_encoder": [None, None],
-        **({"_merged_from": merged_from} if merged_from else {}),  # diffusers ignores names with _
+        **({"_merged_from": merged_from} if merged_from else {}),  # diffusers ignores names that begin with _
     }, folder / "model_index.json")
 
 

@@ -41,7 +41,7 @@ IGNORED = re.compile(
     r"|first_stage_model\.(loss|model_ema)\..+"
     r"|cond_stage_model\.(logit_scale|.+\.position_ids|.+projection.*)")
 # A kind of file that we do not read -> a pattern for "name (shape)" of its tensors. ADDITIONS: files to use
-# with a model; a complete checkpoint may hold some of their tensors. SHAPES: UNets with the names of SD 1.x
+# with a model; a complete checkpoint may hold some of their tensors. SHAPES: names of SD 1.x, other shapes
 ADDITIONS = {
     "a LoRA (add it to a model with --lora)": r"lora",
     "a ControlNet": r"^(control_model\.|controlnet_|input_hint_block\.)",
@@ -80,7 +80,7 @@ def unet_places(config: UNetConfig) -> dict[str, str]:
               "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
               "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
               "mid_block.resnets.1": "middle_block.2"}
-    numbers = config.layers_per_block + 1  # of a level. Down: blocks, a downsampler. Up: one block more
+    numbers = config.layers_per_block + 1  # per level. Down: blocks and a downsampler. Up: one block more
     for i, up in enumerate(config.up_block_types):
         for j in range(numbers):
             places[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{1 + i * numbers + j}.0"
@@ -149,7 +149,7 @@ def is_average(raw: dict[str, Tensor], averaged: dict[str, Tensor]) -> bool:
     Adam moves a weight by about the learning rate r per step, in changing directions. An EMA of decay d then
     differs by about r / sqrt(2 (1 - d)): 0.007 for r = 1e-4 and d = 0.9999, as in Stable Diffusion and
     InstructPix2Pix. In runs of train.py, the distance was 0.5 to 0.8 times this value, and at most a twelfth
-    of the RMS. The EMA of a closely related model passes. Reads 4096 numbers each of about 40 matrices.
+    of the RMS. The EMA of a closely related model passes. Reads 4096 numbers of each of about 40 matrices.
     """
     names = [name for name in raw if raw[name].ndim > 1 and raw[name].shape == averaged[name].shape
              and not raw[name].is_meta and not averaged[name].is_meta]

@@ -81,7 +81,7 @@ def path(text: str) -> Path:
 
 
 def flag(help: str, default=None, **options):
-    """A dataclass field for add_settings. options: for add_argument; `group`: title of a group to begin."""
+    """A dataclass field for add_settings. options: of add_argument, or `group`, the title of a new group."""
     return dataclasses.field(default=default, metadata={"help": help, **options})
 
 
@@ -176,4 +176,4 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae", help="use this autoencoder instead of the checkpoint's: a file or folder")
     parser.add_argument("--tokenizer", help="tokenizer of a single-file checkpoint: a folder or Hub name")
     parser.add_argument("--raw-weights", action=SWITCH,
-                        help="use raw, not averaged (EMA) weights; default: only if EMA is no average of raw")
+                        help="use raw weights, not averaged (EMA) ones; default: raw if the EMA is stale")

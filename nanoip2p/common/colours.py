@@ -15,7 +15,7 @@ def scale_transparent_colour(image: Image.Image, file: BinaryIO) -> None:
     if image.mode == "L":
         top = {"L;2": 3, "L;4": 15}.get(raw, 255)  # by the PNG standard, higher bits are ignored
         image.info["transparency"] = (colour & top) * 255 // top
-    elif raw == "RGB;16B":  # Pillow reads the high byte of each 16 bits; as RGB;16L, the low byte
+    elif raw == "RGB;16B":  # Pillow keeps the high bytes; with the raw mode RGB;16L, the low bytes
         high, low = np.divmod(np.array(colour, np.uint16), 256)
         same = (np.asarray(image) == high).all(-1)                                      # (H, W)
         with Image.open(file, formats=["PNG"]) as lower:
@@ -78,7 +78,7 @@ def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform, str] | 
         sample = Image.fromarray(colours.astype(np.uint8)).convert(mode)
         change = np.asarray(transform.apply(sample)).astype(int) - np.asarray(sample.convert("RGB"))
         name = " ".join((source.profile.profile_description or "an unnamed profile").split())[:80]
-        return (mode, transform, name) if np.abs(change).max() > 2 else None  # no effect but rounding
+        return (mode, transform, name) if np.abs(change).max() > 2 else None  # at most 2 is rounding
 
 
 @lru_cache

@@ -135,7 +135,7 @@ def tidy(text: str) -> str:
 
 
 def fold(text: str) -> str:
-    """Normalise a caption to find duplicates: lower case, single spaces, no final punctuation."""
+    """Normalise a caption to find duplicates: lower case, single spaces, no punctuation at the ends."""
     return tidy(text).strip(" .!?").lower()
 
 

@@ -56,7 +56,7 @@ def beside(images: list[Image.Image]) -> Image.Image:
 
 
 def wrap(rows: list[list], labels: list[list[str]], groups: tuple[int, ...] = (1,)) -> tuple[list, list]:
-    """Break rows wider than WIDTH. The left column is white below a row's first picture.
+    """Break rows wider than WIDTH. The lines after the first begin with a white picture.
 
     groups: numbers of pictures to keep together; the first number that fits is used.
     """

@@ -31,7 +31,7 @@ def web_text(recipe: dict, size: tuple[int, int]) -> str:
 def to_exif(text: str) -> bytes:
     """EXIF with the text as UserComment, where the web UI keeps it in JPEG and WebP, and ColorSpace sRGB.
 
-    Built by hand: Pillow 13.0 would give this comment the type BYTE, which viewers with exiv2 do not show.
+    Built by hand: Pillow 13.0 would give this comment the type BYTE, which exiv2 shows as numbers.
     """
     comment = b"UNICODE\0" + text.encode("utf-16-be")
     header = struct.pack(">2sHI HHHII I", b"MM", 42, 8, 1, 0x8769, 4, 1, 26, 0)        # the entry: IFD at 26

@@ -14,7 +14,7 @@ from nanoip2p.world.scenes import EDIT_KINDS
 DROP = (0.05, 0.05, 0.05)  # probabilities of dropping only the text, both text and image, only the image
 PAPER_BATCH = 1024  # samples per optimizer step
 PAPER_VISITS = 10_000 * PAPER_BATCH / (0.9 * 313_010)  # steps x batch / training prompts: 36 epochs
-# Presets for GPUs set a batch size; accumulation makes it 1024 samples per step. "nano": a short, small run
+# Presets for GPUs set the micro-batch; a step accumulates 1024 samples. "nano": a short, small run
 PRESETS = {
     "paper": {"batch_size": 32, "clip": 0.0},  # 8 GPUs with batch size 32 each
     "48gb": {"batch_size": 64},
@@ -61,7 +61,7 @@ class TrainConfig:
                                          metavar=("INPUT", "EDIT", "OUTPUT"))
     skip_bad: bool = flag("leave out pairs that are missing, broken or unreadable", False)
     out: Path | None = flag("folder of this run", type=Path)
-    distill: str | None = flag("instead of --weights: teach this editor to edit in four network calls")
+    distill: str | None = flag("instead of --weights: train a student of this editor, for four network calls")
     resume: Path | None = flag("continue the run in this folder, with its settings", type=Path)
     check: bool = flag("only open the data and print the plan", False)
 
