@@ -113,8 +113,9 @@ class Page:
                                        show_progress_on=self.cells, **one)]
         statuses = [self.status, self.sweep_status]
         stopped = self.stop.click(self.end, self.visit, statuses, cancels=runs, queue=False)
-        # A step that was on its way may have overwritten the first "Stopped."
-        stopped.then(lambda visit: (self.show(visit)[self.result], *STOPPED), self.visit, [self.result, *statuses])
+        # A step that was on its way may have overwritten these words, so the queue says them again
+        stopped.then(lambda visit: [self.show(visit)[self.result], *STOPPED], self.visit,
+                     [self.result, *statuses])
         inputs = [self.picture, self.paint, self.start, self.sweep_start]
         gr.on([self.picture.upload, self.picture.clear], self.take, [self.visit, self.picture], inputs,
               preprocess=False)

@@ -34,3 +34,16 @@ def test_every_picture_is_a_file(tmp_path):
     assert all(Image.open(path).size and path.is_relative_to(tmp_path) for path in files)
     page.visit.delete_callback(visit)  # the tab was closed
     assert visit.stop.is_set() and {path for path in files if path.exists()} == {tmp_path / "a.png"}
+
+
+def test_stop_writes_its_words_after_the_last_step(tmp_path):
+    """A step that is on its way overwrites the answer to the click. A call in the queue comes after it."""
+    from nanoip2p.app.page import Page
+    page = Page(Editor.load(write_tiny_editor(tmp_path / "tiny"), "cpu"), "tiny", tmp_path, low_memory=False)
+    calls = page.blocks.fns.values()
+    click = next(call for call in calls if (page.stop._id, "click") in call.targets)
+    last = next(call for call in calls if call.trigger_after == click._id)
+    assert last.queue is not False
+    shown = dict(zip(last.outputs, last.fn(Visit())))
+    assert shown[page.status] == shown[page.sweep_status] == "Stopped."
+    assert page.result in shown  # without the preview
