@@ -38,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     flag = add("scenes", "weights/nano-ip2p", 500, help="folder for scores and pictures of failures")
     flag("--combinations", choices=("seen", "held-out"), default="seen", help="which edits, see above")
-    flag("--wordings", choices=("held-out", "plain", "seen", "reworded"), default="held-out",
+    flag("--wordings", choices=("held-out", "plain", "polite", "seen", "reworded"), default="held-out",
          help="which instructions, see above")
     flag("--deep-every", type=at_least(1), default=1, metavar="N", help="as in sample.py")
     flag("--cfg-image", type=finite, help=DEFAULT)

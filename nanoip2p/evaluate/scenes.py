@@ -2,8 +2,9 @@
 
 Training never uses these scenes. --combinations held-out selects combinations of things, colours and edits
 that no training pair shows (but weights/nano-ip2p, which is older than this rule, was trained on them).
---wordings selects the instructions. held-out: two phrasings of each kind, which no training pair has. plain:
-the simpler of these. seen: the other ten. reworded: these ten, with synonyms, misspellings, missing articles.
+--wordings selects the instructions. held-out: two phrasings of each kind, which no training pair has. plain and
+polite: each of these alone; the text encoder knows plain (weights/teach_wordings.py), and was never trained on
+polite. seen: the other ten. reworded: these ten, with synonyms, misspellings, missing articles.
 
 Success: among the renders of the scene and of all its single edits, the correct render has the smallest mean
 absolute difference to the edited picture. Preservation: PSNR over the pixels that the edit must not change.
@@ -24,9 +25,10 @@ from nanoip2p.dataset.rendered import pick
 from nanoip2p.editor import Editor
 from nanoip2p.images import to_pil, to_tensor
 from nanoip2p.world.scenes import EDIT_KINDS, Edit, Scene, held_out, random_scene
-from nanoip2p.world.wordings import HELD_OUT, reword
+from nanoip2p.world.wordings import reword
 
 BATCH = 35  # edits that share a forward pass
+PHRASINGS = {"held-out": (-1, -2), "plain": (-1,), "polite": (-2,)}  # indices into Edit.instructions
 
 
 def choose_edits(n: int, combinations: str = "seen") -> list[tuple[Scene, Edit]]:
@@ -45,9 +47,8 @@ def choose_edits(n: int, combinations: str = "seen") -> list[tuple[Scene, Edit]]
 
 def instruct(edits: list[Edit], wordings: str = "held-out") -> list[str]:
     """One instruction for each edit, equal on every machine. Held-out phrasings take turns."""
-    if wordings in ("held-out", "plain"):
-        turns = HELD_OUT if wordings == "held-out" else 1
-        return [edit.instructions[-1 - i // len(EDIT_KINDS) % turns] for i, edit in enumerate(edits)]
+    if turns := PHRASINGS.get(wordings):
+        return [edit.instructions[turns[i // len(EDIT_KINDS) % len(turns)]] for i, edit in enumerate(edits)]
     rng = random.Random("nanoip2p wordings")
     texts = [edit.seen_instructions[int(rng.random() * len(edit.seen_instructions))] for edit in edits]
     return [reword(text, rng) for text in texts] if wordings == "reworded" else texts

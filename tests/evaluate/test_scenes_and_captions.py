@@ -71,9 +71,13 @@ def test_perfect_editor_scores_everything(monkeypatch):
 
 def test_wordings():
     edits = [edit for _, edit in choose_edits(70)]
-    texts = {wordings: instruct(edits, wordings) for wordings in ("held-out", "plain", "seen", "reworded")}
+    texts = {wordings: instruct(edits, wordings)
+             for wordings in ("held-out", "plain", "polite", "seen", "reworded")}
     assert texts == {wordings: instruct(edits, wordings) for wordings in texts}
     assert texts["plain"] == [edit.instructions[-1] for edit in edits]
+    assert texts["polite"] == [edit.instructions[-2] for edit in edits]
+    both = list(zip(texts["plain"], texts["polite"]))  # seven edits of seven kinds, then the next phrasing
+    assert texts["held-out"] == [pair[i // 7 % 2] for i, pair in enumerate(both)]
     assert all(text in edit.seen_instructions for text, edit in zip(texts["seen"], edits))
     assert len({edit.instructions.index(text) for text, edit in zip(texts["seen"], edits)}) == 10
     assert 10 < sum(a != b for a, b in zip(texts["seen"], texts["reworded"])) < 60
