@@ -88,8 +88,10 @@ def resumed(parser: ArgumentParser, given: dict) -> TrainConfig:
     config = replace(begun, **{"cache": cache} | given | {"out": out})
     for key in vars(config).keys() - MAY_CHANGE:
         if getattr(config, key) != getattr(begun, key):
-            raise ValueError(f"--{key.replace('_', '-')} cannot change: {out} was begun with "
-                             f"{getattr(begun, key)}; leave the flag out, or begin another run")
+            before = " ".join(TrainConfig.as_flags({key: state["settings"].get(key)}))
+            before = f": {out} was begun with {before}" if before else f" in {out}"
+            raise ValueError(f"--{key.replace('_', '-')} cannot change{before}; leave the flag out, or begin "
+                             "another run")
     return config
 
 

@@ -245,18 +245,20 @@ def claim_folder(folder: Path, marker: str, job: dict, flag: str, notes: dict | 
             raise ValueError(f"{folder} holds {foreign[0]} but no {marker}; choose another {flag}")
         write_json((notes or {}) | job, path)
     if difference := _difference(read_json(path), job):
-        raise ValueError(f"{folder} was begun with {difference}; use the same setting, or another {flag}")
+        raise ValueError(f"{folder} {difference}; use the same setting, or another {flag}")
 
 
 def _difference(there: dict, wanted: dict) -> str | None:
-    """Describe the first entry of `wanted` that differs in `there`. None if all are equal."""
+    """Say which entry of `wanted` is the first that differs in `there`. None if all are equal."""
     for key, value in wanted.items():
         found = there.get(key)
         if isinstance(value, dict) and isinstance(found, dict):
             if difference := _difference(found, value):
                 return difference
         elif found != value:
-            return f"other {key}" if len(str(value)) > 12 else f"{key} = {found}, not {value}"
+            if len(str(value)) > 12:
+                return f"was not begun with the same {key}"
+            return f"was begun with {key} = {found}, not {value}"
     return None
 
 
