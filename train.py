@@ -85,9 +85,8 @@ def resumed(parser: ArgumentParser, given: dict) -> TrainConfig:
     for key in vars(config).keys() - MAY_CHANGE:
         if getattr(config, key) != getattr(begun, key):
             before = " ".join(TrainConfig.as_flags({key: state["settings"].get(key)}))
-            before = f": {out} was begun with {before}" if before else f" in {out}"
-            raise ValueError(f"--{key.replace('_', '-')} cannot change{before}; leave the flag out, or begin "
-                             "another run")
+            raise ValueError(f"--{key.replace('_', '-')} cannot change: {out} was begun with "
+                             f"{before or 'another setting'}; leave the flag out, or begin another run")
     return config
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -51,11 +52,9 @@ def read_tensors(path: Path, prefix: str | None = "") -> dict[str, Tensor]:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file; {} for any other file."""
-    try:
-        with safe_open(regular(path), "pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError):
-        return {}
+    with suppress(SafetensorError, OSError), safe_open(regular(path), "pt") as file:
+        return file.metadata() or {}
+    return {}
 
 
 def json_metadata(path: Path, key: str) -> dict:
