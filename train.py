@@ -25,7 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanoip2p.checkpoint.hub import is_cached
+from nanoip2p.checkpoint import hub
 from nanoip2p.common import cli
 from nanoip2p.training import signals
 from nanoip2p.training.config import DISTILL, MAY_CHANGE, PAPER_BATCH, PRESETS, TrainConfig, odd_settings
@@ -48,6 +48,7 @@ def parse(argv: list[str] | None) -> TrainConfig:
             raise ValueError("--drop has no effect with --distill; leave it out")
         given["weights"] = given.get("distill", given.get("weights"))
     config = resumed(parser, given) if "resume" in given else TrainConfig(**usual | given)
+    hub.cache_only = {config.weights, config.tokenizer} - {given.get("weights"), given.get("tokenizer")}
     for name in ("data",) if config.check else ("weights", "data", "out"):
         if getattr(config, name) is None:
             raise ValueError(f"--{name} is needed (or --resume RUN)")
@@ -65,7 +66,7 @@ def parse(argv: list[str] | None) -> TrainConfig:
 def resumed(parser: ArgumentParser, given: dict) -> TrainConfig:
     """The settings of a run, changed by the given flags. ValueError for a flag that cannot change.
 
-    state.json may come from a stranger: it causes no write outside its run, and no download of a new model.
+    state.json may come from a stranger: it causes no write outside its run, and no download (see `parse`).
     """
     cli.import_torch()
     from nanoip2p.training import run_folder as runs
@@ -80,16 +81,12 @@ def resumed(parser: ArgumentParser, given: dict) -> TrainConfig:
     below = cache and Path(os.path.realpath(cache)).is_relative_to(os.path.realpath(out))
     if cache and "cache" not in given and not below:
         raise ValueError(f"the cache of {out} is outside of that folder; name it again: --cache {cache}")
-    for name in ("weights", "vae", "tokenizer"):
-        source = getattr(begun, name)
-        if source and name not in given and not os.path.exists(source) and not is_cached(source):
-            raise ValueError(f"--{name} {source} of {out} is neither here nor in the Hub's cache; give that "
-                             "flag again to fetch it")
     config = replace(begun, **{"cache": cache} | given | {"out": out})
     for key in vars(config).keys() - MAY_CHANGE:
         if getattr(config, key) != getattr(begun, key):
+            before = " ".join(TrainConfig.as_flags({key: state["settings"].get(key)}))
             raise ValueError(f"--{key.replace('_', '-')} cannot change: {out} was begun with "
-                             f"{getattr(begun, key)}; leave the flag out, or begin another run")
+                             f"{before or 'another setting'}; leave the flag out, or begin another run")
     return config
 
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from nanoip2p.app import work
 from nanoip2p.app.work import Stopped, Turn, Visit, mask_of, read_settings, watched, write_result
-from nanoip2p.common.cli import SAMPLERS, one_line
+from nanoip2p.common.cli import SAMPLERS, advised, one_line
 from nanoip2p.common.schema import checked
 from nanoip2p.editing.pictures import SWEEP_STEPS, nano_notes, sweep_scales
 from nanoip2p.editor import Editor
@@ -297,9 +297,5 @@ def in_words():
     except Stopped:
         pass
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        message = one_line(error)
-        if isinstance(error, MemoryError) or "out of memory" in message:
-            message = "Out of memory: make fewer samples, or start the page with --low-memory."
-        elif isinstance(error, RuntimeError):
-            raise
+        message = advised(error, "Out of memory: make fewer samples, or start the page with --low-memory.")
         raise gr.Error(html.escape(message), print_exception=False) from None

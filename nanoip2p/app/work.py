@@ -108,17 +108,19 @@ def write_result(image: Image.Image, mask: Image.Image | None, folder: Path, rec
 
 
 def read_settings(path: Path) -> tuple[dict, list[str]]:
-    """The settings of a recipe that the page shows, and names of the rest.
+    """The settings of an edit's recipe that the page shows, and names of the rest.
 
-    The page shows `sampler`, the first instruction as `edit`, and the keys of LIMITS except n. Raises
-    ValueError, in one line, for a file without a recipe, and for values that the page cannot show.
+    The page shows `sampler`, the first instruction as `edit`, and the keys of LIMITS except n. Every edit's
+    recipe has all of these. Raises ValueError, in one line, for other files, and for values out of range.
     """
-    recipe, name = read_recipe(path), path.name
-    found = {key: checked(recipe[key], kind, f"{name}: {key}", least, most)
-             for key, (kind, least, most) in LIMITS.items() if key in recipe and key != "n"}
-    edits = checked(recipe.get("edit", []), list[str], f"{name}: edit")
-    if (sampler := recipe.get("sampler", SAMPLERS[0])) not in SAMPLERS:
+    recipe, name, numbers = read_recipe(path), path.name, LIMITS.keys() - {"n"}
+    if lacking := sorted(key for key in ("edit", "sampler", *numbers) if recipe.get(key, []) == []):
+        raise ValueError(f"{name} has no recipe of an edit: {', '.join(lacking)} missing")
+    found = {key: checked(recipe[key], kind, f"{name}: {key}", *ends)
+             for key, (kind, *ends) in LIMITS.items() if key in numbers}
+    edits = checked(recipe["edit"], list[str], f"{name}: edit")
+    if (sampler := recipe["sampler"]) not in SAMPLERS:
         raise ValueError(f"{name}: the sampler is none of {', '.join(SAMPLERS)}")
     others = ["further instructions"] * (len(edits) > 1)
     others += [key for key in ("negative", "mask", "lora", "embedding", "vae") if recipe.get(key)]
-    return found | {"sampler": sampler, "edit": edits[0] if edits else ""}, others
+    return found | {"sampler": sampler, "edit": edits[0]}, others

@@ -19,10 +19,12 @@ STEM = r"(diffusion_pytorch_|pytorch_)?model"
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
                    "special_tokens_map.json", "added_tokens.json")
 TOKENIZER = "tokenizer (vocab.json and merges.txt, or tokenizer.json)"
+cache_only = set()  # names that the user did not give, but a file: they are never fetched
 REASONS = {  # error of huggingface_hub -> end of the message "there is no file or folder owner/name, and ..."
     "GatedRepoError": "the model's terms must be accepted on the Hub; then `hf auth login` or set HF_TOKEN",
     "RepositoryNotFoundError": "the Hub has no such model; for a private one `hf auth login` or set HF_TOKEN",
     "RevisionNotFoundError": "the Hub has no such revision of it",
+    "CacheOnly": "the Hub's cache lacks files of the model; name it again with its flag to fetch it",
     "OfflineModeIsEnabled": "the Hub's cache lacks files of the model; unset HF_HUB_OFFLINE to download them",
 }
 
@@ -40,13 +42,6 @@ def fetch_weights(name: str, raw: bool = False) -> Path:
 def fetch_clip(name: str) -> Path:
     """Like fetch_weights, for a transformers CLIPModel with tokenizer and preprocessor_config.json."""
     return _fetch(name, clip_files, "CLIP (config.json, preprocessor_config.json, weights, tokenizer)")
-
-
-def is_cached(name: str) -> bool:
-    """Whether the Hub's cache has files of this model, from an earlier download."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-    match = NAME.fullmatch(name)
-    return bool(match) and Path(HF_HUB_CACHE, f"models--{match[1].replace('/', '--')}").is_dir()
 
 
 def find_tokenizer(checkpoint: Path, given: str | None) -> Path:
@@ -123,8 +118,8 @@ def _fetch(name: str, choose: Callable[[list[str]], list[str]], needs: str) -> P
         raise ValueError(f"there is no file or folder {name}, and a name on the Hub would be owner/name")
     repo, revision = match.groups()
     try:
-        info = HfApi().model_info(repo, revision=revision, timeout=TIMEOUT)
-        files, problem = choose([file.rfilename for file in info.siblings]), None
+        info = None if name in cache_only else HfApi().model_info(repo, revision=revision, timeout=TIMEOUT)
+        files, problem = info and choose([file.rfilename for file in info.siblings]), None
     except Exception as error:  # of any HTTP client, or from parsing a Wi-Fi login page
         files, problem = None, error
     if files == []:
@@ -136,7 +131,7 @@ def _fetch(name: str, choose: Callable[[list[str]], list[str]], needs: str) -> P
             return found
     except Exception as error:
         problem = problem or error
-    kind = type(problem).__name__
+    kind = "CacheOnly" if name in cache_only else type(problem).__name__
     if kind == "HfHubHTTPError" and problem.response.status_code in (401, 403):  # some mirrors answer so
         kind = "RepositoryNotFoundError"
     first_line = str(problem).partition("\n")[0]

@@ -8,6 +8,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -51,11 +52,9 @@ def read_tensors(path: Path, prefix: str | None = "") -> dict[str, Tensor]:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file; {} for any other file."""
-    try:
-        with safe_open(regular(path), "pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError):
-        return {}
+    with suppress(SafetensorError, OSError), safe_open(regular(path), "pt") as file:
+        return file.metadata() or {}
+    return {}
 
 
 def json_metadata(path: Path, key: str) -> dict:
@@ -113,10 +112,14 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Convert to `dtype`. Raises ValueError if a number exceeds the maximum of float16 (65504)."""
+    """Convert to `dtype`. Raises ValueError if a number exceeds the maximum of `dtype`."""
     result = tensor.to(dtype)
-    if dtype == torch.float16 and tensor.dtype != dtype and not _is_finite(result):
-        raise ValueError(f"{name} holds numbers beyond the range of fp16; use bf16 or fp32")
+    if (tensor.dtype != dtype and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
+            and not _is_finite(result)):
+        largest = tensor.abs().max().item()
+        fit = " or ".join(other for other in ("bf16", "fp32") if torch.finfo(DTYPES[other]).max >= largest)
+        raise ValueError(f"{name} holds numbers beyond the range of {DTYPE_NAMES[dtype]}"
+                         + f"; use {fit}" * bool(fit))
     return result
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import math
 import os
+import re
 import signal
 import sys
 import warnings
@@ -20,6 +21,8 @@ SAMPLERS = ("ddim", "dpmpp_2m", "euler", "euler_ancestral", "lcm")
 DTYPES = ("bf16", "fp16", "fp32")
 MODES = ("self", "cross", "both", "none")
 LETTERS = 500  # maximum number of characters in a message
+# Of the allocators of Python, of the system, and of torch on CPU, CUDA and MPS; of cuBLAS and cuDNN
+NO_MEMORY = re.compile("out of memory|allocate memory|not enough memory|bad_alloc|_ALLOC_FAILED")
 SWITCH = argparse.BooleanOptionalAction  # adds --no-FLAG beside --FLAG, to override a preset
 
 
@@ -148,6 +151,14 @@ def say(*messages) -> None:
     sys.stderr.writelines(f"{one_line(message)}\n" for message in messages)
 
 
+def advised(error: Exception, memory: str) -> str:
+    """The line for an error; `memory` if memory ran out. Raises any other RuntimeError: it is our fault."""
+    ran_out = isinstance(error, MemoryError) or NO_MEMORY.search(str(error))
+    if isinstance(error, RuntimeError) and not ran_out:
+        raise error
+    return memory if ran_out else one_line(error)
+
+
 def run(work: Callable[[], None], interrupted: str, memory: str) -> int:
     """Do the work and return the exit code: 0, 130 after Ctrl-C, or 2 after an error that the user can fix.
 
@@ -162,12 +173,7 @@ def run(work: Callable[[], None], interrupted: str, memory: str) -> int:
         print(interrupted, file=sys.stderr)
         return 130
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        message = one_line(error)
-        if isinstance(error, MemoryError) or "out of memory" in message or "allocate memory" in message:
-            message = f"out of memory; {memory}"
-        elif isinstance(error, RuntimeError):
-            raise
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {advised(error, f'out of memory; {memory}')}", file=sys.stderr)
         return 2
 
 

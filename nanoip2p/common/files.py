@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import accumulate, count
 from pathlib import Path
 from typing import BinaryIO
@@ -50,13 +50,12 @@ def _hidden(path: Path) -> str:
 def remove_leftovers(path: Path) -> None:
     """Delete temporary files of `replacing(path)` that killed processes of this machine left."""
     for temporary in path.parent.glob(f"{glob.escape(_hidden(path))}*.tmp"):
-        try:
-            os.kill(int(temporary.name.split(".")[-2]), 0)  # signal 0 only checks that the process exists
-        except ProcessLookupError:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.unlink(missing_ok=True)
-        except (ValueError, OverflowError, PermissionError):  # no process id; another user's process
-            pass
+        with suppress(ValueError, OverflowError, PermissionError):  # no process id; another user's process
+            try:
+                os.kill(int(temporary.name.split(".")[-2]), 0)  # signal 0 only checks that the process exists
+            except ProcessLookupError:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -218,11 +217,10 @@ def _is_cut(line: bytes) -> bool:
     """Whether this line is an incomplete row, which a killed `append` left."""
     if line.endswith(b"\n") or not b'{"'.startswith(line[:2]):
         return False
-    try:
+    with suppress(ValueError, RecursionError):
         json.loads(line)
         return False
-    except (ValueError, RecursionError):
-        return True
+    return True
 
 
 def append(path: Path, row: dict) -> None:
@@ -245,18 +243,19 @@ def claim_folder(folder: Path, marker: str, job: dict, flag: str, notes: dict | 
             raise ValueError(f"{folder} holds {foreign[0]} but no {marker}; choose another {flag}")
         write_json((notes or {}) | job, path)
     if difference := _difference(read_json(path), job):
-        raise ValueError(f"{folder} was begun with {difference}; use the same setting, or another {flag}")
+        raise ValueError(f"{folder} {difference}; use the same setting, or another {flag}")
 
 
 def _difference(there: dict, wanted: dict) -> str | None:
-    """Describe the first entry of `wanted` that differs in `there`. None if all are equal."""
+    """Say which entry of `wanted` is the first that differs in `there`. None if all are equal."""
     for key, value in wanted.items():
         found = there.get(key)
         if isinstance(value, dict) and isinstance(found, dict):
             if difference := _difference(found, value):
                 return difference
         elif found != value:
-            return f"other {key}" if len(str(value)) > 12 else f"{key} = {found}, not {value}"
+            shown = f"was begun with {key} = {found}, not {value}"
+            return shown if len(str(value)) <= 12 else f"was not begun with the same {key}"
     return None
 
 
@@ -269,11 +268,10 @@ def locked(path: Path, wait: bool = False) -> Iterator[bool]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        held = True
-        try:
+        held = False
+        with suppress(BlockingIOError, PermissionError):  # the error depends on the system
             fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except (BlockingIOError, PermissionError):  # the error depends on the system
-            held = False
+            held = True
         yield held
 
 

@@ -10,10 +10,12 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from tiny_editor import write_tiny_editor
 
 from nanoip2p.app import __main__ as app
+from nanoip2p.common import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 PINS = dict(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text(), re.M))
@@ -77,3 +79,42 @@ def test_a_cpu_gets_faster_layers_unless_memory_is_low(words, fast, tmp_path, mo
     assert app.main(["--no-browser", "--port", "0", "--device", "cpu", *words,
                      "--weights", str(write_tiny_editor(tmp_path / "tiny"))]) == 2
     assert (called or ["not called"]) == [fast]
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\n  Details"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: "
+                 "you tried to allocate 4398046511104 bytes. Error code 12 (Cannot allocate memory)"),
+    RuntimeError("[enforce fail] data. DefaultCPUAllocator: not enough memory: you tried to allocate 4 GB"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB)"), RuntimeError("std::bad_alloc"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), OSError(errno.ENOMEM, "Cannot allocate memory"),
+    RuntimeError("x" * 400 + " can't allocate memory " + "x" * 400),  # one_line leaves out the middle
+])
+def test_the_page_and_the_commands_know_each_lack_of_memory(error, capsys):
+    gradio = pytest.importorskip("gradio", reason="the page needs pip install -e '.[app]'")
+    from nanoip2p.app.page import in_words
+
+    def work():
+        raise error
+
+    with pytest.raises(gradio.Error, match=r"^'Out of memory: make fewer samples"), in_words():
+        work()
+    assert cli.run(work, "stopped", "try less") == 2
+    assert capsys.readouterr().err == "error: out of memory; try less\n"
+
+
+def test_a_true_lack_of_memory_is_one():
+    """What torch says on this machine. 2**50 bytes fit into no address space."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50, dtype=torch.uint8)
+    assert cli.advised(caught.value, "less") == "less"
+
+
+def test_on_the_page_other_errors_are_our_fault_or_one_line():
+    gradio = pytest.importorskip("gradio", reason="the page needs pip install -e '.[app]'")
+    from nanoip2p.app.page import in_words
+    with pytest.raises(RuntimeError, match="size of tensor"), in_words():
+        raise RuntimeError("size of tensor a must match")
+    with pytest.raises(gradio.Error, match="^'a&lt;b c'$"), in_words():
+        raise ValueError("a<b\nc")

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,6 +185,10 @@ def test_each_tab_has_its_own_visit():
     assert second.turns == [] and second.stop is not first.stop
 
 
+# What the page shows of a recipe
+EDIT = {"edit": ["a"], "sampler": "ddim", "cfg_text": 2.0, "cfg_image": 1.5, "steps": 7, "seed": 5}
+
+
 def test_settings_come_back(tmp_path):
     recipe = {"cfg_text": 2, "cfg_image": 1.5, "steps": 7, "sampler": "ddim", "seed": 5, "edit": ["a", "b"],
               "input": ["/etc/passwd"], "weights": "somewhere/else", "negative": ""}
@@ -203,10 +208,49 @@ def test_settings_come_back(tmp_path):
 ] + [("sampler", "heun"), ("sampler", 3), ("sampler", ["ddim"]), ("edit", "a"), ("edit", [3]),
      ("edit", ["a" * 20_000])])
 def test_strange_settings_are_one_line(tmp_path, key, value):
-    save_png(drawing(8, 8), tmp_path / "x.png", {key: value})
+    save_png(drawing(8, 8), tmp_path / "x.png", EDIT | {key: value})
     with pytest.raises(ValueError, match=rf"^x\.png: (the )?{key}") as error:
         read_settings(tmp_path / "x.png")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("recipe, lacking", [
+    ({}, list(EDIT)),  # grids of weights/*.py and make_dataset.py
+    ({"step": 600}, list(EDIT)),  # a sample sheet of train.py
+    *(({key: value for key, value in EDIT.items() if key != gone}, [gone]) for gone in EDIT),  # MagicBrush
+    (EDIT | {"edit": []}, ["edit"]),
+])
+def test_a_recipe_without_an_edit_is_no_recipe(tmp_path, recipe, lacking):
+    """Else the page would take its own defaults for the missing settings, and lock the seed."""
+    save_png(drawing(8, 8), tmp_path / "x.png", recipe)
+    with pytest.raises(ValueError, match=r"^x\.png has no recipe of an edit: [\w, ]+ missing$") as error:
+        read_settings(tmp_path / "x.png")
+    assert set(lacking) == set(str(error.value).split(": ")[1].removesuffix(" missing").split(", "))
+
+
+PICTURES = sorted((Path(__file__).resolve().parents[2] / "weights").rglob("*.png"))
+
+
+@pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.name)
+def test_of_the_shipped_pictures_edits_open(path):
+    """Those that sample.py made open with all settings. All others have no recipe."""
+    made_by_sample_py = '"edit"' in Image.open(path).text.get("nanoip2p", "")
+    if made_by_sample_py:
+        found, _ = read_settings(path)
+        assert found.keys() == EDIT.keys() and found["edit"]
+    else:
+        with pytest.raises(ValueError, match="has no recipe"):
+            read_settings(path)
+    assert {"demo.png", "sweep.png", "first-editor.png"} <= {path.name for path in PICTURES}
+
+
+def test_the_first_version_of_a_recipe_opens(tmp_path):
+    """sample.py of commit 72eeaf8."""
+    recipe = EDIT | {"input": "a.png", "turns": False, "n": 1, "resolution": 64, "negative": "", "batch": 8,
+                     "weights": "weights/nano-ip2p", "dtype": "fp32", "device": "cpu", "keep_size": False,
+                     "grid": False, "place": None, "low_memory": False, "version": "0.1.0", "torch": "2.9"}
+    save_png(drawing(8, 8), tmp_path / "a.png", recipe)
+    assert read_settings(tmp_path / "a.png") == (EDIT | {"edit": EDIT["edit"][0]}, [])
 
 
 def test_previews_do_not_change_the_generators(editor):

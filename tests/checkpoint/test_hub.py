@@ -44,10 +44,11 @@ ANSWERS = {  # repository -> (status, X-Error-Code) for its description and for 
     GATED: (None, (403, "GatedRepo")),
 }
 CLIENT = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 import hub  # alone: the package around it imports torch, which takes seconds
 assert not {"torch", "huggingface_hub"} & sys.modules.keys(), "imports that take seconds"
+hub.cache_only = set(os.environ.get("CACHE_ONLY", "").split())
 for name, checkpoint in json.load(sys.stdin):
     hub.TIMEOUT = 1 if name == "silent/model" else 10
     try:
@@ -183,6 +184,44 @@ def test_fetches_what_is_needed_once_then_uses_the_cache(server, tmp_path):
     assert "lacks files of the model" in complaint
     assert ask(server, tmp_path, ("tiny/editor",)) == [[folder, ""]]
     assert fetched(server) == ["unet/diffusion_pytorch_model.safetensors"]
+
+
+def test_a_name_from_a_file_is_read_from_the_cache_only(server, tmp_path):
+    """Whatever the cache lacks: nobody is asked, and there is one line. So too if the model has changed."""
+    main, names = "tiny/editor", ("tiny/editor", "tiny/editor@v1", f"tiny/editor@{COMMITS['v1']}")
+    empty = tmp_path / "hub" / "models--tiny--editor"
+    tokenizer = str(tmp_path / "a.ckpt")
+
+    def ask_nobody(*calls):
+        answers = ask(server, tmp_path, *calls, CACHE_ONLY=" ".join(names))
+        assert server.asked == []
+        lacks = f"{calls[-1][0]}, and the Hub's cache lacks files of the model; name it again with its flag"
+        return [folder or (lacks in complaint and "lacks") for folder, complaint in answers]
+
+    assert ask_nobody((main,)) == ["lacks"]
+    empty.mkdir(parents=True)
+    for call in [*((name,) for name in names), (main, tokenizer)]:
+        assert ask_nobody(call) == ["lacks"]
+    assert ask(server, tmp_path, (main, tokenizer))[0][0]  # the user's own command fetches only the tokenizer
+    assert ask_nobody((main,)) == ["lacks"] and ask_nobody((main, tokenizer)) != ["lacks"]
+    [(folder, _)] = ask(server, tmp_path, (main,))
+    for name in names[1:]:
+        assert ask_nobody((name,)) == ["lacks"]
+    assert ask_nobody((main,)) == [folder]
+    folders = server.folders[main]
+    COMMITS["main"], folders[40 * "c"] = 40 * "c", folders[COMMITS["v1"]]
+    try:
+        assert ask_nobody((main,)) == [folder]
+    finally:
+        COMMITS["main"] = 40 * "a"
+        del folders[40 * "c"]
+    needed = ["model_index.json", *(name for name in sorted(TINY_FILES) if "model.safetensors" in name)]
+    for name in needed:  # as after a download that was stopped
+        path = Path(folder) / name
+        path.rename(tmp_path / "away")
+        assert ask_nobody((main,)) == ["lacks"], name
+        (tmp_path / "away").rename(path)
+    assert ask_nobody((main,)) == [folder]
 
 
 REFUSED = {

@@ -8,7 +8,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from nanoip2p.checkpoint import tensors
+from nanoip2p.checkpoint.folder import StoredNetwork
 from nanoip2p.checkpoint.tensors import (
+    cast,
     check_tensors,
     read_metadata,
     read_tensors,
@@ -187,6 +190,51 @@ def test_numbers_too_large_for_half_precision_are_refused(tmp_path):
                 write_tensors(tensors, tmp_path / "not.safetensors", torch.float16)
             write_tensors(tensors, tmp_path / "brain.safetensors", torch.bfloat16)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["brain.safetensors", "fits.safetensors"]
+
+
+FLOATS = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LARGE = {"fp64": [torch.finfo(torch.float64).max, -1e300], "fp32": [torch.finfo(torch.float32).max, -3.4e38],
+         "bf16": [torch.finfo(torch.bfloat16).max, -1e38], "fp16": [65504.0, -1.0]}
+
+
+@pytest.mark.parametrize("begin", FLOATS)
+@pytest.mark.parametrize("end", FLOATS)
+@pytest.mark.parametrize("known", FLOATS)
+def test_no_cast_makes_a_number_infinite(begin, end, known):
+    """Numbers of every dtype that `begin` holds, to `end`."""
+    for number in LARGE[known]:
+        tensor = torch.tensor([1.0, number], dtype=torch.float64).to(FLOATS[begin])
+        if not tensor.isfinite().all():
+            continue
+        if tensor.to(FLOATS[end]).isfinite().all():
+            assert torch.equal(cast(tensor, FLOATS[end], "a"), tensor.to(FLOATS[end]))
+            continue
+        with pytest.raises(ValueError, match=f"^a holds numbers beyond the range of {end}") as error:
+            cast(tensor, FLOATS[end], "a")
+        for other in str(error.value).partition("; use ")[2].split(" or "):  # the advice helps
+            assert not other or cast(tensor, FLOATS[other], "a").isfinite().all()
+
+
+def test_a_cast_that_cannot_overflow_reads_no_number_twice(monkeypatch):
+    def read(_):
+        raise AssertionError
+
+    monkeypatch.setattr(tensors, "_is_finite", read)
+    pairs = ("fp16", "fp32"), ("fp16", "bf16"), ("bf16", "fp32"), ("fp32", "fp64"), ("fp32", "fp32")
+    for begin, end in pairs:
+        assert cast(torch.ones(2, dtype=FLOATS[begin]), FLOATS[end], "a").dtype == FLOATS[end]
+    assert cast(torch.ones(2, dtype=torch.int64), torch.int64, "a").dtype == torch.int64
+
+
+@pytest.mark.parametrize("number, dtype", [
+    (1e300, "fp32"), (-1e39, "fp32"), (1e300, "bf16"), (3.4e38, "bf16"), (1e300, "fp16"), (7e4, "fp16")])
+def test_a_network_with_numbers_too_large_is_refused(number, dtype, tmp_path):
+    weight = torch.full((1, 1), number, dtype=torch.float64)
+    model = torch.nn.Linear(1, 1, bias=False, device="meta")
+    stored = StoredNetwork(model, lambda: {"weight": weight}, tmp_path)
+    with pytest.raises(ValueError, match=f"^weight holds numbers beyond the range of {dtype}"):
+        stored.load(FLOATS[dtype])
+    assert stored.load(None).weight.item() == number
 
 
 def test_a_safetensors_file_by_another_name_and_a_broken_index(tmp_path):

@@ -206,16 +206,26 @@ def test_a_folder_belongs_to_one_job(tmp_path):
     (folder / "result").touch()
     claim_folder(folder, "job.json", job, "--out", {"made by": "you"})
     nested = job["nested"]
-    for other, named in (({"size": (1, 3)}, r"size = \[1, 2\], not \[1, 3\]"),
-                         ({"nested": nested | {"seed": 1}}, "seed = 0, not 1"),
-                         ({"nested": nested | {"weights": "0" * 64}}, "other weights"),
-                         ({"late": True}, "late = None, not True")):
-        with pytest.raises(ValueError, match=f"out was begun with {named}.* another --out"):
+    for other, named in (({"size": (1, 3)}, "was begun with size = [1, 2], not [1, 3]"),
+                         ({"nested": nested | {"seed": 1}}, "was begun with seed = 0, not 1"),
+                         ({"nested": nested | {"weights": "0" * 64}}, "was not begun with the same weights"),
+                         ({"late": True}, "was begun with late = None, not True")):
+        with pytest.raises(ValueError) as error:
             claim_folder(folder, "job.json", job | other, "--out")
+        assert str(error.value) == f"{folder} {named}; use the same setting, or another --out"
     assert json.loads((folder / "job.json").read_text()) == before
     (tmp_path / "mine.txt").touch()
     with pytest.raises(ValueError, match="holds mine.txt but no job.json"):
         claim_folder(tmp_path, "job.json", job, "--out")
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "text encoder", "dataset", "networks", "job"])
+@pytest.mark.parametrize("there", [None, 0, "f" * 16])
+def test_what_is_too_long_to_show_is_named_in_plain_english(tmp_path, name, there):
+    """Names for one thing and for several: no article fits both."""
+    claim_folder(tmp_path / "out", "job.json", {name: there}, "--out")
+    with pytest.raises(ValueError, match=f"out was not begun with the same {name}; use the same setting"):
+        claim_folder(tmp_path / "out", "job.json", {name: "0" * 16}, "--out")
 
 
 def test_a_lock_excludes_other_processes_but_not_beyond_death(tmp_path):

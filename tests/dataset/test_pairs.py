@@ -409,10 +409,11 @@ def test_other_prompts_weights_or_clip_do_not_mix_with_these(finished, weights, 
     other.write_text(prompts.read_text().replace("a dog on sofa 2", "a dog on sofa two"))
     painter, clip = write_tiny_painter(tmp_path / "painter", 5), write_tiny_clip(tmp_path / "clip", 5)
     (painter / "pairs.json").write_text(json.dumps(TINY | {"clip": str(weights / "clip")}))
-    for words in ((weights, other, finished), (painter, prompts, finished),
-                  (weights, prompts, finished, "--clip", clip)):
+    for told, *words in (("begun with other prompts", weights, other, finished),
+                         ("not begun with the same networks", painter, prompts, finished),
+                         ("not begun with the same networks", weights, prompts, finished, "--clip", clip)):
         assert make_dataset.main(argv(*words)) == 2
-        assert "begun with other" in capsys.readouterr().err.splitlines()[-1]
+        assert told in capsys.readouterr().err.splitlines()[-1]
     assert content(finished) == before
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday.jpg").touch()
@@ -571,7 +572,7 @@ def test_another_schedule_or_tokenizer_is_another_model(tmp_path, monkeypatch):
             backend=SimpleNamespace(to_str=lambda: "other words")))):
         with monkeypatch.context() as patch:
             patch.setattr(pairs_jobs.FakeJudge, what, value)
-            with pytest.raises(ValueError, match="begun with other networks"):
+            with pytest.raises(ValueError, match="not begun with the same networks"):
                 fake_job(tmp_path / "out", 1)
     fake_job(tmp_path / "out", 1)
 
@@ -588,7 +589,7 @@ def test_a_picture_that_is_no_number_names_its_prompt_and_a_way_out(tmp_path, mo
 def test_a_broken_job_file_is_one_line(tmp_path):
     fake_job(tmp_path / "out", 1)
     (tmp_path / "out" / "job.json").write_text('{"job": null}')
-    with pytest.raises(ValueError, match="begun with other job"):
+    with pytest.raises(ValueError, match="not begun with the same job"):
         fake_job(tmp_path / "out", 1)
 
 

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from train_runs import STATE, UNET, rows, state, words, write_pictures
 
 import train
+from nanoip2p.checkpoint import load, save
 from nanoip2p.common import device
 from nanoip2p.dataset.layouts import read_data
 from nanoip2p.dataset.rendered import scene_pairs
@@ -667,7 +668,9 @@ def test_a_run_does_not_go_on_with_another_recipe(whole, capsys, flag):
     before = state(whole)
     assert resume(whole, "--steps", 9, f"--{flag}", *OTHERS[flag]) == 2
     [error] = errors(capsys)
-    assert f"--{flag} " in error and "begun with" in error and state(whole) == before
+    assert re.fullmatch(rf"error: --{flag} cannot change: {whole} was begun with (--(no-)?{flag}[= ,.\w/-]*|"
+                        "another setting); leave the flag out, or begin another run", error), error
+    assert not re.search("None|True|False", error) and state(whole) == before
 
 
 def test_a_run_does_not_go_on_with_more_or_less_data(start, folder, tmp_path, capsys):
@@ -769,20 +772,38 @@ def test_a_cache_outside_of_the_run_needs_its_flag_again(start, folder, tmp_path
         assert train.parse(["--resume", "runs/a"]).cache == Path("runs/a/latents")
 
 
-def test_a_run_folder_fetches_no_model_that_the_user_has_not_named(copy, tmp_path, capsys, monkeypatch):
-    from huggingface_hub import constants
+@pytest.mark.parametrize("flag", ["weights", "vae", "tokenizer"])
+def test_a_run_folder_fetches_no_model_that_the_user_has_not_named(start, copy, tmp_path, capsys, monkeypatch,
+                                                                   flag):
+    """Not even for a model that the cache has in part, or at another revision."""
+    from huggingface_hub import HfApi, constants
+    asked, cached = [], tmp_path / "hub" / "models--some-owner--model"
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    for flag in ("weights", "vae", "tokenizer"):
-        restate(copy, settings={flag: "some-owner/model@main"})
-        assert resume(copy) == 2
+    # Without a list of files, hub.py downloads nothing
+    monkeypatch.setattr(HfApi, "model_info", lambda _, *name, **more: asked.append(name))
+    one_file = tmp_path / "model.safetensors"
+    if flag == "tokenizer":  # a folder brings its own
+        save.convert(load.open_checkpoint(start), one_file)
+    source = {"weights": str(one_file if flag == "tokenizer" else start)}
+    cached.mkdir(parents=True)
+    for name in ("some-owner/model", "some-owner/model@other", "../model"):
+        restate(copy, settings=source | {flag: name})
+        assert resume(copy, "--check") == 2
         [error] = errors(capsys)
-        assert f"--{flag} some-owner/model@main" in error and "give that flag again" in error
-        named = train.parse(["--resume", str(copy), f"--{flag}", "some-owner/model@main"])
-        assert getattr(named, flag) == "some-owner/model@main"
-        (tmp_path / "hub" / "models--some-owner--model").mkdir(parents=True)
-        assert getattr(train.parse(["--resume", str(copy)]), flag) == "some-owner/model@main"
-        (tmp_path / "hub" / "models--some-owner--model").rmdir()
-        restate(copy, settings={flag: str(tmp_path) if flag == "weights" else None})
+        assert name in error and not asked
+        assert flag == "vae" or name[0] == "." or "name it again with its flag" in error
+    shutil.copytree(start, cached / "snapshots" / ("a" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("a" * 40)
+    for name, code in (("some-owner/model", 0), ("some-owner/model@main", 0), ("some-owner/model@other", 2)):
+        restate(copy, settings=source | {flag: name})
+        assert flag == "vae" or resume(copy, "--check") == code, errors(capsys)
+        assert not asked
+    resume(copy, "--check", f"--{flag}", "some-owner/model@other")
+    assert bool(asked) == (flag != "vae")  # an autoencoder has a file or folder
+    asked.clear()
+    train.main(["--check", "--data", "scenes", "--pairs", "9", "--weights", "some-owner/model@other"])
+    assert asked
 
 
 def test_what_is_in_the_way_is_told_before_a_run_trains(start, copy, tmp_path, capsys, monkeypatch):
