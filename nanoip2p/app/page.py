@@ -27,7 +27,6 @@ LABELS = {"cfg_text": "Follow the instruction (cfg_text)", "cfg_image": "Stay li
           "steps": "Steps", "n": "Number of samples"}
 HINT = ("If too much changes, raise *cfg_image* first. If too little changes, raise *cfg_text* or lower "
         "*cfg_image*. Then try another seed.")
-STOPPED = "Stopped.", "Stopped."  # the statuses of an edit and of a sweep
 CSS = "#picture img { width: 100%; height: 100%; object-fit: contain } progress { width: 100% }"
 
 
@@ -114,7 +113,7 @@ class Page:
         statuses = [self.status, self.sweep_status]
         stopped = self.stop.click(self.end, self.visit, statuses, cancels=runs, queue=False)
         # A step that was on its way may have overwritten these words, so the queue says them again
-        stopped.then(lambda visit: [self.show(visit)[self.result], *STOPPED], self.visit,
+        stopped.then(lambda visit: [self.show(visit)[self.result], "Stopped.", "Stopped."], self.visit,
                      [self.result, *statuses])
         inputs = [self.picture, self.paint, self.start, self.sweep_start]
         gr.on([self.picture.upload, self.picture.clear], self.take, [self.visit, self.picture], inputs,
@@ -273,7 +272,7 @@ class Page:
     def end(self, visit: Visit) -> tuple[str, str]:
         """Stop the edit of this visit."""
         visit.stop.set()
-        return STOPPED
+        return "Stopped.", "Stopped."
 
 
 def within(scales: tuple[float, float]) -> tuple[float, ...]:

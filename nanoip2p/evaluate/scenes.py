@@ -2,9 +2,9 @@
 
 Training never uses these scenes. --combinations held-out selects combinations of things, colours and edits
 that no training pair shows (but weights/nano-ip2p, which is older than this rule, was trained on them).
---wordings selects the instructions. held-out: two phrasings of each kind, which no training pair has. plain and
-polite: each of these alone; the text encoder knows plain (weights/teach_wordings.py), and was never trained on
-polite. seen: the other ten. reworded: these ten, with synonyms, misspellings, missing articles.
+--wordings selects the instructions. held-out: two phrasings of each kind, which no training pair has. plain,
+polite: each of these alone; the text encoder was trained on plain too, but not on polite. seen: the other
+ten. reworded: these ten, with synonyms, misspellings, missing articles.
 
 Success: among the renders of the scene and of all its single edits, the correct render has the smallest mean
 absolute difference to the edited picture. Preservation: PSNR over the pixels that the edit must not change.
