@@ -20,9 +20,9 @@ POOL = {
     "a half": 0.5, "a fraction": 2.5, "true": True, "nan": math.nan, "infinity": math.inf, "huge": 10**400,
     "65 bits": 2**64, "a large float": 1e30, "list of ints": [2], "list of floats": [1.0, 2.0],
     "list of texts": ["euler"], "list of nan": [math.nan], "list of bool": [True], "list of lists": [[1]],
-    "tuple": (2, "x"), "dict": {"a": 1}, "set": {1}, "object": object(), "function": print, "array": np.zeros(3),
-    "array of text": np.array([["a"]]), "array of objects": np.zeros((2, 2), object),
-    "tensor": torch.zeros(2), "numpy float": np.float32(0.5),
+    "tuple": (2, "x"), "dict": {"a": 1}, "set": {1}, "object": object(), "function": print,
+    "array": np.zeros(3), "array of text": np.array([["a"]]),
+    "array of objects": np.zeros((2, 2), object), "tensor": torch.zeros(2), "numpy float": np.float32(0.5),
     "empty picture": Image.new("RGB", (0, 5)), "generator": (i for i in range(2))}
 INTS, NUMBERS = {"one"}, {"minus one", "zero", "one", "a half", "a fraction"}
 TEXTS = {"a text", "a number as text"}
