@@ -1,7 +1,6 @@
 """The base class of Editor and TextToImage, and how both handle pictures, texts and seeds."""
 
 import itertools
-import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -101,7 +100,7 @@ class Model:
                     for key, value in settings.items() if key in ARGUMENTS}
         for key, value in settings.items():
             kind, *limits = self.arguments[key]
-            settings[key] = checked(value, kind, key, *limits, longest=math.inf)
+            settings[key] = checked(value, kind, key, *limits, longest=2**63)
         if settings["sampler"] not in SAMPLERS:
             raise ValueError(f"unknown sampler {settings['sampler']!r}; take one of {', '.join(SAMPLERS)}")
         if not self.edits and settings["resolution"] % self.multiple:  # an editor rounds it, see fit_size

@@ -79,7 +79,7 @@ def test_the_device_chooses_the_dtype(folder, tmp_path, monkeypatch, capsys, fas
     -torch.arange(36.).view(6, 6), torch.full((6, 6), 1e-45), torch.linspace(-1, 1, 36).view(6, 6) * 3e38,
     torch.linspace(-1e-40, 1e-41, 36).view(6, 6), torch.eye(6) * -0.0], ids=range(9))
 def test_any_finite_heat_map_is_shown_by_its_size(painter, monkeypatch, map_):
-    """The strongest attention, of either sign, keeps the picture; none is black; the rest is in proportion."""
+    """The strongest attention, of either sign, keeps the picture; none is black; the rest in proportion."""
     monkeypatch.setattr(show, "grid", lambda rows, labels: rows)
     model = PairPainter(painter, "red", "red", "none", steps=1)
     monkeypatch.setattr(model, "sample", lambda *_: (torch.zeros(2, 4, 9, 9), map_.expand(2, 1, 6, 6)))
