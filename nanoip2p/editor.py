@@ -49,8 +49,7 @@ class Editor(Model):
         deep_every, mask_blur: see make_denoiser and paste. masks: where to edit, one or a list; see fit_mask.
         Raises ValueError for settings, pictures or types that cannot be used.
         """
-        settings = self.fill_defaults({"steps": steps, "cfg_text": cfg_text, "cfg_image": cfg_image,
-                                       "sampler": sampler, "resolution": resolution})
+        settings = self.fill_defaults(locals())  # all arguments
         levels = plan(self.schedule, settings["sampler"], settings["steps"])
         single, (images, instructions, masks, seeds) = self._requests(
             seed, images=images, instructions=instructions, masks=masks)

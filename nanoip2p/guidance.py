@@ -27,7 +27,7 @@ Batch = tuple[int, Tensor | None, Projected]  # n copies of z; picture latents (
 def make_denoiser(unet: UNet, levels: Plan, like: Tensor, batches: list[Batch],
                   combine: Callable[[list[Tensor]], Tensor],
                   attend_at: Callable[[float], Attend] = lambda _: attend, deep_every: int = 1) -> Denoise:
-    """Make a sampler's denoise(x, sigma) -> z_0, both (B, C, h, w) float32. ValueError if deep_every < 1.
+    """Make a sampler's denoise(x, sigma) -> z_0, both (B, C, h, w) float32.
 
     batches: the UNet runs once for each batch, in the dtype and on the device of `like`. combine: makes the
     guided output from the outputs (B, C, h, w) of all branches. attend_at: sigma -> the UNet's `attend`.
@@ -35,8 +35,6 @@ def make_denoiser(unet: UNet, levels: Plan, like: Tensor, batches: list[Batch],
     deep_every = N: calls 0, N, 2 N, ... run the whole UNet. The calls between run only its outermost blocks,
     on the deep features of the last full call, which change slowly (DeepCache, Ma et al. 2312.00858).
     """
-    if type(deep_every) is not int or deep_every < 1:
-        raise ValueError(f"deep_every = {deep_every!r} should be a whole number, at least 1")
     calls, kept = itertools.count(), [None] * len(batches)
     time_of = unet.project_timesteps(levels.timestep_of(like.device))
 

@@ -19,10 +19,11 @@ def fit_mask(mask, image: Image.Image, size: tuple[int, int]) -> Image.Image | N
     """
     if mask is None:
         return None
-    if getattr(mask, "ndim", 3) == 2:
+    is_array = isinstance(mask, Tensor) or isinstance(mask, np.ndarray) and mask.dtype.kind in "buif"
+    if is_array and mask.ndim == 2:
         mask = mask.detach() if isinstance(mask, Tensor) else torch.tensor(mask)
         mask = (mask.float() if mask.dtype == torch.bool else mask).expand(3, -1, -1)      # (3, H, W)
-    mask = fit(as_image(mask).convert("L").resize(image.size, Image.Resampling.BILINEAR), size)
+    mask = fit(as_image(mask, "masks").convert("L").resize(image.size, Image.Resampling.BILINEAR), size)
     if mask.getextrema()[1] < 128:
         raise PictureError("the mask, scaled and cropped like its picture, has no white: nothing to edit")
     return mask

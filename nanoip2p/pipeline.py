@@ -15,7 +15,8 @@ from nanoip2p.clip import TextEncoder
 from nanoip2p.common.colours import to_rgb
 from nanoip2p.common.device import pick_device
 from nanoip2p.common.files import find_weights
-from nanoip2p.diffusion import NoiseSchedule
+from nanoip2p.common.schema import checked, shown
+from nanoip2p.diffusion import NoiseSchedule, plan
 from nanoip2p.images import fit_size, open_image, to_pil
 from nanoip2p.samplers import SAMPLERS, Denoise
 from nanoip2p.tokenizer import Tokenizer
@@ -25,12 +26,20 @@ from nanoip2p.vae import VAE
 Callback = Callable[[int, Tensor], None]
 # From the paper's appendix and the authors' edit_cli.py; a defaults.json in the weights folder overrides them
 PAPER_DEFAULTS = dict(resolution=512, steps=100, cfg_text=7.5, cfg_image=1.5, sampler="euler_ancestral")
+# Kind, least and most of the arguments of `edit` and `generate`; as_image checks the pictures. Seeds have 64
+# bits, with room for seed + i. Pillow crashes at a huge mask_blur
+ARGUMENTS = {key: (type(value),) for key, value in PAPER_DEFAULTS.items()} | {
+    "resolution": (int, 1, 2**15), "seed": (int | list[int] | None, -(2**63), 2**64 - 2**32),
+    "instructions": (str | list[str],), "captions": (str | list[str],), "negative": (str,),
+    "mask_blur": (float, 0, 1000), "strength": (float | None,), "low_memory": (bool,), "progress": (bool,),
+    "batch": (int, 1), "deep_every": (int, 1), "callback": (Callable | None,)}
 
 
 class Model:
     """Base class of Editor and TextToImage: networks, tokenizer, noise schedule and default settings."""
 
     edits = True  # whether the UNet takes an input picture
+    arguments = ARGUMENTS
     default_weights = "weights/nano-ip2p"
 
     def __init__(self, unet: UNet, vae: VAE, text_encoder: TextEncoder, tokenizer: Tokenizer,
@@ -86,15 +95,18 @@ class Model:
         return fit_size(resolution, resolution, resolution, self.multiple)[0]
 
     def fill_defaults(self, settings: dict) -> dict:
-        """Replace each None by the default of the weights. ValueError: a wrong type or an unknown sampler."""
-        settings = {key: self.defaults[key] if value is None else value for key, value in settings.items()}
+        """The settings in ARGUMENTS, checked; None becomes the weights' default. Raises ValueError."""
+        settings = {key: self.defaults.get(key) if value is None else value
+                    for key, value in settings.items() if key in ARGUMENTS}
         for key, value in settings.items():
-            wanted = type(PAPER_DEFAULTS[key])
-            for one in value if isinstance(value, (list, tuple)) else [value]:
-                if isinstance(one, bool) or not isinstance(one, (int, float) if wanted is float else wanted):
-                    raise ValueError(f"{key} = {value!r} should be of type {wanted.__name__}")
+            kind, *limits = self.arguments[key]
+            settings[key] = checked(value, kind, key, *limits, longest=2**63)
         if settings["sampler"] not in SAMPLERS:
             raise ValueError(f"unknown sampler {settings['sampler']!r}; take one of {', '.join(SAMPLERS)}")
+        if not self.edits and settings["resolution"] % self.multiple:  # an editor rounds it, see fit_size
+            raise ValueError(f"these weights cannot use a resolution of {settings['resolution']}; take a "
+                             f"multiple of {self.multiple}")
+        plan(self.schedule, settings["sampler"], settings["steps"])  # raises for unusable steps
         return settings
 
     @torch.inference_mode()
@@ -105,32 +117,30 @@ class Model:
         return [to_pil(picture) for picture in pixels]                                  # (3, H, W) each
 
     def _requests(self, seed: int | list[int] | None, **given) -> tuple[bool, list[list]]:
-        """Turn the arguments and the seed into lists of equal length. Sets last_seed.
+        """Turn the checked arguments and the seed into lists of equal length. Sets last_seed.
 
         Returns (True if no argument was a list, lists). A single value is repeated. A single seed s becomes
         s, s + 1, ...; None stands for a random s.
         """
-        given["seeds"] = seed = random.randrange(2**31) if seed is None else seed
+        given["seed"] = seed = random.randrange(2**31) if seed is None else seed
         lengths = {name: len(value) for name, value in given.items() if isinstance(value, (list, tuple))}
         if len(set(lengths.values())) > 1:
             counts = ", ".join(f"{length} {name}" for name, length in lengths.items())
             raise ValueError(f"{counts}: give lists of equal length, or a single value for all pictures")
         n = max(lengths.values(), default=1)
         *lists, seeds = (list(value) if name in lengths else [value] * n for name, value in given.items())
-        if not all(type(value) is int for value in seeds):
-            raise ValueError(f"seed {seed!r} is neither an integer nor a list of integers")
         self.last_seed = seed
-        return not lengths, [*lists, seeds if "seeds" in lengths else [seed + i for i in range(n)]]
+        return not lengths, [*lists, seeds if "seed" in lengths else [seed + i for i in range(n)]]
 
 
-def as_image(picture) -> Image.Image:
-    """Path, PIL image, array (H, W, 3) or tensor (3, H, W) -> RGB PIL image.
+def as_image(picture, name: str = "images") -> Image.Image:
+    """Path, PIL image, array (H, W, 3) or tensor (3, H, W) -> RGB PIL image. name: of the argument.
 
     Arrays and tensors hold uint8, or floats in [0, 1]. Raises ValueError for other types, modes and ranges.
     """
     if isinstance(picture, (str, Path)):
         return open_image(picture)
-    if isinstance(picture, Image.Image):
+    if isinstance(picture, Image.Image) and all(picture.size):
         return to_rgb(picture)
     pixels = picture
     if isinstance(picture, Tensor) and picture.ndim == 3:
@@ -141,19 +151,15 @@ def as_image(picture) -> Image.Image:
             pixels = (pixels * 255).round().astype(np.uint8)
         if pixels.dtype == np.uint8:
             return Image.fromarray(pixels)
-    shape = f" {tuple(picture.shape)}" if hasattr(picture, "shape") else ""
-    raise ValueError(f"{type(picture).__name__}{shape} cannot be used; give a path, a PIL image, an "
-                     "array (H, W, 3) or a tensor (3, H, W), of uint8 or of floats in [0, 1]")
+    raise ValueError(f"{name} = {shown(picture)} should be a path, a PIL image, an array (H, W, 3) or a "
+                     "tensor (3, H, W), of uint8 or of floats in [0, 1]")
 
 
 def encode_texts(text_encoder: TextEncoder, tokenizer: Tokenizer, texts: list[str]) -> dict[str, Tensor]:
-    """{text: hidden states (T, D)} of the distinct texts. Raises ValueError for a text that is not a string.
+    """{text: hidden states (T, D)} of the distinct texts.
 
     Encodes the texts one by one: in a batch, rounding would depend on the other texts.
     """
-    for text in texts:
-        if not isinstance(text, str):
-            raise ValueError(f"a text is a string, not {type(text).__name__}; give one string or a list")
     device = text_encoder.text_model.final_layer_norm.weight.device
     return {text: text_encoder(tokenizer([text]).to(device))[0] for text in dict.fromkeys(texts)}
 

@@ -68,7 +68,9 @@ class PairPainter:
             raise ValueError(f"reweighting and windows need the mode cross or both, not {inject}")
         self.painter, self.inject, self.captions, self.negative = painter, inject, (source, edit), negative
         self.deep_every, self.blend_most = deep_every, blend_most
-        self.settings = painter.fill_defaults({"steps": steps, "sampler": sampler, "resolution": resolution})
+        others = {"captions": [source, edit], "negative": negative, "deep_every": deep_every}
+        given = painter.fill_defaults(others | {"steps": steps, "sampler": sampler, "resolution": resolution})
+        self.settings = {key: value for key, value in given.items() if key not in others}
         self.plan = plan(painter.schedule, self.settings["sampler"], self.settings["steps"])
         if blend and self.settings["sampler"] not in ("euler", "euler_ancestral"):
             raise ValueError("a local blend needs the sampler euler or euler_ancestral")

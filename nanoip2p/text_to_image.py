@@ -19,7 +19,7 @@ from tqdm import tqdm
 from nanoip2p.diffusion import plan
 from nanoip2p.guidance import text_guided_denoiser
 from nanoip2p.images import fit, to_tensor
-from nanoip2p.pipeline import Callback, Model, as_image, encode_texts, reporting
+from nanoip2p.pipeline import ARGUMENTS, Callback, Model, as_image, encode_texts, reporting
 from nanoip2p.samplers import SAMPLERS, draw_noise
 
 
@@ -27,16 +27,8 @@ class TextToImage(Model):
     """A Stable Diffusion model. Use `generate`."""
 
     edits = False
+    arguments = ARGUMENTS | {"cfg_text": (float | list[float],)}
     default_weights = "weights/nano-sd"
-
-    def fill_defaults(self, settings: dict) -> dict:
-        """Like Model.fill_defaults; also raises ValueError for unusable steps or resolution."""
-        settings = super().fill_defaults(settings)
-        if settings["resolution"] < 1 or settings["resolution"] % self.multiple:
-            raise ValueError(f"these weights cannot use a resolution of {settings['resolution']}; take a "
-                             f"multiple of {self.multiple}")
-        plan(self.schedule, settings["sampler"], settings["steps"])  # raises for too many steps
-        return settings
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """Shape (C, h, w) of the latents of a square picture. resolution: its side in pixels."""
@@ -61,19 +53,17 @@ class TextToImage(Model):
         negative: the negative prompt. batch: maximum number of pictures in a forward pass.
         callback(step, latents), deep_every: see Editor.edit. Raises ValueError for unusable settings.
         """
-        settings = self.fill_defaults({"steps": steps, "cfg_text": cfg_text, "sampler": sampler,
-                                       "resolution": resolution})
+        settings = self.fill_defaults(locals())  # all arguments
         if (images is None) != (strength is None):
             raise ValueError("SDEdit needs both images and strength; to generate from captions give neither")
         single, (captions, scales, images, seeds) = self._requests(
             seed, captions=captions, cfg_text=settings["cfg_text"], images=images)
         levels = plan(self.schedule, settings["sampler"], settings["steps"])
-        share = 1 if strength is None else strength
-        taken = int(settings["steps"] * share)  # as in diffusers
-        if taken < 1 or share > 1:
+        taken = settings["steps"] * (1 if strength is None else strength)
+        if not 1 <= taken <= settings["steps"]:
             raise ValueError(f"a strength of {strength} cannot be used: with {settings['steps']} steps, it "
                              f"must be from 1/{settings['steps']} to 1")
-        sigmas = levels.sigmas[-taken:]
+        sigmas = levels.sigmas[-int(taken):]  # as in diffusers
         text_states = encode_texts(self.text_encoder, self.tokenizer, [negative, *captions])
         parts = [range(len(captions))[i : i + batch] for i in range(0, len(captions), batch)]
         pictures, side = [], settings["resolution"]
@@ -83,7 +73,7 @@ class TextToImage(Model):
                 generators = [torch.Generator().manual_seed(seeds[i]) for i in part]
                 denoise = text_guided_denoiser(
                     self.unet, levels, context, text_states[negative].expand_as(context),
-                    torch.tensor([float(scales[i]) for i in part]), deep_every)
+                    torch.tensor([scales[i] for i in part]), deep_every)
                 noise = draw_noise((len(part), *self.latent_shape(side)), generators).to(context.device)
                 x = levels.start_scale * noise                                         # (B, C, h, w)
                 if strength is not None:

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.target:
             save.convert(checkpoint, args.target, dtype, args.ema_copy)
             print(f"wrote {args.target}")
-            if args.target.suffix == ".safetensors":
+            if args.target.suffix.lower() == ".safetensors":
                 print("the file has no tokenizer; to load it, give the source's tokenizer as --tokenizer")
 
     return cli.run(work, "interrupted; nothing was written", "close other programs")

@@ -63,10 +63,10 @@ def convert(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None = No
     Deletes temporary files of a killed conversion to the same `target`. A merge never overwrites a file.
     Holds one tensor in memory at a time. Raises ValueError for a bad checkpoint or target.
     """
-    single, target = target.suffix == ".safetensors", target.resolve()
+    single, target = target.suffix.lower() == ".safetensors", target.resolve()
     occupied = target.exists() and ((checkpoint.merged_from or not target.is_file()) if single else
                                     (not target.is_dir() or any(target.iterdir())))
-    if occupied or target.suffix in (".ckpt", ".pt", ".bin"):
+    if occupied or target.suffix.lower() in (".ckpt", ".pt", ".bin"):
         raise ValueError(f"{target} exists, or is neither a folder nor a .safetensors file; name a new one")
     if target == checkpoint.source.resolve():
         raise ValueError(f"{target} is the checkpoint itself; name another target")

@@ -120,7 +120,7 @@ def _fonts() -> Iterator[ImageFont.FreeTypeFont]:
 @lru_cache
 def _font_files() -> list[str]:
     """matplotlib's DejaVu, then the files in FONTS: upright sans-serif fonts first."""
-    found = [path for folder in FONTS for path in Path(folder).expanduser().rglob("*.[ot]t[fc]")
+    found = [path for folder in FONTS for path in Path(folder).expanduser().rglob("*.[oOtT][tT][fFcC]")
              if not re.search("last|blank", path.stem.lower())]  # LastResort has a box for everything
     odd = re.compile("(?i)bold|italic|oblique|mono|light|thin|black|narrow|condensed")
     found.sort(key=lambda path: ("sans" not in path.stem.lower(), bool(odd.search(path.stem)), path.name))

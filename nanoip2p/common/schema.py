@@ -1,9 +1,10 @@
-"""Check the types and ranges of values from files, where they are read. JSON files can hold anything."""
+"""Check the types and ranges of values where they enter: files and callers can hand over anything."""
 
 import math
 import reprlib
 import types
 import typing
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,26 +12,28 @@ from nanoip2p.common.files import read_rows
 
 LONGEST = 10_000  # items of a list, characters of a text: far more than any model's setting has
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "an object",
-         types.NoneType: "null"}
+         Callable: "a function", types.NoneType: "null"}
 
 
-def checked(value, kind, where: str, least: float = -math.inf, most: float = math.inf):
+def checked(value, kind, where: str, least: float = -math.inf, most: float = math.inf, longest=LONGEST):
     """Return `value` if it is of `kind`, else raise ValueError: "<where> = <value> should be <kind>".
 
-    kind: bool, int, float, str, dict, list[...], tuple[...], or a union (A | None). A whole number is a valid
-    float; a list becomes a tuple if `kind` is a tuple. least, most: the range of every number in `value`. NaN
-    and infinity are refused.
+    kind: a key of NAMES, list[...], tuple[...], or a union (A | None). A whole number is a valid float, a
+    bool is no number; a list becomes a tuple if `kind` is a tuple. least, most: the range of every number in
+    `value`. NaN and infinity are refused. longest: the most items of a list and characters of a text.
     """
     try:
-        return _converted(value, kind, least, most)
+        return _converted(value, kind, least, most, longest)
     except (ValueError, OverflowError):
-        if isinstance(value, (str, list)) and len(value) > LONGEST:
-            raise ValueError(f"{where} is {len(value):,} long; at most {LONGEST:,} are read") from None
+        if isinstance(value, (str, list)) and len(value) > longest:
+            raise ValueError(f"{where} is {len(value):,} long; at most {longest:,} are read") from None
         raise ValueError(f"{where} = {shown(value)} should be {_described(kind, least, most)}") from None
 
 
 def shown(value) -> str:
-    """A value for a message, at most 41 characters."""
+    """A value for a message, at most 41 characters: the shape of an array or tensor."""
+    if isinstance(shape := getattr(value, "shape", None), tuple) and shape:
+        return f"{type(value).__name__} {tuple(shape)}"
     text = reprlib.repr(value)  # not repr: the value may be deeply nested
     return text if len(text) <= 40 else text[:40] + "…"
 
@@ -42,20 +45,20 @@ def checked_rows(path: Path, kinds: dict[str, tuple], appended: bool = True) -> 
                    for key, (kind, *limits) in kinds.items()} for number, (_, row) in enumerate(rows, 1)]
 
 
-def _converted(value, kind, least: float, most: float):
+def _converted(value, kind, least: float, most: float, longest: float):
     """`value` as `kind`. Raises ValueError or OverflowError, without a message, if that is impossible."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         for option in args:
             with suppress(ValueError, OverflowError):
-                return _converted(value, option, least, most)
+                return _converted(value, option, least, most, longest)
         raise ValueError
     if origin in (list, tuple):
-        if not isinstance(value, (list, tuple)) or len(value) > LONGEST:
+        if not isinstance(value, (list, tuple)) or len(value) > longest:
             raise ValueError
-        return origin(_converted(item, args[0], least, most) for item in value)
+        return origin(_converted(item, args[0], least, most, longest) for item in value)
     value = float(value) if kind is float and type(value) is int else value
-    if type(value) is not kind or kind is str and len(value) > LONGEST:
+    if not isinstance(value, kind) or type(value) is bool is not kind or kind is str and len(value) > longest:
         raise ValueError
     if kind in (int, float) and not (least <= value <= most and math.isfinite(value)):
         raise ValueError

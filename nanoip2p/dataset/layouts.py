@@ -31,6 +31,7 @@ from nanoip2p.world.scenes import Scene
 
 SPLITS = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}  # as in the original
 METADATA = [f"{folder}metadata.{kind}" for folder in ("", "*/") for kind in ("jsonl", "csv", "parquet")]
+PARQUET, TAR = ("".join(f"[{x}{x.upper()}]" for x in kind) for kind in ("parquet", "tar"))  # in any case
 OWN_SPLIT = re.compile(r"(?:^|/)(?:(dev|val|validation)|(test))[-./]")  # dev/..., data/dev-00000...
 
 Picture = Path | Scene | Cell | Member
@@ -111,15 +112,15 @@ def _read(source: Path, split: str | None, skip_bad: bool, columns: Names | None
     if not source.exists():
         raise ValueError(f"there is no {source} to read training pairs from")
     for layout in ((_original, "seeds.json"), (_table, "pairs.jsonl"),
-                   (_table, "*.parquet", "data/*.parquet"),
+                   (_table, f"*.{PARQUET}", f"data/*.{PARQUET}"),
                    (_magicbrush, "edit_turns.json", "*/edit_turns.json"),
-                   (_table, "*.tar", "data/*.tar"), (_table, *METADATA)):
+                   (_table, f"*.{TAR}", f"data/*.{TAR}"), (_table, *METADATA)):
         reader, *patterns = layout
         if files := sorted(file for pattern in patterns for file in source.glob(pattern)):
             break
     else:
         reader, files = _table, [source]
-        if source.suffix not in (".jsonl", ".csv", ".parquet", ".tar"):
+        if source.suffix.lower() not in (".jsonl", ".csv", ".parquet", ".tar"):
             raise ValueError(f"{source} is no training data; give a .jsonl, .csv, .parquet or .tar file, or "
                              "a folder with seeds.json, pairs.jsonl, *.parquet or *.tar (also in data/), "
                              "edit_turns.json or metadata.jsonl, .csv or .parquet (these also in train/ and "
@@ -137,17 +138,16 @@ def _read(source: Path, split: str | None, skip_bad: bool, columns: Names | None
 
 def _made(rows: Iterator[Callable[[], Item]], skip_bad: bool) -> Iterator[Item | ValueError]:
     """Yield the item of each row. skip_bad: yields errors of rows and of the file instead of raising them."""
+    if not skip_bad:
+        yield from (make() for make in rows)
+        return
     try:
         for make in rows:
             try:
                 yield make()
             except ValueError as error:
-                if not skip_bad:
-                    raise
                 yield error
     except ValueError as error:
-        if not skip_bad:
-            raise
         yield FileError(error)
 
 
@@ -211,7 +211,7 @@ def _from_row(row: tuple[str, dict] | ValueError, path: Path, columns: Names | N
     where, row = row
     names = tables.chosen(tuple(row), columns) or columns or COLUMNS[-1]
     # A pairs.jsonl, or a table like it: the user wrote it, so its pictures may lie outside its folder
-    own = names == COLUMNS[-1] and path.suffix == ".jsonl" and path.stem != "metadata"
+    own = names == COLUMNS[-1] and path.suffix.lower() == ".jsonl" and path.stem.lower() != "metadata"
     pictures, edit = [], names[1]
     for name in names[::2]:
         if isinstance(row.get(name), (Cell, Member)):

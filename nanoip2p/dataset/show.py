@@ -83,7 +83,7 @@ def contact_sheet(pairs: list[dict], rows: int, seed: int) -> Image.Image:
 
 
 def draw_heatmaps(model: PairPainter, seed: int, share: float, cfg_text: float, bar: tqdm) -> Image.Image:
-    """A row per picture: the picture, and a copy per word, bright where attention to the word is high."""
+    """A row per picture: the picture, and a copy per word, bright where attention to the word is strong."""
     tokenizer = model.painter.tokenizer
     words = [split_words(tokenizer, caption) for caption in model.captions]
     count = max(map(len, words))
@@ -96,7 +96,9 @@ def draw_heatmaps(model: PairPainter, seed: int, share: float, cfg_text: float, 
             reversed(model.painter.decode(latents)), heat.flip(0), words, model.captions):
         rows, labels = [*rows, [picture]], [*labels, [caption]]
         for map_, (word, _) in zip(maps, row):
-            light = Image.fromarray((map_ / map_.max() * 255).byte().cpu().numpy())
+            # The size of the attention: --reweight can make it negative. A map of zeros is black
+            share = (map_.abs() / map_.abs().max()).nan_to_num()
+            light = Image.fromarray((share * 255).byte().cpu().numpy())
             light = light.resize(picture.size, Image.Resampling.BICUBIC)
             rows[-1].append(Image.composite(picture, Image.new("RGB", picture.size), light))
             labels[-1].append(word)

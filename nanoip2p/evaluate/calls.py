@@ -32,12 +32,11 @@ def branches(cfg_text: float, cfg_image: float) -> int:
 def run(args: argparse.Namespace) -> tuple[str, None]:
     """Measure the missing points, plot the requested points, and return a table. args: see __main__.py."""
     path, lines, points = args.out / "calls.jsonl", [], []
-    for weights in args.weights:
+    for weights in dict.fromkeys(args.weights):
         editor = Editor.load(weights, args.device)
         networks = fingerprint(editor.unet, editor.vae, editor.text_encoder)
         per_step = branches(editor.defaults["cfg_text"], editor.defaults["cfg_image"])
-        for sampler, calls in product(SAMPLERS, args.calls):
-            steps = calls // per_step
+        for sampler, steps in product(SAMPLERS, dict.fromkeys(calls // per_step for calls in args.calls)):
             if not 1 <= steps <= (LCM_STEPS if sampler == "lcm" else editor.schedule.num_train_timesteps):
                 continue
             point = {"weights": str(weights), "networks": networks, "sampler": sampler,

@@ -86,6 +86,15 @@ def test_conversion_rounds_once(dtype, folder, tmp_path):
     assert load_file(tmp_path / "half" / UNET_FILE)["conv_in.weight"].dtype == dtype
 
 
+@pytest.mark.parametrize("name", ["new.SAFETENSORS", "New.SafeTensors"])
+def test_a_target_may_end_in_capitals(single, tmp_path, name):
+    convert(open_checkpoint(single), tmp_path / name)
+    assert (tmp_path / name).read_bytes() == single.read_bytes()
+    for kind in (".CKPT", ".Pt", ".BIN"):
+        with pytest.raises(ValueError, match="is neither a folder nor a .safetensors file"):
+            convert(open_checkpoint(single), tmp_path / f"new{kind}")
+
+
 @pytest.mark.parametrize("layout", ["folder", "single file"])
 def test_a_half_precision_file_is_let_go_before_the_next_network(layout, folder, tmp_path, monkeypatch):
     """A mapped file fills memory until the last reference to the mapping is gone."""

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import sys
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -342,6 +343,48 @@ def test_a_cell_without_bytes_is_a_broken_picture(tmp_path, cell):
     pair, = read_data(path)[0]
     with pytest.raises(ValueError, match="x.parquet row 0, column input_image cannot be used"):
         load_picture(pair.before, 8)
+
+
+@pytest.mark.parametrize("change", [str.upper, str.title, str.lower], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("folder", [".", "data", None], ids=str)
+@pytest.mark.parametrize("kind", [".parquet", ".tar", ".jsonl", ".csv"])
+def test_a_suffix_in_any_case(tmp_path, kind, folder, change):
+    """In its folder (only .parquet and .tar have no fixed name), or named itself (None)."""
+    root = write_jsonl(tmp_path / "root")
+    path = root / ("data" if folder == "data" else ".") / f"X{change(kind)}"
+    path.parent.mkdir(exist_ok=True)
+    rows = [json.loads(line) for line in (root / "pairs.jsonl").read_text().splitlines() if line]
+    if kind == ".parquet":
+        write_parquet(path)
+    elif kind == ".tar":
+        with tarfile.open(path, "w") as file:
+            for number, row in enumerate(ROWS):
+                for name, content in zip(("input.jpg", "edit.txt", "output.jpg"), row):
+                    content = content.encode() if isinstance(content, str) else content
+                    member = tarfile.TarInfo(f"{number:02d}.{name}")
+                    member.size = len(content)
+                    file.addfile(member, io.BytesIO(content))
+    elif folder:
+        pytest.skip("has a fixed name there")
+    elif kind == ".jsonl":  # one's own list, whose pictures may lie elsewhere
+        path = tmp_path / path.name
+        path.write_text("\n".join(json.dumps(row | {
+            key: str(root / row[key]) for key in ("input", "output")}) for row in rows))
+    else:
+        path.write_text("\n".join(["input,edit,output", *(
+            ",".join((row["input"], row["edit"], f"{i}b.png")) for i, row in enumerate(rows))]))
+    (root / "pairs.jsonl").unlink()
+    assert edits(sum((read_data(root if folder else path, split)
+                      for split in ("train", "validation", "test")), [])) == numbered(*range(20))
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "METADATA.JSONL", "Metadata.Jsonl"])
+def test_a_downloaded_list_stays_in_its_folder_in_any_case(tmp_path, name):
+    outside = write_jsonl(tmp_path / "mine") / "0b.png"
+    (tmp_path / "their").mkdir()
+    (tmp_path / "their" / name).write_text(
+        2 * (json.dumps({"input": f"../mine/{outside.name}", "edit": "a", "output": str(outside)}) + "\n"))
+    assert "not a file inside the folder" in complaint(tmp_path / "their" / name)
 
 
 def test_a_folder_that_is_empty_or_unknown_or_not_there(tmp_path):

@@ -61,6 +61,20 @@ def test_points_have_as_many_calls_as_fit_and_are_not_measured_again(editors, tm
         measured(editors[:1], tmp_path, "--calls", 12)
 
 
+@pytest.mark.parametrize("asked", [(2, 3), (6, 7, 8), (9, 3, 3, 5, 11), (4, 4)], ids=str)
+def test_a_point_is_shown_once(editors, tmp_path, monkeypatch, asked):
+    """Numbers of calls that mean the same steps, and weights that are given twice."""
+    drawn = []
+    monkeypatch.setattr(calls, "draw", lambda points, axes: drawn.extend(points))
+    text = measured([*editors, editors[0]], tmp_path, "--calls", *asked)
+    rows = [row for _, row in read_rows(tmp_path / "calls.jsonl")]
+    steps = [dict.fromkeys(count // branches for count in asked if count >= branches) for branches in (3, 1)]
+    counts = [count * branches for counts, branches in zip(steps, (3, 1)) for _ in calls.SAMPLERS
+              for count in counts]
+    assert [row["calls"] for row in rows] == counts
+    assert drawn == rows and len(text.splitlines()) == len(rows) + 2
+
+
 def test_each_weights_and_sampler_has_a_curve(editors, tmp_path):
     drawn = []
     axes = SimpleNamespace(errorbar=lambda x, *_, label, **__: drawn.append((label, x)),

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from comparing import randomise, relative_error
+from comparing import relative_error
 from test_prompt_to_prompt import CAPTIONS, GUIDANCE, SEEDS, SHARES, STEPS, folders, make, painters  # noqa: F401
 from test_unet import CONFIGS, pair
 from tiny_editor import write_tiny_editor
@@ -17,7 +17,7 @@ from tiny_editor import write_tiny_editor
 from nanoip2p import prompt_to_prompt
 from nanoip2p.diffusion import NoiseSchedule, plan
 from nanoip2p.editor import Editor
-from nanoip2p.guidance import guided_denoiser, make_denoiser, text_guided_denoiser
+from nanoip2p.guidance import guided_denoiser, text_guided_denoiser
 from nanoip2p.samplers import SAMPLERS
 from nanoip2p.text_to_image import TextToImage
 from nanoip2p.unet import UNet
@@ -192,10 +192,3 @@ def test_features_outlive_the_memory_of_a_cuda_graph():
     runs = [SAMPLERS["euler"](guided_denoiser(unet, levels, image, text, null, 7.5, 1.5, deep_every=2),
                               noise * levels.start_scale, levels.sigmas) for unet in (ours, Graphed())]
     assert torch.equal(*runs)
-
-
-@pytest.mark.parametrize("wrong", [0, -1, "2", 1.5, True, None])
-def test_other_numbers_are_refused(wrong):
-    with pytest.raises(ValueError, match="deep_every = .* should be a whole number, at least 1"):
-        make_denoiser(randomise(UNet(CONFIGS["tiny"])), plan(NoiseSchedule(), "euler", 2), torch.empty(0), [],
-                      sum, deep_every=wrong)

@@ -124,10 +124,10 @@ def test_an_editor_and_a_painter_are_told_apart(folder, tmp_path):
 @pytest.mark.parametrize("wrong, message", [
     ({"sampler": "heun"}, "unknown sampler 'heun'; take one of euler_ancestral"), ({"steps": 0}, "0 steps"),
     ({"resolution": 36}, "these weights cannot use a resolution of 36; take a multiple of 8$"),
-    ({"resolution": 0}, "a resolution of 0"), ({"resolution": -8}, "a resolution of -8"),
-    ({"seed": [1]}, "2 captions, 1 seeds: give lists of equal length, or a single value"),
+    ({"resolution": 0}, "resolution = 0 should"), ({"resolution": -8}, "resolution = -8 should be a whole"),
+    ({"seed": [1]}, "2 captions, 1 seed: give lists of equal length, or a single value"),
     ({"cfg_text": [1.0] * 3}, "2 captions, 3 cfg_text: give lists of equal length"),
-    ({"captions": 3}, "a text is a string, not int; give one string or a list"),
+    ({"captions": 3}, "captions = 3 should be a text or a list, each item a text"),
     ({"strength": 0.5}, "SDEdit needs both images and strength"), ({"images": []}, "SDEdit needs both"),
 ], ids=str)
 def test_mistakes_are_value_errors(painter, wrong, message):

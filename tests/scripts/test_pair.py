@@ -74,6 +74,23 @@ def test_the_device_chooses_the_dtype(folder, tmp_path, monkeypatch, capsys, fas
     assert loaded == [torch.bfloat16 if faster == "bf16" else torch.float32]
 
 
+@pytest.mark.parametrize("map_", [
+    torch.zeros(6, 6), -torch.ones(6, 6), torch.arange(36.).view(6, 6) - 30, torch.arange(36.).view(6, 6) - 5,
+    -torch.arange(36.).view(6, 6), torch.full((6, 6), 1e-45), torch.linspace(-1, 1, 36).view(6, 6) * 3e38,
+    torch.linspace(-1e-40, 1e-41, 36).view(6, 6), torch.eye(6) * -0.0], ids=range(9))
+def test_any_finite_heat_map_is_shown_by_its_size(painter, monkeypatch, map_):
+    """The strongest attention, of either sign, keeps the picture; none is black; the rest in proportion."""
+    monkeypatch.setattr(show, "grid", lambda rows, labels: rows)
+    model = PairPainter(painter, "red", "red", "none", steps=1)
+    monkeypatch.setattr(model, "sample", lambda *_: (torch.zeros(2, 4, 9, 9), map_.expand(2, 1, 6, 6)))
+    monkeypatch.setattr(painter, "decode", lambda latents: [Image.new("RGB", (6, 6), "white")] * 2)
+    most = max(map(abs, map_.flatten().tolist())) or 1.0
+    wanted = [abs(value) / most * 255 for value in map_.flatten().tolist()]
+    for _, lit in show.draw_heatmaps(model, 0, 0.5, 3.0, None):
+        found = np.asarray(lit, float)
+        assert np.abs(found - np.reshape(wanted, (6, 6, 1))).max() <= 1.01
+
+
 @pytest.mark.parametrize("flags", [
     [], ["--blend", "red", "boat", "--inject", "both"], ["--inject", "none"]], ids=str)
 def test_heatmaps_show_each_word(painter, folder, tmp_path, monkeypatch, flags):
