@@ -97,8 +97,7 @@ def draw_heatmaps(model: PairPainter, seed: int, share: float, cfg_text: float, 
         rows, labels = [*rows, [picture]], [*labels, [caption]]
         for map_, (word, _) in zip(maps, row):
             # The size of the attention: --reweight can make it negative. A map of zeros is black
-            share = (map_.abs() / map_.abs().max()).nan_to_num()
-            light = Image.fromarray((share * 255).byte().cpu().numpy())
+            light = Image.fromarray((map_.abs() / map_.abs().max() * 255).nan_to_num().byte().cpu().numpy())
             light = light.resize(picture.size, Image.Resampling.BICUBIC)
             rows[-1].append(Image.composite(picture, Image.new("RGB", picture.size), light))
             labels[-1].append(word)
