@@ -274,7 +274,7 @@ def test_bad_files_are_one_line(tab, tmp_path, content):
     page.wait_for_selector(".toast-body")
     assert re.search(r"\bbad\.png cannot be used: ", toast(page)) and "/tmp" not in toast(page)
     reopen(page, EXAMPLES / "house.png")
-    page.get_by_text("house.png has no recipe").wait_for()
+    page.get_by_text("house.png has no recipe of an edit").wait_for()
     say(page, "make it night")
     playwright.expect(page.locator("#edit")).to_be_disabled()
     page.keyboard.press("Enter")

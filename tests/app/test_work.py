@@ -223,9 +223,9 @@ def test_strange_settings_are_one_line(tmp_path, key, value):
 def test_a_recipe_without_an_edit_is_no_recipe(tmp_path, recipe, lacking):
     """Else the page would take its own defaults for the missing settings, and lock the seed."""
     save_png(drawing(8, 8), tmp_path / "x.png", recipe)
-    with pytest.raises(ValueError, match=r"^x\.png has no recipe of an edit: [\w, ]+ missing$") as error:
+    named = "; only results of " if "edit" in lacking else f": {lacking[0]} missing$"
+    with pytest.raises(ValueError, match=rf"x\.png has no recipe of an edit{named}"):
         read_settings(tmp_path / "x.png")
-    assert set(lacking) == set(str(error.value).split(": ")[1].removesuffix(" missing").split(", "))
 
 
 PICTURES = sorted((Path(__file__).resolve().parents[2] / "weights").rglob("*.png"))
@@ -239,7 +239,7 @@ def test_of_the_shipped_pictures_edits_open(path):
         found, _ = read_settings(path)
         assert found.keys() == EDIT.keys() and found["edit"]
     else:
-        with pytest.raises(ValueError, match="has no recipe"):
+        with pytest.raises(ValueError, match="has no recipe of an edit"):
             read_settings(path)
     assert {"demo.png", "sweep.png", "first-editor.png"} <= {path.name for path in PICTURES}
 
