@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import tracemalloc
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from nanoip2p.common.files import (
     regular,
     replacing,
 )
-from nanoip2p.common.schema import checked_rows
+from nanoip2p.common.schema import checked, checked_rows
 from nanoip2p.tokenizer import load_tokenizer
 
 
@@ -218,6 +219,13 @@ def test_a_folder_belongs_to_one_job(tmp_path):
         claim_folder(tmp_path, "job.json", job, "--out")
 
 
+def test_true_is_no_number():
+    assert checked(1, float, "x") == 1 and type(checked(1, float | None, "x")) is float
+    for kind in (int, float, float | None, list[int]):
+        with pytest.raises(ValueError, match=r"^x = \[?True\]? should be "):
+            checked([True] if kind == list[int] else True, kind, "x")
+
+
 def test_a_lock_excludes_other_processes_but_not_beyond_death(tmp_path):
     path = tmp_path / "new" / ".lock"
     code = ("import sys, time; from pathlib import Path; from nanoip2p.common.files import locked\n"
@@ -232,9 +240,9 @@ def test_a_lock_excludes_other_processes_but_not_beyond_death(tmp_path):
     assert first.stdout.readline() == "True\n"
     with locked(path) as held:
         assert not held
-    first.kill()
-    first.communicate()
+    threading.Timer(0.2, first.kill).start()
     with locked(path, wait=True) as held:
+        first.communicate()
         assert held and start().communicate()[0] == "False\n"
         if not (child := os.fork()):  # inherits no lock, and must not free its parent's when it closes files
             os._exit(0)
