@@ -91,6 +91,7 @@ def test_steps_are_those_of_diffusers_and_peft(start, tmp_path, layers):
     config = TrainConfig(lora=["3"], lora_layers=layers, accumulate=2, batch_size=4, dtype="fp32", lr=1e-3,
                          cache=tmp_path, drop=(0, 0, 0), snr_gamma=1)
     trainer = Trainer(config, load_model(start), Ranks(0, 1, torch.device("cpu")), 4)
+    assert all(weight.any() == ("lora_up" not in name) for name, weight in trainer.trained.items())
     with torch.no_grad():
         for name, weight in trainer.trained.items():
             weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1)
