@@ -10,7 +10,7 @@ import torch
 from comparing import relative_error
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_editor import write_tiny_editor, write_tiny_painter
+from tiny_editor import VOCABULARY, write_tiny_editor, write_tiny_painter
 from torch import nn
 
 from nanoip2p import Editor, TextToImage
@@ -133,12 +133,13 @@ def test_words_that_begin_alike_stay_apart(tiny, tmp_path):
 def test_two_embeddings_and_half_precision(tiny, tmp_path):
     editor = Editor.load(tiny, device="cpu", dtype=torch.float16)
     for name, seed in (("first", 1), ("second", 2)):
-        save_file({"emb_params": vectors(2, seed).double()}, tmp_path / f"{name}.safetensors")
+        save_file({"emb_params": vectors(36, seed).double()}, tmp_path / f"{name}.safetensors")
         add_embedding(editor, tmp_path / f"{name}.safetensors")
     table = editor.text_encoder.text_model.embeddings.token_embedding
-    assert table.weight.dtype == torch.float16 and len(table.weight) == editor.text_encoder.config.vocab_size
-    _, *ids, _ = editor.tokenizer(["first second"])[0, :6].tolist()
-    assert torch.equal(table.weight[ids], torch.cat([vectors(2, 1), vectors(2, 2)]).half())
+    size = editor.text_encoder.config.vocab_size
+    assert table.weight.dtype == torch.float16 and len(table.weight) == size > VOCABULARY  # it has grown
+    ids = editor.tokenizer(["first second"])[0, 1:73]
+    assert torch.equal(table.weight[ids], torch.cat([vectors(36, 1), vectors(36, 2)]).half())
 
 
 BAD = {

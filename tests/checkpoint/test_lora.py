@@ -150,8 +150,8 @@ def test_weights_and_outputs_are_diffusers(layout, channels, folders, tmp_path):
 def test_alphas_ranks_and_rank_stabilised_scales_of_peft(layout, folders, tmp_path):
     peft = pytest.importorskip("peft")
     unet = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_k", "conv1", "ff.net.0.proj"],
-                           rank_pattern={"conv1": 6}, alpha_pattern={"attn2.to_k": 3.0, "to_k": 5},
-                           init_lora_weights=False)
+                           rank_pattern={"conv1": 6}, init_lora_weights=False, alpha_pattern={
+                               "attn2.to_k": 3.0, "to_k": 5, "^mid_block.resnets.0.conv1": 7.0})
     peer, maker, ours = open_peer(folders, 8), open_peer(folders, 8), open_ours(folders, 8)
     if layout == "metadata":
         text = peft.LoraConfig(r=2, lora_alpha=16, target_modules=["q_proj", "fc1"], use_rslora=True,

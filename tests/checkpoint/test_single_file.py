@@ -109,6 +109,8 @@ def test_there_and_back_is_bit_exact(config):
     for ema in (False, True) if isinstance(config, UNetConfig) else (False,):
         there = named(config, ours, ema)
         assert len(there) == len(ours) and not set(there) & set(ours)
+        assert all(tensor.ndim == 4 for name, tensor in there.items()
+                   if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name))
         back = from_original(empty(config), there, ema)
         assert list(back) == list(ours) and all(torch.equal(back[name], ours[name]) for name in ours)
         assert all(back[name].data_ptr() == ours[name].data_ptr() for name in ours), "copied"

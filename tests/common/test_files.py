@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import tracemalloc
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from nanoip2p.common.files import (
     regular,
     replacing,
 )
-from nanoip2p.common.schema import checked_rows
+from nanoip2p.common.schema import checked, checked_rows
 from nanoip2p.tokenizer import load_tokenizer
 
 
@@ -228,6 +229,13 @@ def test_what_is_too_long_to_show_is_named_in_plain_english(tmp_path, name, ther
         claim_folder(tmp_path / "out", "job.json", {name: "0" * 16}, "--out")
 
 
+def test_true_is_no_number():
+    assert checked(1, float, "x") == 1 and type(checked(1, float | None, "x")) is float
+    for kind in (int, float, float | None, list[int]):
+        with pytest.raises(ValueError, match=r"^x = \[?True\]? should be "):
+            checked([True] if kind == list[int] else True, kind, "x")
+
+
 def test_a_lock_excludes_other_processes_but_not_beyond_death(tmp_path):
     path = tmp_path / "new" / ".lock"
     code = ("import sys, time; from pathlib import Path; from nanoip2p.common.files import locked\n"
@@ -242,9 +250,9 @@ def test_a_lock_excludes_other_processes_but_not_beyond_death(tmp_path):
     assert first.stdout.readline() == "True\n"
     with locked(path) as held:
         assert not held
-    first.kill()
-    first.communicate()
+    threading.Timer(0.2, first.kill).start()
     with locked(path, wait=True) as held:
+        first.communicate()
         assert held and start().communicate()[0] == "False\n"
         if not (child := os.fork()):  # inherits no lock, and must not free its parent's when it closes files
             os._exit(0)

@@ -108,7 +108,8 @@ def test_padding_with_zeros_as_openai_does_gives_the_same_features(folder):
 
 @pytest.mark.parametrize("typed, plain", [
     ("it’s a “cat”", "it's a \"cat\""), ("a cat &amp; a dog", "a cat & a dog"), ("a ﬁsh", "a fish"),
-    ("a &lt cat &copy", "a < cat ©"), ("<b>a &ldquo;cat</b>", "<b>a “cat</b>"), ("&#38;amp;amp;amp;", "&")])
+    ("a &lt cat &copy", "a < cat ©"), ("<b>a &ldquo;cat</b>", "<b>a “cat</b>"), ("&#38;amp;amp;amp;", "&"),
+    ("a <b>&amp;quot;", 'a <b>"')])
 def test_captions_are_cleaned_as_by_openai(folder, typed, plain):
     """Compared with the ids of SimpleTokenizer, clip-anytorch 2.6.0; test_tokenizer.py compares with ftfy."""
     assert clean_twice(typed) == plain

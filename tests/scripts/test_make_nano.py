@@ -4,11 +4,13 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from nanoip2p.common.files import read_json
+from nanoip2p.dataset.rendered import draw_scenes
 from nanoip2p.editor import Editor
 from nanoip2p.images import open_image
 from nanoip2p.text_to_image import TextToImage
@@ -60,6 +62,14 @@ def test_from_nothing_to_folders_that_edit(make_nano, tmp_path, monkeypatch):
     again = make(2, 2)
     assert written() == before and any((again[name] != first[name]).any() for name in first)
 
+    assert {tensor.dtype for tensor in first.values()} == {torch.float16}
+    start = load_file(tmp_path / "runs" / "start" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert not start["conv_out.weight"].any() and start["conv_in.weight"].any()
+    for file in ("nano-sd/pairs.json", "nano-sd/defaults.json", "nano-ip2p/defaults.json",
+                 "nano-ip2p-4step/defaults.json", "nano-ip2p-paper/defaults.json"):
+        wanted = make_nano.PAIRS if "pairs" in file else read_json(SCRIPT.parent / file)
+        assert read_json(folder.parent / file) == wanted, file
+
     image = open_image(folder / "examples" / "house.png")
     for name in ("nano-ip2p", "nano-ip2p-4step", "nano-ip2p-paper"):
         editor = Editor.load(folder.parent / name, "cpu")
@@ -76,6 +86,7 @@ def test_the_last_prompts_only_edit_things(make_nano, tmp_path):
     rest = [[row[key].split(", ", 1)[1] for key in ("input", "output")] for row in rows]
     assert len(rows) == 70 and all(before == after for before, after in rest[40:])
     assert {before == after for before, after in rest[:40]} == {True, False}
+    assert rows[:40] == draw_scenes(40, 0) and not any(row in rows[:40] for row in rows[40:])
 
 
 def test_a_stage_stopped_half_way_ends_in_the_same_weights(make_nano, tmp_path):
@@ -112,6 +123,13 @@ def test_the_shipped_settings_are_those_of_the_recipe(make_nano):
         config = json.loads(json.dumps(UNetConfig(**settings).to_json()))  # lists for tuples
         assert {key: value for key, value in read_json(shipped / name / "unet/config.json").items()
                 if key in config} == config
+
+
+def test_the_shipped_examples_are_those_of_the_recipe(make_nano):
+    for name, scene in make_nano.EXAMPLES.items():
+        shipped = open_image(SCRIPT.parent / "nano-ip2p" / "examples" / f"{name}.png")
+        differs = np.abs(np.asarray(shipped, float) - np.asarray(scene.render(64)))
+        assert differs.mean() < 0.1, name
 
 
 def test_the_default_steps_are_one_number_for_each_run(make_nano, monkeypatch):

@@ -1014,12 +1014,16 @@ def test_a_mask_where_the_instruction_acts(more, run, monkeypatch):
     assert again(run, "out.png", *more) == 0 and np.array_equal(pixels("again.png"), pixels("out.png"))
 
 
-def test_masks_that_are_found_depend_on_the_seed_only(run):
+def test_masks_that_are_found_depend_on_the_seed_only(run, monkeypatch):
     """Not on the batch."""
+    seeds, usual = set(), masks.draw_noise
+    monkeypatch.setattr(masks, "draw_noise", lambda shape, generators: seeds.update(
+        generator.initial_seed() for generator in generators) or usual(shape, generators))
     flags = ["--input", "house.png", "boat.png", "--edit", "red", "--mask", "auto", "--seed", "3"]
     assert run(*flags, "--output", "a/") == run(*flags, "--batch", "1", "--output", "b/") == 0
     for name in ("house.png", "boat.png"):
         assert np.abs(pixels(f"a/{name}") - pixels(f"b/{name}")).max() <= 1
+    assert seeds == {3}
 
 
 @pytest.mark.parametrize("more, message", [

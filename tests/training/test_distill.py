@@ -14,6 +14,7 @@ from train_runs import state, words
 import train
 from nanoip2p.diffusion import NoiseSchedule, plan
 from nanoip2p.editor import Editor
+from nanoip2p.training import trainer
 from nanoip2p.training.config import PRESETS
 from nanoip2p.training.distill import STUDENT_DEFAULTS, Teacher, on_grid
 from nanoip2p.unet import UNet
@@ -126,8 +127,11 @@ def distilled(teacher, out, *more):
     return train.main(argv)
 
 
-def test_a_run_resumes_exactly_and_writes_an_editor_of_four_steps(start, tmp_path, capsys):
+def test_a_run_resumes_exactly_and_writes_an_editor_of_four_steps(start, tmp_path, capsys, monkeypatch):
+    shares, usual = [], trainer.model_input
+    monkeypatch.setattr(trainer, "model_input", lambda *given: shares.append(given[4]) or usual(*given))
     assert distilled(start, tmp_path / "whole", "--steps", 4) == 0
+    assert {*map(tuple, shares)} == {(0, 0, 0)}  # no condition is dropped
     assert distilled(start, tmp_path / "run", "--steps", 2) == 0
     half = state(tmp_path / "run")
     assert train.main(["--resume", str(tmp_path / "run"), "--steps", "4"]) == 0

@@ -88,9 +88,10 @@ def a_batch(count, side, width, text=77):
 @pytest.mark.parametrize("layers", LAYERS)
 def test_steps_are_those_of_diffusers_and_peft(start, tmp_path, layers):
     peft = pytest.importorskip("peft")
-    config = TrainConfig(lora=["3"], lora_layers=layers, accumulate=1, batch_size=4, dtype="fp32", lr=1e-3,
-                         cache=tmp_path, drop=(0, 0, 0))
+    config = TrainConfig(lora=["3"], lora_layers=layers, accumulate=2, batch_size=4, dtype="fp32", lr=1e-3,
+                         cache=tmp_path, drop=(0, 0, 0), snr_gamma=1)
     trainer = Trainer(config, load_model(start), Ranks(0, 1, torch.device("cpu")), 4)
+    assert all(weight.any() == ("lora_up" not in name) for name, weight in trainer.trained.items())
     with torch.no_grad():
         for name, weight in trainer.trained.items():
             weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1)
@@ -114,15 +115,18 @@ def test_steps_are_those_of_diffusers_and_peft(start, tmp_path, layers):
             other.copy_(ours.view_as(other))
     optimizer = torch.optim.AdamW(theirs.values(), 1e-3, weight_decay=1e-2)
     batch = a_batch(4, 8, 32)
+    snr = trainer.alphas[batch["timestep"]] / (1 - trainer.alphas[batch["timestep"]])
+    assert snr.max() > 1 > snr.min()
     for step in range(2):
         loss = trainer.step(repeat(batch), step)
         given = model_input(batch, trainer.null, trainer.model.vae.scaling_factor, trainer.alphas, (0, 0, 0))
         wanted = (peer(given["z_in"], batch["timestep"], given["context"]).sample - given["target"]).square()
-        wanted.mean().backward()
-        torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0)
+        (wanted.mean((1, 2, 3)) * (1 / snr).clamp(max=1)).mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0).item()
         optimizer.step()
         optimizer.zero_grad()
         assert loss == pytest.approx(wanted.mean().item(), rel=1e-5)
+        assert trainer.norm == pytest.approx(norm, rel=1e-4)
         assert all(relative_error(ours, other.view_as(ours)) < 1e-5 for ours, other in twins())
 
 

@@ -2,11 +2,12 @@
 
 import random
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from nanoip2p.world.painting import COLOURS
+from nanoip2p.world.painting import COLOURS, paint, paint_landscape
 from nanoip2p.world.scenes import (
     EDIT_KINDS,
     GROUNDS,
@@ -104,6 +105,48 @@ def test_an_edit_leaves_the_rest_alone_to_the_pixel():
     after = next(edit.scene for edit in scene.edits() if edit.instructions[0] == "make the house blue")
     differs = (np.asarray(scene.render(64)) != np.asarray(after.render(64))).any(-1)
     assert differs[:, :32].any() and not differs[:, 32:].any()
+
+
+def test_a_kept_landscape_is_that_of_its_scene_and_bare():
+    scene = Scene("day", "clear", "grass", (Thing("house", "red"),), 3)
+    others = [scene, *(replace(scene, **one) for one in (
+        {"time": "night"}, {"weather": "cloudy"}, {"ground": "sand"}, {"landscape": 40}, {"things": ()}))]
+    pictures = []
+    for other in others:
+        for size in (32, 64):
+            paint_landscape.cache_clear()
+            alone = other.render(size).tobytes()
+            paint_landscape.cache_clear()
+            scene.render(64)
+            assert other.render(size).tobytes() == alone
+            pictures.append(alone)
+    assert len(set(pictures)) == 2 * len(others)
+
+
+def test_things_weather_and_edges_look_as_they_should():
+    def pixels(scene, size=64):
+        return np.asarray(scene.render(size), float)
+
+    bare = Scene("day", "cloudy", "grass", (), 3)
+    house, tree = Thing("house", "red", "large", 0, dx=0.12), Thing("tree", "blue", "large", dx=-0.12)
+    columns = []
+    for dx in (0.0, 0.125):  # of the picture: 8 columns of 64
+        there = replace(bare, things=(replace(house, dx=dx),))
+        columns.append(np.flatnonzero((pixels(there) != pixels(bare)).any((0, 2))))
+    assert abs(columns[1].mean() - columns[0].mean() - 8) <= 0.5
+    both, last = (pixels(replace(bare, things=things)) for things in ((house, tree), (tree,)))
+    trunk_and_crown = (last == pixels(replace(bare, things=(tree, tree)))).all(-1) & (
+        last != pixels(bare)).any(-1)
+    same = (both == last).all(-1)[:45][trunk_and_crown[:45]]  # above the shadows
+    assert same.mean() > 0.9  # the later thing covers the earlier one
+    rainy, foggy = (pixels(replace(bare, weather=weather)) for weather in ("rainy", "foggy"))
+    assert rainy[50:].mean() < 0.95 * pixels(bare)[50:].mean() and foggy.std() < 0.8 * pixels(bare).std()
+    assert house_is_smooth(replace(bare, things=(house,)))
+
+
+def house_is_smooth(scene):
+    """Edges have the colours of 4 x 4 pixels each."""
+    return scene.render(32).tobytes() == paint(scene, 128).reduce(4).tobytes()
 
 
 def test_no_two_things_share_a_kind_or_a_slot():
