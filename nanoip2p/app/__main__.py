@@ -5,7 +5,6 @@
 """
 
 import os
-import signal
 import socket
 import sys
 import tempfile
@@ -104,7 +103,6 @@ def main(argv: list[str] | None = None) -> int:
             socket.create_server(("", args.port)).close()
         except OSError as error:
             raise ValueError(f"--port {args.port}: {os.strerror(error.errno)}; give another, or 0") from None
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM ends the page as Ctrl-C does
         with tempfile.TemporaryDirectory(prefix="nanoip2p-") as folder:
             serve(args, Path(folder))
     return cli.run(work, "the page is closed", "try --low-memory or --dtype fp16")

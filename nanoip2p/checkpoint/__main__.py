@@ -10,7 +10,6 @@ M is --weight. `merge` merges all networks, as the web UIs do. A + M (B - C) mak
 A is an editor, and C is the base of A and B. `merge --help` lists the flags.
 """
 
-import signal
 import sys
 from pathlib import Path
 
@@ -42,7 +41,6 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("--add and --minus need each other: A --add B --minus C is A + (B - C)")
         cli.import_torch()
         from nanoip2p.checkpoint import load, merge, save, tensors
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # deletes unfinished files, as Ctrl-C does
         others = (args.add, args.other, args.minus) if merging else ()
         sources, opened = [source for source in (args.source, *others) if source is not None], []
         for source in sources:

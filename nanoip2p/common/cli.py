@@ -160,10 +160,11 @@ def advised(error: Exception, memory: str) -> str:
 
 
 def run(work: Callable[[], None], interrupted: str, memory: str) -> int:
-    """Do the work and return the exit code: 0, 130 after Ctrl-C, or 2 after an error that the user can fix.
+    """Do the work. Returns 0, 130 after Ctrl-C or SIGTERM, or 2 after an error that the user can fix.
 
-    interrupted: the message after Ctrl-C. memory: the advice when memory runs out.
+    interrupted: the message after a signal. memory: the advice when memory runs out.
     """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers end jobs with SIGTERM
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: say(f"note: {message}")
@@ -175,6 +176,8 @@ def run(work: Callable[[], None], interrupted: str, memory: str) -> int:
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         print(f"error: {advised(error, f'out of memory; {memory}')}", file=sys.stderr)
         return 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

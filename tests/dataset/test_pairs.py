@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -205,14 +206,14 @@ def test_finished_prompts_are_not_redone(tmp_path):
                if path.parent != tmp_path / "out" and path.is_file())
 
 
-def test_ctrl_c_is_one_line_and_lists_what_is_there(
+def test_a_signal_is_one_line_and_lists_what_is_there(
         weights, prompts, finished, tmp_path, monkeypatch, capsys):
     plain, calls = pairs.make_candidates, []
 
     def interrupted(*args):
         calls.append(1)
         if len(calls) == 2:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)  # as from a scheduler; cli.run makes it a KeyboardInterrupt
         return plain(*args)
     monkeypatch.setattr(pairs, "make_candidates", interrupted)
     out = tmp_path / "out"

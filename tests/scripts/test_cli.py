@@ -1,7 +1,9 @@
 """What every command promises: checked flags, one line for a mistake, exit codes."""
 
 import argparse
+import os
 import random
+import signal
 import subprocess
 import sys
 import warnings
@@ -26,6 +28,16 @@ def fail(error):
     def work():
         raise error
     return work
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_both_signals_end_a_command_and_are_given_back(number, capsys):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)
+    try:
+        assert run(lambda: os.kill(os.getpid(), number)) == 130 and capsys.readouterr().err == "stopped\n"
+        assert signal.getsignal(signal.SIGTERM) == before[1]
+    finally:
+        signal.signal(signal.SIGINT, before[0])
 
 
 @pytest.mark.parametrize("error, code, line", [
