@@ -221,11 +221,11 @@ def test_the_sheet_shows_what_the_weights_do(made, start, tmp_path, dtype):
 
 
 def test_a_resumed_run_steps_alike_in_each_layout(made, start, tmp_path):
-    """Fused AdamW pairs numbers by their place in memory (findings/fused-optimizers-mix-memory-formats.sh)."""
+    """Fused AdamW pairs by the place in memory (findings/fused-optimizers-mix-memory-formats.sh)."""
     steps = []
     for layout in (torch.contiguous_format, torch.channels_last):
-        config = TrainConfig(lora=["3"], lora_layers="all", accumulate=1, dtype="fp32", lr=0.02, cache=tmp_path,
-                             drop=(0, 0, 0), out=made["all", 8])
+        config = TrainConfig(lora=["3"], lora_layers="all", accumulate=1, dtype="fp32", lr=0.02,
+                             cache=tmp_path, drop=(0, 0, 0), out=made["all", 8])
         trainer = Trainer(config, load_model(start), Ranks(0, 1, torch.device("cpu")), 4)
         trainer.unet.to(memory_format=layout)
         count = trainer.load()
