@@ -8,7 +8,7 @@
 # and all samples. Further maps add to the error. A thumbnail() of the picture, made for a quick measurement, goes into
 # the table in place of the picture. batched=True does the same. There is no warning, and PNG keeps its pixels.
 # A picture that was decoded replaces the bytes in the row, and map writes the row by Pillow's save, without a quality.
-# filter, and input_columns=["image"], keep the bytes. So scores of all pairs cost a dataset of edits its small edits.
+# filter, and input_columns=["image"], keep the bytes. So a column of scores can cost a dataset its smallest edits.
 # Consequence for nanoip2p: it writes and scores its pairs without this library, at quality 100
 # (nanoip2p/dataset/pairs.py). Exit code 1: the behaviour has changed.
 set -eu
