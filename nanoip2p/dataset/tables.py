@@ -220,9 +220,9 @@ def _read_group(file, path: Path, group: int, columns: list[str]):
     try:
         table = file.read_row_group(group, columns, use_threads=False)
     except OSError as error:
-        # pyarrow cannot read a column of this encoding with read_dictionary. The metadata names the encoding,
+        # pyarrow cannot read delta-encoded columns with read_dictionary. The metadata names the encoding,
         # but a broken list of encodings in it makes pyarrow 26 abort the process
-        if "DeltaLengthByteArray" not in str(error):
+        if "ByteArrayDecoder" not in str(error):
             raise
         with type(file)(path, memory_map=True, metadata=file.metadata) as plain:
             table = plain.read_row_group(group, columns, use_threads=False)

@@ -324,7 +324,7 @@ def test_parquet_has_limits(tmp_path, monkeypatch):
     assert "has 100 rows" in complaint(path)
 
 
-@pytest.mark.parametrize("encoding", ["DELTA_LENGTH_BYTE_ARRAY", "PLAIN"])
+@pytest.mark.parametrize("encoding", ["DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY", "PLAIN"])
 def test_parquet_without_dictionaries_is_read(tmp_path, encoding):
     path = tmp_path / "x.parquet"
     table = pyarrow.table(dict(zip(COLUMNS[1], zip(*ROWS))))

@@ -224,6 +224,22 @@ def test_the_sheet_shows_what_the_weights_do(made, start, tmp_path, dtype):
     assert error.max() <= {"fp32": 1, "bf16": 60}[dtype] and error.mean() < 1
 
 
+def test_a_resumed_run_steps_alike_in_each_layout(made, start, tmp_path):
+    """Fused AdamW pairs by the place in memory (findings/fused-optimizers-mix-memory-formats.sh)."""
+    steps = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        config = TrainConfig(lora=["3"], lora_layers="all", accumulate=1, dtype="fp32", lr=0.02,
+                             cache=tmp_path, drop=(0, 0, 0), out=made["all", 8])
+        trainer = Trainer(config, load_model(start), Ranks(0, 1, torch.device("cpu")), 4)
+        trainer.unet.to(memory_format=layout)
+        count = trainer.load()
+        before = {name: weight.detach().clone() for name, weight in trainer.trained.items()}
+        trainer.step(repeat(a_batch(4, 8, 32)), count)
+        steps.append({name: weight.detach() - before[name] for name, weight in trainer.trained.items()})
+    kernels = [name for name, change in steps[0].items() if change.ndim == 4 and change.shape[-1] == 3]
+    assert kernels and all(relative_error(steps[1][name], steps[0][name]) < 1e-2 for name in steps[0])
+
+
 @pytest.mark.parametrize("more", [
     ["--accumulate", 2, "--ema-device", "cpu", "--recompute"],
     ["--dtype", "bf16", "--snr-gamma", 5, "--lora-layers", "all", "--compile"],
