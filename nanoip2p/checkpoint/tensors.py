@@ -81,6 +81,8 @@ def read_weights(folder: Path, raw: bool = False) -> dict[str, Tensor]:
 
 def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
     """Raise ValueError unless names and shapes match `expected` and all numbers are finite floats."""
+    refuse_names(path, "has a LoRA; before saving, diffusers' fuse_lora and unload_lora_weights merge it:",
+                 [name for name in tensors if ".base_layer." in name])
     refuse_names(path, "lacks", [name for name in expected if name not in tensors])
     refuse_names(path, "has unknown", [name for name in tensors if name not in expected])
     refuse_names(path, "does not fit its configuration:",

@@ -58,10 +58,9 @@ def _converted(value, kind, least: float, most: float, longest: float):
             raise ValueError
         return origin(_converted(item, args[0], least, most, longest) for item in value)
     value = float(value) if kind is float and type(value) is int else value
-    fits = isinstance(value, kind) and (kind is bool or type(value) is not bool)
-    if not fits or kind is str and len(value) > longest:
+    if not isinstance(value, kind) or kind is str and len(value) > longest:
         raise ValueError
-    if kind in (int, float) and not (least <= value <= most and math.isfinite(value)):
+    if kind in (int, float) and (type(value) is bool or not least <= value <= most or math.isinf(value)):
         raise ValueError
     return value
 

@@ -146,6 +146,23 @@ def test_weights_and_outputs_are_diffusers(layout, channels, folders, tmp_path):
     assert relative_error(outputs(ours, channels), before) > 0.1
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_pipeline_saved_with_a_lora_is_refused_until_it_is_merged(folders, tmp_path, merged):
+    """diffusers saves the layers that peft wraps as X.base_layer, and later opens the folder without them."""
+    peer, lora = open_peer(folders, 8), draw(Editor.load(folders[8], device="cpu"))
+    save_file(named({place: lora[place] for place in lora if place[0] == "unet"}), tmp_path / "l.safetensors")
+    peer.load_lora_weights(str(tmp_path / "l.safetensors"))
+    if merged:
+        peer.fuse_lora()
+        peer.unload_lora_weights()
+    peer.save_pretrained(tmp_path / "saved")
+    if merged:
+        assert_equal(Editor.load(tmp_path / "saved", device="cpu"), peer)
+    else:
+        with pytest.raises(ValueError, match=r"has a LoRA; .*_weights merge it: \S+\.base_layer\."):
+            Editor.load(tmp_path / "saved", device="cpu")
+
+
 @pytest.mark.parametrize("layout", ["metadata", "peft's folder"])
 def test_alphas_ranks_and_rank_stabilised_scales_of_peft(layout, folders, tmp_path):
     peft = pytest.importorskip("peft")
