@@ -18,8 +18,8 @@ def checked(value, kind, where: str, least: float = -math.inf, most: float = mat
     """Return `value` if it is of `kind`, else raise ValueError: "<where> = <value> should be <kind>".
 
     kind: bool, int, float, str, dict, list[...], tuple[...], or a union (A | None). A whole number is a valid
-    float; a list becomes a tuple if `kind` is a tuple. least, most: the range of every number in `value`. NaN
-    and infinity are refused.
+    float; a list becomes a tuple if `kind` is a tuple. least, most: the range of `value`, or of each item of
+    a list. NaN and infinity are refused. The content of a dict is not checked.
     """
     try:
         return _converted(value, kind, least, most)

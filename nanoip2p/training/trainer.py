@@ -35,8 +35,8 @@ class Diverged(ValueError):
 class Trainer:
     """The trained UNet, the moving average of its weights, AdamW, and the frozen encoders.
 
-    With --lora, most weights of the UNet are frozen. The average and the teacher share the frozen weights.
-    `model` keeps the UNet from which training began, in float32 on the CPU.
+    With --lora RANK, most weights of the UNet are frozen. The average and the teacher share these weights,
+    and `model` keeps the UNet from which training began, in float32 on the CPU.
     """
 
     def __init__(self, config: TrainConfig, model: Model, ranks: Ranks, items: int):
