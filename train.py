@@ -48,7 +48,8 @@ def parse(argv: list[str] | None) -> TrainConfig:
             raise ValueError("--drop has no effect with --distill; leave it out")
         given["weights"] = given.get("distill", given.get("weights"))
     config = resumed(parser, given) if "resume" in given else TrainConfig(**usual | given)
-    hub.cache_only = {config.weights, config.tokenizer} - {given.get("weights"), given.get("tokenizer")}
+    asked = map(given.get, ("weights", "distill", "tokenizer"))  # by the user
+    hub.cache_only = {config.weights, config.tokenizer}.difference(asked)
     for name in ("data",) if config.check else ("weights", "data", "out"):
         if getattr(config, name) is None:
             raise ValueError(f"--{name} is needed (or --resume RUN)")

@@ -68,9 +68,8 @@ class PairPainter:
             raise ValueError(f"reweighting and windows need the mode cross or both, not {inject}")
         self.painter, self.inject, self.captions, self.negative = painter, inject, (source, edit), negative
         self.deep_every, self.blend_most = deep_every, blend_most
-        others = {"captions": [source, edit], "negative": negative, "deep_every": deep_every}
-        given = painter.fill_defaults(others | {"steps": steps, "sampler": sampler, "resolution": resolution})
-        self.settings = {key: value for key, value in given.items() if key not in others}
+        given = dict(captions=[source, edit], negative=negative, deep_every=deep_every, steps=steps)
+        self.settings = painter.fill_defaults(given | dict(sampler=sampler, resolution=resolution))
         self.plan = plan(painter.schedule, self.settings["sampler"], self.settings["steps"])
         if blend and self.settings["sampler"] not in ("euler", "euler_ancestral"):
             raise ValueError("a local blend needs the sampler euler or euler_ancestral")

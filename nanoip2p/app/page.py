@@ -159,7 +159,7 @@ class Page:
         return {"background": background, "layers": [], "composite": None}
 
     def stored(self, visit: Visit, image: Image.Image) -> Path:
-        """A picture -> a new file. Gradio would write an equal picture again as a browser loads its file."""
+        """A picture -> a new file. Gradio would rewrite an equal picture's file while a browser reads it."""
         visit.folder = visit.folder or Path(tempfile.mkdtemp(dir=self.folder))
         with tempfile.NamedTemporaryFile(suffix=".png", dir=visit.folder, delete=False) as file:
             image.save(file)

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         either = parser.add_mutually_exclusive_group(required=True)
         either.add_argument("--add", metavar="B", help="model B of A + M (B - C)")
         either.add_argument("--with", metavar="B", dest="other", help="model B of (1 - M) A + M B")
-        parser.add_argument("--minus", metavar="C", help="model C, the base of B")
+        parser.add_argument("--minus", metavar="C", help="model C, the base of A and B")
         parser.add_argument("--weight", metavar="M", type=cli.finite, help="default: 1; 0.5 with --with")
     parser.add_argument("--dtype", choices=cli.DTYPES, help="dtype of written weights; default: unchanged")
     parser.add_argument("--ema-copy", action="store_true",

@@ -17,7 +17,7 @@ def add_embedding(model: Model, path: str | Path) -> str:
     Reads learned_embeds of diffusers, where the tensor's name is the word, and .pt or .safetensors of the
     web UIs, where the file's name is the word. Vectors (n, D) add n tokens <x>, <x>_1, ... at the end of the
     vocabulary, as in diffusers. Raises ValueError for other files, for vectors of another width, and for a
-    word that is known or would share tokens with a known word.
+    word that equals a token (cyborg does not equal cyborg</w>) or would share tokens with an added word.
     """
     path, tokenizer, encoder = Path(path), model.tokenizer, model.text_encoder
     tensors, table = read_tensors(path), encoder.text_model.embeddings.token_embedding

@@ -19,7 +19,7 @@ STEM = r"(diffusion_pytorch_|pytorch_)?model"
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
                    "special_tokens_map.json", "added_tokens.json")
 TOKENIZER = "tokenizer (vocab.json and merges.txt, or tokenizer.json)"
-cache_only = set()  # names that the user did not give, but a file: they are never fetched
+cache_only = set()  # names that came from a file, not from the user: they are never fetched
 REASONS = {  # error of huggingface_hub -> end of the message "there is no file or folder owner/name, and ..."
     "GatedRepoError": "the model's terms must be accepted on the Hub; then `hf auth login` or set HF_TOKEN",
     "RepositoryNotFoundError": "the Hub has no such model; for a private one `hf auth login` or set HF_TOKEN",
@@ -32,8 +32,8 @@ REASONS = {  # error of huggingface_hub -> end of the message "there is no file 
 def fetch_weights(name: str, raw: bool = False) -> Path:
     """Download the missing files of a diffusers model on the Hub; return its folder in the cache.
 
-    raw: see weight_files. Without a connection, uses only the cache. Raises ValueError if the Hub has no such
-    model, refuses access or cannot be reached, or if the model has another layout.
+    raw: see weight_files. If the Hub has no such model, refuses access or cannot be reached, uses the cache.
+    Raises ValueError if the cache then lacks files, if a download fails, or if the layout is another one.
     """
     return _fetch(name, partial(needed_files, raw=raw),
                   "diffusers model (model_index.json; weights of all three networks)")

@@ -21,7 +21,7 @@ SAMPLERS = ("ddim", "dpmpp_2m", "euler", "euler_ancestral", "lcm")
 DTYPES = ("bf16", "fp16", "fp32")
 MODES = ("self", "cross", "both", "none")
 LETTERS = 500  # maximum number of characters in a message
-# Of the allocators of Python, of the system, and of torch on CPU, CUDA and MPS; of cuBLAS and cuDNN
+# What Python, the system, torch (on CPU, CUDA and MPS), cuBLAS and cuDNN say when memory runs out
 NO_MEMORY = re.compile("out of memory|allocate memory|not enough memory|bad_alloc|_ALLOC_FAILED")
 SWITCH = argparse.BooleanOptionalAction  # adds --no-FLAG beside --FLAG, to override a preset
 

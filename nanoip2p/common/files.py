@@ -72,7 +72,7 @@ def full_disk_named(path: Path) -> Iterator[None]:
 
 
 def regular(path: str | Path, advice: str = "save its content to a file first") -> Path:
-    """Return the path. ValueError if it is no plain file: reading a FIFO or a device may never end."""
+    """Return the path. ValueError if it is there, but no plain file: reading a FIFO may never end."""
     path = Path(path)
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a regular file; {advice}")

@@ -110,7 +110,7 @@ def _drawn(font: ImageFont.FreeTypeFont, letter: str) -> tuple:
 
 
 def _fonts() -> Iterator[ImageFont.FreeTypeFont]:
-    """Yield Pillow's font, which knows little more than ASCII, matplotlib's font, then installed fonts."""
+    """Yield Pillow's font (little more than ASCII), then matplotlib's font, then installed fonts."""
     yield ImageFont.load_default(LABEL_SIZE)
     for path in _font_files():
         with suppress(OSError):  # a bitmap font

@@ -19,8 +19,8 @@ def checked(value, kind, where: str, least: float = -math.inf, most: float = mat
     """Return `value` if it is of `kind`, else raise ValueError: "<where> = <value> should be <kind>".
 
     kind: a key of NAMES, list[...], tuple[...], or a union (A | None). A whole number is a valid float, a
-    bool is no number; a list becomes a tuple if `kind` is a tuple. least, most: the range of every number in
-    `value`. NaN and infinity are refused. longest: the most items of a list and characters of a text.
+    bool is no number; a list becomes a tuple if `kind` is a tuple. least, most: the range of `value`, or of
+    each item of a list. longest: of lists and texts. NaN and infinity are refused; dicts are not looked into.
     """
     try:
         return _converted(value, kind, least, most, longest)

@@ -33,8 +33,8 @@ def lay_out(model: nn.Module, winograd: bool = False, direct: tuple[nn.Module, .
             least: int = WINOGRAD_CHANNELS) -> nn.Module:
     """Replace the layers of a network on the CPU in place, and return it. Results differ by rounding only.
 
-    winograd: use Winograd's method for each 3x3 convolution with at least `least` channels that is not in
-    `direct`, and for every 3x3 convolution in a half precision that is slow here. With or without it,
+    winograd: use Winograd's method for 3x3 convolutions of stride 1: those with at least `least` channels
+    that are not in `direct`, and all of them in a half precision that is slow here. With or without it,
     the network is then only for inference: its weights cannot be read, loaded or moved.
     """
     inside = {layer for module in direct for layer in module.modules()}

@@ -51,7 +51,7 @@ class TrainConfig:
                                       "file to the weights before training (may be repeated)",
                                       action="append", metavar="RANK|FILE[:WEIGHT]")
     lora_layers: str = flag("layers that get the LoRA", "attention", choices=LAYERS)
-    data: str | None = flag("pairs: a folder, a pairs.jsonl or parquet file; 'scenes' renders pairs")
+    data: str | None = flag("pairs: a folder, .jsonl, .csv, .parquet or .tar file; 'scenes' renders pairs")
     pairs: int = flag("number of pairs that --data scenes renders", 20_000, type=at_least(1, MOST_PAIRS))
     kind_weights: Sequence[float] = flag(f"frequencies of edits in --data scenes: {', '.join(EDIT_KINDS)}",
                                         (1.0,) * len(EDIT_KINDS), type=between(0), nargs=len(EDIT_KINDS))
@@ -139,7 +139,7 @@ class TrainConfig:
     def as_flags(cls, settings: dict) -> list[str]:
         """The flags for settings that `to_json` made, so that the parser checks them.
 
-        Raises ValueError for an unknown setting, unless it is None, False or 0.
+        Raises ValueError for an unknown setting, unless it is None, False, 0 or empty.
         """
         fields, argv = cls.__dataclass_fields__, []
         known = fields.keys() - NOT_STORED | {"out"}  # older runs stored `out`

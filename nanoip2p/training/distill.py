@@ -8,7 +8,7 @@ copy of the teacher. It makes one network call per step, without guidance, and l
 where z_0(z_t, t) is the network's estimate of the clean latents. f should have one value along a path that
 the teacher takes from noise to picture. So the loss compares two points of such a path, 20 timesteps apart:
 
-    z_s = one DDIM step of the teacher, from z_t at timestep t to s = t - 20
+    z_s = one DDIM step of the teacher, from z_t at timestep t to s = t - 20, or to s = 0 from t = 19
     loss = | f(z_t, t) - f*(z_s, s) |^2                     f*: f with the averaged weights of the student
 """
 

@@ -35,8 +35,8 @@ class Diverged(ValueError):
 class Trainer:
     """The trained UNet, the moving average of its weights, AdamW, and the frozen encoders.
 
-    With --lora, most weights of the UNet are frozen. The average and the teacher share the frozen weights.
-    `model` keeps the UNet from which training began, in float32 on the CPU.
+    With --lora RANK, most weights of the UNet are frozen. The average and the teacher share these weights,
+    and `model` keeps the UNet from which training began, in float32 on the CPU.
     """
 
     def __init__(self, config: TrainConfig, model: Model, ranks: Ranks, items: int):
@@ -155,8 +155,8 @@ class Trainer:
         bad = [name for name, loss in zip(names, losses.tolist()) if not math.isfinite(loss)]
         if self.ranks.largest(bool(bad) or not math.isfinite(self.norm)):
             found = f"loss of samples {', '.join(bad[:3])}" if bad else "gradient"
-            raise Diverged(f"step {step}: the {found} is not finite. Check the pairs, or --resume from the "
-                           "last checkpoint with a smaller --lr")
+            raise Diverged(f"step {step + 1}: the {found} is not finite. Check the pairs, or --resume from "
+                           "the last checkpoint with a smaller --lr")
         self.lr = learning_rate(step, config.steps, config.lr, config.warmup, config.cooldown)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr

@@ -427,7 +427,9 @@ def test_bad_files_are_named_and_change_nothing(what, untouched, tmp_path):
 
 METADATA = {"no JSON": "{", "a list": "[]", "deep": "[" * 100_000,
             "alpha as text": {"unet.lora_alpha": "8"}, "alpha 0": {"unet.lora_alpha": 0},
-            "a pattern": {"unet.alpha_pattern": {"(.*)*x": 1}}, "patterns": {"unet.alpha_pattern": [1]}}
+            "a pattern": {"unet.alpha_pattern": {"(.*)*x": 1}},
+            "10,001 patterns": {"unet.alpha_pattern": dict.fromkeys(map(str, range(10_001)), 1)},
+            "patterns": {"unet.alpha_pattern": [1]}}
 
 
 @pytest.mark.parametrize("what", METADATA)
@@ -436,8 +438,9 @@ def test_bad_metadata_is_refused(what, untouched, tmp_path):
     text = text if isinstance(text, str) else json.dumps(text)
     save_file(named({("unet", LINEAR): (torch.ones(2, 32), torch.ones(32, 2), 0)}), path,
               {"lora_adapter_metadata": text})
-    with pytest.raises(ValueError, match=r"bad\.safetensors.*(metadata|alpha)"):
+    with pytest.raises(ValueError, match=r"bad\.safetensors.*(metadata|alpha)") as caught:
         apply_loras(untouched, [str(path)])
+    assert ("up to 10,000 layer names" in str(caught.value)) == ("pattern" in what and what != "patterns")
 
 
 def test_a_truncated_file_is_refused(editor, tmp_path):

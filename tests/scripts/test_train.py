@@ -266,7 +266,7 @@ def test_a_loss_that_is_not_finite_is_told_before_weights_change(start, tmp_path
     monkeypatch.setattr(Cache, "get", poisoned)
     assert run(start, tmp_path / "run", "--steps", 6, "--save-every", 1, "--keep", 9) == 2
     [error] = errors(capsys)
-    assert "step 2" in error and f" 9 ('{ninth.edit}'" in error and "not finite" in error
+    assert "step 3: " in error and f" 9 ('{ninth.edit}'" in error and "not finite" in error
     assert [path.name for path in runs.checkpoints(tmp_path / "run")] == ["0000001", "0000002"]
     assert state(tmp_path / "run") == state(tmp_path / "sound")
 
@@ -289,7 +289,7 @@ def test_a_gradient_that_is_not_finite_is_never_saved(start, tmp_path, monkeypat
     more = ("--save-every", save_every, "--validate-every", 0)
     assert run(start, tmp_path / "run", "--steps", 3, *more) == 2
     [error] = errors(capsys)
-    assert "gradient is not finite" in error
+    assert "step 2: the gradient is not finite" in error  # the log counts from 1 too
     found = runs.checkpoints(tmp_path / "run")
     assert [int(path.name) for path in found] == ([left] if left else [])
     for path in (tmp_path / "run").glob("**/*.safetensors"):

@@ -12,6 +12,7 @@ from tiny_editor import write_tiny_editor, write_tiny_painter
 from train_runs import state, words
 
 import train
+from nanoip2p.checkpoint import hub
 from nanoip2p.diffusion import NoiseSchedule, plan
 from nanoip2p.editor import Editor
 from nanoip2p.training import trainer
@@ -135,6 +136,9 @@ def test_a_run_resumes_exactly_and_writes_an_editor_of_four_steps(start, tmp_pat
     assert distilled(start, tmp_path / "run", "--steps", 2) == 0
     half = state(tmp_path / "run")
     assert train.main(["--resume", str(tmp_path / "run"), "--steps", "4"]) == 0
+    for flags, from_the_file in ([], {str(start)}), (["--distill", str(start)], set()):
+        train.parse(["--resume", str(tmp_path / "run"), *flags])
+        assert hub.cache_only - {None} == from_the_file  # a teacher that the user names may be downloaded
     wanted = state(tmp_path / "whole")
     assert state(tmp_path / "run") == wanted != half
     folder = tmp_path / "whole" / "weights"
