@@ -31,7 +31,7 @@ class NoiseSchedule:
     prediction_type: str = "epsilon"     # the UNet predicts eps, or v (see add_noise) for "v_prediction"
     rescale_betas_zero_snr: bool = False  # zero terminal SNR: z_t is noise alone at the last timestep
     timestep_spacing: str | None = None  # None: diffusers' default, "leading" for ddim, else "linspace"
-    steps_offset: int = 1                # added to the timesteps, only with "leading"
+    steps_offset: int = 1                # added to the timesteps, only with "leading". lcm ignores both
     set_alpha_to_one: bool = True        # True: ddim ends at sigma = 0. False: at the sigma of timestep 0
     use_karras_sigmas: bool = False      # only euler and dpmpp_2m use it, as in diffusers
     final_sigmas_type: str = "zero"      # for euler and dpmpp_2m. "sigma_min": end at timestep 0's sigma
@@ -143,7 +143,7 @@ def _spaced(schedule: NoiseSchedule, sampler: str, steps: int) -> np.ndarray:
     n_train = schedule.num_train_timesteps
     if sampler == "lcm":
         if not steps <= LCM_STEPS <= n_train:
-            raise ValueError(f"lcm cannot take {steps} steps in {n_train} timesteps: choose 1 to {LCM_STEPS}")
+            raise ValueError(f"lcm cannot take {steps} steps: steps <= {LCM_STEPS} <= timesteps is needed")
         places = np.linspace(0, LCM_STEPS, steps, endpoint=False).astype(int)
         return ((LCM_STEPS - places) * (n_train // LCM_STEPS) - 1).astype(float)
     spacing = schedule.timestep_spacing or ("leading" if sampler == "ddim" else "linspace")

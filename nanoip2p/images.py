@@ -60,8 +60,8 @@ def fit_size(width: int, height: int, resolution: int, multiple: int) -> tuple[i
     """The size at which to edit a picture: sides are multiples of `multiple`, the longer near `resolution`.
 
     Rounds the short side up and the long side down, as the paper's edit_cli.py does, but in integers:
-    rounding errors cost edit_cli.py 64 pixels for 7% of all sizes. Raises ValueError if the long side would
-    exceed 2 * resolution, or if resolution < multiple.
+    rounding errors cost edit_cli.py 64 pixels for 7% of all sizes. First rounds `resolution` down to a
+    multiple. Raises ValueError if the long side would exceed twice that, or if resolution < multiple.
     """
     if resolution < multiple:
         raise ValueError(f"a resolution of {resolution} is too small; these weights need at least {multiple}")

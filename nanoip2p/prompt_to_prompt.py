@@ -56,11 +56,11 @@ class PairPainter:
         """Encode the texts. inject: one of MODES. Settings that are None take the default of the weights.
 
         reweight {word of `edit`: factor}, for "cross" and "both": scales the attention to a word, in its
-        window. windows {word of `edit`: (from, to)}, for "cross" and "both": the part of the steps, in
-        [0, 1], in which a word uses the source's maps, instead of 0 to p. blend (word of `source`, word of
+        window. windows {word of `edit`: (from, to)}, for "cross" and "both": in step i, a word uses
+        the source's maps if from <= i / (steps - 1) < to, instead of 0 to p. blend (word of `source`, word of
         `edit`), or W lists of token positions for each: change the picture only where attention to a word is
-        high. blend_most: see `hot_words`. deep_every: see guidance.make_denoiser. Raises ValueError for
-        unknown words or unusable settings.
+        high. blend_most: see `hot_words`. deep_every: see guidance.make_denoiser; `sample` checks it. Raises
+        ValueError for unknown words and other unusable settings.
         """
         if inject not in MODES:
             raise ValueError(f"unknown mode {inject!r} of injection; take one of {', '.join(MODES)}")

@@ -66,7 +66,7 @@ class UNetConfig:
             raise ValueError(f"UNetConfig: norm_num_groups must divide block_out_channels = {widths}, "
                              "the first of which must be even and at least 4")
         if len(self.heads) != levels or any(c % h for c, h in zip(widths, self.heads)):
-            raise ValueError(f"UNetConfig: attention_head_dim = {self.heads} must divide {widths}")
+            raise ValueError(f"UNetConfig: attention_head_dim = {self.heads} must divide {widths} one by one")
 
     @property
     def heads(self) -> tuple[int, ...]:

@@ -6,8 +6,8 @@ Each prompt is a caption of two things with an edit of one thing ("local") or of
 Prints, for each mode of injection, without and with `--blend auto`:
 
     elsewhere   mean |after - before| in the other two thirds over its mean in the edit's third: mean, median
-    kept        number of candidates that pass the CLIP filter of pairs.json; then, of these, the number whose
-                leakage is at most 0.2, at most 0.3, at most 0.5, or unknown. In brackets, the shares of them
+    kept        number of candidates that pass the CLIP filter of pairs.json; then, of these, the numbers with
+                leakage at most 0.2, 0.3 and 0.5, each with those of unknown leakage. In brackets, the shares
                 that change another third by more than 5 and by more than 8 levels of 255 on average
     rank        Spearman's correlation of `leakage` and "elsewhere", over candidates that have leakage
     region      share of candidates with a region, for local and global edits; then CPU seconds per candidate

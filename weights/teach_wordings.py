@@ -68,7 +68,7 @@ def teach(clip: CLIP, tokenizer, device: str, steps: int, out: Path, batch: int 
     eos, told = clip.config.text_config.eos_token_id, {}
 
     def states_of(texts: list[str], length: int) -> torch.Tensor:
-        """The teacher's states (B, length, D). Those of each text are computed once."""
+        """The teacher's states (B, length, D). Computes those of the texts that `told` lacks."""
         new = [text for text in dict.fromkeys(texts) if text not in told]
         with torch.no_grad():
             told.update(zip(new, teacher(tokenizer(new).to(device))) if new else ())

@@ -129,7 +129,7 @@ class Job:
             line = self.todo.popleft()
             try:
                 await self.ask(line)
-            except OverBudget:  # another task asks this caption if open requests use less than reserved
+            except OverBudget:  # another task retries it, if open requests free tokens that they reserved
                 self.todo.appendleft(line)
                 return
             except openai.APIError as error:

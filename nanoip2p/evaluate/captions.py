@@ -34,7 +34,7 @@ def ranked_first(judge: Judge, pictures: list[Image.Image], captions: list[str])
 
 
 def run(args: argparse.Namespace) -> tuple[str, dict]:
-    """Return the accuracies with standard errors, as text and as numbers. args: see __main__.py."""
+    """Return the accuracies, as text with standard errors, and as numbers without. args: see __main__.py."""
     painter = TextToImage.load(args.weights, args.device)
     judge, scenes = Judge.load(args.clip, painter.device), distinct_scenes(args.n)
     captions, painted = [scene.caption() for scene in scenes], []

@@ -42,7 +42,7 @@ def examples(data: str, split: str, n: int) -> list[Pair]:
     pairs = scene_pairs(n * EDITS_PER_SCENE, split)[::EDITS_PER_SCENE] if data == "scenes" else [
         item[0] for item in read_data(data, split) if item[0].captions]
     if len(pairs[:n]) < 2:
-        raise ValueError(f"the {split} split of {data} needs two pairs with captions; try another --split")
+        raise ValueError(f"the {split} split of {data} needs two pairs with captions; change --split or --n")
     return pairs[:n]
 
 

@@ -3,8 +3,8 @@
 Training never uses these scenes. --combinations held-out selects combinations of things, colours and edits
 that no training pair shows (but weights/nano-ip2p, which is older than this rule, was trained on them).
 --wordings selects the instructions. held-out: two phrasings of each kind, which no training pair has. plain,
-polite: each of these alone; the text encoder was trained on plain too, but not on polite. seen: the other
-ten. reworded: these ten, with synonyms, misspellings, missing articles.
+polite: one of these two; the text encoder was trained on plain, but not on polite. seen: the other ten.
+reworded: these ten, with synonyms, misspellings, missing articles.
 
 Success: among the renders of the scene and of all its single edits, the correct render has the smallest mean
 absolute difference to the edited picture. Preservation: PSNR over the pixels that the edit must not change.
@@ -105,7 +105,7 @@ def score_scenes(editor: Editor, chosen: list[tuple[Scene, Edit]], settings: dic
 
 
 def table(rows: list[dict]) -> tuple[str, dict]:
-    """Success rate with its standard error, and preservation, by kind and overall: as text and as numbers."""
+    """Success rate and preservation, by kind and overall: as text with standard errors, and as numbers."""
     lines = [f"{'edit':<10} {'n':>5} {'success':>15} {'unchanged PSNR':>16} {'VAE ceiling':>12}"]
     numbers = {}
     for kind in (*EDIT_KINDS, "all"):
