@@ -50,7 +50,7 @@ from nanoip2p.tokenizer import load_tokenizer
 from nanoip2p.training.distill import STUDENT_DEFAULTS
 from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAE
-from nanoip2p.world.scenes import Scene, Thing, random_scene
+from nanoip2p.world.scenes import KINDS, Scene, Thing, random_scene
 
 TOKENIZER_SCENES = 2000
 UNET = dict(
@@ -69,7 +69,7 @@ SD_RUNS = (["--lr", 1e-3, "--text-to-image"],)  # the shipped nano-sd was traine
 EDITOR_RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--kind-weights", 1.2, 2, 2, 1, 0.8, 1, 0.8],
                ["--lr", 8e-4, "--dtype", "fp32", "--kind-weights", 1.6, 2, 2, 1.6, 0.5, 0.7, 0.6])
 # The editor made as in the paper starts from nano-sd and trains on fewer pairs, painted by nano-sd
-PAPER_EDITOR_RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--no-flip"],) * 3
+PAPER_EDITOR_RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--no-flip"],) * 5
 # The student of the editor, see training/distill.py
 DISTILL_RUN = ["--preset", "nano", "--lr", 2e-4, "--dtype", "fp32",
                "--kind-weights", 1.2, 2, 2, 1, 0.8, 1, 0.8]
@@ -175,17 +175,21 @@ def start_folder(folder: Path, unet_settings: dict, defaults: dict, out: Path, v
     return folder
 
 
-def paper_prompts(path: Path, count: int, local: int) -> Path:
-    """Write `count` triplets with all kinds of edits, then `local` triplets that only edit a thing.
+def paper_prompts(path: Path, count: int, local: int, new: int) -> Path:
+    """Write triplets: `count` with all kinds of edits, `local` that edit a thing, `new` that bring a thing.
 
-    Few pairs teach edits of the ground, the weather and the time; edits of a thing need more. A caption names
-    the things before its first comma.
+    Few pairs teach edits of the ground, the weather and the time. Edits of a thing need more pairs, and those
+    that bring a new thing (add, replace) need most. A caption names the things before its first comma.
     """
-    rows = draw_scenes(count + 4 * local, 0)
+    rows = draw_scenes(count + 4 * local + 8 * new, 0)
     things = [row for row in rows[count:]
               if row["input"].partition(",")[2] == row["output"].partition(",")[2]]
+    named = [[{*row[key].partition(",")[0].split()} & {*KINDS} for key in ("input", "output")]
+             for row in things]
+    bringing = [row for row, (before, after) in zip(things[local:], named[local:]) if after - before]
     with replacing(path) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows[:count] + things[:local]))
+        chosen = rows[:count] + things[:local] + bringing[:new]
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in chosen))
     return path
 
 
@@ -232,7 +236,7 @@ def make(args: argparse.Namespace) -> None:
     painter = start_folder(args.out / "sd-start", SD_UNET, SD_DEFAULTS, *stages)
     painter = trained(args.out / "sd", painter, args.sd_steps, SD_RUNS, args.captions, device)
     write_json(PAIRS | {"clip": str(clip.resolve())}, painter / "pairs.json")
-    prompts = paper_prompts(args.out / "prompts.jsonl", args.prompts, args.local_prompts)
+    prompts = paper_prompts(args.out / "prompts.jsonl", args.prompts, args.local_prompts, args.new_prompts)
     pairs = args.out / "pairs"
     call(make_dataset.main, "pairs", "--prompts", prompts, "--out", pairs, "--weights", painter,
          "--device", device)
@@ -264,11 +268,13 @@ def main(argv: list[str] | None = None) -> int:
                         help="training steps, 32 captioned pictures each")
     parser.add_argument("--captions", type=at_least(1), default=60_000, help="captioned renders for nano-sd")
     parser.add_argument("--prompts", type=at_least(40), default=1091, help="captions to make pairs from")
-    parser.add_argument("--local-prompts", type=at_least(0), default=850,
+    parser.add_argument("--local-prompts", type=at_least(0), default=2700,
                         help="more such captions, only with edits of a thing")
+    parser.add_argument("--new-prompts", type=at_least(0), default=1000,
+                        help="more such captions, only with additions and replacements")
     parser.add_argument("--paper-steps", type=at_least(1), nargs=len(PAPER_EDITOR_RUNS),
-                        default=(2400, 3700, 1600), metavar="STEPS",
-                        help="training steps of the paper editor's three runs, 32 filtered pairs each")
+                        default=(2400, 3700, 1600, 1600, 2000), metavar="STEPS",
+                        help="training steps of the paper editor's five runs, 32 filtered pairs each")
     parser.add_argument("--editor-steps", type=at_least(1), nargs=len(EDITOR_RUNS), default=(3700, 7400),
                         metavar="STEPS", help="training steps of the editor's two runs, 32 pairs each")
     parser.add_argument("--distill-steps", type=at_least(1), default=1600,

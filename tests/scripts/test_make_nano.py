@@ -15,6 +15,7 @@ from nanoip2p.editor import Editor
 from nanoip2p.images import open_image
 from nanoip2p.text_to_image import TextToImage
 from nanoip2p.unet import UNetConfig
+from nanoip2p.world.scenes import KINDS
 
 SCRIPT = Path(__file__).resolve().parents[2] / "weights" / "make_nano.py"
 
@@ -45,8 +46,8 @@ def test_from_nothing_to_folders_that_edit(make_nano, tmp_path, monkeypatch):
         code = make_nano.main([str(word) for word in (
             "--out", tmp_path / "runs", "--ship", folder.parent, "--vae-steps", 2, "--decoder-steps", 1,
             "--clip-steps", 1, "--wording-steps", 1, "--sd-steps", 1, "--captions", 4, "--editor-steps",
-            *editor_steps, "--pairs", 4, "--prompts", 40, "--local-prompts", 3,
-            "--paper-steps", 1, 1, 1, "--distill-steps", 1, "--device", "cpu")])
+            *editor_steps, "--pairs", 4, "--prompts", 40, "--local-prompts", 3, "--new-prompts", 2,
+            "--paper-steps", 1, 1, 1, 1, 1, "--distill-steps", 1, "--device", "cpu")])
         assert code == 0
         return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
 
@@ -82,11 +83,16 @@ def test_from_nothing_to_folders_that_edit(make_nano, tmp_path, monkeypatch):
 
 
 def test_the_last_prompts_only_edit_things(make_nano, tmp_path):
-    rows = [json.loads(line) for line in make_nano.paper_prompts(tmp_path / "p.jsonl", 40, 30).open()]
+    rows = [json.loads(line) for line in make_nano.paper_prompts(tmp_path / "p.jsonl", 40, 30, 20).open()]
     rest = [[row[key].split(", ", 1)[1] for key in ("input", "output")] for row in rows]
-    assert len(rows) == 70 and all(before == after for before, after in rest[40:])
+    assert len(rows) == 90 and all(before == after for before, after in rest[40:])
     assert {before == after for before, after in rest[:40]} == {True, False}
-    assert rows[:40] == draw_scenes(40, 0) and not any(row in rows[:40] for row in rows[40:])
+    assert rows[:40] == draw_scenes(40, 0) and len({tuple(row.values()) for row in rows}) == 90
+    things = [[{word for word in row[key].split() if word in KINDS} for key in ("input", "output")]
+              for row in rows]
+    assert all(after - before for before, after in things[70:])
+    assert {bool(after - before) for before, after in things[40:70]} == {True, False}
+    assert {len(after) - len(before) for before, after in things[70:]} == {0, 1}  # both kinds of edits
 
 
 def test_a_stage_stopped_half_way_ends_in_the_same_weights(make_nano, tmp_path):
