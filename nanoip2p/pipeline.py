@@ -27,7 +27,7 @@ Callback = Callable[[int, Tensor], None]
 # From the paper's appendix and the authors' edit_cli.py; a defaults.json in the weights folder overrides them
 PAPER_DEFAULTS = dict(resolution=512, steps=100, cfg_text=7.5, cfg_image=1.5, sampler="euler_ancestral")
 # Kind, least and most of the arguments of `edit` and `generate`; as_image checks the pictures. Seeds have 64
-# bits, with room for seed + i. Pillow crashes at a huge mask_blur
+# bits, with room for seed + i
 ARGUMENTS = {key: (type(value),) for key, value in PAPER_DEFAULTS.items()} | {
     "resolution": (int, 1, 2**15), "seed": (int | list[int] | None, -(2**63), 2**64 - 2**32),
     "instructions": (str | list[str],), "captions": (str | list[str],), "negative": (str,),

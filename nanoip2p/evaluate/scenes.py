@@ -28,7 +28,7 @@ from nanoip2p.world.scenes import EDIT_KINDS, Edit, Scene, held_out, random_scen
 from nanoip2p.world.wordings import reword
 
 BATCH = 35  # edits that share a forward pass
-PHRASINGS = {"held-out": (-1, -2), "plain": (-1,), "polite": (-2,)}  # indices into Edit.instructions
+TURNS = {"held-out": (-1, -2), "plain": (-1,), "polite": (-2,)}  # indices into Edit.instructions
 
 
 def choose_edits(n: int, combinations: str = "seen") -> list[tuple[Scene, Edit]]:
@@ -47,7 +47,7 @@ def choose_edits(n: int, combinations: str = "seen") -> list[tuple[Scene, Edit]]
 
 def instruct(edits: list[Edit], wordings: str = "held-out") -> list[str]:
     """One instruction for each edit, equal on every machine. Held-out phrasings take turns."""
-    if turns := PHRASINGS.get(wordings):
+    if turns := TURNS.get(wordings):
         return [edit.instructions[turns[i // len(EDIT_KINDS) % len(turns)]] for i, edit in enumerate(edits)]
     rng = random.Random("nanoip2p wordings")
     texts = [edit.seen_instructions[int(rng.random() * len(edit.seen_instructions))] for edit in edits]
