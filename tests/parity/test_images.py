@@ -322,6 +322,9 @@ def test_grid_holds_every_picture_and_label():
     assert (0, 0, 0) in found and (0, 0, 0) not in {colour for _, colour in bare.getcolors(10**6)}
     assert labelled.width == bare.width and labelled.height > bare.height, "a long label takes more lines"
     assert labelled.width < 1000 and labelled.height < 2000
+    below = grid([[Image.new("RGB", (400, 20), "red")], [Image.new("RGB", (200, 20), "blue")]], [[""], [""]])
+    blue = (np.asarray(below) == [0, 0, 255]).all(2).any(0).nonzero()[0]
+    assert len(blue) == 200 and blue[0] + blue[-1] == below.width - 1, "a narrow picture is in the middle"
 
 
 RECIPE = {"edit": ["make it night"], "negative": "blurry, bad", "steps": 20, "sampler": "euler_ancestral",

@@ -264,7 +264,7 @@ def test_an_edit_compiles_once_for_each_size(tmp_path, monkeypatch):
     plain = edit(32, "make it night")
     names = list(editor.unet.state_dict())
     compile_unet(editor.unet, lines.append)
-    assert list(editor.unet.state_dict()) == names
+    assert list(editor.unet.state_dict()) == names and torch._dynamo.config.recompile_limit > 60
     assert edit(32, "make it night") == plain and len(graphs) == 1
     assert edit(32, "turn the house red") != plain and len(graphs) == 1
     edit(40, "make it night")
