@@ -161,6 +161,12 @@ def test_both_spellings_are_read_and_the_published_one_is_written():
     )
 
 
+@pytest.mark.parametrize("size, patch", [(31, 32), (258, 2)])
+def test_the_number_of_patches_is_limited(size, patch):
+    with pytest.raises(ValueError, match=f"image_size = {size} must hold 1 to 128 patches of {patch}"):
+        VisionTransformer(replace(VISION, image_size=size, patch_size=patch))
+
+
 def test_weights_of_another_network_are_not_taken():
     with pytest.raises(RuntimeError, match="text_model.patch_embedding"):
         TextEncoder(TEXT).load_state_dict(TextEncoder.published_names({"patch_embedding": torch.zeros(1)}))
