@@ -278,6 +278,13 @@ def test_pictures_are_paths_arrays_or_tensors(editor, tmp_path):
     assert difference(editor.edit(array[::-1], TEXTS[0], steps=1, seed=5), edited[0]) > 20
 
 
+def test_low_memory_moves_each_network_back_after_its_use(editor, monkeypatch):
+    moved = []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: moved.append((type(self).__name__, device)))
+    editor.edit(picture(32, 32, 0), TEXTS[0], steps=1, seed=5, low_memory=True)
+    assert moved == [(name, "cpu") for name in ("UNet", "VAE", "TextEncoder", "VAE", "UNet", "VAE")]
+
+
 def test_a_random_seed_is_kept(editor):
     image = picture(32, 32, 0)
     first, second = editor.edit(image, TEXTS[0]), editor.edit(image, TEXTS[0])
