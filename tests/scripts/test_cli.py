@@ -46,6 +46,9 @@ def test_both_signals_end_a_command_and_are_given_back(number, capsys):
     (FileNotFoundError(2, "No such file", "a.txt"), 2, "error: [Errno 2] No such file: 'a.txt'"),
     (MemoryError(), 2, "error: out of memory; try less"),
     (RuntimeError("CUDA out of memory. Tried to allocate\n2 GiB"), 2, "error: out of memory; try less"),
+    *((RuntimeError(text), 2, "error: out of memory; try less") for text in (
+        "DefaultCPUAllocator: can't allocate memory", "not enough memory: you tried to allocate 9 bytes",
+        "std::bad_alloc", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED")),
     (KeyboardInterrupt(), 130, "stopped"),
 ])
 def test_mistakes_are_one_line_and_an_exit_code(error, code, line, capsys):
