@@ -30,12 +30,13 @@ ASKED = choose_edits(21)
 
 def editor_that(answers):
     """An editor without networks: `answers(scene, edit)` is its picture."""
-    pending = iter(ASKED)
+    pending, seeds = iter(ASKED), []
 
     def edit(images, texts, seed, batch):
+        seeds.append(seed)
         return [answers(*question) for _, question in zip(images, pending)]
 
-    return SimpleNamespace(side=64, edit=edit)
+    return SimpleNamespace(side=64, edit=edit, seeds=seeds)
 
 
 def test_questions_are_fixed_and_of_every_kind():
@@ -59,7 +60,9 @@ def perfect_autoencoder(monkeypatch):
 
 def test_perfect_editor_scores_everything(monkeypatch):
     monkeypatch.setattr(scenes, "BATCH", 8)
-    rows = score_scenes(editor_that(lambda scene, edit: edit.scene.render(64)), ASKED, {})
+    editor = editor_that(lambda scene, edit: edit.scene.render(64))
+    rows = score_scenes(editor, ASKED, {})
+    assert editor.seeds == [0, 8, 16]  # no two edits have the same noise
     used = {edit.instructions.index(row["instruction"]) for row, (_, edit) in zip(rows, ASKED)}
     assert used == {10, 11}  # both held-out phrasings
     text, numbers = table(rows)

@@ -282,7 +282,8 @@ def test_pictures_are_paths_arrays_or_tensors(editor, tmp_path):
 
 def test_low_memory_moves_each_network_back_after_its_use(editor, monkeypatch):
     moved = []
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: moved.append((type(self).__name__, device)))
+    monkeypatch.setattr(torch.nn.Module, "to",
+                        lambda self, device: moved.append((type(self).__name__, device)))
     editor.edit(picture(32, 32, 0), TEXTS[0], steps=1, seed=5, low_memory=True)
     assert moved == [(name, "cpu") for name in ("UNet", "VAE", "TextEncoder", "VAE", "UNet", "VAE")]
 
