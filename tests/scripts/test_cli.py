@@ -85,6 +85,14 @@ def test_flags_check_themselves(words, capsys):
     assert error.count("\n") == 1 and words[0] in error and "--help" in error
 
 
+def test_a_second_double_dash_is_refused():
+    parser = cli.make_parser()
+    parser.add_argument("words", nargs="*")
+    assert parser.parse_args(["--", "-a"]).words == ["-a"]
+    with pytest.raises(ValueError, match="a second -- cannot be a value"):
+        parser.parse_args(["--", "-a", "--"])
+
+
 def test_a_message_is_one_printable_line():
     chance = random.Random(0)
     for _ in range(2000):
