@@ -178,8 +178,10 @@ def test_several_wordings_and_inverse_edits_are_pairs_of_one_item(tmp_path):
     items = read_data(write_cells(tmp_path / "omni.parquet", COLUMNS[5], edits))
     assert shades(items) == [(0, "a", 100), (0, "b", 100)]
     path = write_cells(tmp_path / "hq.parquet", COLUMNS[4], ["make", "it"], inverse_edit=["undo", None],
-                       input=["caption"] * 2, output=["caption"] * 2)
+                       input=["caption"] * 2, output=["caption"] * 2, input_caption=["one"] * 2,
+                       output_caption=["two"] * 2)
     assert shades(read_data(path)) == [(0, "make", 100), (100, "undo", 0)]
+    assert [pair.captions for pair in read_data(path)[0]] == [("one", "two"), ("two", "one")]
     for bad in ([[], ["c"]], [[None], ["c"]], [["x" * 10_001], ["c"]]):
         edits = pyarrow.array(bad, pyarrow.list_(pyarrow.string()))
         write_cells(tmp_path / "omni.parquet", COLUMNS[5], edits)

@@ -73,6 +73,18 @@ def test_points_are_kept_and_not_made_again(weights, tmp_path, monkeypatch):
         measured(weights, tmp_path, "--cfg-images", 1, "--cfg-text", 9)
 
 
+@pytest.mark.parametrize("resolution, usual", [(128, curve.NANO), (256, curve.PAPER)])
+def test_large_editors_have_the_settings_of_the_paper(weights, tmp_path, monkeypatch, resolution, usual):
+    editor, judges = Editor.load(weights.editor, "cpu"), []
+    editor.defaults["resolution"] = resolution
+    monkeypatch.setattr(curve.Editor, "load", lambda *_: editor)
+    monkeypatch.setattr(curve.Judge, "load", lambda clip, device: judges.append(clip))
+    monkeypatch.setattr(curve, "measure", lambda *_: dict.fromkeys(curve.MEASURED, 0.5))
+    assert evaluate.main(["curve", "--n", "2", "--out", str(tmp_path)]) == 0 and judges == [usual["clip"]]
+    assert [(row["cfg_text"], row["cfg_image"]) for row in curve.read_points(tmp_path / "curve.jsonl")] == [
+        (usual["cfg_text"], cfg) for cfg in usual["cfg_images"]]
+
+
 def test_seed_and_sampler_reach_both_methods(weights, tmp_path):
     flags = ["--cfg-images", 1, "--sdedit", weights.painter, "--strengths", 1, "--out", tmp_path]
     for extra in ([], ["--seed", 1], ["--sampler", "euler"]):

@@ -106,6 +106,8 @@ def test_multi_turn_edits_its_own_pictures(tmp_path, brighter, monkeypatch):
     assert command(tmp_path) == 0
     levels = {path.stem: Image.open(path).getpixel((0, 0))[0] for path in (tmp_path / "out").rglob("*.png")}
     assert levels == {"12_1": 255, "12_inde_2": 255 - 17, "12_iter_2": 255 - 85, "7_1": 255 - 34}
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())["multi-turn"]
+    assert scores["l1"] == pytest.approx(((170 - 153) + (221 - 0)) / 2 / 255)
 
 
 def test_the_first_sessions(tmp_path, brighter):

@@ -97,6 +97,7 @@ def test_added_and_dropped_words_are_those_of_the_authors_but_for_padding(tokeni
     ([S, 1, 1, E], [S, 1, E], [([0], [0]), ([1], [1]), ([2], []), ([3], [2])]),
     ([S, 1, 2, 3, E], [S, 2, 3, 1, E],
      [([0], [0]), ([1], []), ([2], [1]), ([3], [2]), ([], [3]), ([4], [4])]),
+    ([1, 2], [2, 1], [([0], []), ([1], [0]), ([], [1])]),  # of two equally good ones
     ([1, 2], [3], [([0, 1], [0])]), ([], [], []), ([], [1], [([], [0])]),
 ], ids=str)
 def test_alignment_by_hand(source, edit, cut):

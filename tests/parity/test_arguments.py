@@ -75,6 +75,11 @@ def test_a_mask_without_numbers_is_named(models, mask):
         models["edit"].edit(PICTURE, "a", steps=1, masks=mask)
 
 
+def test_a_tensor_may_be_bfloat16():
+    """numpy has no such dtype."""
+    assert as_image(torch.full((3, 2, 2), 0.2, dtype=torch.bfloat16)).getpixel((1, 1)) == (51, 51, 51)
+
+
 @pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
 def test_an_empty_picture_is_refused(size):
     with pytest.raises(ValueError, match="images = <PIL.* should be a path"):

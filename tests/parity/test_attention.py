@@ -76,6 +76,8 @@ def test_wrong_shapes_are_named(attend):
         attend(q, k, v, heads=5)
     with pytest.raises(AssertionError, match=r"k \(2, 4, 24\)"):
         attend(q, k, v, heads=3, causal=True)
+    with pytest.raises(AssertionError, match=r"q \(1, 6, 24\)"):  # torch would repeat the row
+        attend(q[:1], k, v, heads=3)
     with pytest.raises(AssertionError, match=r"v \(2, 3, 24\)"):
         attend(q, k, v[:, :3], heads=3)
     with pytest.raises(AssertionError, match=r"v \(2, 4, 24\)"):

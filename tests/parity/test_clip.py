@@ -161,6 +161,20 @@ def test_both_spellings_are_read_and_the_published_one_is_written():
     )
 
 
+def test_embeddings_begin_as_in_openai_s_code():
+    model = CLIP(TINY_CLIP)
+    text, vision = model.text_model.embeddings, model.vision_model.embeddings
+    for layer in (text.token_embedding, text.position_embedding, vision.position_embedding):
+        assert 0.015 < layer.weight.std() < 0.025
+    assert 0.6 < vision.class_embedding.std() * VISION.hidden_size**0.5 < 1.4
+
+
+@pytest.mark.parametrize("size, patch", [(31, 32), (258, 2)])
+def test_the_number_of_patches_is_limited(size, patch):
+    with pytest.raises(ValueError, match=f"image_size = {size} must hold 1 to 128 patches of {patch}"):
+        VisionTransformer(replace(VISION, image_size=size, patch_size=patch))
+
+
 def test_weights_of_another_network_are_not_taken():
     with pytest.raises(RuntimeError, match="text_model.patch_embedding"):
         TextEncoder(TEXT).load_state_dict(TextEncoder.published_names({"patch_embedding": torch.zeros(1)}))

@@ -62,6 +62,7 @@ def test_timesteps_and_start_for_many_numbers_of_steps(sampler, spacing, offset)
     schedule = NoiseSchedule(timestep_spacing=spacing, steps_offset=offset)
     config = {key: value for key, value in schedule.to_json().items() if not key.startswith("_")}
     scheduler = SCHEDULERS[sampler].from_config(config)
+    assert not scheduler.config.get("clip_sample")  # True is the default of diffusers' DDIM
     for steps in range(1, 51) if sampler == "lcm" else [*range(1, 151), 333, 500, 666, 999 - offset]:
         scheduler.set_timesteps(steps)
         ours = plan(schedule, sampler, steps)

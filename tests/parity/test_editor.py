@@ -15,6 +15,7 @@ import torch
 from hertz import SCHEDULERS, open_scheduler
 from PIL import Image
 from tiny_editor import DEFAULTS, write_tiny_editor
+from tqdm import tqdm
 
 import nanoip2p
 from nanoip2p.checkpoint import hub
@@ -23,6 +24,7 @@ from nanoip2p.common.device import pick_device
 from nanoip2p.common.files import write_json
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.editor import Editor
+from nanoip2p.pipeline import reporting
 
 NANO = Path(__file__).parents[2] / "weights" / "nano-ip2p"
 PUBLISHED = {  # scheduler_config.json of timbrooks/instruct-pix2pix
@@ -278,6 +280,14 @@ def test_pictures_are_paths_arrays_or_tensors(editor, tmp_path):
     assert difference(editor.edit(array[::-1], TEXTS[0], steps=1, seed=5), edited[0]) > 20
 
 
+def test_low_memory_moves_each_network_back_after_its_use(editor, monkeypatch):
+    moved = []
+    monkeypatch.setattr(torch.nn.Module, "to",
+                        lambda self, device: moved.append((type(self).__name__, device)))
+    editor.edit(picture(32, 32, 0), TEXTS[0], steps=1, seed=5, low_memory=True)
+    assert moved == [(name, "cpu") for name in ("UNet", "VAE", "TextEncoder", "VAE", "UNet", "VAE")]
+
+
 def test_a_random_seed_is_kept(editor):
     image = picture(32, 32, 0)
     first, second = editor.edit(image, TEXTS[0]), editor.edit(image, TEXTS[0])
@@ -294,6 +304,8 @@ def test_a_callback_sees_every_step(editor):
     assert [latents.shape for _, latents in seen] == [(2, 4, 8, 12)] * 4 + [(1, 4, 12, 8)] * 4
     last, first = (editor.decode(seen[i][1])[0] for i in (3, 0))
     assert difference(last, edited[0]) <= 1 and difference(first, edited[0]) > 5
+    reporting(lambda x, sigma: x * sigma, tqdm(disable=True), lambda *given: seen.append(given))(1.0, 3.0)
+    assert seen[-1] == (0, 3.0)
 
 
 def test_a_model_says_what_it_is_and_moves(editor):

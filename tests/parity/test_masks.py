@@ -13,7 +13,7 @@ from tiny_editor import write_tiny_editor
 from nanoip2p.diffusion import NoiseSchedule, plan
 from nanoip2p.editor import Editor
 from nanoip2p.images import fit, to_tensor
-from nanoip2p.masks import fit_mask, keep_outside
+from nanoip2p.masks import fit_mask, keep_outside, paste
 from nanoip2p.samplers import SAMPLERS, draw_noise
 
 
@@ -166,3 +166,12 @@ def test_a_mask_is_fitted_as_its_picture():
 def test_unusable_masks(editor, masks, message):
     with pytest.raises(ValueError, match=message):
         editor.edit([picture(64, 64, 0)], ["make it night"], steps=1, masks=masks)
+
+
+def test_a_mask_is_blurred_by_a_gaussian():
+    mask = Image.new("L", (32, 8))
+    mask.paste(255, (16, 0, 32, 8))
+    white, black = (Image.new("RGB", mask.size, colour) for colour in ("white", "black"))
+    shares = np.asarray(paste(white, black, mask, 2.0))[4, :, 0] / 255
+    wanted = torch.special.ndtr((torch.arange(32) + 0.5 - 16) / 2).numpy()
+    assert np.abs(shares - wanted).max() < 0.02

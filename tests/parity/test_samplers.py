@@ -180,6 +180,8 @@ def test_a_picture_does_not_depend_on_its_batch_and_state_is_float32(sampler):
     both = run((5, 6))
     assert torch.equal(both[:1], run((5,))) and torch.equal(both[1:], run((6,)))
     assert not torch.allclose(both[0], both[1])
+    half = torch.ones(1, 4, 5, 7, dtype=torch.float16)
+    assert SAMPLERS[sampler](denoise, half, sigmas, generators((5,))).dtype == torch.float32
 
 
 def test_one_generator_may_serve_the_whole_batch():

@@ -105,7 +105,7 @@ def with_more_tokens(folder: Path) -> None:
 
 def with_added_tokens_file(folder: Path) -> None:
     size = len(json.loads((folder / "vocab.json").read_text()))
-    (folder / "added_tokens.json").write_text(json.dumps({"MAKE": size, "cat": size + 1}))
+    (folder / "added_tokens.json").write_text(json.dumps({"cat": size, "MAKE": size + 1}))
 
 
 def with_named_tokens(folder: Path) -> None:

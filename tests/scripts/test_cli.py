@@ -46,6 +46,9 @@ def test_both_signals_end_a_command_and_are_given_back(number, capsys):
     (FileNotFoundError(2, "No such file", "a.txt"), 2, "error: [Errno 2] No such file: 'a.txt'"),
     (MemoryError(), 2, "error: out of memory; try less"),
     (RuntimeError("CUDA out of memory. Tried to allocate\n2 GiB"), 2, "error: out of memory; try less"),
+    *((RuntimeError(text), 2, "error: out of memory; try less") for text in (
+        "DefaultCPUAllocator: can't allocate memory", "not enough memory: you tried to allocate 9 bytes",
+        "std::bad_alloc", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED")),
     (KeyboardInterrupt(), 130, "stopped"),
 ])
 def test_mistakes_are_one_line_and_an_exit_code(error, code, line, capsys):
@@ -80,6 +83,14 @@ def test_flags_check_themselves(words, capsys):
     assert run(lambda: parser.parse_args(words)) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and words[0] in error and "--help" in error
+
+
+def test_a_second_double_dash_is_refused():
+    parser = cli.make_parser()
+    parser.add_argument("words", nargs="*")
+    assert parser.parse_args(["--", "-a"]).words == ["-a"]
+    with pytest.raises(ValueError, match="a second -- cannot be a value"):
+        parser.parse_args(["--", "-a", "--"])
 
 
 def test_a_message_is_one_printable_line():

@@ -1061,22 +1061,27 @@ def test_the_mask_of_a_stretched_picture_is_stretched_alike(run, mask, monkeypat
 
 
 def test_found_masks_are_smooth(run, monkeypatch):
-    """One latent of 32 x 32 that differs grows by two latents to each side; by 16 calls of the network."""
-    calls = []
+    """A latent of 32 x 32 that differs grows by two latents to each side; by 16 calls of the network. One
+    with a quarter of the largest change is white. At an edge, replicas count too, so a tenth is enough."""
+    calls, seen, changes = [], [], {(10, 20): 1.0, (20, 6): -0.26, (28, 28): 0.24, (0, 13): 0.1}
 
     def guided(unet, levels, z_image, *given, cfg_image, **more):
-        point = torch.zeros(z_image.shape[2:])
-        point[10, 20] = given[2]
-        return lambda x, sigma: calls.append(sigma) or x + point
+        points = torch.zeros(z_image.shape[2:])
+        for place, change in changes.items():
+            points[place] = given[2] * change
+        return lambda x, sigma: calls.append(sigma) or seen.append((x, z_image)) or x + points
 
     monkeypatch.setattr(masks, "guided_denoiser", guided)
     assert run(*one("--mask", "auto", "--show-mask", "--grid", "--resolution", "128")) == 0
     assert len(calls) == 16 and len(set(calls)) == 4
     assert again(run, "out.png") == 0 and Image.open("again.png").size == Image.open("out.png").size
-    [found] = masks.find_masks(Editor.load(Path(read_recipe("out.png")["weights"]), "cpu"),
-                               [Image.open("house.png").resize((128, 128))], ["red"], [3])
+    monkeypatch.setattr(masks, "draw_noise", lambda shape, generators: torch.zeros(shape))
+    editor = Editor.load(Path(read_recipe("out.png")["weights"]), "cpu")
+    [found] = masks.find_masks(editor, [Image.open("house.png").resize((128, 128))], ["red"], [3], "blurry")
+    assert torch.equal(seen[-1][0], seen[-1][1] * editor.vae.scaling_factor)
     white = np.asarray(found) > 0
-    assert white.any(1).sum() == white.any(0).sum() == 5 * 4 and white[40:44, 80:84].all()
+    assert white.any(1).sum() == (5 + 5 + 1) * 4 and white.any(0).sum() == 15 * 4
+    assert white[40:44, 80:84].all() and white[80:84, 24:28].all() and white[:4, 52:56].all()
 
 
 def test_a_sweep_blurs_the_mask(run, mask, monkeypatch):
