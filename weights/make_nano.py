@@ -270,10 +270,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompts", type=at_least(40), default=1091, help="captions to make pairs from")
     parser.add_argument("--local-prompts", type=at_least(0), default=2700,
                         help="more such captions, only with edits of a thing")
-    parser.add_argument("--new-prompts", type=at_least(0), default=1000,
+    parser.add_argument("--new-prompts", type=at_least(0), default=1300,
                         help="more such captions, only with additions and replacements")
     parser.add_argument("--paper-steps", type=at_least(1), nargs=len(PAPER_EDITOR_RUNS),
-                        default=(2400, 3700, 1600, 1600, 2000), metavar="STEPS",
+                        default=(2400, 3700, 1600, 1600, 2400), metavar="STEPS",
                         help="training steps of the paper editor's five runs, 32 filtered pairs each")
     parser.add_argument("--editor-steps", type=at_least(1), nargs=len(EDITOR_RUNS), default=(3700, 7400),
                         metavar="STEPS", help="training steps of the editor's two runs, 32 pairs each")

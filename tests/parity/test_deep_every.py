@@ -165,8 +165,9 @@ def test_pairs_and_heat_equal_the_slow_loop(painters, net, inject, every, monkey
 def test_none_is_two_runs_with_kept_features(painters):  # noqa: F811
     model = make(painters["flat"], CAPTIONS["swap"][:2], "none", deep_every=3)
     [(source, _)] = model.paint([5], [0.5], [3.0])
-    wanted = painters["flat"].generate(CAPTIONS["swap"][0], seed=5, cfg_text=3.0, deep_every=3,
-                                       **model.settings)
+    wanted = painters["flat"].generate(seed=5, cfg_text=3.0,
+                                       **model.settings | {"captions": CAPTIONS["swap"][0]})
+    assert model.settings["deep_every"] == 3
     assert source.tobytes() == wanted.tobytes()
 
 
