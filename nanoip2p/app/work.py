@@ -114,7 +114,7 @@ def read_settings(path: Path) -> tuple[dict, list[str]]:
     recipe has all of these. Raises ValueError, in one line, for other files, and for values out of range.
     """
     recipe, name, numbers = read_recipe(path), path.name, LIMITS.keys() - {"n"}
-    if lacking := sorted(key for key in ("edit", "sampler", *numbers) if recipe.get(key, []) == []):
+    if lacking := sorted({"sampler", *numbers} - recipe.keys()):
         raise ValueError(f"{name} has no recipe of an edit: {', '.join(lacking)} missing")
     found = {key: checked(recipe[key], kind, f"{name}: {key}", *ends)
              for key, (kind, *ends) in LIMITS.items() if key in numbers}

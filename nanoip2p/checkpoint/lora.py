@@ -155,7 +155,7 @@ def _alpha(settings: dict, part: str, name: str, path: Path) -> float | None:
     for pattern in reversed(patterns):  # the first match wins, as in peft, which reads regular expressions
         bare = pattern.removeprefix("^")
         if len(patterns) > LONGEST or not re.fullmatch(r"[\w.]+", bare):
-            raise ValueError(f"{path}: alpha_pattern has {shown(pattern)}, not up to {LONGEST:,} layer names")
+            raise ValueError(f"{path}: alpha_pattern may have {LONGEST:,} layer names, not {shown(pattern)}")
         if bare in (name, name.removeprefix("text_model.")) or name.endswith(f".{pattern}"):
             alpha = patterns[pattern]
     return alpha

@@ -118,8 +118,7 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     result = tensor.to(dtype)
     if (tensor.dtype != dtype and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
             and not _is_finite(result)):
-        largest = tensor.abs().max().item()
-        fit = " or ".join(other for other in ("bf16", "fp32") if torch.finfo(DTYPES[other]).max >= largest)
+        fit = " or ".join(k for k in ("bf16", "fp32") if tensor.abs().max() <= torch.finfo(DTYPES[k]).max)
         raise ValueError(f"{name} holds numbers beyond the range of {DTYPE_NAMES[dtype]}"
                          + f"; use {fit}" * bool(fit))
     return result

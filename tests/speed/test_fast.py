@@ -20,6 +20,7 @@ from torch import nn
 
 from nanoip2p.attention import attention
 from nanoip2p.checkpoint.folder import load_network, save_network
+from nanoip2p.checkpoint.tensors import DTYPES
 from nanoip2p.editor import Editor
 from nanoip2p.speed import cpu, fast
 from nanoip2p.speed.cpu import Convolution, Product, Winograd, lay_out
@@ -232,13 +233,18 @@ def test_no_layer_keeps_its_plain_weight_or_the_mapped_file(unet, tmp_path, dtyp
         assert held == size if not winograd else size < held < 4 * size
 
 
-@pytest.mark.parametrize("width, positions, chosen", [
-    (256, 4096, True), (256, 4095, False), (256, 2048, False), (256, 2047, False), (128, 10**6, False),
-    (320, 10**6, True)])
-def test_fast_is_chosen_where_it_pays(width, positions, chosen, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("width, positions, capability, dtype, chosen", [
+    (256, 4096, "AVX2", "fp32", True), (256, 4095, "AVX2", "fp32", False), (256, 2048, "AVX2", "fp32", False),
+    (256, 2047, "AVX2", "fp32", False), (128, 10**6, "AVX2", "fp32", False),
+    (320, 10**6, "AVX2", "fp32", True), (320, 10**6, "AVX512", "fp32", False),
+    (320, 10**6, "AVX512", "bf16", True), (320, 10**6, "AVX2", "bf16", True),
+    (320, 10**6, "DEFAULT", "fp32", True)])
+def test_fast_is_chosen_where_it_pays(width, positions, capability, dtype, chosen, tmp_path, monkeypatch,
+                                      capsys):
     used = []
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(fast, "lay_out", lambda network, winograd, *direct: used.append(winograd))
-    editor = Editor.load(write_tiny_editor(tmp_path), "cpu")
+    editor = Editor.load(write_tiny_editor(tmp_path), "cpu", DTYPES[dtype])
     editor.unet.config = replace(editor.unet.config, block_out_channels=(width, width), norm_num_groups=1)
     for given, wanted in ((None, chosen), (True, True), (False, False)):
         speed_up(editor, given, print, positions)
