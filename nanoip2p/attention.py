@@ -18,14 +18,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False,
     attends only to positions 0..i; needs Tq = Tk. map_from (N,) int32, for Prompt-to-Prompt: v and the result
     have N rows. Row i of the result is row i of v, weighted by the map of row map_from[i] of q and k.
     """
-    q, k, v = _prepare(q, k, v, heads, causal, map_from)
+    q, k, v = split_heads(q, k, v, heads, causal, map_from)
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False,
                         map_from: Tensor | None = None) -> Tensor:
     """The same as `attention`, but slow: it stores the maps, B * heads * Tq * Tk numbers."""
-    q, k, v = _prepare(q, k, v, heads, causal, map_from)
+    q, k, v = split_heads(q, k, v, heads, causal, map_from)
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5               # (B, heads, Tq, Tk)
     if causal:
         future = torch.ones_like(scores, dtype=torch.bool).triu(1)
@@ -42,7 +42,7 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool, map_
     assert not causal or q.shape[1] == k.shape[1], shapes
 
 
-def _prepare(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool, map_from: Tensor | None) -> list:
+def split_heads(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool, map_from: Tensor | None) -> list:
     """Check q, k and v, apply map_from to q and k, and split the heads: (rows, heads, T, d) each."""
     check_shapes(q, k, v, heads, causal, map_from)
     if map_from is not None:

@@ -156,7 +156,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, c_context: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.attention = attention  # speed/fast.py may replace this function by a faster one
+        self.attention = attention  # speed/ may replace this function by a faster one
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(c_context, channels, bias=False)
         self.to_v = nn.Linear(c_context, channels, bias=False)

@@ -52,6 +52,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
+        self.attention = attention  # speed/ may replace this function by a faster one
         self.group_norm = nn.GroupNorm(groups, channels, eps=EPS)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
@@ -60,7 +61,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.group_norm(x).flatten(2).transpose(1, 2)               # (B, H*W, C)
-        h = self.to_out[0](attention(self.to_q(h), self.to_k(h), self.to_v(h), heads=1))
+        h = self.to_out[0](self.attention(self.to_q(h), self.to_k(h), self.to_v(h), heads=1))
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])          # (B, C, H, W)
 
 

@@ -18,7 +18,7 @@ from tiny_configs import TINY_VAE, tiny_unet
 from tiny_editor import write_tiny_editor
 from torch import nn
 
-from nanoip2p.attention import attention
+from nanoip2p.attention import attention, attention_reference
 from nanoip2p.checkpoint.folder import load_network, save_network
 from nanoip2p.checkpoint.tensors import DTYPES
 from nanoip2p.editor import Editor
@@ -165,6 +165,7 @@ def kinds_of(model):
 def test_which_layers_are_replaced(tmp_path, quick, monkeypatch):
     """Winograd's weights are larger. In the lowest levels, which have most weights, they save little time."""
     monkeypatch.setattr(fast, "lay_out", partial(lay_out, least=16))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     editor = Editor.load(write_tiny_editor(tmp_path), "cpu")
     editor.unet = randomise(UNet(UNetConfig(
         8, block_out_channels=(16, 32, 32), norm_num_groups=4, cross_attention_dim=12,
@@ -183,6 +184,34 @@ def test_which_layers_are_replaced(tmp_path, quick, monkeypatch):
     for name, kind in [*unet.items(), *((f"vae.{name}", kind) for name, kind in vae.items() if quick)]:
         if name.endswith(("conv1", "conv2")):
             assert kind is (Winograd if quick and not name.startswith(lowest) else Convolution), name
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("q_rows, heads, tq, tk, d", [(2, 2, 35, 35, 8), (3, 4, 9, 77, 5), (1, 1, 9, 9, 64)])
+def test_tiled_attention_equals_the_reference(q_rows, heads, tq, tk, d, monkeypatch):
+    """In tiles of all sizes, with the maps of other rows. The scores are too large for a plain exp."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(q_rows, size, heads * d, generator=generator) for size in (tq, tk, tk))
+    for rows in (None, torch.randint(q_rows, (q_rows + 2,), generator=generator, dtype=torch.int32)):
+        given = [10 * q, 10 * k, v if rows is None else v.repeat(9, 1, 1)[: q_rows + 2], heads]
+        right = attention_reference(*[x.double() for x in given[:3]], heads, map_from=rows)
+        for tile in (1, 2 * tk, 12 * tk, 3 * tq * tk, 2**20):
+            monkeypatch.setattr(cpu, "MAP_TILE", tile)
+            assert relative_error(cpu.tiled_attention(*given, map_from=rows), right) < 1e-5
+        half = [x.bfloat16() for x in given[:3]]
+        right = attention_reference(*[x.double() for x in half], heads, map_from=rows)
+        assert relative_error(cpu.tiled_attention(*half, heads, map_from=rows), right) < 0.006
+
+
+@pytest.mark.parametrize("dtype, blocks, tiled", [
+    (torch.bfloat16, True, True), (torch.bfloat16, False, False), (torch.float32, True, False)], ids=str)
+def test_attention_is_tiled_in_bf16_where_the_cpu_has_instructions(unet, dtype, blocks, tiled, monkeypatch):
+    monkeypatch.setattr(cpu, "has_blocks", lambda weight: blocks)
+    monkeypatch.setattr(cpu, "Product", lambda layer: layer)  # these need the instructions
+    for network in (unet, VAE(TINY_VAE)):
+        lay_out(network.to(dtype), True)
+        used = [layer.attention for layer in network.modules() if hasattr(layer, "attention")]
+        assert used and {*used} == {cpu.tiled_attention if tiled else attention}
 
 
 def test_the_first_convolution_stays(unet):
@@ -246,11 +275,14 @@ def test_fast_is_chosen_where_it_pays(width, positions, capability, dtype, chose
     monkeypatch.setattr(fast, "lay_out", lambda network, winograd, *direct: used.append(winograd))
     editor = Editor.load(write_tiny_editor(tmp_path), "cpu", DTYPES[dtype])
     editor.unet.config = replace(editor.unet.config, block_out_channels=(width, width), norm_num_groups=1)
-    for given, wanted in ((None, chosen), (True, True), (False, False)):
+    gains = (capability, dtype) != ("AVX512", "fp32")
+    for given, wanted in ((None, chosen), (True, gains), (False, False)):
         speed_up(editor, given, print, positions)
         assert used == ([True, True] if wanted else [False] if positions >= 2048 else [])
         used.clear()
-        assert ("--no-fast" in capsys.readouterr().out) is (given is None and chosen)
+        said = capsys.readouterr().out
+        assert ("--no-fast" in said) is (given is None and chosen)
+        assert ("--fast changes nothing" in said) is (given is True and not gains)
 
 
 def test_an_edit_compiles_once_for_each_size(tmp_path, monkeypatch):
