@@ -6,6 +6,7 @@ multiplies less, but its weights are 16/9 to 4 times as large, and it rounds mor
 """
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from nanoip2p.attention import split_heads
 LEAST_CHANNELS = 16      # layers with fewer channels (such as conv_out) gain nothing
 SMALL_MAP = 2048         # up to this B * h * w, laying out the weight takes much of a convolution's time
 WINOGRAD_CHANNELS = 256  # with fewer, Winograd's transforms take longer than the saved multiplications
-TILES_AT_ONCE = 256      # Winograd tiles per matrix product, few enough for the CPU's cache
+TILES_AT_ONCE = 512      # Winograd tiles per matrix product, few enough for the CPU's cache
 MAP_TILE = 2**20         # weights of attention that are computed at once, few enough for the CPU's cache
 LARGE_TILES = 320        # up to this number of channels, the larger weights of 4x4 tiles cost little memory
 # G, B^T and A^T of Winograd's F(m x m, 3 x 3), Lavin & Gray 1509.09308, sections 4.1 and 4.3: {m: matrices}
@@ -159,15 +160,19 @@ class Winograd(LaidOut):
 
     def __init__(self, layer: nn.Conv2d):
         super().__init__()
-        weight, self.bias = layer.weight.detach(), layer.bias
+        weight, self.channels = layer.weight.detach(), layer.out_channels
         large = weight.itemsize >= 4 and min(weight.shape[:2]) <= LARGE_TILES
         g, self.inputs, self.outputs = MATRICES[4 if large else 2]
         exact, g = torch.promote_types(weight.dtype, torch.float32), torch.tensor(g, dtype=torch.double)
         held = torch.kron(g, g).to(exact) @ weight.to(exact).reshape(-1, 9).T   # (n * n, C_out * C_in)
-        self.held = held.to(weight.dtype).view(-1, *weight.shape[:2]).transpose(1, 2)   # (n * n, C_in, C_out)
+        held = held.to(weight.dtype).view(-1, *weight.shape[:2])                # (n * n, C_out, C_in)
+        # A^T has ones in the column of product n + 1, so each output gets the bias once
+        self.products = nn.ModuleList(
+            Product(SimpleNamespace(weight=one, bias=layer.bias if i == len(self.inputs) + 1 else None))
+            for i, one in enumerate(held))
 
     def forward(self, x: Tensor) -> Tensor:
-        (batch, _, height, width), c_out, m = x.shape, self.held.shape[2], len(self.outputs)
+        (batch, _, height, width), c_out, m = x.shape, self.channels, len(self.outputs)
         h, w = -(-height // m), -(-width // m)                          # tiles down and across
         x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, m * w - width + 1, 1, m * h - height + 1))
         out = x.new_empty(batch, h, m, w, m, c_out)
@@ -184,11 +189,11 @@ class Winograd(LaidOut):
         half = transform(self.inputs, across, x.new_empty(n, batch, m * h + 2, w, c_in))             # x B
         down = [half[:, :, i : i + m * h - m + 1 : m] for i in range(n)]
         tiles = transform(self.inputs, down, x.new_empty(n, n, batch, h, w, c_in))                   # B^T x B
-        products = torch.bmm(tiles.view(n * n, -1, c_in), self.held).view(n, n, batch, h, w, c_out)
-        products[1, 1] += self.bias     # A^T has ones in this column, so each output gets the bias once
-        rows = transform(self.outputs, products, x.new_empty(m, n, batch, h, w, c_out))
-        for i, row in enumerate(rows):
-            transform(self.outputs, row, out[:, :, i].permute(3, 0, 1, 2, 4))
+        products = [product(tile) for product, tile in zip(self.products, tiles.flatten(0, 1))]
+        rows = [transform(self.outputs, products[j::n], x.new_empty(m, batch, h, w, c_out))
+                for j in range(n)]
+        for i in range(m):
+            transform(self.outputs, [row[i] for row in rows], out[:, :, i].permute(3, 0, 1, 2, 4))
 
 
 def transform(matrix: list, x: Sequence[Tensor], out: Tensor) -> Tensor:

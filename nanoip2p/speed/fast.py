@@ -30,16 +30,11 @@ def speed_up(model: Model, fast: bool | None, say: Callable[[str], None], positi
         if attention == "ours":
             say("--attention ours: our kernel needs CUDA; using torch's kernel")
         large = unet.config.block_out_channels[0] >= WINOGRAD_CHANNELS
-        # In fp32 with AVX-512, torch's convolutions are as fast as Winograd's method
-        gains = unet.conv_in.weight.itemsize == 2 or "AVX512" not in torch.backends.cpu.get_cpu_capability()
-        if fast and not gains:
-            say("--fast changes nothing in fp32 on a CPU with AVX-512")
-        if fast is None and (fast := large and gains and positions >= 4 * STEP):
+        if fast is None and (fast := large and positions >= 4 * STEP):
             say("this job is long enough for --fast, faster convolutions (--no-fast leaves them out)")
-        fast = bool(fast) and gains
         if fast or positions >= 2 * STEP:  # laying out takes as long as one step saves
             # The lowest levels have most of the weights, and Winograd's method saves little time there
-            lay_out(unet, fast, (*unet.down_blocks[-2:], unet.mid_block, unet.up_blocks[0]))
+            lay_out(unet, bool(fast), (*unet.down_blocks[-2:], unet.mid_block, unet.up_blocks[0]))
         if fast:  # without Winograd's method, the autoencoder's large maps gain nothing
             lay_out(model.vae, True)
     elif model.device.type == "cuda" and fast:
