@@ -182,9 +182,7 @@ def _unpacked(path: Path, key: str, parts: list[tuple]) -> tuple[str, dict] | Va
             except (ValueError, RecursionError) as error:
                 return ValueError(f"{where}.{name} cannot be read: {error}")
         inner = content if isinstance(content, dict) else {name.rpartition(".")[0] or name: content}
-        for inner_name, value in inner.items():
-            row.setdefault(inner_name, value)
-        row[name] = content
+        row |= {key: value for key, value in inner.items() if key not in row} | {name: content}
     return where, row
 
 
