@@ -158,8 +158,7 @@ class Trainer:
             raise Diverged(f"step {step + 1}: the {found} is not finite. Check the pairs, or --resume from "
                            "the last checkpoint with a smaller --lr")
         self.lr = learning_rate(step, config.steps, config.lr, config.warmup, config.cooldown)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+        self.optimizer.param_groups[0]["lr"] = self.lr
         self.optimizer.step()
         self.optimizer.zero_grad()  # free the gradients' memory for validation
         self.update_average(step + 1)
@@ -174,8 +173,6 @@ class Trainer:
 
     def averaged_unet(self) -> UNet:
         """The UNet with the averaged weights, on the training device."""
-        if self.config.ema_device == "same":
-            return self.average
         memo = {id(weight): weight.to(self.device) for weight in self.average.parameters()}
         return copy.deepcopy(self.average, memo)
 
