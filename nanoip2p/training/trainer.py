@@ -59,8 +59,7 @@ class Trainer:
             self.unet.to(self.device, memory_format=layout)
         self.trained = {name: weight for name, weight in self.unet.named_parameters() if weight.requires_grad}
         self.average = self.twin("cpu" if config.ema_device == "cpu" else self.device)
-        averages = dict(self.average.named_parameters())
-        self.averages = {name: averages[name] for name in self.trained}
+        self.averages = {name: self.average.get_parameter(name) for name in self.trained}
         self.optimizer = torch.optim.AdamW(self.trained.values(), config.lr, betas=(0.9, 0.999),
                                            weight_decay=0.01, fused=True)
         self.parallel = self.unet if ranks.count == 1 else nn.parallel.DistributedDataParallel(
