@@ -252,7 +252,9 @@ def load_editor(settings: Settings) -> tuple:
 def run(settings: Settings, problems: list[str]) -> None:
     """Check all inputs and outputs, edit, write each finished batch. `problems`: see pictures.leave_out."""
     torch = cli.import_torch()
-    from nanoip2p.common.grids import beside
+    import numpy as np
+    from PIL import Image
+
     from nanoip2p.common.saving import save_image
     from nanoip2p.editing import pictures as making
     from nanoip2p.images import fit_size, open_image
@@ -299,8 +301,8 @@ def run(settings: Settings, problems: list[str]) -> None:
             if settings.grid or settings.sweep:
                 made.append((i, stages))
             else:
-                write(beside(stages) if settings.side_by_side else stages[-1], pictures[i],
-                      ", then ".join(pictures[i].edit))
+                image = Image.fromarray(np.hstack(stages)) if settings.side_by_side else stages[-1]
+                write(image, pictures[i], ", then ".join(pictures[i].edit))
     finally:  # also after Ctrl-C or an error: the finished edits are kept
         if made:
             table, text = making.draw(pictures, sorted(made, key=itemgetter(0)), sampling)

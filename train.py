@@ -212,8 +212,7 @@ def train(config: TrainConfig, model, items: list, validation_items: list, ranks
     first = trainer.load() if config.resume else 0
     if first > config.steps:
         raise ValueError(f"--steps {config.steps}: {config.out} is at step {first} already")
-    side, timesteps = config.resolution // model.vae.downsampling, model.schedule.num_train_timesteps
-    shape = (model.unet.config.out_channels, side, side)
+    shape, timesteps = model.latent_shape(config.resolution), model.schedule.num_train_timesteps
     samples = Samples(items, get, config.seed, config.flip, shape, timesteps, config.skip_bad)
     numbers = sample_numbers(first, config.steps, config.accumulate, config.batch_size, ranks.rank,
                              ranks.count)

@@ -92,21 +92,8 @@ class Attention(nn.Module):
         return self.out_proj(attention(q, k, v, self.heads, self.causal))
 
 
-class MLP(nn.Module):
-    """Two linear layers with CLIP's activation between them. (B, T, D) -> (B, T, D)."""
-
-    def __init__(self, width: int, hidden: int, activation: str):
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-        self.activation = ACTIVATIONS[activation]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
-
-
 class Layer(nn.Module):
-    """A pre-norm transformer layer. (B, T, D) -> (B, T, D)."""
+    """A pre-norm transformer layer: self-attention, then an MLP. (B, T, D) -> (B, T, D)."""
 
     def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, causal: bool):
         super().__init__()
@@ -116,12 +103,13 @@ class Layer(nn.Module):
                              f"hidden_act = {config.hidden_act!r} one of {sorted(ACTIVATIONS)}")
         self.self_attn = Attention(width, heads, causal)
         self.layer_norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.mlp = MLP(width, config.intermediate_size, config.hidden_act)
+        hidden, self.activation = config.intermediate_size, ACTIVATIONS[config.hidden_act]
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
         self.layer_norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        return x + self.mlp["fc2"](self.activation(self.mlp["fc1"](self.layer_norm2(x))))
 
 
 def _encoder(config: CLIPTextConfig | CLIPVisionConfig, causal: bool) -> nn.Sequential:

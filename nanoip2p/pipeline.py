@@ -94,6 +94,11 @@ class Model:
         resolution = self.defaults["resolution"]
         return fit_size(resolution, resolution, resolution, self.multiple)[0]
 
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """Shape (C, h, w) of the latents of a square picture. resolution: its side in pixels."""
+        side = resolution // self.vae.downsampling
+        return self.unet.config.out_channels, side, side
+
     def fill_defaults(self, settings: dict) -> dict:
         """The settings in ARGUMENTS, checked; None becomes the weights' default. Raises ValueError."""
         settings = {key: self.defaults.get(key) if value is None else value

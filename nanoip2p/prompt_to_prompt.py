@@ -110,7 +110,7 @@ class PairPainter:
 
         shares: p of each pair; step i injects if i / (steps - 1) < p. bar: advances at each step.
         """
-        latents, _ = self.sample(seeds, shares, cfg_text, self.blend, bar)
+        latents, _ = self.sample(seeds, shares, cfg_text, bar=bar)
         edit, source = (self.painter.decode(half) for half in latents.chunk(2))
         return list(zip(source, edit))
 
@@ -119,9 +119,11 @@ class PairPainter:
                words: list[Tensor] | None = None, bar: tqdm | None = None) -> tuple[Tensor, Tensor | None]:
         """Latents (2 B, C, h, w) of B pairs, [edits | sources], and heat maps (2 B, W, h', w') of `words`.
 
-        words: `columns` (T, W) of the source and of the edited caption. The columns of `blend` come last. A
+        words: `columns` (T, W) of the source and of the edited caption. The words of `blend` follow them. A
         map is the attention to one word, averaged over heads, summed over steps and layers of size `coarse`.
         """
+        if self.blend:
+            words = [torch.cat(pair, dim=1) for pair in zip(words, self.blend)] if words else self.blend
         unet, device, pairs = self.painter.unet, self.null.device, len(seeds)
         # B rows each of: edits with caption, sources with caption, edits without, sources without
         text = torch.stack([self.edit, self.source, self.null, self.null])

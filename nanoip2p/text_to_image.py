@@ -30,11 +30,6 @@ class TextToImage(Model):
     arguments = ARGUMENTS | {"cfg_text": (float | list[float],)}
     default_weights = "weights/nano-sd"
 
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """Shape (C, h, w) of the latents of a square picture. resolution: its side in pixels."""
-        side = resolution // self.vae.downsampling
-        return self.unet.config.out_channels, side, side
-
     @torch.inference_mode()
     def generate(
         self, captions: str | list[str], steps: int | None = None,

@@ -96,32 +96,28 @@ def _levels(widths: tuple[int, ...], blocks: int, groups: int, down: bool) -> nn
     return levels
 
 
-class Encoder(nn.Sequential):
+def _encoder(config: VAEConfig) -> nn.Sequential:
     """(B, C_in, H, W) -> mean and log variance, concatenated: (B, 2 * latent, H/f, W/f)."""
-
-    def __init__(self, config: VAEConfig):
-        widths, groups = config.block_out_channels, config.norm_num_groups
-        super().__init__(OrderedDict(
-            conv_in=nn.Conv2d(config.in_channels, widths[0], 3, padding=1),
-            down_blocks=_levels(widths, config.layers_per_block, groups, down=True),
-            mid_block=MidBlock(widths[-1], groups),
-            conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=EPS),
-            silu=nn.SiLU(),
-            conv_out=nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)))
+    widths, groups = config.block_out_channels, config.norm_num_groups
+    return nn.Sequential(OrderedDict(
+        conv_in=nn.Conv2d(config.in_channels, widths[0], 3, padding=1),
+        down_blocks=_levels(widths, config.layers_per_block, groups, down=True),
+        mid_block=MidBlock(widths[-1], groups),
+        conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=EPS),
+        silu=nn.SiLU(),
+        conv_out=nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)))
 
 
-class Decoder(nn.Sequential):
+def _decoder(config: VAEConfig) -> nn.Sequential:
     """(B, latent, h, w) -> (B, C_out, f*h, f*w). Each level has one block more than in the encoder."""
-
-    def __init__(self, config: VAEConfig):
-        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
-        super().__init__(OrderedDict(
-            conv_in=nn.Conv2d(config.latent_channels, widths[0], 3, padding=1),
-            mid_block=MidBlock(widths[0], groups),
-            up_blocks=_levels(widths, config.layers_per_block + 1, groups, down=False),
-            conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=EPS),
-            silu=nn.SiLU(),
-            conv_out=nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)))
+    widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+    return nn.Sequential(OrderedDict(
+        conv_in=nn.Conv2d(config.latent_channels, widths[0], 3, padding=1),
+        mid_block=MidBlock(widths[0], groups),
+        up_blocks=_levels(widths, config.layers_per_block + 1, groups, down=False),
+        conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=EPS),
+        silu=nn.SiLU(),
+        conv_out=nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)))
 
 
 class VAE(nn.Module):
@@ -132,7 +128,7 @@ class VAE(nn.Module):
         self.config, latent = config, config.latent_channels
         self.scaling_factor = config.scaling_factor  # scales latents to about unit variance
         self.downsampling = 2 ** (len(config.block_out_channels) - 1)  # f: pixels per latent position
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.encoder, self.decoder = _encoder(config), _decoder(config)
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
         self.post_quant_conv = nn.Conv2d(latent, latent, 1)
 

@@ -10,7 +10,6 @@ from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 LABEL_WIDTH = 192  # pixels; a grid enlarges narrower pictures so that their labels fit
@@ -48,11 +47,6 @@ def grid(rows: list[list[Image.Image]], labels: list[list[str]]) -> Image.Image:
             x += width + GAP
         y += height + text_height + GAP
     return canvas
-
-
-def beside(images: list[Image.Image]) -> Image.Image:
-    """Pictures of one height, in one row without gaps."""
-    return Image.fromarray(np.hstack([np.asarray(image) for image in images]))
 
 
 def wrap(rows: list[list], labels: list[list[str]], groups: tuple[int, ...] = (1,)) -> tuple[list, list]:

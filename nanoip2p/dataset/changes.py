@@ -73,10 +73,7 @@ class MeasuredPainter(PairPainter):
 
         With blend "auto", a note also has "blend": the words of each caption that the blend used, or None.
         """
-        words = self.changed
-        if self.blend:
-            words = [torch.cat(sides, dim=1) for sides in zip(words, self.blend)]
-        latents, maps = self.sample(seeds, shares, cfg_text, words, bar)
+        latents, maps = self.sample(seeds, shares, cfg_text, self.changed, bar)
         edits, sources = (self.painter.decode(half) for half in latents.chunk(2))
         hot = hot_words(maps[:, : len(self.words[0])], MOST).cpu()
         regions, notes = attended(hot, edits[0].size[::-1]), []

@@ -4,7 +4,6 @@ import random
 from collections import Counter
 from pathlib import Path
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -88,8 +87,6 @@ def draw_heatmaps(model: PairPainter, seed: int, share: float, cfg_text: float, 
     words = [split_words(tokenizer, caption) for caption in model.captions]
     count = max(map(len, words))
     columns = [model.columns([tokens for _, tokens in row] + [[]] * (count - len(row))) for row in words]
-    if model.blend:
-        columns = [torch.cat(pair, dim=1) for pair in zip(columns, model.blend)]
     latents, heat = model.sample([seed], [share], [cfg_text], columns, bar)
     rows, labels = [], []
     for picture, maps, row, caption in zip(

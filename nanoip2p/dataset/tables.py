@@ -92,8 +92,12 @@ def table_rows(path: Path, columns: Names | None) -> Iterator[tuple[str, dict] |
 
     A picture is a Cell, a Member, or a text with its path. Raises ValueError for a bad file.
     """
-    if path.suffix.lower() in (".parquet", ".tar"):
-        yield from _tar_rows(path) if path.suffix.lower() == ".tar" else _parquet_rows(path, columns)
+    if path.suffix.lower() == ".parquet":
+        yield from _parquet_rows(path, columns)
+        return
+    if path.suffix.lower() == ".tar":  # neighbouring members with the same key make a row, as in webdataset
+        for key, members in groupby(_members(path), itemgetter(0)):
+            yield _unpacked(path, key, [member[1:] for member in islice(members, MOST_PARTS + 1)])
         return
     problems = []
     for number, row in chain(read_rows(path, problems=problems), [(0, None)]):
@@ -131,12 +135,6 @@ def _parquet_rows(path: Path, columns: Names | None) -> Iterator[tuple[str, dict
                     found[name] = named or Cell(path, group, row, name, number)
                 yield f"{path} row {number}", found
                 number += 1
-
-
-def _tar_rows(path: Path) -> Iterator[tuple[str, dict] | ValueError]:
-    """Neighbouring members with the same key make a row, as in webdataset."""
-    for key, members in groupby(_members(path), itemgetter(0)):
-        yield _unpacked(path, key, [member[1:] for member in islice(members, MOST_PARTS + 1)])
 
 
 def _members(path: Path) -> Iterator[tuple[str, str, bytes | Member]]:
@@ -182,9 +180,7 @@ def _unpacked(path: Path, key: str, parts: list[tuple]) -> tuple[str, dict] | Va
             except (ValueError, RecursionError) as error:
                 return ValueError(f"{where}.{name} cannot be read: {error}")
         inner = content if isinstance(content, dict) else {name.rpartition(".")[0] or name: content}
-        for inner_name, value in inner.items():
-            row.setdefault(inner_name, value)
-        row[name] = content
+        row |= {key: value for key, value in inner.items() if key not in row} | {name: content}
     return where, row
 
 

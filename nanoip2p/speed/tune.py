@@ -9,7 +9,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import cache, partial
 from pathlib import Path
 
@@ -167,11 +167,9 @@ def card(device: torch.device) -> str:
 
 def read(path: Path | None, say: Callable[[str], None] = lambda line: None) -> dict[str, dict[str, str]]:
     """{card: {case: kernel}} from the file. Calls `say` and returns {} if the file holds anything else."""
-    try:
+    with suppress(ValueError, AttributeError):  # no JSON; not of this shape
         table = read_json(path, missing={}) if path else {}
         if all(kernel in list(KERNELS) for cases in table.values() for kernel in cases.values()):
             return table
-    except (ValueError, AttributeError):  # no JSON; not of this shape
-        pass
     say(f"{path} does not hold kernels of attention; it is ignored and written anew")
     return {}

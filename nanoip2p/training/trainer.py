@@ -59,8 +59,7 @@ class Trainer:
             self.unet.to(self.device, memory_format=layout)
         self.trained = {name: weight for name, weight in self.unet.named_parameters() if weight.requires_grad}
         self.average = self.twin("cpu" if config.ema_device == "cpu" else self.device)
-        averages = dict(self.average.named_parameters())
-        self.averages = {name: averages[name] for name in self.trained}
+        self.averages = {name: self.average.get_parameter(name) for name in self.trained}
         self.optimizer = torch.optim.AdamW(self.trained.values(), config.lr, betas=(0.9, 0.999),
                                            weight_decay=0.01, fused=True)
         self.parallel = self.unet if ranks.count == 1 else nn.parallel.DistributedDataParallel(
@@ -158,8 +157,7 @@ class Trainer:
             raise Diverged(f"step {step + 1}: the {found} is not finite. Check the pairs, or --resume from "
                            "the last checkpoint with a smaller --lr")
         self.lr = learning_rate(step, config.steps, config.lr, config.warmup, config.cooldown)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+        self.optimizer.param_groups[0]["lr"] = self.lr
         self.optimizer.step()
         self.optimizer.zero_grad()  # free the gradients' memory for validation
         self.update_average(step + 1)
@@ -174,8 +172,6 @@ class Trainer:
 
     def averaged_unet(self) -> UNet:
         """The UNet with the averaged weights, on the training device."""
-        if self.config.ema_device == "same":
-            return self.average
         memo = {id(weight): weight.to(self.device) for weight in self.average.parameters()}
         return copy.deepcopy(self.average, memo)
 

@@ -142,7 +142,7 @@ def test_pairs_and_heat_equal_the_slow_loop(painters, net, inject, every, monkey
     given = {"blend": ("house", "boat"), "deep_every": every}
     painter, captions = painters[net], CAPTIONS["swap"][:2]
     model = make(painter, captions, inject, **given)
-    latents, heat = model.sample(SEEDS, SHARES, GUIDANCE, model.blend)
+    latents, heat = model.sample(SEEDS, SHARES, GUIDANCE)
 
     steps, kept, forward = itertools.count(), {}, UNet.forward
     state = SimpleNamespace(whole=True)
@@ -157,7 +157,7 @@ def test_pairs_and_heat_equal_the_slow_loop(painters, net, inject, every, monkey
                         lambda *given: add_heat(*given) if state.whole else None)
     slow_model = make(painter, captions, inject, **given | {"deep_every": 1})
     hook = exchange(painter.unet, kept, lambda: state.whole)
-    wanted, wanted_heat = slow_model.sample(SEEDS, SHARES, GUIDANCE, slow_model.blend)
+    wanted, wanted_heat = slow_model.sample(SEEDS, SHARES, GUIDANCE)
     hook.remove()
     assert relative_error(latents, wanted) < 1e-5 and relative_error(heat, wanted_heat) < 1e-5
 

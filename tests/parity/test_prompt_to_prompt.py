@@ -101,7 +101,7 @@ def compare(painter, peer, kind, inject, sampler="euler_ancestral", weights=None
     model = make(painter, (source, edit), inject, sampler=sampler, steps=steps, negative=negative,
                  reweight=weights, windows=windows, blend=blend)
     (latents, _), ours = watch_attention(
-        painter.unet, lambda: model.sample(seeds, shares, GUIDANCE[: len(shares)], model.blend))
+        painter.unet, lambda: model.sample(seeds, shares, GUIDANCE[: len(shares)]))
     wanted, layers, controls = [], [], []
     for j, seed in enumerate(seeds):
         controls.append(hertz.Control(
@@ -255,11 +255,11 @@ def test_shared_rows_and_projected_texts_change_nothing(painters, any_mode, net,
         return forward(self, z.repeat(12 // len(z), 1, 1, 1), timestep, text, inject)
 
     monkeypatch.setattr(UNet, "forward", watch)
-    shared = model.sample(SEEDS, SHARES, GUIDANCE, model.blend)
+    shared = model.sample(SEEDS, SHARES, GUIDANCE)
     assert given == [6 if (net, any_mode) != ("flat", "both") else 12] * 3
     monkeypatch.setattr(UNet, "forward", plain_forward)
     monkeypatch.setattr(UNet, "project_context", lambda self, text, rows=None: (texts.append(text), text)[1])
-    plain = model.sample(SEEDS, SHARES, GUIDANCE, model.blend)
+    plain = model.sample(SEEDS, SHARES, GUIDANCE)
     assert [len(text) for text in texts] == [12]
     for a, b in zip(shared, plain):
         assert relative_error(a, b) < 1e-5
@@ -289,12 +289,12 @@ def test_a_step_without_injection_is_an_ordinary_one(painters, any_mode, monkeyp
 
 def test_pairs_do_not_depend_on_each_other(painters, any_mode):
     model = make(painters["deep"], CAPTIONS["longer word"][:2], any_mode, blend=("house", "castle"), steps=3)
-    together, _ = model.sample(SEEDS, SHARES, GUIDANCE, model.blend)
+    together, _ = model.sample(SEEDS, SHARES, GUIDANCE)
     order = [2, 0, 1]
-    turned, _ = model.sample(*([given[j] for j in order] for given in (SEEDS, SHARES, GUIDANCE)), model.blend)
+    turned, _ = model.sample(*([given[j] for j in order] for given in (SEEDS, SHARES, GUIDANCE)))
     assert relative_error(turned, together[order + [3 + j for j in order]]) < 1e-5
     for j in range(3):
-        alone, _ = model.sample([SEEDS[j]], [SHARES[j]], [GUIDANCE[j]], model.blend)
+        alone, _ = model.sample([SEEDS[j]], [SHARES[j]], [GUIDANCE[j]])
         assert relative_error(alone, together[[j, 3 + j]]) < 1e-5
 
 
@@ -404,7 +404,7 @@ def test_a_blend_works_without_injection(painters, monkeypatch):
     plain, blended = (make(painters["flat"], CAPTIONS["swap"][:2], "none", blend=blend)
                       for blend in (None, ([[3], []], [[3], [4]])))
     (before, _), (after, heat) = (
-        model.sample(SEEDS, SHARES, GUIDANCE, model.blend) for model in (plain, blended))
+        model.sample(SEEDS, SHARES, GUIDANCE) for model in (plain, blended))
     hot = attended(hot_words(heat), before.shape[2:])
     assert torch.equal(before[3:], after[3:]) and not torch.equal(before[:3], after[:3])
     assert torch.equal(torch.where(hot, 0, after[:3]), torch.where(hot, 0, after[3:]))
