@@ -53,8 +53,8 @@ def lay_out(model: nn.Module, winograd: bool = False, direct: tuple[nn.Module, .
             naive = kernel and layer.weight.itemsize == 2 and not has_blocks(layer.weight)
             if hasattr(layer, "attention") and (w := layer.to_q.weight).itemsize == 2 and has_blocks(w):
                 layer.attention = tiled_attention
-            if isinstance(layer, nn.GroupNorm):  # loses digits in channels_last (findings/groupnorm-*.sh)
-                layer.register_forward_pre_hook(lambda _, given: given[0].contiguous())
+            if isinstance(layer, nn.GroupNorm):
+                layer.register_forward_pre_hook(centre)
             elif isinstance(layer, nn.Linear) or (channels >= LEAST_CHANNELS and kernel == (1, 1)):
                 setattr(parent, name, Product(layer))
             elif (winograd and kernel == (3, 3) and layer.stride == (1, 1) and
@@ -65,6 +65,17 @@ def lay_out(model: nn.Module, winograd: bool = False, direct: tuple[nn.Module, .
     for weight in model.parameters():  # of the other layers. Without a copy, a mapped file stays in memory
         weight.data = weight.data.clone()
     return model.requires_grad_(False)
+
+
+def centre(norm: nn.GroupNorm, given: tuple[Tensor]) -> Tensor:
+    """Subtract the mean of each group from (B, C, h, w), before a GroupNorm, which does the same anyway.
+
+    In channels_last, torch's GroupNorm loses digits if the mean is large (findings/groupnorm-*.sh). In the
+    contiguous layout it does not, but this copies every input, and the next convolution copies it again.
+    """
+    [x] = given
+    mean = x.mean((2, 3)).unflatten(1, (norm.num_groups, -1)).mean(2, keepdim=True)    # (B, groups, 1)
+    return x - mean.expand(-1, -1, x.shape[1] // norm.num_groups).reshape(*x.shape[:2], 1, 1)
 
 
 class LaidOut(nn.Module):
