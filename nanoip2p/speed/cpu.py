@@ -6,7 +6,6 @@ multiplies less, but its weights are 16/9 to 4 times as large, and it rounds mor
 """
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +55,7 @@ def lay_out(model: nn.Module, winograd: bool = False, direct: tuple[nn.Module, .
             if isinstance(layer, nn.GroupNorm):
                 layer.register_forward_pre_hook(centre)
             elif isinstance(layer, nn.Linear) or (channels >= LEAST_CHANNELS and kernel == (1, 1)):
-                setattr(parent, name, Product(layer))
+                setattr(parent, name, Product(layer.weight, layer.bias))
             elif (winograd and kernel == (3, 3) and layer.stride == (1, 1) and
                   (naive or channels >= least and layer not in inside)):
                 setattr(parent, name, Winograd(layer))
@@ -70,8 +69,7 @@ def lay_out(model: nn.Module, winograd: bool = False, direct: tuple[nn.Module, .
 def centre(norm: nn.GroupNorm, given: tuple[Tensor]) -> Tensor:
     """Subtract the mean of each group from (B, C, h, w), before a GroupNorm, which does the same anyway.
 
-    In channels_last, torch's GroupNorm loses digits if the mean is large (findings/groupnorm-*.sh). In the
-    contiguous layout it does not, but this copies every input, and the next convolution copies it again.
+    In channels_last, torch's GroupNorm loses digits if the mean is large (findings/groupnorm-*.sh).
     """
     [x] = given
     mean = x.mean((2, 3)).unflatten(1, (norm.num_groups, -1)).mean(2, keepdim=True)    # (B, groups, 1)
@@ -90,10 +88,8 @@ class LaidOut(nn.Module):
 
 def has_blocks(weight: Tensor) -> bool:
     """Whether torch lets oneDNN lay out this weight. In bf16, it refuses on a CPU without AVX-512."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    half = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return half or weight.dtype == torch.float32
+    return torch.backends.mkldnn.is_available() and (weight.dtype == torch.float32 or (
+        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, map_from: Tensor | None = None) -> Tensor:
@@ -119,19 +115,17 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, map_from: Tenso
 class Product(LaidOut):
     """Linear layer (..., C_in) -> (..., C_out), or 1x1 convolution (B, C_in, h, w) -> (B, C_out, h, w)."""
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d):
+    def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
-        weight, self.bias, self.on_maps = layer.weight.detach().flatten(1), layer.bias, layer.weight.ndim == 4
+        weight, self.bias, self.on_maps = weight.detach().flatten(1), bias, weight.ndim == 4
         self.blocks = has_blocks(weight)
         self.held = (torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), TILES_AT_ONCE)
                      if self.blocks else weight.clone())
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1) if self.on_maps else x
-        if self.blocks:  # torch.compile uses this operator too
-            x = torch.ops.mkldnn._linear_pointwise(x.contiguous(), self.held, self.bias, "none", [], "")
-        else:
-            x = F.linear(x, self.held, self.bias)
+        x = (torch.ops.mkldnn._linear_pointwise(x.contiguous(), self.held, self.bias, "none", [], "")
+             if self.blocks else F.linear(x, self.held, self.bias))  # torch.compile uses both operators
         return x.permute(0, 3, 1, 2) if self.on_maps else x
 
 
@@ -178,9 +172,8 @@ class Winograd(LaidOut):
         held = torch.kron(g, g).to(exact) @ weight.to(exact).reshape(-1, 9).T   # (n * n, C_out * C_in)
         held = held.to(weight.dtype).view(-1, *weight.shape[:2])                # (n * n, C_out, C_in)
         # A^T has ones in the column of product n + 1, so each output gets the bias once
-        self.products = nn.ModuleList(
-            Product(SimpleNamespace(weight=one, bias=layer.bias if i == len(self.inputs) + 1 else None))
-            for i, one in enumerate(held))
+        self.products = nn.ModuleList(Product(one, layer.bias if i == len(self.inputs) + 1 else None)
+                                      for i, one in enumerate(held))
 
     def forward(self, x: Tensor) -> Tensor:
         (batch, _, height, width), c_out, m = x.shape, self.channels, len(self.outputs)

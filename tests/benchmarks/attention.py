@@ -1,12 +1,12 @@
 """Our attention kernels against torch's: every backend of SDPA, at the shapes of SD 1.5.
 
-    python tests/benchmarks/attention.py --batch 2 --repeat 5       # on a CPU, only torch's kernels
-    make bench-gpu                                                  # on a GPU, all of them
+    python tests/benchmarks/attention.py --repeat 5      # on a CPU, where ours is speed/cpu.py's for bf16
+    make bench-gpu                                       # on a GPU, where ours are speed/kernels.py's tiles
 
 Each case draws its inputs, drops the kernels that cannot run it, and fails if an output differs from float32
 by more than rounding. The kernels take turns. A time is the median of the rounds in milliseconds. The ratio
 is the time of torch's fastest kernel over that of our best tile: median of the rounds and (min-max). "rate"
-is our share of the rate of a large matrix product in the same run. Our tiles are those that speed/tune.py
+is our share of the rate of a large matrix product in the same run. On CUDA, our tiles are those that tune.py
 tries. On a GPU, the last lines are what it chooses, and how long that takes after Triton has built the tiles.
 """
 
@@ -29,6 +29,7 @@ from comparing import relative_error  # noqa: E402
 
 from nanoip2p.attention import attention  # noqa: E402
 from nanoip2p.speed import tune  # noqa: E402
+from nanoip2p.speed.cpu import tiled_attention  # noqa: E402
 
 BACKENDS = tune.BACKENDS | {"math": SDPBackend.MATH}
 CASES = [  # queries, keys, d
@@ -84,6 +85,8 @@ def measure(queries: int, keys: int, d: int, args, rate: float, refusals: tuple)
         from nanoip2p.speed import kernels  # needs triton
         runs |= {tile: partial(kernels.fused_attention, q, k, v, HEADS, tile)
                  for tile in tune.tiles(d, keys, args.dtype)}
+    else:
+        runs["tiled",] = partial(tiled_attention, q, k, v, HEADS)
     expected = attention(q.float(), k.float(), v.float(), HEADS)
     times = take_turns(usable(runs, expected, refusals), device, args.repeat)
     median = {name: statistics.median(times[name]) for name in times}
