@@ -340,7 +340,7 @@ def test_kept_features_are_another_job_but_an_old_job_goes_on(finished, weights,
     del job["job"]["deep_every"]  # of a version without this setting
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "job.json").write_text(json.dumps(job))
-    assert make_dataset.main(argv(weights, few, tmp_path / "old")) == 0
+    assert make_dataset.main(argv(weights, prompts, tmp_path / "old")) == 0
     assert content(tmp_path / "old")["0000000/candidates.jsonl"] == plain["0000000/candidates.jsonl"]
 
 
