@@ -212,6 +212,19 @@ def test_attention_is_tiled_in_bf16_where_the_cpu_has_instructions(unet, dtype, 
         assert used and {*used} == {cpu.tiled_attention if tiled else attention}
 
 
+@torch.no_grad()
+def test_each_layer_uses_its_own_attention(unet):
+    vae = VAE(TINY_VAE)
+    for network, run in ((unet, lambda: unet(*inputs())),
+                         (vae.encoder, lambda: vae.encode(torch.ones(1, 3, 8, 8))),
+                         (vae.decoder, lambda: vae.decode(torch.ones(1, 4, 4, 4)))):
+        layers, used = [layer for layer in network.modules() if hasattr(layer, "attention")], []
+        for layer in layers:
+            layer.attention = lambda *given, used=used, **names: used.append(1) or attention(*given, **names)
+        run()
+        assert len(used) == len(layers) > 0
+
+
 def test_the_first_convolution_stays(unet):
     """Its weight tells the pipeline the dtype and the device. This holds with 16 input channels too."""
     wide = UNet(replace(unet.config, in_channels=16))
