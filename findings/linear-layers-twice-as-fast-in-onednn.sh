@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# torch on an AMD CPU with AVX-512: in fp32, the same linear layer takes half the time once oneDNN computes it.
+# torch on an AMD CPU with AVX-512: in fp32, the same linear layer takes about half the time once oneDNN computes it.
 #
 # Expected: nn.Linear uses the fastest matrix product that torch contains.
 # Seen with torch 2.13.0 on a busy AMD EPYC with AVX-512, one thread, 2048 rows of 2048 channels: nn.Linear, which uses
 # MKL, takes 165 ms; after torch.utils.mkldnn.to_mkldnn, it takes 90 ms, with the conversions of input and output. The
 # results agree to 4e-6. Restricted to AVX2 (ONEDNN_MAX_CPU_ISA), both take 165 ms. Convolutions use oneDNN anyway.
 # Consequence for nanoip2p: on a CPU, its faster linear layers and Winograd's products use oneDNN, by torch's operators
-# for laid out weights (nanoip2p/speed/cpu.py). While Winograd's products used MKL, the method gained nothing here.
+# for laid out weights (nanoip2p/speed/cpu.py). While Winograd's products used MKL, the method gained nothing on this CPU.
 # Needs x86-64 Linux and an AMD CPU with AVX-512. Exit code 1: the behaviour has changed.
 set -eu
 if ! grep -q -w avx512f /proc/cpuinfo || ! grep -q AuthenticAMD /proc/cpuinfo; then
@@ -56,4 +56,4 @@ import sys
 as_is, limited = (float(re.search(r"ratio ([\d.]+)", text)[1]) for text in sys.argv[1:])
 assert as_is > 1.4 and limited < 1.2, "nn.Linear is no longer slower than oneDNN"
 PY
-echo "as described: oneDNN computes a linear layer in half the time of nn.Linear"
+echo "as described: oneDNN computes a linear layer in about half the time of nn.Linear"

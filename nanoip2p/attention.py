@@ -1,7 +1,7 @@
 """Attention: softmax(q k^T / sqrt(d)) v, where d is the width of one head. All networks use this file.
 
 `attention` uses torch's fused kernels. `attention_reference` computes the same in separate operations.
-speed/kernels.py has a Triton kernel that can replace `attention` in the layers of a UNet.
+speed/kernels.py (CUDA) and speed/cpu.py (bf16) have functions that can replace `attention` in a network.
 """
 
 import torch

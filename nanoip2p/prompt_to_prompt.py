@@ -117,9 +117,9 @@ class PairPainter:
     @torch.inference_mode()
     def sample(self, seeds: list[int], shares: list[float], cfg_text: list[float],
                words: list[Tensor] | None = None, bar: tqdm | None = None) -> tuple[Tensor, Tensor | None]:
-        """Latents (2 B, C, h, w) of B pairs, [edits | sources], and heat maps (2 B, W, h', w') of `words`.
+        """Latents (2 B, C, h, w) of B pairs, [edits | sources], and heat maps (2 B, W, h', w') or None.
 
-        words: `columns` (T, W) of the source and of the edited caption. The words of `blend` follow them. A
+        words: `columns` (T, W) of the source and of the edited caption; the maps of `blend` follow theirs. A
         map is the attention to one word, averaged over heads, summed over steps and layers of size `coarse`.
         """
         if self.blend:

@@ -80,7 +80,7 @@ DEFAULTS = {"resolution": 64, "steps": 20, "cfg_text": 2.0, "cfg_image": 1.0, "s
 PAPER_EDITOR_DEFAULTS = DEFAULTS | {"cfg_image": 1.5, "cfg_text": 3.0}
 SD_DEFAULTS = DEFAULTS | {"cfg_text": 3.0}
 # Defaults of `make_dataset.py pairs` for nano-sd. nano-clip's similarities are larger than CLIP's. 76% of the
-# candidates pass, so the first four that pass take a third of the time of the best four of 20
+# candidates passed, so the first four that pass take a third of the time of the best four of 20
 PAIRS = {"clip": "../nano-clip", "clip_threshold": 0.8, "clip_dir_threshold": 0.7, "clip_img_threshold": 0.5,
          "min_cfg": 2.0, "max_cfg": 5.0, "n_samples": 20, "early_stop": 4, "batch": 6, "steps": 10,
          "inject": "both", "blend": "auto", "leakage_threshold": 0.3}
@@ -268,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--wording-steps", type=at_least(1), default=4000,
                         help="training steps of the text encoder on more wordings, 20 instructions each")
     parser.add_argument("--sd-steps", type=at_least(1), nargs=len(SD_RUNS), default=(9000, 7000),
-                        metavar="STEPS", help="training steps of nano-sd's two runs, 32 captions each")
+                        metavar="STEPS", help="training steps of nano-sd's two runs, 32 pictures each")
     parser.add_argument("--captions", type=at_least(1), default=60_000, help="captioned renders for nano-sd")
     parser.add_argument("--prompts", type=at_least(40), default=1091, help="captions to make pairs from")
     parser.add_argument("--local-prompts", type=at_least(0), default=3700,

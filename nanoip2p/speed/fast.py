@@ -30,7 +30,7 @@ def speed_up(model: Model, fast: bool | None, say: Callable[[str], None], positi
         if attention == "ours":
             say("--attention ours: our kernel needs CUDA; using torch's kernel")
         large = unet.config.block_out_channels[0] >= WINOGRAD_CHANNELS
-        if fast is None and (fast := large and positions >= 4 * STEP):
+        if fast is None and (fast := large and positions >= 10 * STEP):
             say("this job is long enough for --fast, faster convolutions (--no-fast leaves them out)")
         if fast or positions >= 2 * STEP:  # laying out takes as long as one step saves
             # The lowest levels have most of the weights, and Winograd's method saves little time there

@@ -22,7 +22,7 @@ from nanoip2p.attention import attention, attention_reference
 from nanoip2p.checkpoint.folder import load_network, save_network
 from nanoip2p.editor import Editor
 from nanoip2p.speed import cpu, fast
-from nanoip2p.speed.cpu import Convolution, Product, Winograd, lay_out
+from nanoip2p.speed.cpu import Convolution, Product, Winograd, lay_out, tiled_attention
 from nanoip2p.speed.fast import compile_unet, speed_up
 from nanoip2p.unet import Attention, UNet, UNetConfig
 from nanoip2p.vae import VAE
@@ -195,21 +195,30 @@ def test_tiled_attention_equals_the_reference(q_rows, heads, tq, tk, d, monkeypa
         right = attention_reference(*[x.double() for x in given[:3]], heads, map_from=rows)
         for tile in (1, 2 * tk, 12 * tk, 3 * tq * tk, 2**20):
             monkeypatch.setattr(cpu, "MAP_TILE", tile)
-            assert relative_error(cpu.tiled_attention(*given, map_from=rows), right) < 1e-5
+            assert relative_error(tiled_attention(*given, map_from=rows), right) < 1e-5
         half = [x.bfloat16() for x in given[:3]]
         right = attention_reference(*[x.double() for x in half], heads, map_from=rows)
-        assert relative_error(cpu.tiled_attention(*half, heads, map_from=rows), right) < 0.006
+        assert relative_error(tiled_attention(*half, heads, map_from=rows), right) < 0.006
 
 
-@pytest.mark.parametrize("dtype, blocks, tiled", [
-    (torch.bfloat16, True, True), (torch.bfloat16, False, False), (torch.float32, True, False)], ids=str)
-def test_attention_is_tiled_in_bf16_where_the_cpu_has_instructions(unet, dtype, blocks, tiled, monkeypatch):
-    monkeypatch.setattr(cpu, "has_blocks", lambda weight: blocks)
-    monkeypatch.setattr(cpu, "Product", lambda *_: nn.Identity())  # these need the instructions
+@pytest.mark.parametrize("dtype, bf16, amx, tiled", [
+    (torch.bfloat16, True, False, True), (torch.bfloat16, False, False, False),
+    (torch.bfloat16, True, True, False), (torch.float32, True, False, False)], ids=str)
+def test_attention_is_tiled_where_the_cpu_has_instructions(unet, dtype, bf16, amx, tiled, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     for network in (unet, VAE(TINY_VAE)):
         lay_out(network.to(dtype))
         used = [layer.attention for layer in network.modules() if hasattr(layer, "attention")]
-        assert used and {*used} == {cpu.tiled_attention if tiled else attention}
+        assert used and {*used} == {tiled_attention if tiled else attention}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("winograd", [True, False])
+def test_convolutions_without_a_bias(winograd):
+    layer = randomise(nn.Conv2d(16, 16, 3, padding=1, bias=False))
+    x = torch.randn(2, 16, 9, 7, generator=torch.Generator().manual_seed(0))
+    assert relative_error(lay_out(nn.Sequential(copy.deepcopy(layer)), winograd, least=8)(x), layer(x)) < 1e-5
 
 
 @torch.no_grad()
@@ -274,7 +283,7 @@ def test_no_layer_keeps_its_plain_weight_or_the_mapped_file(unet, tmp_path, dtyp
 
 
 @pytest.mark.parametrize("width, positions, chosen", [
-    (256, 4096, True), (256, 4095, False), (256, 2048, False), (256, 2047, False), (128, 10**6, False),
+    (256, 10240, True), (256, 10239, False), (256, 2048, False), (256, 2047, False), (128, 10**6, False),
     (320, 10**6, True)])
 def test_fast_is_chosen_where_it_pays(width, positions, chosen, tmp_path, monkeypatch, capsys):
     used = []
