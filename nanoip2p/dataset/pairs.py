@@ -17,7 +17,7 @@ import random
 import shutil
 import typing
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -97,8 +97,8 @@ def pair_settings(flags: dict, weights: Path, painter_defaults: dict) -> PairSet
 
 def candidate(prompt: Prompt, k: int, settings: PairSettings) -> dict:
     """The seed of candidate k, and p and guidance drawn from it, under the keys of metadata.jsonl."""
-    name = f"nanoip2p pair {settings.seed} {prompt.number} {k}"
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")  # 48 bits: repeats are unlikely
+    name = f"nanoip2p pair {settings.seed} {prompt.number} {k}".encode()
+    seed = int.from_bytes(hashlib.sha256(name).digest()[:6], "big")  # 48 bits: repeats are unlikely
     uniform = random.Random(f"nanoip2p pair {seed}").random  # the same numbers in every version of Python
     return {"seed": seed,
             "p2p_threshold": settings.min_p2p + uniform() * (settings.max_p2p - settings.min_p2p),
@@ -206,7 +206,8 @@ def claimed(out: Path, name: str) -> Iterator[Path | None]:
     """
     folder = out / UNFINISHED / name
     lock = folder.with_suffix(".lock")
-    with locked(lock) as held:
+    # No lock if nothing is left to claim: another process may just be removing UNFINISHED, in finish_job
+    with nullcontext(False) if (out / name).exists() else locked(lock) as held:
         if not held or (out / name).exists():
             yield None
             return

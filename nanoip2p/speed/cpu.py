@@ -133,8 +133,7 @@ class Product(LaidOut):
 class Convolution(LaidOut):
     """Any other convolution. (B, C_in, h, w) -> (B, C_out, h', w').
 
-    For a small map, the weight is laid out for exactly its size. With a layout for any size, the convolution
-    can take 5 times as long.
+    For a small map, the weight is laid out for its size; a layout for any size can take 5 times as long.
     """
 
     def __init__(self, layer: nn.Conv2d):

@@ -195,6 +195,14 @@ def test_processes_share_the_prompts_and_may_die(start, tmp_path):
             assert len(painted) == len(set(painted)) == 9 * 5
 
 
+def test_a_finished_prompt_takes_no_lock(tmp_path):
+    """When all prompts are finished, another process may just be removing the folder of locks."""
+    (tmp_path / "0000000").mkdir()
+    with pairs.claimed(tmp_path, "0000000") as folder:
+        assert folder is None
+    assert not (tmp_path / pairs.UNFINISHED).exists()
+
+
 def test_finished_prompts_are_not_redone(tmp_path):
     fake_job(tmp_path / "out", log=tmp_path / "log")
     before, times = (tmp_path / "log").read_text(), {}
