@@ -240,6 +240,17 @@ def test_a_resumed_run_steps_alike_in_each_layout(made, start, tmp_path):
     assert kernels and all(relative_error(steps[1][name], steps[0][name]) < 1e-2 for name in steps[0])
 
 
+def test_a_step_moves_the_weights_at_the_rate_of_the_warmup(start, tmp_path):
+    """Adam's first step changes a weight by at most the learning rate, and most weights by nearly as much."""
+    config = TrainConfig(lora=["3"], accumulate=1, dtype="fp32", lr=0.02, warmup=10, cache=tmp_path,
+                         drop=(0, 0, 0), out=tmp_path)
+    trainer = Trainer(config, load_model(start), Ranks(0, 1, torch.device("cpu")), 4)
+    before = {name: weight.detach().clone() for name, weight in trainer.trained.items()}
+    trainer.step(repeat(a_batch(4, 8, 32)), 4)
+    moved = max((weight - before[name]).abs().max().item() for name, weight in trainer.trained.items())
+    assert trainer.lr == 0.01 and moved == pytest.approx(0.01, rel=0.1)
+
+
 @pytest.mark.parametrize("more", [
     ["--accumulate", 2, "--ema-device", "cpu", "--recompute"],
     ["--dtype", "bf16", "--snr-gamma", 5, "--lora-layers", "all", "--compile"],
