@@ -107,7 +107,7 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, map_from: Tenso
         for j in range(0, q.shape[1], rows):
             tile, keys = q[i : i + many, j : j + rows], k[i : i + many]
             largest = torch.bmm(tile, keys).amax(2, keepdim=True) * scale
-            weights = torch.baddbmm(largest, tile, keys, beta=-1, alpha=scale).exp_()  # subtracts, then rounds
+            weights = torch.baddbmm(largest, tile, keys, beta=-1, alpha=scale).exp_()
             sums = torch.bmm(weights, v[i : i + many])
             torch.div(sums[..., :-1], sums[..., -1:], out=out[i : i + many, j : j + rows])
     return out.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)

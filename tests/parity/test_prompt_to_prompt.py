@@ -402,7 +402,8 @@ def test_a_blend_of_several_words_is_the_union_of_those_that_point_somewhere():
 def test_the_maps_of_a_blend_follow_those_of_the_words(painters):
     model = make(painters["flat"], CAPTIONS["swap"][:2], "both", blend=([[3], []], [[3], [4]]))
     words = [model.columns([[1], [2], [5]]) for _ in range(2)]
-    (alone, blend), (latents, maps) = (model.sample(SEEDS, SHARES, GUIDANCE, given) for given in (None, words))
+    (alone, blend), (latents, maps) = (model.sample(SEEDS, SHARES, GUIDANCE, given)
+                                       for given in (None, words))
     assert relative_error(latents, alone) < 1e-5
     assert maps.shape[1] == 3 + blend.shape[1] and relative_error(maps[:, 3:], blend) < 1e-5
 
