@@ -24,6 +24,8 @@ scenes ...` trains the shipped editor further.
 
 import argparse
 import json
+import os
+import random
 import shutil
 import sys
 from pathlib import Path
@@ -31,6 +33,7 @@ from pathlib import Path
 import demo
 import torch
 import torch.nn.functional as F
+from probe import NONE, content
 from run_scripts import call, make_dataset, train_run
 from teach_wordings import FIRST, teach
 from train_tokenizer import train_tokenizer
@@ -43,14 +46,16 @@ from nanoip2p.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, Te
 from nanoip2p.common import cli
 from nanoip2p.common.cli import at_least
 from nanoip2p.common.device import pick_device
-from nanoip2p.common.files import CHECKOUT, check_writable, replacing, write_json
+from nanoip2p.common.files import CHECKOUT, check_writable, read_json, replacing, write_json
 from nanoip2p.dataset.rendered import draw_edit, draw_scenes, pick
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.tokenizer import load_tokenizer
 from nanoip2p.training.distill import STUDENT_DEFAULTS
 from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAE
-from nanoip2p.world.scenes import KINDS, Scene, Thing, random_scene
+from nanoip2p.world.painting import COLOURS
+from nanoip2p.world.scenes import GROUNDS, KINDS, TIMES, WEATHERS, Scene, Thing, random_scene
+from nanoip2p.world.wordings import reword
 
 TOKENIZER_SCENES = 2000
 UNET = dict(
@@ -196,6 +201,36 @@ def paper_prompts(path: Path, count: int, local: int, new: int) -> Path:
     return path
 
 
+def in_wordings(pairs: Path, out: Path, copies: int = 3) -> Path:
+    """Copy the prompts of a pair job, with hard links to the pictures, in `copies` random wordings each.
+
+    So the editor sees an edit in more than one wording, and no further pair has to be painted.
+    """
+    rng, rows = random.Random(0), []
+    for name, seeds in read_json(pairs / "seeds.json", kind=list):
+        prompt = read_json(pairs / name / "prompt.json")
+        for copy in range(copies):
+            text = reword(rng.choice(seen_wordings(prompt)), rng)
+            rows.append((f"{name}-{copy}", seeds))
+            folder = out / rows[-1][0]
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(prompt | {"edit": text}, folder / "prompt.json")
+            for file in (pairs / name).glob("*.jpg"):
+                (folder / file.name).unlink(missing_ok=True)
+                os.link(file, folder / file.name)
+    write_json(rows, out / "seeds.json")  # copies stay together, so a split hardly cuts them apart
+    return out
+
+
+def seen_wordings(prompt: dict) -> tuple[str, ...]:
+    """The instructions for training that ask for the edit of a prompt."""
+    numbers = content(prompt["input"]).tolist()
+    things = tuple(Thing([*KINDS][kind], [*COLOURS][colour], slot=slot)
+                   for slot, (kind, colour) in enumerate(zip(numbers[:3], numbers[3:6])) if kind != NONE)
+    scene = Scene(TIMES[numbers[6]], WEATHERS[numbers[7]], GROUNDS[numbers[8]], things, 0)
+    return next(edit.seen_instructions for edit in scene.edits() if edit.caption == prompt["output"])
+
+
 def trained(run: Path, weights: Path, steps: list[int], recipes: tuple, pairs: int, device: str,
             data: str | Path = "scenes") -> Path:
     """Train in one run for each of `steps`, from the weights of the run before. Returns the last weights."""
@@ -243,6 +278,7 @@ def make(args: argparse.Namespace) -> None:
     pairs = args.out / "pairs"
     call(make_dataset.main, "pairs", "--prompts", prompts, "--out", pairs, "--weights", painter,
          "--device", device)
+    pairs = in_wordings(pairs, args.out / "pairs-in-wordings")
     paper_editor = trained(
         args.out / "paper-editor", painter, args.paper_steps, PAPER_EDITOR_RUNS, args.pairs, device, pairs)
     editor = start_folder(args.out / "start", UNET, DEFAULTS, *stages)

@@ -1,6 +1,6 @@
 """How people word an edit of the nano world: phrasings, synonyms, misspellings, missing articles.
 
-The tables are in wordings.json. Each kind of edit has twelve phrasings: templates with gaps for words. Each
+The tables are in wordings.json. Each kind of edit has twenty phrasings: templates with gaps for words. Each
 word of a held-out phrasing is also in a phrasing of training (of any kind), because a text encoder has to be
 trained on a word to understand it.
 """

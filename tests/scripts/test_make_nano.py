@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from nanoip2p.common.files import read_json
+from nanoip2p.dataset.layouts import read_data
 from nanoip2p.dataset.rendered import draw_scenes
 from nanoip2p.editor import Editor
 from nanoip2p.images import open_image
@@ -93,6 +95,29 @@ def test_the_last_prompts_only_edit_things(make_nano, tmp_path):
     assert all(after - before for before, after in things[70:])
     assert {bool(after - before) for before, after in things[40:70]} == {True, False}
     assert {len(after) - len(before) for before, after in things[70:]} == {0, 1}  # both kinds of edits
+
+
+def test_a_pair_job_in_more_wordings(make_nano, tmp_path):
+    prompts, pairs = draw_scenes(40, 0), tmp_path / "pairs"
+    for i, prompt in enumerate(prompts):
+        (pairs / f"{i:07d}").mkdir(parents=True)
+        (pairs / f"{i:07d}" / "prompt.json").write_text(json.dumps(prompt))
+        for j in "01":
+            Image.new("RGB", (64, 64), (5 * i, 0, 100 * int(j))).save(pairs / f"{i:07d}" / f"7_{j}.jpg")
+    (pairs / "seeds.json").write_text(json.dumps([[f"{i:07d}", ["7"]] for i in range(len(prompts))]))
+    for _ in range(2):  # a second run finds the first one's copies
+        out = make_nano.in_wordings(pairs, tmp_path / "out")
+    found = [item for split in ("train", "validation", "test") for item in read_data(out, split)]
+    assert len(found) == 3 * len(prompts)
+    folders = sorted(path.parent for path in out.glob("*/prompt.json"))
+    records = [read_json(folder / "prompt.json") for folder in folders]
+    assert len({record["edit"] for record in records}) > len(prompts)
+    for folder, record in zip(folders, records):
+        source = pairs / folder.name.partition("-")[0]
+        assert record | {"edit": 0} == read_json(source / "prompt.json") | {"edit": 0}
+        assert all((folder / f"7_{j}.jpg").samefile(source / f"7_{j}.jpg") for j in "01")
+    for prompt in prompts:
+        assert prompt["edit"] in make_nano.seen_wordings(prompt)
 
 
 def test_a_stage_stopped_half_way_ends_in_the_same_weights(make_nano, tmp_path):
