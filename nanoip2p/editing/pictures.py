@@ -3,7 +3,6 @@
 import glob
 import os
 from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
 
 from PIL import Image
@@ -114,8 +113,8 @@ def sweep(editor: Editor, batch: list, size: tuple[int, int],
 
 def sweep_scales(sampling: dict) -> list[tuple[float, float]]:
     """(cfg_text, cfg_image) of each edit of a sweep."""
-    return list(product((round(sampling["cfg_text"] * factor, 4) for factor in SWEEP_FACTORS),
-                        (round(sampling["cfg_image"] + step, 4) for step in SWEEP_STEPS)))
+    return [(round(sampling["cfg_text"] * factor, 4), round(sampling["cfg_image"] + step, 4))
+            for factor in SWEEP_FACTORS for step in SWEEP_STEPS]
 
 
 def draw(pictures: list, made: list[tuple[int, tuple]], sampling: dict) -> tuple[Image.Image, str]:
