@@ -94,13 +94,10 @@ def score_scenes(editor: Editor, chosen: list[tuple[Scene, Edit]], settings: dic
         pictures = editor.edit(inputs, texts[i : i + BATCH], seed=i, batch=BATCH, **settings)
         for (scene, edit), text, before, picture in zip(part, texts[i:], inputs, pictures):
             after = edit.scene.render(editor.side)
-            rows.append({
-                "kind": edit.kind, "instruction": text,
-                "success": nearest_edit(picture, scene) == edit.scene,
-                "psnr": unchanged_psnr(picture, before, after),
-                "ceiling": unchanged_psnr(round_trip(editor, after), before, after),
-                "pictures": (before, picture, after),
-            })
+            rows.append({"kind": edit.kind, "instruction": text, "pictures": (before, picture, after),
+                         "success": nearest_edit(picture, scene) == edit.scene,
+                         "psnr": unchanged_psnr(picture, before, after),
+                         "ceiling": unchanged_psnr(round_trip(editor, after), before, after)})
     return rows
 
 
