@@ -112,8 +112,7 @@ def _fetch(name: str, choose: Callable[[list[str]], list[str]], needs: str) -> P
     """Download the files that `choose` returns; return their cache folder. needs: these files in words."""
     from huggingface_hub import HfApi, snapshot_download
 
-    match = NAME.fullmatch(name)
-    if not match:
+    if not (match := NAME.fullmatch(name)):
         raise ValueError(f"there is no file or folder {name}, and a name on the Hub would be owner/name")
     repo, revision = match.groups()
     try:

@@ -83,8 +83,7 @@ def contact_sheet(pairs: list[dict], rows: int, seed: int) -> Image.Image:
 
 def draw_heatmaps(model: PairPainter, seed: int, share: float, cfg_text: float, bar: tqdm) -> Image.Image:
     """A row per picture: the picture, and a copy per word, bright where attention to the word is strong."""
-    tokenizer = model.painter.tokenizer
-    words = [split_words(tokenizer, caption) for caption in model.captions]
+    words = [split_words(model.painter.tokenizer, caption) for caption in model.captions]
     count = max(map(len, words))
     columns = [model.columns([tokens for _, tokens in row] + [[]] * (count - len(row))) for row in words]
     latents, heat = model.sample([seed], [share], [cfg_text], columns, bar)

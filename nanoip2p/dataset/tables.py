@@ -147,8 +147,7 @@ def _members(path: Path) -> Iterator[tuple[str, str, bytes | Member]]:
                 if member.size < 0 or member.sparse is not None or count > MOST_ROWS:
                     raise tarfile.ReadError("the last member is damaged or sparse, or there are over "
                                             f"{MOST_ROWS}")
-                match = MEMBER.fullmatch(member.name)
-                if not match or not member.isreg():
+                if not (match := MEMBER.fullmatch(member.name)) or not member.isreg():
                     continue
                 content = Member(path, member.offset_data, member.size, member.name)
                 if match[2].lower().endswith(("txt", "json")):

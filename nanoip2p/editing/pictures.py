@@ -125,9 +125,10 @@ def draw(pictures: list, made: list[tuple[int, tuple]], sampling: dict) -> tuple
     """
     if pictures[0].sweep:
         labels = [f"cfg_text {text:g}, cfg_image {image:g}" for text, image in sweep_scales(sampling)]
-        (before, _), edits, columns = made[0][1], [edited for _, (_, edited) in made], len(SWEEP_STEPS)
+        befores, edits = zip(*(pair for _, pair in made))  # all edits have the same input
+        columns = len(SWEEP_STEPS)
         begins = range(0, len(made), columns)
-        table = grid([[before], *(edits[i : i + columns] for i in begins)],
+        table = grid([befores[:1], *(edits[i : i + columns] for i in begins)],
                      [["input"], *(labels[: len(made)][i : i + columns] for i in begins)])
         rest = f": {len(made)} of {SWEEP_EDITS} edits" * (len(made) < SWEEP_EDITS)
         return table, f"{pictures[0].edit[0]}, by cfg_text and cfg_image{rest}"

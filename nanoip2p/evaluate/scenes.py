@@ -106,8 +106,7 @@ def table(rows: list[dict]) -> tuple[str, dict]:
     lines = [f"{'edit':<10} {'n':>5} {'success':>15} {'unchanged PSNR':>16} {'VAE ceiling':>12}"]
     numbers = {}
     for kind in (*EDIT_KINDS, "all"):
-        chosen = [row for row in rows if kind in (row["kind"], "all")]
-        if chosen:
+        if chosen := [row for row in rows if kind in (row["kind"], "all")]:
             share, error = rate([row["success"] for row in chosen])
             measured = [row for row in chosen if row["psnr"] is not None]
             means = {key: float(np.mean([row[key] for row in measured])) if measured else None
