@@ -19,7 +19,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanoip2p.common import cli
-from nanoip2p.common.cli import add_flags, at_least, finite, pixels
 from nanoip2p.common.files import check_writable, read_json
 from nanoip2p.dataset.config import PairSettings, Settings
 
@@ -35,8 +34,8 @@ def add_captions(subparsers) -> None:
                         help="output file; captions in this file or in its .dropped.jsonl are skipped")
     parser.add_argument("--backend", choices=("openai", "scenes"), default="openai",
                         help="openai: a language model; scenes: the grammar of the nano world")
-    parser.add_argument("--n", type=at_least(1), help="number of captions (default: all, or 1000 scenes)")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the scenes")
+    parser.add_argument("--n", type=cli.at_least(1), help="number of captions (default: all, or 1000 scenes)")
+    parser.add_argument("--seed", type=cli.at_least(0), default=0, help="seed of the scenes")
     cli.add_settings(parser, Settings)
     parser.set_defaults(run=run_captions)
 
@@ -48,7 +47,7 @@ def add_captions(subparsers) -> None:
     tune = below.add_parser("finetune", help="upload training data, start a job, print the job id")
     tune.add_argument("chats", type=Path, help="the file that prepare-finetune wrote")
     tune.add_argument("--model", default="gpt-4o-mini-2024-07-18", help="model to fine-tune, with its date")
-    tune.add_argument("--epochs", type=at_least(1), default=1, help="number of epochs")
+    tune.add_argument("--epochs", type=cli.at_least(1), default=1, help="number of epochs")
     tune.set_defaults(run=run_finetune)
 
 
@@ -106,7 +105,7 @@ def add_pairs(subparsers) -> None:
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add --vae, --tokenizer, --raw-weights, --lora, --device, --dtype of the text-to-image model."""
-    add_flags(parser)
+    cli.add_flags(parser)
     parser.add_argument("--lora", action="append", default=[], help="a LoRA, or FILE:WEIGHT; may be repeated")
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first available)")
     parser.add_argument("--dtype", choices=cli.DTYPES, help="default: bf16 if it is faster here, else fp32")
@@ -179,7 +178,7 @@ def add_pair(subparsers) -> None:
     parser.add_argument("--heatmaps", action="store_true", help="also show the attention to each word")
     parser.add_argument("--inject", choices=cli.MODES, default="self",
                         help="attention maps that the edited picture takes from the source")
-    parser.add_argument("--p", type=finite, default=0.5, help="share of the steps with injection")
+    parser.add_argument("--p", type=cli.finite, default=0.5, help="share of the steps with injection")
     parser.add_argument("--blend", nargs="+", metavar="WORD",
                         help="a word of each caption, or auto (the words that differ): change pixels only "
                              "where the attention to one of these words is high")
@@ -188,14 +187,14 @@ def add_pair(subparsers) -> None:
     parser.add_argument("--window", nargs=3, action="append", default=[], metavar=("WORD", "FROM", "TO"),
                         help="for --inject cross or both: inject the attention to a word only in these "
                              "steps, given as shares of all steps (0 to 1)")
-    parser.add_argument("--cfg-text", type=finite, help="guidance scale (default: from the weights)")
-    parser.add_argument("--steps", type=at_least(1), help="denoising steps (default: from the weights)")
-    parser.add_argument("--resolution", type=pixels, help="side in pixels (default: from the weights)")
+    parser.add_argument("--cfg-text", type=cli.finite, help="guidance scale (default: from the weights)")
+    parser.add_argument("--steps", type=cli.at_least(1), help="denoising steps (default: from the weights)")
+    parser.add_argument("--resolution", type=cli.pixels, help="side in pixels (default: from the weights)")
     parser.add_argument("--sampler", choices=cli.SAMPLERS, help="sampler (default: from the weights)")
-    parser.add_argument("--deep-every", type=at_least(1), default=1, metavar="N",
+    parser.add_argument("--deep-every", type=cli.at_least(1), default=1, metavar="N",
                         help="compute the whole UNet only every N-th step")
     parser.add_argument("--negative", default="", help="negative prompt")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of all random numbers")
+    parser.add_argument("--seed", type=cli.at_least(0), default=0, help="seed of all random numbers")
     add_device(parser)
     parser.set_defaults(run=run_pair)
 
@@ -265,8 +264,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     show = subparsers.add_parser("show", help="a contact sheet and statistics of a folder of pairs")
     show.add_argument("folder", type=Path, help="the --out folder of pairs, or the paper's dataset")
     show.add_argument("--sheet", type=Path, help="PNG to write (default: contact-sheet.png in the folder)")
-    show.add_argument("--rows", type=at_least(1), default=8, help="number of best and of random pairs")
-    show.add_argument("--seed", type=at_least(0), default=0, help="seed of the random pairs")
+    show.add_argument("--rows", type=cli.at_least(1), default=8, help="number of best and of random pairs")
+    show.add_argument("--seed", type=cli.at_least(0), default=0, help="seed of the random pairs")
     show.set_defaults(run=run_show)
     return parser.parse_args(argv)
 

@@ -18,7 +18,6 @@ import textwrap
 import typing
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from operator import itemgetter
 from pathlib import Path
 
 from nanoip2p import __version__
@@ -305,7 +304,7 @@ def run(settings: Settings, problems: list[str]) -> None:
                 write(image, pictures[i], ", then ".join(pictures[i].edit))
     finally:  # also after Ctrl-C or an error: the finished edits are kept
         if made:
-            table, text = making.draw(pictures, sorted(made, key=itemgetter(0)), sampling)
+            table, text = making.draw(pictures, sorted(made, key=lambda one: one[0]), sampling)
             write(table, replace(settings, input=list(fitted), output=pictures[0].output), text)
 
 

@@ -38,8 +38,7 @@ class NoiseSchedule:
 
     def __post_init__(self):
         for key, choices in CHOICES.items():
-            value = getattr(self, key)
-            if value not in choices:
+            if (value := getattr(self, key)) not in choices:
                 raise ValueError(f"NoiseSchedule: {key} = {value!r} is not supported, only {choices}")
 
     @classmethod

@@ -119,5 +119,4 @@ def lcm(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: Generators = Non
     return x
 
 
-SAMPLERS = {"euler_ancestral": euler_ancestral, "euler": euler, "ddim": ddim, "dpmpp_2m": dpmpp_2m,
-            "lcm": lcm}
+SAMPLERS = {sampler.__name__: sampler for sampler in (euler_ancestral, euler, ddim, dpmpp_2m, lcm)}

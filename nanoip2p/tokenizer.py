@@ -15,7 +15,6 @@ import torch
 from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
-from torch import Tensor
 
 from nanoip2p.common.files import read_json, regular
 from nanoip2p.common.schema import LONGEST, checked
@@ -66,7 +65,7 @@ class Tokenizer:
         self.backend, self.length, self.clean = backend, length, clean
         self.start, self.end, self.pad = start, end, pad
 
-    def __call__(self, texts: list[str]) -> Tensor:
+    def __call__(self, texts: list[str]) -> torch.Tensor:
         """Texts -> token ids (B, length) int64: start, tokens, end, padding.
 
         Truncates long texts, with a warning. Raises ValueError for a text that is not valid Unicode, or has

@@ -12,7 +12,6 @@ import threading
 from pathlib import Path
 
 from nanoip2p.common import cli
-from nanoip2p.common.cli import between, say
 from nanoip2p.common.files import find_weights
 
 MOST_BYTES = 50 * 2**20  # of an upload; its pixels are limited by images.MAX_MEGAPIXELS
@@ -30,7 +29,7 @@ def make_parser():
     parser.add_argument("--dtype", choices=cli.DTYPES, default="fp32", help="fp16, bf16: faster on a GPU")
     parser.add_argument("--fast", action=cli.SWITCH, help="faster on a CPU; default: for full-size weights")
     parser.add_argument("--low-memory", action="store_true", help="needs less memory, but more time")
-    parser.add_argument("--port", type=between(0, 65535, int), default=7860, help="port; 0: any free one")
+    parser.add_argument("--port", type=cli.between(0, 65535, int), default=7860, help="port; 0: any free one")
     parser.add_argument("--listen", action="store_true",
                         help="let other machines use the page; default: only this machine can use it")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask visitors for this name and password")
@@ -69,10 +68,10 @@ def serve(args, folder: Path) -> None:
     from nanoip2p.checkpoint import load, tensors
     from nanoip2p.speed.fast import speed_up
     checkpoint = load.open_checkpoint(find_weights(args.weights), args.vae, args.tokenizer, args.raw_weights)
-    say(f"opened {args.weights}: {checkpoint.description}")
+    cli.say(f"opened {args.weights}: {checkpoint.description}")
     editor = Editor.load(checkpoint, args.device, tensors.DTYPES[args.dtype], args.low_memory)
     if editor.device.type == "cpu" and not args.low_memory:  # on CUDA, each picture size would compile anew
-        speed_up(editor, args.fast, say)
+        speed_up(editor, args.fast, cli.say)
     page = Page(editor, args.weights, folder, args.low_memory)
     page.blocks.queue(max_size=32).launch(
         server_name="0.0.0.0" if args.listen else "127.0.0.1", server_port=args.port or None,

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import gradio as gr
+import numpy as np
 from PIL import Image, ImageOps
 
 from nanoip2p.app import work
@@ -36,8 +37,7 @@ class Page:
     def __init__(self, editor: Editor, weights: str, folder: Path, low_memory: bool):
         self.editor, self.weights, self.folder = editor, weights, folder.resolve()
         self.low_memory, self.stop_last = low_memory, threading.Event()  # it ends the edit that began last
-        self.blocks = gr.Blocks(analytics_enabled=False, title="nanoip2p", delete_cache=(3600, 24 * 3600))
-        with self.blocks:
+        with gr.Blocks(analytics_enabled=False, title="nanoip2p", delete_cache=(3600, 86_400)) as self.blocks:
             with gr.Row():
                 with gr.Column():
                     self.draw_input()
@@ -216,7 +216,8 @@ class Page:
         """One edit at 5 x 5 scales around the scales of the page. Each cell appears when it is made."""
         with in_words():
             _, given, *_ = self.ask(visit, painted, instruction, locked, values)
-            scales, cells, began = list(map(within, sweep_scales(given))), [], time.monotonic()
+            limits = zip(work.LIMITS["cfg_text"][1:], work.LIMITS["cfg_image"][1:])  # of the sliders
+            scales, cells, began = np.clip(sweep_scales(given), *limits).tolist(), [], time.monotonic()
             for cfg_text, cfg_image in scales:
                 *_, (_, _, after) = watched(
                     self.editor, visit.stop, **given | {"cfg_text": cfg_text, "cfg_image": cfg_image})
@@ -257,7 +258,7 @@ class Page:
             news |= self.given(visit)
         return news
 
-    def take_scales(self, visit: Visit, chosen: gr.SelectData) -> tuple[float, float]:
+    def take_scales(self, visit: Visit, chosen: gr.SelectData) -> list[float]:
         """The scales of the clicked cell."""
         return visit.scales[chosen.index]
 
@@ -273,12 +274,6 @@ class Page:
         """Stop the edit of this visit."""
         visit.stop.set()
         return "Stopped.", "Stopped."
-
-
-def within(scales: tuple[float, float]) -> tuple[float, ...]:
-    """cfg_text and cfg_image in the ranges of their sliders."""
-    limits = work.LIMITS["cfg_text"], work.LIMITS["cfg_image"]
-    return tuple(min(most, max(least, scale)) for scale, (_, least, most) in zip(scales, limits))
 
 
 def progress(step: int, steps: int, began: float) -> str:

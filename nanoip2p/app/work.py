@@ -48,7 +48,7 @@ class Visit:
         self.folder: Path | None = None                # of its pictures
         self.turns: list[Turn] = []
         self.shown = -1                                # index into `turns`
-        self.scales: list[tuple[float, float]] = []    # cfg_text and cfg_image of the sweep's cells
+        self.scales: list[list[float]] = []            # cfg_text and cfg_image of the sweep's cells
         self.stop = threading.Event()                  # when set, its edit ends
 
     def __deepcopy__(self, memo: dict) -> "Visit":

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken
-from torch import nn
 
 from nanoip2p.checkpoint.tensors import cast, check_tensors, read_tensors
 from nanoip2p.pipeline import Model
@@ -42,6 +41,6 @@ def add_embedding(model: Model, path: str | Path) -> str:
     grown = table.weight.new_zeros(max(known, max(ids) + 1), width)
     grown[:known] = table.weight.detach()
     grown[ids] = cast(vectors, grown.dtype, word).to(grown.device)
-    table.weight, table.num_embeddings = nn.Parameter(grown, requires_grad=False), len(grown)
+    table.weight, table.num_embeddings = torch.nn.Parameter(grown, requires_grad=False), len(grown)
     encoder.config = replace(encoder.config, vocab_size=len(grown))
     return f"opened {path}: its word is {word} ({n} vector{'s' * (n > 1)})"

@@ -7,7 +7,6 @@ offline mode. We import huggingface_hub late, because the import is slow and rea
 import itertools
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 CLIP = "openai/clip-vit-large-patch14"  # all SD 1.x models use its tokenizer
@@ -35,7 +34,7 @@ def fetch_weights(name: str, raw: bool = False) -> Path:
     raw: see weight_files. If the Hub has no such model, refuses access or cannot be reached, uses the cache.
     Raises ValueError if the cache then lacks files, if a download fails, or if the layout is another one.
     """
-    return _fetch(name, partial(needed_files, raw=raw),
+    return _fetch(name, lambda names: needed_files(names, raw),
                   "diffusers model (model_index.json; weights of all three networks)")
 
 
@@ -113,8 +112,7 @@ def _fetch(name: str, choose: Callable[[list[str]], list[str]], needs: str) -> P
     """Download the files that `choose` returns; return their cache folder. needs: these files in words."""
     from huggingface_hub import HfApi, snapshot_download
 
-    match = NAME.fullmatch(name)
-    if not match:
+    if not (match := NAME.fullmatch(name)):
         raise ValueError(f"there is no file or folder {name}, and a name on the Hub would be owner/name")
     repo, revision = match.groups()
     try:

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from nanoip2p.checkpoint.folder import StoredNetwork, build_without_memory, open_network
 from nanoip2p.checkpoint.hub import fetch_weights, find_tokenizer, weight_files
@@ -149,7 +148,7 @@ def widen(checkpoint: Checkpoint) -> Checkpoint:
     if unet.model.config.in_channels != latent:
         return checkpoint
 
-    def read() -> dict[str, Tensor]:
+    def read() -> dict[str, torch.Tensor]:
         return {name: torch.cat([tensor, torch.zeros_like(tensor)], dim=1)     # (C, 4, 3, 3) -> (C, 8, 3, 3)
                 if name == "conv_in.weight" and tensor.ndim == 4 else tensor
                 for name, tensor in unet.read().items()}

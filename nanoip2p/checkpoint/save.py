@@ -19,10 +19,9 @@ from nanoip2p.unet import UNet
 from nanoip2p.vae import VAE
 
 
-def save_parts(
-    folder: str | Path, unet: UNet, vae: VAE, text_encoder: TextEncoder, tokenizer_folder: str | Path,
-    scheduler_config: dict, defaults: dict, dtype: torch.dtype | None = torch.float32, merged_from: str = "",
-) -> None:
+def save_parts(folder: str | Path, unet: UNet, vae: VAE, text_encoder: TextEncoder,
+               tokenizer_folder: str | Path, scheduler_config: dict, defaults: dict,
+               dtype: torch.dtype | None = torch.float32, merged_from: str = "") -> None:
     """Write a weights folder that diffusers can load too.
 
     tokenizer_folder: folder of the files to copy. scheduler_config: the content of scheduler_config.json.

@@ -68,8 +68,7 @@ def json_metadata(path: Path, key: str) -> dict:
 def read_weights(folder: Path, raw: bool = False) -> dict[str, Tensor]:
     """Read the files that hub.weight_files selects, else the non_ema files. ValueError: see read_tensors."""
     names = [path.name for path in folder.glob("*")]
-    files = weight_files(names, raw=raw) or weight_files(names, raw=True)
-    if not files:
+    if not (files := weight_files(names, raw=raw) or weight_files(names, raw=True)):
         raise ValueError("diffusion_pytorch_model.safetensors or model.safetensors is missing; "
                          f"{listing(folder)}")
     for index in (folder / name for name in files if name.endswith(".json")):
@@ -109,8 +108,7 @@ def dtype_names(tensors: Iterable[Tensor]) -> str:
 
 def _is_finite(tensor: Tensor) -> bool:
     # In pieces, because isfinite allocates. A finite sum shows that all are finite, in a tenth of the time
-    pieces = tensor.flatten().split(2**20)
-    return all(piece.sum().isfinite() or piece.isfinite().all() for piece in pieces)
+    return all(piece.sum().isfinite() or piece.isfinite().all() for piece in tensor.flatten().split(2**20))
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

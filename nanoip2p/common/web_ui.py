@@ -1,7 +1,6 @@
 """The settings of a picture in the text format of AUTOMATIC1111's web UI, which many programs read."""
 
 import hashlib
-import os
 import re
 import struct
 from pathlib import Path
@@ -41,7 +40,7 @@ def to_exif(text: str) -> bytes:
 
 def model_hash(weights: str) -> str:
     """The web UI's old, short hash of a weights file (its new hash takes 8 s for 4 GB); "" for a folder."""
-    if not os.path.isfile(weights):
+    if not Path(weights).is_file():
         return ""
     with open(weights, "rb") as file:
         file.seek(2**20)

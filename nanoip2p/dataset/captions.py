@@ -16,14 +16,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import openai
-from openai import AsyncOpenAI
 from tqdm import tqdm
 
 from nanoip2p.common import files
-from nanoip2p.common.files import fold, read_json, tidy
 from nanoip2p.common.schema import LONGEST, checked
 from nanoip2p.dataset import chat
-from nanoip2p.dataset.chat import ANSWER_TOKENS, Unusable
 from nanoip2p.dataset.config import Settings
 
 # The first two constants are from the original's generate_txt_dataset.py
@@ -32,7 +29,7 @@ RETRIES = 3              # further requests after an unusable answer
 MAX_FAILURES = 5         # the run ends after this number of failed captions in a row
 GRACE = 10.0             # seconds to wait for open requests after Ctrl-C
 FATAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
-FEWSHOT = read_json(Path(__file__).with_name("fewshot.json"))
+FEWSHOT = files.read_json(Path(__file__).with_name("fewshot.json"))
 PROMPT = "\n".join(FEWSHOT["prompt"])
 TRIPLETS = [tuple(triplet) for triplet in FEWSHOT["triplets"]]  # input caption, instruction, output caption
 SCHEMA = {"type": "object", "required": ["edit", "output"], "additionalProperties": False,
@@ -58,8 +55,8 @@ def read_captions(path: Path, column: str | None = None) -> tuple[list[str], int
         if not isinstance(text, str):
             raise ValueError(f"{path}, line {number}: no text under {' or '.join(keys)} (--column); there is "
                              f"{', '.join(row) or 'nothing'}")
-        text = tidy(checked(text, str, f"{path}, line {number}: caption"))
-        url, folded = tidy(str(row.get("url") or row.get("URL") or "")[:LONGEST]), fold(text)
+        text = files.tidy(checked(text, str, f"{path}, line {number}: caption"))
+        url, folded = files.tidy(str(row.get("url") or row.get("URL") or "")[:LONGEST]), files.fold(text)
         if not folded:
             continue
         marks = {hash(folded), hash(f"url {url}")} if url else {hash(folded)}
@@ -74,7 +71,7 @@ def read_captions(path: Path, column: str | None = None) -> tuple[list[str], int
 def make_request(caption: str, settings: Settings) -> dict:
     """The request for one caption. The examples come first, so that servers can cache them."""
     request = {"model": settings.model, "temperature": settings.temperature,
-               "frequency_penalty": FREQUENCY_PENALTY, "max_tokens": ANSWER_TOKENS}
+               "frequency_penalty": FREQUENCY_PENALTY, "max_tokens": chat.ANSWER_TOKENS}
     messages = []
     if not settings.model.startswith("ft:"):
         messages = [{"role": "system", "content": PROMPT}]
@@ -89,7 +86,7 @@ def make_request(caption: str, settings: Settings) -> dict:
 class Job:
     """One run over the remaining captions. Several `work` tasks share it, in one thread."""
 
-    def __init__(self, client: AsyncOpenAI, settings: Settings, todo: deque[str], out: Path, bar: tqdm):
+    def __init__(self, client: openai.AsyncOpenAI, settings: Settings, todo: deque, out: Path, bar: tqdm):
         """todo: lines of `read_captions`."""
         self.client, self.settings, self.todo, self.out, self.bar = client, settings, todo, out, bar
         self.counts, self.used = Counter(), Counter()  # outcomes; input and output tokens
@@ -150,8 +147,8 @@ class Job:
             try:
                 edit, output = chat.read_answer(await self.reply(text), text)
                 if moderate and await self.flagged([edit, output]):
-                    raise Unusable("flagged")
-            except Unusable as error:
+                    raise chat.Unusable("flagged")
+            except chat.Unusable as error:
                 reason = str(error)
                 self.counts[f"retried {reason}"] += attempt < RETRIES
                 continue
@@ -167,7 +164,7 @@ class Job:
         request, client = make_request(text, self.settings), self.client
         # A token has at least one byte, so the number of bytes is an upper bound
         tokens_in = self.shared + len(text.encode()) if self.shared else len(str(request).encode())
-        reserved, limit = tokens_in + ANSWER_TOKENS, self.settings.max_tokens
+        reserved, limit = tokens_in + chat.ANSWER_TOKENS, self.settings.max_tokens
         if limit is not None and self.used.total() + self.reserved + reserved > limit:
             raise OverBudget
         if not self.shared:  # first request: fail early if the server is down
@@ -177,7 +174,7 @@ class Job:
             reply = await chat.ask(client.chat.completions, **request)
         except openai.BadRequestError as error:
             if error.code in ("content_filter", "content_policy_violation"):
-                raise Unusable("refused") from None
+                raise chat.Unusable("refused") from None
             raise
         finally:
             self.reserved -= reserved
@@ -219,7 +216,7 @@ def known_captions(out: Path) -> set[int]:
         for number, row in files.read_rows(path, ".jsonl", appended=True) if path.exists() else ():
             if not all(isinstance(row.get(key), str) for key in keys):
                 raise ValueError(f"{path}, line {number} lacks one of {', '.join(keys)}; name another --out")
-            known.add(hash(fold(row["input"])))
+            known.add(hash(files.fold(row["input"])))
     return known
 
 
@@ -239,7 +236,7 @@ def ask_all(captions: list[str], settings: Settings, out: Path) -> str:
             known = known_captions(out)
             for path in (out, dropped_path(out)):
                 files.mend_last_line(path)
-            todo = deque(line for line in captions if hash(fold(line.partition("\t")[0])) not in known)
+            todo = deque(line for line in captions if hash(files.fold(line.partition("\t")[0])) not in known)
             client, done = chat.connect(settings.timeout), len(captions) - len(todo)
             with tqdm(total=len(captions), initial=done, desc="captions", unit="caption") as bar:
                 job = Job(client, settings, todo, out, bar)

@@ -16,7 +16,6 @@ from itertools import zip_longest
 
 import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from nanoip2p.images import to_tensor
@@ -45,7 +44,7 @@ def changed_words(tokenizer: Tokenizer, source: str, edit: str) -> list[list[tup
     return shown if any(shown) else changed
 
 
-def leakage(before: Image.Image, after: Image.Image, region: Tensor) -> float | None:
+def leakage(before: Image.Image, after: Image.Image, region: torch.Tensor) -> float | None:
     """Mean change outside the region (1, H, W), bool, over mean change inside. None if either is empty."""
     change = (to_tensor(after) - to_tensor(before)).abs().mean(0, keepdim=True).cpu()       # (1, H, W)
     if region.all() or not region.any():

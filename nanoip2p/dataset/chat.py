@@ -10,7 +10,6 @@ from collections import Counter
 from contextlib import suppress
 
 import openai
-from openai import AsyncOpenAI
 
 from nanoip2p.common.files import fold, tidy
 from nanoip2p.common.schema import checked
@@ -91,14 +90,14 @@ async def ask(resource, **request) -> dict:
     return response.http_response.json()
 
 
-def connect(timeout: float = Settings.timeout, total: float | None = None) -> AsyncOpenAI:
+def connect(timeout: float = Settings.timeout, total: float | None = None) -> openai.AsyncOpenAI:
     """Make the client. Raises ValueError for a missing key or an invalid OPENAI_BASE_URL.
 
     timeout: maximum seconds without a byte. total: maximum seconds for a whole answer; default: timeout.
     """
     try:
-        client = AsyncOpenAI(max_retries=SERVER_RETRIES, timeout=timeout,
-                             http_client=Client(total or timeout))
+        client = openai.AsyncOpenAI(max_retries=SERVER_RETRIES, timeout=timeout,
+                                    http_client=Client(total or timeout))
         if not client.api_key.strip() or not client.api_key.isascii():  # not valid in a header
             raise openai.OpenAIError
         return client
@@ -108,7 +107,7 @@ def connect(timeout: float = Settings.timeout, total: float | None = None) -> As
         raise ValueError(f"OPENAI_BASE_URL: {error}") from None
 
 
-def explain(error: openai.APIError, client: AsyncOpenAI) -> str:
+def explain(error: openai.APIError, client: openai.AsyncOpenAI) -> str:
     """The server's error with a hint, in one line. Hides the API key if it has 8 or more characters."""
     message, key = error.message, client.api_key.strip()
     if isinstance(error, openai.APIConnectionError):

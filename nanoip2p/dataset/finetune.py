@@ -33,8 +33,7 @@ def prepare(human: Path, out: Path) -> int:
         for prompt in prompts:
             question = {"role": "user", "content": tidy(prompt.source)}
             answer = f"{tidy(prompt.record['edit'])}{chat.DELIMITER}{tidy(prompt.output)}"
-            messages = [question, {"role": "assistant", "content": answer}]
-            file.write(json.dumps({"messages": messages}) + "\n")
+            file.write(json.dumps({"messages": [question, {"role": "assistant", "content": answer}]}) + "\n")
     return len(prompts)
 
 

@@ -35,8 +35,6 @@ PARQUET, TAR = ("".join(f"[{x}{x.upper()}]" for x in kind) for kind in ("parquet
 OWN_SPLIT = re.compile(r"(?:^|/)(?:(dev|val|validation)|(test))[-./]")  # dev/..., data/dev-00000...
 
 Picture = Path | Scene | Cell | Member
-UNREADABLE, CUT_OFF = "rows that cannot be read", "files that cannot be read to their end"
-LACKING = "pairs that lack a picture"  # these three are the reasons to leave out data
 
 
 @dataclass(frozen=True)
@@ -91,8 +89,9 @@ def _survey(source: str | Path, split: str | None, skip_bad: bool,
     items = [row for row in rows if row and not isinstance(row, ValueError)]
     missing = [p for p in _pictures(items) if isinstance(p, Path) and not p.is_file()]
     sound = without(items, set(missing))
-    counts = {UNREADABLE: len(bad) - cut_off, CUT_OFF: cut_off,
-              LACKING: sum(map(len, items)) - sum(map(len, sound))}
+    counts = {"rows that cannot be read": len(bad) - cut_off,
+              "files that cannot be read to their end": cut_off,
+              "pairs that lack a picture": sum(map(len, items)) - sum(map(len, sound))}
     return sound, counts, [*map(str, bad)] + [f"there is no picture {picture}" for picture in missing]
 
 

@@ -31,8 +31,7 @@ def draw_scenes(n: int, seed: int) -> list[dict]:
     generator, rows = torch.Generator().manual_seed(seed), {}
     while len(rows) < n:
         scene = random_scene("train", int(torch.randint(2**31, (), generator=generator)))
-        edits = training_edits(scene)
-        if edits:
+        if edits := training_edits(scene):
             edit = draw_edit(edits, generator)
             rows[scene.caption(), pick(edit.seen_instructions, generator), edit.caption] = None
     return [dict(zip(("input", "edit", "output"), row)) for row in rows]

@@ -83,19 +83,16 @@ def contact_sheet(pairs: list[dict], rows: int, seed: int) -> Image.Image:
 
 def draw_heatmaps(model: PairPainter, seed: int, share: float, cfg_text: float, bar: tqdm) -> Image.Image:
     """A row per picture: the picture, and a copy per word, bright where attention to the word is strong."""
-    tokenizer = model.painter.tokenizer
-    words = [split_words(tokenizer, caption) for caption in model.captions]
+    words = [split_words(model.painter.tokenizer, caption) for caption in model.captions]
     count = max(map(len, words))
     columns = [model.columns([tokens for _, tokens in row] + [[]] * (count - len(row))) for row in words]
     latents, heat = model.sample([seed], [share], [cfg_text], columns, bar)
-    rows, labels = [], []
-    for picture, maps, row, caption in zip(
-            reversed(model.painter.decode(latents)), heat.flip(0), words, model.captions):
-        rows, labels = [*rows, [picture]], [*labels, [caption]]
-        for map_, (word, _) in zip(maps, row):
+    rows, labels = [], [[caption, *(word for word, _ in row)] for caption, row in zip(model.captions, words)]
+    for picture, maps, row in zip(reversed(model.painter.decode(latents)), heat.flip(0), words):
+        rows.append([picture])
+        for map_ in maps[: len(row)]:
             # The size of the attention: --reweight can make it negative. A map of zeros is black
             light = Image.fromarray((map_.abs() / map_.abs().max() * 255).nan_to_num().byte().cpu().numpy())
             light = light.resize(picture.size, Image.Resampling.BICUBIC)
             rows[-1].append(Image.composite(picture, Image.new("RGB", picture.size), light))
-            labels[-1].append(word)
     return grid(rows, labels)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from io import BytesIO
 from itertools import chain, groupby, islice
-from operator import itemgetter
 from pathlib import Path
 from threading import Lock
 
@@ -96,7 +95,7 @@ def table_rows(path: Path, columns: Names | None) -> Iterator[tuple[str, dict] |
         yield from _parquet_rows(path, columns)
         return
     if path.suffix.lower() == ".tar":  # neighbouring members with the same key make a row, as in webdataset
-        for key, members in groupby(_members(path), itemgetter(0)):
+        for key, members in groupby(_members(path), lambda member: member[0]):
             yield _unpacked(path, key, [member[1:] for member in islice(members, MOST_PARTS + 1)])
         return
     problems = []
@@ -148,8 +147,7 @@ def _members(path: Path) -> Iterator[tuple[str, str, bytes | Member]]:
                 if member.size < 0 or member.sparse is not None or count > MOST_ROWS:
                     raise tarfile.ReadError("the last member is damaged or sparse, or there are over "
                                             f"{MOST_ROWS}")
-                match = MEMBER.fullmatch(member.name)
-                if not match or not member.isreg():
+                if not (match := MEMBER.fullmatch(member.name)) or not member.isreg():
                     continue
                 content = Member(path, member.offset_data, member.size, member.name)
                 if match[2].lower().endswith(("txt", "json")):

@@ -3,7 +3,6 @@
 import glob
 import os
 from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
 
 from PIL import Image
@@ -114,32 +113,25 @@ def sweep(editor: Editor, batch: list, size: tuple[int, int],
 
 def sweep_scales(sampling: dict) -> list[tuple[float, float]]:
     """(cfg_text, cfg_image) of each edit of a sweep."""
-    return list(product((round(sampling["cfg_text"] * factor, 4) for factor in SWEEP_FACTORS),
-                        (round(sampling["cfg_image"] + step, 4) for step in SWEEP_STEPS)))
+    return [(round(sampling["cfg_text"] * factor, 4), round(sampling["cfg_image"] + step, 4))
+            for factor in SWEEP_FACTORS for step in SWEEP_STEPS]
 
 
 def draw(pictures: list, made: list[tuple[int, tuple]], sampling: dict) -> tuple[Image.Image, str]:
-    """Draw --grid or --sweep. Returns (picture, text about it). made: the results of edit_all so far."""
+    """Draw --grid or --sweep. Returns (picture, text about it). made: the results of edit_all so far.
+
+    --grid: each input, then every edit of it (with --turns, every turn). --sweep: the input above the edits;
+    cfg_text changes by row, cfg_image by column.
+    """
     if pictures[0].sweep:
-        edits, text = len(sweep_scales(sampling)), f"{pictures[0].edit[0]}, by cfg_text and cfg_image"
-        rest = f": {len(made)} of {edits} edits" * (len(made) < edits)
-        return _draw_sweep([pair for _, pair in made], sampling), text + rest
-    edits, done = (sum(len(pictures[i].edit) for i in some) for some in (range(len(pictures)), dict(made)))
-    text = f"{done} of {edits} edits" if done < edits else f"{edits} edit{'s' * (edits > 1)}"
-    return _draw_grid(pictures, made), text
-
-
-def _draw_sweep(pairs: list[tuple[Image.Image, Image.Image]], sampling: dict) -> Image.Image:
-    """The input above the edits. cfg_text changes by row, cfg_image by column."""
-    labels = [f"cfg_text {text:g}, cfg_image {image:g}" for text, image in sweep_scales(sampling)]
-    edits, columns = [edited for _, edited in pairs], len(SWEEP_STEPS)
-    begins = range(0, len(pairs), columns)
-    return grid([[pairs[0][0]], *(edits[i : i + columns] for i in begins)],
-                [["input"], *(labels[: len(pairs)][i : i + columns] for i in begins)])
-
-
-def _draw_grid(pictures: list, made: list[tuple[int, tuple]]) -> Image.Image:
-    """Each input, then every edit of it (with --turns, every turn)."""
+        labels = [f"cfg_text {text:g}, cfg_image {image:g}" for text, image in sweep_scales(sampling)]
+        befores, edits = zip(*(pair for _, pair in made))  # all edits have the same input
+        columns = len(SWEEP_STEPS)
+        begins = range(0, len(made), columns)
+        table = grid([befores[:1], *(edits[i : i + columns] for i in begins)],
+                     [["input"], *(labels[: len(made)][i : i + columns] for i in begins)])
+        rest = f": {len(made)} of {SWEEP_EDITS} edits" * (len(made) < SWEEP_EDITS)
+        return table, f"{pictures[0].edit[0]}, by cfg_text and cfg_image{rest}"
     several = len({picture.seed for picture in pictures}) > 1
     rows, labels = {}, {}
     for i, (before, *edited) in made:
@@ -148,7 +140,9 @@ def _draw_grid(pictures: list, made: list[tuple[int, tuple]]) -> Image.Image:
         labels.setdefault(picture.input[0], ["input"]).extend(
             label for edit in picture.edit for label in (
                 *["mask"] * picture.show_mask, f"{edit} (seed {picture.seed})" if several else edit))
-    return grid(*wrap(list(rows.values()), list(labels.values()), (len(edited), 1 + picture.show_mask)))
+    table = grid(*wrap(list(rows.values()), list(labels.values()), (len(edited), 1 + picture.show_mask)))
+    edits, done = (sum(len(pictures[i].edit) for i in some) for some in (range(len(pictures)), dict(made)))
+    return table, f"{done} of {edits} edits" if done < edits else f"{edits} edit{'s' * (edits > 1)}"
 
 
 def colour_notes(converted: dict[str, str]) -> list[str]:

@@ -6,7 +6,6 @@ line of <out>/calls.jsonl. Later runs do not measure it again.
 """
 
 import argparse
-from functools import partial
 from itertools import groupby, product
 from operator import itemgetter
 
@@ -51,7 +50,7 @@ def run(args: argparse.Namespace) -> tuple[str, None]:
             psnr = "-" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
             lines.append(f"{weights!s:<28} {sampler:<16}{row['calls']:>5}{row['success']:>9.1%} ± "
                          f"{row['error']:.1%}{psnr:>10}")
-    is_drawn = plot(args.out / "calls.png", partial(draw, points), (10, 6),
+    is_drawn = plot(args.out / "calls.png", lambda axes: draw(points, axes), (10, 6),
                     xlabel="network calls per edit", ylabel="edits that succeed")
     missing = "" if is_drawn else "; pip install matplotlib for a plot"
     heading = f"{'weights':<28} {'sampler':<16}{'calls':>5}{'success':>16}{'unchanged':>10}"

@@ -94,13 +94,10 @@ def score_scenes(editor: Editor, chosen: list[tuple[Scene, Edit]], settings: dic
         pictures = editor.edit(inputs, texts[i : i + BATCH], seed=i, batch=BATCH, **settings)
         for (scene, edit), text, before, picture in zip(part, texts[i:], inputs, pictures):
             after = edit.scene.render(editor.side)
-            rows.append({
-                "kind": edit.kind, "instruction": text,
-                "success": nearest_edit(picture, scene) == edit.scene,
-                "psnr": unchanged_psnr(picture, before, after),
-                "ceiling": unchanged_psnr(round_trip(editor, after), before, after),
-                "pictures": (before, picture, after),
-            })
+            rows.append({"kind": edit.kind, "instruction": text, "pictures": (before, picture, after),
+                         "success": nearest_edit(picture, scene) == edit.scene,
+                         "psnr": unchanged_psnr(picture, before, after),
+                         "ceiling": unchanged_psnr(round_trip(editor, after), before, after)})
     return rows
 
 
@@ -109,8 +106,7 @@ def table(rows: list[dict]) -> tuple[str, dict]:
     lines = [f"{'edit':<10} {'n':>5} {'success':>15} {'unchanged PSNR':>16} {'VAE ceiling':>12}"]
     numbers = {}
     for kind in (*EDIT_KINDS, "all"):
-        chosen = [row for row in rows if kind in (row["kind"], "all")]
-        if chosen:
+        if chosen := [row for row in rows if kind in (row["kind"], "all")]:
             share, error = rate([row["success"] for row in chosen])
             measured = [row for row in chosen if row["psnr"] is not None]
             means = {key: float(np.mean([row[key] for row in measured])) if measured else None

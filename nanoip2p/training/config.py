@@ -89,8 +89,7 @@ class TrainConfig:
     device: str | None = flag("cuda, mps or cpu (default: the first that works)", group="running")
     workers: int | None = flag("processes that load data (default: 4 with CUDA, else 0)",
                                type=at_least(0, MOST_WORKERS))
-    timeout: float = flag("end all ranks if one of them is silent for so many seconds", 30.0,
-                          type=between(1))
+    timeout: float = flag("end all ranks if one of them is silent for so many seconds", 30.0, type=between(1))
     recompute: bool = flag("gradient checkpointing: slower, but needs less memory", False, action=SWITCH)
     ema_device: str = flag("device of the averaged (EMA) weights", "same", choices=("same", "cpu"))
     compile: bool = flag("compile the UNet with torch.compile", False, action=SWITCH)

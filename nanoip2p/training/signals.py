@@ -4,7 +4,6 @@ The handler ends `interruptible` work, and adds the signal to SIGNALS. Training 
 micro-batch, and ends without the unfinished step. The third Ctrl-C ends the run at once.
 """
 
-import io
 import os
 import select
 import signal
@@ -126,7 +125,7 @@ def lasting_streams() -> Iterator[None]:
     """Wrap standard output and error in Lasting. A stream without a file descriptor stays unchanged."""
     before = sys.stdout, sys.stderr
     for name, stream in zip(("stdout", "stderr"), before):
-        with suppress(io.UnsupportedOperation, AttributeError, ValueError):  # no file descriptor, as in tests
+        with suppress(AttributeError, ValueError):  # no file descriptor, as in tests
             if stream is None:  # it was closed when the process began
                 stream = open(os.devnull, "w")  # noqa: SIM115
             stream.fileno()
