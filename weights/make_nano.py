@@ -77,7 +77,7 @@ SD_RUNS = (["--lr", 1e-3, "--text-to-image"],
 EDITOR_RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--kind-weights", 1.2, 2, 2, 1, 0.8, 1, 0.8],
                ["--lr", 8e-4, "--dtype", "fp32", "--kind-weights", 1.6, 2, 2, 1.6, 0.5, 0.7, 0.6])
 # The editor made as in the paper starts from nano-sd and trains on fewer pairs, painted by nano-sd
-PAPER_EDITOR_RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--no-flip"],) * 6
+PAPER_EDITOR_RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--no-flip"],) * 8
 # The student of the editor, see training/distill.py
 DISTILL_RUN = ["--preset", "nano", "--lr", 2e-4, "--dtype", "fp32",
                "--kind-weights", 1.2, 2, 2, 1, 0.8, 1, 0.8]
@@ -301,19 +301,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--decoder-steps", type=at_least(1), default=5000,
                         help="more training steps of the VAE's decoder alone, 8 pictures each")
     parser.add_argument("--clip-steps", type=at_least(1), default=800, help="training steps, 32 edits each")
-    parser.add_argument("--wording-steps", type=at_least(1), default=4000,
+    parser.add_argument("--wording-steps", type=at_least(1), default=12_000,
                         help="training steps of the text encoder on more wordings, 20 instructions each")
     parser.add_argument("--sd-steps", type=at_least(1), nargs=len(SD_RUNS), default=(9000, 7000),
                         metavar="STEPS", help="training steps of nano-sd's two runs, 32 pictures each")
     parser.add_argument("--captions", type=at_least(1), default=60_000, help="captioned renders for nano-sd")
     parser.add_argument("--prompts", type=at_least(40), default=1091, help="captions to make pairs from")
-    parser.add_argument("--local-prompts", type=at_least(0), default=3700,
+    parser.add_argument("--local-prompts", type=at_least(0), default=4600,
                         help="more such captions, only with edits of a thing")
-    parser.add_argument("--new-prompts", type=at_least(0), default=3100,
+    parser.add_argument("--new-prompts", type=at_least(0), default=5000,
                         help="more such captions, only with additions and replacements")
     parser.add_argument("--paper-steps", type=at_least(1), nargs=len(PAPER_EDITOR_RUNS),
-                        default=(2400, 3700, 1600, 1600, 2400, 3000), metavar="STEPS",
-                        help="training steps of the paper editor's six runs, 32 filtered pairs each")
+                        default=(2400, 3700, 1600, 1600, 2400, 3000, 5000, 4500), metavar="STEPS",
+                        help="training steps of the paper editor's eight runs, 32 filtered pairs each")
     parser.add_argument("--editor-steps", type=at_least(1), nargs=len(EDITOR_RUNS), default=(3700, 7400),
                         metavar="STEPS", help="training steps of the editor's two runs, 32 pairs each")
     parser.add_argument("--distill-steps", type=at_least(1), default=1600,

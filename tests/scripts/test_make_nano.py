@@ -49,7 +49,7 @@ def test_from_nothing_to_folders_that_edit(make_nano, tmp_path, monkeypatch):
             "--out", tmp_path / "runs", "--ship", folder.parent, "--vae-steps", 2, "--decoder-steps", 1,
             "--clip-steps", 1, "--wording-steps", 1, "--sd-steps", 1, 1, "--captions", 4, "--editor-steps",
             *editor_steps, "--pairs", 4, "--prompts", 40, "--local-prompts", 3, "--new-prompts", 2,
-            "--paper-steps", *[1] * 6, "--distill-steps", 1, "--device", "cpu")])
+            "--paper-steps", *[1] * 8, "--distill-steps", 1, "--device", "cpu")])
         assert code == 0
         return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
 
