@@ -86,6 +86,7 @@ bench: .venv/test
 	.venv/bin/python tests/benchmarks/startup.py
 	.venv/bin/python tests/benchmarks/resident.py
 	.venv/bin/python tests/benchmarks/autoencoder.py
+	.venv/bin/python tests/benchmarks/batch.py
 	.venv/bin/python tests/benchmarks/few_steps.py --batches 35 --steps --deep-every 2 3 4 5
 
 bench-gpu: .venv/test

@@ -3,11 +3,10 @@
 #
 # Expected: half as many bytes take at most as long, and GroupNorm computes in fp32 inside either way.
 # Seen with torch 2.13.0 on one core of an AMD EPYC with AVX-512 and bf16 instructions, in channels_last, times the time
-# of fp32: 8.3 for (24, 64, 16, 16) in 16 groups, 5.3 for (3, 640, 16, 16) in 32 groups. On a map of 32 x 32 it is
-# 1.0. A contiguous map of 16 x 16 takes 1.4 to 1.5. To convert to fp32 and back costs less than it saves, and the result
-# is more exact. The U-Nets of Stable Diffusion have most of their norms on maps below 32 x 32 at 256 pixels.
-# Consequence for nanoip2p: the faster layers for CPUs compute norms of such maps in fp32 (nanoip2p/speed/cpu.py). A job
-# of Prompt-to-Prompt pairs with the nano weights takes 0.8 times the CPU time in bf16.
+# of fp32: 8.3 for (24, 64, 16, 16) in 16 groups, 5.3 for (3, 640, 16, 16) in 32 groups. On a map of 32 x 32 it is 0.9.
+# A contiguous map of 16 x 16 takes 1.4 to 1.5. By way of fp32, it takes 1.2 to 1.5. The U-Nets of Stable Diffusion
+# have most of their norms on maps below 32 x 32 at 256 pixels.
+# Consequence for nanoip2p: the faster layers for CPUs compute norms of such maps in fp32 (nanoip2p/speed/cpu.py).
 # Needs x86-64 Linux. Exit code 1: the behaviour has changed.
 set -eu
 folder=$(mktemp -d)

@@ -116,7 +116,7 @@ def test_the_whole_is_short():
 
     The aim is 7,500 with everything. The limit keeps what is reached, and should only ever fall.
     """
-    assert lines(PACKAGE + SCRIPTS) <= 11267
+    assert lines(PACKAGE + SCRIPTS) <= 11254
 
 
 @pytest.mark.parametrize("name", FILES)
