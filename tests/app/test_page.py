@@ -229,7 +229,8 @@ def test_stop_and_two_tabs_at_once(tab):
         give(page, EXAMPLES / f"{name}.png")
         say(page, "make it night")
     fill(first, "steps", 200)
-    fill(first, "n", 8)  # this takes longer than a slow browser needs to press Stop
+    fill(first, "n", 8)
+    fill(first, "cfg_image", 1.5)  # three branches: this takes longer than a slow browser needs to press Stop
     first.click("#edit")
     first.wait_for_selector("#status progress")
     second.click("#edit")
@@ -250,8 +251,9 @@ def test_stop_while_waiting(tab):
     for page in (first, second):
         give(page, EXAMPLES / "house.png")
         say(page, "make it night")
-        fill(page, "steps", 100)
-    fill(first, "n", 8)  # this takes longer than a slow browser needs to press Stop in the other tab
+        fill(page, "steps", 200)
+    fill(first, "n", 8)
+    fill(first, "cfg_image", 1.5)  # this takes longer than a slow browser needs to press Stop in the other tab
     first.click("#edit")
     first.wait_for_selector("#status progress")
     second.click("#edit")
