@@ -253,7 +253,7 @@ def test_stop_while_waiting(tab):
         say(page, "make it night")
         fill(page, "steps", 200)
     fill(first, "n", 8)
-    fill(first, "cfg_image", 1.5)  # this takes longer than a slow browser needs to press Stop in the other tab
+    fill(first, "cfg_image", 1.5)  # longer than a slow browser needs to press Stop in the other tab
     first.click("#edit")
     first.wait_for_selector("#status progress")
     second.click("#edit")
