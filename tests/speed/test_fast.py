@@ -130,6 +130,16 @@ def test_norm_keeps_its_digits_when_the_mean_is_large(spreads, channels, size):
 
 
 @torch.no_grad()
+def test_norms_of_small_maps_round_once_in_half_precision():
+    x = (torch.randn(2, 32, 8, 8, generator=torch.Generator().manual_seed(0)) + 3).bfloat16()
+    x = x.contiguous(memory_format=torch.channels_last)
+    norm = randomise(nn.GroupNorm(4, 32)).bfloat16()
+    exact = copy.deepcopy(norm).double()(x.double().contiguous())
+    error = (lay_out(nn.Sequential(norm))[0](x) - exact).abs()
+    assert (error <= 2**-8 * exact.abs() + 1e-5).all()
+
+
+@torch.no_grad()
 def test_large_means_make_the_fast_network_hardly_farther_from_double_precision(unet):
     """The test adds a large mean to the latents, as flat pictures have, and to every bias before a norm."""
     for name, bias in unet.named_parameters():
