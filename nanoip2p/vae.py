@@ -96,39 +96,29 @@ def _levels(widths: tuple[int, ...], blocks: int, groups: int, down: bool) -> nn
     return levels
 
 
-def _encoder(config: VAEConfig) -> nn.Sequential:
-    """(B, C_in, H, W) -> mean and log variance, concatenated: (B, 2 * latent, H/f, W/f)."""
-    widths, groups = config.block_out_channels, config.norm_num_groups
-    return nn.Sequential(OrderedDict(
-        conv_in=nn.Conv2d(config.in_channels, widths[0], 3, padding=1),
-        down_blocks=_levels(widths, config.layers_per_block, groups, down=True),
-        mid_block=MidBlock(widths[-1], groups),
-        conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=EPS),
-        silu=nn.SiLU(),
-        conv_out=nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)))
-
-
-def _decoder(config: VAEConfig) -> nn.Sequential:
-    """(B, latent, h, w) -> (B, C_out, f*h, f*w). Each level has one block more than in the encoder."""
-    widths, groups = config.block_out_channels[::-1], config.norm_num_groups
-    return nn.Sequential(OrderedDict(
-        conv_in=nn.Conv2d(config.latent_channels, widths[0], 3, padding=1),
-        mid_block=MidBlock(widths[0], groups),
-        up_blocks=_levels(widths, config.layers_per_block + 1, groups, down=False),
-        conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=EPS),
-        silu=nn.SiLU(),
-        conv_out=nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)))
-
-
 class VAE(nn.Module):
     """Autoencoder with a Gaussian posterior. The factor f is `downsampling`, 8 in SD 1.5."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
         self.config, latent = config, config.latent_channels
+        widths, blocks, groups = config.block_out_channels, config.layers_per_block, config.norm_num_groups
         self.scaling_factor = config.scaling_factor  # scales latents to about unit variance
-        self.downsampling = 2 ** (len(config.block_out_channels) - 1)  # f: pixels per latent position
-        self.encoder, self.decoder = _encoder(config), _decoder(config)
+        self.downsampling = 2 ** (len(widths) - 1)  # f: pixels per latent position
+        self.encoder = nn.Sequential(OrderedDict(                       # (B, C_in, H, W)
+            conv_in=nn.Conv2d(config.in_channels, widths[0], 3, padding=1),
+            down_blocks=_levels(widths, blocks, groups, down=True),
+            mid_block=MidBlock(widths[-1], groups),
+            conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=EPS),
+            silu=nn.SiLU(),
+            conv_out=nn.Conv2d(widths[-1], 2 * latent, 3, padding=1)))  # mean and log variance, concatenated
+        self.decoder = nn.Sequential(OrderedDict(                       # (B, latent, h, w)
+            conv_in=nn.Conv2d(latent, widths[-1], 3, padding=1),
+            mid_block=MidBlock(widths[-1], groups),
+            up_blocks=_levels(widths[::-1], blocks + 1, groups, down=False),
+            conv_norm_out=nn.GroupNorm(groups, widths[0], eps=EPS),
+            silu=nn.SiLU(),
+            conv_out=nn.Conv2d(widths[0], config.out_channels, 3, padding=1)))
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
         self.post_quant_conv = nn.Conv2d(latent, latent, 1)
 
