@@ -40,7 +40,7 @@ class CLIPTextConfig(_Config):
     projection_dim: int = 768
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
-    eos_token_id: int = 2  # SD 1.5's config has this wrong value, see TextTransformer.pool
+    eos_token_id: int = 2  # SD 1.5's config has this wrong value, see CLIP.encode_text
 
 
 @dataclass(frozen=True)
@@ -76,39 +76,26 @@ TEXT_DEFAULTS = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_h
                  "projection_dim": 512, "eos_token_id": 49407}
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention. (B, T, D) -> (B, T, D)."""
-
-    def __init__(self, width: int, heads: int, causal: bool):
-        super().__init__()
-        self.heads, self.causal = heads, causal
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        return self.out_proj(attention(q, k, v, self.heads, self.causal))
-
-
 class Layer(nn.Module):
     """A pre-norm transformer layer: self-attention, then an MLP. (B, T, D) -> (B, T, D)."""
 
     def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, causal: bool):
         super().__init__()
-        width, heads = config.hidden_size, config.num_attention_heads
+        width, hidden, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
         if width % heads or config.hidden_act not in ACTIVATIONS:
             raise ValueError(f"CLIP: hidden_size = {width} must be a multiple of {heads} heads, and "
                              f"hidden_act = {config.hidden_act!r} one of {sorted(ACTIVATIONS)}")
-        self.self_attn = Attention(width, heads, causal)
+        self.heads, self.causal, self.activation = heads, causal, ACTIVATIONS[config.hidden_act]
+        self.self_attn = nn.ModuleDict(
+            {name: nn.Linear(width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")})
         self.layer_norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        hidden, self.activation = config.intermediate_size, ACTIVATIONS[config.hidden_act]
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
         self.layer_norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
+        h = self.layer_norm1(x)
+        q, k, v = (self.self_attn[name](h) for name in ("q_proj", "k_proj", "v_proj"))
+        x = x + self.self_attn["out_proj"](attention(q, k, v, self.heads, self.causal))
         return x + self.mlp["fc2"](self.activation(self.mlp["fc1"](self.layer_norm2(x))))
 
 
@@ -116,20 +103,6 @@ def _encoder(config: CLIPTextConfig | CLIPVisionConfig, causal: bool) -> nn.Sequ
     """The transformer layers of one encoder, text or vision. (B, T, D) -> (B, T, D)."""
     layers = (Layer(config, causal) for _ in range(config.num_hidden_layers))
     return nn.Sequential(OrderedDict(layers=nn.Sequential(*layers)))
-
-
-class TextEmbeddings(nn.Module):
-    """Token embeddings plus position embeddings. ids (B, T) -> (B, T, D)."""
-
-    def __init__(self, config: CLIPTextConfig):
-        super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        nn.init.normal_(self.token_embedding.weight, std=0.02)  # as in OpenAI's code; std=1 trains slowly
-        nn.init.normal_(self.position_embedding.weight, std=0.02)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
 
 
 class VisionEmbeddings(nn.Module):
@@ -156,19 +129,19 @@ class TextTransformer(nn.Module):
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
-        self.eos_token_id = config.eos_token_id
-        self.embeddings = TextEmbeddings(config)
+        width = config.hidden_size
+        self.embeddings = nn.ModuleDict({
+            "token_embedding": nn.Embedding(config.vocab_size, width),
+            "position_embedding": nn.Embedding(config.max_position_embeddings, width)})
+        for table in self.embeddings.values():
+            nn.init.normal_(table.weight, std=0.02)  # as in OpenAI's code; std=1 trains slowly
         self.encoder = _encoder(config, causal=True)
-        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.final_layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.final_layer_norm(self.encoder(self.embeddings(ids)))
-
-    def pool(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """The hidden state at the first end-of-text token: hidden (B, T, D), ids (B, T) -> (B, D)."""
-        # Configs before mid-2023 wrongly have 2: take the largest id (end-of-text), as OpenAI's code does
-        end = ids.argmax(1) if self.eos_token_id == 2 else (ids == self.eos_token_id).int().argmax(1)
-        return hidden[torch.arange(len(ids), device=ids.device), end]
+        tokens, positions = self.embeddings.values()
+        x = tokens(ids) + positions.weight[: ids.shape[1]]                           # (B, T, D)
+        return self.final_layer_norm(self.encoder(x))
 
 
 class VisionTransformer(nn.Module):
@@ -184,10 +157,6 @@ class VisionTransformer(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
-
-    def pool(self, hidden: Tensor) -> Tensor:
-        """The class token after the last layer norm: hidden (B, 1 + patches, D) -> (B, D)."""
-        return self.post_layernorm(hidden[:, 0])
 
 
 class TextEncoder(nn.Module):
@@ -237,13 +206,16 @@ class CLIP(nn.Module):
         return cls(read_config(CLIPConfig, config, {}, IGNORED["clip"]))
 
     def encode_text(self, ids: Tensor) -> Tensor:
-        """Token ids (B, T) int64 -> unit vectors (B, P)."""
-        pooled = self.text_model.pool(self.text_model(ids), ids)
+        """Token ids (B, T) int64 -> unit vectors (B, P), from the hidden state at the first end-of-text."""
+        eos = self.config.text_config.eos_token_id
+        # Configs before mid-2023 wrongly have 2: take the largest id (end-of-text), as OpenAI's code does
+        end = ids.argmax(1) if eos == 2 else (ids == eos).int().argmax(1)                    # (B,)
+        pooled = self.text_model(ids)[torch.arange(len(ids), device=ids.device), end]        # (B, D)
         return F.normalize(self.text_projection(pooled), dim=-1)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """Normalised pictures (B, 3, S, S) -> unit vectors (B, P)."""
-        pooled = self.vision_model.pool(self.vision_model(pixels))
+        """Normalised pictures (B, 3, S, S) -> unit vectors (B, P), from the class token."""
+        pooled = self.vision_model.post_layernorm(self.vision_model(pixels)[:, 0])           # (B, D)
         return F.normalize(self.visual_projection(pooled), dim=-1)
 
     def forward(self, ids: Tensor, pixels: Tensor) -> Tensor:
