@@ -242,21 +242,20 @@ def claim_folder(folder: Path, marker: str, job: dict, flag: str, notes: dict | 
         if foreign:
             raise ValueError(f"{folder} holds {foreign[0]} but no {marker}; choose another {flag}")
         write_json((notes or {}) | job, path)
-    if difference := _difference(read_json(path), job):
-        raise ValueError(f"{folder} {difference}; use the same setting, or another {flag}")
+    for key, found, value in _differences(read_json(path), job):
+        begun = f"begun with {key} = {found}, not {value}" if len(str(value)) <= 12 else (
+            f"not begun with the same {key}")
+        raise ValueError(f"{folder} was {begun}; use the same setting, or another {flag}")
 
 
-def _difference(there: dict, wanted: dict) -> str | None:
-    """Say which entry of `wanted` is the first that differs in `there`. None if all are equal."""
+def _differences(there: dict, wanted: dict) -> Iterator[tuple]:
+    """Yield (key, its value in `there`, its value in `wanted`) for each entry of `wanted` that differs."""
     for key, value in wanted.items():
         found = there.get(key)
         if isinstance(value, dict) and isinstance(found, dict):
-            if difference := _difference(found, value):
-                return difference
+            yield from _differences(found, value)
         elif found != value:
-            shown = f"was begun with {key} = {found}, not {value}"
-            return shown if len(str(value)) <= 12 else f"was not begun with the same {key}"
-    return None
+            yield key, found, value
 
 
 @contextmanager
