@@ -83,10 +83,9 @@ def unet_places(config: UNetConfig) -> dict[str, str]:
     numbers = config.layers_per_block + 1  # per level. Down: blocks and a downsampler. Up: one block more
     for i, up in enumerate(config.up_block_types):
         for j in range(numbers):
-            places[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{1 + i * numbers + j}.0"
-            places[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{1 + i * numbers + j}.1"
-            places[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{i * numbers + j}.0"
-            places[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{i * numbers + j}.1"
+            for k, layers in enumerate(("resnets", "attentions")):
+                places[f"down_blocks.{i}.{layers}.{j}"] = f"input_blocks.{1 + i * numbers + j}.{k}"
+                places[f"up_blocks.{i}.{layers}.{j}"] = f"output_blocks.{i * numbers + j}.{k}"
         places[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{(i + 1) * numbers}.0.op"
         slot = 2 if up == "CrossAttnUpBlock2D" else 1  # after the other layers of the level's last block
         places[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{(i + 1) * numbers - 1}.{slot}.conv"
