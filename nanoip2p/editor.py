@@ -1,9 +1,4 @@
-"""Picture + instruction -> edited picture: the whole of inference.
-
-    from nanoip2p import Editor
-    editor = Editor.load("weights/nano-ip2p")
-    edited = editor.edit("house.png", "make it night", seed=0)
-"""
+"""Picture + instruction -> edited picture: the whole of inference."""
 
 from contextlib import contextmanager
 
@@ -33,8 +28,7 @@ class Editor(Model):
     ) -> Image.Image | list[Image.Image]:
         """Edit pictures by instruction. Returns RGB pictures: a list, or one if no argument is a list.
 
-        images: one picture or a list. A picture is a path, a PIL image, an array (H, W, 3) or a tensor
-        (3, H, W), of uint8 or of floats in [0, 1]. `images.fit_size` computes the size of the result.
+        images: one or a list, see pipeline.as_image. `images.fit_size` computes the size of the result.
         instructions: one for all pictures, or a list with one for each picture.
         seed: a list with one number for each picture, or one number (picture i then uses seed + i), or None
         for a random seed. `last_seed` keeps the seed. Device and batch do not change the noise of a picture.
