@@ -33,63 +33,15 @@ def paint(scene, pixels: int) -> Image.Image:
     pen.image.paste(paint_landscape(pixels, scene.time, scene.weather, scene.ground, scene.landscape))
     for thing in scene.things:
         paint_thing(pen, thing)
-    if scene.weather == "rainy":
-        pen.at(0.0, 1.0, 1.0)
-        for i in range(44):
-            u, v = (i * 0.618034 + 0.03) % 1.0, (i * 0.754878) % 1.0
-            streak = ((u, v), (u + 0.008, v), (u - 0.014, v - 0.085), (u - 0.022, v - 0.085))
-            pen.polygon((206, 222, 244), *streak)
-    if scene.weather == "foggy":
-        return Image.blend(pen.image, Image.new("RGB", pen.image.size, FOG[scene.time]), 0.38)
-    return pen.image
+    return paint_weather(pen, scene)
 
 
 @lru_cache(maxsize=2)
 def paint_landscape(pixels: int, time: str, weather: str, ground: str, landscape: int) -> Image.Image:
     """Paint sky, hills and ground. Cached, because most edits of a scene change only things."""
     pen = Pen(pixels, time, weather)
-    (top, horizon), grey, overcast = SKY[time], GREY_SKY[time], OVERCAST[weather]
-    rows = int(pen.pixels * (HORIZON + 0.06))
-    for row in range(0, rows, 2):
-        colour = mix(mix(top, horizon, row / rows), grey, overcast)
-        pen.draw.rectangle((0, row, pen.pixels, row + 2), fill=colour)
-    if time == "night" and weather == "clear":
-        for i in range(26):
-            u, v = (i * 0.754878 + 0.05) % 1.0, 0.52 + 0.46 * ((i * 0.569840 + 0.3) % 1.0)
-            pen.disc((250, 250, 220), u, v, 0.007, glow=True)
-    if weather in ("clear", "cloudy"):
-        shade = mix(mix(top, horizon, 0.22), grey, overcast)  # hides a part of the moon
-        for disc in {"day": (((255, 238, 150), 0.16, 0.84, 0.095), ((255, 216, 60), 0.16, 0.84, 0.075)),
-                     "sunset": (((255, 190, 96), 0.5, 0.45, 0.15), ((255, 226, 150), 0.5, 0.45, 0.115)),
-                     "night": (((244, 240, 208), 0.80, 0.84, 0.07), (shade, 0.83, 0.86, 0.06))}[time]:
-            pen.disc(*disc, glow=True)
-    if weather in ("cloudy", "rainy"):
-        cloud = (246, 248, 252) if weather == "cloudy" else (136, 142, 154)
-        for u, v, s in ((0.22, 0.80, 0.9), (0.60, 0.90, 1.1), (0.93, 0.76, 0.8)):
-            for du, dv, r in ((-0.09, 0.0, 0.05), (-0.03, 0.03, 0.065), (0.05, 0.02, 0.055),
-                              (0.10, -0.005, 0.045)):
-                pen.disc(cloud, u + du * s, v + dv * s, r * s)
-    phase = landscape * 0.0137  # of two rows of hills
-    for height, swing, step, share in ((0.075, 0.05, 5.0, 0.62), (0.02, 0.04, 7.5, 0.35)):
-        colour = mix((92, 128, 128), (196, 214, 230), share)
-        phase = phase * 1.7 + 1.1
-        ridge = [(i / 32, 1 - HORIZON + height + swing * math.sin(phase + i * step / 32)) for i in range(33)]
-        pen.polygon(colour, (0.0, 0.25), *ridge, (1.0, 0.25))
-    # A curved field that darkens towards the viewer, with sparse marks for grass, dirt and sand
-    colour = GROUND_COLOUR[ground]
-    for band in range(5):
-        edge = 1 - HORIZON - 0.085 * band
-        arch = [(i / 16, edge + 0.025 * math.sin(math.pi * i / 16)) for i in range(17)]
-        pen.polygon(mix(colour, (20, 24, 40), 0.045 * band), (0.0, 0.0), *arch, (1.0, 0.0))
-    mark = mix(colour, (30, 40, 30), 0.24)
-    for i in range(22):
-        u, v = (i * 0.618034) % 1.0, 0.02 + 0.34 * ((i * 0.324718) % 1.0)
-        if ground == "grass":
-            pen.polygon(mark, (u - 0.008, v), (u, v + 0.035), (u + 0.008, v))
-        elif ground == "dirt":
-            pen.disc(mark, u, v, 0.016, 0.009)
-        elif ground == "sand":
-            pen.box(mark, u - 0.02, v, u + 0.02, v + 0.006)
+    paint_sky(pen, time, weather, landscape)
+    paint_ground(pen, ground)
     return pen.image
 
 
@@ -133,6 +85,68 @@ class Pen:
         """Fill an ellipse with centre (u, v) and radii (ru, rv). If rv is 0: a circle."""
         (x0, y1), (x1, y0) = self.points([(u - ru, v - (rv or ru)), (u + ru, v + (rv or ru))])
         self.draw.ellipse((x0, y0, x1, y1), fill=self.lit(colour, glow))
+
+
+def paint_sky(pen: Pen, time: str, weather: str, landscape: int) -> None:
+    """Paint a vertical gradient, the sun or the moon and stars, clouds, and two rows of hills."""
+    (top, horizon), grey, overcast = SKY[time], GREY_SKY[time], OVERCAST[weather]
+    rows = int(pen.pixels * (HORIZON + 0.06))
+    for row in range(0, rows, 2):
+        colour = mix(mix(top, horizon, row / rows), grey, overcast)
+        pen.draw.rectangle((0, row, pen.pixels, row + 2), fill=colour)
+    if time == "night" and weather == "clear":
+        for i in range(26):
+            u, v = (i * 0.754878 + 0.05) % 1.0, 0.52 + 0.46 * ((i * 0.569840 + 0.3) % 1.0)
+            pen.disc((250, 250, 220), u, v, 0.007, glow=True)
+    if weather in ("clear", "cloudy"):
+        shade = mix(mix(top, horizon, 0.22), grey, overcast)  # hides a part of the moon
+        for disc in {"day": (((255, 238, 150), 0.16, 0.84, 0.095), ((255, 216, 60), 0.16, 0.84, 0.075)),
+                     "sunset": (((255, 190, 96), 0.5, 0.45, 0.15), ((255, 226, 150), 0.5, 0.45, 0.115)),
+                     "night": (((244, 240, 208), 0.80, 0.84, 0.07), (shade, 0.83, 0.86, 0.06))}[time]:
+            pen.disc(*disc, glow=True)
+    if weather in ("cloudy", "rainy"):
+        cloud = (246, 248, 252) if weather == "cloudy" else (136, 142, 154)
+        for u, v, s in ((0.22, 0.80, 0.9), (0.60, 0.90, 1.1), (0.93, 0.76, 0.8)):
+            for du, dv, r in ((-0.09, 0.0, 0.05), (-0.03, 0.03, 0.065), (0.05, 0.02, 0.055),
+                              (0.10, -0.005, 0.045)):
+                pen.disc(cloud, u + du * s, v + dv * s, r * s)
+    phase = landscape * 0.0137
+    for height, swing, step, share in ((0.075, 0.05, 5.0, 0.62), (0.02, 0.04, 7.5, 0.35)):
+        colour = mix((92, 128, 128), (196, 214, 230), share)
+        phase = phase * 1.7 + 1.1
+        ridge = [(i / 32, 1 - HORIZON + height + swing * math.sin(phase + i * step / 32)) for i in range(33)]
+        pen.polygon(colour, (0.0, 0.25), *ridge, (1.0, 0.25))
+
+
+def paint_ground(pen: Pen, ground: str) -> None:
+    """Paint a curved field that darkens towards the viewer, with sparse marks for grass, dirt and sand."""
+    colour = GROUND_COLOUR[ground]
+    for band in range(5):
+        edge = 1 - HORIZON - 0.085 * band
+        arch = [(i / 16, edge + 0.025 * math.sin(math.pi * i / 16)) for i in range(17)]
+        pen.polygon(mix(colour, (20, 24, 40), 0.045 * band), (0.0, 0.0), *arch, (1.0, 0.0))
+    mark = mix(colour, (30, 40, 30), 0.24)
+    for i in range(22):
+        u, v = (i * 0.618034) % 1.0, 0.02 + 0.34 * ((i * 0.324718) % 1.0)
+        if ground == "grass":
+            pen.polygon(mark, (u - 0.008, v), (u, v + 0.035), (u + 0.008, v))
+        elif ground == "dirt":
+            pen.disc(mark, u, v, 0.016, 0.009)
+        elif ground == "sand":
+            pen.box(mark, u - 0.02, v, u + 0.02, v + 0.006)
+
+
+def paint_weather(pen: Pen, scene) -> Image.Image:
+    """Paint rain or fog over the whole picture. Returns the picture."""
+    if scene.weather == "rainy":
+        pen.at(0.0, 1.0, 1.0)
+        for i in range(44):
+            u, v = (i * 0.618034 + 0.03) % 1.0, (i * 0.754878) % 1.0
+            streak = ((u, v), (u + 0.008, v), (u - 0.014, v - 0.085), (u - 0.022, v - 0.085))
+            pen.polygon((206, 222, 244), *streak)
+    if scene.weather == "foggy":
+        return Image.blend(pen.image, Image.new("RGB", pen.image.size, FOG[scene.time]), 0.38)
+    return pen.image
 
 
 def paint_thing(pen: Pen, thing) -> None:
