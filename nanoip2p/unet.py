@@ -142,7 +142,10 @@ Attend = Callable[["Attention", Tensor, Context], Tensor]
 
 def repeat_rows(x: Tensor, context: Context) -> Tensor:
     """Repeat the rows of x (B, ...) to one row per text (R, ...), unless x has R rows already."""
-    return x if isinstance(context, Tensor) or len(x) == len(context.rows) else x[context.rows]
+    if isinstance(context, Tensor) or len(x) == len(context.rows):
+        return x
+    # Indexing alone would turn a feature map in channels_last into a contiguous one, which is slower
+    return x.movedim(1, -1)[context.rows].movedim(-1, 1) if x.ndim == 4 else x[context.rows]
 
 
 def attend(layer: "Attention", x: Tensor, context: Context) -> Tensor:

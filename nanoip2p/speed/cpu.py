@@ -67,7 +67,8 @@ def lay_out(model: nn.Module, winograd: bool = False, direct: tuple[nn.Module, .
             elif channels >= LEAST_CHANNELS:
                 setattr(parent, name, Convolution(layer))
     for weight in model.parameters():  # of the other layers. Without a copy, a mapped file stays in memory
-        weight.data = weight.data.clone()
+        layout = torch.channels_last if weight.ndim == 4 else torch.contiguous_format
+        weight.data = weight.data.clone(memory_format=layout)  # conv_in decides the layout of all maps
     return model.requires_grad_(False)
 
 

@@ -244,6 +244,25 @@ def test_each_layer_uses_its_own_attention(unet):
         assert len(used) == len(layers) > 0
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [[0, 1], [0, 0, 1], [1, 0, 1, 0]], ids=str)
+@pytest.mark.parametrize("prefix", ["DownBlock2D", "CrossAttnDownBlock2D"])
+def test_all_maps_stay_in_channels_last(rows, prefix):
+    """Other layouts are slower. Skip connections are repeated where texts outnumber pictures."""
+    types = (prefix, "CrossAttnDownBlock2D")
+    unet = randomise(UNet(replace(tiny_unet(8), block_out_channels=(16, 32), down_block_types=types)))
+    latents, time, context = inputs(12, 8, 4)
+    latents, context, rows = latents[:2], context[: len(rows)], torch.tensor(rows)
+    expected, seen = unet(latents[rows], time, context), []
+    lay_out(unet)
+    for layer in unet.modules():
+        if layer is not unet.conv_in and isinstance(layer, cpu.Norm | cpu.Convolution | nn.Conv2d):
+            layer.register_forward_pre_hook(
+                lambda _, given: seen.append(given[0].is_contiguous(memory_format=torch.channels_last)))
+    assert relative_error(unet(latents, time, unet.project_context(context, rows)), expected) < 1e-5
+    assert len(seen) > 20 and all(seen)
+
+
 def test_the_first_convolution_stays(unet):
     """Its weight tells the pipeline the dtype and the device. This holds with 16 input channels too."""
     wide = UNet(replace(unet.config, in_channels=16))
