@@ -1,5 +1,7 @@
 """Choose the device, and the dtype that is fast on it."""
 
+import ctypes
+import sys
 import timeit
 from functools import cache, partial
 
@@ -14,10 +16,24 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} does not work here ({reason}); omit it for the default") from None
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep up to 64 MB of freed memory, which glibc returns to Linux at once by default.
+
+    torch frees and allocates a feature map at each step of a network. Linux clears every page that it hands
+    out again, which takes about a tenth of the time of a small network on a CPU.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc's malloc.h
+        libc.mallopt(-1, 64 * 2**20)  # M_TRIM_THRESHOLD: free bytes at the top of the heap
+        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: the heap holds smaller tensors. 32 MB is its maximum
 
 
 def pick_dtype(name: str | None, device: torch.device) -> str:

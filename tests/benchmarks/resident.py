@@ -26,6 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 from comparing import randomise  # noqa: E402
 
 from nanoip2p.checkpoint.folder import load_network, save_network  # noqa: E402
+from nanoip2p.common.device import pick_device  # noqa: E402
 from nanoip2p.speed.fast import speed_up  # noqa: E402
 from nanoip2p.unet import UNet, UNetConfig  # noqa: E402
 
@@ -44,7 +45,7 @@ def load(side: str, folder: Path):
         unet = diffusers.UNet2DConditionModel.from_pretrained(folder).eval()
         return lambda x, text: unet(x, 500, text).sample
     unet = load_network(UNet, folder)
-    model = SimpleNamespace(unet=unet, vae=nn.Module(), device=torch.device("cpu"))
+    model = SimpleNamespace(unet=unet, vae=nn.Module(), device=pick_device("cpu"))
     speed_up(model, side == "ours, fast", print)
     return lambda x, text: unet(x, 500, text)
 
