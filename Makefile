@@ -6,6 +6,7 @@
 # make test-fast compare the core with diffusers and transformers at small widths; less than a minute
 # make docs      draw every picture of README.md and docs/ again; half an hour on one core
 # make reproduce repeat the paper in the nano world: weights, data, scores, figure 8, ablations -> runs
+# make reproduce-small  the same with a tenth of the steps or fewer; two hours on one core -> runs/small
 # make fuzz      100,000 mutated inputs for everything that reads files; an hour on one core
 # make bench     run the benchmarks at sizes for a CPU; tests/benchmarks/RESULTS.md has results
 # make bench-gpu run the benchmarks that need a GPU, for the figures that RESULTS.md calls "not measured"
@@ -15,7 +16,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo app dataset train docs reproduce test test-fast fuzz bench bench-gpu lint
+.PHONY: demo app dataset train docs reproduce reproduce-small test test-fast fuzz bench bench-gpu lint
 
 demo: .venv/runtime
 	.venv/bin/python weights/demo.py --out out/demo.png
@@ -54,15 +55,25 @@ docs: .venv/browser dataset train
 	cp runs/first/loss.png weights/first-editor-loss.png
 	cp runs/curve/curve.png runs/curve/curve.jsonl weights/
 
+RUNS = runs
 reproduce: .venv/test
-	.venv/bin/python weights/make_nano.py
-	.venv/bin/python -m nanoip2p.evaluate captions --weights runs/nano/ship/nano-sd --clip runs/nano/ship/nano-clip
+	.venv/bin/python weights/make_nano.py --out $(RUNS)/nano $(NANO)
+	.venv/bin/python -m nanoip2p.evaluate captions --weights $(RUNS)/nano/ship/nano-sd \
+		--clip $(RUNS)/nano/ship/nano-clip
 	for editor in nano-ip2p nano-ip2p-paper; do for combinations in seen held-out; do \
-		.venv/bin/python -m nanoip2p.evaluate scenes --weights runs/nano/ship/$$editor \
-			--combinations $$combinations --out runs/scores/$$editor-$$combinations || exit; done; done
-	.venv/bin/python -m nanoip2p.evaluate curve --weights runs/nano/ship/nano-ip2p-paper \
-		--sdedit runs/nano/ship/nano-sd --clip runs/nano/ship/nano-clip --out runs/curve-paper
-	.venv/bin/python weights/ablate.py --out runs/ablate
+		.venv/bin/python -m nanoip2p.evaluate scenes --weights $(RUNS)/nano/ship/$$editor \
+			--combinations $$combinations --out $(RUNS)/scores/$$editor-$$combinations || exit; done; done
+	.venv/bin/python -m nanoip2p.evaluate curve --weights $(RUNS)/nano/ship/nano-ip2p-paper \
+		--sdedit $(RUNS)/nano/ship/nano-sd --clip $(RUNS)/nano/ship/nano-clip --out $(RUNS)/curve-paper
+	.venv/bin/python weights/ablate.py --out $(RUNS)/ablate $(ABLATE)
+
+# A weak CLIP lets no pair pass, so CLIP is trained longer than by a tenth
+reproduce-small:
+	$(MAKE) reproduce RUNS=runs/small \
+		NANO="--clip-steps 500 --wording-steps 800 --vae-steps 800 --decoder-steps 400 --sd-steps 1200 600 \
+			--captions 6000 --prompts 100 --local-prompts 120 --new-prompts 80 --pairs 4000 \
+			--paper-steps 1000 --editor-steps 400 700 --distill-steps 150" \
+		ABLATE="--prompts 100 --steps 40 --seeds 1 --n 70"
 
 # Small networks are faster on one thread
 test test-fast fuzz bench: export OMP_NUM_THREADS = 1

@@ -77,7 +77,7 @@ SD_RUNS = (["--lr", 1e-3, "--text-to-image"],
 EDITOR_RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--kind-weights", 1.2, 2, 2, 1, 0.8, 1, 0.8],
                ["--lr", 8e-4, "--dtype", "fp32", "--kind-weights", 1.6, 2, 2, 1.6, 0.5, 0.7, 0.6])
 # The editor made as in the paper starts from nano-sd and trains on fewer pairs, painted by nano-sd
-PAPER_EDITOR_RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--no-flip"],) * 8
+PAPER_EDITOR_RUN = ["--lr", 1e-3, "--dtype", "fp32", "--no-flip"]
 # The student of the editor, see training/distill.py
 DISTILL_RUN = ["--preset", "nano", "--lr", 2e-4, "--dtype", "fp32",
                "--kind-weights", 1.2, 2, 2, 1, 0.8, 1, 0.8]
@@ -279,8 +279,8 @@ def make(args: argparse.Namespace) -> None:
     call(make_dataset.main, "pairs", "--prompts", prompts, "--out", pairs, "--weights", painter,
          "--device", device)
     pairs = in_wordings(pairs, args.out / "pairs-in-wordings")
-    paper_editor = trained(
-        args.out / "paper-editor", painter, args.paper_steps, PAPER_EDITOR_RUNS, args.pairs, device, pairs)
+    paper_editor = trained(args.out / "paper-editor", painter, [args.paper_steps], (PAPER_EDITOR_RUN,),
+                           args.pairs, device, pairs)
     editor = start_folder(args.out / "start", UNET, DEFAULTS, *stages)
     editor = trained(args.out / "editor", editor, args.editor_steps, EDITOR_RUNS, args.pairs, device)
     of = "-".join(map(str, args.editor_steps))  # a student's run resumes only with the same teacher
@@ -311,9 +311,8 @@ def main(argv: list[str] | None = None) -> int:
                         help="more such captions, only with edits of a thing")
     parser.add_argument("--new-prompts", type=at_least(0), default=5000,
                         help="more such captions, only with additions and replacements")
-    parser.add_argument("--paper-steps", type=at_least(1), nargs=len(PAPER_EDITOR_RUNS),
-                        default=(2400, 3700, 1600, 1600, 2400, 3000, 5000, 4500), metavar="STEPS",
-                        help="training steps of the paper editor's eight runs, 32 filtered pairs each")
+    parser.add_argument("--paper-steps", type=at_least(1), default=24_200,
+                        help="training steps of the paper editor, 32 filtered pairs each")
     parser.add_argument("--editor-steps", type=at_least(1), nargs=len(EDITOR_RUNS), default=(3700, 7400),
                         metavar="STEPS", help="training steps of the editor's two runs, 32 pairs each")
     parser.add_argument("--distill-steps", type=at_least(1), default=1600,
