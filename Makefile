@@ -8,7 +8,7 @@
 # make reproduce repeat the paper in the nano world: weights, data, scores, figure 8, ablations -> runs
 # make reproduce-small  the same with a tenth of the steps or fewer; two hours on one core -> runs/small
 # make fuzz      100,000 mutated inputs for everything that reads files; an hour on one core
-# make bench     run the benchmarks at sizes for a CPU; tests/benchmarks/RESULTS.md has results
+# make bench     run all benchmarks for a CPU, with 13 GB of disk; tests/benchmarks/RESULTS.md has results
 # make bench-gpu run the benchmarks that need a GPU, for the figures that RESULTS.md calls "not measured"
 # make lint      run ruff
 # Each target first sets up .venv, if it is missing or older than pyproject.toml or constraints.txt.
@@ -88,17 +88,25 @@ fuzz: .venv/test
 	ulimit -v 16000000; .venv/bin/python tests/fuzz/fuzz.py --n 100000 --seed 1
 
 bench: .venv/test
+	.venv/bin/python tests/benchmarks/startup.py --repeat 5
+	.venv/bin/python tests/benchmarks/edit.py --width full --repeat 5
+	.venv/bin/python tests/benchmarks/edit.py --width full --repeat 3 --dtype bf16
 	.venv/bin/python tests/benchmarks/edit.py --width half --repeat 3
 	.venv/bin/python tests/benchmarks/edit.py --width half --repeat 3 --dtype bf16
-	.venv/bin/python tests/benchmarks/pair.py --width tiny --steps 1 --repeat 3
-	.venv/bin/python tests/benchmarks/train_step.py --repeat 3
-	.venv/bin/python tests/benchmarks/attention.py --repeat 3
-	.venv/bin/python tests/benchmarks/edit_memory.py
-	.venv/bin/python tests/benchmarks/startup.py
+	.venv/bin/python tests/benchmarks/edit.py --width full --steps 20 --repeat 1 --deep-every 3
 	.venv/bin/python tests/benchmarks/resident.py
 	.venv/bin/python tests/benchmarks/autoencoder.py
-	.venv/bin/python tests/benchmarks/batch.py
-	.venv/bin/python tests/benchmarks/few_steps.py --batches 35 --steps --deep-every 2 3 4 5
+	.venv/bin/python tests/benchmarks/batch.py --repeat 9
+	.venv/bin/python tests/benchmarks/few_steps.py --batches 1 35 --deep-every 2 3 4 5
+	.venv/bin/python tests/benchmarks/pair.py --width tiny --steps 1 --repeat 3
+	.venv/bin/python tests/benchmarks/train_step.py --repeat 3
+	.venv/bin/python tests/benchmarks/train_step.py --width half --batch 4 --repeat 2
+	.venv/bin/python tests/benchmarks/train_step.py --width half --batch 1 --repeat 3
+	.venv/bin/python tests/benchmarks/train_step.py --width half --batch 4 --repeat 3 \
+		--sides "ours, stored" "LoRA 16" "LoRA 64 all"
+	.venv/bin/python tests/benchmarks/attention.py --repeat 5
+	.venv/bin/python tests/benchmarks/edit_memory.py
+	.venv/bin/python tests/benchmarks/load.py --repeat 3
 
 bench-gpu: .venv/test
 	.venv/bin/python tests/benchmarks/attention.py --batch 3
