@@ -6,7 +6,7 @@
 # make test-fast compare the core with diffusers and transformers at small widths; less than a minute
 # make docs      draw every picture of README.md and docs/ again; half an hour on one core
 # make reproduce repeat the paper in the nano world: weights, data, scores, figure 8, ablations -> runs
-# make reproduce-small  the same with a tenth of the steps or fewer; two hours on one core -> runs/small
+# make reproduce-small  the same with a twentieth of the steps or fewer, in two hours -> runs/small
 # make fuzz      100,000 mutated inputs for everything that reads files; an hour on one core
 # make bench     run all benchmarks for a CPU, with 13 GB of disk; tests/benchmarks/RESULTS.md has results
 # make bench-gpu run the benchmarks that need a GPU, for the figures that RESULTS.md calls "not measured"
@@ -56,24 +56,29 @@ docs: .venv/browser dataset train
 	cp runs/curve/curve.png runs/curve/curve.jsonl weights/
 
 RUNS = runs
+N = 490
+CURVE_N = 150
 reproduce: .venv/test
 	.venv/bin/python weights/make_nano.py --out $(RUNS)/nano $(NANO)
 	.venv/bin/python -m nanoip2p.evaluate captions --weights $(RUNS)/nano/ship/nano-sd \
 		--clip $(RUNS)/nano/ship/nano-clip
 	for editor in nano-ip2p nano-ip2p-paper; do for combinations in seen held-out; do \
 		.venv/bin/python -m nanoip2p.evaluate scenes --weights $(RUNS)/nano/ship/$$editor \
-			--combinations $$combinations --out $(RUNS)/scores/$$editor-$$combinations || exit; done; done
+			--combinations $$combinations --n $(N) --out $(RUNS)/scores/$$editor-$$combinations || exit; \
+		done; done
 	.venv/bin/python -m nanoip2p.evaluate curve --weights $(RUNS)/nano/ship/nano-ip2p-paper \
-		--sdedit $(RUNS)/nano/ship/nano-sd --clip $(RUNS)/nano/ship/nano-clip --out $(RUNS)/curve-paper
+		--sdedit $(RUNS)/nano/ship/nano-sd --clip $(RUNS)/nano/ship/nano-clip --n $(CURVE_N) \
+		--out $(RUNS)/curve-paper
 	.venv/bin/python weights/ablate.py --out $(RUNS)/ablate $(ABLATE)
 
-# A weak CLIP lets no pair pass, so CLIP is trained longer than by a tenth
+# A weak CLIP lets no pair pass, so CLIP is trained longer than by a twentieth
 reproduce-small:
-	$(MAKE) reproduce RUNS=runs/small \
-		NANO="--clip-steps 500 --wording-steps 800 --vae-steps 800 --decoder-steps 400 --sd-steps 1200 600 \
-			--captions 6000 --prompts 100 --local-prompts 120 --new-prompts 80 --pairs 4000 \
-			--paper-steps 1000 --editor-steps 400 700 --distill-steps 150" \
-		ABLATE="--prompts 100 --steps 40 --seeds 1 --n 70"
+	$(MAKE) reproduce RUNS=runs/small N=140 CURVE_N=35 \
+		NANO="--clip-steps 500 --wording-steps 800 --vae-steps 800 --decoder-steps 400 --sd-steps 1200 300 \
+			--captions 6000 --prompts 60 --local-prompts 60 --new-prompts 40 --pairs 4000 \
+			--paper-steps 500 --editor-steps 400 300 --distill-steps 60" \
+		ABLATE="--prompts 100 --steps 40 --seeds 1 --n 70 --only 'baseline' 'a tenth of the data' \
+			'not from nano-sd' 'picture never dropped' 'rendered pairs'"
 
 # Small networks are faster on one thread
 test test-fast fuzz bench: export OMP_NUM_THREADS = 1

@@ -16,6 +16,8 @@ from nanoip2p.unet import FeedForward
 
 LEAST_CHANNELS = 16      # layers with fewer channels (such as conv_out) gain nothing
 SMALL_MAP = 2048         # up to this B * h * w, laying out the weight takes much of a convolution's time
+TINY_MAP = 8 * 8         # up to this h * w, oneDNN's convolutions are slower than its products,
+LARGE_WEIGHT = 2**22     # if the weight has at least so many numbers
 SMALL_NORM = 32 * 32     # below this h * w, torch's GroupNorm in channels_last is slow in half precision
 WINOGRAD_CHANNELS = 256  # with fewer, Winograd's transforms take longer than the saved multiplications
 TILES_AT_ONCE = 512      # rows of a matrix product, such as Winograd tiles: few enough for the CPU's cache
@@ -167,26 +169,54 @@ class Gated(LaidOut):
 class Convolution(LaidOut):
     """Any other convolution. (B, C_in, h, w) -> (B, C_out, h', w').
 
-    For a small map, the weight is laid out for its size; a layout for any size can take 5 times as long.
+    For a small map, the weight is laid out for its size; a layout for any size can take 5 times as long. A
+    tiny map and a large weight become one matrix product, with the `patches` of the map as rows.
     """
 
     def __init__(self, layer: nn.Conv2d):
         super().__init__()
-        self.held, self.bias, self.size, self.blocks = layer.weight.detach(), layer.bias, None, False
+        self.held, self.bias, self.size = layer.weight.detach(), layer.bias, None
         self.settings = list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups
+        self.kernel, self.blocks, self.product = layer.kernel_size, False, False
 
     def forward(self, x: Tensor) -> Tensor:
-        padding, stride, dilation, groups = self.settings
         if x.shape[2:] != self.size:
-            weight = self.held.to_dense() if self.blocks else self.held
-            self.blocks = has_blocks(weight) and x.shape[0] * x.shape[2] * x.shape[3] <= SMALL_MAP
-            self.held = (torch.ops.mkldnn._reorder_convolution_weight(weight, *self.settings, list(x.shape))
-                         if self.blocks else weight if self.size else weight.clone())
-            self.size = x.shape[2:]
+            self.choose(x)
+        if self.product:
+            x = patches(x, self.kernel, *self.settings[:2])
+            x = torch.ops.mkldnn._linear_pointwise(x, self.held, self.bias, "none", [], "")
+            return x.permute(0, 3, 1, 2)
         if self.blocks:
             return torch.ops.mkldnn._convolution_pointwise(
                 x, self.held, self.bias, *self.settings, "none", [], "")
+        padding, stride, dilation, groups = self.settings
         return F.conv2d(x, self.held, self.bias, stride, padding, dilation, groups)
+
+    def choose(self, x: Tensor) -> None:
+        """Lay out the weight for maps like x. (B, C_in, h, w)."""
+        weight = self.held.to_dense() if self.blocks else self.held
+        if self.product:
+            weight = weight.unflatten(1, (*self.kernel, -1)).permute(0, 3, 1, 2)
+        positions = x.shape[2] * x.shape[3]
+        self.blocks = has_blocks(weight) and x.shape[0] * positions <= SMALL_MAP
+        self.product = (self.blocks and positions <= TINY_MAP and weight.numel() >= LARGE_WEIGHT and
+                        self.settings[2:] == ([1, 1], 1))
+        if self.product:
+            rows = weight.permute(0, 2, 3, 1).flatten(1)
+            self.held = torch.ops.mkldnn._reorder_linear_weight(rows, TILES_AT_ONCE)
+        elif self.blocks:
+            self.held = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.settings, list(x.shape))
+        else:
+            self.held = weight if self.size else weight.clone()
+        self.size = x.shape[2:]
+
+
+def patches(x: Tensor, kernel: tuple[int, int], padding: list, stride: list) -> Tensor:
+    """The inputs of each output of a convolution. (B, C, h, w) -> (B, h', w', kernel height * width * C)."""
+    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
+    for axis in (0, 1):
+        x = x.unfold(1 + axis, kernel[axis], stride[axis])
+    return x.permute(0, 1, 2, 4, 5, 3).flatten(3)              # from (B, h', w', C, kernel height, width)
 
 
 class Winograd(LaidOut):

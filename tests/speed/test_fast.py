@@ -47,11 +47,13 @@ def inputs(height=12, width=8, rows=3):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("small", [0, cpu.SMALL_MAP], ids=["plain convolutions", "laid out convolutions"])
+@pytest.mark.parametrize("small, large", [(0, 0), (cpu.SMALL_MAP, 10**9), (cpu.SMALL_MAP, 0)],
+                         ids=["plain convolutions", "laid out convolutions", "products"])
 @pytest.mark.parametrize("size", [(12, 8), (7, 9), (2, 2), (40, 30)], ids=str)
-def test_equals_the_plain_network(unet, small, size, monkeypatch):
-    winograd = (small == 0) == (size in [(12, 8), (2, 2)])  # each of four ways at two sizes
+def test_equals_the_plain_network(unet, small, large, size, monkeypatch):
+    winograd = (small == 0) == (size in [(12, 8), (2, 2)])  # each of six ways at two sizes
     monkeypatch.setattr(cpu, "SMALL_MAP", small)
+    monkeypatch.setattr(cpu, "LARGE_WEIGHT", large)
     given = inputs(*size)
     plain = unet(*given)
     made = lay_out(copy.deepcopy(unet), winograd, least=8)
@@ -62,20 +64,29 @@ def test_equals_the_plain_network(unet, small, size, monkeypatch):
 
 @torch.no_grad()
 def test_sizes_may_change_from_call_to_call(unet, monkeypatch):
-    """Each change between small and large maps lays out the weights anew. Their values stay the same."""
+    """Each change between tiny, small and large maps lays out weights anew. Their values stay the same."""
     monkeypatch.setattr(cpu, "SMALL_MAP", 90)  # just the size of 3 maps of (5, 6), half of (9, 12)
-    made, small = lay_out(copy.deepcopy(unet)), {}
+    monkeypatch.setattr(cpu, "TINY_MAP", 20)
+    monkeypatch.setattr(cpu, "LARGE_WEIGHT", 1000)  # some layers have fewer
+    made, ways, seen = lay_out(copy.deepcopy(unet)), {}, set()
     layers = {name: layer for name, layer in made.named_modules() if isinstance(layer, Convolution)}
-    for name, layer in layers.items():
-        layer.register_forward_pre_hook(lambda _, given, name=name: small.update(
-            {name: len(given[0]) * given[0].shape[2] * given[0].shape[3] <= 90}))
-    for size in ((4, 4), (40, 30), (5, 4), (4, 4), (9, 12)):
+
+    def way(layer, given):
+        positions = given[0].shape[2] * given[0].shape[3]
+        small = len(given[0]) * positions <= 90
+        ways[layer] = small, small and positions <= 20 and layer.held.numel() >= 1000
+
+    for layer in layers.values():
+        layer.register_forward_pre_hook(way)
+    for size in ((4, 4), (40, 30), (5, 4), (6, 5), (4, 4), (9, 12)):
         assert relative_error(made(*inputs(*size)), unet(*inputs(*size))) < 1e-5
-        assert {name: layer.blocks for name, layer in layers.items()} == small
+        assert {layer: (layer.blocks, layer.product) for layer in layers.values()} == ways
+        seen |= {*ways.values()}
         for name, layer in layers.items():
+            weight = unet.get_submodule(name).weight
             held = layer.held.to_dense() if layer.blocks else layer.held
-            assert torch.equal(held, unet.get_submodule(name).weight)
-    assert {*small.values()} == {True, False}
+            assert torch.equal(held, weight.permute(0, 2, 3, 1).flatten(1) if layer.product else weight)
+    assert seen == {(True, True), (True, False), (False, False)}
 
 
 @torch.no_grad()
@@ -224,6 +235,23 @@ def test_attention_is_tiled_where_the_cpu_has_instructions(unet, dtype, bf16, am
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kernel, stride, padding, size", [
+    ((3, 3), (1, 1), (1, 1), (5, 7)), ((3, 3), (2, 2), (1, 1), (8, 5)), ((3, 3), (2, 2), (0, 0), (7, 8)),
+    ((3, 2), (2, 1), (0, 1), (6, 6))], ids=str)
+def test_a_product_of_patches_equals_convolution(kernel, stride, padding, size, monkeypatch):
+    """Also with other kernels, strides and paddings than the networks have now."""
+    monkeypatch.setattr(cpu, "LARGE_WEIGHT", 0)
+    plain = randomise(nn.Conv2d(24, 20, kernel, stride, padding))
+    x = torch.randn(2, 24, *size, generator=torch.Generator().manual_seed(0))
+    layer, expected = Convolution(plain), plain(x)
+    made = layer(x)
+    assert layer.product and made.shape == expected.shape and relative_error(made, expected) < 1e-5
+    for other in (nn.Conv2d(24, 20, 3, groups=2), nn.Conv2d(24, 20, 3, dilation=2)):
+        layer = Convolution(other)
+        assert relative_error(layer(x), other(x)) < 1e-5 and not layer.product
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("winograd", [True, False])
 def test_convolutions_without_a_bias(winograd):
     layer = randomise(nn.Conv2d(16, 16, 3, padding=1, bias=False))
@@ -313,13 +341,16 @@ def test_no_layer_keeps_its_plain_weight_or_the_mapped_file(unet, tmp_path, dtyp
         assert held == size if not winograd else size < held < 4 * size
 
 
-@pytest.mark.parametrize("width, positions, chosen", [
-    (256, 10240, True), (256, 10239, False), (256, 2048, False), (256, 2047, False), (128, 10**6, False),
-    (320, 10**6, True)])
-def test_fast_is_chosen_where_it_pays(width, positions, chosen, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("width, positions, amx, dtype, chosen", [
+    (256, 10240, False, "float32", True), (256, 10239, False, "float32", False),
+    (256, 2048, True, "float32", False), (256, 2047, False, "float32", False),
+    (128, 10**6, False, "float32", False), (320, 10**6, True, "float32", True),
+    (320, 10**6, False, "bfloat16", True), (320, 10**6, True, "bfloat16", False)])
+def test_fast_is_chosen_where_it_pays(width, positions, amx, dtype, chosen, tmp_path, monkeypatch, capsys):
     used = []
     monkeypatch.setattr(fast, "lay_out", lambda network, winograd, *direct: used.append(winograd))
-    editor = Editor.load(write_tiny_editor(tmp_path), "cpu")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    editor = Editor.load(write_tiny_editor(tmp_path), "cpu", getattr(torch, dtype))
     editor.unet.config = replace(editor.unet.config, block_out_channels=(width, width), norm_num_groups=1)
     for given, wanted in ((None, chosen), (True, True), (False, False)):
         speed_up(editor, given, print, positions)
