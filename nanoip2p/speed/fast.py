@@ -29,9 +29,7 @@ def speed_up(model: Model, fast: bool | None, say: Callable[[str], None], positi
     if model.device.type == "cpu":
         if attention == "ours":
             say("--attention ours: our kernel needs CUDA; using torch's kernel")
-        # With AMX, products in bf16 are so fast that Winograd's transforms take longer than they save
-        slow = unet.conv_in.weight.dtype != torch.bfloat16 or not torch.cpu._is_amx_tile_supported()
-        large = unet.config.block_out_channels[0] >= WINOGRAD_CHANNELS and slow
+        large = unet.config.block_out_channels[0] >= WINOGRAD_CHANNELS
         if fast is None and (fast := large and positions >= 10 * STEP):
             say("this job is long enough for --fast, faster convolutions (--no-fast leaves them out)")
         if fast or positions >= 2 * STEP:  # laying out takes as long as one step saves
