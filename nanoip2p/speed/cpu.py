@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nanoip2p.attention import split_heads
 from nanoip2p.unet import FeedForward
 
+mkldnn = torch.ops.mkldnn  # torch's name for oneDNN
 LEAST_CHANNELS = 16      # layers with fewer channels (such as conv_out) gain nothing
 SMALL_MAP = 2048         # up to this B * h * w, laying out the weight takes much of a convolution's time
 TINY_MAP = 8 * 8         # up to this h * w, oneDNN's convolutions are slower than its products,
@@ -87,7 +88,7 @@ class LaidOut(nn.Module):
 def has_blocks(weight: Tensor) -> bool:
     """Whether torch lets oneDNN lay out this weight. In bf16, it refuses on a CPU without AVX-512."""
     return torch.backends.mkldnn.is_available() and (weight.dtype == torch.float32 or (
-        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+        weight.dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported()))
 
 
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, map_from: Tensor | None = None) -> Tensor:
@@ -138,14 +139,14 @@ class Product(LaidOut):
         weight, self.bias, self.on_maps = weight.detach().flatten(1), bias, weight.ndim == 4
         self.gelu = gelu
         self.blocks = has_blocks(weight)
-        self.held = (torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), TILES_AT_ONCE)
+        self.held = (mkldnn._reorder_linear_weight(weight.contiguous(), TILES_AT_ONCE)
                      if self.blocks else weight.clone())
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1) if self.on_maps else x
         if self.blocks:  # torch.compile uses these operators too. GELU's algorithm "none" is the exact one
             activation = ("gelu", [], "none") if self.gelu else ("none", [], "")
-            x = torch.ops.mkldnn._linear_pointwise(x.contiguous(), self.held, self.bias, *activation)
+            x = mkldnn._linear_pointwise(x.contiguous(), self.held, self.bias, *activation)
         else:
             x = F.linear(x, self.held, self.bias)
             x = F.gelu(x) if self.gelu else x
@@ -176,46 +177,41 @@ class Convolution(LaidOut):
     def __init__(self, layer: nn.Conv2d):
         super().__init__()
         self.held, self.bias, self.size = layer.weight.detach(), layer.bias, None
-        self.settings = list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups
+        self.settings = {name: getattr(layer, name) for name in ("padding", "stride", "dilation", "groups")}
         self.kernel, self.blocks, self.product = layer.kernel_size, False, False
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[2:] != self.size:
             self.choose(x)
         if self.product:
-            x = patches(x, self.kernel, *self.settings[:2])
-            x = torch.ops.mkldnn._linear_pointwise(x, self.held, self.bias, "none", [], "")
-            return x.permute(0, 3, 1, 2)
+            x = patches(x, self.kernel, self.settings["padding"], self.settings["stride"])
+            return mkldnn._linear_pointwise(x, self.held, self.bias, "none", [], "").permute(0, 3, 1, 2)
         if self.blocks:
-            return torch.ops.mkldnn._convolution_pointwise(
-                x, self.held, self.bias, *self.settings, "none", [], "")
-        padding, stride, dilation, groups = self.settings
-        return F.conv2d(x, self.held, self.bias, stride, padding, dilation, groups)
+            return mkldnn._convolution_pointwise(
+                x, self.held, self.bias, **self.settings, attr="none", scalars=[], algorithm="")
+        return F.conv2d(x, self.held, self.bias, **self.settings)
 
     def choose(self, x: Tensor) -> None:
         """Lay out the weight for maps like x. (B, C_in, h, w)."""
         weight = self.held.to_dense() if self.blocks else self.held
         if self.product:
             weight = weight.unflatten(1, (*self.kernel, -1)).permute(0, 3, 1, 2)
-        positions = x.shape[2] * x.shape[3]
-        self.blocks = has_blocks(weight) and x.shape[0] * positions <= SMALL_MAP
-        self.product = (self.blocks and positions <= TINY_MAP and weight.numel() >= LARGE_WEIGHT and
-                        self.settings[2:] == ([1, 1], 1))
+        height, width = self.size = x.shape[2:]
+        self.blocks = has_blocks(weight) and x.shape[0] * height * width <= SMALL_MAP
+        self.product = (self.blocks and height * width <= TINY_MAP and weight.numel() >= LARGE_WEIGHT and
+                        self.settings["groups"] == 1 and self.settings["dilation"] == (1, 1))
         if self.product:
-            rows = weight.permute(0, 2, 3, 1).flatten(1)
-            self.held = torch.ops.mkldnn._reorder_linear_weight(rows, TILES_AT_ONCE)
+            self.held = mkldnn._reorder_linear_weight(weight.permute(0, 2, 3, 1).flatten(1), TILES_AT_ONCE)
         elif self.blocks:
-            self.held = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.settings, list(x.shape))
+            self.held = mkldnn._reorder_convolution_weight(weight, **self.settings, input_size=x.shape)
         else:
-            self.held = weight if self.size else weight.clone()
-        self.size = x.shape[2:]
+            self.held = weight.clone()
 
 
-def patches(x: Tensor, kernel: tuple[int, int], padding: list, stride: list) -> Tensor:
+def patches(x: Tensor, kernel: tuple, padding: tuple, stride: tuple) -> Tensor:
     """The inputs of each output of a convolution. (B, C, h, w) -> (B, h', w', kernel height * width * C)."""
     x = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
-    for axis in (0, 1):
-        x = x.unfold(1 + axis, kernel[axis], stride[axis])
+    x = x.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])
     return x.permute(0, 1, 2, 4, 5, 3).flatten(3)              # from (B, h', w', C, kernel height, width)
 
 
