@@ -4,7 +4,7 @@
 # make train     train an editor from the nano text-to-image model, or resume this run -> runs/first
 # make test      run the whole test suite, on two cores
 # make test-fast compare the core with diffusers and transformers at small widths; less than a minute
-# make docs      draw every picture of README.md and docs/ again; half an hour on one core
+# make docs      draw every picture of README.md and docs/ again; an hour on one core
 # make reproduce repeat the paper in the nano world: weights, data, scores, figure 8, ablations -> runs
 # make reproduce-small  the same with a twentieth of the steps or fewer, in two hours -> runs/small
 # make fuzz      100,000 mutated inputs for everything that reads files; an hour on one core
