@@ -96,12 +96,12 @@ def test_v_prediction_equals_diffusers_at_every_step(sampler, config, prediction
 @pytest.mark.parametrize("prediction", [V, ZERO_SNR], ids=["v", "zero SNR"])
 def test_ddim_with_noise_and_v_prediction(config, prediction):
     for end in ({}, {"set_alpha_to_one": False}):
-        # diffusers rounds 1 - a - noise_scale**2 in float32. At zero SNR, that is 0 on some CPUs. On others
-        # (seen on an Intel Xeon), it is a little less, and the root is NaN
-        rounded = prediction == ZERO_SNR
-        if not rounded or peer("ddim", 20, config | prediction | end, eta=1.0)[2].isfinite().all():
-            compare("ddim", 20, config | prediction | end, eta=1.0, most=1e-3 if rounded else 1e-5)
         compare("ddim", 20, config | prediction | end, eta=0.3)
+        # diffusers rounds 1 - a - noise_scale**2 in float32. At zero SNR and eta = 1, that is 0 on some CPUs.
+        # On others (seen on an Intel Xeon), it is a little less, and the root is NaN
+        whole = prediction == V or peer("ddim", 20, config | prediction | end, eta=1.0)[2].isfinite().all()
+        compare("ddim", 20, config | prediction | end, eta=1.0 if whole else 0.99,
+                most=1e-5 if prediction == V else 1e-3)
     assert ours("ddim", 1, config | prediction, eta=1.0)[2].isfinite().all()
 
 
