@@ -6,7 +6,7 @@
 # make test-fast compare the core with diffusers and transformers at small widths; less than a minute
 # make docs      draw every picture of README.md and docs/ again; an hour on one core
 # make reproduce repeat the paper in the nano world: weights, data, scores, figure 8, ablations -> runs
-# make reproduce-small  the same with a twentieth of the steps or fewer, in two hours -> runs/small
+# make reproduce-small  the same with far fewer steps, in two hours -> runs/small
 # make fuzz      100,000 mutated inputs for everything that reads files; an hour on one core
 # make bench     run all benchmarks for a CPU, with 13 GB of disk; tests/benchmarks/RESULTS.md has results
 # make bench-gpu run the benchmarks that need a GPU, for the figures that RESULTS.md calls "not measured"
@@ -71,7 +71,7 @@ reproduce: .venv/test
 		--out $(RUNS)/curve-paper
 	.venv/bin/python weights/ablate.py --out $(RUNS)/ablate $(ABLATE)
 
-# A weak CLIP lets no pair pass, so CLIP is trained longer than by a twentieth
+# With 2% to 25% of the steps and prompts; CLIP has 63%, because a weak CLIP lets no pair pass
 reproduce-small:
 	$(MAKE) reproduce RUNS=runs/small N=140 CURVE_N=35 \
 		NANO="--clip-steps 500 --wording-steps 800 --vae-steps 800 --decoder-steps 400 --sd-steps 1200 300 \
@@ -99,6 +99,8 @@ bench: .venv/test
 	.venv/bin/python tests/benchmarks/edit.py --width half --repeat 3
 	.venv/bin/python tests/benchmarks/edit.py --width half --repeat 3 --dtype bf16
 	.venv/bin/python tests/benchmarks/edit.py --width full --steps 20 --repeat 1 --deep-every 3
+	.venv/bin/python tests/benchmarks/patches.py
+	.venv/bin/python tests/benchmarks/patches.py --dtype bf16
 	.venv/bin/python tests/benchmarks/resident.py
 	.venv/bin/python tests/benchmarks/autoencoder.py
 	.venv/bin/python tests/benchmarks/batch.py --repeat 9
@@ -111,6 +113,7 @@ bench: .venv/test
 		--sides "ours, stored" "LoRA 16" "LoRA 64 all"
 	.venv/bin/python tests/benchmarks/attention.py --repeat 5
 	.venv/bin/python tests/benchmarks/edit_memory.py
+	.venv/bin/python tests/benchmarks/memory.py
 	.venv/bin/python tests/benchmarks/load.py --repeat 3
 
 bench-gpu: .venv/test
