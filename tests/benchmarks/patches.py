@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python tests/benchmarks/patches.py --repeat 6
     OMP_NUM_THREADS=1 python tests/benchmarks/patches.py --repeat 6 --dtype bf16
 
-Prints GFLOP/s of single 3x3 convolutions (the best round), computed as oneDNN's convolution and as a product,
-with several weights in turns, so that no weight stays in the cache. Then it prints the time of a step of three
-branches at Stable Diffusion's width with products over the time without: median (smallest-largest) of the rounds.
+Prints GFLOP/s of single 3x3 convolutions (the best round), as oneDNN's convolution and as a product, with
+several weights in turns, so that no weight stays in the cache. Then it prints the time of a step of three
+branches at Stable Diffusion's width with products over the time without: median (smallest-largest).
 """
 
 import argparse
