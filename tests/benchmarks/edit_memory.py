@@ -6,6 +6,7 @@ Counts weights, activations and latents that are alive at once. Assumes that no 
 map. CUDA itself, workspaces of cuDNN and gaps in memory come on top.
 """
 
+import argparse
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,7 +48,8 @@ def peaks(side: int, low_memory: bool) -> dict[str, tuple[int, int]]:
     return found
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args(argv)
     print(f"{'GB in fp16':<16}{'512 px':>10}{'1024 px':>10}")
     for low_memory in (False, True):
         line = f"{'--low-memory' if low_memory else 'as it is':<16}"

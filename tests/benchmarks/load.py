@@ -103,12 +103,12 @@ CASES = {
 }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="of the random editor, made if missing (temporary)")
     parser.add_argument("--case", nargs=2, help="(one run, in a process of its own)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.case:
         work, path = CASES[args.case[0]]
         if work is load_diffusers:

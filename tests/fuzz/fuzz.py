@@ -146,13 +146,13 @@ def fuzz(n: int, seed: int, fuzzer: Fuzzer, progress: bool = False) -> list[tupl
     return failures
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Print the failures by kind; exit code 1 if there are any."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=READERS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as root:
         failures = fuzz(args.n, args.seed, Fuzzer(Path(root), args.only), True)
     kinds, first = Counter(), {}

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import re
 import shlex
+import subprocess
 from functools import reduce
 from pathlib import Path
 
@@ -109,7 +110,17 @@ def test_every_row_of_the_compatibility_page_names_its_test():
             assert f"def {name}(" in (ROOT / "tests" / file).read_text(), (file, name)
 
 
-@pytest.mark.parametrize("command", sorted({line for page in PAGES for line in commands(page)}))
+def made():
+    """The commands of this repository in every target of the Makefile."""
+    targets = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
+    for target in targets:
+        lines = subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        loops = dict(re.findall(r"for (\w+) in (\S+)", lines))  # variable of a loop: its first value
+        for command in re.findall(r"\.venv/bin/(python .+?)(?: \|\||;|$)", lines.replace("\\\n", " "), re.M):
+            yield re.sub(r"\$(\w+)", lambda variable: loops[variable[1]], re.sub(r"\s+", " ", command))
+
+
+@pytest.mark.parametrize("command", sorted({line for page in PAGES for line in commands(page)} | {*made()}))
 def test_every_command_parses(command, monkeypatch):
     """By its own parser. Nothing runs; files in it need not exist; "..." stands for more flags."""
     program, *words = shlex.split(command.replace("<", "").replace(">", ""), comments=True)
