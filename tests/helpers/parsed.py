@@ -25,5 +25,7 @@ def parsed(main, argv: list[str], monkeypatch) -> argparse.Namespace | None:
             [found] = result.args
             if isinstance(found, ValueError):
                 raise found from None
+            if isinstance(found, SystemExit) and found.code:  # a plain ArgumentParser refuses
+                raise ValueError(f"{argv} is refused") from None
             return None if isinstance(found, SystemExit) else found
     raise AssertionError(f"{main.__module__}.main parses no arguments")

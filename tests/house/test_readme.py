@@ -114,10 +114,12 @@ def made():
     """The commands of this repository in every target of the Makefile."""
     targets = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
     for target in targets:
-        lines = subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-        loops = dict(re.findall(r"for (\w+) in (\S+)", lines))  # variable of a loop: its first value
-        for command in re.findall(r"\.venv/bin/(python .+?)(?: \|\||;|$)", lines.replace("\\\n", " "), re.M):
-            yield re.sub(r"\$(\w+)", lambda variable: loops[variable[1]], re.sub(r"\s+", " ", command))
+        dry = ["make", "--dry-run", target]
+        lines = subprocess.run(dry, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        for name, first in re.findall(r"for (\w+) in (\S+)", lines):  # the first value of a loop's variable
+            lines = lines.replace(f"${name}", first)
+        lines = re.sub(r"\\\n\s*", "", lines)
+        yield from re.findall(r"\.venv/bin/(python .+?)(?: \|\||;|$)", lines, re.M)
 
 
 @pytest.mark.parametrize("command", sorted({line for page in PAGES for line in commands(page)} | {*made()}))
