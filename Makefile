@@ -28,7 +28,7 @@ dataset: .venv/runtime
 	.venv/bin/python make_dataset.py captions --backend scenes --n 24 --out data/nano/prompts.jsonl
 	.venv/bin/python make_dataset.py pairs --prompts data/nano/prompts.jsonl --out data/nano/pairs \
 		--weights weights/nano-sd --dtype fp32
-	.venv/bin/python make_dataset.py show data/nano/pairs --rows 4
+	.venv/bin/python make_dataset.py show data/nano/pairs --rows 3
 
 train: .venv/runtime
 	if [ -d runs/first/checkpoints ]; then .venv/bin/python train.py --resume runs/first; else \
@@ -38,7 +38,7 @@ docs: .venv/browser dataset train
 	.venv/bin/python weights/screenshot.py --out weights/page.png
 	.venv/bin/python weights/demo.py --out weights/nano-ip2p/demo.png
 	.venv/bin/python sample.py --weights weights/nano-ip2p-paper --input weights/nano-ip2p/examples/rocket.png \
-		--edit "make it sunset" --seed 0 --sweep --output weights/sweep.png
+		--edit "make it sunset" --seed 0 --sweep --output weights/sweep.webp
 	.venv/bin/python sample.py --input weights/nano-ip2p/examples/house.png --edit "make it night" \
 		--edit "turn the house blue" --mask auto --show-mask --grid --seed 0 --output weights/masks.png
 	.venv/bin/python make_dataset.py pair "a red house in the middle, on grass, clear day" \
@@ -46,7 +46,8 @@ docs: .venv/browser dataset train
 	.venv/bin/python -m nanoip2p.evaluate curve --weights weights/nano-ip2p-paper --sdedit weights/nano-sd \
 		--n 150 --out runs/curve
 	.venv/bin/python -m nanoip2p.evaluate curve --n 150 --out runs/curve
-	.venv/bin/python -m nanoip2p.evaluate calls --weights weights/nano-ip2p weights/nano-ip2p-4step \
+	.venv/bin/python weights/four_steps.py --out runs/nano-ip2p-4step
+	.venv/bin/python -m nanoip2p.evaluate calls --weights weights/nano-ip2p runs/nano-ip2p-4step \
 		--n 140 --out runs/calls
 	.venv/bin/python weights/round_trip.py --n 512 --out weights/round-trip.webp
 	cp runs/calls/calls.png runs/calls/calls.jsonl weights/

@@ -13,7 +13,7 @@ The stages:
     paper editor  from nano-sd, on Prompt-to-Prompt pairs that pass the CLIP filter (by make_dataset.py)
     nano-ip2p     an editor trained on rendered pairs, by train.py
     4step         the student of nano-ip2p, which edits in four network calls, by train.py --distill
-    export        copies of the models in half precision
+    export        copies of the models in half precision; of the student, a LoRA (by four_steps.py)
 
 Each stage reads the results of earlier stages from --out, and does nothing if its own result is complete.
 Only the exported copies, prompts.jsonl and nano-sd's pairs.json are written each time.
@@ -31,6 +31,7 @@ import sys
 from pathlib import Path
 
 import demo
+import four_steps
 import torch
 import torch.nn.functional as F
 from probe import NONE, content
@@ -50,7 +51,6 @@ from nanoip2p.common.files import CHECKOUT, check_writable, read_json, replacing
 from nanoip2p.dataset.rendered import draw_edit, draw_scenes, pick
 from nanoip2p.diffusion import NoiseSchedule
 from nanoip2p.tokenizer import load_tokenizer
-from nanoip2p.training.distill import STUDENT_DEFAULTS
 from nanoip2p.unet import UNet, UNetConfig
 from nanoip2p.vae import VAE
 from nanoip2p.world.painting import COLOURS
@@ -243,13 +243,13 @@ def trained(run: Path, weights: Path, steps: list[int], recipes: tuple, pairs: i
 
 def export(tokenizer: Path, editor: Path, student: Path, paper_editor: Path, painter: Path, clip: Path,
            ship: Path) -> None:
-    """Write the folders to ship, in half precision, with example pictures and the picture of the demo."""
+    """Write what to ship, in half precision: the models, the student's LoRA, examples, the demo's picture."""
     for name, weights, defaults in (("nano-ip2p", editor, DEFAULTS), ("nano-sd", painter, SD_DEFAULTS),
-                                    ("nano-ip2p-4step", student, DEFAULTS | STUDENT_DEFAULTS),
                                     ("nano-ip2p-paper", paper_editor, PAPER_EDITOR_DEFAULTS)):
         parts = load_model(weights, edits=weights != painter)
         save_parts(ship / name, parts.unet, parts.vae, parts.text_encoder, tokenizer,
                    parts.schedule.to_json(), defaults, torch.float16)
+    four_steps.write(student, editor, ship / "nano-ip2p-4step.safetensors")
     write_json(PAIRS, ship / "nano-sd" / "pairs.json")
     save_network(load_network(CLIP, clip), ship / "nano-clip", torch.float16)
     for file in clip.iterdir():

@@ -95,11 +95,10 @@ def teach(clip: CLIP, tokenizer, device: str, steps: int, out: Path, batch: int 
 def ship(clip: CLIP, weights: Path) -> None:
     """Replace the text encoder in all models of the folder `weights`, and in its nano-clip."""
     save_network(clip, weights / "nano-clip", torch.float16)
-    for name in ("nano-ip2p", "nano-sd"):  # the other models link to these
-        folder = weights / name / "text_encoder"
-        encoder = load_network(TextEncoder, folder)
-        encoder.text_model.load_state_dict(clip.text_model.state_dict())
-        save_network(encoder, folder, torch.float16)
+    folder = weights / "nano-ip2p" / "text_encoder"  # the other models link to it
+    encoder = load_network(TextEncoder, folder)
+    encoder.text_model.load_state_dict(clip.text_model.state_dict())
+    save_network(encoder, folder, torch.float16)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,21 +19,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import measure  # noqa: E402
 import numpy as np  # noqa: E402
 
+from nanoip2p.checkpoint.lora import apply_loras  # noqa: E402
 from nanoip2p.editor import Editor  # noqa: E402
 from nanoip2p.evaluate.scenes import choose_edits  # noqa: E402
+from nanoip2p.training.distill import STUDENT_DEFAULTS  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", default="weights/nano-ip2p")
-    parser.add_argument("--student", default="weights/nano-ip2p-4step")
+    parser.add_argument("--lora", default="weights/nano-ip2p-4step.safetensors", help="of the student")
     parser.add_argument("--steps", type=int, nargs="*", default=[1, 2, 3, 4])
     parser.add_argument("--deep-every", type=int, nargs="*", default=[], metavar="N")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 35])
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
-    teacher, student = (Editor.load(weights, args.device) for weights in (args.weights, args.student))
+    teacher, student = (Editor.load(args.weights, args.device) for _ in range(2))
+    apply_loras(student, [args.lora])
+    student.defaults |= STUDENT_DEFAULTS
     print(measure.machine(args.device))
     for batch in args.batches:
         scenes, edits = zip(*choose_edits(batch))

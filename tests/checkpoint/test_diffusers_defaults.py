@@ -17,7 +17,6 @@ from nanoip2p.checkpoint.save import convert
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
 STEPS, TEXT = 3, "make it night"
 SIZES = {"nano-sd": (16, 64), "nano-ip2p": (16, 64), "nano-ip2p-paper": (16, 64),
-         "nano-ip2p-4step": (16, 64),
          "painter": (12, 48), "editor": (12, 48)}
 
 

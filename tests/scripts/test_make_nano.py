@@ -4,6 +4,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import four_steps
 import numpy as np
 import pytest
 import torch
@@ -69,12 +70,13 @@ def test_from_nothing_to_folders_that_edit(make_nano, tmp_path, monkeypatch):
     start = load_file(tmp_path / "runs" / "start" / "unet" / "diffusion_pytorch_model.safetensors")
     assert not start["conv_out.weight"].any() and start["conv_in.weight"].any()
     for file in ("nano-sd/pairs.json", "nano-sd/defaults.json", "nano-ip2p/defaults.json",
-                 "nano-ip2p-4step/defaults.json", "nano-ip2p-paper/defaults.json"):
+                 "nano-ip2p-paper/defaults.json"):
         wanted = make_nano.PAIRS if "pairs" in file else read_json(SCRIPT.parent / file)
         assert read_json(folder.parent / file) == wanted, file
 
     image = open_image(folder / "examples" / "house.png")
-    for name in ("nano-ip2p", "nano-ip2p-4step", "nano-ip2p-paper"):
+    four_steps.merge(folder.parent / "student", folder.parent / "nano-ip2p-4step.safetensors", folder)
+    for name in ("nano-ip2p", "student", "nano-ip2p-paper"):
         editor = Editor.load(folder.parent / name, "cpu")
         assert editor.edit(image, "make it night", steps=1).size == image.size
     painter = TextToImage.load(folder.parent / "nano-sd", "cpu")
@@ -145,7 +147,6 @@ def test_the_shipped_settings_are_those_of_the_recipe(make_nano):
     shipped = SCRIPT.parent
     assert read_json(shipped / "nano-sd/pairs.json") == make_nano.PAIRS
     for name, wanted in (("nano-ip2p", make_nano.DEFAULTS), ("nano-sd", make_nano.SD_DEFAULTS),
-                         ("nano-ip2p-4step", make_nano.DEFAULTS | make_nano.STUDENT_DEFAULTS),
                          ("nano-ip2p-paper", make_nano.PAPER_EDITOR_DEFAULTS)):
         assert read_json(shipped / name / "defaults.json") == wanted, name
         settings = make_nano.SD_UNET if name == "nano-sd" else make_nano.UNET
