@@ -99,9 +99,10 @@ def train_editor(variant: Variant, run: Path, data: str | Path, rendered: int, s
     start = PAINTER if variant.start == "nano-sd" else untrained(run.parent / "untrained")
     micro = 32 if variant.share == 1 else 8  # a tenth of the data may have fewer than 32 prompts
     return run_scripts.train_run(
-        run, start, steps, "--preset", "nano", "--data", data, "--pairs", rendered,
+        run, start, steps, "--data", data, "--pairs", rendered,
         "--cache", run.parent / "latents" / Path(data).name, "--no-flip", "--seed", seed, "--dtype", "fp32",
-        "--sample-every", 0, "--batch-size", micro, "--accumulate", 32 // micro, *variant.flags)
+        "--sample-every", 0, "--batch-size", micro, "--accumulate", 32 // micro, *variant.flags,
+        preset="nano")
 
 
 def score(weights: Path, n: int) -> dict:

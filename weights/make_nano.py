@@ -79,8 +79,7 @@ EDITOR_RUNS = (["--lr", 1e-3, "--dtype", "fp32", "--kind-weights", 1.2, 2, 2, 1,
 # The editor made as in the paper starts from nano-sd and trains on fewer pairs, painted by nano-sd
 PAPER_EDITOR_RUN = ["--lr", 1e-3, "--dtype", "fp32", "--no-flip"]
 # The student of the editor, see training/distill.py
-DISTILL_RUN = ["--preset", "nano", "--lr", 2e-4, "--dtype", "fp32",
-               "--kind-weights", 1.2, 2, 2, 1, 0.8, 1, 0.8]
+DISTILL_RUN = ["--lr", 2e-4, "--dtype", "fp32", "--kind-weights", 1.2, 2, 2, 1, 0.8, 1, 0.8]
 DEFAULTS = {"resolution": 64, "steps": 20, "cfg_text": 2.0, "cfg_image": 1.0, "sampler": "euler_ancestral"}
 PAPER_EDITOR_DEFAULTS = DEFAULTS | {"cfg_image": 1.5, "cfg_text": 3.0}
 SD_DEFAULTS = DEFAULTS | {"cfg_text": 3.0}
@@ -285,7 +284,8 @@ def make(args: argparse.Namespace) -> None:
     editor = trained(args.out / "editor", editor, args.editor_steps, EDITOR_RUNS, args.pairs, device)
     of = "-".join(map(str, args.editor_steps))  # a student's run resumes only with the same teacher
     student = train_run(args.out / f"4step-of-{of}", editor, args.distill_steps, *DISTILL_RUN, "--pairs",
-                        min(args.pairs, 20_000), "--device", device, "--data", "scenes", begin="--distill")
+                        min(args.pairs, 20_000), "--device", device, "--data", "scenes", begin="--distill",
+                        preset="nano")
     ship = args.ship or args.out / "ship"
     export(args.out / "tokenizer", editor, student, paper_editor, painter, clip, ship)
 

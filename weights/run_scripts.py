@@ -29,12 +29,15 @@ def make_pairs(prompts: Path, count: int, out: Path, painter: Path, *flags) -> P
     return out
 
 
-def train_run(out: Path, weights: Path, steps: int, *flags, begin: str = "--weights") -> Path:
+def train_run(out: Path, weights: Path, steps: int, *flags, begin: str = "--weights",
+              preset: str | None = None) -> Path:
     """Train from `weights` in the run folder `out`, or resume that run. Returns the trained weights.
 
-    begin: the flag of train.py for `weights`.
+    begin: the flag of train.py for `weights`. preset: of a new run. train.py refuses one for a resumed run, as
+    that run has its own settings.
     """
     begun = any(out.glob("checkpoints/[0-9]*"))
-    start = ["--resume", out] if begun else [begin, weights, "--out", out]
+    named = ["--preset", preset] if preset else []
+    start = ["--resume", out] if begun else [begin, weights, "--out", out, *named]
     call(train.main, *start, "--steps", steps, *flags)
     return out / "weights"
