@@ -33,8 +33,8 @@ def train_run(out: Path, weights: Path, steps: int, *flags, begin: str = "--weig
               preset: str | None = None) -> Path:
     """Train from `weights` in the run folder `out`, or resume that run. Returns the trained weights.
 
-    begin: the flag of train.py for `weights`. preset: of a new run. train.py refuses one for a resumed run, as
-    that run has its own settings.
+    begin: the flag of train.py for `weights`. preset: of a new run. train.py refuses one for a resumed run,
+    which has its own settings.
     """
     begun = any(out.glob("checkpoints/[0-9]*"))
     named = ["--preset", preset] if preset else []
