@@ -12,8 +12,13 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+from tiny_editor import write_tiny_editor
 
 from nanoip2p.checkpoint.load import open_checkpoint
+from nanoip2p.checkpoint.lora import write_lora
+from nanoip2p.checkpoint.save import convert
 from nanoip2p.checkpoint.tensors import read_metadata, read_tensors, read_weights
 from nanoip2p.common import files
 from nanoip2p.common.files import (
@@ -27,13 +32,37 @@ from nanoip2p.common.files import (
     read_rows,
     regular,
     replacing,
+    write_json,
 )
+from nanoip2p.common.plots import plot
+from nanoip2p.common.saving import save_image
 from nanoip2p.common.schema import checked, checked_rows
 from nanoip2p.tokenizer import load_tokenizer
 
 
 def read_jsonl(path):
     return checked_rows(path, {})
+
+
+def test_every_new_file_has_the_rights_that_the_umask_leaves(tmp_path):
+    """Not only its owner reads it, as with safetensors 0.8 (findings/safetensors-saves-for-one-user.sh)."""
+    recipe = {"edit": ["make it night"], "negative": "", "steps": 4, "sampler": "lcm", "cfg_text": 2.0,
+              "cfg_image": 1.0, "seed": 0, "weights": "w"}
+    before = os.umask(0o027)
+    try:
+        write_tiny_editor(tmp_path / "editor", small=True)
+        convert(open_checkpoint(tmp_path / "editor"), tmp_path / "single.safetensors")
+        write_lora(tmp_path / "lora.safetensors", {"conv_in": (torch.zeros(1, 8, 3, 3), torch.zeros(4, 1))}, 1)
+        for ending in (".png", ".jpg", ".webp"):
+            save_image(Image.new("RGB", (8, 8)), tmp_path / f"picture{ending}", recipe)
+        append(tmp_path / "rows.jsonl", {"a": 1})
+        write_json({}, tmp_path / "made" / "settings.json")
+        assert plot(tmp_path / "plot.png", lambda axes: axes.plot([1, 2], label="a"), (2, 2), xlabel="", ylabel="")
+    finally:
+        os.umask(before)
+    rights = {path.relative_to(tmp_path): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert len(rights) > 20 and all(
+        mode == (0o750 if (tmp_path / path).is_dir() else 0o640) for path, mode in rights.items()), rights
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
