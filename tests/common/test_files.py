@@ -52,12 +52,13 @@ def test_every_new_file_has_the_rights_that_the_umask_leaves(tmp_path):
     try:
         write_tiny_editor(tmp_path / "editor", small=True)
         convert(open_checkpoint(tmp_path / "editor"), tmp_path / "single.safetensors")
-        write_lora(tmp_path / "lora.safetensors", {"conv_in": (torch.zeros(1, 8, 3, 3), torch.zeros(4, 1))}, 1)
+        factors = torch.zeros(1, 8, 3, 3), torch.zeros(4, 1)
+        write_lora(tmp_path / "lora.safetensors", {"conv_in": factors}, alpha=1)
         for ending in (".png", ".jpg", ".webp"):
             save_image(Image.new("RGB", (8, 8)), tmp_path / f"picture{ending}", recipe)
         append(tmp_path / "rows.jsonl", {"a": 1})
         write_json({}, tmp_path / "made" / "settings.json")
-        assert plot(tmp_path / "plot.png", lambda axes: axes.plot([1, 2], label="a"), (2, 2), xlabel="", ylabel="")
+        assert plot(tmp_path / "plot.png", lambda axes: axes.plot([1, 2], label="a"), (2, 2), xlabel="x")
     finally:
         os.umask(before)
     rights = {path.relative_to(tmp_path): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
