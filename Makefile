@@ -72,7 +72,7 @@ reproduce: .venv/test
 		--out $(RUNS)/curve-paper
 	.venv/bin/python weights/ablate.py --out $(RUNS)/ablate $(ABLATE)
 
-# With 2% to 25% of the steps and prompts; CLIP has 63%, because a weak CLIP lets no pair pass
+# With 1% to 25% of the steps and prompts; CLIP has 63%, because a weak CLIP lets no pair pass
 reproduce-small:
 	$(MAKE) reproduce RUNS=runs/small N=140 CURVE_N=35 \
 		NANO="--clip-steps 500 --wording-steps 800 --vae-steps 800 --decoder-steps 400 --sd-steps 1200 300 \

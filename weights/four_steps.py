@@ -3,9 +3,9 @@
     python weights/four_steps.py runs/4step/weights --out runs/4step.safetensors    # write such a LoRA
     python weights/four_steps.py --out runs/nano-ip2p-4step    # merge the shipped LoRA: a model of its own
 
-A student of `train.py --distill` has as many weights as its teacher. Their difference is nearly of low rank.
-So the LoRA keeps the largest singular values of each layer's change: of all matrices of this rank, it is
-nearest to the change (Eckart and Young 1936).
+A student of `train.py --distill` has as many weights as its teacher. A part of low rank of their difference
+is enough (docs/results.md). So the LoRA keeps the largest singular values of each layer's change: of all
+matrices of this rank, it is nearest to the change (Eckart and Young 1936).
 """
 
 import argparse
