@@ -72,12 +72,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = cli.make_parser(description=__doc__.splitlines()[0])
     parser.add_argument("student", type=Path, nargs="?", help="weights of the student; without them, merges")
     parser.add_argument("--teacher", type=Path, default=TEACHER, help="weights of its teacher")
-    parser.add_argument("--rank", type=cli.at_least(1), default=RANK, help="rank of the LoRA")
+    parser.add_argument("--rank", type=cli.at_least(1), default=RANK, help="rank of a LoRA that is written")
+    parser.add_argument("--lora", type=Path, default=LORA, help="LoRA that is merged")
     parser.add_argument("--out", type=Path, required=True, help="LoRA, or folder of the merged student")
 
     def run(args: argparse.Namespace) -> None:
         print(write(args.student, args.teacher, args.out, args.rank) if args.student else
-              merge(args.out, teacher=args.teacher))
+              merge(args.out, args.lora, args.teacher))
 
     return cli.run(lambda: run(parser.parse_args(argv)), "stopped", "run it with more memory")
 

@@ -248,6 +248,10 @@ def export(tokenizer: Path, editor: Path, student: Path, paper_editor: Path, pai
         parts = load_model(weights, edits=weights != painter)
         save_parts(ship / name, parts.unet, parts.vae, parts.text_encoder, tokenizer,
                    parts.schedule.to_json(), defaults, torch.float16)
+    for file in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        for name in ("nano-sd", "nano-ip2p-paper"):  # they have the editor's; links save 5 MB
+            (ship / name / file).unlink()
+            (ship / name / file).symlink_to(Path("../../nano-ip2p") / file)
     four_steps.write(student, editor, ship / "nano-ip2p-4step.safetensors")
     write_json(PAIRS, ship / "nano-sd" / "pairs.json")
     save_network(load_network(CLIP, clip), ship / "nano-clip", torch.float16)

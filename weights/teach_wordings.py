@@ -95,10 +95,11 @@ def teach(clip: CLIP, tokenizer, device: str, steps: int, out: Path, batch: int 
 def ship(clip: CLIP, weights: Path) -> None:
     """Replace the text encoder in all models of the folder `weights`, and in its nano-clip."""
     save_network(clip, weights / "nano-clip", torch.float16)
-    folder = weights / "nano-ip2p" / "text_encoder"  # the other models link to it
-    encoder = load_network(TextEncoder, folder)
-    encoder.text_model.load_state_dict(clip.text_model.state_dict())
-    save_network(encoder, folder, torch.float16)
+    for file in weights.glob("*/text_encoder/model.safetensors"):
+        if not file.is_symlink():  # the other models link to nano-ip2p's
+            encoder = load_network(TextEncoder, file.parent)
+            encoder.text_model.load_state_dict(clip.text_model.state_dict())
+            save_network(encoder, file.parent, torch.float16)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text()
-         for path in [ROOT / "README.md", *DOCS, ROOT / "weights" / "README.md", ROOT / "CONTRIBUTING.md"]}
+         for path in [ROOT / "README.md", *DOCS, ROOT / "weights" / "README.md", ROOT / "CONTRIBUTING.md",
+                      ROOT / "tests" / "benchmarks" / "RESULTS.md"]}
 TREE = README.split("## What is in it")[1].split("```")[1]
 TABLE = re.search(r"^\| paper \| code \|\n\|[-|]+\|\n((?:\|.*\n?)+)", "\n".join(PAGES.values()), re.M)[1]
 ROWS = [row.split("|")[2].strip() for row in TABLE.splitlines()]
@@ -46,7 +47,7 @@ def commands(page: str):
     for line in text.splitlines():
         if line.startswith("```"):
             fenced = not fenced
-        words = line.strip().removeprefix("$ ")
+        words = line.strip().removeprefix("$ ").removeprefix("OMP_NUM_THREADS=1 ")
         if (fenced or line.startswith("    ")) and re.match(r"(python |make \w|torchrun |nanoip2p-)", words):
             yield words
 
@@ -114,7 +115,7 @@ def made():
     """The commands of this repository in every target of the Makefile."""
     targets = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
     for target in targets:
-        dry = ["make", "--dry-run", target]
+        dry = ["env", "--unset=MAKEFLAGS", "make", "--dry-run", target]
         lines = subprocess.run(dry, cwd=ROOT, check=True, capture_output=True, text=True).stdout
         for name, first in re.findall(r"for (\w+) in (\S+)", lines):  # the first value of a loop's variable
             lines = lines.replace(f"${name}", first)

@@ -101,6 +101,7 @@ def test_a_tenth_is_data_that_training_reads(asked, tmp_path):
 
 
 ROW = {"variant": "P2P: none", "seed": 0, "prompts": 100, "steps": 3, "n": 210, "unchanged": 20.0,
+       "sampler": ablate.SAMPLER, "sampling_steps": ablate.SAMPLING_STEPS,
        **dict.fromkeys(ablate.MEASURES, 0.5)}
 
 

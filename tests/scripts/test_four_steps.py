@@ -51,7 +51,8 @@ def test_a_whole_lora_makes_the_student(models, tmp_path, capsys):
     (teacher, student), out = models, tmp_path / "whole.safetensors"
     assert four_steps.main([str(student), "--teacher", str(teacher), "--rank", "300", "--out", str(out)]) == 0
     assert "rank 300" in capsys.readouterr().out
-    four_steps.merge(tmp_path / "merged", out, teacher)
+    merged = ["--teacher", str(teacher), "--lora", str(out), "--out", str(tmp_path / "merged")]
+    assert four_steps.main(merged) == 0 and "rank 300" in capsys.readouterr().out
     merged, wanted, plain = (load_model(folder) for folder in (tmp_path / "merged", student, teacher))
     for name, weight in merged.unet.state_dict().items():
         whole = wanted if weight.ndim > 1 else plain  # biases and norms stay the teacher's

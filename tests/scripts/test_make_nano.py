@@ -75,6 +75,10 @@ def test_from_nothing_to_folders_that_edit(make_nano, tmp_path, monkeypatch):
         assert read_json(folder.parent / file) == wanted, file
 
     image = open_image(folder / "examples" / "house.png")
+    for part in ("vae", "text_encoder"):
+        [shared] = (folder / part).glob("*.safetensors")
+        links = [folder.parent / name / part / shared.name for name in ("nano-sd", "nano-ip2p-paper")]
+        assert not shared.is_symlink() and all(link.is_symlink() and link.samefile(shared) for link in links)
     four_steps.merge(folder.parent / "student", folder.parent / "nano-ip2p-4step.safetensors", folder)
     for name in ("nano-ip2p", "student", "nano-ip2p-paper"):
         editor = Editor.load(folder.parent / name, "cpu")
