@@ -90,6 +90,7 @@ def test_the_scripts_understand_all_commands(asked, tmp_path, monkeypatch):
     assert sum(str(args["weights"]).endswith("untrained") for args in trained) == 1
     assert len(scored) == len(ablate.MEASURES) * len(ablate.VARIANTS)
     assert {args["combinations"] for args in scored} == {"seen", "held-out"}
+    assert {(args["sampler"], args["steps"]) for args in scored} == {(ablate.SAMPLER, ablate.SAMPLING_STEPS)}
 
 
 def test_a_tenth_is_data_that_training_reads(asked, tmp_path):
