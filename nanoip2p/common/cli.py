@@ -140,8 +140,7 @@ def split(given: str) -> tuple[Path, float]:
 
 def one_line(message) -> str:
     """A message as one line of at most LETTERS. Escapes control characters, which could change a terminal."""
-    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in
-                   " ".join(str(message).split()))
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(message).split()))
     half = LETTERS // 2 - 2
     return text if len(text) <= LETTERS else f"{text[:half]} … {text[-half:]}"  # advice is at the end
 
@@ -156,7 +155,8 @@ def advised(error: Exception, memory: str) -> str:
     ran_out = isinstance(error, MemoryError) or NO_MEMORY.search(str(error))
     if isinstance(error, RuntimeError) and not ran_out:
         raise error
-    return memory if ran_out else one_line(error)
+    advice = "; ask its owner for the right to use it" * isinstance(error, PermissionError)
+    return memory if ran_out else one_line(f"{error}{advice}")
 
 
 def run(work: Callable[[], None], interrupted: str, memory: str) -> int:

@@ -1,5 +1,6 @@
 """Files are written whole or not at all, read with errors that name the line, and claimed by one job."""
 
+import builtins
 import errno
 import json
 import os
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from tiny_editor import write_tiny_editor
 
+import sample
 from nanoip2p.checkpoint.load import open_checkpoint
 from nanoip2p.checkpoint.lora import write_lora
 from nanoip2p.checkpoint.save import convert
@@ -77,6 +79,26 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     with replacing(path) as temporary:
         temporary.write_text("new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_of_another_user_is_named_with_advice(tmp_path, capsys, monkeypatch):
+    """As diffusers leaves one with safetensors 0.8. Root may read all files, so the refusal is a fake."""
+    write_tiny_editor(tmp_path / "editor", small=True)
+    weights, usual = tmp_path / "editor/unet/diffusion_pytorch_model.safetensors", builtins.open
+
+    def refuse(file, *more, **named):
+        if Path(file) == weights:
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return usual(file, *more, **named)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr("io.open", refuse)
+    picture = Path(sample.__file__).with_name("weights") / "nano-ip2p" / "examples" / "house.png"
+    assert sample.main(["--weights", str(tmp_path / "editor"), "--input", str(picture), "--edit", "a",
+                        "--output", str(tmp_path / "out.png")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and str(weights) in said and "ask its owner" in said, said
+    assert not (tmp_path / "out.png").exists()
 
 
 def test_unwritable_places(tmp_path):
