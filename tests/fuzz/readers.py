@@ -512,7 +512,8 @@ def write_scores(folder: Path) -> None:
     """The scores of two ablated editors."""
     write_rows(folder / "ablate.jsonl", *[{
         "variant": "P2P: cross", "seed": seed, "prompts": 400, "steps": 600, "n": 210, "unchanged": 25.0,
-        **dict.fromkeys(ablate.MEASURES, 0.5)} for seed in (0, 1)])
+        "sampler": "dpmpp_2m", "sampling_steps": 4, **dict.fromkeys(ablate.MEASURES, 0.5)}
+        for seed in (0, 1)])
 
 
 def read_scores(folder: Path) -> None:

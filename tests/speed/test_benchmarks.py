@@ -11,12 +11,14 @@ import few_steps
 import measure
 import numpy as np
 import pair
+import patches
 import pytest
 import startup
 import torch
 import train_step
 from tiny_editor import DEFAULTS, write_tiny_editor
 
+from nanoip2p.checkpoint.lora import write_lora
 from nanoip2p.common.device import bf16_is_fast_on_this_cpu, pick_dtype
 from nanoip2p.common.files import write_json
 from nanoip2p.unet import UNet
@@ -90,22 +92,32 @@ def test_the_autoencoder_is_timed_beside_diffusers(capsys, monkeypatch):
 def test_a_student_is_timed_beside_its_teacher(tmp_path, capsys):
     tiny = write_tiny_editor(tmp_path)
     write_json(DEFAULTS | {"steps": 20}, tmp_path / "defaults.json")
-    few_steps.main(["--weights", str(tiny), "--student", str(tiny), "--steps", "1", "--batches", "1", "2",
-                    "--repeat", "1"])
+    factors = torch.zeros(1, 8, 3, 3), torch.zeros(16, 1)
+    write_lora(tmp_path / "l.safetensors", {"conv_in": factors}, alpha=1)
+    few_steps.main(["--weights", str(tiny), "--lora", str(tmp_path / "l.safetensors"), "--steps", "1",
+                    "--batches", "1", "2", "--repeat", "1"])
     ratios = [line.split("1 steps")[1].split() for line in capsys.readouterr().out.splitlines()
               if "times as fast" in line]
     assert len(ratios) == 4 and all(float(median) > 2 for median, *_ in ratios)
 
 
 def test_kept_features_are_timed_beside_whole_steps(capsys):
-    few_steps.main(["--student", "weights/nano-ip2p", "--steps", "--deep-every", "1", "25", "--batches", "1",
-                    "--repeat", "1"])
+    few_steps.main(["--steps", "--deep-every", "1", "25", "--batches", "1", "--repeat", "1"])
     lines = capsys.readouterr().out.splitlines()[-2:]
     same, other = (line.split("deep_every")[1].split() for line in lines)
     assert same[0] == "1" and same[-3:-2] == ["0.00"] and float(other[1]) > 2 and float(other[-3]) > 0.01
     edit.main([*FEW, "--deep-every", "3"])
     lines = capsys.readouterr().out.splitlines()[-2:]
     assert [line.split(":")[0] for line in lines] == ["deep_every 1", "deep_every 3"]
+
+
+def test_products_of_patches_are_timed_beside_convolutions(monkeypatch, capsys):
+    monkeypatch.setattr(patches, "CASES", [(2, 32, 48, 4)])
+    monkeypatch.setattr(patches, "WEIGHTS", 1e5)
+    monkeypatch.setattr(patches, "steps", lambda *_: None)  # of the full width
+    patches.main(["--repeat", "1"])
+    rates = capsys.readouterr().out.splitlines()[-1]
+    assert rates.startswith(" 2 x 32 to 48, 4 x 4") and all(float(rate) >= 0 for rate in rates.split()[-2:])
 
 
 def test_another_edit_is_not_timed(monkeypatch):
