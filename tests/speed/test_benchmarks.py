@@ -96,6 +96,8 @@ def test_a_student_is_timed_beside_its_teacher(tmp_path, capsys):
     write_lora(tmp_path / "l.safetensors", {"conv_in": factors}, alpha=1)
     few_steps.main(["--weights", str(tiny), "--lora", str(tmp_path / "l.safetensors"), "--steps", "1",
                     "--batches", "1", "2", "--repeat", "1"])
+    with pytest.raises(ValueError, match="is missing"):
+        few_steps.main(["--weights", str(tiny), "--lora", str(tmp_path / "none.safetensors")])
     ratios = [line.split("1 steps")[1].split() for line in capsys.readouterr().out.splitlines()
               if "times as fast" in line]
     assert len(ratios) == 4 and all(float(median) > 2 for median, *_ in ratios)
